@@ -1,0 +1,176 @@
+"""PoolConfig: every knob of document-pool routing, validated, frozen.
+
+Field names are the command-line flags (`pool_min` is `--pool-min`), so one name means one thing on the command line,
+in a checkpoint and in code. Symbols in brackets are the paper's (arXiv 2605.06663).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+PoolRule = Literal["uniform", "top_p"]
+PoolMask = Literal["logits", "selection"]
+PoolScope = Literal["document", "sample"]
+PoolBalance = Literal["micro", "running"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """How every document of a batch gets its pool of experts. The default is off: the standard MoE.
+
+    Raises:
+        ValueError: on construction, listing every problem of the configuration at once.
+    """
+
+    pool_min: int | None = None
+    """Smallest pool, in routed experts (the shared expert does not count). None turns pools off."""
+    pool_max: int | None = None
+    """Largest pool, in routed experts. None means all of them."""
+    pool_rule: PoolRule = "uniform"
+    """uniform: the size is an integer drawn uniformly from [pool_min, pool_max] for every document and layer (the
+    paper). top_p: the fewest experts that hold pool_top_p of the document's mean probability, within the same bounds."""
+    pool_top_p: float | None = None
+    """Probability mass, in (0, 1), that a pool of rule top_p must hold."""
+    pool_min_start: int | None = None
+    """Where the lower bound of the size starts, falling linearly to pool_min over pool_min_decay_samples.
+    None means pool_max."""
+    pool_min_decay_samples: int = 0
+    """Training samples over which the lower bound falls. 0 keeps it at pool_min throughout (the paper)."""
+    pool_unrestricted: float = 0.0
+    """Share of documents, in [0, 1], drawn for every layer apart, that may use all experts."""
+    pool_forced: int = 0
+    """The last so many routed experts are in every pool and count towards its size."""
+    pool_mask: PoolMask = "logits"
+    """logits: experts outside the pool get no probability (the paper). selection: the pool limits the choice only;
+    weights and losses use all experts (OLMo-core's second version)."""
+    pool_scope: PoolScope = "document"
+    """document: one pool a document (the paper). sample: boundaries are ignored and a whole packed sample shares a
+    pool (an ablation; it destroys the modules)."""
+    pool_eval: int | None = None
+    """Pool size in evaluation. None: no pools, as exported models run."""
+    pool_balance: PoolBalance = "micro"
+    """Population of the load balance: micro is one micro-batch of all data-parallel ranks (the paper), running is the
+    mean of the micro-batches of the step so far."""
+    pool_seed: int = 1234
+    """Seed of the counter-based hash that draws pool sizes."""
+    pool_eos_starts_document: bool = False
+    """Count an end-of-document token to the document after it, as the authors' router does (and their attention
+    does not)."""
+    pool_check: bool = False
+    """Validate document boundaries on device tensors too. Waits for the device in every micro-batch."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether training uses pools."""
+        return self.pool_min is not None
+
+    def __post_init__(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise ValueError("pool configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _problems(self) -> list[str]:
+        """What is wrong with this configuration on its own, one sentence each."""
+        found = []
+        for name, kind in (
+            ("pool_rule", PoolRule),
+            ("pool_mask", PoolMask),
+            ("pool_scope", PoolScope),
+            ("pool_balance", PoolBalance),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                found.append(f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
+        for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{flag(name)} must be at least 1; got {value}")
+        for name in ("pool_forced", "pool_min_decay_samples"):
+            if getattr(self, name) < 0:
+                found.append(f"{flag(name)} must not be negative; got {getattr(self, name)}")
+        if not 0.0 <= self.pool_unrestricted <= 1.0:
+            found.append(f"{flag('pool_unrestricted')} must lie in [0, 1]; got {self.pool_unrestricted}")
+        return found + (self._problems_when_on() if self.is_on else self._problems_when_off())
+
+    def _problems_when_on(self) -> list[str]:
+        assert self.pool_min is not None
+        found = []
+        if self.pool_max is not None and self.pool_max < self.pool_min:
+            found.append(
+                f"--pool-max must be at least --pool-min ({self.pool_min}); got {self.pool_max}"
+            )
+        if self.pool_forced > self.pool_min:
+            found.append(
+                f"--pool-forced must be at most --pool-min ({self.pool_min}), or small pools hold "
+                f"more than their size; got {self.pool_forced}"
+            )
+        if (self.pool_rule == "top_p") != (self.pool_top_p is not None):
+            found.append("--pool-top-p and --pool-rule top_p go together; give both or neither")
+        if self.pool_top_p is not None and not 0.0 < self.pool_top_p < 1.0:
+            found.append(f"--pool-top-p must lie in (0, 1); got {self.pool_top_p}")
+        if self.pool_min_start is not None:
+            if self.pool_min_decay_samples == 0:
+                found.append("--pool-min-start needs --pool-min-decay-samples above 0")
+            if self.pool_min_start < self.pool_min:
+                found.append(
+                    f"--pool-min-start must be at least --pool-min ({self.pool_min}); got "
+                    f"{self.pool_min_start}"
+                )
+            if self.pool_max is not None and self.pool_min_start > self.pool_max:
+                found.append(
+                    f"--pool-min-start must be at most --pool-max ({self.pool_max}); got "
+                    f"{self.pool_min_start}"
+                )
+        return found
+
+    def _problems_when_off(self) -> list[str]:
+        needs_pools = {
+            "pool_max": self.pool_max is not None,
+            "pool_top_p": self.pool_top_p is not None,
+            "pool_min_start": self.pool_min_start is not None,
+            "pool_min_decay_samples": self.pool_min_decay_samples > 0,
+            "pool_unrestricted": self.pool_unrestricted > 0,
+            "pool_forced": self.pool_forced > 0,
+            "pool_eval": self.pool_eval is not None,
+        }
+        return [
+            f"{flag(name)} has no effect without --pool-min, which turns pools on"
+            for name, is_set in needs_pools.items()
+            if is_set
+        ]
+
+    def problems_with_model(self, *, num_experts: int, top_k: int) -> list[str]:
+        """What does not fit a model of `num_experts` routed experts, `top_k` of them a token; one sentence each."""
+        found = []
+        for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval"):
+            value = getattr(self, name)
+            if value is not None and value > num_experts:
+                found.append(
+                    f"{flag(name)} counts routed experts and must be at most --num-experts "
+                    f"({num_experts}); got {value}"
+                )
+            if name in ("pool_min", "pool_eval") and value is not None and value < top_k:
+                found.append(
+                    f"{flag(name)} must be at least --moe-router-topk ({top_k}), or a token finds "
+                    f"fewer experts than it needs; got {value}"
+                )
+        return found
+
+    def size_bounds(self, *, num_experts: int, consumed_samples: int) -> tuple[int, int]:
+        """The interval [low, high] sizes are drawn from after `consumed_samples` training samples."""
+        assert self.pool_min is not None, "pools are off"
+        high = self.pool_max if self.pool_max is not None else num_experts
+        if self.pool_min_decay_samples == 0:
+            return self.pool_min, high
+        start = self.pool_min_start if self.pool_min_start is not None else high
+        done = min(1.0, consumed_samples / self.pool_min_decay_samples)
+        return round(start + (self.pool_min - start) * done), high
+
+    def to_dict(self) -> dict[str, int | float | str | bool | None]:
+        """Plain scalars, one a field, as checkpoints store them."""
+        return asdict(self)
+
+
+def flag(field_name: str) -> str:
+    """The command-line flag of a PoolConfig field."""
+    return "--" + field_name.replace("_", "-")

@@ -1,0 +1,1 @@
+"""EMO inside Megatron-Core: the only package, with bridge, that imports megatron."""

@@ -1,0 +1,123 @@
+"""Attention inside documents, and a norm that knows sequence parallelism, for runs without Transformer Engine.
+
+Megatron's own modules for the local spec refuse packed sequences and sequence parallelism; these two take their place
+in it. With Transformer Engine neither is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class TorchNorm:
+    """Builds torch's RMSNorm or LayerNorm with Megatron's `sequence_parallel` mark on its parameters.
+
+    The mark makes Megatron sum these gradients over the tensor-parallel ranks, each of which saw its own part of the
+    sequence.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> torch.nn.Module:
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError(
+                "--apply-layernorm-1p needs Transformer Engine or Apex; drop the flag or use "
+                "--transformer-impl transformer_engine"
+            )
+        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = norm_class(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class DocumentAttention(torch.nn.Module):
+    """Causal attention in which a token sees its own document only, through torch's scaled dot product.
+
+    Stands in for Megatron's DotProductAttention: the constructor takes what that takes. Every rank holds whole
+    sequences and its own heads (tensor parallelism); context parallelism is refused.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise NotImplementedError(
+                "--context-parallel-size above 1 needs Transformer Engine's attention; "
+                "use --transformer-impl transformer_engine or --context-parallel-size 1"
+            )
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch), else
+                [s, b, heads, head_dim]; key and value alike, with the same or fewer heads.
+            attention_mask: unused; the mask is causal within documents.
+            packed_seq_params: document boundaries; None means one document a sample.
+
+        Returns:
+            [t, heads * head_dim] or [s, b, heads * head_dim].
+        """
+        if packed_seq_params is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out = self._attend(q, k, v, None)
+            return out.permute(2, 0, 1, 3).flatten(2)
+        num_tokens = query.shape[0]
+        rows = num_tokens // (getattr(packed_seq_params, "tokens_per_sample", None) or num_tokens)
+        q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
+        out = self._attend(q, k, v, _document_mask(packed_seq_params, rows, num_tokens))
+        return out.transpose(1, 2).reshape(num_tokens, -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+def _document_mask(packed: PackedSeqParams, rows: int, num_tokens: int) -> Tensor:
+    """[rows, 1, s, s] bool, True = visible: same document and not later. Built once a micro-batch."""
+    cached = getattr(packed, "emo_document_mask", None)
+    if cached is not None:
+        return cached
+    bounds = packed.cu_seqlens_q_padded
+    if bounds is None:
+        bounds = packed.cu_seqlens_q
+    positions = torch.arange(num_tokens, device=bounds.device, dtype=bounds.dtype)
+    ids = torch.searchsorted(bounds[1:], positions, right=True).view(rows, 1, -1)
+    visible = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril()
+    packed.emo_document_mask = visible  # type: ignore[attr-defined]
+    return visible

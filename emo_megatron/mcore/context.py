@@ -1,0 +1,130 @@
+"""What a router must know about its micro-batch: whose documents, which training samples, which pools were chosen.
+
+Megatron hands document boundaries to the attention only. A PoolScope is made from them once a micro-batch and rides on
+the `packed_seq_params` object, which every layer gets, full recompute included. It remembers each layer's pool and
+token counts, so that recomputing a layer repeats neither the choice nor its collectives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from emo_megatron.balance import TokenCounts
+from emo_megatron.config import PoolConfig
+from emo_megatron.documents import DocumentSegments, local_token_indices
+from emo_megatron.mcore.compat import is_in_backward
+
+NO_BOUNDARIES = (
+    "Pools need document boundaries and this forward pass got none (packed_seq_params is None). Train with "
+    "--dataloader-inter-document-masking, or pass PackedSeqParams to the model."
+)
+
+
+class SampleClock:
+    """How many training samples the run has consumed; the host's loop sets it before every step."""
+
+    def __init__(self) -> None:
+        self.consumed_samples = 0
+
+
+CLOCK = SampleClock()
+"""The clock of this process. Pool sizes and the schedule of their lower bound read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Which part of a micro-batch this rank's routers see, and which micro-batch of the step it is."""
+
+    tp_rank: int
+    tp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    microbatch: int
+
+
+@dataclass(kw_only=True)
+class PoolScope:
+    """One micro-batch as the routers of one pipeline stage see it."""
+
+    segments: DocumentSegments
+    """Documents of the whole micro-batch, all tensor- and context-parallel ranks together."""
+    document_ids_T: Tensor
+    """[T] int64: document of each token this rank routes, -1 for padding."""
+    sample_positions_D: Tensor
+    """[D] int64: place in training of the sample that holds the document."""
+    consumed_samples: int
+    """Training samples consumed before this step."""
+    pools: dict[int, Tensor] = field(default_factory=dict)
+    """Layer number -> [D, E] bool, the pools of this micro-batch."""
+    counts: dict[int, tuple[TokenCounts, TokenCounts]] = field(default_factory=dict)
+    """Layer number -> (counts behind the balance fraction, counts of this micro-batch), over all ranks."""
+    layers_seen: set[int] = field(default_factory=set)
+
+
+def scope_of(
+    packed_seq_params: PackedSeqParams | None,
+    *,
+    hidden_shape: torch.Size,
+    shard: Shard,
+    pool: PoolConfig,
+    layer_number: int,
+) -> PoolScope | None:
+    """The scope of this forward pass, made by the first layer that asks and found by the others.
+
+    Args:
+        packed_seq_params: of the micro-batch; None gives None.
+        hidden_shape: [s, b, h] of this rank's hidden states.
+        shard: this rank's part.
+        pool: the method's configuration.
+        layer_number: of the asking layer. A layer that asks twice outside backward is in a new forward pass, even if
+            the caller reuses one packed_seq_params object.
+    """
+    if packed_seq_params is None:
+        return None
+    carrier: Any = packed_seq_params
+    scope: PoolScope | None = getattr(carrier, "emo_scope", None)
+    if scope is None or (layer_number in scope.layers_seen and not is_in_backward()):
+        scope = _make_scope(packed_seq_params, hidden_shape=hidden_shape, shard=shard, pool=pool)
+        carrier.emo_scope = scope
+    scope.layers_seen.add(layer_number)
+    return scope
+
+
+def _make_scope(
+    packed: PackedSeqParams, *, hidden_shape: torch.Size, shard: Shard, pool: PoolConfig
+) -> PoolScope:
+    num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
+    tokens_per_sample = getattr(packed, "tokens_per_sample", None)
+    segments = DocumentSegments.from_cu_seqlens(
+        packed.cu_seqlens_q,
+        num_tokens=num_tokens,
+        tokens_per_sample=tokens_per_sample,
+        cu_seqlens_padded=packed.cu_seqlens_q_padded,
+        check=True if pool.pool_check else None,
+    )
+    if pool.pool_scope == "sample":
+        segments = segments.whole_samples()
+    indices_T = local_token_indices(
+        num_tokens=num_tokens,
+        batch_size=hidden_shape[1],
+        tp_rank=shard.tp_rank,
+        tp_size=shard.tp_size,
+        cp_rank=shard.cp_rank,
+        cp_size=shard.cp_size,
+        device=packed.cu_seqlens_q.device,
+    )
+    samples = num_tokens // segments.tokens_per_sample
+    first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
+    return PoolScope(
+        segments=segments,
+        document_ids_T=segments.take(indices_T),
+        sample_positions_D=segments.rows_D + first,
+        consumed_samples=CLOCK.consumed_samples,
+    )

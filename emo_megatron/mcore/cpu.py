@@ -1,0 +1,275 @@
+"""Stock Megatron-Core on a machine without CUDA: its calls into torch.cuda answered on the CPU, its collectives on gloo.
+
+Megatron asks torch.cuda for streams, events, random states, memory figures and tensors even where nothing is computed
+there. `activate()` gives each of those an answer that is true of one CPU rank, so the unmodified Megatron, with
+`--distributed-backend gloo --transformer-impl local`, trains under every parallel layout. It changes torch for the
+whole process and must run before Megatron builds anything; it does nothing where a GPU exists, unless EMO_DEVICE=cpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+# kept for the life of the process: leaving the mode would hand cuda devices back to Megatron
+_mode: TorchFunctionMode | None = None
+
+
+def is_wanted() -> bool:
+    """Whether this process should run Megatron on the CPU: no CUDA device, or EMO_DEVICE=cpu.
+
+    Raises:
+        ValueError: EMO_DEVICE is neither unset, "cpu" nor "cuda".
+    """
+    device = os.environ.get("EMO_DEVICE", "")
+    if device not in ("", "cpu", "cuda"):
+        raise ValueError(f"EMO_DEVICE must be cpu, cuda or unset; got {device!r}")
+    return device == "cpu" or (device == "" and (is_active() or not torch.cuda.is_available()))
+
+
+def is_active() -> bool:
+    """Whether torch.cuda is redirected in this process."""
+    return _mode is not None
+
+
+def activate() -> bool:
+    """Redirect Megatron's CUDA calls to the CPU where `is_wanted()`; idempotent.
+
+    Returns:
+        Whether the redirection is active.
+    """
+    global _mode
+    if not is_wanted():
+        return False
+    if _mode is None:
+        # Megatron decorates with torch.compile; compiling small CPU graphs costs minutes and gains nothing
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        _redirect_cuda_module()
+        _redirect_tensors_and_modules()
+        _redirect_collectives()
+        _redirect_megatron()
+        _mode = _CudaDevicesToCpu()
+        _mode.__enter__()
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo", flush=True)
+    return True
+
+
+class _Stream:
+    """A stream on which everything is already done, which is true of a CPU."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, *args: Any) -> None:
+        pass
+
+    def wait_event(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """An event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+class _CudaDevicesToCpu(TorchFunctionMode):
+    """Sends tensors asked for on a CUDA device to the CPU and names CPU tensor types as CUDA's."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = torch.device("cpu")
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # gradient clipping asserts that it was handed "torch.cuda.FloatTensor"
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool) or device is None:
+        return False
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+
+
+def _answer(value: Any) -> Callable[..., Any]:
+    """A function of its own for each name: torch's compiler refuses one object under two names."""
+    return lambda *args, **kwargs: value
+
+
+def _redirect_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "current_device": 0,
+        "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_stream": _Stream(),
+        "default_stream": _Stream(),
+        "synchronize": None,
+        "set_device": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_reserved": 0,
+        "get_device_capability": (9, 0),
+        "get_device_name": "cpu",
+        "is_current_stream_capturing": False,
+    }
+    for name, value in answers.items():
+        setattr(cuda, name, _answer(value))
+    cuda.memory_stats = lambda *args, **kwargs: _ZeroStats()
+    cuda.get_device_properties = _answer(
+        SimpleNamespace(total_memory=8 << 30, major=9, minor=0, name="cpu", multi_processor_count=1)
+    )
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    for name, dtype in {
+        "FloatTensor": torch.float32,
+        "DoubleTensor": torch.float64,
+        "HalfTensor": torch.float16,
+        "BFloat16Tensor": torch.bfloat16,
+        "LongTensor": torch.int64,
+        "IntTensor": torch.int32,
+        "ByteTensor": torch.uint8,
+    }.items():
+        setattr(cuda, name, _tensor_factory(dtype))
+
+
+class _ZeroStats(dict[str, int]):
+    """Memory statistics of a device that does not exist."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _tensor_factory(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda values=(): torch.tensor(values, dtype=dtype)
+
+
+def _redirect_tensors_and_modules() -> None:
+    unchanged = lambda self, *args, **kwargs: self  # noqa: E731
+    targets: Any = torch.Tensor, torch.nn.Module
+    for target in targets:
+        target.cuda = unchanged
+    targets[0].pin_memory = unchanged
+    accelerator: Any = torch.accelerator
+    accelerator.is_available = _answer(False)
+    accelerator.current_accelerator = _answer(None)
+    optimizer: Any = torch.optim.Optimizer
+    for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        if hasattr(optimizer, check):
+            setattr(optimizer, check, _answer(None))
+
+
+def _redirect_collectives() -> None:
+    """Bridge what NCCL takes and gloo does not: split sizes as tensors, averages."""
+    all_to_all_single, all_reduce = dist.all_to_all_single, dist.all_reduce
+
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+    def all_to_all_with_lists(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        return all_to_all_single(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), group, async_op
+        )
+
+    def all_reduce_with_average(
+        tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if op != dist.ReduceOp.AVG:
+            return all_reduce(tensor, op, group, async_op)
+        # divided first, so that an asynchronous sum is the average when it completes
+        tensor.div_(dist.get_world_size(group))
+        return all_reduce(tensor, dist.ReduceOp.SUM, group, async_op)
+
+    module: Any = dist
+    module.all_to_all_single = all_to_all_with_lists
+    module.all_reduce = all_reduce_with_average
+
+
+def _redirect_megatron() -> None:
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.tensor_parallel.random as random
+
+    megatron: Any = random
+    megatron._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # the wheel ships the compiled index builder but not the Makefile this would run
+    datasets: Any = dataset_utils
+    datasets.compile_helpers = lambda: None
+
+
+def with_cpu_flags(argv: list[str]) -> list[str]:
+    """`argv` with the Megatron flags a CPU run needs in front, where it is one; flags of the caller win."""
+    return [*CPU_FLAGS, *argv] if is_active() else argv
+
+
+CPU_FLAGS = (
+    *("--distributed-backend", "gloo"),
+    *("--transformer-impl", "local"),
+    *("--attention-backend", "unfused"),
+    "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-rope-fusion",
+    "--no-persist-layer-norm",
+)
+"""Megatron flags that choose its kernels in plain PyTorch."""

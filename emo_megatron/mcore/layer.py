@@ -1,0 +1,99 @@
+"""PoolMoELayer and PoolTransformerLayer: Megatron's layers, which bring each micro-batch's scope to the router.
+
+The transformer layer sees the boundaries, the MoE layer calls the router. A scope left on a module would be the wrong
+micro-batch's when `--recompute-modules moe` runs the MoE layer again in backward, so the MoE layer owns that
+checkpoint and its closure carries the scope.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from emo_megatron.mcore.context import PoolScope, Shard, scope_of
+from emo_megatron.mcore.router import PoolRouter
+
+
+class PoolMoELayer(MoELayer):
+    """An MoE layer whose router knows the documents of the micro-batch, in forward and in recompute.
+
+    Attributes:
+        scope: what PoolTransformerLayer leaves for the next call, which takes it away.
+    """
+
+    scope: PoolScope | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recomputes_itself = self.moe_layer_recompute
+        self.moe_layer_recompute = False
+
+    @property
+    def pool_router(self) -> PoolRouter:
+        """The router, also when an adapter wraps it."""
+        router: PoolRouter = getattr(self.router, "to_wrap", self.router)
+        return router
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> Any:
+        """As MoELayer.forward; see there for shapes."""
+        scope, self.scope = self.scope, None
+
+        def run(hidden_states: Tensor) -> Any:
+            self.pool_router.scope = scope
+            try:
+                return super(PoolMoELayer, self).forward(
+                    hidden_states, intermediate_tensors, padding_mask
+                )
+            finally:
+                self.pool_router.scope = None
+
+        if self.recomputes_itself and self.training:
+            return tensor_parallel.checkpoint(run, False, hidden_states)
+        return run(hidden_states)
+
+
+class PoolTransformerLayer(TransformerLayer):
+    """A transformer layer that hands the micro-batch's scope to its MoE layer. Overrides nothing of `forward`."""
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.mlp, PoolMoELayer):
+            self.mlp.scope = scope_of(
+                kwargs.get("packed_seq_params"),
+                hidden_shape=hidden_states.shape,
+                shard=self._shard(),
+                pool=self.mlp.pool_router.pool,
+                layer_number=self.layer_number,
+            )
+        return super()._forward_attention(hidden_states, *args, **kwargs)
+
+    def _maybe_unflatten_for_moe(
+        self,
+        hidden_states: Tensor,
+        padding_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Keep the flat packed order, which the document ids are in."""
+        return hidden_states, padding_mask, None
+
+    def _shard(self) -> Shard:
+        groups = self.pg_collection
+        splits_sequence = self.config.sequence_parallel
+        return Shard(
+            tp_rank=groups.tp.rank() if splits_sequence else 0,
+            tp_size=groups.tp.size() if splits_sequence else 1,
+            cp_rank=groups.cp.rank(),
+            cp_size=groups.cp.size(),
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            microbatch=getattr(self, "current_microbatch", 0) or 0,
+        )

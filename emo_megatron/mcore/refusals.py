@@ -1,0 +1,163 @@
+"""What the pool layers and `pretrain_emo.py` refuse, and why: one table, one row a host option.
+
+The pool router replaces TopKRouter.routing(), so every option that lives in it must be honoured or refused here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from emo_megatron.config import flag
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """One host option: the values that are allowed, and why the others are not."""
+
+    field: str
+    """Attribute of TransformerConfig or of the parsed flags."""
+    allowed: tuple[Any, ...]
+    reason: str
+    flag: str | None = None
+    """Command-line flag, where it is not the field's name."""
+    only_with_pools: bool = False
+    """Whether the option is fine for the standard MoE."""
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is allowed; a list is if each of its items is."""
+        if isinstance(value, list | tuple) and value not in self.allowed:
+            return all(self.allows(item) for item in value)
+        return value in self.allowed
+
+    def message(self, value: Any) -> str:
+        """What must hold, what came, why."""
+        name = self.flag or flag(self.field)
+        allowed = " or ".join(repr(a) for a in self.allowed if a is not None) or "not given"
+        if None in self.allowed and allowed != "not given":
+            allowed += " or not given"
+        return f"{name} must be {allowed}; got {value!r}: {self.reason}"
+
+
+_BALANCE = (
+    "the pool router balances load over all data-parallel ranks; "
+    "use global_aux_loss (with --moe-aux-loss-coeff) or none"
+)
+
+CONFIG_REFUSALS = (
+    Refusal(
+        field="moe_router_load_balancing_type", allowed=("global_aux_loss", "none"), reason=_BALANCE
+    ),
+    Refusal(
+        field="moe_router_dtype",
+        allowed=("fp32",),
+        only_with_pools=True,
+        reason="in lower precision experts tie at the edge of the pool and of the top-k; "
+        "add --moe-router-dtype fp32",
+    ),
+    Refusal(
+        field="moe_router_score_function",
+        allowed=("softmax", "sigmoid"),
+        reason="only these scores are defined inside a pool",
+    ),
+    Refusal(
+        field="moe_router_num_groups",
+        allowed=(None,),
+        reason="a group whose experts are all outside the pool would still be picked",
+    ),
+    Refusal(
+        field="moe_router_group_topk",
+        allowed=(None,),
+        reason="a group whose experts are all outside the pool would still be picked",
+    ),
+    Refusal(
+        field="moe_router_fusion",
+        allowed=(False,),
+        reason="the fused router of Transformer Engine knows no pools",
+    ),
+    Refusal(
+        field="moe_enable_routing_replay",
+        allowed=(False,),
+        reason="replay records the stock router's choice, which is not made here",
+    ),
+    Refusal(
+        field="moe_expert_capacity_factor",
+        allowed=(None,),
+        reason="pools are dropless: a dropped token would change its document's experts",
+    ),
+    Refusal(
+        field="moe_latent_size", allowed=(None,), reason="latent experts have not been tried with pools"
+    ),
+    Refusal(
+        field="mlp_chunks_for_training",
+        allowed=(1,),
+        reason="a chunk of a micro-batch has lost its documents",
+    ),
+    Refusal(
+        field="mtp_num_layers",
+        allowed=(None, 0),
+        reason="Megatron builds multi-token-prediction layers with the stock router",
+    ),
+    Refusal(
+        field="overlap_moe_expert_parallel_comm",
+        allowed=(False,),
+        reason="its schedule does not pass document boundaries to the layers",
+    ),
+    Refusal(
+        field="cuda_graph_impl",
+        allowed=("none",),
+        reason="a captured graph would replay the first micro-batch's documents",
+    ),
+    Refusal(
+        field="transformer_impl",
+        allowed=("local", "transformer_engine"),
+        reason="inference-optimised layers have a router of their own",
+    ),
+    Refusal(
+        field="experimental_attention_variant",
+        allowed=(None,),
+        reason="Megatron's decoder spec does not build it",
+    ),
+    Refusal(
+        field="context_parallel_size",
+        allowed=(1,),
+        reason="this version has not been compared with a single process under context parallelism",
+    ),
+)
+"""Rows on Megatron's TransformerConfig; they hold wherever the pool layers are built."""
+
+SCRIPT_REFUSALS = (
+    Refusal(field="sft", allowed=(False,), reason="supervised fine-tuning has its own dataset"),
+    Refusal(field="fim_data", allowed=(False,), reason="fill-in-the-middle has its own dataset"),
+    Refusal(
+        field="logits_load_dir",
+        allowed=(None,),
+        reason="distillation from stored logits is not built into this script",
+    ),
+    Refusal(
+        field="modelopt_enabled",
+        allowed=(False,),
+        reason="ModelOpt builds the model with its own specs",
+    ),
+    Refusal(
+        field="spec",
+        allowed=(None,),
+        reason="this script builds the pool spec itself; --spec is for pretrain_gpt.py",
+    ),
+    Refusal(
+        field="hybrid_context_parallel",
+        allowed=(False,),
+        reason="its batches are cut differently on every rank",
+    ),
+    Refusal(
+        field="heterogeneous_layers_config_path",
+        allowed=(None,),
+        reason="heterogeneous layers are built by another spec",
+    ),
+    Refusal(
+        field="reset_attention_mask",
+        allowed=(False,),
+        reason="attention already keeps to documents with --dataloader-inter-document-masking",
+    ),
+)
+"""Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""

@@ -1,0 +1,202 @@
+"""Pretraining on megatron.training: batches with document boundaries on every stage, the step, the loss, the datasets.
+
+The pieces `megatron.training.pretrain` asks for. They differ from pretrain_gpt.py in two points: every pipeline stage
+builds the dataset, so that the routers of middle stages see boundaries, and the sample clock is set before each step.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from emo_megatron.mcore.context import CLOCK
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
+
+
+def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict[str, Any]:
+    """This stage's part of the next micro-batch.
+
+    Returns:
+        BATCH_KEYS -> tensor or None. Token tensors are [1, mbs * s] with document boundaries and [mbs, s] without;
+        middle stages get the boundaries only.
+    """
+    args = get_args()
+    has_documents = args.dataloader_inter_document_masking
+    if not has_documents and not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None, "the dataset is built on every stage"
+        loaded = next(data_iterator)
+        batch = {
+            key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
+            for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=has_documents,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return flatten_batch_for_packed_sequences(batch)
+
+
+def allow_flat_microbatches(config: TransformerConfig) -> None:
+    """Let pipeline stages exchange packed micro-batches of several samples.
+
+    Those are [mbs * s, 1, h], but Megatron's schedules receive [s, mbs, h] unless shapes travel with the tensors.
+    """
+    args = get_args()
+    if (
+        args.dataloader_inter_document_masking
+        and args.pipeline_model_parallel_size > 1
+        and args.micro_batch_size > 1
+    ):
+        config.variable_seq_lengths = True
+
+
+def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """The micro-batch's document boundaries in the form Megatron's layers take; None without boundaries."""
+    if batch.get("cu_seqlens") is None:
+        return None
+    cu_seqlens = batch["cu_seqlens"].squeeze(0)
+    longest = int(batch["max_seqlen"].item())
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
+def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Summed cross entropy of this rank's tokens, their number, and both for the log."""
+    args = get_args()
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(output_tensor.reshape(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    if args.check_for_nan_in_loss_and_grad:
+        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=is_bad,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    return loss, num_tokens, report
+
+
+def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through this stage."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    packed = packed_documents(batch)
+    timers("batch-generator").stop()
+    CLOCK.consumed_samples = get_args().consumed_train_samples
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=packed,
+    )
+    return output, functools.partial(loss_func, batch["loss_mask"])
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Train, validation and test datasets, on tensor-parallel rank 0 of every stage that needs tokens or boundaries."""
+    args = get_args()
+
+    def is_built_here() -> bool:
+        if mpu.get_tensor_model_parallel_rank() != 0:
+            return False
+        needs_boundaries = bool(args.dataloader_inter_document_masking)
+        return needs_boundaries or bool(is_first_or_last_pipeline_stage(vp_stage))
+
+    print_rank_0("> building train, validation, and test datasets ...")
+    builder = BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        is_built_here,
+        dataset_config(args),
+    )
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+# megatron.training builds such a provider's datasets on every rank
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def dataset_config(args: Any) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its own flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences_per_dataset = json.load(file)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences_per_dataset,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )

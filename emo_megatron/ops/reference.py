@@ -1,0 +1,210 @@
+"""The routing ops in plain PyTorch: the definition every other backend is tested against.
+
+Shapes: T tokens on this rank, E routed experts, K experts a token, D documents of the micro-batch.
+Source: arXiv 2605.06663, section 3, and its authors' released router; the three steps are apart because an all-reduce
+over the ranks that share a document stands between the first and the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SCORE_FRACTION_BITS = 27
+"""Document scores are probabilities in fixed point with so many fractional bits: sums of 2**36 tokens fit in int64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Where every token goes, and what the losses and metrics need. Differentiable: probs, score_sums, z."""
+
+    probs_TE: Tensor
+    """[T, E] in the dtype of the logits: the weight of each chosen expert, 0 elsewhere and for padding."""
+    routing_map_TE: Tensor
+    """[T, E] bool: True where the expert is chosen. All False for padding."""
+    tokens_per_expert_E: Tensor
+    """[E] int64: tokens that chose the expert."""
+    score_sums_E: Tensor
+    """[E] float32: scores (K-independent, summing to 1 a token) summed over tokens, for the balance loss."""
+    z_T: Tensor
+    """[T] float32: log-sum-exp of the logits that carry weight; 0 for padding."""
+    entropy_T: Tensor
+    """[T] float32: entropy of the scores in nats; 0 for padding. Not differentiable; for metrics."""
+
+
+def document_scores(logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
+    """Sum each document's router probabilities, exactly.
+
+    Args:
+        logits_TE: [T, E] router logits of any float dtype.
+        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding and counts nowhere.
+        num_documents: D.
+
+    Returns:
+        [D, E] int64, the softmax over all E experts in units of 2**-27, summed over the document's tokens. Integer
+        sums do not depend on the order of the tokens or on how ranks cut the document. Not differentiable.
+    """
+    with torch.no_grad():
+        probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+        fixed_TE = (probs_TE * 2.0**SCORE_FRACTION_BITS).round_().to(torch.int64)
+        # padding goes to a row of its own that is cut off again: no data-dependent shapes, no host sync
+        row_T = torch.where(document_ids_T < 0, num_documents, document_ids_T)
+        sums = fixed_TE.new_zeros(num_documents + 1, fixed_TE.shape[1])
+        return sums.index_add_(0, row_T, fixed_TE)[:num_documents]
+
+
+def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0) -> Tensor:
+    """Choose each document's pool: its best-scored experts.
+
+    Args:
+        scores_DE: [D, E] document scores, reduced over every rank that holds a piece of the document.
+        pool_sizes_D: [D] int64, experts wanted; E and more means all.
+        num_forced: the last so many experts are always in and count towards the size.
+
+    Returns:
+        [D, E] bool with max(pool_size, num_forced) True a row. Ties go to the lower index. Not differentiable.
+    """
+    num_free = scores_DE.shape[1] - num_forced
+    order_DE = scores_DE[:, :num_free].sort(dim=-1, descending=True, stable=True).indices
+    is_kept_DE = torch.arange(num_free, device=scores_DE.device) < (pool_sizes_D - num_forced)[:, None]
+    pool_DE = torch.ones_like(scores_DE, dtype=torch.bool)
+    pool_DE[:, :num_free] = torch.empty_like(is_kept_DE).scatter_(1, order_DE, is_kept_DE)
+    return pool_DE
+
+
+def pool_topk(
+    logits_TE: Tensor,
+    *,
+    document_ids_T: Tensor | None = None,
+    pool_DE: Tensor | None = None,
+    top_k: int,
+    score_function: Literal["softmax", "sigmoid"] = "softmax",
+    pre_softmax: bool = True,
+    expert_bias_E: Tensor | None = None,
+    scaling_factor: float | None = None,
+    mask: Literal["logits", "selection"] = "logits",
+) -> Routing:
+    """Route each token to the top-k experts of its document's pool.
+
+    Args:
+        logits_TE: [T, E] router logits, differentiable.
+        document_ids_T: [T] int64, the row of pool_DE each token belongs to; -1 is padding, which goes nowhere and
+            counts nowhere. None: no padding (then pool_DE must be None or have one row).
+        pool_DE: [D, E] bool, True = in the pool, at least top_k True a row. None: all experts.
+        top_k: K, experts a token.
+        score_function: softmax, or sigmoid normalised over the chosen experts.
+        pre_softmax: weights are the softmax over the pool at the chosen experts (the paper); False: softmax over the
+            chosen logits alone, Megatron's renormalised top-k. Ignored for sigmoid.
+        expert_bias_E: [E] float32 added to sigmoid scores for the choice only.
+        scaling_factor: multiplies the weights.
+        mask: "logits": experts outside the pool carry no weight and no loss (the paper). "selection": the pool limits
+            the choice only.
+
+    Returns:
+        Routing. Ties go to the lower expert index. No gradient flows through the choice.
+    """
+    is_allowed_TE, is_padding_T = _allowed(logits_TE, document_ids_T, pool_DE)
+    excluded = float("-inf")
+    logits_f_TE = logits_TE.float()
+    carrying_TE = logits_f_TE
+    if is_allowed_TE is not None and mask == "logits":
+        carrying_TE = logits_f_TE.masked_fill(~is_allowed_TE, excluded)
+
+    if score_function == "softmax":
+        scores_TE = torch.softmax(carrying_TE, dim=-1)
+        keys_TE = scores_TE if pre_softmax else carrying_TE
+    else:
+        gates_TE = torch.sigmoid(logits_f_TE)
+        keys_TE = gates_TE if expert_bias_E is None else gates_TE + expert_bias_E.float()
+        counted_TE = gates_TE if is_allowed_TE is None or mask != "logits" else gates_TE * is_allowed_TE
+        scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
+    # the mask goes onto the keys last: a bias, or an underflowed probability, must not let an excluded expert win
+    keys_TE = keys_TE.detach()
+    if is_allowed_TE is not None:
+        keys_TE = keys_TE.masked_fill(~is_allowed_TE, excluded)
+    expert_ids_TK = keys_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+
+    if score_function == "softmax":
+        chosen_TE = scores_TE if pre_softmax else logits_f_TE
+        weights_TK = chosen_TE.gather(1, expert_ids_TK)
+        if not pre_softmax:
+            weights_TK = torch.softmax(weights_TK, dim=-1)
+    else:
+        weights_TK = gates_TE.gather(1, expert_ids_TK)
+        if top_k > 1:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    if scaling_factor:
+        weights_TK = weights_TK * scaling_factor
+
+    z_T = torch.logsumexp(carrying_TE, dim=-1)
+    return _assemble(logits_TE, expert_ids_TK, weights_TK, scores_TE, z_T, is_padding_T)
+
+
+def _allowed(
+    logits_TE: Tensor, document_ids_T: Tensor | None, pool_DE: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which experts each token may use (None: all), and which tokens are padding (None: none)."""
+    is_padding_T = None if document_ids_T is None else document_ids_T < 0
+    if pool_DE is None:
+        return None, is_padding_T
+    if document_ids_T is None or is_padding_T is None:
+        if pool_DE.shape[0] != 1:
+            raise ValueError(
+                f"pool_DE must have one row when document_ids_T is None; got {pool_DE.shape[0]} rows. "
+                "Pass document_ids_T."
+            )
+        return pool_DE.expand_as(logits_TE), None
+    if pool_DE.shape[0] == 0:
+        return None, is_padding_T
+    # padding is let into every expert here, so that no row is all -inf, and taken out of every result later
+    return pool_DE[document_ids_T.clamp(min=0)] | is_padding_T[:, None], is_padding_T
+
+
+def _assemble(
+    logits_TE: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    scores_TE: Tensor,
+    z_T: Tensor,
+    is_padding_T: Tensor | None,
+) -> Routing:
+    """Scatter the choice into Megatron's [T, E] form and take padding out of everything."""
+    map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, expert_ids_TK, True)
+    probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_ids_TK, weights_TK.to(logits_TE.dtype))
+    entropy_T = -torch.xlogy(scores_TE.detach(), scores_TE.detach()).sum(dim=-1)
+    if is_padding_T is not None:
+        map_TE = map_TE & ~is_padding_T[:, None]
+        probs_TE = probs_TE.masked_fill(is_padding_T[:, None], 0.0)
+        scores_TE = scores_TE.masked_fill(is_padding_T[:, None], 0.0)
+        z_T = z_T.masked_fill(is_padding_T, 0.0)
+        entropy_T = entropy_T.masked_fill(is_padding_T, 0.0)
+    return Routing(
+        probs_TE=probs_TE,
+        routing_map_TE=map_TE,
+        tokens_per_expert_E=map_TE.sum(dim=0),
+        score_sums_E=scores_TE.sum(dim=0),
+        z_T=z_T,
+        entropy_T=entropy_T,
+    )
+
+
+def experts_per_document(
+    routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
+) -> Tensor:
+    """Distinct experts a document's tokens chose, averaged over documents with tokens here.
+
+    Args:
+        routing_map_TE: [T, E] bool.
+        document_ids_T: [T] int64, -1 padding.
+        num_documents: D.
+
+    Returns:
+        [] float32.
+    """
+    row_T = torch.where(document_ids_T < 0, num_documents, document_ids_T)
+    used = torch.zeros(num_documents + 1, routing_map_TE.shape[1], device=row_T.device)
+    used_DE = used.index_add_(0, row_T, routing_map_TE.float())[:num_documents] > 0
+    return used_DE.sum() / used_DE.any(dim=-1).sum().clamp(min=1)

@@ -1,0 +1,53 @@
+"""Pretrain EMO: pretrain_gpt.py's flags, plus the document pools' (see --help, group "document pools").
+
+    torchrun --nproc-per-node 8 examples/pretrain_emo.py \
+        --pool-min 8 --dataloader-inter-document-masking <Megatron's flags>
+
+Without --pool-min it trains the matched standard MoE. On a machine without a GPU it adds the flags that choose
+Megatron's plain PyTorch modules and runs over gloo.
+"""
+
+import sys
+
+from emo_megatron.mcore import cpu
+
+cpu.activate()
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from emo_megatron.mcore import train  # noqa: E402
+from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
+from emo_megatron.mcore.compat import require_megatron  # noqa: E402
+from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
+from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
+
+
+def main() -> None:
+    """Parse, check, and hand over to Megatron."""
+    require_megatron()
+    sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
+    args = parse_and_validate_args(
+        extra_args_provider=add_pool_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+    )
+    pool = pool_config_from_args(args)
+    model = gpt_config_from_args(args)
+    check_run(pool, model.transformer, args)
+    train.allow_flat_microbatches(model.transformer)
+    model.transformer_layer_spec = pool_spec_builder(pool)
+    install_metrics(pools_on=pool.is_on, has_losses=bool(args.moe_aux_loss_coeff))
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        train.datasets_provider,
+        ModelType.encoder_or_decoder,
+        train.forward_step,
+    )
+
+
+if __name__ == "__main__":
+    main()
