@@ -1,0 +1,34 @@
+# emo_megatron on NVIDIA's PyTorch image, with the image's own torch, Transformer Engine and Apex.
+#
+#   docker build -t emo_megatron .
+#   docker run --gpus all --rm emo_megatron python -m emo_megatron env
+ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
+FROM ${BASE}
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+WORKDIR /opt/emo_megatron
+
+# used where the image brings no megatron.core of its own
+ARG MEGATRON_CORE=megatron-core==0.19.2
+RUN python -c "import importlib.util as u; assert u.find_spec('megatron.core')" 2>/dev/null \
+    || pip install --no-cache-dir --no-deps "${MEGATRON_CORE}"
+
+# what the demo and the tests ask for, less what the image owns
+COPY pyproject.toml .
+RUN <<'SCRIPT'
+python - >requirements.txt <<'PYTHON'
+import re, tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+wanted = [*project["dependencies"], *extras["hf"], *extras["report"], *extras["dev"]]
+owned = {"torch", "numpy"}
+print(*(line for line in wanted if re.match(r"[\w-]+", line).group() not in owned), sep="\n")
+PYTHON
+pip install --no-cache-dir --requirement requirements.txt
+rm requirements.txt
+SCRIPT
+
+COPY . .
+RUN pip install --no-cache-dir --no-deps --editable .
+
+RUN python -m emo_megatron env && EMO_DEVICE=cpu python -m pytest -m "not slow and not gpu"

@@ -1,0 +1,75 @@
+# `make` lists the targets. Those that need .venv set it up first; a second call reuses it.
+
+TORCH ?= torch
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+STAMP := $(VENV)/.installed
+NEWS := printf '\n\033[1m%s\033[0m\n'
+
+# each candidate is run: a pyenv shim exists, and fails, for every version that pyenv knows of, and
+# Debian splits venv from python3. megatron-core 0.19 has no wheels for 3.14, where its flags break
+CANDIDATES = python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/*/bin/python)
+CAN_SERVE := import ensurepip, sys, venv; sys.exit(not (3, 12) <= sys.version_info < (3, 14))
+FIND_PYTHON = for python in $(CANDIDATES); do \
+	"$$python" -c "$(CAN_SERVE)" >/dev/null 2>&1 && break; python=; done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format types bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install (once; another torch: make setup TORCH="torch==2.13.0")
+
+demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (ARGS="--quick")
+	@$(RUN) emo_megatron demo $(ARGS)
+
+test: $(STAMP) ## run the tests that CI runs (ARGS="-k router")
+	@$(RUN) pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP) ## run all tests, the slow ones too, and the GPU ones where there is a GPU
+	@$(RUN) pytest $(ARGS)
+
+lint: $(STAMP) ## check style, spelling and which package imports which
+	@$(RUN) ruff check --quiet .
+	@$(RUN) ruff format --check --quiet .
+	@$(VENV)/bin/codespell
+	@$(VENV)/bin/lint-imports --no-logo
+
+format: $(STAMP) ## rewrite the code in the project's style
+	@$(RUN) ruff check --fix --quiet .
+	@$(RUN) ruff format --quiet .
+
+types: $(STAMP) ## check the types
+	@$(RUN) mypy
+
+bench: $(STAMP) ## run the benchmarks
+	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(VENV)/bin/python $$script || exit; done
+
+clean: ## remove build products and caches (.venv and runs/ stay)
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts in, so an interrupted one is made again
+$(VENV)/bin/pip:
+	@$(FIND_PYTHON); \
+	if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.12 or 3.13 that can make a venv: apt install python3-venv (Debian 13, Ubuntu 24.04) or pyenv install 3.12" >&2; \
+	    exit 1; \
+	fi; \
+	$(NEWS) "Creating $(VENV) with $$($$python --version)"; \
+	"$$python" -m venv $(VENV)
+
+ifeq ($(origin TORCH), command line)
+.PHONY: $(STAMP)  # an explicit TORCH is never taken for done
+endif
+
+# written last: an interrupted set-up goes on where it stopped, with what pip has already fetched
+$(STAMP): pyproject.toml setup.py | $(VENV)/bin/pip
+	@$(NEWS) "Installing $(TORCH): on Linux the default is a CUDA build, some 3 GB to fetch and 6 GB on disk"
+	@$(RUN) pip install --disable-pip-version-check "$(TORCH)"
+	@$(NEWS) "Installing emo_megatron with what the demo and the tests need: some 0.5 GB"
+	@$(RUN) pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
+	@touch $(STAMP)

@@ -1,0 +1,177 @@
+"""What this machine has and whether emo_megatron supports it: `python -m emo_megatron env`."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+
+import emo_megatron
+
+Release = tuple[int, ...]
+
+SUPPORTED: dict[str, tuple[Release, Release | None]] = {
+    "python": ((3, 12), None),
+    "torch": ((2, 11), None),
+    "megatron-core": ((0, 18), (0, 20)),
+}
+"""First supported release of each, and the first one that is not."""
+
+PACKAGES = {
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "transformer-engine": "transformer_engine",
+    "apex": "apex",
+    "nvidia-modelopt": "modelopt",
+    "megatron-bridge": "megatron.bridge",
+}
+"""Distribution name to the module it installs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """One piece of software: its version, or why there is none, and whether it is supported."""
+
+    version: str
+    supported: str
+    """The range, such as '>=0.18, <0.20'; empty where any version does."""
+    is_supported: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvironmentReport:
+    """Everything a bug report needs to say about a machine."""
+
+    emo_megatron: str
+    platform: str
+    versions: dict[str, Version]
+    backends: dict[str, str]
+    """Op backend to the reason it is not available, '' where it is."""
+    gpus: tuple[str, ...]
+    driver: str
+    compiler: str
+    nvcc: str
+    variables: dict[str, str]
+    """Our own environment variables, EMO_*."""
+
+
+def collect_environment() -> EnvironmentReport:
+    """Look at this machine; whatever is broken is reported, never raised."""
+    torch_build, gpus = _torch_build_and_gpus()
+    versions = {"python": _judge("python", platform.python_version())}
+    for distribution, module in PACKAGES.items():
+        versions[distribution] = _judge(distribution, _find_version(distribution, module))
+    if torch_build:
+        versions["torch"] = _judge("torch", torch_build)
+    return EnvironmentReport(
+        emo_megatron=emo_megatron.__version__,
+        platform=platform.platform(),
+        versions=versions,
+        backends=_find_backends(),
+        gpus=gpus,
+        driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        compiler=_first_line(os.environ.get("CXX") or "c++", "--version"),
+        nvcc=_first_line("nvcc", "--version", pattern=r"release (\S+?),"),
+        variables={name: value for name, value in os.environ.items() if name.startswith("EMO_")},
+    )
+
+
+def format_text(report: EnvironmentReport) -> str:
+    """Lay a report out for people, one fact a line."""
+    rows = [("emo_megatron", report.emo_megatron), ("platform", report.platform)]
+    for name, found in report.versions.items():
+        verdict = "supported" if found.is_supported else "NOT SUPPORTED, needs"
+        note = f" ({verdict} {found.supported})" if found.supported else ""
+        rows.append((name, found.version + note))
+    for name, reason in report.backends.items():
+        rows.append((f"{name} ops", f"not available: {reason}" if reason else "available"))
+    rows += [("gpu", gpu) for gpu in report.gpus or ("none",)]
+    rows += [("driver", report.driver), ("c++", report.compiler), ("nvcc", report.nvcc)]
+    rows += sorted(report.variables.items())
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:{width}}{value}" for name, value in rows)
+
+
+def format_json(report: EnvironmentReport) -> str:
+    """Lay a report out for programs."""
+    return json.dumps(asdict(report), indent=2)
+
+
+def _judge(name: str, version: str) -> Version:
+    if name not in SUPPORTED:
+        return Version(version=version, supported="", is_supported=True)
+    first, end = SUPPORTED[name]
+    release = _parse_release(version)
+    supported = f">={_join(first)}" + (f", <{_join(end)}" if end else "")
+    is_supported = release >= first and (end is None or release < end)
+    return Version(version=version, supported=supported, is_supported=is_supported)
+
+
+def _parse_release(version: str) -> Release:
+    """Read the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendor pre-releases count."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in numbers.group().split(".")) if numbers else ()
+
+
+def _join(release: Release) -> str:
+    return ".".join(str(part) for part in release)
+
+
+def _find_version(distribution: str, module: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    except Exception as error:  # a half-removed package has metadata nobody can read
+        return f"broken metadata: {error!r}"
+    try:
+        is_found = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        is_found = False
+    return "importable, version unknown" if is_found else "not installed"
+
+
+def _torch_build_and_gpus() -> tuple[str, tuple[str, ...]]:
+    try:
+        import torch
+
+        build = torch.version.cuda
+        gpus = tuple(
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+            for properties in map(
+                torch.cuda.get_device_properties, range(torch.cuda.device_count())
+            )
+        )
+    except ModuleNotFoundError:
+        return "", ()
+    except Exception as error:
+        return f"does not load: {error!r}", ()
+    return f"{torch.__version__} ({f'CUDA {build}' if build else 'CPU'} build)", gpus
+
+
+def _find_backends() -> dict[str, str]:
+    try:
+        from emo_megatron.ops import available_backends
+
+        return available_backends()
+    except Exception as error:
+        return {"reference": f"emo_megatron.ops does not load: {error!r}"}
+
+
+def _first_line(*command: str, pattern: str = r"(.+)") -> str:
+    """Run a tool and return what the pattern finds first in its output, or why it could not."""
+    if shutil.which(command[0]) is None:
+        return "not found"
+    try:
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"fails: {error}"
+    found = re.search(pattern, output)
+    return found.group(1) if found else "no output"

@@ -1,0 +1,46 @@
+"""What every test gets: fixed seeds, a device, and no GPU test on a machine without one."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from support.ranks import Ranks
+
+HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU always, and a GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Gives the live processes of a world size, started at its first use."""
+    started: dict[int, Ranks] = {}
+
+    def get(world_size: int) -> Ranks:
+        if world_size not in started or not started[world_size].is_alive:
+            started[world_size] = Ranks(world_size)
+        return started[world_size]
+
+    yield get
+    for group in started.values():
+        group.close()

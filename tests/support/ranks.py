@@ -1,0 +1,149 @@
+"""Real processes over gloo that stay alive between tests: a test sends a function, every rank runs it.
+
+Spawned once a world size, because importing torch and Megatron takes seconds. A function is named by its file and
+name, so that the ranks import it themselves; Megatron's groups are destroyed after each call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+class Ranks:
+    """`world_size` processes joined in one gloo group, Megatron on the CPU active in each."""
+
+    def __init__(self, world_size: int, *, megatron: Path | None = None) -> None:
+        """Start the processes.
+
+        Args:
+            world_size: processes.
+            megatron: folder to import megatron from instead of the installed one.
+        """
+        self.world_size = world_size
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world_size, port, megatron), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(
+        self, function: Callable[..., Any], *, timeout: float = 180.0, **arguments: Any
+    ) -> list[Any]:
+        """Call `function(**arguments)` on every rank.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            RuntimeError: a rank raised, died or did not answer in `timeout` seconds; the processes are gone then.
+        """
+        path = Path(sys.modules[function.__module__].__file__ or "")
+        for pipe in self._pipes:
+            pipe.send((str(path), function.__name__, arguments))
+        answers: dict[int, Any] = {}
+        while len(answers) < self.world_size:
+            pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(list(pending), timeout)
+            if not ready:
+                self._fail(f"ranks {sorted(pending.values())} did not answer in {timeout:.0f} s")
+            for pipe in ready:
+                try:
+                    is_error, value = pipe.recv()
+                except EOFError:
+                    self._fail(f"rank {pending[pipe]} died")
+                if is_error:
+                    self._fail(f"rank {pending[pipe]}: {value}")
+                answers[pending[pipe]] = value
+        return [answers[rank] for rank in range(self.world_size)]
+
+    @property
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _fail(self, message: str) -> None:
+        self.close()
+        raise RuntimeError(message)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+        EMO_DEVICE="cpu",
+    )
+    sys.path.insert(0, str(TESTS))
+    if megatron is not None:
+        sys.path.insert(0, str(megatron))
+    import torch
+
+    torch.set_num_threads(1)
+    from emo_megatron.mcore import cpu
+
+    cpu.activate()
+    torch.distributed.init_process_group("gloo")
+    while True:
+        try:
+            path, name, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((False, getattr(_load(path), name)(**arguments)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))
+        _forget_groups()
+
+
+def _load(path: str) -> Any:
+    name = "ranks_" + str(abs(hash(path)))
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def _forget_groups() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+    parallel_state.destroy_model_parallel()
+    destroy_moe_metrics_tracker()

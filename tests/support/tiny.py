@@ -1,0 +1,118 @@
+"""A tiny GPTModel with pool layers, built and trained inside a rank (tests/support/ranks.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+VOCAB = 64
+SEQ = 16
+ROWS = 2
+
+
+def setup(**sizes: int) -> None:
+    """Megatron's groups and random states for this layout; keys as initialize_model_parallel takes them."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(**sizes)
+    torch.manual_seed(7)
+    model_parallel_cuda_manual_seed(7)
+
+
+def transformer_config(**overrides: Any) -> Any:
+    """TransformerConfig of two MoE layers with 8 routed experts, top-2 and a shared expert."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    options: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_moe_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 0.05,
+        "moe_z_loss_coeff": 0.001,
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+        "pipeline_dtype": torch.float32,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        "sequence_parallel": parallel_state.get_tensor_model_parallel_world_size() > 1,
+    }
+    return TransformerConfig(**(options | overrides))
+
+
+def model(pool: Any = None, **overrides: Any) -> Any:
+    """A GPTModel on this pipeline stage; `pool` None gives Megatron's stock local spec."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from emo_megatron.mcore.spec import pool_block_spec
+
+    config = transformer_config(**overrides)
+    if pool is None:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        )
+    else:
+        spec = pool_block_spec(config, pool=pool)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=VOCAB,
+        max_sequence_length=SEQ * ROWS,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def packed(cu_seqlens: list[int], **overrides: Any) -> Any:
+    """PackedSeqParams of these document boundaries."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
+    longest = int(bounds.diff().max())
+    options: dict[str, Any] = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": bounds,
+        "cu_seqlens_kv": bounds,
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest,
+        "tokens_per_sample": SEQ,
+    }
+    return PackedSeqParams(**(options | overrides))
+
+
+def batch(seed: int, *, rows: int = ROWS) -> dict[str, torch.Tensor]:
+    """Random tokens, labels and positions of a packed micro-batch, [1, rows * SEQ]."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (1, rows * SEQ), generator=generator)
+    return {
+        "input_ids": tokens,
+        "labels": tokens.roll(-1, dims=1),
+        "position_ids": torch.arange(SEQ).repeat(rows)[None],
+    }

@@ -1,0 +1,119 @@
+"""emo_megatron.cli: commands reach their function, and errors are one line and status 2."""
+
+import json
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from emo_megatron import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeDemoConfig:
+    """Options of a demo that only a test runs."""
+
+    steps: int = 3
+    quick: bool = False
+
+
+@pytest.fixture
+def fake_demo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = types.ModuleType("emo_megatron.demo.run")
+    module.DemoConfig = FakeDemoConfig
+    module.run_demo = lambda config: Path("runs") / f"{config.steps}-{config.quick}"
+    monkeypatch.setitem(sys.modules, "emo_megatron.demo.run", module)
+    return module
+
+
+def test_demo_gets_its_options_and_says_where_results_lie(
+    fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--steps", "7", "--quick"]) == 0
+    assert capsys.readouterr().out == "results: runs/7-True\n"
+
+
+def test_demo_help_lists_its_options(
+    fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--help"])
+    assert stop.value.code == 0
+    assert "--steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, ImportError])
+def test_errors_of_the_user_are_one_line(
+    kind: type[Exception], fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_demo(config: FakeDemoConfig) -> Path:
+        raise kind("steps must be at least 1; got 0. Raise --steps.")
+
+    fake_demo.run_demo = run_demo
+    assert cli.main(["demo", "--steps", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: steps must be at least 1; got 0. Raise --steps.\n"
+    assert captured.out == ""
+
+
+def test_a_missing_package_names_the_extra(
+    fake_demo: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+
+    def run_demo(config: FakeDemoConfig) -> Path:
+        import tokenizers
+
+        return Path(tokenizers.__name__)
+
+    fake_demo.run_demo = run_demo
+    assert cli.main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "demo needs tokenizers" in err
+    assert "pip install 'emo_megatron[demo]'" in err
+
+
+def test_a_bug_of_ours_keeps_its_traceback(fake_demo: types.ModuleType) -> None:
+    def run_demo(config: FakeDemoConfig) -> Path:
+        import emo_megatron.no_such_module as module
+
+        return Path(module.__name__)
+
+    fake_demo.run_demo = run_demo
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["demo"])
+
+
+def test_an_interrupt_is_no_traceback(fake_demo: types.ModuleType) -> None:
+    def run_demo(config: FakeDemoConfig) -> Path:
+        raise KeyboardInterrupt
+
+    fake_demo.run_demo = run_demo
+    assert cli.main(["demo"]) == 130
+
+
+def test_env_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env", "--json"]) == 0
+    assert "torch" in json.loads(capsys.readouterr().out)["versions"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from emo_megatron import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "env" in done.stdout
+    assert "demo" in done.stdout

@@ -1,0 +1,111 @@
+"""emo_megatron.environment: the report says what is there and survives what is broken."""
+
+import importlib.metadata
+import json
+import os
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+
+import emo_megatron
+from emo_megatron import environment
+from emo_megatron.environment import collect_environment, format_json, format_text
+
+
+@pytest.fixture(autouse=True)
+def _quick_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_first_line", lambda *command, **_: f"{command[0]} 1.2")
+
+
+def test_reports_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMO_DEVICE", "cpu")
+    report = collect_environment()
+    assert report.emo_megatron == emo_megatron.__version__
+    assert report.versions["python"].version == ".".join(map(str, sys.version_info[:3]))
+    assert report.versions["python"].is_supported
+    assert report.versions["torch"].version.startswith(importlib.metadata.version("torch")[:4])
+    assert report.versions["torch"].version.endswith(" build)")
+    assert report.backends["reference"] == ""
+    assert report.variables == {k: v for k, v in os.environ.items() if k.startswith("EMO_")}
+    assert report.nvcc == "nvcc 1.2"
+
+
+def test_text_has_a_line_a_fact_and_says_what_is_not_supported() -> None:
+    report = collect_environment()
+    old = environment._judge("megatron-core", "0.16.1")
+    report = replace(
+        report,
+        versions={**report.versions, "megatron-core": old},
+        backends={"reference": "", "native": "not built"},
+        gpus=(),
+    )
+    lines = format_text(report).splitlines()
+    facts = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
+    assert facts["megatron-core"] == "0.16.1 (NOT SUPPORTED, needs >=0.18, <0.20)"
+    assert facts["python"].endswith("(supported >=3.12)")
+    assert facts["reference ops"] == "available"
+    assert facts["native ops"] == "not available: not built"
+    assert facts["gpu"] == "none"
+
+
+def test_json_holds_the_whole_report() -> None:
+    report = collect_environment()
+    read = json.loads(format_json(report))
+    assert read["versions"]["torch"]["version"] == report.versions["torch"].version
+    assert read["backends"] == report.backends
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "is_supported"),
+    [
+        ("torch", "2.11.0a0+50e2f1", True),
+        ("torch", "2.10.1", False),
+        ("megatron-core", "0.19.2", True),
+        ("megatron-core", "0.20.0rc1", False),
+        ("megatron-core", "not installed", False),
+        ("apex", "not installed", True),
+    ],
+)
+def test_judges_versions(name: str, version: str, is_supported: bool) -> None:
+    assert environment._judge(name, version).is_supported is is_supported
+
+
+def test_survives_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(distribution: str) -> str:
+        if distribution == "apex":
+            raise TypeError("metadata without a version")
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    broken_torch = types.ModuleType("torch")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setitem(sys.modules, "torch", broken_torch)
+    monkeypatch.setitem(sys.modules, "emo_megatron.ops", types.ModuleType("emo_megatron.ops"))
+    report = collect_environment()
+    assert report.versions["apex"].version.startswith("broken metadata")
+    assert report.versions["torch"].version.startswith("does not load")
+    assert not report.versions["torch"].is_supported
+    assert "does not load" in report.backends["reference"]
+
+
+def test_survives_missing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    report = collect_environment()
+    assert report.gpus == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ((sys.executable, "-c", "print('tool 1.2\\nmore')"), "tool 1.2"),
+        ((sys.executable, "-c", "pass"), "no output"),
+        ((sys.executable, "-c", "raise SystemExit(3)"), "fails: "),
+        (("no-such-tool-anywhere",), "not found"),
+    ],
+)
+def test_first_line_of_a_tool(
+    command: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert environment._first_line(*command).startswith(expected)
