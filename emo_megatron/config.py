@@ -80,7 +80,9 @@ class PoolConfig:
             ("pool_balance", PoolBalance),
         ):
             if getattr(self, name) not in get_args(kind):
-                found.append(f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
+                found.append(
+                    f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}"
+                )
         for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -89,7 +91,9 @@ class PoolConfig:
             if getattr(self, name) < 0:
                 found.append(f"{flag(name)} must not be negative; got {getattr(self, name)}")
         if not 0.0 <= self.pool_unrestricted <= 1.0:
-            found.append(f"{flag('pool_unrestricted')} must lie in [0, 1]; got {self.pool_unrestricted}")
+            found.append(
+                f"{flag('pool_unrestricted')} must lie in [0, 1]; got {self.pool_unrestricted}"
+            )
         return found + (self._problems_when_on() if self.is_on else self._problems_when_off())
 
     def _problems_when_on(self) -> list[str]:

@@ -12,11 +12,13 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
+from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.refusals import CONFIG_REFUSALS, SCRIPT_REFUSALS, Refusal
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for every PoolConfig field, documented by that field (Megatron's extra_args_provider)."""
+    repair_help(parser)
     group = parser.add_argument_group(
         "document pools",
         "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min.",

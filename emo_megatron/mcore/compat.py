@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import re
 
 import torch
 
@@ -34,3 +36,10 @@ def is_in_backward() -> bool:
     tests for the same purpose; -1 means no backward is running on this thread.
     """
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def repair_help(parser: argparse.ArgumentParser) -> None:
+    """Escape stray percent signs in help texts: 0.19.2 has one, and argparse's --help fails on it."""
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%(?![(%])", "%%", re.sub(r"%%", "%", action.help))

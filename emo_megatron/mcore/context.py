@@ -102,11 +102,16 @@ def _make_scope(
 ) -> PoolScope:
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
     tokens_per_sample = getattr(packed, "tokens_per_sample", None)
+    bounds, padded_bounds = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
+    if pool.pool_eos_starts_document:
+        sample = tokens_per_sample or num_tokens
+        bounds = _before_last_token(bounds, sample)
+        padded_bounds = None if padded_bounds is None else _before_last_token(padded_bounds, sample)
     segments = DocumentSegments.from_cu_seqlens(
-        packed.cu_seqlens_q,
+        bounds,
         num_tokens=num_tokens,
         tokens_per_sample=tokens_per_sample,
-        cu_seqlens_padded=packed.cu_seqlens_q_padded,
+        cu_seqlens_padded=padded_bounds,
         check=True if pool.pool_check else None,
     )
     if pool.pool_scope == "sample":
@@ -128,3 +133,11 @@ def _make_scope(
         sample_positions_D=segments.rows_D + first,
         consumed_samples=CLOCK.consumed_samples,
     )
+
+
+def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:
+    """Boundaries one token earlier, so that a document's last token, its EOS, opens the next one.
+
+    The ends of samples stay: whether an EOS stands there cannot be told from boundaries.
+    """
+    return torch.where(cu_seqlens % tokens_per_sample == 0, cu_seqlens, cu_seqlens - 1)

@@ -1,4 +1,4 @@
-"""Stock Megatron-Core on a machine without CUDA: its calls into torch.cuda answered on the CPU, its collectives on gloo.
+"""Stock Megatron-Core without CUDA: its calls into torch.cuda answered on the CPU, its collectives on gloo.
 
 Megatron asks torch.cuda for streams, events, random states, memory figures and tensors even where nothing is computed
 there. `activate()` gives each of those an answer that is true of one CPU rank, so the unmodified Megatron, with
@@ -58,7 +58,10 @@ def activate() -> bool:
         _mode = _CudaDevicesToCpu()
         _mode.__enter__()
         if int(os.environ.get("RANK", "0")) == 0:
-            print("emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo", flush=True)
+            print(
+                "emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo",
+                flush=True,
+            )
     return True
 
 
@@ -108,6 +111,9 @@ class _Event:
         return 0.0
 
 
+_RUNS_BACKWARD = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+
+
 class _CudaDevicesToCpu(TorchFunctionMode):
     """Sends tensors asked for on a CUDA device to the CPU and names CPU tensor types as CUDA's."""
 
@@ -122,6 +128,10 @@ class _CudaDevicesToCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # gradient clipping asserts that it was handed "torch.cuda.FloatTensor"
             return func(*args).replace("torch.", "torch.cuda.")
+        if func in _RUNS_BACKWARD:
+            # a mode is off while its handler runs, and recomputation happens in there
+            with self:
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 

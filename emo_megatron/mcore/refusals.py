@@ -86,7 +86,9 @@ CONFIG_REFUSALS = (
         reason="pools are dropless: a dropped token would change its document's experts",
     ),
     Refusal(
-        field="moe_latent_size", allowed=(None,), reason="latent experts have not been tried with pools"
+        field="moe_latent_size",
+        allowed=(None,),
+        reason="latent experts have not been tried with pools",
     ),
     Refusal(
         field="mlp_chunks_for_training",

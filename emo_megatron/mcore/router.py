@@ -37,9 +37,7 @@ class PoolRouter(TopKRouter):
         self.pool = pool
         self._step_counts: balance.TokenCounts | None = None
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
         Args:

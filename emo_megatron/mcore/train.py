@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,8 +172,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences_per_dataset = json.load(file)
+        sequences_per_dataset = json.loads(Path(args.per_dataset_sequences_path).read_text())
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

@@ -69,7 +69,9 @@ def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0)
     """
     num_free = scores_DE.shape[1] - num_forced
     order_DE = scores_DE[:, :num_free].sort(dim=-1, descending=True, stable=True).indices
-    is_kept_DE = torch.arange(num_free, device=scores_DE.device) < (pool_sizes_D - num_forced)[:, None]
+    is_kept_DE = (
+        torch.arange(num_free, device=scores_DE.device) < (pool_sizes_D - num_forced)[:, None]
+    )
     pool_DE = torch.ones_like(scores_DE, dtype=torch.bool)
     pool_DE[:, :num_free] = torch.empty_like(is_kept_DE).scatter_(1, order_DE, is_kept_DE)
     return pool_DE
@@ -119,7 +121,9 @@ def pool_topk(
     else:
         gates_TE = torch.sigmoid(logits_f_TE)
         keys_TE = gates_TE if expert_bias_E is None else gates_TE + expert_bias_E.float()
-        counted_TE = gates_TE if is_allowed_TE is None or mask != "logits" else gates_TE * is_allowed_TE
+        counted_TE = (
+            gates_TE if is_allowed_TE is None or mask != "logits" else gates_TE * is_allowed_TE
+        )
         scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
     # the mask goes onto the keys last: a bias, or an underflowed probability, must not let an excluded expert win
     keys_TE = keys_TE.detach()

@@ -64,7 +64,9 @@ def top_p_pool_sizes(scores_DE: Tensor, *, top_p: float, low: int, high: int) ->
     return (is_short_DE.sum(dim=-1) + 1).clamp(min=low, max=high)
 
 
-def _hash(position_D: Tensor, offset_D: Tensor, layer_number: int, seed: int, *, stream: int) -> Tensor:
+def _hash(
+    position_D: Tensor, offset_D: Tensor, layer_number: int, seed: int, *, stream: int
+) -> Tensor:
     """Chain splitmix64's finaliser over the counters; int64 multiplication wraps on every device."""
     state_D = torch.full_like(position_D, _wrap(seed * 4 + stream + 1))
     for counter in (position_D, offset_D, torch.full_like(position_D, layer_number)):

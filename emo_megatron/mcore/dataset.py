@@ -1,0 +1,48 @@
+"""Write token documents as the indexed dataset Megatron trains on."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+
+def write_indexed_dataset(
+    prefix: Path, documents: Iterable[Sequence[int]], *, vocab_size: int
+) -> None:
+    """Write `prefix`.bin and `prefix`.idx, one sequence a document, in the order given.
+
+    Both files are written under temporary names and renamed, the index last, so an interrupted
+    call never leaves an index without its data.
+
+    Args:
+        prefix: path without ending; its folder is made if missing.
+        documents: token ids in [0, vocab_size), each document with its end-of-document id.
+        vocab_size: decides the width of a token on disk.
+
+    Raises:
+        ValueError: if a document is empty or holds an id outside [0, vocab_size), or there is none.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    data, index = (Path(f"{prefix}.{ending}") for ending in ("bin", "idx"))
+    partial_data, partial_index = (Path(f"{path}.partial") for path in (data, index))
+    builder = IndexedDatasetBuilder(str(partial_data), dtype=DType.optimal_dtype(vocab_size))
+    try:
+        for position, document in enumerate(documents):
+            tokens = np.asarray(document, dtype=np.int64)
+            if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab_size:
+                raise ValueError(
+                    f"every document must hold ids in [0, {vocab_size}); document {position} has "
+                    + (f"{tokens.min()} to {tokens.max()}" if tokens.size else "no token")
+                )
+            builder.add_document(tokens, [tokens.size])
+        if len(builder.sequence_lengths) == 0:
+            raise ValueError(f"nothing to write to {prefix}: there are no documents")
+        builder.finalize(str(partial_index))
+        index.unlink(missing_ok=True)
+        partial_data.replace(data)
+        partial_index.replace(index)
+    finally:
+        builder.data_file.close()
+        partial_data.unlink(missing_ok=True)
+        partial_index.unlink(missing_ok=True)

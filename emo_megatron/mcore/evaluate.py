@@ -1,0 +1,325 @@
+"""Held-out loss of a checkpoint by domain, with all experts and with subsets of them.
+
+    torchrun -m emo_megatron.mcore.evaluate <the training run's flags> --load CHECKPOINT \
+        --evaluate-corpus CORPUS --evaluate-output rows.json
+
+For every domain: the loss with all experts; with a fraction of them, chosen by mean router probability over the
+domain's calibration documents or at random; and the domain's module on every other domain. No pools, as exported
+models run. One process; rows are saved as they come and a second call computes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron.mcore import cpu
+from emo_megatron.modules.select import num_kept, select_random, select_top
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """One row to measure."""
+
+    domain: str
+    evaluated_on: str
+    keep_fraction: float
+    method: str
+
+    @property
+    def key(self) -> str:
+        """Names the row in the output file."""
+        return f"{self.domain}|{self.evaluated_on}|{self.keep_fraction:g}|{self.method}"
+
+
+def conditions(
+    domains: list[str], *, keep_fractions: list[float], cross_fraction: float
+) -> list[Condition]:
+    """Every row of the evaluation, full models first."""
+    rows = [Condition(domain=d, evaluated_on=d, keep_fraction=1.0, method="full") for d in domains]
+    for fraction in keep_fractions:
+        for method in ("mean_prob", "random"):
+            rows += [
+                Condition(domain=d, evaluated_on=d, keep_fraction=fraction, method=method)
+                for d in domains
+            ]
+    if cross_fraction in keep_fractions:
+        rows += [
+            Condition(domain=d, evaluated_on=o, keep_fraction=cross_fraction, method="mean_prob")
+            for d in domains
+            for o in domains
+            if o != d
+        ]
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """Packed tokens of one domain, [1, b * s], with their documents."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    seq_length: int
+
+
+def packed_sequences(
+    path: Path, *, num_tokens: int, seq_length: int, batch_size: int, eod_token: int
+) -> Iterator[Sequence]:
+    """The first `num_tokens` tokens of a domain's documents, packed as training packs them.
+
+    Args:
+        path: safetensors with "tokens" int32 [N] and "cu_seqlens" int32 [D + 1].
+        num_tokens: rounded down to whole batches of batch_size * seq_length, at least one.
+    """
+    stored = load_file(path)
+    stream, bounds = stored["tokens"].long(), stored["cu_seqlens"].long()
+    size = batch_size * seq_length
+    available = (stream.numel() - 1) // size
+    if available == 0:
+        raise ValueError(
+            f"{path} holds {stream.numel()} tokens and one batch needs {size + 1}; "
+            "give the domain more documents or lower --micro-batch-size"
+        )
+    for start in range(0, min(available, max(1, num_tokens // size)) * size, size):
+        tokens, labels = stream[start : start + size], stream[start + 1 : start + size + 1]
+        inside = bounds[(bounds > start) & (bounds < start + size)] - start
+        samples = torch.arange(0, size + 1, seq_length)
+        cu_seqlens = torch.cat([inside, samples]).unique()
+        lengths = cu_seqlens.diff()
+        positions = torch.arange(size) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
+        yield Sequence(
+            tokens=tokens[None],
+            labels=labels[None],
+            # what follows an end of document is another document: nothing to predict
+            loss_mask=(tokens != eod_token).float()[None],
+            position_ids=positions[None],
+            cu_seqlens=cu_seqlens.int(),
+            seq_length=seq_length,
+        )
+
+
+class ModuleEvaluator:
+    """Runs one model with subsets of its experts.
+
+    Args:
+        model: a GPTModel whose MoE layers hold PoolRouters, all of it in this process.
+        corpus: folder with calibration/ and validation/, one safetensors file a domain.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *, corpus: Path, seq_length: int, batch_size: int, eod: int
+    ) -> None:
+        from emo_megatron.mcore.router import PoolRouter
+
+        self.model = model.eval()
+        self.routers = [m for m in model.modules() if isinstance(m, PoolRouter)]
+        self.num_experts = int(self.routers[0].config.num_moe_experts)
+        self.corpus, self.seq_length, self.batch_size, self.eod = (
+            corpus,
+            seq_length,
+            batch_size,
+            eod,
+        )
+
+    def mean_router_probability(self, domain: str, *, num_tokens: int) -> Tensor:
+        """[L, E] float64: mean softmax over all experts on the domain's calibration tokens."""
+        sums = [torch.zeros(self.num_experts, dtype=torch.float64) for _ in self.routers]
+
+        def observer(total: Tensor) -> Any:
+            return lambda logits_TE, ids_T: total.add_(logits_TE.double().softmax(-1).sum(0).cpu())
+
+        for router, total in zip(self.routers, sums, strict=True):
+            router.observe_logits = observer(total)
+        self.loss("calibration", domain, num_tokens=num_tokens, allowed_LE=None)
+        for router in self.routers:
+            router.observe_logits = None
+        scores_LE = torch.stack(sums)
+        return scores_LE / scores_LE.sum(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def loss(
+        self, split: str, domain: str, *, num_tokens: int, allowed_LE: Tensor | None
+    ) -> tuple[float, int]:
+        """Mean loss in nats a token and the number of tokens, with the allowed experts (None: all)."""
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        for layer, router in enumerate(self.routers):
+            router.allowed_experts = (
+                None if allowed_LE is None else allowed_LE[layer].to(router.weight.device)
+            )
+        total, count = 0.0, 0.0
+        for batch in packed_sequences(
+            self.corpus / split / f"{domain}.safetensors",
+            num_tokens=num_tokens,
+            seq_length=self.seq_length,
+            batch_size=self.batch_size,
+            eod_token=self.eod,
+        ):
+            longest = int(batch.cu_seqlens.diff().max())
+            bounds = batch.cu_seqlens.cuda()
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=bounds,
+                cu_seqlens_kv=bounds,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+                tokens_per_sample=self.seq_length,
+            )
+            losses = self.model(
+                batch.tokens.cuda(),
+                batch.position_ids.cuda(),
+                None,
+                labels=batch.labels.cuda(),
+                packed_seq_params=packed,
+            )
+            mask = batch.loss_mask.to(losses.device)
+            total += float((losses.float() * mask).sum())
+            count += float(mask.sum())
+        for router in self.routers:
+            router.allowed_experts = None
+        return total / count, int(count)
+
+
+def evaluate(
+    evaluator: ModuleEvaluator,
+    rows: list[Condition],
+    *,
+    output: Path,
+    num_tokens: int,
+    calibration_tokens: int,
+    seed: int,
+) -> None:
+    """Measure every row that `output` does not hold yet; the file is replaced whole after each.
+
+    The file maps `Condition.key` to {"loss": nats a token, "tokens": count, "num_experts_kept": routed experts}.
+    """
+    done: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    scores: dict[str, Tensor] = {}
+    for row in tqdm([r for r in rows if r.key not in done], desc="evaluating", disable=None):
+        keep = num_kept(row.keep_fraction, num_experts=evaluator.num_experts)
+        allowed_LE = None
+        if row.method == "mean_prob":
+            if row.domain not in scores:
+                scores[row.domain] = evaluator.mean_router_probability(
+                    row.domain, num_tokens=calibration_tokens
+                )
+            allowed_LE = select_top(scores[row.domain], keep=keep)
+        elif row.method == "random":
+            allowed_LE = select_random(
+                num_layers=len(evaluator.routers),
+                num_experts=evaluator.num_experts,
+                keep=keep,
+                seed=seed,
+            )
+        loss, tokens = evaluator.loss(
+            "validation", row.evaluated_on, num_tokens=num_tokens, allowed_LE=allowed_LE
+        )
+        done[row.key] = {"loss": loss, "tokens": tokens, "num_experts_kept": keep}
+        temporary = output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(done, indent=1))
+        temporary.replace(output)
+
+
+def add_evaluation_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Flags of this command, next to Megatron's and the pools'."""
+    from emo_megatron.mcore.args import add_pool_args
+
+    group = add_pool_args(parser).add_argument_group("evaluation of modules")
+    group.add_argument(
+        "--evaluate-corpus", type=Path, help="folder with calibration/ and validation/"
+    )
+    group.add_argument(
+        "--evaluate-output", type=Path, help="JSON file of rows, continued if it exists"
+    )
+    group.add_argument(
+        "--evaluate-fractions", type=float, nargs="*", default=[0.5, 0.25, 0.125, 0.0625]
+    )
+    group.add_argument(
+        "--evaluate-cross", type=float, default=0.25, help="fraction of the cross-domain rows"
+    )
+    group.add_argument(
+        "--evaluate-tokens", type=int, default=16384, help="validation tokens a domain"
+    )
+    group.add_argument("--evaluate-calibration-tokens", type=int, default=8192)
+    return parser
+
+
+def main() -> None:
+    """Load a checkpoint with the training run's flags and evaluate it."""
+    cpu.activate()
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import setup_model_and_optimizer
+
+    from emo_megatron.mcore.args import check_run, pool_config_from_args
+    from emo_megatron.mcore.spec import pool_spec_builder
+
+    sys.argv[1:] = [
+        *cpu.with_cpu_flags(sys.argv[1:]),
+        "--skip-train",
+        "--no-load-optim",
+        "--no-load-rng",
+    ]
+    args = parse_and_validate_args(extra_args_provider=add_evaluation_args)
+    if args.world_size > 1:
+        raise ValueError(
+            f"evaluation runs in one process; got {args.world_size}. Use --nproc-per-node 1"
+        )
+    pool = pool_config_from_args(args)
+    config = gpt_config_from_args(args)
+    check_run(pool, config.transformer, args)
+    config.transformer_layer_spec = pool_spec_builder(pool)
+    initialize_megatron()
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    if args.iteration == 0:
+        raise ValueError(f"no checkpoint was loaded: --load {args.load} must name a finished run")
+    manifest = json.loads((args.evaluate_corpus / "corpus.json").read_text())
+    evaluator = ModuleEvaluator(
+        model[0],
+        corpus=args.evaluate_corpus,
+        seq_length=args.seq_length,
+        batch_size=args.micro_batch_size,
+        eod=manifest["eod_token"],
+    )
+    usable = [
+        f
+        for f in args.evaluate_fractions
+        if num_kept(f, num_experts=evaluator.num_experts) >= args.moe_router_topk
+    ]
+    evaluate(
+        evaluator,
+        conditions(
+            list(manifest["domains"]), keep_fractions=usable, cross_fraction=args.evaluate_cross
+        ),
+        output=args.evaluate_output,
+        num_tokens=args.evaluate_tokens,
+        calibration_tokens=args.evaluate_calibration_tokens,
+        seed=args.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Life after training: choosing the experts a task needs. No Megatron import."""

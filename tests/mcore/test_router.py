@@ -1,0 +1,311 @@
+"""PoolRouter and the layers around it, in one process of real Megatron."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emo_megatron.config import PoolConfig
+
+POOLS = PoolConfig(pool_min=3)
+
+
+def _train_step(model, cu_seqlens, seed=0, **packed_overrides):
+    from support import tiny
+
+    model.zero_grad()
+    model(
+        **tiny.batch(seed),
+        attention_mask=None,
+        packed_seq_params=tiny.packed(cu_seqlens, **packed_overrides),
+    ).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _routers(model):
+    from emo_megatron.mcore.router import PoolRouter
+
+    return [m for m in model.modules() if isinstance(m, PoolRouter)]
+
+
+def _check_stock_equality(**overrides):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import TopKRouter
+    from support import tiny
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    config = tiny.transformer_config(moe_aux_loss_coeff=0.0, moe_z_loss_coeff=None, **overrides)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stock = TopKRouter(config=config, pg_collection=groups)
+    ours = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
+    ours.load_state_dict(stock.state_dict())
+    if stock.expert_bias is not None:
+        for router in (stock, ours):
+            router.expert_bias.copy_(torch.linspace(-0.3, 0.3, 8))
+    hidden = torch.randn(SEQ_LENGTH, 2, 32, requires_grad=True)
+    upstream = torch.randn(SEQ_LENGTH * 2, 8)
+    results = []
+    for router in (stock, ours):
+        probs, routing_map = router(hidden)
+        grads = torch.autograd.grad((probs * upstream).sum(), [hidden, router.weight])
+        results.append((probs.detach(), routing_map, *grads))
+    return [bool(torch.equal(a, b)) for a, b in zip(*results, strict=True)]
+
+
+SEQ_LENGTH = 37
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"moe_router_pre_softmax": True},
+        {"moe_router_pre_softmax": False},
+        {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    ],
+    ids=lambda o: "-".join(f"{k.removeprefix('moe_router_')}={v}" for k, v in o.items()),
+)
+def test_without_pools_it_is_the_stock_router_bit_for_bit(ranks, overrides):
+    assert ranks(1).run(_check_stock_equality, **overrides) == [[True] * 4]
+
+
+def _state_dict_keys():
+    from support import tiny
+
+    tiny.setup()
+    return set(tiny.model().state_dict()), set(tiny.model(POOLS).state_dict())
+
+
+def test_state_dict_keys_are_the_stock_layers(ranks):
+    stock, ours = ranks(1).run(_state_dict_keys)[0]
+    assert stock == ours
+
+
+def _pools_and_choices():
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(POOLS)
+    seen = []
+    for router in _routers(model):
+        routing = router.routing
+
+        def spy(logits, padding_mask=None, *, router=router, routing=routing):
+            probs, routing_map = routing(logits, padding_mask)
+            scope = router.scope
+            seen.append((scope.document_ids_T, scope.pools[router.layer_number], routing_map))
+            return probs, routing_map
+
+        router.routing = spy
+    _train_step(model, [0, 5, 5, 16, 17, 32])
+    return [
+        (ids.tolist(), pool.sum(1).tolist(), bool((routing_map <= pool[ids]).all()))
+        for ids, pool, routing_map in seen
+    ]
+
+
+def test_every_token_chooses_inside_its_documents_pool(ranks):
+    seen = ranks(1).run(_pools_and_choices)[0]
+    assert len(seen) == 2
+    for ids, sizes, inside in seen:
+        assert ids == [0] * 5 + [2] * 11 + [3] + [4] * 15
+        assert all(3 <= size <= 8 for size in sizes)
+        assert inside
+    assert seen[0][1] != seen[1][1], "layers draw sizes of their own"
+
+
+def _without_boundaries():
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(POOLS)
+    try:
+        model(**tiny.batch(0), attention_mask=None)
+    except ValueError as error:
+        message = str(error)
+    model.eval()
+    evaluated = model(**tiny.batch(0), attention_mask=None)
+    return message, bool(torch.isfinite(evaluated).all())
+
+
+def test_training_without_boundaries_names_the_flag_and_evaluation_needs_none(ranks):
+    message, is_finite = ranks(1).run(_without_boundaries)[0]
+    assert "--dataloader-inter-document-masking" in message
+    assert is_finite
+
+
+def _two_in_flight(balance, **recompute):
+    """Gradients of two micro-batches whose backwards run after both forwards, first one first (as in 1F1B)."""
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(PoolConfig(pool_min=3, pool_balance=balance), **recompute)
+    losses = []
+    for seed, bounds in ((0, [0, 5, 16, 32]), (1, [0, 16, 19, 30, 32])):
+        for layer in model.decoder.layers:
+            layer.current_microbatch = seed
+        losses.append(
+            model(
+                **tiny.batch(seed), attention_mask=None, packed_seq_params=tiny.packed(bounds)
+            ).mean()
+        )
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ],
+    ids=["selective", "full"],
+)
+@pytest.mark.parametrize("balance", ["micro", "running"])
+def test_recompute_sees_its_own_micro_batch(ranks, recompute, balance):
+    want = ranks(1).run(_two_in_flight, balance=balance)[0]
+    got = ranks(1).run(_two_in_flight, balance=balance, **recompute)[0]
+    for name, gradient in want.items():
+        assert torch.equal(gradient, got[name]), name
+
+
+def _same_params_twice():
+    from support import tiny
+
+    from emo_megatron.mcore.context import CLOCK
+
+    tiny.setup()
+    model = tiny.model(POOLS)
+    params = tiny.packed([0, 5, 16, 32])
+    sizes = []
+    for consumed in (0, 2):
+        CLOCK.consumed_samples = consumed
+        model(**tiny.batch(0), attention_mask=None, packed_seq_params=params)
+        sizes.append([params.emo_scope.pools[layer].sum(1).tolist() for layer in (1, 2)])
+    CLOCK.consumed_samples = 0
+    return sizes
+
+
+def test_reused_packed_seq_params_draw_anew(ranks):
+    first, second = ranks(1).run(_same_params_twice)[0]
+    assert first != second
+
+
+def _evaluation_equals_stock():
+    from support import tiny
+
+    tiny.setup()
+    ours = tiny.model(PoolConfig(pool_min=3)).eval()
+    stock = tiny.model().eval()
+    stock.load_state_dict(ours.state_dict())
+    arguments = {**tiny.batch(3), "attention_mask": None}
+    # one document of the whole length: stock local attention takes no packed sequences
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).triu(1)
+    return (stock(**(arguments | {"attention_mask": mask})) - ours(**arguments)).abs().max().item()
+
+
+def test_evaluation_without_pools_is_the_stock_model(ranks):
+    assert ranks(1).run(_evaluation_equals_stock)[0] < 1e-5
+
+
+def _documents_apart():
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(POOLS)
+    batch = tiny.batch(5)
+    together = model(**batch, attention_mask=None, packed_seq_params=tiny.packed([0, 5, 16, 32]))
+    changed = {key: value.clone() for key, value in batch.items()}
+    changed["input_ids"][0, 5:16] = 1
+    other = model(**changed, attention_mask=None, packed_seq_params=tiny.packed([0, 5, 16, 32]))
+    same = (together - other).abs()[0]
+    return same[:5].max().item(), same[5:16].max().item(), same[16:].max().item()
+
+
+def test_documents_do_not_see_each_other(ranks):
+    before, itself, after = ranks(1).run(_documents_apart)[0]
+    assert before < 1e-6
+    assert after < 1e-6
+    assert itself > 1e-3
+
+
+def _allowed():
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(PoolConfig()).eval()
+    maps = []
+    for router in _routers(model):
+        router.allowed_experts = torch.tensor([True, False, True] + [False] * 5)
+        router.register_forward_hook(lambda module, args, out: maps.append(out[1]))
+    model(**tiny.batch(0), attention_mask=None)
+    return [m.any(0).tolist() for m in maps]
+
+
+def test_allowed_experts_restrict_routing(ranks):
+    assert ranks(1).run(_allowed)[0] == [[True, False, True] + [False] * 5] * 2
+
+
+def _losses(pool, per_token, cu_seqlens):
+    """Our attached losses against the same written out from the definition on the same logits."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from support import tiny
+
+    from emo_megatron.mcore.context import Shard, scope_of
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    config = tiny.transformer_config(calculate_per_token_loss=per_token)
+    router = PoolRouter(
+        config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), pool=pool
+    )
+    router.set_layer_number(1)
+    params = tiny.packed(cu_seqlens)
+    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
+    router.scope = scope_of(
+        params, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1
+    )
+    logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    probs, routing_map = router.routing(logits)
+    (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
+
+    ids = router.scope.document_ids_T
+    valid = ids >= 0
+    allowed = router.scope.pools[1][ids.clamp(min=0)]
+    masked = logits.reshape(32, 8).masked_fill(~allowed, float("-inf"))[valid]
+    scores = masked.softmax(-1)
+    fraction = routing_map[valid].float().mean(0) / config.moe_router_topk
+    balance = 8 * (fraction * scores.mean(0)).sum()
+    z = masked.logsumexp(-1).square().mean()
+    loss = 0.05 * balance + 0.001 * z
+    (expected,) = torch.autograd.grad(loss * (valid.sum() if per_token else 1), [logits])
+    recorded = {k: v.values[0].item() for k, v in get_moe_metrics_tracker().metrics.items()}
+    return (
+        gradient,
+        expected,
+        recorded,
+        {"global_load_balancing_loss": balance.item(), "z_loss": z.item()},
+    )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_losses_are_their_definition(ranks, per_token):
+    # the last four tokens are padding
+    gradient, expected, recorded, values = ranks(1).run(
+        _losses, pool=POOLS, per_token=per_token, cu_seqlens=[0, 5, 16, 28]
+    )[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+    for name, value in values.items():
+        assert recorded[name] == pytest.approx(value, rel=1e-5), name
+    assert 3 <= recorded["pool_size"] <= 8

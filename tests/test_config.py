@@ -1,0 +1,79 @@
+"""PoolConfig: validation, all problems at once; the schedule of the lower bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from emo_megatron.config import PoolConfig
+
+
+def test_default_is_off():
+    assert not PoolConfig().is_on
+    assert PoolConfig(pool_min=2).is_on
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"pool_min": 0}, ["--pool-min"]),
+        ({"pool_min": 4, "pool_max": 3}, ["--pool-max"]),
+        ({"pool_min": 4, "pool_forced": 5}, ["--pool-forced"]),
+        ({"pool_min": 4, "pool_unrestricted": 1.5}, ["--pool-unrestricted"]),
+        ({"pool_min": 4, "pool_rule": "top_p"}, ["--pool-top-p"]),
+        ({"pool_min": 4, "pool_top_p": 0.5}, ["--pool-top-p"]),
+        ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 1.0}, ["--pool-top-p"]),
+        ({"pool_min": 4, "pool_rule": "nearest"}, ["--pool-rule"]),
+        ({"pool_min": 4, "pool_min_start": 8}, ["--pool-min-decay-samples"]),
+        ({"pool_min": 4, "pool_min_start": 2, "pool_min_decay_samples": 9}, ["--pool-min-start"]),
+        (
+            {"pool_min": 4, "pool_max": 8, "pool_min_start": 9, "pool_min_decay_samples": 9},
+            ["--pool-min-start"],
+        ),
+        (
+            {"pool_max": 8, "pool_forced": 1, "pool_eval": 4},
+            ["--pool-max", "--pool-forced", "--pool-eval"],
+        ),
+        ({"pool_min": 4, "pool_max": 3, "pool_forced": -1}, ["--pool-max", "--pool-forced"]),
+    ],
+)
+def test_problems_name_their_flags_together(fields, names):
+    with pytest.raises(ValueError, match="pool configuration") as caught:
+        PoolConfig(**fields)
+    for name in names:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"pool_min": 1}, "--pool-min"),
+        ({"pool_min": 4, "pool_max": 64}, "--pool-max"),
+        ({"pool_min": 40}, "--pool-min"),
+        ({"pool_min": 4, "pool_eval": 1}, "--pool-eval"),
+    ],
+)
+def test_problems_with_the_model(fields, name):
+    problems = PoolConfig(**fields).problems_with_model(num_experts=32, top_k=2)
+    assert len(problems) == 1
+    assert name in problems[0]
+
+
+def test_lower_bound_falls_linearly_and_stays():
+    config = PoolConfig(pool_min=4, pool_min_decay_samples=100)
+    lows = [
+        config.size_bounds(num_experts=32, consumed_samples=n)[0] for n in (0, 25, 50, 100, 500)
+    ]
+    assert lows == [32, 25, 18, 4, 4]
+    assert config.size_bounds(num_experts=32, consumed_samples=0)[1] == 32
+
+
+def test_lower_bound_starts_where_it_is_told():
+    config = PoolConfig(pool_min=4, pool_max=20, pool_min_start=12, pool_min_decay_samples=10)
+    assert config.size_bounds(num_experts=32, consumed_samples=0) == (12, 20)
+    assert config.size_bounds(num_experts=32, consumed_samples=5) == (8, 20)
+
+
+def test_checkpoint_form_is_plain_scalars():
+    stored = PoolConfig(pool_min=4).to_dict()
+    assert PoolConfig(**stored) == PoolConfig(pool_min=4)
+    assert all(isinstance(v, int | float | str | bool | None) for v in stored.values())
