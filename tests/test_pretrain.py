@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 512
 
-FLAGS = """
+FLAGS = shlex.split("""
 --num-layers 4 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 4 --swiglu
 --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm
 --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
@@ -23,7 +24,7 @@ FLAGS = """
 --micro-batch-size 2 --global-batch-size 8 --train-iters 4 --lr 1e-3 --min-lr 1e-4 --seed 7
 --tokenizer-type NullTokenizer --split 100,0,0 --num-workers 0 --eval-iters 0 --eval-interval 1000
 --log-interval 1 --dataloader-inter-document-masking
-""".split()
+""")
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,9 @@ def data_prefix(tmp_path_factory):
     return prefix
 
 
-def _pretrain(processes: int, *flags: object, data: Path | None, expect_failure: bool = False) -> str:
+def _pretrain(
+    processes: int, *flags: object, data: Path | None, expect_failure: bool = False
+) -> str:
     source = ["--data-path", data, "--data-cache-path", data.parent] if data else ["--mock-data"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, ROOT / "examples" / "pretrain_emo.py", *FLAGS, *source]
@@ -61,6 +64,9 @@ def _logged(output: str, name: str = "lm loss") -> list[float]:
     return [float(v) for v in re.findall(rf"\| {name}: ([\d.E+-]+)", output)]
 
 
+SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
+
+
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
@@ -68,8 +74,7 @@ def _logged(output: str, name: str = "lm loss") -> list[float]:
         (2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"]),
         (
             2,
-            ["--pipeline-model-parallel-size", 2]
-            + ["--recompute-granularity", "selective", "--recompute-modules", "moe"],
+            ["--pipeline-model-parallel-size", 2, *SELECTIVE],
         ),
         pytest.param(4, ["--pipeline-model-parallel-size", 4], marks=pytest.mark.slow),
     ],

@@ -1,4 +1,4 @@
-"""Command-line flags of the method, in Megatron's parser, and the check of everything asked for before anything is built."""
+"""The method's flags in Megatron's parser, and the check of everything asked for before anything is built."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def _field_documentation() -> dict[str, str]:
     found = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
+            assert isinstance(field.target, ast.Name)
+            assert isinstance(text.value, ast.Constant)
             found[field.target.id] = " ".join(str(text.value.value).split()).replace("%", "%%")
     return found
 

@@ -20,12 +20,13 @@ class TorchNorm:
     """Builds torch's RMSNorm or LayerNorm with Megatron's `sequence_parallel` mark on its parameters.
 
     The mark makes Megatron sum these gradients over the tensor-parallel ranks, each of which saw its own part of the
-    sequence.
+    sequence. A class and not a function, because Megatron-Core 0.18 does not call a function it finds in a spec.
     """
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> torch.nn.Module:
+        """The norm over the last `hidden_size` features; `unused` is what Megatron hands its own norms."""
         if config.layernorm_zero_centered_gamma:
             raise ValueError(
                 "--apply-layernorm-1p needs Transformer Engine or Apex; drop the flag or use "
@@ -119,5 +120,5 @@ def _document_mask(packed: PackedSeqParams, rows: int, num_tokens: int) -> Tenso
     positions = torch.arange(num_tokens, device=bounds.device, dtype=bounds.dtype)
     ids = torch.searchsorted(bounds[1:], positions, right=True).view(rows, 1, -1)
     visible = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril()
-    packed.emo_document_mask = visible  # type: ignore[attr-defined]
+    packed.emo_document_mask = visible
     return visible

@@ -7,6 +7,7 @@ token counts, so that recomputing a layer repeats neither the choice nor its col
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +27,29 @@ NO_BOUNDARIES = (
 
 
 class SampleClock:
-    """How many training samples the run has consumed; the host's loop sets it before every step."""
+    """How many training samples the run has consumed before this step; pool sizes are drawn from it.
+
+    It reads megatron.training's own count. A host without that sets `consumed_samples` before every step.
+    """
 
     def __init__(self) -> None:
-        self.consumed_samples = 0
+        self._set: int | None = None
+
+    @property
+    def consumed_samples(self) -> int:
+        """Training samples, 0 before training."""
+        if self._set is not None:
+            return self._set
+        training = sys.modules.get("megatron.training.global_vars")
+        return getattr(getattr(training, "_GLOBAL_ARGS", None), "consumed_train_samples", None) or 0
+
+    @consumed_samples.setter
+    def consumed_samples(self, value: int | None) -> None:
+        self._set = value
 
 
 CLOCK = SampleClock()
-"""The clock of this process. Pool sizes and the schedule of their lower bound read it."""
+"""The clock of this process."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ def activate() -> bool:
         _redirect_megatron()
         _mode = _CudaDevicesToCpu()
         _mode.__enter__()
+        _keep_in_backward(_mode)
         if int(os.environ.get("RANK", "0")) == 0:
             print(
                 "emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo",
@@ -111,9 +112,6 @@ class _Event:
         return 0.0
 
 
-_RUNS_BACKWARD = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
-
-
 class _CudaDevicesToCpu(TorchFunctionMode):
     """Sends tensors asked for on a CUDA device to the CPU and names CPU tensor types as CUDA's."""
 
@@ -128,11 +126,24 @@ class _CudaDevicesToCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # gradient clipping asserts that it was handed "torch.cuda.FloatTensor"
             return func(*args).replace("torch.", "torch.cuda.")
-        if func in _RUNS_BACKWARD:
-            # a mode is off while its handler runs, and recomputation happens in there
-            with self:
-                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _keep_in_backward(mode: TorchFunctionMode) -> None:
+    """Keep the mode on while autograd runs backward, where activations are recomputed.
+
+    torch.autograd.backward is itself a function the mode handles, and a mode is off while its handler runs.
+    """
+    autograd: Any = torch.autograd
+    run_backward = autograd._engine_run_backward
+
+    def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_function_stack() > 0:
+            return run_backward(*args, **kwargs)
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    autograd._engine_run_backward = run_backward_in_mode
 
 
 def _is_cuda(device: Any) -> bool:

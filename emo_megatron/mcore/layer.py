@@ -7,7 +7,7 @@ checkpoint and its closure carries the scope.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -30,14 +30,13 @@ class PoolMoELayer(MoELayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recomputes_itself = self.moe_layer_recompute
+        self.recomputes_itself: bool = self.moe_layer_recompute
         self.moe_layer_recompute = False
 
     @property
     def pool_router(self) -> PoolRouter:
         """The router, also when an adapter wraps it."""
-        router: PoolRouter = getattr(self.router, "to_wrap", self.router)
-        return router
+        return cast(PoolRouter, getattr(self.router, "to_wrap", self.router))
 
     def forward(
         self,

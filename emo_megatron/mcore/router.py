@@ -108,7 +108,7 @@ class PoolRouter(TopKRouter):
 
     def _pool_sizes(self, scores_DE: Tensor, scope: PoolScope) -> Tensor:
         num_experts = scores_DE.shape[1]
-        if not self.training:
+        if not self.training and self.pool.pool_eval is not None:
             return torch.full_like(scope.sample_positions_D, self.pool.pool_eval)
         low, high = self.pool.size_bounds(
             num_experts=num_experts, consumed_samples=scope.consumed_samples

@@ -1,7 +1,7 @@
 """Pretraining on megatron.training: batches with document boundaries on every stage, the step, the loss, the datasets.
 
-The pieces `megatron.training.pretrain` asks for. They differ from pretrain_gpt.py in two points: every pipeline stage
-builds the dataset, so that the routers of middle stages see boundaries, and the sample clock is set before each step.
+The pieces `megatron.training.pretrain` asks for. They differ from pretrain_gpt.py in one point: every pipeline stage
+builds the dataset, so that the routers of middle stages see boundaries too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
-
-from emo_megatron.mcore.context import CLOCK
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
 
@@ -130,7 +128,6 @@ def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tenso
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed = packed_documents(batch)
     timers("batch-generator").stop()
-    CLOCK.consumed_samples = get_args().consumed_train_samples
     output = model(
         batch["tokens"],
         batch["position_ids"],

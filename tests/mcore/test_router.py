@@ -190,7 +190,7 @@ def _same_params_twice():
         CLOCK.consumed_samples = consumed
         model(**tiny.batch(0), attention_mask=None, packed_seq_params=params)
         sizes.append([params.emo_scope.pools[layer].sum(1).tolist() for layer in (1, 2)])
-    CLOCK.consumed_samples = 0
+    CLOCK.consumed_samples = None
     return sizes
 
 
@@ -265,7 +265,7 @@ def _losses(pool, per_token, cu_seqlens):
     from emo_megatron.mcore.router import PoolRouter
 
     tiny.setup()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
     config = tiny.transformer_config(calculate_per_token_loss=per_token)
     router = PoolRouter(
         config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), pool=pool

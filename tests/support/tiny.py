@@ -91,7 +91,9 @@ def model(pool: Any = None, **overrides: Any) -> Any:
 
 
 def packed(cu_seqlens: list[int], **overrides: Any) -> Any:
-    """PackedSeqParams of these document boundaries."""
+    """PackedSeqParams of these document boundaries, with what this version's takes."""
+    import dataclasses
+
     from megatron.core.packed_seq_params import PackedSeqParams
 
     bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
@@ -104,7 +106,8 @@ def packed(cu_seqlens: list[int], **overrides: Any) -> Any:
         "max_seqlen_kv": longest,
         "tokens_per_sample": SEQ,
     }
-    return PackedSeqParams(**(options | overrides))
+    known = {field.name for field in dataclasses.fields(PackedSeqParams)}
+    return PackedSeqParams(**{k: v for k, v in (options | overrides).items() if k in known})
 
 
 def batch(seed: int, *, rows: int = ROWS) -> dict[str, torch.Tensor]:

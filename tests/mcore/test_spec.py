@@ -1,0 +1,141 @@
+"""Specs: pools go into every MoE layer of Megatron's own decoder and into nothing else."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from emo_megatron.config import PoolConfig
+
+POOLS = PoolConfig(pool_min=3)
+
+
+def _layers(**overrides):
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(POOLS, **overrides)
+    output = model(
+        **tiny.batch(0), attention_mask=None, packed_seq_params=tiny.packed([0, 9, 16, 32])
+    )
+    output.mean().backward()
+    return [
+        (
+            type(layer).__name__,
+            type(layer.mlp).__name__,
+            getattr(layer.mlp, "shared_experts", None) is not None,
+            all(p.grad is not None for p in layer.parameters()),
+        )
+        for layer in model.decoder.layers
+    ]
+
+
+def test_dense_layers_stay_dense(ranks):
+    answer = ranks(1).run(_layers, moe_layer_freq=[0, 1])[0]
+    assert [row[:3] for row in answer] == [
+        ("PoolTransformerLayer", "MLP", False),
+        ("PoolTransformerLayer", "PoolMoELayer", True),
+    ]
+    assert answer[0][3]
+
+
+def test_the_shared_expert_is_megatrons_flag(ranks):
+    answer = ranks(1).run(_layers, moe_shared_expert_intermediate_size=None)[0]
+    assert [row[2] for row in answer] == [False, False]
+
+
+def _transformer_engine_spec():
+    """The TE form of the spec on Megatron's own builder, with TE's classes stood in for where TE is missing."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
+    from emo_megatron.mcore import spec
+
+    attention = object()
+    moe = functools.partial(MoELayer, submodules=MoESubmodules(experts=object))
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(self_attention=attention, mlp=moe),
+    )
+    block = TransformerBlockSubmodules(layer_specs=[layer], layer_norm=dict)
+    asked = []
+
+    def builder(config, **options):
+        asked.append(options["use_transformer_engine"])
+        return block
+
+    original, spec.get_gpt_decoder_block_spec = spec.get_gpt_decoder_block_spec, builder
+    config = SimpleNamespace(
+        transformer_impl="transformer_engine", normalization="RMSNorm", qk_l2_norm=False
+    )
+    try:
+        made = spec.pool_block_spec(config, pool=POOLS)
+    finally:
+        spec.get_gpt_decoder_block_spec = original
+    new = made.layer_specs[0]
+    return (
+        asked,
+        made.layer_norm is dict,
+        new.submodules.self_attention is attention,
+        new.module.__name__,
+        new.submodules.mlp.func.__name__,
+        new.submodules.mlp.keywords["submodules"].router.func.__name__,
+        layer.module is TransformerLayer and layer.submodules.mlp is moe,
+    )
+
+
+def test_with_transformer_engine_only_router_and_layers_change(ranks):
+    answer = ranks(1).run(_transformer_engine_spec)[0]
+    names = ("PoolTransformerLayer", "PoolMoELayer", "PoolRouter")
+    assert answer == ([True], True, True, *names, True)
+
+
+def _norms(normalization):
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(POOLS, normalization=normalization)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.RMSNorm | torch.nn.LayerNorm)]
+    marks = {p.sequence_parallel for norm in norms for p in norm.parameters()}
+    return {type(norm).__name__ for norm in norms}, len(norms), marks
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_norms_carry_the_sequence_parallel_mark(ranks, normalization):
+    assert ranks(1).run(_norms, normalization=normalization)[0] == ({normalization}, 5, {False})
+
+
+def _eos_opens_the_next_document():
+    from support import tiny
+
+    from emo_megatron.mcore.context import Shard, scope_of
+
+    tiny.setup()
+    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
+    ids = []
+    for eos_starts_document in (False, True):
+        scope = scope_of(
+            tiny.packed([0, 1, 5, 16, 20, 32]),
+            hidden_shape=torch.Size((32, 1, 8)),
+            shard=shard,
+            pool=PoolConfig(pool_min=3, pool_eos_starts_document=eos_starts_document),
+            layer_number=1,
+        )
+        ids.append(scope.document_ids_T.tolist())
+    return ids
+
+
+def test_the_authors_off_by_one_is_an_option(ranks):
+    plain, shifted = ranks(1).run(_eos_opens_the_next_document)[0]
+    assert plain == [0] + [1] * 4 + [2] * 11 + [3] * 4 + [4] * 12
+    # a boundary moved to the start of the sample is none; the end of a sample stays
+    assert shifted == [1] * 4 + [2] * 12 + [3] * 3 + [4] * 13

@@ -1,0 +1,371 @@
+"""Tests of emo_megatron.report.retention on rows whose means can be worked out by hand."""
+
+import builtins
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from emo_megatron.report import retention
+from emo_megatron.report.retention import RetentionRow, RetentionSummary
+
+FULL_LOSS = {"emo": 3.0, "standard": 3.0, "small": 3.5}
+EXPERTS = 32
+
+
+def row(
+    model: str,
+    method: str,
+    keep_fraction: float,
+    rise: float,
+    *,
+    domain: str = "a",
+    evaluated_on: str | None = None,
+    seed: int = 0,
+    full_loss: float | None = None,
+) -> RetentionRow:
+    full = FULL_LOSS[model] if full_loss is None else full_loss
+    return RetentionRow(
+        model=model,
+        domain=domain,
+        evaluated_on=domain if evaluated_on is None else evaluated_on,
+        keep_fraction=keep_fraction,
+        num_experts_kept=round((8 if model == "small" else EXPERTS) * keep_fraction),
+        method=method,
+        loss=full + rise,
+        rise=rise,
+        tokens=1000,
+        seed=seed,
+        versions="torch 2.14, test",
+    )
+
+
+def measured(**changes: float) -> list[RetentionRow]:
+    """A run of two domains that bears out every finding, unless a number of it is changed."""
+    numbers = {
+        # dyadic, so that bounds are met exactly
+        "emo": 0.125,
+        "standard": 0.625,
+        "emo_eighth": 0.25,
+        "standard_eighth": 1.0,
+        "random": 0.375,
+        "elsewhere": 0.5,
+        "emo_full": 3.05,
+        "small": 3.5,
+    } | changes
+    rows = []
+    for domain, other in (("a", "b"), ("b", "a")):
+        emo = {"domain": domain, "full_loss": numbers["emo_full"]}
+        rows += [
+            row("emo", "full", 1.0, 0.0, **emo),
+            row("emo", "mean_prob", 0.25, numbers["emo"], **emo),
+            row("emo", "mean_prob", 0.25, numbers["elsewhere"], evaluated_on=other, **emo),
+            row("emo", "mean_prob", 0.125, numbers["emo_eighth"], **emo),
+            row("emo", "random", 0.25, numbers["random"], **emo),
+            row("standard", "full", 1.0, 0.0, domain=domain),
+            row("standard", "mean_prob", 0.25, numbers["standard"], domain=domain),
+            row("standard", "mean_prob", 0.125, numbers["standard_eighth"], domain=domain),
+            row("small", "full", 1.0, 0.0, domain=domain, full_loss=numbers["small"]),
+        ]
+    return rows
+
+
+def test_summarise_by_hand() -> None:
+    rows = [
+        row("emo", "mean_prob", 0.25, 0.1, domain="a"),
+        row("emo", "mean_prob", 0.25, 0.3, domain="b"),
+        row("emo", "mean_prob", 0.25, 1.0, domain="a", evaluated_on="b"),
+        row("emo", "mean_prob", 0.25, 2.0, domain="b", evaluated_on="a"),
+        row("emo", "full", 1.0, 0.0, domain="a"),
+    ]
+    full, quarter = retention.summarise(rows)
+    assert full == RetentionSummary(
+        model="emo",
+        method="full",
+        keep_fraction=1.0,
+        num_experts_kept=32,
+        num_domains=1,
+        loss=3.0,
+        rise=0.0,
+        rise_elsewhere=None,
+    )
+    assert full.selectivity is None
+    assert (quarter.method, quarter.num_experts_kept, quarter.num_domains) == ("mean_prob", 8, 2)
+    assert quarter.loss == pytest.approx(3.2)
+    assert quarter.rise == pytest.approx(0.2)
+    assert quarter.rise_elsewhere == pytest.approx(1.5)
+    assert quarter.selectivity == pytest.approx(1.3)
+
+
+def test_every_domain_counts_the_same() -> None:
+    rows = [row("emo", "mean_prob", 0.5, 0.1, domain="a", seed=seed) for seed in range(3)]
+    rows.append(row("emo", "mean_prob", 0.5, 0.5, domain="b"))
+    (summary,) = retention.summarise(rows)
+    assert summary.rise == pytest.approx(0.3)
+
+
+def test_random_experts_belong_to_no_domain() -> None:
+    rows = [
+        row("emo", "random", 0.5, 0.2, domain="a", evaluated_on="b"),
+        row("emo", "random", 0.5, 0.4, domain="b", evaluated_on="b"),
+        row("emo", "random", 0.5, 0.5, domain="", evaluated_on="c"),
+    ]
+    (summary,) = retention.summarise(rows)
+    assert summary.num_domains == 2
+    assert summary.rise == pytest.approx((0.3 + 0.5) / 2)
+    assert summary.selectivity is None
+
+
+def test_summaries_are_sorted_and_need_a_domains_own_rows() -> None:
+    rows = [
+        row("standard", "mean_prob", 0.5, 0.1),
+        row("emo", "mean_prob", 0.25, 0.1),
+        row("emo", "mean_prob", 0.5, 0.1),
+        row("emo", "mean_prob", 0.125, 0.1, evaluated_on="b"),
+        row("emo", "full", 1.0, 0.0),
+    ]
+    got = [(s.model, s.method, s.keep_fraction) for s in retention.summarise(rows)]
+    assert got == [
+        ("emo", "full", 1.0),
+        ("emo", "mean_prob", 0.5),
+        ("emo", "mean_prob", 0.25),
+        ("standard", "mean_prob", 0.5),
+    ]
+    assert retention.summarise([]) == []
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.25, 1.5, float("nan")])
+def test_bad_fraction(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"keep_fraction must lie in \(0, 1\]; got"):
+        dataclasses.replace(row("emo", "full", 1.0, 0.0), keep_fraction=fraction)
+
+
+# numbers that no short decimal is exactly, and text that csv and json must quote
+AWKWARD = dataclasses.replace(
+    row("emo", "mean_prob", 1 / 3, 0.1 + 0.2), versions='a "quoted", é\nsecond line', domain=""
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_rows_survive_their_files(tmp_path: Path, suffix: str) -> None:
+    rows = [*measured(), AWKWARD]
+    paths = retention.save_rows(rows, tmp_path / "new" / "run.1")
+    assert paths == (tmp_path / "new" / "run.1.csv", tmp_path / "new" / "run.1.json")
+    assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows
+    # nothing unfinished stays, and a second write replaces the first
+    assert sorted(tmp_path.glob("new/*")) == sorted(paths)
+    retention.save_rows(rows[:1], tmp_path / "new" / "run.1")
+    assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows[:1]
+
+
+def test_no_rows_survive_their_files(tmp_path: Path) -> None:
+    for path in retention.save_rows([], tmp_path / "retention"):
+        assert retention.load_rows(path) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = measured()
+    retention.save_rows(rows, tmp_path / "retention")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        retention.save_rows(rows[:1], tmp_path / "retention")
+    assert retention.load_rows(tmp_path / "retention.csv") == rows
+
+
+def test_load_rows_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"from \.csv or \.json; got .*retention\.txt"):
+        retention.load_rows(tmp_path / "retention.txt")
+    record = dataclasses.asdict(row("emo", "full", 1.0, 0.0))
+    for broken in ({**record, "extra": 1}, {k: v for k, v in record.items() if k != "seed"}):
+        (tmp_path / "broken.json").write_text(json.dumps([broken]))
+        with pytest.raises(ValueError, match="must have the columns"):
+            retention.load_rows(tmp_path / "broken.json")
+
+
+BREAKS = {
+    "quarter_rise": {"emo": 0.1251},
+    "eighth_rise": {"emo_eighth": 0.2501},
+    "quarter_beats_small": {"small": 3.175},
+    "choice_matters": {"random": 0.3749},
+    "quarter_is_selective": {"elsewhere": 0.42},
+    "full_models_match": {"emo_full": 3.07},
+}
+
+
+def test_findings_hold() -> None:
+    found = retention.findings(measured())
+    assert [finding.name for finding in found] == list(BREAKS)
+    assert all(finding.holds for finding in found)
+    numbers = {finding.name: (finding.value, finding.bound) for finding in found}
+    assert numbers["quarter_rise"] == pytest.approx((0.125, 0.125))
+    assert numbers["eighth_rise"] == pytest.approx((0.25, 0.25))
+    assert numbers["quarter_beats_small"] == pytest.approx((3.175, 3.5))
+    assert numbers["choice_matters"] == pytest.approx((0.375, 0.375))
+    assert numbers["quarter_is_selective"] == pytest.approx((0.375, 0.3))
+    assert numbers["full_models_match"] == pytest.approx((0.05, 0.06))
+    assert "+0.125 against +0.625" in found[0].text
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_findings_fail(name: str) -> None:
+    found = {finding.name: finding for finding in retention.findings(measured(**BREAKS[name]))}
+    assert not found[name].holds
+
+
+def test_findings_of_models_that_lose_nothing() -> None:
+    # 3 times a gain, or a fifth of one, would be bounds that reward a loss
+    better = {f.name: f for f in retention.findings(measured(emo=-0.02, standard=-0.5))}
+    assert better["quarter_rise"].holds
+    assert better["quarter_rise"].bound == 0.0
+    assert not retention.findings(measured(emo=0.001, standard=-0.5))[0].holds
+    random = {f.name: f for f in retention.findings(measured(emo=-0.02, random=-0.05))}
+    assert not random["choice_matters"].holds
+
+
+@pytest.mark.parametrize(
+    ("left_out", "missing"),
+    [
+        (
+            lambda r: r.model == "standard",
+            {"quarter_rise", "eighth_rise", "full_models_match"},
+        ),
+        (lambda r: r.keep_fraction == 0.125, {"eighth_rise"}),
+        (lambda r: r.model == "small", {"quarter_beats_small"}),
+        (lambda r: r.method == "random", {"choice_matters"}),
+        (lambda r: r.domain != r.evaluated_on, {"quarter_is_selective"}),
+        (lambda r: True, set(BREAKS)),
+    ],
+)
+def test_findings_leave_out_what_was_not_measured(left_out, missing: set[str]) -> None:
+    found = retention.findings([r for r in measured() if not left_out(r)])
+    assert {finding.name for finding in found} == set(BREAKS) - missing
+
+
+def test_table() -> None:
+    lines = retention.table(measured()).splitlines()
+    assert [line.split()[2:] for line in lines[3:6]] == [
+        ["3.050", "3.000", "-", "-", "-"],
+        ["3.175", "(+0.125)", "3.625", "(+0.625)", "3.500", "3.425", "(+0.375)", "+0.375"],
+        ["3.300", "(+0.250)", "4.000", "(+1.000)", "-", "-", "-"],
+    ]
+    kept = [line.split()[:2] for line in lines[3:6]]
+    assert kept == [["32", "(all)"], ["8", "(1/4)"], ["4", "(1/8)"]]
+    assert len({len(line) for line in lines[2:6]}) == 1
+    assert "lower is better" in retention.table(measured())
+
+
+def test_table_without_most_of_the_numbers() -> None:
+    small = [row("small", "full", 1.0, 0.0)]
+    assert "8 (all)" in retention.table(small)
+    assert "3.500" in retention.table(small)
+    # the small model has a line of its own if nothing else keeps as many experts
+    lines = retention.table([row("emo", "full", 1.0, 0.0), *small]).splitlines()
+    assert lines[4].split() == ["8", "(1/4)", "-", "-", "3.500", "-", "-"]
+    assert retention.table([])
+
+
+def png_size(path: Path) -> tuple[int, ...]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+def distinct_colors(path: Path) -> int:
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(path)
+    return len({tuple(pixel) for line in pixels[::3] for pixel in line[::3].tolist()})
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    empty = retention.plot_retention([], tmp_path / "empty.png")
+    full = retention.plot_retention(
+        measured(), tmp_path / "new" / "retention.png", caption="emo, 2 domains, commit abc"
+    )
+    assert full == tmp_path / "new" / "retention.png"
+    assert list(full.parent.iterdir()) == [full]
+    assert png_size(full) == png_size(empty) == (1600, 650)
+    assert distinct_colors(full) > 2 * distinct_colors(empty)
+
+
+@pytest.mark.parametrize(
+    "is_kept",
+    [
+        lambda r: r.model == "emo",
+        lambda r: r.model == "small",
+        lambda r: r.method == "full",
+        lambda r: r.domain == r.evaluated_on,
+        lambda r: r.keep_fraction != 0.25,
+        lambda r: r.domain == "a",
+    ],
+)
+def test_plot_of_a_part(tmp_path: Path, is_kept) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [r for r in measured() if is_kept(r)]
+    assert png_size(retention.plot_retention(rows, tmp_path / "part.png")) == (1600, 650)
+
+
+def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    module = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(module.Figure, "savefig", lambda self, path, **_: figures.append(self))
+    monkeypatch.setattr(Path, "replace", lambda self, target: target)
+    rows = [
+        *measured(),
+        row("emo", "mean_prob", 0.125, 9.0, evaluated_on="b"),
+        row("emo", "mean_prob", 0.25, 1.5, domain="b", evaluated_on="a", seed=1),
+    ]
+    retention.plot_retention(rows, tmp_path / "retention.png", caption="the caption")
+    curves, crossings = figures[0].axes
+    means = [line for line in curves.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in means] == [[0.125, 0.25, 1.0]] * 2
+    assert means[0].get_ydata() == pytest.approx([4.0, 3.625, 3.0])
+    assert means[1].get_ydata() == pytest.approx([3.3, 3.175, 3.05])
+    dashed = [line for line in curves.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in dashed] == [[0.25, 1.0]]
+    # "all" is on the left
+    assert curves.get_xlim()[0] > curves.get_xlim()[1]
+    assert crossings.images[0].get_array().tolist() == [[0.125, 0.5], [1.0, 0.125]]
+    texts = [text.get_text() for text in (*figures[0].texts, *crossings.texts)]
+    assert "the caption" in texts
+    assert [texts.count(number) for number in ("0.12", "0.50", "1.00")] == [2, 1, 1]
+    assert "EMO loses 0.12 nats a token, a standard MoE 0.62" in texts[0]
+
+
+def test_many_domains_get_a_color_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    module = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(module.Figure, "savefig", lambda self, path, **_: figures.append(self))
+    monkeypatch.setattr(Path, "replace", lambda self, target: target)
+    names = [f"a domain with name {i}" for i in range(11)]
+    rows = [
+        row("emo", "mean_prob", 0.25, 0.1, domain=kept, evaluated_on=text)
+        for kept in names
+        for text in names
+    ]
+    retention.plot_retention(rows, tmp_path / "retention.png")
+    _, crossings, bar = figures[0].axes
+    assert [text.get_text() for text in crossings.texts] == ["kept for"]
+    assert len(crossings.get_xticklabels()) == 11
+    assert all(len(label.get_text()) <= 11 for label in crossings.get_xticklabels())
+    assert bar.get_position().x1 < 1
+
+
+def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'emo_megatron\[report\]'"):
+        retention.plot_retention(measured(), tmp_path / "retention.png")

@@ -1,0 +1,493 @@
+"""Tests of emo_megatron.documents against a plain loop over tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emo_megatron.documents import DocumentSegments, local_token_indices
+
+EOD = 7
+sizes = st.integers(1, 4)
+examples = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def packed_lengths(draw: st.DrawFn, *, allow_empty: bool = True) -> tuple[list[list[int]], int]:
+    """Document lengths of each sample of a micro-batch, and the tokens of one sample."""
+    tokens_per_sample = draw(st.integers(1, 20))
+    inner = range(tokens_per_sample + 1) if allow_empty else range(1, tokens_per_sample)
+    cuts = st.just([])
+    if inner:
+        cuts = st.lists(st.sampled_from(inner), max_size=6, unique=not allow_empty)
+    samples = []
+    for _ in range(draw(st.integers(1, 3))):
+        edges = [0, *sorted(draw(cuts)), tokens_per_sample]
+        samples.append([end - start for start, end in pairwise(edges)])
+    return samples, tokens_per_sample
+
+
+def naive_ids(lengths: list[int], *, num_tokens: int) -> list[int]:
+    """One entry a token: the number of its document; -1 past the last document."""
+    ids = [document for document, length in enumerate(lengths) for _ in range(length)]
+    return ids + [-1] * (num_tokens - len(ids))
+
+
+def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=dtype)
+
+
+def flat(samples: list[list[int]]) -> list[int]:
+    return [length for sample in samples for length in sample]
+
+
+def assert_same_documents(got: DocumentSegments, want: DocumentSegments) -> None:
+    assert got.document_ids_T.tolist() == want.document_ids_T.tolist()
+    assert got.starts_D.tolist() == want.starts_D.tolist()
+    assert got.tokens_per_sample == want.tokens_per_sample
+
+
+@examples
+@given(packed=packed_lengths(), dtype=st.sampled_from([torch.int32, torch.int64]))
+def test_from_cu_seqlens_round_trip(
+    packed: tuple[list[list[int]], int], dtype: torch.dtype
+) -> None:
+    samples, tokens_per_sample = packed
+    lengths = flat(samples)
+    num_tokens = len(samples) * tokens_per_sample
+    segments = DocumentSegments.from_cu_seqlens(
+        cumulative(lengths, dtype), num_tokens=num_tokens, tokens_per_sample=tokens_per_sample
+    )
+
+    assert segments.num_tokens == num_tokens
+    assert segments.num_documents == len(lengths)
+    assert segments.document_ids_T.dtype == segments.starts_D.dtype == torch.int64
+    assert segments.document_ids_T.tolist() == naive_ids(lengths, num_tokens=num_tokens)
+    ids = segments.document_ids_T
+    assert torch.bincount(ids, minlength=len(lengths)).tolist() == lengths
+    for document, length in enumerate(lengths):
+        if length:
+            start = ids.tolist().index(document)
+            assert segments.starts_D[document] == start
+            assert segments.rows_D[document] == start // tokens_per_sample
+            assert segments.offsets_D[document] == start % tokens_per_sample
+    # gathering something per sample must be safe for empty documents too
+    assert all(0 <= row < len(samples) for row in segments.rows_D.tolist())
+    assert all(0 <= offset <= tokens_per_sample for offset in segments.offsets_D.tolist())
+
+
+@examples
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6), tail=st.integers(0, 5))
+def test_tokens_past_the_last_document_are_padding(lengths: list[int], tail: int) -> None:
+    num_tokens = sum(lengths) + tail
+    segments = DocumentSegments.from_cu_seqlens(cumulative(lengths), num_tokens=num_tokens)
+    assert segments.document_ids_T.tolist() == naive_ids(lengths, num_tokens=num_tokens)
+    assert int((segments.document_ids_T < 0).sum()) == tail
+
+
+@examples
+@given(
+    slots=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6),
+    tail=st.integers(0, 4),
+)
+def test_padded_cu_seqlens(slots: list[tuple[int, int]], tail: int) -> None:
+    want = []
+    for document, (real, filler) in enumerate(slots):
+        want += [document] * real + [-1] * filler
+    want += [-1] * tail
+    padded = cumulative([real + filler for real, filler in slots])
+    segments = DocumentSegments.from_cu_seqlens(
+        cumulative([real for real, _ in slots]), num_tokens=len(want), cu_seqlens_padded=padded
+    )
+    assert segments.document_ids_T.tolist() == want
+    assert segments.starts_D.tolist() == padded[:-1].tolist()
+
+
+def test_padded_cu_seqlens_equal_to_the_real_ones() -> None:
+    cu = cumulative([3, 0, 5])
+    plain = DocumentSegments.from_cu_seqlens(cu, num_tokens=9)
+    padded = DocumentSegments.from_cu_seqlens(cu, num_tokens=9, cu_seqlens_padded=cu.clone())
+    assert_same_documents(padded, plain)
+
+
+def test_golden_from_cu_seqlens() -> None:
+    segments = DocumentSegments.from_cu_seqlens(
+        torch.tensor([0, 1, 1, 4, 6, 8, 8], dtype=torch.int32), num_tokens=8, tokens_per_sample=4
+    )
+    assert segments.document_ids_T.tolist() == [0, 2, 2, 2, 3, 3, 4, 4]
+    assert segments.starts_D.tolist() == [0, 1, 1, 4, 6, 8]
+    assert segments.rows_D.tolist() == [0, 0, 0, 1, 1, 1]
+    assert segments.offsets_D.tolist() == [0, 1, 1, 0, 2, 4]
+    assert segments.take(torch.tensor([[7, 0], [4, 1]])).tolist() == [[4, 0], [3, 2]]
+
+
+def test_no_tokens() -> None:
+    segments = DocumentSegments.from_cu_seqlens(torch.tensor([0, 0]), num_tokens=0)
+    assert (segments.num_tokens, segments.num_documents) == (0, 1)
+    assert segments.rows_D.tolist() == [0]
+    assert segments.whole_samples().num_documents == 0
+    assert DocumentSegments.from_eod(torch.empty(2, 0).long(), eod_token=EOD).num_documents == 0
+
+
+def test_unchecked_values_do_not_leave_the_range() -> None:
+    segments = DocumentSegments.from_cu_seqlens(
+        torch.tensor([0, 5, 20]), num_tokens=8, tokens_per_sample=4, check=False
+    )
+    assert segments.document_ids_T.tolist() == [0] * 5 + [1] * 3
+
+
+@pytest.mark.parametrize("check", [None, False])
+def test_no_value_is_read_unless_wanted(check: bool | None) -> None:
+    # a meta tensor has no values: reading one raises, as a host sync would stall a device
+    cu = torch.empty(4, dtype=torch.int32, device="meta")
+    segments = DocumentSegments.from_cu_seqlens(
+        cu, num_tokens=8, tokens_per_sample=4, cu_seqlens_padded=cu, check=check
+    )
+    whole = segments.whole_samples()
+    assert (segments.num_tokens, segments.num_documents, whole.num_documents) == (8, 3, 2)
+    assert segments.take(torch.arange(3, device="meta")).shape == (3,)
+    assert segments.rows_D.shape == segments.offsets_D.shape == (3,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        DocumentSegments.from_cu_seqlens(cu, num_tokens=8, check=True)
+
+
+def naive_boundaries(
+    lengths_of_samples: list[list[int]], *, eos_starts_document: bool = False
+) -> list[list[int]]:
+    """Token rows: EOD ends every document but a sample's last, or starts all but its first."""
+    rows = []
+    for lengths in lengths_of_samples:
+        row: list[int] = []
+        for document, length in enumerate(lengths):
+            body = [1] * length
+            if eos_starts_document and document:
+                body[0] = EOD
+            if not eos_starts_document and document < len(lengths) - 1:
+                body[-1] = EOD
+            row += body
+        rows.append(row)
+    return rows
+
+
+@examples
+@given(packed=packed_lengths(allow_empty=False), eos_starts=st.booleans())
+def test_constructors_agree(packed: tuple[list[list[int]], int], eos_starts: bool) -> None:
+    samples, tokens_per_sample = packed
+    num_tokens = len(samples) * tokens_per_sample
+    want = DocumentSegments.from_cu_seqlens(
+        cumulative(flat(samples)), num_tokens=num_tokens, tokens_per_sample=tokens_per_sample
+    )
+    tokens_BS = torch.tensor(naive_boundaries(samples, eos_starts_document=eos_starts))
+    by_eod = DocumentSegments.from_eod(tokens_BS, eod_token=EOD, eos_starts_document=eos_starts)
+    assert_same_documents(by_eod, want)
+    position_ids_BS = torch.tensor([[p for n in lengths for p in range(n)] for lengths in samples])
+    assert_same_documents(DocumentSegments.from_position_ids(position_ids_BS), want)
+
+
+@st.composite
+def padded_rows(draw: st.DrawFn) -> tuple[list[list[int]], list[list[bool]]]:
+    """Token rows with many end-of-document tokens, and padding anywhere."""
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 12)))
+    row = st.lists(st.sampled_from([1, 2, EOD]), min_size=shape[1], max_size=shape[1])
+    is_padding = st.lists(st.booleans(), min_size=shape[1], max_size=shape[1])
+    rows = st.lists(row, min_size=shape[0], max_size=shape[0])
+    return draw(rows), draw(st.lists(is_padding, min_size=shape[0], max_size=shape[0]))
+
+
+def naive_from_eod(
+    rows: list[list[int]], padding: list[list[bool]], *, eos_starts_document: bool
+) -> tuple[list[int], list[int]]:
+    """Walk the tokens one by one: ids, starts."""
+    ids, starts = [], []
+    for row_idx, (row, pads) in enumerate(zip(rows, padding, strict=True)):
+        opens = True
+        for position, (token, is_pad) in enumerate(zip(row, pads, strict=True)):
+            if is_pad:
+                ids.append(-1)
+                continue
+            if opens or (eos_starts_document and token == EOD):
+                starts.append(row_idx * len(row) + position)
+            ids.append(len(starts) - 1)
+            opens = token == EOD and not eos_starts_document
+    return ids, starts
+
+
+@examples
+@given(data=padded_rows(), eos_starts=st.booleans())
+def test_from_eod_with_padding(
+    data: tuple[list[list[int]], list[list[bool]]], eos_starts: bool
+) -> None:
+    rows, padding = data
+    segments = DocumentSegments.from_eod(
+        torch.tensor(rows),
+        eod_token=EOD,
+        eos_starts_document=eos_starts,
+        is_padding_BS=torch.tensor(padding),
+    )
+    ids, starts = naive_from_eod(rows, padding, eos_starts_document=eos_starts)
+    assert segments.document_ids_T.tolist() == ids
+    assert segments.starts_D.tolist() == starts
+
+
+def naive_from_position_ids(
+    rows: list[list[int]], padding: list[list[bool]]
+) -> tuple[list[int], list[int]]:
+    """Walk the tokens one by one: ids, starts."""
+    ids, starts = [], []
+    for row_idx, (row, pads) in enumerate(zip(rows, padding, strict=True)):
+        expected = None
+        for position, (value, is_pad) in enumerate(zip(row, pads, strict=True)):
+            if is_pad:
+                ids.append(-1)
+                continue
+            if value == 0 or value != expected:
+                starts.append(row_idx * len(row) + position)
+            ids.append(len(starts) - 1)
+            expected = value + 1
+    return ids, starts
+
+
+@examples
+@given(data=st.data(), shape=st.tuples(sizes, st.integers(1, 12)))
+def test_from_position_ids_with_padding(data: st.DataObject, shape: tuple[int, int]) -> None:
+    def rows_of(element: st.SearchStrategy[int] | st.SearchStrategy[bool]) -> list[list[int]]:
+        row = st.lists(element, min_size=shape[1], max_size=shape[1])
+        return data.draw(st.lists(row, min_size=shape[0], max_size=shape[0]))
+
+    rows, padding = rows_of(st.integers(-1, 3)), rows_of(st.booleans())
+    segments = DocumentSegments.from_position_ids(
+        torch.tensor(rows), is_padding_BS=torch.tensor(padding)
+    )
+    ids, starts = naive_from_position_ids(rows, padding)
+    assert segments.document_ids_T.tolist() == ids
+    assert segments.starts_D.tolist() == starts
+
+
+@pytest.mark.parametrize(
+    ("eos_starts", "ids", "starts"),
+    [
+        (False, [0, 0, 0, 1, 2, 3, 3, 3], [0, 3, 4, 5]),
+        (True, [0, 0, 1, 2, 3, 3, 3, 3], [0, 2, 3, 4]),
+    ],
+)
+def test_golden_from_eod(eos_starts: bool, ids: list[int], starts: list[int]) -> None:
+    tokens_BS = torch.tensor([[1, 1, EOD, EOD, EOD, 1, 1, 1]])
+    segments = DocumentSegments.from_eod(tokens_BS, eod_token=EOD, eos_starts_document=eos_starts)
+    assert segments.document_ids_T.tolist() == ids
+    assert segments.starts_D.tolist() == starts
+
+
+def test_golden_eod_at_the_edges_of_samples() -> None:
+    tokens_BS = torch.tensor([[EOD, 1, EOD], [EOD, EOD, 1]])
+    ends = DocumentSegments.from_eod(tokens_BS, eod_token=EOD)
+    assert ends.document_ids_T.tolist() == [0, 1, 1, 2, 3, 4]
+    starts = DocumentSegments.from_eod(tokens_BS, eod_token=EOD, eos_starts_document=True)
+    # a boundary at position 0 adds nothing to the start of the sample
+    assert starts.document_ids_T.tolist() == [0, 0, 1, 2, 3, 3]
+    assert starts.rows_D.tolist() == [0, 0, 1, 1]
+    assert starts.offsets_D.tolist() == [0, 2, 0, 1]
+
+
+@examples
+@given(data=padded_rows())
+def test_whole_samples_keeps_only_padding(
+    data: tuple[list[list[int]], list[list[bool]]],
+) -> None:
+    rows, padding = data
+    segments = DocumentSegments.from_eod(
+        torch.tensor(rows), eod_token=EOD, is_padding_BS=torch.tensor(padding)
+    ).whole_samples()
+    want = [-1 if is_pad else row for row, pads in enumerate(padding) for is_pad in pads]
+    assert segments.document_ids_T.tolist() == want
+    assert segments.num_documents == len(rows)
+    assert segments.rows_D.tolist() == list(range(len(rows)))
+    assert segments.offsets_D.tolist() == [0] * len(rows)
+
+
+@examples
+@given(tp_size=sizes, cp_size=sizes, batch_size=sizes, chunk=st.integers(1, 3), data=st.data())
+def test_shards_cover_every_token_once(
+    tp_size: int, cp_size: int, batch_size: int, chunk: int, data: st.DataObject
+) -> None:
+    num_tokens = batch_size * chunk * 2 * cp_size * tp_size
+    cuts = data.draw(st.lists(st.integers(0, num_tokens), max_size=6))
+    cu = torch.tensor([0, *sorted(cuts), num_tokens])
+    segments = DocumentSegments.from_cu_seqlens(cu, num_tokens=num_tokens)
+    gathered = torch.full((num_tokens,), -2)
+    seen = torch.zeros(num_tokens, dtype=torch.int64)
+    for cp_rank in range(cp_size):
+        for tp_rank in range(tp_size):
+            indices = local_token_indices(
+                num_tokens=num_tokens,
+                batch_size=batch_size,
+                tp_rank=tp_rank,
+                tp_size=tp_size,
+                cp_rank=cp_rank,
+                cp_size=cp_size,
+            )
+            assert indices.shape == (num_tokens // (tp_size * cp_size),)
+            assert indices.dtype == torch.int64
+            gathered[indices] = segments.take(indices)
+            seen[indices] += 1
+    assert seen.tolist() == [1] * num_tokens
+    assert gathered.tolist() == segments.document_ids_T.tolist()
+
+
+@examples
+@given(tp_size=sizes, cp_size=sizes, batch_size=sizes, chunk=st.integers(1, 3))
+def test_shards_follow_the_tensors(tp_size: int, cp_size: int, batch_size: int, chunk: int) -> None:
+    sequence = chunk * 2 * cp_size * tp_size
+    # [s, b] holds the flat packed index of each token; cut it as Megatron cuts hidden states
+    hidden_SB = torch.arange(batch_size * sequence).view(batch_size, sequence).t()
+    for cp_rank in range(cp_size):
+        chunks = hidden_SB.chunk(2 * cp_size) if cp_size > 1 else (hidden_SB, hidden_SB[:0])
+        pair = (chunks[cp_rank], chunks[-1 - cp_rank])
+        on_cp_rank = torch.cat(pair)
+        for tp_rank in range(tp_size):
+            want = on_cp_rank.chunk(tp_size)[tp_rank].reshape(-1)
+            got = local_token_indices(
+                num_tokens=batch_size * sequence,
+                batch_size=batch_size,
+                tp_rank=tp_rank,
+                tp_size=tp_size,
+                cp_rank=cp_rank,
+                cp_size=cp_size,
+            )
+            assert got.tolist() == want.tolist()
+
+
+def test_golden_local_token_indices() -> None:
+    assert local_token_indices(num_tokens=4).tolist() == [0, 1, 2, 3]
+    assert local_token_indices(num_tokens=6, batch_size=2).tolist() == [0, 3, 1, 4, 2, 5]
+    zigzag = [
+        local_token_indices(num_tokens=8, cp_rank=rank, cp_size=2).tolist() for rank in range(2)
+    ]
+    assert zigzag == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    last = local_token_indices(
+        num_tokens=16, batch_size=2, cp_rank=1, cp_size=2, tp_rank=1, tp_size=2
+    )
+    assert last.tolist() == [4, 12, 5, 13]
+
+
+def test_zigzag_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = pytest.importorskip("megatron.core.utils")
+    if "is_hybrid_cp" not in inspect.signature(utils.get_batch_on_this_cp_rank).parameters:
+        pytest.skip("needs the batch partition of megatron-core 0.19")
+    for cp_rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=cp_rank: rank)
+        batch = {"tokens": torch.arange(24).view(1, 24), "cu_seqlens": None}
+        got = local_token_indices(num_tokens=24, cp_rank=cp_rank, cp_size=3)
+        want = utils.get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=object())
+        assert got.tolist() == want["tokens"][0].tolist()
+
+
+def offsets(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("cu", "options", "match"),
+    [
+        (offsets(0, 4).view(1, 2), {}, r"cu_seqlens_q must be 1-D.*got \[1, 2\]"),
+        (offsets(0), {}, r"at least two entries.*got \[1\]"),
+        (offsets(), {}, r"at least two entries.*got \[0\]"),
+        (torch.tensor([0.0, 4.0]), {}, "int32 or int64; got torch.float32"),
+        (offsets(1, 4), {}, "must start at 0; got 1"),
+        (offsets(0, 3, 2, 4), {}, "never decrease; got 3, then 2 at entry 2"),
+        (offsets(0, 9), {}, "at or before num_tokens = 8; got 9"),
+        (
+            offsets(0, 5, 8),
+            {"tokens_per_sample": 4},
+            r"every multiple .* = 4.*\[0, 5\)",
+        ),
+        (offsets(0, 4, 8), {"tokens_per_sample": 3}, "num_tokens must be a multiple of .* = 3"),
+        (offsets(0, 8), {"tokens_per_sample": 0}, "num_tokens must be a multiple of .* = 0"),
+        (offsets(0, 0), {"num_tokens": -1}, "num_tokens must be a multiple.*got -1"),
+        (offsets(0, 4), {"cu_seqlens_padded": offsets(0, 4, 8)}, r"must match.*\[2\].*got \[3\]"),
+        (offsets(0, 4), {"cu_seqlens_padded": torch.tensor([0, 4])}, "must match.*torch.int64"),
+        (offsets(0, 4), {"cu_seqlens_padded": offsets(2, 8)}, "cu_seqlens_padded must start at 0"),
+        (offsets(0, 0, 1), {"cu_seqlens_padded": offsets(0, 4, 3)}, "cu_seqlens_padded must never"),
+        (offsets(0, 4), {"cu_seqlens_padded": offsets(0, 9)}, "cu_seqlens_padded must end"),
+        (offsets(0, 1, 5), {"cu_seqlens_padded": offsets(0, 2, 5)}, "document 1 has 4 tokens.* 3"),
+    ],
+)
+def test_bad_cu_seqlens(cu: Tensor, options: dict[str, object], match: str) -> None:
+    arguments: dict[str, object] = {"num_tokens": 8, **options}
+    with pytest.raises(ValueError, match=match):
+        DocumentSegments.from_cu_seqlens(cu, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_slot_may_not_cross_a_sample_either() -> None:
+    with pytest.raises(ValueError, match="cu_seqlens must contain every multiple"):
+        DocumentSegments.from_cu_seqlens(
+            offsets(0, 2, 4),
+            num_tokens=8,
+            tokens_per_sample=4,
+            cu_seqlens_padded=offsets(0, 6, 8),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tp_rank": 2, "tp_size": 2}, r"tp_rank must lie in \[0, tp_size\); got rank 2 of size 2"),
+        ({"cp_rank": -1, "cp_size": 2}, "cp_rank must lie"),
+        ({"tp_size": 0}, "tp_rank must lie"),
+        ({"batch_size": 5}, "num_tokens must be a multiple of batch_size = 5; got 12"),
+        ({"batch_size": 0}, "num_tokens must be a multiple of batch_size = 0"),
+        ({"num_tokens": -4}, "num_tokens must be a multiple of batch_size = 1; got -4"),
+        ({"cp_size": 4}, r"sequence length must be a multiple of 2 \* cp_size = 8; got 12"),
+        ({"cp_size": 2, "batch_size": 2}, r"2 \* cp_size = 4; got 6"),
+        ({"cp_size": 3, "tp_size": 3}, "per context-parallel rank .* tp_size = 3; got 4"),
+    ],
+)
+def test_bad_layout(options: dict[str, int], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        local_token_indices(**{"num_tokens": 12, **options})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padding", "match"),
+    [
+        (torch.zeros(4, dtype=torch.int64), None, r"2-D integer tensor.*got \[4\]"),
+        (torch.zeros(1, 4), None, "2-D integer tensor.*torch.float32"),
+        (torch.zeros(1, 4, dtype=torch.bool), None, "2-D integer tensor.*torch.bool"),
+        (offsets(1, 2).view(1, 2), torch.zeros(1, 3, dtype=torch.bool), r"bool \[1, 2\].*\[1, 3\]"),
+        (offsets(1, 2).view(1, 2), torch.zeros(1, 2), "is_padding_BS must be bool.*float32"),
+    ],
+)
+def test_bad_token_tensors(tokens: Tensor, padding: Tensor | None, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        DocumentSegments.from_eod(tokens, eod_token=EOD, is_padding_BS=padding)
+    with pytest.raises(ValueError, match=match.replace("tokens_BS", "position_ids_BS")):
+        DocumentSegments.from_position_ids(tokens, is_padding_BS=padding)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"document_ids_T": torch.zeros(2, 4, dtype=torch.int64)},
+        {"document_ids_T": torch.zeros(8, dtype=torch.int32)},
+        {"starts_D": torch.zeros(1)},
+        {"tokens_per_sample": 3},
+        {"tokens_per_sample": 0},
+    ],
+)
+def test_bad_fields(change: dict[str, object]) -> None:
+    good = DocumentSegments.from_cu_seqlens(offsets(0, 8), num_tokens=8)
+    with pytest.raises(ValueError, match="must be"):
+        dataclasses.replace(good, **change)
+
+
+def test_segments_are_frozen() -> None:
+    segments = DocumentSegments.from_cu_seqlens(offsets(0, 8), num_tokens=8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        segments.tokens_per_sample = 4  # type: ignore[misc]
