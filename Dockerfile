@@ -20,8 +20,8 @@ import re, tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-wanted = [*project["dependencies"], *extras["hf"], *extras["report"], *extras["dev"]]
-owned = {"torch", "numpy"}
+wanted = [*project["dependencies"], *(w for e in ("megatron", "hf", "report", "dev") for w in extras[e])]
+owned = {"torch", "numpy", "megatron-core"}
 print(*(line for line in wanted if re.match(r"[\w-]+", line).group() not in owned), sep="\n")
 PYTHON
 pip install --no-cache-dir --requirement requirements.txt

@@ -6,6 +6,8 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 STAMP := $(VENV)/.installed
+# the oldest supported Megatron-Core, beside the environment's own: tests put it first on their path
+OLDEST_MEGATRON := $(VENV)/megatron-core-0.18
 NEWS := printf '\n\033[1m%s\033[0m\n'
 
 # each candidate is run: a pyenv shim exists, and fails, for every version that pyenv knows of, and
@@ -26,10 +28,10 @@ setup: $(STAMP) ## create .venv and install (once; another torch: make setup TOR
 demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (ARGS="--quick")
 	@$(RUN) emo_megatron demo $(ARGS)
 
-test: $(STAMP) ## run the tests that CI runs (ARGS="-k router")
+test: $(STAMP) $(OLDEST_MEGATRON) ## run the tests that CI runs (ARGS="-k router")
 	@$(RUN) pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: $(STAMP) ## run all tests, the slow ones too, and the GPU ones where there is a GPU
+test-all: $(STAMP) $(OLDEST_MEGATRON) ## run all tests, the slow ones too, and the GPU ones where there is a GPU
 	@$(RUN) pytest $(ARGS)
 
 lint: $(STAMP) ## check style, spelling and which package imports which
@@ -73,3 +75,10 @@ $(STAMP): pyproject.toml setup.py | $(VENV)/bin/pip
 	@$(NEWS) "Installing emo_megatron with what the demo and the tests need: some 0.5 GB"
 	@$(RUN) pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
 	@touch $(STAMP)
+
+# whole or not at all: a folder that pip was interrupted in does not get the name
+$(OLDEST_MEGATRON): | $(STAMP)
+	@$(NEWS) "Installing megatron-core 0.18 beside, for its smoke test"
+	@rm -rf $@.part
+	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part megatron-core==0.18.2
+	@mv $@.part $@

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emo_megatron.documents import DocumentSegments, local_token_indices
+from emo_megatron.documents import DocumentSegments
+from emo_megatron.sharding import local_token_indices
 
 EOD = 7
 sizes = st.integers(1, 4)

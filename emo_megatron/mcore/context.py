@@ -17,8 +17,9 @@ from torch import Tensor
 
 from emo_megatron.balance import TokenCounts
 from emo_megatron.config import PoolConfig
-from emo_megatron.documents import DocumentSegments, local_token_indices
+from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import is_in_backward
+from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
     "Pools need document boundaries and this forward pass got none (packed_seq_params is None). Train with "
@@ -120,9 +121,12 @@ def _make_scope(
     tokens_per_sample = getattr(packed, "tokens_per_sample", None)
     bounds, padded_bounds = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
     if pool.pool_eos_starts_document:
-        sample = tokens_per_sample or num_tokens
-        bounds = _before_last_token(bounds, sample)
-        padded_bounds = None if padded_bounds is None else _before_last_token(padded_bounds, sample)
+        if padded_bounds is not None:
+            raise NotImplementedError(
+                "--pool-eos-starts-document needs documents without padding between them; "
+                "drop the flag, or pass PackedSeqParams without cu_seqlens_q_padded"
+            )
+        bounds = _before_last_token(bounds, tokens_per_sample or num_tokens)
     segments = DocumentSegments.from_cu_seqlens(
         bounds,
         num_tokens=num_tokens,

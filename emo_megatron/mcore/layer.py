@@ -27,10 +27,11 @@ class PoolMoELayer(MoELayer):
     """
 
     scope: PoolScope | None = None
+    moe_layer_recompute: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.recomputes_itself: bool = self.moe_layer_recompute
+        self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
 
     @property

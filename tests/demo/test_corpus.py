@@ -269,7 +269,7 @@ def test_sources_find_nothing_on_an_empty_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_message_catalogs_give_their_translations(tmp_path: Path, order: str) -> None:
-    long, plural = "die Tür steht weit offen", "eine Datei gelöscht\0%d Dateien gelöscht"
+    long, plural = "Tür und Tor geschlossen", "eine Datei gelöscht\0%d Dateien gelöscht"
     texts = {"": "Content-Type: text/plain; charset=UTF-8", "door": long, "a\0b": plural}
     data = _catalog(texts | {"same " * 4: "same " * 4, "ok": "ja"}, order=order)
     folder = "usr/share/locale/de/LC_MESSAGES"

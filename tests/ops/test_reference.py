@@ -255,10 +255,12 @@ def test_ties_go_to_the_lower_index(score_function: str, pre_softmax: bool) -> N
 
 
 def test_padding_goes_nowhere_and_counts_nowhere(device: torch.device) -> None:
-    ids_T = torch.tensor([0, -1, 0, 1, -1, 1, -1], device=device)
+    ids_T = torch.tensor([1, -1, 1, 2, -1, 2, -1], device=device)
     logits_TE = random_logits(7, 12).to(device)
     is_padding_T = ids_T < 0
-    pool_DE = torch.rand(2, 12, generator=torch.Generator().manual_seed(5)).to(device) < 0.7
+    pool_DE = torch.rand(3, 12, generator=torch.Generator().manual_seed(5)).to(device) < 0.7
+    # an empty document's pool may be empty, and must not turn padding into NaN
+    pool_DE[0] = False
     real_TE = logits_TE[~is_padding_T].requires_grad_()
     want = pool_topk(real_TE, document_ids_T=ids_T[~is_padding_T], pool_DE=pool_DE, top_k=3)
     padded_TE = logits_TE.clone().requires_grad_()

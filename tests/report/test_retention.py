@@ -260,6 +260,13 @@ def test_table() -> None:
     assert "lower is better" in retention.table(measured())
 
 
+def test_a_rise_that_rounds_to_zero_has_no_minus() -> None:
+    rows = measured(emo=-1e-5)
+    assert "3.050 (+0.000)" in retention.table(rows)
+    assert "+0.000 against +0.625" in retention.findings(rows)[0].text
+    assert "(-0.001)" in retention.table(measured(emo=-0.001))
+
+
 def test_table_without_most_of_the_numbers() -> None:
     small = [row("small", "full", 1.0, 0.0)]
     assert "8 (all)" in retention.table(small)

@@ -1,0 +1,350 @@
+"""Prepare the demo's corpus: collect, clean, split by document, tokenize and write.
+
+    output/tokenizer/                       what Megatron's HuggingFaceTokenizer loads, offline
+    output/train.bin, train.idx             all domains, documents shuffled together
+    output/calibration/<domain>.safetensors tokens and cu_seqlens of one domain; validation/ too
+    output/corpus.json                      what was taken; written last, so it marks a whole corpus
+
+Every document ends with the end-of-document token, and no document is in two splits.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+import re
+import shutil
+import statistics
+import warnings
+from array import array
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron.demo.sources import MACHINE_SOURCES, Machine, folder_sources
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EOD = "<|endoftext|>"
+EOD_TOKEN = 0
+HELD_OUT_SPLITS = ("calibration", "validation")
+SPLITS = ("train", *HELD_OUT_SPLITS)
+MIN_DOMAINS = 3
+MIN_HELD_OUT = 60
+TOKENIZER_CHARS = 600_000
+FORMAT = 1
+# control characters, and halves of surrogate pairs, which have no UTF-8
+NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\ufffd\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """What the corpus is made of."""
+
+    corpus_dir: Path | None = None
+    """Folder with one subfolder a domain; None looks for text on this machine."""
+    max_domains: int = 8
+    """Domains taken from this machine; all subfolders of `corpus_dir` are taken."""
+    bytes_per_domain: int = 4_500_000
+    """A domain is read until it has this many bytes of UTF-8 and `min_documents`."""
+    min_documents: int = 200
+    """A domain with fewer usable documents is left out."""
+    min_document_chars: int = 600
+    """Shorter documents are left out."""
+    max_document_chars: int = 6000
+    """Longer documents are cut, at the end of a line where possible."""
+    vocab_size: int = 2048
+    """Upper bound of the tokenizer's entries, the end-of-document token included."""
+    calibration_fraction: float = 1 / 24
+    """Share of a domain's documents; 60 documents if that is more, but never over a sixth."""
+    validation_fraction: float = 1 / 24
+    """As `calibration_fraction`."""
+    seed: int = 1234
+    """Decides which documents are taken, their split and their order."""
+
+    def __post_init__(self) -> None:
+        fractions = (self.calibration_fraction, self.validation_fraction)
+        checks = {
+            f"max_domains must be {MIN_DOMAINS} or more": self.max_domains >= MIN_DOMAINS,
+            "min_documents must be 6 or more": self.min_documents >= 6,
+            "min_document_chars must be in [1, max_document_chars]": (
+                1 <= self.min_document_chars <= self.max_document_chars
+            ),
+            "vocab_size must be above 256": self.vocab_size > 256,
+            "fractions must be in (0, 1/6]": all(0 < fraction <= 1 / 6 for fraction in fractions),
+        }
+        problems = [problem for problem, holds in checks.items() if not holds]
+        if problems:
+            raise ValueError("; ".join(problems) + f"; got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """A corpus on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+    """The content of corpus.json."""
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, in order of preference."""
+        return list(self.manifest["domains"])
+
+    @property
+    def train_prefix(self) -> Path:
+        """Path of the indexed dataset without .bin or .idx."""
+        return self.path / "train"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder to load with `AutoTokenizer.from_pretrained`."""
+        return self.path / "tokenizer"
+
+    @property
+    def eod_token(self) -> int:
+        """Id of the token that ends every document."""
+        return int(self.manifest["eod_token"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer, the end-of-document token included."""
+        return int(self.manifest["vocab_size"])
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training split over all domains."""
+        return sum(row["tokens"]["train"] for row in self.manifest["domains"].values())
+
+    def documents(self, split: str, domain: str) -> tuple[Tensor, Tensor]:
+        """Load one domain of a held-out split, "calibration" or "validation".
+
+        Returns:
+            tokens: [num_tokens] int32, all documents one after the other.
+            cu_seqlens: [num_documents + 1] int32, where each document starts, and the end.
+        """
+        if split not in HELD_OUT_SPLITS or domain not in self.domains:
+            raise ValueError(
+                f"split must be one of {HELD_OUT_SPLITS} and domain one of {self.domains}; "
+                f"got {split!r}, {domain!r}. Training documents are at {self.train_prefix}."
+            )
+        tensors = load_file(self.path / split / f"{domain}.safetensors")
+        return tensors["tokens"], tensors["cu_seqlens"]
+
+
+type _Texts = dict[str, list[str]]
+type _Tokens = dict[str, list[array[int]]]
+
+
+def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | None = None) -> Corpus:
+    """Write the corpus to `output`, or return the one a run with the same config left there.
+
+    A corpus made with another config is replaced. Changed source texts are not noticed: delete
+    corpus.json to read them again.
+
+    Without `config.corpus_dir`, text is looked for on `machine`, by default the running system.
+
+    Raises:
+        ValueError: if fewer than three domains have enough documents.
+    """
+    path = output / "corpus.json"
+    corpus_dir = None if config.corpus_dir is None else str(config.corpus_dir.resolve())
+    wanted = dataclasses.asdict(config) | {"corpus_dir": corpus_dir, "format": FORMAT}
+    if path.exists():
+        manifest = json.loads(path.read_text())
+        if manifest["config"] == wanted:
+            return Corpus(path=output, manifest=manifest)
+        path.unlink()
+    descriptions, documents = _collect(config, machine=machine or Machine())
+    texts = {name: _split(documents[name], config=config) for name in documents}
+    tokenizer = _train_tokenizer(texts, vocab_size=config.vocab_size)
+    tokens = _tokenize(texts, tokenizer=tokenizer)
+    _balance(tokens)
+    rows = {name: _summarise(texts[name], tokens[name]) for name in texts}
+    manifest = {
+        "config": wanted,
+        "fingerprint": _write(output, tokens, tokenizer=tokenizer, seed=config.seed),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "eod_token": EOD_TOKEN,
+        "domains": {name: {"source": descriptions[name], **rows[name]} for name in rows},
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    partial.replace(path)
+    return Corpus(path=output, manifest=manifest)
+
+
+def describe(corpus: Corpus) -> str:
+    """Return a table of what was taken: a line for each domain, and the sum."""
+    domains = corpus.manifest["domains"]
+    table = [
+        (name, *row["documents"].values(), row["tokens"]["train"], row["megabytes"], row["source"])
+        for name, row in domains.items()
+    ]
+    sums = [sum(column) for column in list(zip(*table, strict=True))[1:-1]]
+    lines = ["domain         train  calib.  valid.  train tokens     MB  text"]
+    for name, *documents, tokens, megabytes, text in [*table, ("all", *sums, "")]:
+        columns = "".join(f"{count:8,}" for count in documents)
+        lines.append(f"{name:12}{columns}{tokens:14,}{megabytes:7.1f}  {text}".rstrip())
+    return "\n".join(lines)
+
+
+def _collect(config: CorpusConfig, *, machine: Machine) -> tuple[dict[str, str], _Texts]:
+    """Read sources until enough of them are domains; return their descriptions and documents."""
+    sources = MACHINE_SOURCES if config.corpus_dir is None else folder_sources(config.corpus_dir)
+    num_wanted = config.max_domains if config.corpus_dir is None else len(sources)
+    taken: _Texts = {}
+    found: dict[str, int] = {}
+    seen: set[bytes] = set()
+    for source in tqdm(sources, desc="reading", unit="domain", disable=None):
+        if len(taken) == num_wanted:
+            break
+        rng = random.Random(f"{config.seed} {source.name}")
+        documents = _read(source.documents(machine, rng=rng), seen=seen, config=config)
+        if len(documents) >= config.min_documents:
+            seen |= documents.keys()
+            taken[source.name] = list(documents.values())
+            rng.shuffle(taken[source.name])
+        found[source.name] = len(documents)
+    if len(taken) < MIN_DOMAINS:
+        listed = ", ".join(f"{name} {count}" for name, count in found.items() if count)
+        raise ValueError(
+            f"the corpus needs {MIN_DOMAINS} domains of {config.min_documents} or more different "
+            f"documents of {config.min_document_chars} or more characters in "
+            f"{config.corpus_dir or 'this machine'}; found documents: {listed or 'none'}. "
+            "Pass --corpus DIR with one folder a domain, DIR/<domain>/<any name>: "
+            "every UTF-8 file below such a folder is a document."
+        )
+    if config.corpus_dir is not None and len(taken) < len(found):
+        left_out = ", ".join(f"{name} {found[name]}" for name in found if name not in taken)
+        warnings.warn(f"left out for fewer than {config.min_documents} documents: {left_out}")
+    return {source.name: source.description for source in sources}, taken
+
+
+def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> dict[bytes, str]:
+    """Clean documents until there are enough, and return them by the hash of their beginning.
+
+    Documents are the same if their first 2000 chars are, white space aside; none is in `seen`.
+    """
+    documents: dict[bytes, str] = {}
+    num_bytes = 0
+    for raw in texts:
+        text = _clean(raw, max_chars=config.max_document_chars)
+        key = hashlib.sha256(" ".join(text[:2000].split()).encode()).digest()
+        if len(text) < config.min_document_chars or key in documents or key in seen:
+            continue
+        documents[key] = text
+        num_bytes += len(text.encode())
+        if num_bytes >= config.bytes_per_domain and len(documents) >= config.min_documents:
+            break
+    return documents
+
+
+def _clean(text: str, *, max_chars: int) -> str:
+    """Unify line ends and blank lines and cut; empty if the text cannot be one document."""
+    # a literal end-of-document token would be tokenized as a document boundary
+    if EOD in text or NOT_TEXT.search(text):
+        return ""
+    lines = (line.rstrip() for line in text.splitlines())
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    if len(text) <= max_chars:
+        return text
+    line_end = text.rfind("\n", max_chars // 2, max_chars)
+    return text[: max_chars if line_end < 0 else line_end].rstrip()
+
+
+def _split(documents: list[str], *, config: CorpusConfig) -> _Texts:
+    """Cut shuffled documents into the three splits."""
+    count = len(documents)
+    fractions = (config.calibration_fraction, config.validation_fraction)
+    held_out = [min(max(MIN_HELD_OUT, round(count * share)), count // 6) for share in fractions]
+    middle, end = itertools.accumulate(held_out)
+    parts = (documents[end:], documents[:middle], documents[middle:end])
+    return dict(zip(SPLITS, parts, strict=True))
+
+
+def _head[T: Sized](items: list[T], *, limit: int) -> list[T]:
+    """Return the longest beginning whose lengths sum to at most `limit`."""
+    return items[: bisect.bisect_right([*itertools.accumulate(map(len, items))], limit)]
+
+
+def _train_tokenizer(domains: dict[str, _Texts], *, vocab_size: int) -> "Tokenizer":
+    """Train a byte-level BPE on at most TOKENIZER_CHARS of each domain's training documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    heads = (_head(d["train"], limit=TOKENIZER_CHARS) for d in domains.values())
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(heads), trainer)
+    return tokenizer
+
+
+def _tokenize(domains: dict[str, _Texts], *, tokenizer: "Tokenizer") -> dict[str, _Tokens]:
+    encoded: dict[str, _Tokens] = {name: {split: [] for split in SPLITS} for name in domains}
+    for name, texts in tqdm(domains.items(), desc="tokenizing", unit="domain", disable=None):
+        for split in SPLITS:
+            for batch in itertools.batched(texts[split], 256):
+                encodings = tokenizer.encode_batch_fast(list(batch))
+                encoded[name][split] += (array("i", [*e.ids, EOD_TOKEN]) for e in encodings)
+    return encoded
+
+
+def _balance(domains: dict[str, _Tokens]) -> None:
+    """Drop training documents so that no domain has more training tokens than the median one."""
+    limit = statistics.median_low(sum(map(len, d["train"])) for d in domains.values())
+    for documents in domains.values():
+        documents["train"] = _head(documents["train"], limit=limit)
+
+
+def _summarise(texts: _Texts, tokens: _Tokens) -> dict[str, Any]:
+    used = (text for split in SPLITS for text in texts[split][: len(tokens[split])])
+    return {
+        "documents": {split: len(tokens[split]) for split in SPLITS},
+        "tokens": {split: sum(map(len, tokens[split])) for split in SPLITS},
+        "megabytes": sum(len(text.encode()) for text in used) / 1e6,
+    }
+
+
+def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer", seed: int) -> str:
+    """Write everything but the manifest; return a fingerprint, SHA-256 over all tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    from emo_megatron.mcore.dataset import write_indexed_dataset
+
+    output.mkdir(parents=True, exist_ok=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOD)  # type: ignore[no-untyped-call]
+    fast.save_pretrained(output / "tokenizer")
+    train = [tokens for documents in domains.values() for tokens in documents["train"]]
+    random.Random(seed).shuffle(train)
+    write_indexed_dataset(output / "train", train, vocab_size=tokenizer.get_vocab_size())
+    digest = hashlib.sha256()
+    for tokens in train:
+        digest.update(tokens)
+    for split in HELD_OUT_SPLITS:
+        shutil.rmtree(output / split, ignore_errors=True)
+        (output / split).mkdir()
+        for name, documents in domains.items():
+            flat = [*itertools.chain.from_iterable(documents[split])]
+            ends = [*itertools.accumulate(map(len, documents[split]), initial=0)]
+            values = {"tokens": flat, "cu_seqlens": ends}
+            tensors = {key: torch.tensor(v, dtype=torch.int32) for key, v in values.items()}
+            save_file(tensors, output / split / f"{name}.safetensors")
+            for tensor in tensors.values():
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

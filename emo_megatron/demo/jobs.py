@@ -1,0 +1,126 @@
+"""Run chains of commands side by side, each into its log file, with progress bars; a failure shows the log's end."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command, and how far it is.
+
+    Attributes:
+        title: shown on its bar.
+        command: argument vector.
+        log: file that receives its output, replaced when the job starts.
+        total: units of work.
+        done: units finished so far, read from what the command writes.
+        is_finished: whether the work was finished earlier, so that the command need not run.
+    """
+
+    title: str
+    command: list[str]
+    log: Path
+    total: int
+    done: Callable[[], int]
+    is_finished: Callable[[], bool]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    """A one-process torchrun command of this interpreter, on a free port."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+    ]
+    return [*launcher, *arguments]
+
+
+def last_iteration(log: Path) -> int:
+    """The last training iteration Megatron logged, 0 before the first."""
+    if not log.exists():
+        return 0
+    found = re.findall(r"iteration\s+(\d+)/", log.read_text(errors="replace"))
+    return int(found[-1]) if found else 0
+
+
+def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
+    """Run each chain's jobs in order and up to `at_once` chains side by side.
+
+    Args:
+        chains: jobs already finished are skipped.
+        at_once: processes; each computes with one thread.
+        root: put on the commands' PYTHONPATH.
+
+    Raises:
+        RuntimeError: a command failed; the others were stopped. Names the log and shows its end.
+    """
+    waiting = [[job for job in chain if not job.is_finished()] for chain in chains]
+    waiting = [chain for chain in waiting if chain]
+    running: list[tuple[subprocess.Popen[bytes], Job, list[Job], tqdm]] = []  # type: ignore[type-arg]
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                chain = waiting.pop(0)
+                running.append(_start(chain[0], chain[1:], root))
+            time.sleep(0.5)
+            for item in list(running):
+                process, job, rest, bar = item
+                bar.n = min(job.total, job.done())
+                bar.refresh()
+                if process.poll() is None:
+                    continue
+                bar.close()
+                running.remove(item)
+                if process.returncode != 0:
+                    raise RuntimeError(_failure(job, process.returncode))
+                if rest:
+                    # last in line: evaluations fill the gaps beside the next training
+                    waiting.append(rest)
+    finally:
+        for process, _, _, bar in running:
+            process.terminate()
+            bar.close()
+        for process, _, _, _ in running:
+            process.wait()
+
+
+def _start(
+    job: Job, rest: list[Job], root: Path
+) -> tuple[subprocess.Popen[bytes], Job, list[Job], tqdm]:  # type: ignore[type-arg]
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    environment.update(
+        EMO_DEVICE=os.environ.get("EMO_DEVICE", "cpu"),
+        OMP_NUM_THREADS="1",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+        PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
+    )
+    with job.log.open("wb") as log:
+        process = subprocess.Popen(
+            job.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+    bar = tqdm(total=job.total, desc=job.title, disable=None, leave=True)
+    if bar.disable:
+        print(f"{job.title} ...", flush=True)
+    return process, job, rest, bar
+
+
+def _failure(job: Job, code: int) -> str:
+    lines = job.log.read_text(errors="replace").splitlines()
+    # a rank's own traceback says more than torchrun's summary of it
+    lines = [line for line in lines if line.startswith("[rank")] or lines
+    tail = "\n".join(lines[-15:])
+    return f"{job.title} failed with exit code {code}; the end of {job.log}:\n{tail}"

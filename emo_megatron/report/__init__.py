@@ -1,0 +1,1 @@
+"""Tables and figures from saved numbers; runs no model and imports no Megatron."""

@@ -1,0 +1,195 @@
+"""The numbers behind a retention curve: rows of single evaluations, their files, their means.
+
+Losses are means in nats per token on held-out text. A row is one evaluation: the experts of `model`
+that `method` chose for `domain`, measured on `evaluated_on`.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean
+
+EMO = "emo"
+STANDARD = "standard"
+SMALL = "small"
+
+FULL = "full"
+CHOSEN = "mean_prob"
+RANDOM = "random"
+
+QUARTER = 1 / 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetentionRow:
+    """One evaluation of one subset of experts on one domain.
+
+    Raises:
+        ValueError: on construction, when `keep_fraction` is not in (0, 1].
+    """
+
+    model: str
+    """emo, standard, or small: trained from scratch with as few experts as a module has."""
+    domain: str
+    """Whose calibration text chose the experts; without meaning for methods full and random."""
+    evaluated_on: str
+    """The domain of the held-out text."""
+    keep_fraction: float
+    """Share of the model's own experts that stay, in (0, 1]."""
+    num_experts_kept: int
+    """Experts that stay, a layer."""
+    method: str
+    """full: all experts. mean_prob: the likeliest on the domain's calibration text. random."""
+    loss: float
+    """Nats a token."""
+    rise: float
+    """Nats a token over the same model's full loss on `evaluated_on`."""
+    tokens: int
+    """Tokens behind `loss`."""
+    seed: int
+    """Of training, and of the choice where it is random."""
+    versions: str
+    """What produced the row, for people."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_fraction <= 1:
+            raise ValueError(
+                f"keep_fraction must lie in (0, 1]; got {self.keep_fraction}. Divide the experts "
+                "kept by the experts of the full model."
+            )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the experts are meant for the text: any text, unless chosen for a domain."""
+        return self.method in (FULL, RANDOM) or self.domain == self.evaluated_on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetentionSummary:
+    """All rows of one model, method and fraction. Every domain counts the same."""
+
+    model: str
+    method: str
+    keep_fraction: float
+    num_experts_kept: int
+    num_domains: int
+    """Domains behind `loss` and `rise`."""
+    loss: float
+    """Mean over domains, each with its own experts."""
+    rise: float
+    """Mean over domains, each with its own experts."""
+    rise_elsewhere: float | None
+    """Mean rise of a domain's experts on the other domains; None if that was not measured."""
+
+    @property
+    def selectivity(self) -> float | None:
+        """How many nats a token more a domain's experts cost on other domains than on their own."""
+        return None if self.rise_elsewhere is None else self.rise_elsewhere - self.rise
+
+
+def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Path]:
+    """Write rows as `path`.csv and `path`.json, each file whole or not at all.
+
+    Args:
+        rows: any number of them.
+        path: without suffix; missing folders are made.
+
+    Returns:
+        The two paths, csv first.
+    """
+    records = [asdict(row) for row in rows]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [f.name for f in fields(RetentionRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    base = Path(path)
+    csv_path = base.with_name(base.name + ".csv")
+    json_path = base.with_name(base.name + ".json")
+    _write_whole(csv_path, text.getvalue())
+    _write_whole(json_path, json.dumps(records, indent=1) + "\n")
+    return csv_path, json_path
+
+
+def load_rows(path: Path | str) -> list[RetentionRow]:
+    """Read the rows of one of the files that `save_rows` wrote; the suffix says which form it has.
+
+    Raises:
+        ValueError: another suffix, or a row with missing or unknown columns.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".json"):
+        raise ValueError(f"rows are read from .csv or .json; got {path}. Add the suffix.")
+    text = path.read_text(encoding="utf-8")
+    is_json = path.suffix == ".json"
+    records = json.loads(text) if is_json else csv.DictReader(io.StringIO(text))
+    wanted = {f.name: f.type for f in fields(RetentionRow)}
+    rows = []
+    for record in records:
+        if set(record) != set(wanted):
+            raise ValueError(
+                f"a row must have the columns {sorted(wanted)}; got {sorted(map(str, record))} in "
+                f"{path}. Write the file with save_rows."
+            )
+        # csv holds text only; the annotations of the row are the types to read
+        typed = {name: kind(record[name]) for name, kind in wanted.items() if callable(kind)}
+        rows.append(RetentionRow(**typed))
+    return rows
+
+
+def summarise(rows: Iterable[RetentionRow]) -> list[RetentionSummary]:
+    """Average the rows of each (model, method, keep_fraction); most experts come first."""
+    groups: dict[tuple[str, str, float], list[RetentionRow]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.method, row.keep_fraction), []).append(row)
+    summaries = []
+    for (model, method, fraction), group in groups.items():
+        own = [row for row in group if row.is_own]
+        if not own:
+            continue
+        elsewhere = [row for row in group if not row.is_own]
+        summaries.append(
+            RetentionSummary(
+                model=model,
+                method=method,
+                keep_fraction=fraction,
+                num_experts_kept=own[0].num_experts_kept,
+                num_domains=len({row.evaluated_on for row in own}),
+                loss=_mean_over_pairs(own, "loss"),
+                rise=_mean_over_pairs(own, "rise"),
+                rise_elsewhere=_mean_over_pairs(elsewhere, "rise") if elsewhere else None,
+            )
+        )
+    return sorted(summaries, key=lambda s: (s.model, s.method, -s.keep_fraction))
+
+
+def find_summary(
+    summaries: Iterable[RetentionSummary], *, model: str, method: str, keep_fraction: float = 1.0
+) -> RetentionSummary | None:
+    """The summary of one model, method and fraction, if it was measured."""
+    for summary in summaries:
+        is_wanted = summary.model == model and summary.method == method
+        if is_wanted and math.isclose(summary.keep_fraction, keep_fraction):
+            return summary
+    return None
+
+
+def _mean_over_pairs(rows: list[RetentionRow], column: str) -> float:
+    """Mean over (domain, evaluated_on), however many seeds each was measured with."""
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        # experts that were chosen for no domain are told apart by the text alone
+        domain = row.domain if row.method not in (FULL, RANDOM) else ""
+        pairs.setdefault((domain, row.evaluated_on), []).append(getattr(row, column))
+    return fmean(fmean(values) for values in pairs.values())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file by a rename, so that no reader and no crash sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8", newline="")
+    unfinished.replace(path)

@@ -1,0 +1,93 @@
+"""The demo's models differ in what they compare and in nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from emo_megatron.config import PoolConfig
+from emo_megatron.demo import jobs, recipe
+from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
+
+
+def _flags(model, size=recipe.FULL):
+    return recipe.megatron_flags(
+        size, model, tokenizer=Path("tok"), data_prefix=Path("data"), run_dir=Path("run")
+    )
+
+
+def _pool(model, size=recipe.FULL):
+    parser = add_pool_args(argparse.ArgumentParser(allow_abbrev=False))
+    return pool_config_from_args(parser.parse_known_args(_flags(model, size))[0])
+
+
+def test_the_three_models_differ_in_experts_and_pools_only():
+    models = {m.name: m for m in recipe.main_models(recipe.FULL, seed=1)}
+    common = _flags(models["emo"])[: -len(models["emo"].flags)]
+    for model in models.values():
+        assert _flags(model) == [*common, *model.flags]
+    assert models["standard"].flags == ("--num-experts", "32")
+    assert models["small"].flags == ("--num-experts", "8")
+    assert models["emo"].flags[:2] == models["standard"].flags
+    assert len({m.seed for m in models.values()}) == 1
+
+
+@pytest.mark.parametrize("size", [recipe.FULL, recipe.QUICK])
+def test_every_pool_configuration_is_valid(size):
+    everything = [*recipe.main_models(size, seed=1), *recipe.extra_models(size, seed=1)]
+    pools = {m.name: _pool(m, size) for m in everything}
+    assert pools["standard"] == pools["small"] == PoolConfig()
+    for name, pool in pools.items():
+        assert not pool.problems_with_model(num_experts=size.experts, top_k=size.top_k), name
+        assert pool.is_on == name.startswith("emo"), name
+    assert pools["emo"].size_bounds(
+        num_experts=size.experts, consumed_samples=size.steps * size.rows
+    ) == (size.pool_min, size.experts)
+    assert pools["emo-ignores-boundaries"].pool_scope == "sample"
+
+
+def test_ablations_see_as_many_tokens_a_step():
+    for model in recipe.extra_models(recipe.FULL, seed=1):
+        flags = _flags(model)
+        last = {flags[i]: flags[i + 1] for i in range(len(flags) - 1)}
+        tokens = int(last["--global-batch-size"]) * int(last["--seq-length"])
+        assert tokens == recipe.FULL.rows * recipe.FULL.seq_length, model.name
+
+
+def _job(tmp_path, name, code, total=2):
+    marker = tmp_path / f"{name}.done"
+    return jobs.Job(
+        title=name,
+        command=["python3", "-c", code.format(marker=marker)],
+        log=tmp_path / f"{name}.log",
+        total=total,
+        done=lambda: 1,
+        is_finished=marker.exists,
+    )
+
+
+WRITE = "open('{marker}', 'w').write('x'); print('hello')"
+
+
+def test_chains_run_in_order_and_finished_jobs_are_skipped(tmp_path):
+    first, second = _job(tmp_path, "first", WRITE), _job(tmp_path, "second", WRITE)
+    (tmp_path / "first.done").write_text("earlier")
+    jobs.run_chains([[first, second]], at_once=2, root=tmp_path)
+    assert (tmp_path / "first.done").read_text() == "earlier"
+    assert (tmp_path / "second.log").read_text() == "hello\n"
+
+
+def test_a_failure_shows_the_log_and_stops_the_others(tmp_path):
+    slow = _job(tmp_path, "slow", "import time; time.sleep(60)")
+    bad = _job(tmp_path, "bad", "raise SystemExit('it broke')")
+    with pytest.raises(RuntimeError, match=r"bad failed with exit code 1(.|\n)*it broke"):
+        jobs.run_chains([[slow], [bad]], at_once=2, root=tmp_path)
+
+
+def test_the_last_iteration_is_read_from_megatrons_log(tmp_path):
+    log = tmp_path / "log"
+    assert jobs.last_iteration(log) == 0
+    log.write_text(" iteration        5/     700 | x\n iteration       10/     700 | consumed\n")
+    assert jobs.last_iteration(log) == 10
