@@ -6,7 +6,7 @@ in a checkpoint and in code. Symbols in brackets are the paper's (arXiv 2605.066
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 PoolRule = Literal["uniform", "top_p"]
@@ -108,6 +108,12 @@ class PoolConfig:
                 f"--pool-forced must be at most --pool-min ({self.pool_min}), or small pools hold "
                 f"more than their size; got {self.pool_forced}"
             )
+        if self.pool_eval is not None and self.pool_forced > self.pool_eval:
+            found.append(
+                f"--pool-forced must be at most --pool-eval ({self.pool_eval}); got {self.pool_forced}"
+            )
+        if self.pool_rule == "top_p" and self.pool_unrestricted > 0:
+            found.append("--pool-unrestricted goes with --pool-rule uniform only")
         if (self.pool_rule == "top_p") != (self.pool_top_p is not None):
             found.append("--pool-top-p and --pool-rule top_p go together; give both or neither")
         if self.pool_top_p is not None and not 0.0 < self.pool_top_p < 1.0:
@@ -130,6 +136,11 @@ class PoolConfig:
     def _problems_when_off(self) -> list[str]:
         needs_pools = {
             "pool_max": self.pool_max is not None,
+            "pool_rule": self.pool_rule != "uniform",
+            "pool_mask": self.pool_mask != "logits",
+            "pool_scope": self.pool_scope != "document",
+            "pool_eos_starts_document": self.pool_eos_starts_document,
+            "pool_check": self.pool_check,
             "pool_top_p": self.pool_top_p is not None,
             "pool_min_start": self.pool_min_start is not None,
             "pool_min_decay_samples": self.pool_min_decay_samples > 0,
@@ -169,10 +180,6 @@ class PoolConfig:
         start = self.pool_min_start if self.pool_min_start is not None else high
         done = min(1.0, consumed_samples / self.pool_min_decay_samples)
         return round(start + (self.pool_min - start) * done), high
-
-    def to_dict(self) -> dict[str, int | float | str | bool | None]:
-        """Plain scalars, one a field, as checkpoints store them."""
-        return asdict(self)
 
 
 def flag(field_name: str) -> str:

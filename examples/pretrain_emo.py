@@ -40,7 +40,7 @@ def main() -> None:
     check_run(pool, model.transformer, args)
     train.allow_flat_microbatches(model.transformer)
     model.transformer_layer_spec = pool_spec_builder(pool)
-    install_metrics(pools_on=pool.is_on, has_losses=bool(args.moe_aux_loss_coeff))
+    install_metrics(pool, model.transformer, has_documents=args.dataloader_inter_document_masking)
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         train.datasets_provider,

@@ -33,6 +33,12 @@ def test_default_is_off():
             {"pool_max": 8, "pool_forced": 1, "pool_eval": 4},
             ["--pool-max", "--pool-forced", "--pool-eval"],
         ),
+        ({"pool_min": 4, "pool_forced": 3, "pool_eval": 2}, ["--pool-forced", "--pool-eval"]),
+        (
+            {"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_unrestricted": 0.1},
+            ["--pool-unrestricted"],
+        ),
+        ({"pool_mask": "selection", "pool_scope": "sample"}, ["--pool-mask", "--pool-scope"]),
         ({"pool_min": 4, "pool_max": 3, "pool_forced": -1}, ["--pool-max", "--pool-forced"]),
     ],
 )
@@ -71,9 +77,3 @@ def test_lower_bound_starts_where_it_is_told():
     config = PoolConfig(pool_min=4, pool_max=20, pool_min_start=12, pool_min_decay_samples=10)
     assert config.size_bounds(num_experts=32, consumed_samples=0) == (12, 20)
     assert config.size_bounds(num_experts=32, consumed_samples=5) == (8, 20)
-
-
-def test_checkpoint_form_is_plain_scalars():
-    stored = PoolConfig(pool_min=4).to_dict()
-    assert PoolConfig(**stored) == PoolConfig(pool_min=4)
-    assert all(isinstance(v, int | float | str | bool | None) for v in stored.values())

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,52 +42,95 @@ def _run(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
-# where each command of the README is run; the value says how
-RUN_ELSEWHERE = {
-    "make test": "is what runs this test; test_make_test_runs_tests starts it on one file",
-    'make setup TORCH="torch==2.13.0"': "tests/test_project.py",
-    "make help": "tests/test_project.py",
-    "python examples/pretrain_emo.py --help": "tests/test_pretrain.py",
+# where each command of the README is run
+RUN_IN = {
+    "make test": "test_docs.py::test_make_test_runs_tests",
+    "make demo": "test_docs.py::test_make_demo_runs_the_demo",
+    "make demo ARGS=--quick": "test_docs.py::test_the_quick_demo_leaves_its_files",
+    "python -m emo_megatron env": "test_docs.py::test_env_runs",
+    "make help": "test_project.py::test_make_alone_lists_every_target",
+    'make setup TORCH="torch==2.13.0"': "test_project.py::test_make_setup_takes_another_torch",
+    "python examples/pretrain_emo.py --help": "test_pretrain.py::test_help_shows_the_pool_flags",
     "torchrun --nproc-per-node 8 examples/pretrain_emo.py --pool-min 8"
-    " --dataloader-inter-document-masking ...": "tests/test_pretrain.py",
-    "make demo": "the quick one below; the full one is the README's figure",
-    "make demo ARGS=--quick": "below",
-    "python -m emo_megatron env": "below",
+    " --dataloader-inter-document-masking ...": "test_pretrain.py::test_layouts_train",
 }
 
 
 def test_every_command_has_a_test():
-    assert set(_commands()) == set(RUN_ELSEWHERE)
+    assert set(_commands()) == set(RUN_IN)
+    for test in RUN_IN.values():
+        file, name = test.split("::")
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(), test
 
 
 def test_env_runs():
-    assert "megatron-core" in _run([".venv/bin/python", "-m", "emo_megatron", "env"])
+    assert "megatron-core" in _run([sys.executable, "-m", "emo_megatron", "env"])
 
 
+in_checkout = pytest.mark.skipif(
+    not (ROOT / ".venv").exists(), reason="make would set up .venv; this environment is another"
+)
+
+
+@in_checkout
 def test_make_test_runs_tests():
     output = _run(["make", "test", "ARGS=tests/test_config.py -q"])
     assert re.search(r"\d+ passed", output)
 
 
+@in_checkout
+def test_make_demo_runs_the_demo():
+    assert "--quick" in _run(["make", "demo", "ARGS=--help"])
+
+
 @pytest.fixture(scope="module")
 def quick_demo(tmp_path_factory):
-    """`make demo ARGS=--quick`, its output folder and what it printed."""
+    """A quick demo that was interrupted in its first training and continued; its folder and what it printed."""
     output = tmp_path_factory.mktemp("demo") / "run"
-    return output, _run(["make", "demo", f"ARGS=--quick --output {output}"])
+    command = [sys.executable, "-m", "emo_megatron", "demo", "--quick", "--output", str(output)]
+    first = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    tracker = output / "emo" / "checkpoint" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 240
+    while not tracker.exists() and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGINT)
+    first.wait(timeout=60)
+    return output, _run(command)
 
 
 def test_the_quick_demo_leaves_its_files(quick_demo):
     output, printed = quick_demo
-    for name in ("retention.csv", "retention.json", "retention.png"):
-        assert (output / name).stat().st_size > 500, name
-    for word in ("EMO", "standard", "small", "1/4"):
-        assert word in printed
+    rows = json.loads((output / "retention.json").read_text())
+    domains = {row["domain"] for row in rows}
+    assert {row["model"] for row in rows} == {"emo", "standard", "small"}
+    # all experts, then chosen and random ones at 1/2 and 1/4, then each module elsewhere
+    per_model = len(domains) * (1 + 2 * 2) + len(domains) * (len(domains) - 1)
+    assert len(rows) == 2 * per_model + len(domains)
+    assert all(0 < row["loss"] < 9 for row in rows)
+    assert (output / "retention.csv").read_text().count("\n") == len(rows) + 1
+    assert (output / "retention.png").stat().st_size > 20_000
+    assert "1/4" in printed
+
+
+def test_an_interrupted_training_went_on_from_its_checkpoint(quick_demo):
+    output, _ = quick_demo
+    log = (output / "emo" / "train.log").read_text()
+    assert "successfully loaded checkpoint" in log
+    iterations = [int(n) for n in re.findall(r"iteration\s+(\d+)/", log)]
+    assert iterations[0] > 1
+    assert iterations[-1] == 16
 
 
 def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
     output, printed = quick_demo
     trained = (output / "emo" / "train.log").stat().st_mtime
-    again = _run(["make", "demo", f"ARGS=--quick --output {output}"])
+    again = _run([sys.executable, "-m", "emo_megatron", "demo", "--quick", "--output", str(output)])
     assert (output / "emo" / "train.log").stat().st_mtime == trained
     assert again.splitlines()[-5:] == printed.splitlines()[-5:]
 
@@ -90,7 +138,7 @@ def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
 def test_the_demo_refuses_a_folder_of_another_run(quick_demo):
     output, _ = quick_demo
     done = subprocess.run(
-        [".venv/bin/python", "-m", "emo_megatron", "demo", "--output", str(output)],
+        [sys.executable, "-m", "emo_megatron", "demo", "--output", str(output)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -98,8 +146,21 @@ def test_the_demo_refuses_a_folder_of_another_run(quick_demo):
         check=False,
     )
     assert done.returncode == 2
-    assert "other settings" in done.stderr
+    assert "steps is 16 there and" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_no_processes_are_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "emo_megatron", "demo", "--processes", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--processes must be at least 1" in done.stderr
 
 
 def test_paths_exist():
@@ -115,7 +176,7 @@ def test_paths_exist():
 
 
 def test_flags_exist():
-    known = {flag(name) for name in PoolConfig().to_dict()}
+    known = {flag(field.name) for field in dataclasses.fields(PoolConfig)}
     assert set(re.findall(r"--pool-[\w-]+", README)) <= known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -128,7 +129,7 @@ def _check_stored_pool_configuration(checkpoint: Path) -> None:
     from emo_megatron.config import PoolConfig
 
     common = load_common_state_dict(str(checkpoint))
-    stored = {name: getattr(common["args"], name) for name in PoolConfig().to_dict()}
+    stored = {f.name: getattr(common["args"], f.name) for f in dataclasses.fields(PoolConfig)}
     assert stored["pool_min"] == 3
     assert PoolConfig(**stored) == PoolConfig(pool_min=3, pool_min_decay_samples=24)
     assert all(isinstance(v, int | float | str | None) for v in stored.values())

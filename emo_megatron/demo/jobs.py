@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -56,12 +57,26 @@ def last_iteration(log: Path) -> int:
     return int(found[-1]) if found else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """A started job, what follows it, and its bar."""
+
+    process: subprocess.Popen[bytes]
+    job: Job
+    rest: list[Job]
+    bar: Any
+
+    def show(self) -> None:
+        self.bar.n = min(self.job.total, self.job.done())
+        self.bar.refresh()
+
+
 def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
     """Run each chain's jobs in order and up to `at_once` chains side by side.
 
     Args:
         chains: jobs already finished are skipped.
-        at_once: processes; each computes with one thread.
+        at_once: processes, at least 1; each computes with one thread.
         root: put on the commands' PYTHONPATH.
 
     Raises:
@@ -69,7 +84,7 @@ def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
     """
     waiting = [[job for job in chain if not job.is_finished()] for chain in chains]
     waiting = [chain for chain in waiting if chain]
-    running: list[tuple[subprocess.Popen[bytes], Job, list[Job], tqdm]] = []  # type: ignore[type-arg]
+    running: list[_Running] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -77,29 +92,25 @@ def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
                 running.append(_start(chain[0], chain[1:], root))
             time.sleep(0.5)
             for item in list(running):
-                process, job, rest, bar = item
-                bar.n = min(job.total, job.done())
-                bar.refresh()
-                if process.poll() is None:
+                item.show()
+                if item.process.poll() is None:
                     continue
-                bar.close()
+                item.bar.close()
                 running.remove(item)
-                if process.returncode != 0:
-                    raise RuntimeError(_failure(job, process.returncode))
-                if rest:
+                if item.process.returncode != 0:
+                    raise RuntimeError(_failure(item.job, item.process.returncode))
+                if item.rest:
                     # last in line: evaluations fill the gaps beside the next training
-                    waiting.append(rest)
+                    waiting.append(item.rest)
     finally:
-        for process, _, _, bar in running:
-            process.terminate()
-            bar.close()
-        for process, _, _, _ in running:
-            process.wait()
+        for item in running:
+            item.process.terminate()
+            item.bar.close()
+        for item in running:
+            item.process.wait()
 
 
-def _start(
-    job: Job, rest: list[Job], root: Path
-) -> tuple[subprocess.Popen[bytes], Job, list[Job], tqdm]:  # type: ignore[type-arg]
+def _start(job: Job, rest: list[Job], root: Path) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     environment.update(
@@ -108,14 +119,16 @@ def _start(
         CUDA_DEVICE_MAX_CONNECTIONS="1",
         PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
     )
+    # a resumed job starts where it was, or the time left would be far too short
+    begun = job.done()
     with job.log.open("wb") as log:
         process = subprocess.Popen(
             job.command, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
-    bar = tqdm(total=job.total, desc=job.title, disable=None, leave=True)
+    bar = tqdm(total=job.total, initial=begun, desc=job.title, disable=None, leave=True)
     if bar.disable:
         print(f"{job.title} ...", flush=True)
-    return process, job, rest, bar
+    return _Running(process=process, job=job, rest=rest, bar=bar)
 
 
 def _failure(job: Job, code: int) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emo_megatron import __version__
 from emo_megatron.demo import corpus as corpora
@@ -24,8 +26,11 @@ from emo_megatron.demo.recipe import (
     main_models,
     megatron_flags,
 )
+from emo_megatron.mcore.evaluate import conditions
 from emo_megatron.report import retention
 
+CROSS = 0.25
+"""Fraction of the experts whose modules are tried on every other domain."""
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "examples" / "pretrain_emo.py"
 
@@ -34,8 +39,8 @@ PRETRAIN = ROOT / "examples" / "pretrain_emo.py"
 class DemoConfig:
     """Pretrain three small models on text this machine already has and show what a quarter of their experts keeps."""
 
-    output: Path = Path("runs/demo")
-    """Folder of the run; an interrupted run in it is continued."""
+    output: Path | None = None
+    """Folder of the run, runs/demo or runs/demo-quick if not given; an interrupted run in it is continued."""
     corpus: Path | None = None
     """Folder with one folder of text files a domain. Default: text found on this machine."""
     quick: bool = False
@@ -44,8 +49,18 @@ class DemoConfig:
     """Also train a second seed and two ablations (about three times as long)."""
     seed: int = 1234
     """Of initialisation, data order and pool sizes."""
-    processes: int = field(default=2)
+    processes: int = 2
     """Processes side by side, one thread each."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"--processes must be at least 1; got {self.processes}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        default = Path("runs") / ("demo-quick" if self.quick else "demo")
+        return (self.output or default).resolve()
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -57,17 +72,21 @@ def run_demo(config: DemoConfig) -> Path:
     Raises:
         ValueError: the corpus is too small, or the folder holds a run with other settings.
         FileNotFoundError: the package is not in a checkout of its repository.
+        RuntimeError: a training or evaluation failed; shows the end of its log.
     """
     if not PRETRAIN.exists():
         raise FileNotFoundError(
             f"the demo trains through {PRETRAIN}, which is part of the repository: run it from a checkout"
         )
     size = QUICK if config.quick else FULL
-    output = config.output.resolve()
-    _claim(output, config, size)
-    corpus = corpora.prepare_corpus(output / "corpus", _corpus_config(config))
-    print(corpora.describe(corpus), flush=True)
+    output = config.folder
     models = main_models(size, seed=config.seed)
+    source = str(config.corpus.resolve()) if config.corpus else None
+    settings = {"size": dataclasses.asdict(size), "seed": config.seed, "corpus": source}
+    _claim(output, settings | {m.name: " ".join(m.flags) for m in models})
+    corpus = corpora.prepare_corpus(output / "corpus", _corpus_config(config))
+    _claim(output, {"text": corpus.manifest["fingerprint"]})
+    print(corpora.describe(corpus), flush=True)
     if config.extra:
         models += extra_models(size, seed=config.seed)
     print(
@@ -88,32 +107,33 @@ def run_demo(config: DemoConfig) -> Path:
     return output
 
 
-def _claim(output: Path, config: DemoConfig, size: Size) -> None:
-    """Refuse a folder that holds a run with other settings; note ours in a new one."""
-    settings = {
-        "size": dataclasses.asdict(size),
-        "seed": config.seed,
-        "corpus": str(config.corpus) if config.corpus else None,
-    }
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Note what the run in this folder is made of; refuse a folder whose run is made of something else."""
     settings = json.loads(json.dumps(settings))
     path = output / "demo.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != settings:
-            raise ValueError(
-                f"{output} holds a run with other settings: {_difference(found, settings)}. "
-                "Give another folder with --output, or delete that one."
-            )
-        return
+    found = json.loads(path.read_text()) if path.exists() else {}
+    differing = [
+        f"{name} is {was} there and {now} here" for name, was, now in _differences(found, settings)
+    ]
+    if differing:
+        raise ValueError(
+            f"{output} holds a run with other settings: {'; '.join(differing)}. "
+            "Give another folder with --output, or delete that one."
+        )
     output.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
+    temporary.write_text(json.dumps(found | settings, indent=1))
     temporary.replace(path)
 
 
-def _difference(found: dict[str, object], wanted: dict[str, object]) -> str:
-    names = [key for key in wanted if found.get(key) != wanted[key]]
-    return "; ".join(f"{name} is {found.get(name)} there and {wanted[name]} here" for name in names)
+def _differences(
+    found: dict[str, Any], wanted: dict[str, Any]
+) -> Iterator[tuple[str, object, object]]:
+    for name in wanted.keys() & found.keys():
+        if isinstance(wanted[name], dict) and isinstance(found[name], dict):
+            yield from _differences(found[name], wanted[name])
+        elif found[name] != wanted[name]:
+            yield name, found[name], wanted[name]
 
 
 def _corpus_config(config: DemoConfig) -> corpora.CorpusConfig:
@@ -159,11 +179,9 @@ def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Pat
     own += ["--evaluate-calibration-tokens", str(size.calibration_tokens)]
     # the small model is compared whole: it is what a quarter of the experts competes with
     fractions = () if model.name == "small" else size.fractions
-    own += ["--evaluate-fractions", *map(str, fractions)]
-    domains = len(corpus.domains)
-    total = domains * (1 + 2 * len(fractions)) + (
-        domains * (domains - 1) if 0.25 in fractions else 0
-    )
+    own += ["--evaluate-fractions", *map(str, fractions), "--evaluate-cross", str(CROSS)]
+    wanted = conditions(corpus.domains, keep_fractions=list(fractions), cross_fraction=CROSS)
+    total = len(wanted)
     return Job(
         title=f"evaluating {model.name}",
         command=torchrun("-m", "emo_megatron.mcore.evaluate", *flags, *own),
@@ -174,33 +192,24 @@ def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Pat
     )
 
 
-def _read_rows(path: Path) -> dict[str, dict[str, float]]:
+def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _rows(model: Model, *, output: Path) -> list[retention.RetentionRow]:
     """The model's evaluation as rows of the report."""
-    found = _read_rows(output / model.name / "rows.json")
-    rows = []
-    for key, value in found.items():
-        domain, evaluated_on, fraction, method = key.split("|")
-        full = found[f"{evaluated_on}|{evaluated_on}|1|full"]["loss"]
-        rows.append(
-            retention.RetentionRow(
-                model=model.name,
-                domain=domain,
-                evaluated_on=evaluated_on,
-                keep_fraction=float(fraction),
-                num_experts_kept=int(value["num_experts_kept"]),
-                method=method,
-                loss=value["loss"],
-                rise=value["loss"] - full,
-                tokens=int(value["tokens"]),
-                seed=model.seed,
-                versions=_versions(),
-            )
+    found = list(_read_rows(output / model.name / "rows.json").values())
+    full = {row["evaluated_on"]: row["loss"] for row in found if row["method"] == "full"}
+    return [
+        retention.RetentionRow(
+            model=model.name,
+            rise=row["loss"] - full[row["evaluated_on"]],
+            seed=model.seed,
+            versions=_versions(),
+            **row,
         )
-    return rows
+        for row in found
+    ]
 
 
 def _versions() -> str:

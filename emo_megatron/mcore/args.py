@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+import warnings
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
-from emo_megatron.mcore.refusals import CONFIG_REFUSALS, SCRIPT_REFUSALS, Refusal
+from emo_megatron.mcore.refusals import SCRIPT_REFUSALS, problems_of, problems_with_config
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -59,33 +59,31 @@ def check_run(pool: PoolConfig, config: TransformerConfig, args: argparse.Namesp
     Raises:
         ValueError: one line a problem: what must hold, what came, why.
     """
-    problems = problems_with_config(pool, config) + _problems(SCRIPT_REFUSALS, args, pool)
-    if pool.is_on and not getattr(args, "dataloader_inter_document_masking", False):
+    problems = problems_with_config(pool, config) + problems_of(SCRIPT_REFUSALS, args, pool)
+    packs_rows = args.dataloader_inter_document_masking and args.micro_batch_size > 1
+    if packs_rows and args.virtual_pipeline_model_parallel_size is not None:
+        problems.append(
+            "--micro-batch-size must be 1 with an interleaved pipeline and "
+            f"--dataloader-inter-document-masking; got {args.micro_batch_size}: its schedule cannot "
+            "carry packed samples"
+        )
+    if pool.pool_balance == "running" and not args.dataloader_inter_document_masking:
+        problems.append(
+            "--dataloader-inter-document-masking must be given with --pool-balance running: the step "
+            "so far is kept with the documents"
+        )
+    if pool.is_on and args.dataloader_type != "single":
+        warnings.warn(
+            f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "
+            "data-parallel ranks; with --dataloader-type single they do not",
+            stacklevel=2,
+        )
+    if pool.is_on and not args.dataloader_inter_document_masking:
         problems.append(
             "--dataloader-inter-document-masking must be given with --pool-min: pools follow document boundaries"
         )
     if problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[str]:
-    """What a model of this configuration cannot do with the pool layers, one sentence each."""
-    if not config.num_moe_experts:
-        return ["--num-experts must be given: the pool layers are mixture-of-experts layers"]
-    problems = pool.problems_with_model(
-        num_experts=config.num_moe_experts, top_k=config.moe_router_topk
-    )
-    return problems + _problems(CONFIG_REFUSALS, config, pool)
-
-
-def _problems(refusals: Sequence[Refusal], values: Any, pool: PoolConfig) -> list[str]:
-    return [
-        refusal.message(getattr(values, refusal.field))
-        for refusal in refusals
-        if hasattr(values, refusal.field)
-        and (pool.is_on or not refusal.only_with_pools)
-        and not refusal.allows(getattr(values, refusal.field))
-    ]
 
 
 def _field_documentation() -> dict[str, str]:

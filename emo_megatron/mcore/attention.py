@@ -6,14 +6,18 @@ in it. With Transformer Engine neither is used.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from emo_megatron.config import flag
 
 
 class TorchNorm:
@@ -39,11 +43,23 @@ class TorchNorm:
         return norm
 
 
+_SUPPORTED = {
+    "context_parallel_size": 1,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "apply_query_key_layer_scaling": False,
+}
+"""Options of Megatron's attention that DocumentAttention does not have, with the value that leaves them out."""
+
+
 class DocumentAttention(torch.nn.Module):
     """Causal attention in which a token sees its own document only, through torch's scaled dot product.
 
     Stands in for Megatron's DotProductAttention: the constructor takes what that takes. Every rank holds whole
-    sequences and its own heads (tensor parallelism); context parallelism is refused.
+    sequences and its own heads (tensor parallelism).
+
+    Raises:
+        NotImplementedError: on construction, for an option of Megatron's attention it does not have.
     """
 
     def __init__(
@@ -57,10 +73,15 @@ class DocumentAttention(torch.nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
+        for field, supported in _SUPPORTED.items():
+            if getattr(config, field, supported) != supported:
+                raise NotImplementedError(
+                    f"{flag(field)} {getattr(config, field)!r} needs Transformer Engine's attention; "
+                    f"use --transformer-impl transformer_engine, or {supported!r}"
+                )
+        if attn_mask_type is not AttnMaskType.causal:
             raise NotImplementedError(
-                "--context-parallel-size above 1 needs Transformer Engine's attention; "
-                "use --transformer-impl transformer_engine or --context-parallel-size 1"
+                f"attention is causal here; the spec asks for {attn_mask_type}"
             )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -81,11 +102,15 @@ class DocumentAttention(torch.nn.Module):
             query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch), else
                 [s, b, heads, head_dim]; key and value alike, with the same or fewer heads.
             attention_mask: unused; the mask is causal within documents.
+            attn_mask_type: unused, likewise.
+            attention_bias: must be None.
             packed_seq_params: document boundaries; None means one document a sample.
 
         Returns:
             [t, heads * head_dim] or [s, b, heads * head_dim].
         """
+        if attention_bias is not None:
+            raise NotImplementedError("an attention bias needs Transformer Engine's attention")
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = self._attend(q, k, v, None)
@@ -96,17 +121,21 @@ class DocumentAttention(torch.nn.Module):
         out = self._attend(q, k, v, _document_mask(packed_seq_params, rows, num_tokens))
         return out.transpose(1, 2).reshape(num_tokens, -1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        # tensor-parallel ranks hold different heads and must drop different entries
+        apart = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
+        with apart:
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=visible,
+                is_causal=visible is None,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
 
 
 def _document_mask(packed: PackedSeqParams, rows: int, num_tokens: int) -> Tensor:

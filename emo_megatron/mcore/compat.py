@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import re
+import sys
 
 import torch
 
-SUPPORTED = "megatron-core >= 0.18, < 0.20"
+from emo_megatron.environment import SUPPORTED
 
 
 def require_megatron() -> tuple[int, int]:
@@ -17,16 +18,23 @@ def require_megatron() -> tuple[int, int]:
     Raises:
         ImportError: Megatron-Core is missing or its version is outside the supported range.
     """
+    first, end = SUPPORTED["megatron-core"]
+    assert end is not None
+    wanted = f"megatron-core >= {_dotted(first)}, < {_dotted(end)}"
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
-            f"emo_megatron.mcore needs {SUPPORTED}. Install it: pip install 'emo_megatron[megatron]'"
+            f"emo_megatron.mcore needs {wanted}. Install it: pip install 'emo_megatron[megatron]'"
         ) from None
     major, minor = (int(part) for part in version.split(".")[:2])
-    if not (0, 18) <= (major, minor) < (0, 20):
-        raise ImportError(f"emo_megatron.mcore supports {SUPPORTED}; found {version}")
+    if not first <= (major, minor) < end:
+        raise ImportError(f"emo_megatron.mcore supports {wanted}; found {version}")
     return major, minor
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
 
 
 def is_in_backward() -> bool:
@@ -43,3 +51,13 @@ def repair_help(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.help:
             action.help = re.sub(r"%(?![(%])", "%%", re.sub(r"%%", "%", action.help))
+
+
+def consumed_train_samples() -> int | None:
+    """Training samples megatron.training has consumed before this step; None where it does not run.
+
+    Its public get_args() fails before arguments are parsed, and importing it here would make every user pay for it.
+    """
+    training = sys.modules.get("megatron.training.global_vars")
+    args = getattr(training, "_GLOBAL_ARGS", None)
+    return None if args is None else getattr(args, "consumed_train_samples", 0)

@@ -7,7 +7,7 @@ token counts, so that recomputing a layer repeats neither the choice nor its col
 
 from __future__ import annotations
 
-import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from emo_megatron.balance import TokenCounts
 from emo_megatron.config import PoolConfig
 from emo_megatron.documents import DocumentSegments
-from emo_megatron.mcore.compat import is_in_backward
+from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
 from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
@@ -41,8 +41,17 @@ class SampleClock:
         """Training samples, 0 before training."""
         if self._set is not None:
             return self._set
-        training = sys.modules.get("megatron.training.global_vars")
-        return getattr(getattr(training, "_GLOBAL_ARGS", None), "consumed_train_samples", None) or 0
+        count = consumed_train_samples()
+        if count is None:
+            warnings.warn(
+                "no training loop tells how many samples it has consumed, so every step draws the "
+                "same pool sizes; set emo_megatron.mcore.context.CLOCK.consumed_samples each step",
+                stacklevel=2,
+            )
+            # once is enough, and 0 is what it goes on with
+            self._set = 0
+            return 0
+        return count
 
     @consumed_samples.setter
     def consumed_samples(self, value: int | None) -> None:
@@ -158,6 +167,7 @@ def _make_scope(
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:
     """Boundaries one token earlier, so that a document's last token, its EOS, opens the next one.
 
-    The ends of samples stay: whether an EOS stands there cannot be told from boundaries.
+    The ends of samples and of the last document stay: whether an EOS stands there cannot be told from boundaries.
     """
-    return torch.where(cu_seqlens % tokens_per_sample == 0, cu_seqlens, cu_seqlens - 1)
+    is_end = (cu_seqlens % tokens_per_sample == 0) | (cu_seqlens == cu_seqlens[-1])
+    return torch.where(is_end, cu_seqlens, cu_seqlens - 1)

@@ -11,6 +11,7 @@ models run. One process; rows are saved as they come and a second call computes 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def evaluate(
 ) -> None:
     """Measure every row that `output` does not hold yet; the file is replaced whole after each.
 
-    The file maps `Condition.key` to {"loss": nats a token, "tokens": count, "num_experts_kept": routed experts}.
+    The file maps `Condition.key` to the condition's fields and "loss" (nats a token), "tokens" (a count),
+    "num_experts_kept" (routed experts).
     """
     done: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     scores: dict[str, Tensor] = {}
@@ -166,7 +168,8 @@ def evaluate(
         loss, tokens = evaluator.loss(
             "validation", row.evaluated_on, num_tokens=num_tokens, allowed_LE=allowed_LE
         )
-        done[row.key] = {"loss": loss, "tokens": tokens, "num_experts_kept": keep}
+        measured = {"loss": loss, "tokens": tokens, "num_experts_kept": keep}
+        done[row.key] = dataclasses.asdict(row) | measured
         temporary = output.with_suffix(".tmp")
         temporary.write_text(json.dumps(done, indent=1))
         temporary.replace(output)
@@ -223,7 +226,8 @@ def main() -> None:
         raise ValueError(
             f"evaluation runs in one process; got {args.world_size}. Use --nproc-per-node 1"
         )
-    pool = pool_config_from_args(args)
+    # no pools whatever the run says: this measures what a deployed model does
+    pool = dataclasses.replace(pool_config_from_args(args), pool_eval=None)
     config = gpt_config_from_args(args)
     check_run(pool, config.transformer, args)
     config.transformer_layer_spec = pool_spec_builder(pool)
@@ -233,6 +237,13 @@ def main() -> None:
         cfg_container=pretrain_cfg_container_from_args(args, config),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    for fraction in args.evaluate_fractions:
+        kept = num_kept(fraction, num_experts=args.num_experts)
+        if kept < args.moe_router_topk:
+            raise ValueError(
+                f"--evaluate-fractions {fraction} keeps {kept} of {args.num_experts} experts, and a "
+                f"token needs --moe-router-topk {args.moe_router_topk}; drop it"
+            )
     if args.iteration == 0:
         raise ValueError(f"no checkpoint was loaded: --load {args.load} must name a finished run")
     manifest = json.loads((args.evaluate_corpus / "corpus.json").read_text())
@@ -243,15 +254,12 @@ def main() -> None:
         batch_size=args.micro_batch_size,
         eod=manifest["eod_token"],
     )
-    usable = [
-        f
-        for f in args.evaluate_fractions
-        if num_kept(f, num_experts=evaluator.num_experts) >= args.moe_router_topk
-    ]
     evaluate(
         evaluator,
         conditions(
-            list(manifest["domains"]), keep_fractions=usable, cross_fraction=args.evaluate_cross
+            list(manifest["domains"]),
+            keep_fractions=args.evaluate_fractions,
+            cross_fraction=args.evaluate_cross,
         ),
         output=args.evaluate_output,
         num_tokens=args.evaluate_tokens,

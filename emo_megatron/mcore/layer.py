@@ -33,6 +33,11 @@ class PoolMoELayer(MoELayer):
         super().__init__(*args, **kwargs)
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
+        if self.recomputes_itself and (self.config.fp8 or self.config.fp4):
+            raise NotImplementedError(
+                "--recompute-modules moe does not work with fp8 or fp4 and pools; "
+                "use --recompute-granularity full or drop moe from --recompute-modules"
+            )
 
     @property
     def pool_router(self) -> PoolRouter:

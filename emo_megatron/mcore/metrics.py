@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-BALANCE_METRICS = ("token_entropy", "load_imbalance", "experts_per_document")
-"""Mean entropy of the scores a token (nats); largest over mean expert load; distinct experts a document uses (on a
-rank: of the document's tokens that the rank routes)."""
+from emo_megatron.config import PoolConfig
+
+TOKEN_METRICS = ("token_entropy", "load_imbalance")
+"""Mean entropy of the scores a token (nats); largest over mean expert load."""
+DOCUMENT_METRICS = ("experts_per_document",)
+"""Distinct experts a document uses (on a rank: of the document's tokens that the rank routes)."""
 POOL_METRICS = ("pool_size", "document_entropy")
 """Mean pool size (routed experts); mean entropy of a document's summed probabilities (nats)."""
 
@@ -32,7 +36,19 @@ class PoolMetricsTracker(MoEMetricsTracker):
         return super().report(*args, track_names=track_names, **kwargs)
 
 
-def install_metrics(*, pools_on: bool, has_losses: bool) -> None:
-    """Make Megatron report the metrics this configuration records."""
-    names = (*(POOL_METRICS if pools_on else ()), *(BALANCE_METRICS if has_losses else ()))
+def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_documents: bool) -> None:
+    """Make Megatron report the metrics that this configuration's routers record, and no others.
+
+    Args:
+        pool: the method.
+        config: Megatron's configuration of the model.
+        has_documents: whether training batches carry document boundaries.
+    """
+    types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(types, str):
+        types, coefficients = [types], [coefficients]
+    balance = dict(zip(types, coefficients, strict=True)).get("global_aux_loss", 0.0)
+    names: tuple[str, ...] = POOL_METRICS if pool.is_on else ()
+    if balance > 0 or config.moe_z_loss_coeff:
+        names += TOKEN_METRICS + (DOCUMENT_METRICS if has_documents else ())
     set_moe_metrics_tracker(PoolMetricsTracker(names))

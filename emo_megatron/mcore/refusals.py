@@ -5,10 +5,13 @@ The pool router replaces TopKRouter.routing(), so every option that lives in it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emo_megatron.config import flag
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from emo_megatron.config import PoolConfig, flag
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,11 @@ CONFIG_REFUSALS = (
         reason="pools are dropless: a dropped token would change its document's experts",
     ),
     Refusal(
+        field="moe_expert_rank_capacity_factor",
+        allowed=(None,),
+        reason="pools are dropless: a dropped token would change its document's experts",
+    ),
+    Refusal(
         field="moe_latent_size",
         allowed=(None,),
         reason="latent experts have not been tried with pools",
@@ -137,9 +145,14 @@ SCRIPT_REFUSALS = (
         reason="distillation from stored logits is not built into this script",
     ),
     Refusal(
-        field="modelopt_enabled",
+        field="log_straggler",
         allowed=(False,),
-        reason="ModelOpt builds the model with its own specs",
+        reason="straggler detection is not built into this script",
+    ),
+    Refusal(
+        field="inprocess_restart",
+        allowed=(False,),
+        reason="in-process restart is not built into this script",
     ),
     Refusal(
         field="spec",
@@ -163,3 +176,24 @@ SCRIPT_REFUSALS = (
     ),
 )
 """Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
+
+
+def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[str]:
+    """What a model of this configuration cannot do with the pool layers, one sentence each."""
+    if not config.num_moe_experts:
+        return ["--num-experts must be given: the pool layers are mixture-of-experts layers"]
+    problems = pool.problems_with_model(
+        num_experts=config.num_moe_experts, top_k=config.moe_router_topk
+    )
+    return problems + problems_of(CONFIG_REFUSALS, config, pool)
+
+
+def problems_of(refusals: Sequence[Refusal], values: Any, pool: PoolConfig) -> list[str]:
+    """The rows that `values` breaks, one sentence each; rows on options this host does not have are passed over."""
+    return [
+        refusal.message(getattr(values, refusal.field))
+        for refusal in refusals
+        if hasattr(values, refusal.field)
+        and (pool.is_on or not refusal.only_with_pools)
+        and not refusal.allows(getattr(values, refusal.field))
+    ]

@@ -54,6 +54,10 @@ class PoolRouter(TopKRouter):
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
         pool_DE = self._pool(logits_TE, ids_T)
+        if self.allowed_experts is not None:
+            # -inf alone would not keep them out: a bias, or an underflow to equal zeros, can pick them
+            allowed_1E = self.allowed_experts[None]
+            pool_DE = allowed_1E if pool_DE is None else pool_DE & allowed_1E
         routed = ops.pool_topk(
             logits_TE,
             document_ids_T=ids_T,
@@ -68,7 +72,9 @@ class PoolRouter(TopKRouter):
         probs_TE = routed.probs_TE
         if self.training:
             probs_TE = self._with_losses(probs_TE, routed, ids_T)
-        self._apply_expert_bias(routed.routing_map_TE)
+        self._apply_expert_bias(
+            routed.routing_map_TE, padding_mask=None if ids_T is None else (ids_T < 0)[:, None]
+        )
         return probs_TE, routed.routing_map_TE
 
     def reset_global_aux_loss_tracker(self) -> None:
@@ -113,7 +119,8 @@ class PoolRouter(TopKRouter):
         low, high = self.pool.size_bounds(
             num_experts=num_experts, consumed_samples=scope.consumed_samples
         )
-        if self.pool.pool_top_p is not None:
+        if self.pool.pool_rule == "top_p":
+            assert self.pool.pool_top_p is not None
             return ops.top_p_pool_sizes(scores_DE, top_p=self.pool.pool_top_p, low=low, high=high)
         return ops.draw_pool_sizes(
             scope.sample_positions_D,
@@ -179,7 +186,7 @@ class PoolRouter(TopKRouter):
         return fraction, population
 
     def _record_share(self, name: str, share: Tensor) -> None:
-        """Log a loss whose ranks each hold a share: summed when Megatron reports, not here."""
+        """Log a value of which every rank holds a share: summed when Megatron reports, not here."""
         get_moe_metrics_tracker().record(
             name,
             share,
@@ -208,8 +215,8 @@ class PoolRouter(TopKRouter):
         self._record_mean("document_entropy", (entropy_D.sum() / num_real).float())
 
     def _record_tokens(self, routed: ops.Routing, population: balance.TokenCounts) -> None:
-        num_local = (routed.z_T != 0).sum().clamp(min=1)
-        self._record_mean("token_entropy", routed.entropy_T.sum() / num_local)
+        num_tokens = population.num_tokens.clamp(min=1)
+        self._record_share("token_entropy", routed.entropy_T.sum() / num_tokens)
         self._record_mean("load_imbalance", balance.load_imbalance(population))
         if self.scope is not None:
             self._record_mean(

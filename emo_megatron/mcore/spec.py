@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.attention import DocumentAttention, TorchNorm
 from emo_megatron.mcore.layer import PoolMoELayer, PoolTransformerLayer
+from emo_megatron.mcore.refusals import problems_with_config
 from emo_megatron.mcore.router import PoolRouter
 
 
@@ -29,8 +31,24 @@ def pool_block_spec(
             layers are dense.
         pool: the method; pools off gives the matched standard MoE.
         vp_stage: virtual pipeline stage.
+
+    Raises:
+        ValueError: the pool layers would not do what the configuration says; names every problem.
+        ImportError: Transformer Engine is asked for and missing.
+        NotImplementedError: Megatron's spec builds another kind of layer.
     """
+    problems = problems_with_config(pool, config)
+    if problems:
+        raise ValueError(
+            "this model cannot be built with pool layers:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+        )
     uses_te = config.transformer_impl == "transformer_engine"
+    if uses_te and not HAVE_TE:
+        raise ImportError(
+            "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; "
+            "install it, or use --transformer-impl local"
+        )
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=uses_te,

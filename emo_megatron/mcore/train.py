@@ -1,7 +1,8 @@
 """Pretraining on megatron.training: batches with document boundaries on every stage, the step, the loss, the datasets.
 
-The pieces `megatron.training.pretrain` asks for. They differ from pretrain_gpt.py in one point: every pipeline stage
-builds the dataset, so that the routers of middle stages see boundaries too.
+The pieces `megatron.training.pretrain` asks for, for plain pretraining. Unlike pretrain_gpt.py's, every pipeline stage
+builds the dataset, so that the routers of middle stages see boundaries too; what that script does beyond this is in
+the refusal table.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from emo_megatron.documents import DocumentSegments
+
+SPIKY_LOSS_FACTOR = 10
+"""--check-for-spiky-loss reports a loss so many times the largest seen."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
 
 
@@ -48,6 +53,8 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None, "the dataset is built on every stage"
         loaded = next(data_iterator)
+        if has_documents:
+            _check_documents(loaded["cu_seqlens"], seq_length=args.seq_length)
         batch = {
             key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
             for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
@@ -69,6 +76,12 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return flatten_batch_for_packed_sequences(batch)
+
+
+def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
+    """Refuse impossible boundaries while they are still on the host, where looking at them costs nothing."""
+    for sample in cu_seqlens.reshape(-1, cu_seqlens.shape[-1]):
+        DocumentSegments.from_cu_seqlens(sample, num_tokens=seq_length)
 
 
 def allow_flat_microbatches(config: TransformerConfig) -> None:
@@ -105,9 +118,9 @@ def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
 def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Summed cross entropy of this rank's tokens, their number, and both for the log."""
     args = get_args()
-    mask = loss_mask.reshape(-1).float()
-    loss = torch.sum(output_tensor.reshape(-1).float() * mask)
-    num_tokens = mask.sum().detach().to(torch.int)
+    is_counted = loss_mask.reshape(-1).float()
+    loss = torch.sum(output_tensor.reshape(-1).float() * is_counted)
+    num_tokens = is_counted.sum().detach().to(torch.int)
     if args.check_for_nan_in_loss_and_grad:
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             get_rerun_state_machine().validate_result(
@@ -117,6 +130,17 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
                 tolerance=0.0,
                 fatal=True,
             )
+    if args.check_for_spiky_loss:
+        machine = get_rerun_state_machine()
+        machine.validate_result(
+            result=loss,
+            rejection_func=functools.partial(
+                machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report
 

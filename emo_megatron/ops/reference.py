@@ -24,9 +24,10 @@ class Routing:
     probs_TE: Tensor
     """[T, E] in the dtype of the logits: the weight of each chosen expert, 0 elsewhere and for padding."""
     routing_map_TE: Tensor
-    """[T, E] bool: True where the expert is chosen. All False for padding."""
+    """[T, E] bool: True where the expert is chosen, exactly K a token. Padding is sent to K experts like any token,
+    with weight 0, because dispatchers count on K rows a token."""
     tokens_per_expert_E: Tensor
-    """[E] int64: tokens that chose the expert."""
+    """[E] int64: tokens that chose the expert, padding left out."""
     score_sums_E: Tensor
     """[E] float32: scores (K-independent, summing to 1 a token) summed over tokens, for the balance loss."""
     z_T: Tensor
@@ -93,9 +94,10 @@ def pool_topk(
 
     Args:
         logits_TE: [T, E] router logits, differentiable.
-        document_ids_T: [T] int64, the row of pool_DE each token belongs to; -1 is padding, which goes nowhere and
+        document_ids_T: [T] int64, the row of pool_DE each token belongs to; -1 is padding, which has no weight and
             counts nowhere. None: no padding (then pool_DE must be None or have one row).
-        pool_DE: [D, E] bool, True = in the pool, at least top_k True a row. None: all experts.
+        pool_DE: [D, E] bool, True = in the pool, at least top_k True a row. None: all experts. One row serves every
+            document.
         top_k: K, experts a token.
         score_function: softmax, or sigmoid normalised over the chosen experts.
         pre_softmax: weights are the softmax over the pool at the chosen experts (the paper); False: softmax over the
@@ -154,13 +156,13 @@ def _allowed(
     is_padding_T = None if document_ids_T is None else document_ids_T < 0
     if pool_DE is None:
         return None, is_padding_T
+    if pool_DE.shape[0] == 1:
+        return pool_DE.expand_as(logits_TE), is_padding_T
     if document_ids_T is None or is_padding_T is None:
-        if pool_DE.shape[0] != 1:
-            raise ValueError(
-                f"pool_DE must have one row when document_ids_T is None; got {pool_DE.shape[0]} rows. "
-                "Pass document_ids_T."
-            )
-        return pool_DE.expand_as(logits_TE), None
+        raise ValueError(
+            f"pool_DE must have one row when document_ids_T is None; got {pool_DE.shape[0]} rows. "
+            "Pass document_ids_T."
+        )
     if pool_DE.shape[0] == 0:
         return None, is_padding_T
     # padding is let into every expert here, so that no row is all -inf, and taken out of every result later
@@ -175,12 +177,13 @@ def _assemble(
     z_T: Tensor,
     is_padding_T: Tensor | None,
 ) -> Routing:
-    """Scatter the choice into Megatron's [T, E] form and take padding out of everything."""
+    """Scatter the choice into Megatron's [T, E] form and take padding out of all that carries weight or is counted."""
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, expert_ids_TK, True)
     probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_ids_TK, weights_TK.to(logits_TE.dtype))
     entropy_T = -torch.xlogy(scores_TE.detach(), scores_TE.detach()).sum(dim=-1)
+    counted_TE = map_TE
     if is_padding_T is not None:
-        map_TE = map_TE & ~is_padding_T[:, None]
+        counted_TE = map_TE & ~is_padding_T[:, None]
         probs_TE = probs_TE.masked_fill(is_padding_T[:, None], 0.0)
         scores_TE = scores_TE.masked_fill(is_padding_T[:, None], 0.0)
         z_T = z_T.masked_fill(is_padding_T, 0.0)
@@ -188,7 +191,7 @@ def _assemble(
     return Routing(
         probs_TE=probs_TE,
         routing_map_TE=map_TE,
-        tokens_per_expert_E=map_TE.sum(dim=0),
+        tokens_per_expert_E=counted_TE.sum(dim=0),
         score_sums_E=scores_TE.sum(dim=0),
         z_T=z_T,
         entropy_T=entropy_T,

@@ -65,6 +65,9 @@ def _host(**overrides):
         "num_moe_experts": 32,
         "moe_router_topk": 2,
         "dataloader_inter_document_masking": True,
+        "micro_batch_size": 2,
+        "virtual_pipeline_model_parallel_size": None,
+        "dataloader_type": "single",
     }
     return types.SimpleNamespace(**(allowed | overrides))
 
@@ -94,7 +97,9 @@ REFUSED = {
     "sft": [True],
     "fim_data": [True],
     "logits_load_dir": ["teacher"],
-    "modelopt_enabled": [True],
+    "log_straggler": [True],
+    "inprocess_restart": [True],
+    "moe_expert_rank_capacity_factor": [1.0],
     "spec": [["a", "b"]],
     "hybrid_context_parallel": [True],
     "heterogeneous_layers_config_path": ["layers.json"],
@@ -154,3 +159,64 @@ def test_no_experts_is_said_plainly():
     host = _host(num_moe_experts=None)
     with pytest.raises(ValueError, match="--num-experts"):
         pool_args.check_run(PoolConfig(), host, host)
+
+
+def test_interleaved_pipelines_take_one_packed_sample():
+    host = _host(virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match="--micro-batch-size must be 1"):
+        pool_args.check_run(PoolConfig(pool_min=4), host, host)
+    host = _host(virtual_pipeline_model_parallel_size=2, micro_batch_size=1)
+    pool_args.check_run(PoolConfig(pool_min=4), host, host)
+
+
+def test_another_dataloader_is_warned_about():
+    host = _host(dataloader_type="cyclic")
+    with pytest.warns(UserWarning, match="--dataloader-type single"):
+        pool_args.check_run(PoolConfig(pool_min=4), host, host)
+
+
+def test_the_rows_name_options_megatron_has(monkeypatch):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", ["pretrain"])
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    assert {r.field for r in CONFIG_REFUSALS} <= known
+    assert {r.field for r in SCRIPT_REFUSALS} <= set(vars(parse_args(ignore_unknown_args=True)))
+
+
+def _build_refused():
+    from support import tiny
+
+    tiny.setup()
+    try:
+        tiny.model(PoolConfig(pool_min=1), moe_expert_capacity_factor=1.0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_the_layers_themselves_refuse_too(ranks):
+    message = ranks(1).run(_build_refused)[0]
+    assert "--pool-min must be at least" in message
+    assert "--moe-expert-capacity-factor" in message
+
+
+def _attention_refused(options):
+    from support import tiny
+
+    tiny.setup()
+    try:
+        tiny.model(PoolConfig(pool_min=3), **options)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "options", [{"window_size": (4, 0)}, {"softmax_type": "learnable"}], ids=["window", "softmax"]
+)
+def test_attention_options_it_does_not_have_are_refused(ranks, options):
+    message = ranks(1).run(_attention_refused, options=options)[0]
+    assert "--" + next(iter(options)).replace("_", "-") in message
+    assert "Transformer Engine" in message

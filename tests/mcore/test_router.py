@@ -301,7 +301,7 @@ def _losses(pool, per_token, cu_seqlens):
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_losses_are_their_definition(ranks, per_token):
-    # the last four tokens are padding
+    # the last four tokens are padding: routed, but counted nowhere
     gradient, expected, recorded, values = ranks(1).run(
         _losses, pool=POOLS, per_token=per_token, cu_seqlens=[0, 5, 16, 28]
     )[0]
@@ -309,3 +309,30 @@ def test_losses_are_their_definition(ranks, per_token):
     for name, value in values.items():
         assert recorded[name] == pytest.approx(value, rel=1e-5), name
     assert 3 <= recorded["pool_size"] <= 8
+
+
+def _running_counts():
+    """What the running balance divides by in the second micro-batch of a step and in the next step."""
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(PoolConfig(pool_min=3, pool_balance="running"))
+    router = _routers(model)[0]
+    seen = []
+    for seed in (0, 1, 2):
+        params = tiny.packed([0, 5, 16, 32])
+        model(**tiny.batch(seed), attention_mask=None, packed_seq_params=params).mean().backward()
+        fraction, population = params.emo_scope.counts[1]
+        seen.append(
+            (fraction.tokens_per_expert_E, population.tokens_per_expert_E, int(fraction.num_tokens))
+        )
+        if seed == 1:
+            router.reset_global_aux_loss_tracker()
+    return seen
+
+
+def test_running_balance_counts_the_step_so_far(ranks):
+    first, second, next_step = ranks(1).run(_running_counts)[0]
+    assert [row[2] for row in (first, second, next_step)] == [32, 64, 32]
+    assert torch.equal(second[0], first[1] + second[1])
+    assert torch.equal(next_step[0], next_step[1])

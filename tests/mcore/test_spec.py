@@ -48,8 +48,6 @@ def test_the_shared_expert_is_megatrons_flag(ranks):
 
 def _transformer_engine_spec():
     """The TE form of the spec on Megatron's own builder, with TE's classes stood in for where TE is missing."""
-    from types import SimpleNamespace
-
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -57,9 +55,11 @@ def _transformer_engine_spec():
         TransformerLayer,
         TransformerLayerSubmodules,
     )
+    from support import tiny
 
     from emo_megatron.mcore import spec
 
+    tiny.setup()
     attention = object()
     moe = functools.partial(MoELayer, submodules=MoESubmodules(experts=object))
     layer = ModuleSpec(
@@ -74,13 +74,13 @@ def _transformer_engine_spec():
         return block
 
     original, spec.get_gpt_decoder_block_spec = spec.get_gpt_decoder_block_spec, builder
-    config = SimpleNamespace(
-        transformer_impl="transformer_engine", normalization="RMSNorm", qk_l2_norm=False
-    )
+    has_te, spec.HAVE_TE = spec.HAVE_TE, True
+    config = tiny.transformer_config()
+    config.transformer_impl = "transformer_engine"
     try:
         made = spec.pool_block_spec(config, pool=POOLS)
     finally:
-        spec.get_gpt_decoder_block_spec = original
+        spec.get_gpt_decoder_block_spec, spec.HAVE_TE = original, has_te
     new = made.layer_specs[0]
     return (
         asked,
@@ -139,3 +139,20 @@ def test_the_authors_off_by_one_is_an_option(ranks):
     assert plain == [0] + [1] * 4 + [2] * 11 + [3] * 4 + [4] * 12
     # a boundary moved to the start of the sample is none; the end of a sample stays
     assert shifted == [1] * 4 + [2] * 12 + [3] * 3 + [4] * 13
+
+
+def _without_transformer_engine():
+    from support import tiny
+
+    tiny.setup()
+    try:
+        tiny.model(POOLS, transformer_impl="transformer_engine")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def test_a_missing_transformer_engine_is_named(ranks):
+    pytest.importorskip("megatron.core")
+    message = ranks(1).run(_without_transformer_engine)[0]
+    assert "--transformer-impl local" in message

@@ -76,7 +76,8 @@ def test_against_a_plain_loop(variant: str, num_experts: int, device: torch.devi
     loss = (got.probs_TE * upstream_TE.to(device)).sum() + got.score_sums_E @ upstream_E.to(device)
     (loss + got.z_T @ upstream_T.to(device)).backward()
 
-    assert_equal("routing_map", got.routing_map_TE.cpu(), want["map"])
+    is_real_T1 = (ids_T >= 0)[:, None]
+    assert_equal("routing_map", got.routing_map_TE.cpu() & is_real_T1, want["map"])
     assert_equal("tokens", got.tokens_per_expert_E.cpu(), want["map"].sum(0))
     assert_close("probs", got.probs_TE.cpu(), want["probs"].float())
     assert_close("score_sums", got.score_sums_E.cpu(), want["scores"].sum(0).float())
@@ -164,7 +165,9 @@ def test_no_tokens_and_no_documents() -> None:
         pool_DE=torch.empty(0, 5, dtype=torch.bool),
         top_k=2,
     )
-    assert not only_padding.routing_map_TE.any()
+    assert only_padding.routing_map_TE.sum(1).tolist() == [2] * 3
+    assert not only_padding.probs_TE.any()
+    assert not only_padding.tokens_per_expert_E.any()
     none_DE = select_pool(torch.empty(0, 5).long(), pool_sizes_D=torch.empty(0).long())
     assert none_DE.shape == (0, 5)
 
@@ -254,7 +257,7 @@ def test_ties_go_to_the_lower_index(score_function: str, pre_softmax: bool) -> N
         assert row.nonzero().squeeze(1).tolist() == [1, 3, 4, 5]
 
 
-def test_padding_goes_nowhere_and_counts_nowhere(device: torch.device) -> None:
+def test_padding_weighs_nothing_and_counts_nowhere(device: torch.device) -> None:
     ids_T = torch.tensor([1, -1, 1, 2, -1, 2, -1], device=device)
     logits_TE = random_logits(7, 12).to(device)
     is_padding_T = ids_T < 0
@@ -267,7 +270,10 @@ def test_padding_goes_nowhere_and_counts_nowhere(device: torch.device) -> None:
     got = pool_topk(padded_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=3)
     for name in ("probs_TE", "routing_map_TE", "z_T", "entropy_T"):
         assert_equal(name, getattr(got, name)[~is_padding_T], getattr(want, name))
-        assert not getattr(got, name)[is_padding_T].any()
+        if name != "routing_map_TE":
+            assert not getattr(got, name)[is_padding_T].any()
+    # dispatchers count on top-k rows a token
+    assert got.routing_map_TE.sum(1).eq(3).all()
     assert_equal("tokens", got.tokens_per_expert_E, want.tokens_per_expert_E)
     assert_close("score_sums", got.score_sums_E, want.score_sums_E, rtol=1e-6)
     weight_E = torch.arange(12.0, device=device)
@@ -281,7 +287,9 @@ def test_padding_goes_nowhere_and_counts_nowhere(device: torch.device) -> None:
 def test_padding_without_pools() -> None:
     ids_T = torch.tensor([0, -1])
     routing = pool_topk(random_logits(2, 6), document_ids_T=ids_T, top_k=2)
-    assert routing.routing_map_TE.sum(1).tolist() == [2, 0]
+    assert routing.routing_map_TE.sum(1).tolist() == [2, 2]
+    assert routing.tokens_per_expert_E.sum() == 2
+    assert not routing.probs_TE[1].any()
     assert routing.score_sums_E.sum().item() == pytest.approx(1.0)
 
 
