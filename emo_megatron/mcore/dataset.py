@@ -1,10 +1,15 @@
 """Write token documents as the indexed dataset Megatron trains on."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+with warnings.catch_warnings():
+    # Megatron warns of each library for GPUs that is missing; writing tokens needs none of them
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 
 def write_indexed_dataset(
