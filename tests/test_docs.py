@@ -24,7 +24,7 @@ def _commands() -> list[str]:
     """The commands of the shell blocks and those quoted in the text."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    quoted = re.findall(r"`((?:make|python|torchrun)\b[^`]*)`", README)
+    quoted = re.findall(r"`((?:make|python|torchrun)\b[^`\n]*)`", README)
     return [line for line in [*lines, *quoted] if line]
 
 

@@ -143,16 +143,20 @@ def _corpus_config(config: DemoConfig) -> corpora.CorpusConfig:
     return dataclasses.replace(full, max_domains=4, bytes_per_domain=300_000, min_documents=60)
 
 
-def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
-    run_dir = output / model.name
-    log = run_dir / "train.log"
-    flags = megatron_flags(
+def _flags(model: Model, size: Size, *, corpus: corpora.Corpus, run_dir: Path) -> list[str]:
+    return megatron_flags(
         size,
         model,
         tokenizer=corpus.tokenizer_dir,
         data_prefix=corpus.train_prefix,
         run_dir=run_dir,
     )
+
+
+def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
+    run_dir = output / model.name
+    log = run_dir / "train.log"
+    flags = _flags(model, size, corpus=corpus, run_dir=run_dir)
     tracker = run_dir / "checkpoint" / "latest_checkpointed_iteration.txt"
     return Job(
         title=f"pretraining {model.name}",
@@ -167,13 +171,7 @@ def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path)
 def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
     run_dir = output / model.name
     rows = run_dir / "rows.json"
-    flags = megatron_flags(
-        size,
-        model,
-        tokenizer=corpus.tokenizer_dir,
-        data_prefix=corpus.train_prefix,
-        run_dir=run_dir,
-    )
+    flags = _flags(model, size, corpus=corpus, run_dir=run_dir)
     own = ["--evaluate-corpus", str(corpus.path), "--evaluate-output", str(rows)]
     own += ["--evaluate-tokens", str(size.evaluation_tokens)]
     own += ["--evaluate-calibration-tokens", str(size.calibration_tokens)]
