@@ -6,6 +6,7 @@ name, so that the ranks import it themselves; Megatron's groups are destroyed af
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -142,8 +143,14 @@ def _load(path: str) -> Any:
 
 
 def _forget_groups() -> None:
+    """Destroy every group but the world's: each holds threads that poll, and hundreds would pile up."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
