@@ -65,6 +65,12 @@ def _logged(output: str, name: str = "lm loss") -> list[float]:
     return [float(v) for v in re.findall(rf"\| {name}: ([\d.E+-]+)", output)]
 
 
+@pytest.fixture(scope="session")
+def single(data_prefix):
+    """What one process logs."""
+    return _pretrain(1, "--pool-min", 3, data=data_prefix)
+
+
 SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
 
 
@@ -81,8 +87,7 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
     ],
     ids=["EP2", "TP2+SP", "PP2+recompute", "PP4"],
 )
-def test_layouts_train_and_draw_the_same_pool_sizes(processes, flags, data_prefix):
-    single = _pretrain(1, "--pool-min", 3, data=data_prefix)
+def test_layouts_train_and_draw_the_same_pool_sizes(processes, flags, data_prefix, single):
     output = _pretrain(processes, "--pool-min", 3, *flags, data=data_prefix)
     losses = _logged(output)
     assert len(losses) == 4

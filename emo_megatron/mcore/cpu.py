@@ -273,6 +273,34 @@ def _redirect_megatron() -> None:
     # the wheel ships the compiled index builder but not the Makefile this would run
     datasets: Any = dataset_utils
     datasets.compile_helpers = lambda: None
+    _fill_optimizer_states_before_loading()
+
+
+def _fill_optimizer_states_before_loading() -> None:
+    """Let the distributed optimizer load a checkpoint without Apex or Transformer Engine.
+
+    It reads the step of torch's AdamW from states that exist only after a first step.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    optimizer_class: Any = DistributedOptimizer
+    state_dict = optimizer_class.state_dict
+
+    def state_dict_with_states(self: Any) -> Any:
+        groups = self.optimizer.param_groups
+        if not self.optimizer.state and any(group["params"] for group in groups):
+            rates = [group["lr"] for group in groups]
+            for group in groups:
+                # a step that moves nothing: no gradient, no rate
+                group["lr"] = 0.0
+            self._init_optimizer_states_with_dummy_values()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        return state_dict(self)
+
+    optimizer_class.state_dict = state_dict_with_states
+    # it copies into float32 parameters, which are leaves that want gradients
+    optimizer_class.load_state_dict = torch.no_grad()(optimizer_class.load_state_dict)
 
 
 def with_cpu_flags(argv: list[str]) -> list[str]:

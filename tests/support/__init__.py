@@ -1,0 +1,1 @@
+"""What tests share: live ranks, tiny models, routing written as loops."""
