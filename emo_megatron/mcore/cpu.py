@@ -273,10 +273,10 @@ def _redirect_megatron() -> None:
     # the wheel ships the compiled index builder but not the Makefile this would run
     datasets: Any = dataset_utils
     datasets.compile_helpers = lambda: None
-    _fill_optimizer_states_before_loading()
+    _repair_optimizer_loading()
 
 
-def _fill_optimizer_states_before_loading() -> None:
+def _repair_optimizer_loading() -> None:
     """Let the distributed optimizer load a checkpoint without Apex or Transformer Engine.
 
     It reads the step of torch's AdamW from states that exist only after a first step.
@@ -299,8 +299,17 @@ def _fill_optimizer_states_before_loading() -> None:
         return state_dict(self)
 
     optimizer_class.state_dict = state_dict_with_states
-    # it copies into float32 parameters, which are leaves that want gradients
-    optimizer_class.load_state_dict = torch.no_grad()(optimizer_class.load_state_dict)
+    load_state_dict = optimizer_class.load_state_dict
+
+    def load_state_dict_apart(self: Any, state: Any) -> None:
+        # it copies into float32 parameters, which are leaves that want gradients
+        with torch.no_grad():
+            load_state_dict(self, state)
+        for values in self.optimizer.state.values():
+            # one tensor counts the steps of all parameters after loading, and each would advance it
+            values["step"] = values["step"].clone()
+
+    optimizer_class.load_state_dict = load_state_dict_apart
 
 
 def with_cpu_flags(argv: list[str]) -> list[str]:
