@@ -13,6 +13,7 @@ PoolRule = Literal["uniform", "top_p"]
 PoolMask = Literal["logits", "selection"]
 PoolScope = Literal["document", "sample"]
 PoolBalance = Literal["micro", "running"]
+PoolCpPartition = Literal["sample", "document"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,9 @@ class PoolConfig:
     pool_balance: PoolBalance = "micro"
     """Population of the load balance: micro is one micro-batch of all data-parallel ranks (the paper), running is the
     mean of the micro-batches of the step so far."""
+    pool_cp_partition: PoolCpPartition = "sample"
+    """How the host cuts packed micro-batches over context-parallel ranks: sample is one zigzag over the micro-batch,
+    document one over every document, as Transformer Engine's packed attention needs. Batches do not say."""
     pool_seed: int = 1234
     """Seed of the counter-based hash that draws pool sizes."""
     pool_eos_starts_document: bool = False
@@ -78,6 +82,7 @@ class PoolConfig:
             ("pool_mask", PoolMask),
             ("pool_scope", PoolScope),
             ("pool_balance", PoolBalance),
+            ("pool_cp_partition", PoolCpPartition),
         ):
             if getattr(self, name) not in get_args(kind):
                 found.append(

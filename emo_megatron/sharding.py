@@ -18,36 +18,45 @@ def local_token_indices(
     tp_size: int = 1,
     cp_rank: int = 0,
     cp_size: int = 1,
+    document_bounds: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Which tokens of the micro-batch a rank's router sees, in the order the router flattens them.
 
     Context-parallel rank r holds chunks r and 2 * cp_size - 1 - r of each sample's 2 * cp_size, the
-    load-balanced zigzag; sequence parallelism splits the rest contiguously; hidden states are
-    [s, b, h], so flattening puts position before sample. A packed stream is one sample.
+    load-balanced zigzag, or with `document_bounds` of each document's; sequence parallelism splits the rest
+    contiguously; hidden states are [s, b, h], so flattening puts position before sample. A packed stream is
+    one sample.
 
     Args:
         num_tokens: T of the whole micro-batch.
         batch_size: B; 1 for a packed stream, whatever samples it was packed from.
         tp_rank, tp_size: tensor-parallel rank and size under sequence parallelism, else 0 and 1.
         cp_rank, cp_size: context-parallel rank and size.
+        document_bounds: [D + 1] integers from 0 to T, padding included, to cut a packed stream document by
+            document, as Transformer Engine does; every length is a multiple of 2 * cp_size. None: by sample.
         device: of the result.
 
     Returns:
         [T / (tp_size * cp_size)] int64 flat indices in packed order.
 
     Raises:
-        ValueError: the tokens do not divide evenly, or a rank does not lie in [0, size).
+        ValueError: the tokens do not divide evenly (document lengths are looked at on the host only), a rank does
+            not lie in [0, size), or documents are given for more than one sample.
     """
-    num_chunks = 2 * cp_size if cp_size > 1 else 1
     _check_layout("tp", tp_rank, tp_size)
     _check_layout("cp", cp_rank, cp_size)
     sequence = divide_exactly(
         num_tokens, batch_size, "num_tokens", "batch_size", "Pad the samples."
     )
-    chunk = divide_exactly(
-        sequence, num_chunks, "the sequence length", "2 * cp_size", "Change --seq-length."
-    )
+    if document_bounds is None or cp_size == 1:
+        position_S = _zigzag_by_sample(sequence, cp_rank=cp_rank, cp_size=cp_size, device=device)
+    else:
+        if batch_size != 1:
+            raise ValueError(f"document_bounds go with batch_size 1; got {batch_size}")
+        position_S = _zigzag_by_document(
+            document_bounds.long(), sequence, cp_rank=cp_rank, cp_size=cp_size
+        )
     per_rank = divide_exactly(
         sequence // cp_size,
         tp_size,
@@ -55,11 +64,45 @@ def local_token_indices(
         "tp_size",
         "Change --seq-length.",
     )
-    held = (cp_rank, num_chunks - 1 - cp_rank) if cp_size > 1 else (0,)
-    position_S = torch.cat([torch.arange(c * chunk, (c + 1) * chunk, device=device) for c in held])
     position_S = position_S[tp_rank * per_rank : (tp_rank + 1) * per_rank]
     sample_B = torch.arange(batch_size, device=device)
     return (position_S[:, None] + sample_B * sequence).reshape(-1)
+
+
+def _zigzag_by_sample(
+    sequence: int, *, cp_rank: int, cp_size: int, device: torch.device | str | None
+) -> Tensor:
+    if cp_size == 1:
+        return torch.arange(sequence, device=device)
+    chunk = divide_exactly(
+        sequence, 2 * cp_size, "the sequence length", "2 * cp_size", "Change --seq-length."
+    )
+    held = (cp_rank, 2 * cp_size - 1 - cp_rank)
+    return torch.cat([torch.arange(c * chunk, (c + 1) * chunk, device=device) for c in held])
+
+
+def _zigzag_by_document(bounds: Tensor, sequence: int, *, cp_rank: int, cp_size: int) -> Tensor:
+    length_D = bounds.diff()
+    if bounds.device.type == "cpu" and (
+        int(bounds[-1]) != sequence or bool((length_D % (2 * cp_size)).any())
+    ):
+        raise ValueError(
+            f"documents cut over {cp_size} context-parallel ranks must have lengths that are multiples of "
+            f"{2 * cp_size} and fill the {sequence} tokens; got boundaries {bounds.tolist()}. Pad the documents."
+        )
+    num_local = divide_exactly(
+        sequence, cp_size, "the packed length", "cp_size", "Pad the documents."
+    )
+    # the size is given so that a device is not asked for it
+    owner_S = torch.repeat_interleave(
+        torch.arange(length_D.shape[0], device=bounds.device),
+        length_D // cp_size,
+        output_size=num_local,
+    )
+    chunk_S = length_D[owner_S] // (2 * cp_size)
+    within_S = torch.arange(num_local, device=bounds.device) - bounds[owner_S] // cp_size
+    held_S = torch.where(within_S < chunk_S, cp_rank, 2 * cp_size - 2 - cp_rank)
+    return bounds[owner_S] + held_S * chunk_S + within_S
 
 
 def _check_layout(name: str, rank: int, size: int) -> None:

@@ -12,6 +12,12 @@ from support.ranks import Ranks
 HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--parity-table", help="docs/parallelism.md: rewrite its table from this run's parity cases"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:

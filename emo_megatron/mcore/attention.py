@@ -1,7 +1,7 @@
 """Attention inside documents, and a norm that knows sequence parallelism, for runs without Transformer Engine.
 
-Megatron's own modules for the local spec refuse packed sequences and sequence parallelism; these two take their place
-in it. With Transformer Engine neither is used.
+Megatron's own modules for the local spec refuse packed sequences, sequence parallelism and context parallelism; these
+two take their place in it. With Transformer Engine neither is used.
 """
 
 from __future__ import annotations
@@ -10,14 +10,19 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from emo_megatron.config import flag
+from emo_megatron.config import PoolCpPartition, flag
+from emo_megatron.mcore.context import partition_bounds
+from emo_megatron.sharding import local_token_indices
 
 
 class TorchNorm:
@@ -44,7 +49,6 @@ class TorchNorm:
 
 
 _SUPPORTED = {
-    "context_parallel_size": 1,
     "window_size": None,
     "softmax_type": "vanilla",
     "apply_query_key_layer_scaling": False,
@@ -55,8 +59,10 @@ _SUPPORTED = {
 class DocumentAttention(torch.nn.Module):
     """Causal attention in which a token sees its own document only, through torch's scaled dot product.
 
-    Stands in for Megatron's DotProductAttention: the constructor takes what that takes. Every rank holds whole
-    sequences and its own heads (tensor parallelism).
+    Stands in for Megatron's DotProductAttention: the constructor takes what that takes, and `cp_partition`, how packed
+    micro-batches are cut over context-parallel ranks (PoolConfig.pool_cp_partition). Every rank holds its own heads
+    (tensor parallelism) of its own tokens (context parallelism), and gathers the keys and values of the others: simple
+    and exact, not made for long sequences.
 
     Raises:
         NotImplementedError: on construction, for an option of Megatron's attention it does not have.
@@ -70,6 +76,8 @@ class DocumentAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        cp_partition: PoolCpPartition = "sample",
         **unused: Any,
     ) -> None:
         super().__init__()
@@ -84,6 +92,11 @@ class DocumentAttention(torch.nn.Module):
                 f"attention is causal here; the spec asks for {attn_mask_type}"
             )
         self.softmax_scale = softmax_scale
+        self.cp_partition = cp_partition
+        self.cp_group: dist.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
+            self.cp_group = groups.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -99,8 +112,8 @@ class DocumentAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch), else
-                [s, b, heads, head_dim]; key and value alike, with the same or fewer heads.
+            query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch, or this context-parallel
+                rank's), else [s, b, heads, head_dim]; key and value alike, with the same or fewer heads.
             attention_mask: unused; the mask is causal within documents.
             attn_mask_type: unused, likewise.
             attention_bias: must be None.
@@ -111,6 +124,8 @@ class DocumentAttention(torch.nn.Module):
         """
         if attention_bias is not None:
             raise NotImplementedError("an attention bias needs Transformer Engine's attention")
+        if self.cp_group is not None:
+            return self._across_ranks(query, key, value, packed_seq_params)
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = self._attend(q, k, v, None)
@@ -120,6 +135,35 @@ class DocumentAttention(torch.nn.Module):
         q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
         out = self._attend(q, k, v, _document_mask(packed_seq_params, rows, num_tokens))
         return out.transpose(1, 2).reshape(num_tokens, -1)
+
+    def _across_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None
+    ) -> Tensor:
+        """Attention of this rank's tokens to everybody's."""
+        assert self.cp_group is not None
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        num_tokens = query.shape[0] * size
+        bounds = None if packed is None else partition_bounds(packed, self.cp_partition)
+        positions_RT = [
+            local_token_indices(
+                num_tokens=num_tokens, cp_rank=r, cp_size=size, document_bounds=bounds
+            )
+            for r in range(size)
+        ]
+        order_T = torch.cat(positions_RT).argsort()
+        k, v = (
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[order_T]
+            for x in (key, value)
+        )
+        if packed is None:
+            visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+            query, k, v = (x.permute(1, 2, 0, 3) for x in (query, k, v))
+        else:
+            visible = _document_mask(packed, 1, num_tokens)[0, 0]
+            query, k, v = (x.transpose(0, 1)[None] for x in (query, k, v))
+        out = self._attend(query, k, v, visible[positions_RT[rank]])
+        out = out.permute(2, 0, 1, 3).flatten(2)
+        return out if packed is None else out[:, 0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -16,7 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from emo_megatron.balance import TokenCounts
-from emo_megatron.config import PoolConfig
+from emo_megatron.config import PoolConfig, PoolCpPartition
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
 from emo_megatron.sharding import local_token_indices
@@ -152,6 +152,7 @@ def _make_scope(
         tp_size=shard.tp_size,
         cp_rank=shard.cp_rank,
         cp_size=shard.cp_size,
+        document_bounds=partition_bounds(packed, pool.pool_cp_partition),
         device=packed.cu_seqlens_q.device,
     )
     samples = num_tokens // segments.tokens_per_sample
@@ -162,6 +163,14 @@ def _make_scope(
         sample_positions_D=segments.rows_D + first,
         consumed_samples=CLOCK.consumed_samples,
     )
+
+
+def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Tensor | None:
+    """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples."""
+    if partition == "sample":
+        return None
+    padded = packed.cu_seqlens_q_padded
+    return packed.cu_seqlens_q if padded is None else padded
 
 
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:

@@ -231,8 +231,9 @@ def _redirect_tensors_and_modules() -> None:
 
 
 def _redirect_collectives() -> None:
-    """Bridge what NCCL takes and gloo does not: split sizes as tensors, averages."""
+    """Bridge what NCCL takes and gloo does not: split sizes as tensors, averages, parts of different lengths."""
     all_to_all_single, all_reduce = dist.all_to_all_single, dist.all_reduce
+    all_gather = dist.all_gather
 
     def as_list(sizes: Any) -> Any:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
@@ -258,9 +259,38 @@ def _redirect_collectives() -> None:
         tensor.div_(dist.get_world_size(group))
         return all_reduce(tensor, dist.ReduceOp.SUM, group, async_op)
 
+    def all_gather_of_any_length(
+        outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        longest = max(len(output) for output in outputs) if input.dim() else 0
+        if async_op or all(len(output) == longest for output in outputs if input.dim()):
+            return all_gather(outputs, input, group, async_op)
+        padded = input.new_zeros(longest, *input.shape[1:])
+        padded[: len(input)] = input
+        gathered = [torch.empty_like(padded) for _ in outputs]
+        all_gather(gathered, padded, group)
+        for output, part in zip(outputs, gathered, strict=True):
+            output.copy_(part[: len(output)])
+        return None
+
+    def reduce_scatter_of_any_length(
+        output: torch.Tensor,
+        inputs: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        whole = torch.cat([part.reshape(-1) for part in inputs])
+        work = all_reduce_with_average(whole, op, group)
+        rank = dist.get_rank(group)
+        output.copy_(whole.split([part.numel() for part in inputs])[rank].view_as(output))
+        return work
+
     module: Any = dist
     module.all_to_all_single = all_to_all_with_lists
     module.all_reduce = all_reduce_with_average
+    module.all_gather = all_gather_of_any_length
+    module.reduce_scatter = reduce_scatter_of_any_length
 
 
 def _redirect_megatron() -> None:

@@ -128,11 +128,6 @@ CONFIG_REFUSALS = (
         allowed=(None,),
         reason="Megatron's decoder spec does not build it",
     ),
-    Refusal(
-        field="context_parallel_size",
-        allowed=(1,),
-        reason="this version has not been compared with a single process under context parallelism",
-    ),
 )
 """Rows on Megatron's TransformerConfig; they hold wherever the pool layers are built."""
 

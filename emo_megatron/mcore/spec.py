@@ -60,7 +60,7 @@ def pool_block_spec(
     if uses_te:
         return dataclasses.replace(block, layer_specs=layers)
     return dataclasses.replace(
-        block, layer_specs=[_with_documents(layer) for layer in layers], layer_norm=TorchNorm
+        block, layer_specs=[_with_documents(layer, pool) for layer in layers], layer_norm=TorchNorm
     )
 
 
@@ -93,12 +93,17 @@ def _with_pools(layer: ModuleSpec, pool: PoolConfig) -> ModuleSpec:
     return dataclasses.replace(layer, module=PoolTransformerLayer, submodules=submodules)
 
 
-def _with_documents(layer: ModuleSpec) -> ModuleSpec:
+def _with_documents(layer: ModuleSpec, pool: PoolConfig) -> ModuleSpec:
     """The same layer of the local spec with norms and attention that take packed, sequence-parallel input."""
     attention = layer.submodules.self_attention
     attention = dataclasses.replace(
         attention,
-        submodules=dataclasses.replace(attention.submodules, core_attention=DocumentAttention),
+        submodules=dataclasses.replace(
+            attention.submodules,
+            core_attention=ModuleSpec(
+                module=DocumentAttention, params={"cp_partition": pool.pool_cp_partition}
+            ),
+        ),
     )
     submodules = dataclasses.replace(
         layer.submodules,

@@ -1,0 +1,171 @@
+"""Every parallel layout trains the model that one process trains: losses, gradients, weights, decisions."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from support import shards, training
+from support.training import Case
+
+MARGIN = 1e-5
+"""Smallest gap in probability a decision may be made by: a closer one could flip with the order of a sum."""
+TOLERANCE = 1e-5
+"""Of a tensor's norm; float32."""
+ROOT = Path(__file__).resolve().parents[2]
+
+LAYOUTS = {
+    "DP2": {"dp": 2},
+    "DP2, distributed optimizer": {"dp": 2, "distributed_optimizer": True},
+    "TP2 + SP": {"tp": 2},
+    "CP2 by sample": {"cp": 2},
+    "CP2 by document": {"cp": 2, "cp_partition": "document"},
+    "EP2": {"dp": 2, "ep": 2},
+    "PP2": {"pp": 2},
+    "PP2 x VPP2": {"pp": 2, "vpp": 2},
+    "EP2 x ETP2": {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+    "TP2 x EP2": {"tp": 2, "dp": 2, "ep": 2},
+    "TP2 x CP2 by document": {"tp": 2, "cp": 2, "cp_partition": "document"},
+    "TP2 x PP2": {"tp": 2, "pp": 2},
+    "PP2 x EP2": {"pp": 2, "dp": 2, "ep": 2},
+    "PP4": {"pp": 4},
+}
+SHAPES = [(1, 1), (2, 4), (1, 4), (2, 1)]
+"""Micro-batch and gradient accumulation."""
+RECOMPUTE = ["none", "moe", "full"]
+
+
+def _cases():
+    for row, (name, layout) in enumerate(LAYOUTS.items()):
+        interleaved = "vpp" in layout
+        for column, (mbs, accumulation) in enumerate(SHAPES[:3] if interleaved else SHAPES):
+            case = Case(
+                name=name,
+                **layout,
+                # an interleaved pipeline needs a multiple of its stages and takes one sample at a time
+                mbs=1 if interleaved else mbs,
+                accumulation=4 if interleaved else accumulation,
+                recompute=RECOMPUTE[(row + column) % 3],
+                # Megatron averages the means of context-parallel ranks, which is the mean only by chance
+                per_token="cp" in layout or (row + column) % 2 == 1,
+                balance="running" if (row + column) % 4 < 2 else "micro",
+            )
+            is_fast = column == row % 3 and case.world_size == 2
+            yield pytest.param(case, id=case.id, marks=() if is_fast else pytest.mark.slow)
+
+
+CASES = list(_cases())
+
+
+def test_every_pair_of_choices_is_tried():
+    cases = [param.values[0] for param in CASES]
+    free = [case for case in cases if case.vpp is None]
+    assert {(c.name, c.recompute) for c in cases} == set(itertools.product(LAYOUTS, RECOMPUTE))
+    choices = {
+        "mbs": {1, 2},
+        "accumulation": {1, 4},
+        "recompute": set(RECOMPUTE),
+        "per_token": {False, True},
+        "balance": {"micro", "running"},
+    }
+    for one, other in itertools.combinations(choices, 2):
+        seen = {(getattr(c, one), getattr(c, other)) for c in free}
+        assert seen == set(itertools.product(choices[one], choices[other])), (one, other)
+
+
+@pytest.fixture(scope="session")
+def reference(ranks):
+    """The seed and what the single process of a case trains with it, computed once."""
+    found = {}
+
+    def get(case):
+        key = repr(case.reference)
+        for seed in itertools.count(1) if key not in found else ():
+            (answer,) = ranks(1).run(_train, case=case.reference, seed=seed)
+            if answer["margin"] > MARGIN:
+                found[key] = seed, answer
+                break
+        return found[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def table(request):
+    """Collects the rows of docs/parallelism.md, and writes them with --parity-table once all were seen."""
+    rows = {}
+    yield rows
+    path = request.config.getoption("--parity-table")
+    if path and len(rows) == len(CASES):
+        _write(Path(path), rows)
+
+
+def _train(case, seed):
+    return training.train(case, seed=seed)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
+    seed, want = reference(case)
+    assert want["margin"] > MARGIN
+    got = ranks(case.world_size).run(_train, case=case, seed=seed)
+    seen = {
+        "loss": max(
+            abs(a - b) / abs(b)
+            for answer in got
+            if answer["losses"]
+            for a, b in zip(answer["losses"], want["losses"], strict=True)
+        ),
+        "gradients": _deviation(want["gradients"], [answer["gradients"] for answer in got]),
+        "weights": _deviation(want["weights"], [answer["weights"] for answer in got]),
+    }
+    decisions = {}
+    for answer in got:
+        for key, chosen in answer["decisions"].items():
+            _merge(decisions.setdefault(key, {}), chosen)
+    assert decisions == want["decisions"]
+    assert {name: value for name, value in seen.items() if not value < TOLERANCE} == {}
+    table[case.id] = (case, seen, sum(len(chosen) for chosen in decisions.values()))
+
+
+def _merge(into, chosen):
+    """Ranks that saw the same document or token must have decided alike."""
+    for key, experts in chosen.items():
+        assert into.setdefault(key, experts) == experts
+
+
+def _deviation(want, parts):
+    """Largest distance of a tensor, as a share of its norm; NaN where no rank held a part of it."""
+    wanted, found = shards.join([want]), shards.join(parts)
+    assert found.keys() == wanted.keys()
+    return max(
+        float((found[key] - value).norm() / value.norm().clamp(min=1e-12))
+        for key, value in wanted.items()
+    )
+
+
+def _write(path, rows):
+    lines = [
+        "| layout | processes | recompute | micro-batch x accumulation | loss over | balance | loss | gradients | "
+        "weights | decisions, all equal |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, seen, decisions in rows.values():
+        lines.append(
+            f"| {case.name} | {case.world_size} | {case.recompute} | {case.mbs} x {case.accumulation} | "
+            f"{'tokens' if case.per_token else 'micro-batches'} | {case.balance} | {seen['loss']:.0e} | "
+            f"{seen['gradients']:.0e} | {seen['weights']:.0e} | {decisions} |"
+        )
+    begin, end = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+    text = path.read_text()
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text("\n".join([before + begin, *lines, end + after]))
+
+
+def test_documentation_has_every_row():
+    text = (ROOT / "docs" / "parallelism.md").read_text()
+    for param in CASES:
+        case = param.values[0]
+        row = f"| {case.name} | {case.world_size} | {case.recompute} | {case.mbs} x {case.accumulation} |"
+        assert row in text, row

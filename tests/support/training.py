@@ -1,0 +1,422 @@
+"""A few optimizer steps of a small pool model under any parallel layout, through Megatron's own schedules."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEQ = 32
+VOCAB = 64
+STEPS = 3
+SLOT = 4
+"""Documents lie in slots of a multiple of so many tokens, so that two context-parallel ranks can cut each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout, and what is trained under it."""
+
+    name: str = "single"
+    tp: int = 1
+    cp: int = 1
+    cp_partition: str = "sample"
+    ep: int = 1
+    etp: int | None = None
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    distributed_optimizer: bool = False
+    recompute: str = "none"
+    """none, moe or full."""
+    mbs: int = 1
+    accumulation: int = 1
+    per_token: bool = False
+    balance: str = "micro"
+    pools: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+    """More of TransformerConfig."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def reference(self) -> Case:
+        """The single process that must train the same model: its micro-batch is that of all data-parallel ranks."""
+        return Case(
+            mbs=self.mbs * self.dp,
+            accumulation=self.accumulation,
+            per_token=self.per_token,
+            balance=self.balance,
+            cp_partition=self.cp_partition,
+            pools=self.pools,
+            config=self.config,
+        )
+
+    @property
+    def id(self) -> str:
+        parts = [
+            self.name,
+            f"recompute-{self.recompute}",
+            f"mbs{self.mbs}",
+            f"ga{self.accumulation}",
+        ]
+        return "-".join(
+            parts + ["token"] * self.per_token + ["running"] * (self.balance == "running")
+        )
+
+
+def sample(index: int) -> dict[str, Tensor]:
+    """A packed sample: documents of any length, empty ones too, in padded slots; 20 tokens count in the loss."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    slots: list[int] = []
+    while sum(slots) < SEQ:
+        room = (SEQ - sum(slots)) // SLOT
+        slots.append(SLOT * int(torch.randint(0, min(room, 4) + 1, (), generator=generator)))
+    lengths = [max(slot - int(torch.randint(0, 3, (), generator=generator)), 0) for slot in slots]
+    tokens = torch.randint(VOCAB, (SEQ,), generator=generator)
+    starts = torch.tensor([0, *slots]).cumsum(0)
+    is_real = torch.zeros(SEQ)
+    for start, length in zip(starts.tolist(), lengths, strict=False):
+        is_real[start : start + length] = 1
+    real = is_real.nonzero().flatten()
+    is_counted = torch.zeros(SEQ)
+    is_counted[real[torch.randperm(len(real), generator=generator)[:16]]] = 1
+    return {
+        "tokens": tokens,
+        "labels": tokens.roll(-1),
+        "loss_mask": is_counted,
+        "positions": torch.arange(SEQ),
+        "lengths": torch.tensor(lengths),
+        "slots": torch.tensor(slots),
+    }
+
+
+def micro_batch(first: int, rows: int) -> dict[str, Any]:
+    """`rows` consecutive samples as one packed stream, and the place of every token: sample * SEQ + position."""
+    samples = [sample(first + row) for row in range(rows)]
+    batch: dict[str, Any] = {
+        key: torch.cat([s[key] for s in samples])
+        for key in ("tokens", "labels", "loss_mask", "positions")
+    }
+    batch["places"] = torch.arange(first * SEQ, (first + rows) * SEQ)
+    for key, source in (("cu", "lengths"), ("cu_padded", "slots")):
+        sizes = torch.cat([torch.zeros(1, dtype=torch.long), *(s[source] for s in samples)])
+        batch[key] = sizes.cumsum(0).int()
+    return batch
+
+
+def train(case: Case, *, seed: int) -> dict[str, Any]:
+    """Train on this rank.
+
+    Returns:
+        losses (on the last stage: sum and count of every step), gradients of step 1, weights at the end (shards.Parts),
+        decisions of step 1: {(layer, "pools"): {(sample, offset): experts}, (layer, "experts"): {place: experts}},
+        margin: smallest gap a decision was made by (only where one rank sees all).
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from emo_megatron.mcore.context import CLOCK
+
+    from . import shards
+
+    chunks, optimizer, config = build(case, seed=seed)
+    recorder = Recorder(chunks)
+    answer: dict[str, Any] = {"losses": []}
+    consumed = 0
+    for step in range(STEPS):
+        CLOCK.consumed_samples = consumed
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        recorder.is_on = step == 0
+        iterators = [_batches(case, consumed) for _ in chunks]
+        losses = get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward_step, case=case, recorder=recorder),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=case.accumulation,
+            seq_length=SEQ,
+            micro_batch_size=case.mbs,
+            forward_only=False,
+        )
+        if step == 0:
+            answer["gradients"] = shards.parts(_gathered(chunks, case), gradients=True)
+        optimizer.step()
+        consumed += case.accumulation * case.mbs * case.dp
+        if losses:
+            total = torch.stack([entry["lm loss"] for entry in losses]).sum(0)
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(total, group=group)
+            answer["losses"].append(float(total[0] / total[1]))
+    CLOCK.consumed_samples = None
+    answer["weights"] = shards.parts([chunk.module for chunk in chunks])
+    _break_cycles(chunks)
+    return answer | {"decisions": recorder.decisions, "margin": recorder.margin}
+
+
+def _break_cycles(chunks: list[Any]) -> None:
+    """Let the model be freed, and its process groups' threads with it.
+
+    The dispatchers keep tensors of the last graph, which ends in the hooks of Megatron's data parallelism, which keep
+    the model: a cycle through C++ that Python does not see.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                vars(module.token_dispatcher).clear()
+
+
+def build(case: Case, *, seed: int) -> tuple[list[Any], Any, Any]:
+    """Chunks in Megatron's data-parallel wrapper, its optimizer, and the configuration."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from . import shards, tiny
+
+    tiny.setup(
+        tensor_model_parallel_size=case.tp,
+        context_parallel_size=case.cp,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=case.etp or 1,
+    )
+    config = tiny.transformer_config(**_options(case))
+    models = [_model(case, config, stage) for stage in (range(case.vpp) if case.vpp else [None])]
+    shards.initialise(models, seed=seed)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False
+    )
+    chunks = [
+        DistributedDataParallel(config=config, ddp_config=ddp, module=model) for model in models
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            # below it a gradient counts as noise: sums in another order change the last bits of those near zero
+            adam_eps=1e-4,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=False,
+            use_distributed_optimizer=case.distributed_optimizer,
+        ),
+        chunks,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    for chunk in chunks:
+        chunk.train()
+    return chunks, optimizer, config
+
+
+def _options(case: Case) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_layers": 4,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "context_parallel_size": case.cp,
+        "virtual_pipeline_model_parallel_size": case.vpp,
+        "calculate_per_token_loss": case.per_token,
+        "variable_seq_lengths": case.pp > 1 and case.mbs > 1,
+        # as megatron.training sets it: in one batch, messages both ways between two stages would be mixed up
+        "overlap_p2p_comm": case.vpp is not None,
+        "batch_p2p_comm": case.vpp is None,
+    }
+    if case.recompute == "moe":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    if case.recompute == "full":
+        options |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return options | case.config
+
+
+def pool_config(case: Case) -> Any:
+    from emo_megatron.config import PoolConfig
+
+    options: dict[str, Any] = {
+        "pool_balance": case.balance,
+        "pool_cp_partition": case.cp_partition,
+    }
+    return PoolConfig(pool_min=3, **options) if case.pools else PoolConfig(**options)
+
+
+def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from emo_megatron.mcore.spec import pool_block_spec
+
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=pool_block_spec(config, pool=pool_config(case), vp_stage=vp_stage),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQ * 8,
+        # Megatron's rotary embedding of packed sequences knows the cut by document only
+        position_embedding_type="learned_absolute" if case.cp_partition == "sample" else "rope",
+        share_embeddings_and_output_weights=False,
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=case.vpp is None, vp_stage=vp_stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=case.vpp is None, vp_stage=vp_stage
+        ),
+        vp_stage=vp_stage,
+    )
+
+
+def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
+    """This data-parallel rank's micro-batches of a step, whole: every rank of it gets all tokens."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_data_parallel_rank()
+    for index in range(case.accumulation):
+        yield micro_batch(consumed + (index * case.dp + rank) * case.mbs, case.mbs)
+
+
+def _forward_step(iterator: Any, model: Any, *, case: Case, recorder: Recorder) -> Any:
+    from . import tiny
+
+    batch = next(iterator)
+    held = _held(batch, case)
+    recorder.places = _sequence_part(batch["places"][held], case)
+    longest = int(batch["cu_padded"].diff().max())
+    packed = tiny.packed(
+        batch["cu"].tolist(),
+        cu_seqlens_q_padded=batch["cu_padded"],
+        cu_seqlens_kv_padded=batch["cu_padded"],
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=SEQ,
+    )
+    output = model(
+        batch["tokens"][held][None],
+        batch["positions"][held][None],
+        None,
+        labels=batch["labels"][held][None],
+        packed_seq_params=packed,
+    )
+    return output, functools.partial(_loss, batch["loss_mask"][held])
+
+
+def _loss(is_counted: Tensor, losses: Tensor) -> Any:
+    total = (losses.reshape(-1) * is_counted).sum()
+    count = is_counted.sum()
+    return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
+
+
+def _held(batch: dict[str, Any], case: Case) -> Tensor:
+    """What this context-parallel rank holds: two chunks of the stream or, by document, of every slot."""
+    from megatron.core import parallel_state
+
+    stream = torch.arange(len(batch["tokens"]))
+    if case.cp == 1:
+        return stream
+    rank = parallel_state.get_context_parallel_rank()
+    bounds = batch["cu_padded"].tolist() if case.cp_partition == "document" else [0, len(stream)]
+    held = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        pieces = stream[start:end].chunk(2 * case.cp) if end > start else ()
+        held += [pieces[rank], pieces[2 * case.cp - 1 - rank]] if pieces else []
+    return torch.cat(held)
+
+
+def _sequence_part(values: Tensor, case: Case) -> Tensor:
+    from megatron.core import parallel_state
+
+    return values.chunk(case.tp)[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def _gathered(chunks: list[Any], case: Case) -> list[Any]:
+    """The model chunks with whole gradients: the distributed optimizer leaves a rank its own part."""
+    if case.distributed_optimizer:
+        for buffer in (b for c in chunks for b in c.buffers + c.expert_parallel_buffers):
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                pieces = bucket.grad_data.chunk(group.size())
+                whole = torch.empty_like(bucket.grad_data)
+                torch.distributed.all_gather_into_tensor(
+                    whole, pieces[group.rank()].clone(), group=group
+                )
+                bucket.grad_data.copy_(whole)
+    return [chunk.module for chunk in chunks]
+
+
+class Recorder:
+    """Notes what the routers of this rank decided in forward; recomputation is passed over."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        from emo_megatron.mcore.router import PoolRouter
+
+        self.is_on = False
+        self.places = torch.empty(0)
+        self.decisions: dict[tuple[int, str], dict[Any, tuple[int, ...]]] = {}
+        self.margin = float("inf")
+        for module in (m for chunk in chunks for m in chunk.modules()):
+            if isinstance(module, PoolRouter):
+                module.routing = functools.partial(self._routing, module, module.routing)
+
+    def _routing(self, router: Any, routing: Any, logits: Tensor, **options: Any) -> Any:
+        from emo_megatron.mcore.compat import is_in_backward
+
+        answer = routing(logits, **options)
+        if is_in_backward():
+            return answer
+        scope = router.scope
+        pool_DE = scope.pools.get(router.layer_number)
+        self._margins(router, logits.detach().flatten(0, -2).float(), scope, pool_DE)
+        if self.is_on:
+            self._record(router.layer_number, answer[1], scope, pool_DE)
+        return answer
+
+    def _record(self, layer: int, routing_map: Tensor, scope: Any, pool_DE: Tensor | None) -> None:
+        ids = scope.document_ids_T
+        experts = self.decisions.setdefault((layer, "experts"), {})
+        for place, document, chosen in zip(self.places, ids, routing_map, strict=True):
+            if document >= 0:
+                experts[int(place)] = tuple(chosen.nonzero().flatten().tolist())
+        if pool_DE is not None:
+            pools = self.decisions.setdefault((layer, "pools"), {})
+            is_empty = torch.bincount(scope.segments.document_ids_T + 1, minlength=len(pool_DE) + 1)
+            for document, pool in enumerate(pool_DE):
+                if is_empty[document + 1] > 0:
+                    key = (
+                        int(scope.sample_positions_D[document]),
+                        int(scope.segments.offsets_D[document]),
+                    )
+                    pools[key] = tuple(pool.nonzero().flatten().tolist())
+
+    def _margins(self, router: Any, logits_TE: Tensor, scope: Any, pool_DE: Any) -> None:
+        """Smallest gap in probability between an expert that was taken and one that was not."""
+        ids = scope.document_ids_T
+        for document in ids.unique().tolist():
+            rows = logits_TE[ids == document]
+            if document < 0:
+                continue
+            inside = torch.ones(rows.shape[1], dtype=torch.bool)
+            if pool_DE is not None:
+                inside = pool_DE[document]
+                mean = rows.softmax(-1).mean(0)
+                if not inside.all():
+                    self._note(mean[inside].min() - mean[~inside].max())
+            scores = rows.masked_fill(~inside, float("-inf")).softmax(-1)
+            best = scores.topk(min(router.topk + 1, scores.shape[1])).values
+            if inside.sum() > router.topk:
+                self._note((best[:, router.topk - 1] - best[:, router.topk]).min())
+
+    def _note(self, gap: Tensor) -> None:
+        self.margin = min(self.margin, float(gap))
