@@ -3,10 +3,12 @@
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.pretraining import write_data
 from support.ranks import Ranks
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
@@ -50,3 +52,9 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield get
     for group in started.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def data_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small indexed dataset of documents of many lengths."""
+    return write_data(tmp_path_factory.mktemp("data"))

@@ -68,6 +68,41 @@ def test_shards_follow_the_tensors(tp_size: int, cp_size: int, batch_size: int, 
             assert got.tolist() == want.tolist()
 
 
+@examples
+@given(tp_size=sizes, cp_size=sizes, lengths=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_documents_are_cut_one_by_one(tp_size: int, cp_size: int, lengths: list[int]) -> None:
+    slots = torch.tensor([0, *(n * 2 * cp_size * tp_size for n in lengths)])
+    bounds = slots.cumsum(0).int()
+    num_tokens = int(bounds[-1])
+    documents = torch.arange(num_tokens).split(slots[1:].tolist())
+    for cp_rank in range(cp_size):
+        held = []
+        for document in documents:
+            pieces = document.view(2 * cp_size, -1)
+            held += [pieces[cp_rank], pieces[-1 - cp_rank]] if cp_size > 1 else [document]
+        on_cp_rank = torch.cat(held)
+        for tp_rank in range(tp_size):
+            got = local_token_indices(
+                num_tokens=num_tokens,
+                tp_rank=tp_rank,
+                tp_size=tp_size,
+                cp_rank=cp_rank,
+                cp_size=cp_size,
+                document_bounds=bounds,
+            )
+            assert got.tolist() == on_cp_rank.chunk(tp_size)[tp_rank].tolist()
+
+
+def test_documents_that_cannot_be_cut_are_refused() -> None:
+    for bounds in ([0, 6, 12], [0, 4, 8]):
+        with pytest.raises(ValueError, match=r"multiples of 4 and fill the 12 tokens; got .* Pad"):
+            local_token_indices(num_tokens=12, cp_size=2, document_bounds=torch.tensor(bounds))
+    with pytest.raises(ValueError, match="batch_size 1; got 2"):
+        local_token_indices(
+            num_tokens=8, batch_size=2, cp_size=2, document_bounds=torch.tensor([0, 8])
+        )
+
+
 def test_golden_local_token_indices() -> None:
     assert local_token_indices(num_tokens=4).tolist() == [0, 1, 2, 3]
     assert local_token_indices(num_tokens=6, batch_size=2).tolist() == [0, 3, 1, 4, 2, 5]

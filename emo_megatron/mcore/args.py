@@ -36,6 +36,11 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             options["type"] = _none_or(kind)
             options["metavar"] = kind.__name__.upper()
         group.add_argument(flag(field.name), **options)
+    group.add_argument(
+        "--override-pool-config",
+        action="store_true",
+        help="Resume a run although the pools it was trained with differ from these.",
+    )
     return parser
 
 

@@ -297,49 +297,15 @@ def _redirect_megatron() -> None:
     import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as random
 
+    from emo_megatron.mcore import cpu_optimizer
+
     megatron: Any = random
     megatron._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # the wheel ships the compiled index builder but not the Makefile this would run
     datasets: Any = dataset_utils
     datasets.compile_helpers = lambda: None
-    _repair_optimizer_loading()
-
-
-def _repair_optimizer_loading() -> None:
-    """Let the distributed optimizer load a checkpoint without Apex or Transformer Engine.
-
-    It reads the step of torch's AdamW from states that exist only after a first step.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    optimizer_class: Any = DistributedOptimizer
-    state_dict = optimizer_class.state_dict
-
-    def state_dict_with_states(self: Any) -> Any:
-        groups = self.optimizer.param_groups
-        if not self.optimizer.state and any(group["params"] for group in groups):
-            rates = [group["lr"] for group in groups]
-            for group in groups:
-                # a step that moves nothing: no gradient, no rate
-                group["lr"] = 0.0
-            self._init_optimizer_states_with_dummy_values()
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-        return state_dict(self)
-
-    optimizer_class.state_dict = state_dict_with_states
-    load_state_dict = optimizer_class.load_state_dict
-
-    def load_state_dict_apart(self: Any, state: Any) -> None:
-        # it copies into float32 parameters, which are leaves that want gradients
-        with torch.no_grad():
-            load_state_dict(self, state)
-        for values in self.optimizer.state.values():
-            # one tensor counts the steps of all parameters after loading, and each would advance it
-            values["step"] = values["step"].clone()
-
-    optimizer_class.load_state_dict = load_state_dict_apart
+    cpu_optimizer.repair_loading()
 
 
 def with_cpu_flags(argv: list[str]) -> list[str]:

@@ -155,6 +155,13 @@ SCRIPT_REFUSALS = (
         reason="this script builds the pool spec itself; --spec is for pretrain_gpt.py",
     ),
     Refusal(
+        field="context_parallel_size",
+        allowed=(1,),
+        reason="Megatron's loader cuts packed samples in a way its own packed attention and rotary embedding do not "
+        "take (NVIDIA/Megatron-LM issue 6156); use --tensor-model-parallel-size with --sequence-parallel, or a host "
+        "that pads and cuts document by document, with --pool-cp-partition document",
+    ),
+    Refusal(
         field="hybrid_context_parallel",
         allowed=(False,),
         reason="its batches are cut differently on every rank",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,7 +127,7 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
 
     from . import shards
 
-    chunks, optimizer, config = build(case, seed=seed)
+    chunks, optimizer = build(case, seed=seed)
     recorder = Recorder(chunks)
     answer: dict[str, Any] = {"losses": []}
     consumed = 0
@@ -174,8 +175,8 @@ def _break_cycles(chunks: list[Any]) -> None:
                 vars(module.token_dispatcher).clear()
 
 
-def build(case: Case, *, seed: int) -> tuple[list[Any], Any, Any]:
-    """Chunks in Megatron's data-parallel wrapper, its optimizer, and the configuration."""
+def build(case: Case, *, seed: int) -> tuple[list[Any], Any]:
+    """Chunks in Megatron's data-parallel wrapper, and its optimizer."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -219,7 +220,7 @@ def build(case: Case, *, seed: int) -> tuple[list[Any], Any, Any]:
     config.grad_scale_func = optimizer.scale_loss
     for chunk in chunks:
         chunk.train()
-    return chunks, optimizer, config
+    return chunks, optimizer
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -329,7 +330,7 @@ def _held(batch: dict[str, Any], case: Case) -> Tensor:
     rank = parallel_state.get_context_parallel_rank()
     bounds = batch["cu_padded"].tolist() if case.cp_partition == "document" else [0, len(stream)]
     held = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         pieces = stream[start:end].chunk(2 * case.cp) if end > start else ()
         held += [pieces[rank], pieces[2 * case.cp - 1 - rank]] if pieces else []
     return torch.cat(held)

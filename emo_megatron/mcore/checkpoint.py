@@ -1,0 +1,68 @@
+"""What a checkpoint says of its document pools, and the check that a resumed run goes on with the same."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import io
+
+from emo_megatron.config import PoolConfig, flag
+
+MAY_DIFFER = ("pool_eval", "pool_check", "pool_cp_partition")
+"""Fields that change neither the model nor its training."""
+
+
+def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
+    """The pools that the checkpoint in `--load` was trained with; off if it says nothing of pools.
+
+    Args:
+        args: Megatron's parsed flags, left as they are. The checkpoint is read by Megatron's own reader.
+
+    Returns:
+        None where there is no checkpoint.
+    """
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    # it tells every flag it would set; none of them is wanted here
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = load_args_from_checkpoint(copy.copy(args))
+    if not isinstance(found, tuple):
+        return None
+    stored = found[1]
+    return PoolConfig(
+        **{
+            field.name: getattr(stored, field.name, field.default)
+            for field in dataclasses.fields(PoolConfig)
+        }
+    )
+
+
+def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
+    """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
+
+    Args:
+        pool: the method this run asks for.
+        args: Megatron's parsed flags, with `override_pool_config`.
+
+    Raises:
+        ValueError: naming every field that differs, and what to do.
+    """
+    if args.load is None or args.finetune or args.override_pool_config:
+        return
+    stored = stored_pool_config(args)
+    if stored is None:
+        return
+    differing = [
+        f"  - {flag(name)} was {getattr(stored, name)!r} and is {getattr(pool, name)!r}"
+        for name in (field.name for field in dataclasses.fields(PoolConfig))
+        if name not in MAY_DIFFER and getattr(stored, name) != getattr(pool, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"the run in --load {args.load} had other document pools:\n"
+            + "\n".join(differing)
+            + "\nGive the same flags; or --override-pool-config to go on with these from here; or --finetune to "
+            "start a new run from its weights."
+        )

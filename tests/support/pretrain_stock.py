@@ -1,0 +1,39 @@
+"""pretrain_emo.py with nothing of ours in its layers but the attention and norm that Megatron lacks on a CPU.
+
+Stock TopKRouter, MoELayer and TransformerLayer: what the pool layers must equal with pools off, and what must load
+their checkpoints.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from emo_megatron.mcore import cpu  # noqa: E402
+
+cpu.activate()
+
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
+
+from emo_megatron.mcore import layer, router, spec  # noqa: E402
+
+
+class _StockRouter(TopKRouter):
+    def __init__(self, *args, pool, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+assert spec.PoolMoELayer is layer.PoolMoELayer
+assert spec.PoolRouter is router.PoolRouter
+spec.PoolMoELayer = MoELayer
+spec.PoolTransformerLayer = TransformerLayer
+spec.PoolRouter = _StockRouter
+script = ROOT / "examples" / "pretrain_emo.py"
+sys.argv[0] = str(script)
+runpy.run_path(str(script), run_name="__main__")
