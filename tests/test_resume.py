@@ -15,6 +15,9 @@ from support.pretraining import logged, pretrain, scalars, start, stop, stored_t
 STOCK = Path(__file__).parent / "support" / "pretrain_stock.py"
 POOLS = ("--pool-min", 3)
 TORCH_DIST = ("--ckpt-format", "torch_dist")
+# the one optimizer format that goes from layout to layout; the other stores what lies between its tensors too, which
+# nobody initialised, so two equal runs differ in it
+RESHARDABLE = (*TORCH_DIST, "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 
 
 def _model(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -33,7 +36,7 @@ def trained(data_prefix, tmp_path_factory):
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
     output = pretrain(
         2,
-        *(*POOLS, *TORCH_DIST, *layout, "--train-iters", 3),
+        *(*POOLS, *RESHARDABLE, *layout, "--train-iters", 3),
         *("--save", folder, "--save-interval", 2),
         data=data_prefix,
     )
@@ -42,10 +45,8 @@ def trained(data_prefix, tmp_path_factory):
 
 
 def test_a_killed_rank_costs_nothing_but_time(data_prefix, tmp_path):
-    flags = [*POOLS, *TORCH_DIST, "--expert-model-parallel-size", 2, "--use-distributed-optimizer"]
+    flags = [*POOLS, *RESHARDABLE, "--expert-model-parallel-size", 2]
     flags += ["--train-iters", 6, "--save-interval", 2]
-    # what lies between the tensors in the other format is not initialised, and so never the same
-    flags += ["--dist-ckpt-optim-fully-reshardable"]
 
     def folders(name):
         return ["--save", tmp_path / name, "--tensorboard-dir", tmp_path / name / "tb"]
@@ -93,14 +94,24 @@ def _rank(launcher: int, rank: int) -> int:
 )
 def test_a_run_goes_on_under_another_layout(trained, data_prefix, processes, layout):
     folder, losses = trained
-    flags = [*POOLS, *TORCH_DIST, *layout, "--train-iters", 3, "--load", folder]
+    flags = [*POOLS, *RESHARDABLE, *layout, "--train-iters", 3, "--load", folder]
     output = pretrain(processes, *flags, data=data_prefix)
     assert logged(output) == pytest.approx(losses[2:], rel=1e-5)
 
 
 def test_other_pools_are_refused_unless_asked_for(trained, data_prefix):
     folder, _ = trained
-    changed = ["--pool-min", 4, "--pool-seed", 9, *TORCH_DIST, "--load", folder, "--train-iters", 3]
+    changed = [
+        "--pool-min",
+        4,
+        "--pool-seed",
+        9,
+        *RESHARDABLE,
+        "--load",
+        folder,
+        "--train-iters",
+        3,
+    ]
     output = pretrain(1, *changed, data=data_prefix, expect_failure=True)
     assert "--pool-min was 3 and is 4" in output
     assert "--pool-seed was 1234 and is 9" in output

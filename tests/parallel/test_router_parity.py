@@ -110,6 +110,68 @@ def test_data_parallel_gradient_is_that_of_one_process_with_their_batches(ranks,
         assert reductions == [9], "one collective: the counts of 8 experts and the tokens"
 
 
+def _collectives(**layout):
+    """Number of values and of ranks of every all-reduce that routing one micro-batch makes, and whether it is world's."""
+    import torch.distributed as dist
+
+    router, groups = _router(**layout)
+    tp_size = groups.tp.size()
+    hidden = _hidden(2).chunk(tp_size)[groups.tp.rank()]
+    seen = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor, *args, group=None, **kwargs):
+        seen.append((tensor.numel(), group.size(), group is dist.group.WORLD))
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        _route(router, hidden, BOUNDS, tp_rank=groups.tp.rank(), tp_size=tp_size)
+    finally:
+        dist.all_reduce = all_reduce
+    return seen
+
+
+def test_routing_makes_two_collectives_at_most_and_none_over_the_world(ranks):
+    documents = len(BOUNDS) - 1
+    for seen in ranks(4).run(_collectives, tensor_model_parallel_size=2):
+        assert seen == [(documents * 8, 2, False), (9, 4, False)]
+    for seen in ranks(4).run(_collectives, pipeline_model_parallel_size=2):
+        assert seen == [(9, 2, False)], "no rank shares a document: the pools need no collective"
+
+
+def _stock_balance_gradient():
+    """Gradient of Megatron's own global_aux_loss, as it finalises it."""
+    import torch.distributed as dist
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.moe.router import TopKRouter
+    from support import tiny
+
+    tiny.setup()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = TopKRouter(config=tiny.transformer_config(moe_z_loss_coeff=None), pg_collection=groups)
+    router.set_layer_number(1)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(8, 32, generator=torch.Generator().manual_seed(3)))
+    rank, size = groups.dp.rank(), groups.dp.size()
+    hidden = _hidden(2).view(2, 16, 1, 32)
+    probs, _ = router(hidden[rank] if size == 2 else hidden.reshape(32, 1, 32))
+    (probs.sum() * 0.0).backward()
+    gradient = router.weight.grad
+    if size > 1:
+        dist.all_reduce(gradient, group=groups.dp)
+    return gradient / size
+
+
+def test_megatrons_own_balance_gradient_is_too_small_by_the_data_parallel_size(ranks):
+    # NVIDIA/Megatron-LM issue 3672; when this fails it was mended, and the router's factor must be looked at again
+    (whole,) = ranks(1).run(_stock_balance_gradient)
+    for gradient in ranks(2).run(_stock_balance_gradient):
+        torch.testing.assert_close(gradient * 2, whole, rtol=1e-5, atol=1e-8)
+
+
 def _layer_with_padding(bounds, padded):
     """A whole MoE model on a micro-batch with padding at its end, or between documents."""
     from support import tiny

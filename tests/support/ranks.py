@@ -108,6 +108,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Pa
         CUDA_DEVICE_MAX_CONNECTIONS="1",
         EMO_DEVICE="cpu",
     )
+    # a daemon ends with its parent, but may not start the processes in which Megatron writes checkpoints
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     sys.path.insert(0, str(TESTS))
     if megatron is not None:
         sys.path.insert(0, str(megatron))

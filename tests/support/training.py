@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -72,6 +73,11 @@ class Case:
         )
 
 
+def with_samples(case: Case, samples: int) -> Case:
+    """The case with so many samples a step, one at a time (an interleaved pipeline needs a multiple of its stages)."""
+    return dataclasses.replace(case, accumulation=samples // case.dp)
+
+
 def sample(index: int) -> dict[str, Tensor]:
     """A packed sample: documents of any length, empty ones too, in padded slots; 20 tokens count in the loss."""
     generator = torch.Generator().manual_seed(1000 + index)
@@ -120,9 +126,6 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
         decisions of step 1: {(layer, "pools"): {(sample, offset): experts}, (layer, "experts"): {place: experts}},
         margin: smallest gap a decision was made by (only where one rank sees all).
     """
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from emo_megatron.mcore.context import CLOCK
 
     from . import shards
@@ -137,32 +140,48 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         recorder.is_on = step == 0
-        iterators = [_batches(case, consumed) for _ in chunks]
-        losses = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward_step, case=case, recorder=recorder),
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=case.accumulation,
-            seq_length=SEQ,
-            micro_batch_size=case.mbs,
-            forward_only=False,
-        )
+        loss = forward_backward(case, chunks, consumed=consumed, recorder=recorder)
         if step == 0:
             answer["gradients"] = shards.parts(_gathered(chunks, case), gradients=True)
         optimizer.step()
         consumed += case.accumulation * case.mbs * case.dp
-        if losses:
-            total = torch.stack([entry["lm loss"] for entry in losses]).sum(0)
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            torch.distributed.all_reduce(total, group=group)
-            answer["losses"].append(float(total[0] / total[1]))
+        answer["losses"] += [] if loss is None else [loss]
     CLOCK.consumed_samples = None
     answer["weights"] = shards.parts([chunk.module for chunk in chunks])
-    _break_cycles(chunks)
+    break_cycles(chunks)
     return answer | {"decisions": recorder.decisions, "margin": recorder.margin}
 
 
-def _break_cycles(chunks: list[Any]) -> None:
+def forward_backward(
+    case: Case, chunks: list[Any], *, consumed: int, recorder: Recorder | None = None
+) -> float | None:
+    """One step's passes after `consumed` samples, through Megatron's schedule.
+
+    Returns:
+        Mean loss over all counted tokens of the step; None on stages that have no loss.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    iterators = [_batches(case, consumed) for _ in chunks]
+    losses = get_forward_backward_func()(
+        forward_step_func=functools.partial(_forward_step, case=case, recorder=recorder),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=case.accumulation,
+        seq_length=SEQ,
+        micro_batch_size=case.mbs,
+        forward_only=False,
+    )
+    if not losses:
+        return None
+    total = torch.stack([entry["lm loss"] for entry in losses]).sum(0)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(total, group=group)
+    return float(total[0] / total[1])
+
+
+def break_cycles(chunks: list[Any]) -> None:
     """Let the model be freed, and its process groups' threads with it.
 
     The dispatchers keep tensors of the last graph, which ends in the hooks of Megatron's data parallelism, which keep
@@ -289,12 +308,13 @@ def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
         yield micro_batch(consumed + (index * case.dp + rank) * case.mbs, case.mbs)
 
 
-def _forward_step(iterator: Any, model: Any, *, case: Case, recorder: Recorder) -> Any:
+def _forward_step(iterator: Any, model: Any, *, case: Case, recorder: Recorder | None) -> Any:
     from . import tiny
 
     batch = next(iterator)
     held = _held(batch, case)
-    recorder.places = _sequence_part(batch["places"][held], case)
+    if recorder is not None:
+        recorder.places = _sequence_part(batch["places"][held], case)
     longest = int(batch["cu_padded"].diff().max())
     packed = tiny.packed(
         batch["cu"].tolist(),
