@@ -125,6 +125,11 @@ def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
         for key, chosen in answer["decisions"].items():
             _merge(decisions.setdefault(key, {}), chosen)
     assert decisions == want["decisions"]
+    samples = set(range(case.accumulation * case.mbs * case.dp))
+    for (_, kind), chosen in decisions.items():
+        if kind == "pools":
+            # what both got wrong alike would pass: a sample's place in training decides the sizes of its pools
+            assert {sample for sample, _ in chosen} == samples
     assert {name: value for name, value in seen.items() if not value < TOLERANCE} == {}
     table[case.id] = (case, seen, sum(len(chosen) for chosen in decisions.values()))
 

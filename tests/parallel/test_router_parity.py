@@ -111,7 +111,7 @@ def test_data_parallel_gradient_is_that_of_one_process_with_their_batches(ranks,
 
 
 def _collectives(**layout):
-    """Number of values and of ranks of every all-reduce that routing one micro-batch makes, and whether it is world's."""
+    """Values and ranks of every all-reduce that routing one micro-batch makes, and whether it is the world's."""
     import torch.distributed as dist
 
     router, groups = _router(**layout)

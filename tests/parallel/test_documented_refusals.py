@@ -1,0 +1,25 @@
+"""docs/parallelism.md lists what is refused, as the table in the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emo_megatron.config import flag
+from emo_megatron.mcore.refusals import CONFIG_REFUSALS, SCRIPT_REFUSALS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refusal_rows():
+    """The rows of the page's last table."""
+    for refusal in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS):
+        allowed = [str(a) for a in refusal.allowed if a is not None]
+        must = " or ".join(allowed + ["not given"] * (None in refusal.allowed))
+        who = "" if refusal in CONFIG_REFUSALS else " (`pretrain_emo.py`)"
+        yield f"| `{refusal.flag or flag(refusal.field)}`{who} | {must} | {refusal.reason} |"
+
+
+def test_the_page_lists_what_is_refused():
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    listed = page.split("## Refused")[1].strip().splitlines()
+    assert listed[-len(list(refusal_rows())) :] == list(refusal_rows())

@@ -1,0 +1,102 @@
+"""The parity table sees each mechanism break: a line is changed in a copy of the package, and its case must fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "emo_megatron"
+TABLE = "tests/parallel/test_parity.py::test_layout_trains_the_model_of_one_process"
+
+MUTATIONS = {
+    "context parallelism by sample holds other chunks": (
+        "sharding.py",
+        [("held = (cp_rank, 2 * cp_size - 1 - cp_rank)", "held = (cp_rank, cp_size + cp_rank)")],
+        "CP2 by sample-recompute-none-mbs1-ga1-token",
+    ),
+    "context parallelism by document holds other chunks": (
+        "sharding.py",
+        [("2 * cp_size - 2 - cp_rank)", "cp_size - 1 + cp_rank)")],
+        "CP2 by document-recompute-moe-mbs1-ga1-token-running",
+    ),
+    "pools are not summed over the ranks that share a document": (
+        "mcore/router.py",
+        [("if self.tp_cp_group.size() > 1:", "if self.tp_cp_group.size() > 99:")],
+        "TP2 + SP-recompute-full-mbs1-ga1",
+    ),
+    "load is counted without the other data-parallel ranks": (
+        "mcore/router.py",
+        [("num_tokens=num_tokens, group=self.tp_dp_cp_group", "num_tokens=num_tokens, group=None")],
+        "DP2-recompute-none-mbs1-ga1-running",
+    ),
+    "the balance loss is averaged over data-parallel ranks, as Megatron's is": (
+        "mcore/router.py",
+        [("else self.tp_dp_cp_group.size() // self.tp_cp_group.size()", "else 1")],
+        "DP2-recompute-none-mbs1-ga1-running",
+    ),
+    "recomputation counts the load of a micro-batch twice": (
+        "mcore/router.py",
+        [("if scope is not None and self.layer_number in scope.counts:", "if False:")],
+        "PP2-recompute-full-mbs1-ga4-running",
+    ),
+    "recomputation reads what the module saw last": (
+        "mcore/layer.py",
+        [
+            ("scope, self.scope = self.scope, None", "pass"),
+            ("self.pool_router.scope = scope", "self.pool_router.scope = self.scope"),
+        ],
+        "PP2-recompute-moe-mbs2-ga4-token",
+    ),
+    "every data-parallel rank takes itself for the first": (
+        "mcore/context.py",
+        [("shard.microbatch * shard.dp_size + shard.dp_rank", "shard.microbatch * shard.dp_size")],
+        "DP2-recompute-none-mbs1-ga1-running",
+    ),
+    "every micro-batch takes itself for the first": (
+        "mcore/layer.py",
+        [('getattr(self, "current_microbatch", 0) or 0', "0")],
+        "PP2-recompute-full-mbs1-ga4-running",
+    ),
+    "the router sees samples in Megatron's order": (
+        "mcore/layer.py",
+        [
+            (
+                "return hidden_states, padding_mask, None",
+                "return super()._maybe_unflatten_for_moe(hidden_states, padding_mask, packed_seq_params)",
+            )
+        ],
+        "DP2-recompute-none-mbs1-ga1-running",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_line_is_seen(name, tmp_path):
+    file, changes, case = MUTATIONS[name]
+    for folder in (PACKAGE, "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / PACKAGE / file
+    text = path.read_text()
+    for before, after in changes:
+        assert text.count(before) == 1, f"{before!r} is not one line of {file} any more"
+        text = text.replace(before, after)
+    path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"{TABLE}[{case}]"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "1 failed" in done.stdout, done.stdout[-2000:]
