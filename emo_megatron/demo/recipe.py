@@ -23,7 +23,7 @@ class Size:
     """Routed experts; one shared expert comes on top."""
     expert_hidden: int = 64
     top_k: int = 2
-    pool_min: int = 4
+    pool_min: int = 6
     pool_decay: float = 0.6
     """Share of training over which the pool's lower bound falls from all experts to pool_min."""
     fractions: tuple[float, ...] = (0.5, 0.25, 0.125, 0.0625)
