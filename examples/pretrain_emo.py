@@ -23,7 +23,7 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 from emo_megatron.mcore import train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
-from emo_megatron.mcore.compat import require_megatron  # noqa: E402
+from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
 from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
 from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
 
@@ -31,6 +31,7 @@ from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
 def main() -> None:
     """Parse, check, and hand over to Megatron."""
     require_megatron()
+    use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
     args = parse_and_validate_args(
         extra_args_provider=add_pool_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}

@@ -294,15 +294,14 @@ def _redirect_collectives() -> None:
 
 
 def _redirect_megatron() -> None:
-    import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as random
+
+    from emo_megatron.mcore.compat import use_compiled_index_builder
 
     megatron: Any = random
     megatron._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # the wheel ships the compiled index builder but not the Makefile this would run
-    datasets: Any = dataset_utils
-    datasets.compile_helpers = lambda: None
+    use_compiled_index_builder()
     _repair_optimizer_loading()
 
 
