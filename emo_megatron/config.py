@@ -6,8 +6,10 @@ in a checkpoint and in code. Symbols in brackets are the paper's (arXiv 2605.066
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PoolRule = Literal["uniform", "top_p"]
 PoolMask = Literal["logits", "selection"]
@@ -190,3 +192,46 @@ class PoolConfig:
 def flag(field_name: str) -> str:
     """The command-line flag of a PoolConfig field."""
     return "--" + field_name.replace("_", "-")
+
+
+def load_pool_config(path: Path) -> PoolConfig:
+    """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}.
+
+    Raises:
+        ValueError: the file cannot be read or is no such object; names the file and every problem in it.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"pool configuration {path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"pool configuration {path} is not readable JSON: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f'pool configuration {path} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}'
+        )
+    kinds = get_type_hints(PoolConfig)
+    problems = [
+        f"{name} must be {kinds[name]}; got {value!r}"
+        for name, value in stored.items()
+        if name in kinds and not _is_a(value, kinds[name])
+    ]
+    unknown = ", ".join(name for name in stored if name not in kinds)
+    if unknown:
+        problems.append(f"unknown: {unknown}; the fields are {', '.join(kinds)}")
+    if problems:
+        raise ValueError(f"pool configuration {path}:\n" + "\n".join(f"  - {p}" for p in problems))
+    try:
+        return PoolConfig(**stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has the type of a field; the choices of a Literal are PoolConfig's to check."""
+    if get_origin(kind) is Literal:
+        return True
+    if get_args(kind):
+        return any(_is_a(value, option) for option in get_args(kind))
+    # neither may a bool pass for a number
+    return type(value) in ((int, float) if kind is float else (kind,))

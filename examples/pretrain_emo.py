@@ -9,30 +9,30 @@ Megatron's plain PyTorch modules and runs over gloo.
 
 import sys
 
+from emo_megatron.mcore import cpu
+
+cpu.activate()
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from emo_megatron.mcore import train  # noqa: E402
+from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
+from emo_megatron.mcore.checkpoint import check_resume  # noqa: E402
+from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
+from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
+from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
+
 
 def main() -> None:
     """Parse, check, and hand over to Megatron."""
-    # imported here: the processes that write checkpoints import this file, and need none of it
-    from emo_megatron.mcore import cpu
-
-    cpu.activate()
-
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-    from megatron.training.arguments import parse_and_validate_args
-
-    from emo_megatron.mcore import train
-    from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args
-    from emo_megatron.mcore.checkpoint import check_resume
-    from emo_megatron.mcore.compat import require_megatron
-    from emo_megatron.mcore.metrics import install_metrics
-    from emo_megatron.mcore.spec import pool_spec_builder
-
     require_megatron()
+    use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
     args = parse_and_validate_args(
         extra_args_provider=add_pool_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emo_megatron.config import PoolConfig
+from emo_megatron.config import PoolConfig, load_pool_config
 
 
 def test_default_is_off():
@@ -77,3 +77,47 @@ def test_lower_bound_starts_where_it_is_told():
     config = PoolConfig(pool_min=4, pool_max=20, pool_min_start=12, pool_min_decay_samples=10)
     assert config.size_bounds(num_experts=32, consumed_samples=0) == (12, 20)
     assert config.size_bounds(num_experts=32, consumed_samples=5) == (8, 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("{}", {}),
+        ('{"pool_min": 8, "pool_unrestricted": 1}', {"pool_min": 8, "pool_unrestricted": 1.0}),
+        (
+            '{"pool_min": 8, "pool_eval": null, "pool_check": true, "pool_mask": "selection"}',
+            {"pool_min": 8, "pool_check": True, "pool_mask": "selection"},
+        ),
+    ],
+)
+def test_a_file_holds_any_fields(tmp_path, text, fields):
+    path = tmp_path / "pool.json"
+    path.write_text(text)
+    assert load_pool_config(path) == PoolConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, ["there is no such file"]),
+        ("{pool_min: 8}", ["not readable JSON", "line 1 column 2"]),
+        (b"\xff\xfe", ["not readable JSON"]),
+        ("[8]", ["must be a JSON object", "got [8]"]),
+        ('{"pool_min": 8, "pool_mix": 1, "min": 2}', ["unknown: pool_mix, min;", "pool_max"]),
+        ('{"pool_min": "8"}', ["pool_min must be int | None; got '8'"]),
+        ('{"pool_min": true, "pool_seed": 1.5}', ["pool_min must be", "pool_seed must be"]),
+        (
+            '{"pool_check": 1, "pool_top_p": "a"}',
+            ["pool_check must be", "pool_top_p must be float"],
+        ),
+        ('{"pool_min": 8, "pool_mask": "weights"}', ["--pool-mask must be one of"]),
+    ],
+)
+def test_a_wrong_file_is_one_clear_error(tmp_path, text, says):
+    path = tmp_path / "pool.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="pool") as error:
+        load_pool_config(path)
+    for part in [str(path), *says]:
+        assert part in str(error.value)

@@ -1,4 +1,7 @@
-"""The README keeps its word: every command in it runs, every path in it exists, its code does what it says."""
+"""The README keeps its word: every command in it runs, every path in it exists, its code does what it says.
+
+And the page on Megatron's scripts, which are in no wheel: its flags are Megatron's, its specs and files are ours.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from emo_megatron.config import PoolConfig, flag
+from emo_megatron.config import PoolConfig, flag, load_pool_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+MEGATRON_PAGE = (ROOT / "docs" / "megatron.md").read_text()
 
 
 def _commands() -> list[str]:
@@ -204,3 +209,48 @@ def _two_lines():
 
 def test_the_two_line_change_builds_the_pool_model(ranks):
     assert ranks(1).run(_two_lines)[0] == ["PoolMoELayer", "PoolRouter", "PoolTransformerLayer"]
+
+
+def _megatron_commands() -> list[list[str]]:
+    """The words of the page's torchrun commands, from the script on."""
+    blocks = re.findall(r"```bash\n(.*?)```", MEGATRON_PAGE, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line) for line in lines if line.startswith("torchrun")]
+    return [
+        line[next(i for i, word in enumerate(line) if word.endswith(".py")) :] for line in words
+    ]
+
+
+@pytest.mark.parametrize("words", _megatron_commands(), ids=lambda words: Path(words[0]).stem)
+def test_flags_of_the_megatron_page_are_megatrons(words, monkeypatch):
+    from megatron.core.transformer.spec_utils import import_module
+    from megatron.training.arguments import parse_args
+
+    monkeypatch.setattr("sys.argv", [word for word in words if word != "..."])
+    args = parse_args()
+    assert args.dataloader_inter_document_masking
+    assert callable(import_module(args.spec))
+    if "gpt" in words[0]:
+        assert args.moe_router_dtype == "fp32"
+        assert args.moe_router_load_balancing_type == ["global_aux_loss"]
+
+
+def test_pools_of_the_megatron_page_are_pools(tmp_path):
+    written = re.findall(r"```json\n(.*?)```", MEGATRON_PAGE, flags=re.DOTALL)
+    written += re.findall(r"echo '(.*)' > pool.json", MEGATRON_PAGE)
+    assert len(written) == 3
+    for text in written:
+        (tmp_path / "pool.json").write_text(text)
+        assert load_pool_config(tmp_path / "pool.json").is_on
+
+
+def test_names_on_the_megatron_page_exist():
+    from importlib import import_module
+
+    for name in set(re.findall(r"emo_megatron(?:\.\w+)+", MEGATRON_PAGE)):
+        module, _, attribute = name.rpartition(".")
+        assert (ROOT / (name.replace(".", "/") + ".py")).exists() or hasattr(
+            import_module(module), attribute
+        ), name
+    for path in re.findall(r"`((?:examples|tests)/[\w./]+)`", MEGATRON_PAGE):
+        assert (ROOT / path).exists(), path

@@ -7,13 +7,19 @@ import dataclasses
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
-from emo_megatron.mcore.refusals import SCRIPT_REFUSALS, problems_of, problems_with_config
+from emo_megatron.mcore.refusals import (
+    SCRIPT_REFUSALS,
+    Refusal,
+    problems_of,
+    problems_with_config,
+)
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -53,18 +59,25 @@ def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
     return PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
 
 
-def check_run(pool: PoolConfig, config: TransformerConfig, args: argparse.Namespace) -> None:
+def check_run(
+    pool: PoolConfig,
+    config: TransformerConfig,
+    args: argparse.Namespace,
+    *,
+    refusals: Sequence[Refusal] = SCRIPT_REFUSALS,
+) -> None:
     """Refuse what this package would do wrong or silently not do, all of it in one error.
 
     Args:
         pool: the method.
         config: Megatron's configuration of the model.
-        args: Megatron's parsed flags of a `pretrain_emo.py` run.
+        args: Megatron's parsed flags.
+        refusals: rows on the flags; by default those of `pretrain_emo.py`.
 
     Raises:
         ValueError: one line a problem: what must hold, what came, why.
     """
-    problems = problems_with_config(pool, config) + problems_of(SCRIPT_REFUSALS, args, pool)
+    problems = problems_with_config(pool, config) + problems_of(refusals, args, pool)
     packs_rows = args.dataloader_inter_document_masking and args.micro_batch_size > 1
     if packs_rows and args.virtual_pipeline_model_parallel_size is not None:
         problems.append(

@@ -6,6 +6,8 @@ import argparse
 import importlib.metadata
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,11 +55,29 @@ def repair_help(parser: argparse.ArgumentParser) -> None:
             action.help = re.sub(r"%(?![(%])", "%%", re.sub(r"%%", "%", action.help))
 
 
-def consumed_train_samples() -> int | None:
-    """Training samples megatron.training has consumed before this step; None where it does not run.
+def use_compiled_index_builder() -> None:
+    """Let megatron.training start from the wheel.
 
-    Its public get_args() fails before arguments are parsed, and importing it here would make every user pay for it.
+    Every start runs `make` for the dataset's index builder, and exits when that fails; the wheel ships it compiled, and
+    no Makefile.
+    """
+    import megatron.core.datasets.utils as dataset_utils
+
+    utils: Any = dataset_utils
+    if not (Path(utils.__file__).parent / "Makefile").exists():
+        utils.compile_helpers = lambda: None
+
+
+def training_args() -> argparse.Namespace | None:
+    """megatron.training's flags; None where it does not run, or has not parsed them yet.
+
+    Its public get_args() fails there, and importing it here would make every user pay for it.
     """
     training = sys.modules.get("megatron.training.global_vars")
-    args = getattr(training, "_GLOBAL_ARGS", None)
+    return getattr(training, "_GLOBAL_ARGS", None)
+
+
+def consumed_train_samples() -> int | None:
+    """Training samples megatron.training has consumed before this step; None where it does not run."""
+    args = training_args()
     return None if args is None else getattr(args, "consumed_train_samples", 0)

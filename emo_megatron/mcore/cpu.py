@@ -294,17 +294,15 @@ def _redirect_collectives() -> None:
 
 
 def _redirect_megatron() -> None:
-    import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as random
 
     from emo_megatron.mcore import cpu_optimizer
+    from emo_megatron.mcore.compat import use_compiled_index_builder
 
     megatron: Any = random
     megatron._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # the wheel ships the compiled index builder but not the Makefile this would run
-    datasets: Any = dataset_utils
-    datasets.compile_helpers = lambda: None
+    use_compiled_index_builder()
     cpu_optimizer.repair_loading()
 
 

@@ -213,8 +213,10 @@ def main() -> None:
     from megatron.training.training import setup_model_and_optimizer
 
     from emo_megatron.mcore.args import check_run, pool_config_from_args
+    from emo_megatron.mcore.compat import use_compiled_index_builder
     from emo_megatron.mcore.spec import pool_spec_builder
 
+    use_compiled_index_builder()
     sys.argv[1:] = [
         *cpu.with_cpu_flags(sys.argv[1:]),
         "--skip-train",

@@ -179,6 +179,21 @@ SCRIPT_REFUSALS = (
 )
 """Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
 
+HOST_REFUSALS = tuple(
+    row
+    for row in SCRIPT_REFUSALS
+    if row.field
+    in {
+        "sft",
+        "fim_data",
+        "context_parallel_size",
+        "hybrid_context_parallel",
+        "heterogeneous_layers_config_path",
+        "reset_attention_mask",
+    }
+)
+"""Those of them that hold for Megatron's own scripts too, whose batches or layers would not be the pools'."""
+
 
 def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[str]:
     """What a model of this configuration cannot do with the pool layers, one sentence each."""

@@ -1,0 +1,178 @@
+"""`--spec emo_megatron.mcore.spec pool_layer_spec` on megatron.training, as NVIDIA's pretrain_gpt.py resolves it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emo_megatron.config import PoolConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = shlex.split("""
+--spec emo_megatron.mcore.spec pool_layer_spec
+--num-layers 2 --hidden-size 32 --ffn-hidden-size 32 --num-attention-heads 4 --swiglu --seq-length 16
+--max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 16
+--moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type global_aux_loss
+--moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001 --micro-batch-size 2 --lr 1e-3
+--tokenizer-type NullTokenizer --vocab-size 64 --split 100,0,0 --mock-data
+""")
+DOCUMENTS = "--dataloader-inter-document-masking"
+
+
+def _train(config_file, flags):
+    """Two steps of the model that Megatron's model builder makes of these flags, or the error it gives."""
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.training import global_vars
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+    from support import tiny
+
+    from emo_megatron.mcore import cpu
+    from emo_megatron.mcore.router import PoolRouter
+
+    sys.argv = ["pretrain_gpt.py", *cpu.with_cpu_flags(flags)]
+    if config_file is not None:
+        os.environ["EMO_POOL_CONFIG"] = config_file
+    try:
+        args = parse_args()
+        validate_args(args)
+        global_vars.set_args(args)
+        tiny.setup()
+        config = gpt_config_from_args(args)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        model = config.get_builder_cls()(config).build_model(groups)
+    except ValueError as error:
+        return str(error)
+    finally:
+        global_vars._GLOBAL_ARGS = None
+        os.environ.pop("EMO_POOL_CONFIG", None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(2):
+        packed = tiny.packed([0, 9, 16, 32])
+        loss = model(**tiny.batch(0), attention_mask=None, packed_seq_params=packed).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {
+        "routers": [
+            (type(layer.mlp.router) is PoolRouter, layer.mlp.router.pool)
+            for layer in model.decoder.layers
+        ],
+        "pools": [pool.sum(-1).tolist() for pool in packed.emo_scope.pools.values()],
+        "losses": losses,
+        "metrics": get_moe_metrics_tracker().names,
+    }
+
+
+@pytest.fixture
+def pool_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "pool.json"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_model_builder_makes_the_pools_of_the_file(ranks, pool_file):
+    path = pool_file('{"pool_min": 3, "pool_max": 4, "pool_seed": 5}')
+    answer = ranks(1).run(_train, config_file=path, flags=[*FLAGS, DOCUMENTS])[0]
+    assert answer["routers"] == [(True, PoolConfig(pool_min=3, pool_max=4, pool_seed=5))] * 2
+    assert len(answer["pools"]) == 2
+    assert all(len(sizes) == 3 and set(sizes) <= {3, 4} for sizes in answer["pools"])
+    assert answer["losses"][1] < answer["losses"][0]
+    assert {"pool_size", "experts_per_document"} <= set(answer["metrics"])
+
+
+def test_an_empty_object_is_the_standard_model(ranks, pool_file):
+    answer = ranks(1).run(_train, config_file=pool_file("{}"), flags=FLAGS)[0]
+    assert answer["routers"] == [(True, PoolConfig())] * 2
+    assert answer["pools"] == []
+    assert "pool_size" not in answer["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        (None, [DOCUMENTS], ["EMO_POOL_CONFIG is not set", '{"pool_min": 8}']),
+        ('{"pool_max": 4}', [DOCUMENTS], ["pool.json", "without --pool-min"]),
+        ('{"pool_min": 9}', [DOCUMENTS], ["at most --num-experts (8); got 9"]),
+        ('{"pool_min": 3}', [], ["--dataloader-inter-document-masking must be given"]),
+        (
+            '{"pool_min": 3}',
+            [DOCUMENTS, "--reset-attention-mask", "--moe-router-dtype", "fp64"],
+            ["--reset-attention-mask must be False", "--moe-router-dtype must be 'fp32'"],
+        ),
+        (
+            '{"pool_min": 3}',
+            [DOCUMENTS, "--hybrid-layer-pattern", "*E*E"],
+            ["--hybrid-layer-pattern is for HybridModel", "pool_hybrid_spec"],
+        ),
+    ],
+    ids=["unset", "useless", "too large", "no documents", "flags", "hybrid"],
+)
+def test_what_cannot_be_is_refused(ranks, pool_file, text, flags, says):
+    path = None if text is None else pool_file(text)
+    message = ranks(1).run(_train, config_file=path, flags=[*FLAGS, *flags])[0]
+    assert isinstance(message, str)
+    for part in says:
+        assert part in message
+
+
+def _logged(output: str, name: str) -> list[float]:
+    return [float(v) for v in re.findall(rf"\| {name}: ([\d.E+-]+)", output)]
+
+
+def test_a_script_that_knows_no_pools_trains_with_them(tmp_path):
+    """The CPU runner, two pipeline stages, packed micro-batches of two samples, recomputation, the log."""
+    (tmp_path / "pool.json").write_text(json.dumps({"pool_min": 3, "pool_max": 5}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = ["-m", "emo_megatron.mcore.on_cpu", ROOT / "tests" / "support" / "host_script.py"]
+    flags = shlex.split("""
+        --pipeline-model-parallel-size 2 --recompute-granularity selective --recompute-modules moe
+        --global-batch-size 8 --train-iters 4 --num-workers 0 --eval-iters 0 --eval-interval 9 --log-interval 1
+    """)
+    done = subprocess.run(
+        [sys.executable, *launcher, *script, *FLAGS, DOCUMENTS, *flags],
+        env={**os.environ, "EMO_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "EMO_POOL_CONFIG": str(tmp_path / "pool.json")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    losses = _logged(done.stdout, "lm loss")
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert all(3 <= size <= 5 for size in _logged(done.stdout, "pool_size"))
+    assert len(_logged(done.stdout, "pool_size")) == 4
+    assert done.stdout.count("PoolConfig(pool_min=3, pool_max=5") == 1
+
+
+def test_the_runner_names_what_is_missing():
+    done = subprocess.run(
+        [sys.executable, "-m", "emo_megatron.mcore.on_cpu", "no_such_script.py", "--flag"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no_such_script.py" in done.stderr
+    assert "usage" in done.stderr

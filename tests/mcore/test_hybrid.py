@@ -1,0 +1,245 @@
+"""Pools in HybridModel, whose attention and MoE layers are layers of their own: the model of GPT, in every layout."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+
+import pytest
+import torch
+from support import shards, training
+from support.training import Case
+
+from emo_megatron.config import PoolConfig
+
+MARGIN = 1e-5
+"""Smallest gap in probability a decision may be made by: a closer one could flip with the order of a sum."""
+TOLERANCE = 1e-5
+PATTERN = "*-*E|*E*E"
+CONFIG = {"num_layers": 8, "moe_layer_freq": 1}
+
+
+def _hybrid(config, pool, pattern, **options):
+    from megatron.core import parallel_state
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from emo_megatron.mcore.spec import pool_hybrid_spec
+
+    return HybridModel(
+        config=config,
+        hybrid_stack_spec=pool_hybrid_spec(config, pool=pool),
+        hybrid_layer_pattern=pattern,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=False,
+        **options,
+    )
+
+
+def _train(case, seed):
+    """As training.train, with a HybridModel of PATTERN."""
+    original = training._model
+    training._model = lambda case, config, vp_stage: _hybrid(
+        config,
+        training.pool_config(case),
+        PATTERN if case.pp > 1 else PATTERN.replace("|", ""),
+        vocab_size=training.VOCAB,
+        max_sequence_length=training.SEQ * 8,
+        position_embedding_type="learned_absolute",
+    )
+    try:
+        return training.train(case, seed=seed)
+    finally:
+        training._model = original
+
+
+@pytest.fixture(scope="module")
+def reference(ranks):
+    """Seed and what one process trains with it, by micro-batch size."""
+
+    found = {}
+
+    def get(mbs):
+        for seed in itertools.count(1) if mbs not in found else ():
+            case = Case(mbs=mbs, accumulation=2, config=CONFIG)
+            (answer,) = ranks(1).run(_train, case=case, seed=seed)
+            if answer["margin"] > MARGIN:
+                found[mbs] = seed, answer
+                break
+        return found[mbs]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(name="EP2", dp=2, ep=2, recompute="moe", accumulation=2, config=CONFIG),
+        Case(name="PP2", pp=2, recompute="moe", mbs=2, accumulation=2, config=CONFIG),
+        Case(name="TP2", tp=2, recompute="full", mbs=2, accumulation=2, config=CONFIG),
+    ],
+    ids=lambda case: case.id,
+)
+def test_layouts_train_the_model_of_one_process(ranks, reference, case):
+    seed, want = reference(case.mbs * case.dp)
+    got = ranks(2).run(_train, case=case, seed=seed)
+    for answer in got:
+        if answer["losses"]:
+            assert answer["losses"] == pytest.approx(want["losses"], rel=TOLERANCE)
+    for kind in ("gradients", "weights"):
+        wanted, found = shards.join([want[kind]]), shards.join([answer[kind] for answer in got])
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert (found[key] - value).norm() <= TOLERANCE * value.norm().clamp(min=1e-12), key
+    decisions = {}
+    for answer in got:
+        for key, chosen in answer["decisions"].items():
+            decisions.setdefault(key, {}).update(chosen)
+    assert decisions == want["decisions"]
+
+
+def test_every_token_keeps_to_the_pool_of_its_document(reference):
+    _, answer = reference(2)
+    layers = {layer for layer, _ in answer["decisions"]}
+    assert layers == {4, 6, 8}, "the places of E in the pattern"
+    for layer in layers:
+        pools = answer["decisions"][layer, "pools"]
+        assert min(map(len, pools.values())) < 8
+        for place, experts in answer["decisions"][layer, "experts"].items():
+            sample, position = divmod(place, training.SEQ)
+            start = max(offset for row, offset in pools if row == sample and offset <= position)
+            assert set(experts) <= set(pools[sample, start])
+
+
+def _as_gpt():
+    """Losses of a GPTModel and of a HybridModel with its weights, and where their gradients differ."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from support import tiny
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    # a layer's number is in the hash that draws pool sizes, and a hybrid stack counts other layers: one size
+    pool = PoolConfig(pool_min=3, pool_max=3)
+    gpt = tiny.model(pool)
+    hybrid = _hybrid(
+        tiny.transformer_config(num_layers=4),
+        pool,
+        "*E*E",
+        vocab_size=tiny.VOCAB,
+        max_sequence_length=tiny.SEQ * tiny.ROWS,
+        position_embedding_type="rope",
+    )
+
+    def name_in_hybrid(key):
+        if key.startswith("decoder.layers."):
+            layer, rest = key.removeprefix("decoder.layers.").split(".", 1)
+            is_moe = rest.startswith(("mlp.", "pre_mlp_layernorm."))
+            return f"decoder.layers.{2 * int(layer) + is_moe}.{rest}"
+        return key.replace("final_layernorm", "final_norm")
+
+    state = {name_in_hybrid(key): value for key, value in gpt.state_dict().items()}
+    hybrid.load_state_dict(state)
+    losses = []
+    for model in (gpt, hybrid):
+        # it has a place for every layer of the first model that it met
+        destroy_moe_metrics_tracker()
+        packed = tiny.packed([0, 9, 16, 32])
+        loss = model(**tiny.batch(0), attention_mask=None, packed_seq_params=packed).mean()
+        loss.backward()
+        losses.append(loss.item())
+    gradients = {name: p.grad for name, p in hybrid.named_parameters()}
+    different = [
+        name
+        for name, p in gpt.named_parameters()
+        if not torch.equal(p.grad, gradients[name_in_hybrid(name)])
+    ]
+    try:
+        hybrid(**tiny.batch(0), attention_mask=None)
+    except ValueError as error:
+        message = str(error)
+    routers = sum(isinstance(module, PoolRouter) for module in hybrid.modules())
+    return losses, different, len(gradients), message, routers
+
+
+def test_it_is_gpts_model_with_gpts_weights(ranks):
+    losses, different, num_tensors, message, routers = ranks(1).run(_as_gpt)[0]
+    assert losses[0] == losses[1]
+    assert different == []
+    assert num_tensors > 20
+    assert "--dataloader-inter-document-masking" in message
+    assert routers == 2
+
+
+def _built_by_megatron(config_text, tmp):
+    """As pretrain_hybrid.py builds the model of --spec emo_megatron.mcore.spec pool_hybrid_layer_spec."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import import_module
+    from megatron.training.models.hybrid import HybridModelConfig
+    from support import tiny
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    spec = import_module(("emo_megatron.mcore.spec", "pool_hybrid_layer_spec"))
+    config = HybridModelConfig(
+        transformer=tiny.transformer_config(num_layers=4),
+        hybrid_stack_spec=spec,
+        hybrid_layer_pattern="*E*E",
+        vocab_size=tiny.VOCAB,
+        seq_length=tiny.SEQ,
+    )
+    if config_text is not None:
+        (tmp / "pool.json").write_text(config_text)
+        os.environ["EMO_POOL_CONFIG"] = str(tmp / "pool.json")
+    try:
+        model = config.get_builder_cls()(config).build_model(
+            ProcessGroupCollection.use_mpu_process_groups()
+        )
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.environ.pop("EMO_POOL_CONFIG", None)
+    return [m.pool for m in model.modules() if isinstance(m, PoolRouter)]
+
+
+def test_megatrons_builder_takes_it_as_a_spec(ranks, tmp_path):
+    run = functools.partial(ranks(1).run, _built_by_megatron, tmp=tmp_path)
+    assert run(config_text='{"pool_min": 3}')[0] == [PoolConfig(pool_min=3)] * 2
+    assert "EMO_POOL_CONFIG is not set" in run(config_text=None)[0]
+    assert "--num-experts (8); got 9" in run(config_text='{"pool_min": 9}')[0]
+
+
+def _stacks():
+    """Which layers of Megatron's Transformer Engine stack change, and what a local stack without them says."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from support import tiny
+
+    from emo_megatron.mcore import spec
+
+    tiny.setup()
+    config = tiny.transformer_config(num_layers=2)
+    try:
+        _hybrid(config, PoolConfig(pool_min=3), "M*", vocab_size=8, max_sequence_length=8)
+    except NotImplementedError as error:
+        message = str(error)
+    config.transformer_impl = "transformer_engine"
+    has_te, spec.HAVE_TE = spec.HAVE_TE, True
+    try:
+        made = spec.pool_hybrid_spec(config, pool=PoolConfig(pool_min=3))
+    finally:
+        spec.HAVE_TE = has_te
+    stock = vars(hybrid_stack_spec.submodules)
+    changed = [name for name, layer in vars(made.submodules).items() if layer is not stock[name]]
+    moe = made.submodules.moe_layer
+    router = moe.submodules.mlp.keywords["submodules"].router.func
+    names = [made.module, moe.module, moe.submodules.mlp.func, router]
+    return message, changed, [name.__name__ for name in names]
+
+
+def test_with_transformer_engine_only_the_moe_layer_changes(ranks):
+    message, changed, names = ranks(1).run(_stacks)[0]
+    assert changed == ["moe_layer"]
+    assert names == ["HybridStack", "PoolTransformerLayer", "PoolMoELayer", "PoolRouter"]
+    assert "without Transformer Engine a hybrid pattern may hold attention (*)" in message
