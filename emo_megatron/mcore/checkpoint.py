@@ -7,6 +7,9 @@ import contextlib
 import copy
 import dataclasses
 import io
+from typing import Any
+
+from megatron.training.checkpointing import load_args_from_checkpoint
 
 from emo_megatron.config import PoolConfig, flag
 
@@ -23,20 +26,16 @@ def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
     Returns:
         None where there is no checkpoint.
     """
-    from megatron.training.checkpointing import load_args_from_checkpoint
-
     # it tells every flag it would set; none of them is wanted here
     with contextlib.redirect_stdout(io.StringIO()):
         found = load_args_from_checkpoint(copy.copy(args))
     if not isinstance(found, tuple):
         return None
-    stored = found[1]
-    return PoolConfig(
-        **{
-            field.name: getattr(stored, field.name, field.default)
-            for field in dataclasses.fields(PoolConfig)
-        }
-    )
+    stored: dict[str, Any] = {
+        field.name: getattr(found[1], field.name, field.default)
+        for field in dataclasses.fields(PoolConfig)
+    }
+    return PoolConfig(**stored)
 
 
 def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
