@@ -41,7 +41,8 @@ def _train(config_file, flags):
     from emo_megatron.mcore import cpu
     from emo_megatron.mcore.router import PoolRouter
 
-    sys.argv = ["pretrain_gpt.py", *cpu.with_cpu_flags(flags)]
+    # Megatron leaves this choice in the environment of a process, where other tests build models too
+    sys.argv = ["pretrain_gpt.py", *cpu.with_cpu_flags([*flags, "--attention-backend", "auto"])]
     if config_file is not None:
         os.environ["EMO_POOL_CONFIG"] = config_file
     try:
