@@ -149,9 +149,12 @@ def _forget_groups() -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     parallel_state.destroy_model_parallel()
     destroy_moe_metrics_tracker()
+    # set at its first use, in a shape that the next test's schedule may not be able to write into
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
