@@ -23,7 +23,7 @@ def local_token_indices(
 ) -> Tensor:
     """Which tokens of the micro-batch a rank's router sees, in the order the router flattens them.
 
-    Context-parallel rank r holds chunks r and 2 * cp_size - 1 - r of each sample's 2 * cp_size, the
+    Context-parallel rank r holds chunks r and 2 * cp_size - 1 - r of each sequence's 2 * cp_size, the
     load-balanced zigzag, or with `document_bounds` of each document's; sequence parallelism splits the rest
     contiguously; hidden states are [s, b, h], so flattening puts position before sample. A packed stream is
     one sample.

@@ -147,7 +147,11 @@ class DocumentAttention(torch.nn.Module):
         bounds = None if packed is None else partition_bounds(packed, self.cp_partition)
         positions_RT = [
             local_token_indices(
-                num_tokens=num_tokens, cp_rank=r, cp_size=size, document_bounds=bounds
+                num_tokens=num_tokens,
+                cp_rank=r,
+                cp_size=size,
+                document_bounds=bounds,
+                device=query.device,
             )
             for r in range(size)
         ]
@@ -157,7 +161,7 @@ class DocumentAttention(torch.nn.Module):
             for x in (key, value)
         )
         if packed is None:
-            visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+            visible = query.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()
             query, k, v = (x.permute(1, 2, 0, 3) for x in (query, k, v))
         else:
             visible = _document_mask(packed, 1, num_tokens)[0, 0]

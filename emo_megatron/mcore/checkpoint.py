@@ -18,17 +18,22 @@ MAY_DIFFER = ("pool_eval", "pool_check", "pool_cp_partition")
 
 
 def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
-    """The pools that the checkpoint in `--load` was trained with; off if it says nothing of pools.
+    """The pools that the checkpoint in `--load` was trained with; off if its flags know no pools.
 
     Args:
         args: Megatron's parsed flags, left as they are. The checkpoint is read by Megatron's own reader.
 
     Returns:
-        None where there is no checkpoint.
+        None where there is no checkpoint, or none with the flags of its run.
     """
-    # it tells every flag it would set; none of them is wanted here
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = load_args_from_checkpoint(copy.copy(args))
+    # it tells every flag it would set, none of which is wanted here; and it exits where it cannot read, saying why
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            found = load_args_from_checkpoint(copy.copy(args))
+    except SystemExit:
+        print(told.getvalue(), flush=True)
+        raise
     if not isinstance(found, tuple):
         return None
     stored: dict[str, Any] = {

@@ -280,11 +280,14 @@ def _redirect_collectives() -> None:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
+        if async_op:
+            raise NotImplementedError(
+                "reduce_scatter over gloo is synchronous here; got async_op=True"
+            )
         whole = torch.cat([part.reshape(-1) for part in inputs])
-        work = all_reduce_with_average(whole, op, group)
+        all_reduce_with_average(whole, op, group)
         rank = dist.get_rank(group)
         output.copy_(whole.split([part.numel() for part in inputs])[rank].view_as(output))
-        return work
 
     module: Any = dist
     module.all_to_all_single = all_to_all_with_lists

@@ -30,6 +30,8 @@ def repair_loading() -> None:
             self._init_optimizer_states_with_dummy_values()
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
+            for values in self.optimizer.state.values():
+                values["step"].zero_()
         return state_dict(self)
 
     def load_state_dict_whole(self: Any, state: Any) -> None:

@@ -81,11 +81,12 @@ def reference(ranks):
 
     def get(case):
         key = repr(case.reference)
-        for seed in itertools.count(1) if key not in found else ():
+        for seed in range(1, 50) if key not in found else ():
             (answer,) = ranks(1).run(_train, case=case.reference, seed=seed)
             if answer["margin"] > MARGIN:
                 found[key] = seed, answer
                 break
+        assert key in found, f"no seed has every decision made by more than {MARGIN}"
         return found[key]
 
     return get
@@ -93,12 +94,18 @@ def reference(ranks):
 
 @pytest.fixture(scope="session")
 def table(request):
-    """Collects the rows of docs/parallelism.md, and writes them with --parity-table once all were seen."""
+    """Collects the rows of docs/parallelism.md: printed at the end, and written with --parity-table if none is missing."""
     rows = {}
     yield rows
+    lines = _lines(rows)
+    missing = [param.id for param in CASES if param.id not in rows]
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    reporter.write("\n" + "\n".join(lines) + f"\n{len(missing)} of {len(CASES)} rows not run\n")
     path = request.config.getoption("--parity-table")
-    if path and len(rows) == len(CASES):
-        _write(Path(path), rows)
+    if path and missing:
+        reporter.write(f"{path} is left as it is; not run: {missing}\n")
+    elif path:
+        _write(Path(path), lines)
 
 
 def _train(case, seed):
@@ -150,7 +157,7 @@ def _deviation(want, parts):
     )
 
 
-def _write(path, rows):
+def _lines(rows):
     lines = [
         "| layout | processes | recompute | micro-batch x accumulation | loss over | balance | loss | gradients | "
         "weights | decisions, all equal |",
@@ -162,6 +169,10 @@ def _write(path, rows):
             f"{'tokens' if case.per_token else 'micro-batches'} | {case.balance} | {seen['loss']:.0e} | "
             f"{seen['gradients']:.0e} | {seen['weights']:.0e} | {decisions} |"
         )
+    return lines
+
+
+def _write(path, lines):
     begin, end = "<!-- parity table: begin -->", "<!-- parity table: end -->"
     text = path.read_text()
     before, after = text.split(begin)[0], text.split(end)[1]

@@ -79,7 +79,7 @@ def with_samples(case: Case, samples: int) -> Case:
 
 
 def sample(index: int) -> dict[str, Tensor]:
-    """A packed sample: documents of any length, empty ones too, in padded slots; 20 tokens count in the loss."""
+    """A packed sample: documents of any length, empty ones too, in padded slots; 16 tokens count in the loss."""
     generator = torch.Generator().manual_seed(1000 + index)
     slots: list[int] = []
     while sum(slots) < SEQ:
