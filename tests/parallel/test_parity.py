@@ -94,7 +94,7 @@ def reference(ranks):
 
 @pytest.fixture(scope="session")
 def table(request):
-    """Collects the rows of docs/parallelism.md: printed at the end, and written with --parity-table if none is missing."""
+    """Collects the rows of docs/parallelism.md; printed at the end, and written with --parity-table."""
     rows = {}
     yield rows
     lines = _lines(rows)
