@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import PARITY_TABLE
 from support.pretraining import write_data
 from support.ranks import Ranks
 
@@ -18,6 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-table", help="docs/parallelism.md: rewrite its table from this run's parity cases"
     )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    lines = config.stash.get(PARITY_TABLE, None)
+    if lines:
+        terminalreporter.section("parity with one process")
+        terminalreporter.write_line("\n".join(lines))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from support import shards, training
+from support import PARITY_TABLE, shards, training
 from support.training import Case
 
 MARGIN = 1e-5
@@ -99,11 +99,10 @@ def table(request):
     yield rows
     lines = _lines(rows)
     missing = [param.id for param in CASES if param.id not in rows]
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    reporter.write("\n" + "\n".join(lines) + f"\n{len(missing)} of {len(CASES)} rows not run\n")
+    request.config.stash[PARITY_TABLE] = [*lines, f"{len(missing)} of {len(CASES)} rows not run"]
     path = request.config.getoption("--parity-table")
     if path and missing:
-        reporter.write(f"{path} is left as it is; not run: {missing}\n")
+        request.config.stash[PARITY_TABLE].append(f"{path} is left as it is; not run: {missing}")
     elif path:
         _write(Path(path), lines)
 
