@@ -140,10 +140,10 @@ def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
     assert again.splitlines()[-5:] == printed.splitlines()[-5:]
 
 
-def test_the_demo_refuses_a_folder_of_another_run(quick_demo):
-    output, _ = quick_demo
+def _refusal(*arguments: str) -> str:
+    """What the demo prints when it refuses these arguments."""
     done = subprocess.run(
-        [sys.executable, "-m", "emo_megatron", "demo", "--output", str(output)],
+        [sys.executable, "-m", "emo_megatron", "demo", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -151,21 +151,17 @@ def test_the_demo_refuses_a_folder_of_another_run(quick_demo):
         check=False,
     )
     assert done.returncode == 2
-    assert "steps is 16 there and" in done.stderr
     assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_the_demo_refuses_a_folder_of_another_run(quick_demo):
+    output, _ = quick_demo
+    assert "steps is 16 there and" in _refusal("--output", str(output))
 
 
 def test_no_processes_are_refused():
-    done = subprocess.run(
-        [sys.executable, "-m", "emo_megatron", "demo", "--processes", "0"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "--processes must be at least 1" in done.stderr
+    assert "--processes must be at least 1" in _refusal("--processes", "0")
 
 
 def test_paths_exist():
