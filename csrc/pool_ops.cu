@@ -1,0 +1,360 @@
+// The routing ops on a GPU. A warp routes one token after the other of a short run; a block is eight warps.
+//
+// Everything that tokens share is a sum of integers, added with integer atomics: the result is the same bits whatever the
+// order. Rows are read with 32 lanes on 32 neighbouring experts. Nothing waits for the host and nothing is allocated here.
+#include <type_traits>
+
+#include "warp.cuh"
+
+namespace emo::cuda {
+namespace {
+
+template <class T, int kChunks>
+__global__ void __launch_bounds__(kThreads) document_scores_kernel(ScoreArgs args, int per_warp) {
+  const unsigned inside = lanes_inside<kChunks>(args.num_experts);
+  const Tokens tokens(args.document_ids, args.num_tokens, per_warp);
+  const T* logits = static_cast<const T*>(args.logits);
+  unsigned run[kChunks] = {};
+  long long document = tokens.document(0);
+
+  // one document in the whole block, in whatever order documents come: its sums are joined before they leave the block
+  const long long first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
+  const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
+  const bool is_joined = __syncthreads_and(is_mine) && first >= 0;
+
+  const auto flush = [&] {
+    if (document < 0) return;
+    unsigned long long* to = reinterpret_cast<unsigned long long*>(args.sums) + document * args.num_experts;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (run[c] != 0) atomicAdd(to + c * 32 + lane_id(), (unsigned long long)run[c]);
+  };
+#pragma unroll 1
+  for (int i = 0; i < tokens.count; ++i) {
+    const long long next = tokens.document(i);
+    if (next != document) {
+      flush();
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) run[c] = 0;
+      document = next;
+    }
+    if (document < 0) continue;
+    float x[kChunks], exps[kChunks];
+    load_row(logits + (tokens.begin + i) * args.num_experts, inside, x);
+    const float unit = kOne / softmax(x, inside, exps).total;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) run[c] += __float2uint_rn(exps[c] * unit);
+  }
+  if (is_joined) {
+    __shared__ unsigned of_warp[kWarps][kChunks * 32];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) of_warp[warp_id()][c * 32 + lane_id()] = run[c];
+    __syncthreads();
+    add_over_warps(of_warp, args.num_experts, args.sums + first * args.num_experts);
+  } else {
+    flush();
+  }
+}
+
+// A warp a document: the size-th largest score is searched bit by bit.
+template <int kChunks>
+__global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) {
+  const long long document = (long long)blockIdx.x * kWarps + warp_id();
+  if (document >= args.num_documents) return;
+  const int num_free = args.num_experts - args.num_forced;
+  long long wanted = args.pool_sizes[document] - args.num_forced;
+  wanted = wanted < 0 ? 0 : (wanted > num_free ? num_free : wanted);
+
+  // one more than the score, so that every expert in the running is above 0
+  unsigned long long keys[kChunks];
+  unsigned long long top = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int e = c * 32 + lane_id();
+    keys[c] = e < num_free ? (unsigned long long)args.scores[document * args.num_experts + e] + 1 : 0;
+    top = keys[c] > top ? keys[c] : top;
+  }
+  const unsigned high = __reduce_max_sync(kAllLanes, (unsigned)(top >> 32));
+  const unsigned low = __reduce_max_sync(kAllLanes, (unsigned)top);
+  unsigned long long threshold = 0;
+  for (int bit = high != 0 ? 63 - __clz((int)high) : 31 - __clz((int)(low | 1u)); bit >= 0; --bit) {
+    const unsigned long long candidate = threshold | (1ull << bit);
+    int reached = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) reached += __popc(__ballot_sync(kAllLanes, keys[c] >= candidate));
+    if (reached >= wanted) threshold = candidate;
+  }
+  int above = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) above += __popc(__ballot_sync(kAllLanes, keys[c] > threshold));
+  const int equal_wanted = (int)wanted - above;
+  int rank = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int e = c * 32 + lane_id();
+    const bool is_equal = keys[c] == threshold && keys[c] != 0;
+    const unsigned equal = __ballot_sync(kAllLanes, is_equal);
+    const bool is_tied_in = is_equal && rank + __popc(equal & lanes_below()) < equal_wanted;
+    const bool is_in = e >= num_free || (wanted > 0 && (keys[c] > threshold || is_tied_in));
+    if (e < args.num_experts) args.pool[document * args.num_experts + e] = is_in;
+    rank += __popc(equal);
+  }
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  const float t = expf(-fabsf(x));
+  return (x >= 0.0f ? 1.0f : t) / (1.0f + t);
+}
+
+template <int kChunks>
+__device__ __forceinline__ float sum_of(const float (&x)[kChunks], unsigned set) {
+  float total = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) total += has(set, c) ? x[c] : 0.0f;
+  return warp_sum(total);
+}
+
+// sum of e * log(e / its maximum), the part of the entropy that is no logarithm of the sum
+template <int kChunks>
+__device__ __forceinline__ float weighted_log(const float (&x)[kChunks], const float (&scores)[kChunks], unsigned set,
+                                              bool is_sigmoid, float shift) {
+  float total = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const float log = is_sigmoid ? fminf(x[c], 0.0f) - log1pf(expf(-fabsf(x[c]))) : x[c] - shift;
+    // 0 * -inf is not a number
+    if (has(set, c) && scores[c] > 0.0f) total += scores[c] * log;
+  }
+  return warp_sum(total);
+}
+
+template <class T, int kChunks>
+__global__ void __launch_bounds__(kThreads, 1)
+    pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
+  Pool<kChunks> pool(args.num_experts);
+  const Tokens tokens(args.document_ids, args.num_tokens, per_warp);
+  const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
+  __shared__ unsigned choices[kChunks * 32];
+  for (int e = threadIdx.x; e < kChunks * 32; e += kThreads) choices[e] = 0;
+  __syncthreads();
+  // each lane its own places: registers are scarcer
+  __shared__ unsigned score_sums[kWarps][kChunks * 32];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) score_sums[warp_id()][c * 32 + lane_id()] = 0;
+
+#pragma unroll 1
+  for (int i = 0; i < tokens.count; ++i) {
+    const long long document = tokens.document(i);
+    const long long row = (tokens.begin + i) * args.num_experts;
+    pool.set(args, document);
+    const unsigned carrying = pool.carrying(args);
+    float x[kChunks], scores[kChunks];
+    load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
+
+    const Softmax soft = softmax(x, carrying, scores);
+    float total = soft.total;
+    const float z = soft.max + logf(soft.total);
+    if (is_sigmoid) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) scores[c] = sigmoid(x[c]);
+      total = sum_of(scores, carrying) + kTiny;
+    }
+    const float entropy = logf(total) - weighted_log(x, scores, carrying, is_sigmoid, soft.max) / total;
+
+    unsigned keys[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      float score = is_sigmoid ? scores[c] : x[c];
+      if (args.expert_bias != nullptr && has(pool.inside, c)) score += args.expert_bias[c * 32 + lane_id()];
+      const unsigned key = order_key(score);
+      keys[c] = has(pool.allowed, c) ? (key > kExcluded ? key : kExcluded + 1)
+                                     : (has(pool.inside, c) ? kExcluded : kBeyond);
+    }
+    const unsigned chosen = top_k(keys, args.top_k);
+
+    const bool is_padding = document < 0;
+    if (!is_padding) {
+      const float unit = kOne / total;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        if (has(carrying, c)) score_sums[warp_id()][c * 32 + lane_id()] += __float2uint_rn(scores[c] * unit);
+        if (has(chosen, c)) atomicAdd(choices + c * 32 + lane_id(), 1u);
+      }
+    }
+    float divisor = total;
+    if (args.scoring == Scoring::kTopKThenSoftmax) {
+      divisor = softmax(x, chosen, scores).total;
+    } else if (is_sigmoid) {
+      divisor = args.top_k > 1 ? sum_of(scores, chosen) + kTiny : 1.0f;
+    }
+    const float factor = is_padding ? 0.0f : args.scaling / divisor;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (!has(pool.inside, c)) continue;
+      const long long at = row + c * 32 + lane_id();
+      from_float(has(chosen, c) ? scores[c] * factor : 0.0f, static_cast<T*>(out.probs) + at);
+      out.routing_map[at] = has(chosen, c);
+    }
+    if (lane_id() == 0) {
+      out.z[tokens.begin + i] = is_padding ? 0.0f : z;
+      out.entropy[tokens.begin + i] = is_padding ? 0.0f : entropy;
+    }
+  }
+  __syncthreads();
+  add_over_warps(score_sums, args.num_experts, out.sums + args.num_experts);
+  for (int e = threadIdx.x; e < args.num_experts; e += kThreads)
+    if (choices[e] != 0) atomicAdd(reinterpret_cast<unsigned long long*>(out.sums) + e, (unsigned long long)choices[e]);
+}
+
+__global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, int num_experts) {
+  const int e = blockIdx.x * kThreads + threadIdx.x;
+  if (e >= num_experts) return;
+  out.tokens_per_expert[e] = out.sums[e];
+  out.score_sums[e] = (float)((double)out.sums[num_experts + e] / kOne);
+}
+
+// The formulas are at emo::cpu::pool_topk_backward.
+template <class T, int kChunks>
+__global__ void __launch_bounds__(kThreads, 1)
+    pool_topk_backward_kernel(RoutingArgs args, RoutingGradients grads, int per_warp) {
+  Pool<kChunks> pool(args.num_experts);
+  const Tokens tokens(args.document_ids, args.num_tokens, per_warp);
+  float score_grads[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    score_grads[c] =
+        grads.grad_score_sums != nullptr && has(pool.inside, c) ? grads.grad_score_sums[c * 32 + lane_id()] : 0.0f;
+
+#pragma unroll 1
+  for (int i = 0; i < tokens.count; ++i) {
+    const long long document = tokens.document(i);
+    const long long row = (tokens.begin + i) * args.num_experts;
+    float dx[kChunks] = {};
+    if (document >= 0) {
+      pool.set(args, document);
+      const unsigned carrying = pool.carrying(args);
+      float x[kChunks], soft[kChunks], weight_grads[kChunks];
+      load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
+      unsigned chosen = 0;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const long long at = row + c * 32 + lane_id();
+        const bool is_chosen = has(pool.inside, c) && grads.routing_map[at];
+        chosen |= (unsigned)is_chosen << c;
+        weight_grads[c] = is_chosen && grads.grad_probs != nullptr
+                              ? to_float(static_cast<const T*>(grads.grad_probs)[at]) * args.scaling
+                              : 0.0f;
+      }
+      const float dz = grads.grad_z != nullptr ? grads.grad_z[tokens.begin + i] : 0.0f;
+      const float inverse = 1.0f / softmax(x, carrying, soft).total;
+      if (args.scoring == Scoring::kSigmoid) {
+        float gates[kChunks];
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) gates[c] = sigmoid(x[c]);
+        const float total = sum_of(gates, carrying) + kTiny;
+        const float chosen_total = args.top_k > 1 ? sum_of(gates, chosen) + kTiny : 1.0f;
+        float score_dot = 0.0f, weight_dot = 0.0f;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          score_dot += has(carrying, c) ? gates[c] * score_grads[c] : 0.0f;
+          weight_dot += gates[c] * weight_grads[c];
+        }
+        const float score_mean = warp_sum(score_dot) / total;
+        const float weight_mean = args.top_k > 1 ? warp_sum(weight_dot) / chosen_total : 0.0f;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const float from_scores = has(carrying, c) ? (score_grads[c] - score_mean) / total : 0.0f;
+          const float from_weights = has(chosen, c) ? (weight_grads[c] - weight_mean) / chosen_total : 0.0f;
+          dx[c] = (from_scores + from_weights) * gates[c] * (1.0f - gates[c]) + dz * soft[c] * inverse;
+        }
+      } else {
+        const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;
+        float dot = 0.0f;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          soft[c] *= inverse;
+          dx[c] = is_after ? score_grads[c] : score_grads[c] + weight_grads[c];
+          dot += soft[c] * dx[c];
+        }
+        const float centre = dz - warp_sum(dot);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) dx[c] = soft[c] * (dx[c] + centre);
+        if (is_after) {
+          float weights[kChunks];
+          const float sum_exps = softmax(x, chosen, weights).total;
+          float weight_dot = 0.0f;
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c) weight_dot += weights[c] * weight_grads[c];
+          const float mean = warp_sum(weight_dot) / sum_exps;
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c) dx[c] += weights[c] / sum_exps * (weight_grads[c] - mean);
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (has(pool.inside, c)) from_float(dx[c], static_cast<T*>(grads.grad_logits) + row + c * 32 + lane_id());
+  }
+}
+
+// Calls `launch` with the type of the logits and the number of chunks that hold a row.
+template <class T, class Launch>
+int with_chunks(int num_experts, Launch launch) {
+  if (num_experts <= 32) launch(T{}, std::integral_constant<int, 1>{});
+  else if (num_experts <= 64) launch(T{}, std::integral_constant<int, 2>{});
+  else if (num_experts <= 128) launch(T{}, std::integral_constant<int, 4>{});
+  else if (num_experts <= 256) launch(T{}, std::integral_constant<int, 8>{});
+  else if (num_experts <= 512) launch(T{}, std::integral_constant<int, 16>{});
+  else launch(T{}, std::integral_constant<int, 32>{});
+  return (int)cudaGetLastError();
+}
+template <class Launch>
+int with_types(DType dtype, int num_experts, Launch launch) {
+  if (dtype == DType::kFloat32) return with_chunks<float>(num_experts, launch);
+  if (dtype == DType::kBFloat16) return with_chunks<__nv_bfloat16>(num_experts, launch);
+  return with_chunks<__half>(num_experts, launch);
+}
+
+}  // namespace
+
+int document_scores(const ScoreArgs& args, void* stream) {
+  if (args.num_tokens == 0) return 0;
+  const int per_warp = tokens_per_warp(args.num_tokens);
+  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+    EMO_LAUNCH((document_scores_kernel<decltype(type), decltype(chunks)::value>), blocks_for(args.num_tokens, per_warp),
+               kThreads, static_cast<cudaStream_t>(stream), args, per_warp);
+  });
+}
+
+int select_pool(const SelectArgs& args, void* stream) {
+  if (args.num_documents == 0) return 0;
+  return with_chunks<float>(args.num_experts, [&](auto, auto chunks) {
+    EMO_LAUNCH((select_pool_kernel<decltype(chunks)::value>), blocks_for(args.num_documents, 1), kThreads,
+               static_cast<cudaStream_t>(stream), args);
+  });
+}
+
+int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) {
+  const int per_warp = tokens_per_warp(args.num_tokens);
+  int status = 0;
+  if (args.num_tokens > 0)
+    status = with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+      EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value>), blocks_for(args.num_tokens, per_warp),
+                 kThreads, static_cast<cudaStream_t>(stream), args, out, per_warp);
+    });
+  if (status != 0) return status;
+  EMO_LAUNCH(finish_kernel, (unsigned)((args.num_experts + kThreads - 1) / kThreads), kThreads,
+             static_cast<cudaStream_t>(stream), out, args.num_experts);
+  return (int)cudaGetLastError();
+}
+
+int pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, void* stream) {
+  if (args.num_tokens == 0) return 0;
+  const int per_warp = tokens_per_warp(args.num_tokens);
+  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+    EMO_LAUNCH((pool_topk_backward_kernel<decltype(type), decltype(chunks)::value>),
+               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream), args, grads, per_warp);
+  });
+}
+
+}  // namespace emo::cuda

@@ -1,0 +1,92 @@
+// The routing ops between the binding and the kernels: plain structs of pointers and sizes, no torch, no CUDA types.
+//
+// T tokens, E experts, K experts a token, D documents; all tensors contiguous, rows of E. Semantics are those of
+// emo_megatron/ops/reference.py, which the tests compare every kernel with.
+#pragma once
+#include <cstdint>
+
+namespace emo {
+
+constexpr int kMaxExperts = 1024;
+constexpr int kMaxTopK = 32;
+// Document scores and column sums are in units of 2^-27: integer sums do not depend on the order of the tokens.
+constexpr int kFractionBits = 27;
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+
+enum class Scoring : int {
+  kSoftmaxThenTopK,  // weights are the softmax over the pool at the chosen experts (the paper)
+  kTopKThenSoftmax,  // weights are the softmax over the chosen logits
+  kSigmoid,          // weights are sigmoids, normalised over the chosen
+};
+
+struct ScoreArgs {
+  const void* logits;           // [T, E] of dtype
+  DType dtype;
+  const int64_t* document_ids;  // [T], -1 is padding
+  int64_t* sums;                // [D, E] in 2^-27, zeroed by the caller
+  int64_t num_tokens;
+  int64_t num_documents;
+  int num_experts;
+};
+
+struct SelectArgs {
+  const int64_t* scores;      // [D, E]
+  const int64_t* pool_sizes;  // [D]
+  uint8_t* pool;              // [D, E], 1 = in the pool
+  int64_t num_documents;
+  int num_experts;
+  int num_forced;
+};
+
+struct RoutingArgs {
+  const void* logits;           // [T, E] of dtype
+  DType dtype;
+  const int64_t* document_ids;  // [T], -1 is padding; null: no padding
+  const uint8_t* pool;          // [num_pools, E]; null: every expert
+  int64_t num_pools;            // a single row serves every token, padding too
+  const float* expert_bias;     // [E], sigmoid scoring only; null: none
+  int64_t num_tokens;
+  int num_experts;
+  int top_k;
+  Scoring scoring;
+  bool mask_logits;  // experts outside the pool carry neither weight nor loss; false: the pool limits the choice only
+  float scaling;     // of the weights
+};
+
+struct RoutingOutputs {
+  void* probs;                 // [T, E] of dtype
+  uint8_t* routing_map;        // [T, E], exactly K a token
+  int64_t* sums;               // [2, E] workspace, zeroed by the caller: choices, then scores in 2^-27
+  int64_t* tokens_per_expert;  // [E]
+  float* score_sums;           // [E]
+  float* z;                    // [T], 0 for padding
+  float* entropy;              // [T], 0 for padding
+};
+
+struct RoutingGradients {
+  const void* grad_probs;         // [T, E] of dtype, read at chosen experts only; null: none
+  const float* grad_score_sums;   // [E]; null: none
+  const float* grad_z;            // [T]; null: none
+  const uint8_t* routing_map;     // [T, E] as forward wrote it
+  void* grad_logits;              // [T, E] of dtype, every entry written
+};
+
+namespace cpu {
+// Each works on a range of tokens or documents and may run beside itself on other ranges.
+void document_scores(const ScoreArgs& args, int64_t begin, int64_t end);
+void select_pool(const SelectArgs& args, int64_t begin, int64_t end);
+void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, int64_t begin, int64_t end);
+void pool_topk_finish(const RoutingArgs& args, const RoutingOutputs& out);
+void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, int64_t begin, int64_t end);
+}  // namespace cpu
+
+namespace cuda {
+// Each launches on `stream` (a cudaStream_t) and returns a cudaError_t as an int, 0 for success.
+int document_scores(const ScoreArgs& args, void* stream);
+int select_pool(const SelectArgs& args, void* stream);
+int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream);
+int pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, void* stream);
+}  // namespace cuda
+
+}  // namespace emo

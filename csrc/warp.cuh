@@ -1,0 +1,214 @@
+// What the routing kernels share: a warp holds one row of experts, lane l the experts l, l + 32, l + 64, ...
+//
+// A row is kChunks registers a lane; expert chunk * 32 + lane. Loads and stores of a chunk are 32 neighbouring experts, and
+// chunk-major order is the order of the experts, so ties to the lower index fall out of ballots.
+#pragma once
+#ifdef EMO_EMULATE
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define EMO_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
+#include "pool_ops.h"
+
+namespace emo::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarps = 8;  // in a block
+constexpr int kThreads = kWarps * 32;
+constexpr int kMaxTokensPerWarp = 16;  // so many scores of at most 2^27 add up within 32 bits
+constexpr float kOne = 1 << kFractionBits;
+constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
+
+// Keys order experts as their scores do. Keys of experts that may be chosen lie above both.
+constexpr unsigned kBeyond = 0;    // past the last expert: never chosen
+constexpr unsigned kExcluded = 1;  // outside the pool: chosen only if the pool has fewer than K
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+__device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1u; }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
+__device__ __forceinline__ void from_float(float x, __half* to) { *to = __float2half(x); }
+
+// A butterfly: one order of the additions, the same result in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// Unsigned integers in the order of the floats: ties compare exactly, -0 equals 0, a positive NaN is the largest.
+__device__ __forceinline__ unsigned order_key(float x) {
+  const unsigned u = __float_as_uint(x + 0.0f);
+  return u ^ ((u & 0x80000000u) ? 0xffffffffu : 0x80000000u);
+}
+__device__ __forceinline__ float key_to_float(unsigned key) {
+  return __uint_as_float(key ^ ((key & 0x80000000u) ? 0x80000000u : 0xffffffffu));
+}
+__device__ __forceinline__ float warp_max(float x) {
+  return key_to_float(__reduce_max_sync(kAllLanes, order_key(x)));
+}
+
+template <int kChunks>
+__device__ __forceinline__ unsigned lanes_inside(int num_experts) {
+  unsigned inside = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) inside |= (unsigned)(c * 32 + lane_id() < num_experts) << c;
+  return inside;
+}
+
+__device__ __forceinline__ bool has(unsigned set, int chunk) { return (set >> chunk) & 1u; }
+
+template <class T, int kChunks>
+__device__ __forceinline__ void load_row(const T* row, unsigned inside, float (&x)[kChunks]) {
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) x[c] = has(inside, c) ? to_float(row[c * 32 + lane_id()]) : -INFINITY;
+}
+
+// The experts a token may choose, bit c for expert c * 32 + lane; kept while the document stays the same.
+template <int kChunks>
+struct Pool {
+  unsigned inside, allowed;
+  long long row = -2;
+
+  __device__ __forceinline__ explicit Pool(int num_experts) : inside(lanes_inside<kChunks>(num_experts)) {}
+
+  __device__ __forceinline__ void set(const RoutingArgs& args, long long document) {
+    const bool is_free = args.pool == nullptr || args.num_pools == 0 || (document < 0 && args.num_pools != 1);
+    const long long wanted = is_free ? -1 : (args.num_pools == 1 ? 0 : document);
+    if (wanted == row) return;
+    row = wanted;
+    allowed = inside;
+    if (is_free) return;
+    const uint8_t* from = args.pool + wanted * args.num_experts;
+    allowed = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (has(inside, c) && from[c * 32 + lane_id()]) allowed |= 1u << c;
+  }
+  __device__ __forceinline__ unsigned carrying(const RoutingArgs& args) const {
+    return args.mask_logits ? allowed : inside;
+  }
+};
+
+// The run of tokens of this warp, and the document of each: lane i holds that of the i-th.
+struct Tokens {
+  long long begin;
+  int count;
+  long long my_document;
+
+  __device__ __forceinline__ Tokens(const int64_t* document_ids, int64_t num_tokens, int per_warp) {
+    begin = ((long long)blockIdx.x * kWarps + warp_id()) * per_warp;
+    const long long left = num_tokens - begin;
+    count = left < 0 ? 0 : (left < per_warp ? (int)left : per_warp);
+    my_document = -1;
+    if (lane_id() < count) my_document = document_ids == nullptr ? 0 : document_ids[begin + lane_id()];
+  }
+  // for every lane to call together
+  __device__ __forceinline__ long long document(int i) const { return __shfl_sync(kAllLanes, my_document, i); }
+};
+
+// Few tokens are spread over more warps: a launch has about this many before a warp takes more than one token.
+constexpr int64_t kWarpsWanted = 2048;
+inline int tokens_per_warp(int64_t num_tokens) {
+  const int64_t wanted = (num_tokens + kWarpsWanted - 1) / kWarpsWanted;
+  return (int)(wanted < 1 ? 1 : wanted > kMaxTokensPerWarp ? kMaxTokensPerWarp : wanted);
+}
+inline unsigned blocks_for(int64_t num_tokens, int per_warp) {
+  const int64_t per_block = (int64_t)per_warp * kWarps;
+  return (unsigned)((num_tokens + per_block - 1) / per_block);
+}
+
+// e^(x - max) over a set of experts, 0 elsewhere, and what belongs to it.
+struct Softmax {
+  float max, total;
+};
+template <int kChunks>
+__device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned set, float (&exps)[kChunks]) {
+  float top = -INFINITY;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    if (has(set, c)) top = fmaxf(top, x[c]);
+  top = warp_max(top);
+  float total = 0.0f;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    exps[c] = has(set, c) ? expf(x[c] - top) : 0.0f;
+    total += exps[c];
+  }
+  return {top, warp_sum(total)};
+}
+
+// Largest key that does not exceed `limit`, over the warp.
+template <int kChunks>
+__device__ __forceinline__ unsigned largest_up_to(const unsigned (&keys)[kChunks], unsigned limit) {
+  unsigned best = kBeyond;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) best = keys[c] <= limit && keys[c] > best ? keys[c] : best;
+  return __reduce_max_sync(kAllLanes, best);
+}
+
+template <int kChunks>
+__device__ __forceinline__ int count_at_least(const unsigned (&keys)[kChunks], unsigned threshold) {
+  int count = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) count += __popc(__ballot_sync(kAllLanes, keys[c] >= threshold));
+  return count;
+}
+
+// The K largest keys as a set; of equal keys at the boundary the lower experts.
+template <int kChunks>
+__device__ __forceinline__ unsigned top_k(const unsigned (&keys)[kChunks], int k) {
+  unsigned threshold = largest_up_to(keys, kAllLanes);
+#pragma unroll 1
+  for (int i = 1; i < k; ++i) {
+    const unsigned next = largest_up_to(keys, threshold - 1);
+    if (next == kBeyond) break;
+    threshold = next;
+  }
+  int surplus_rank = 32 * kChunks;  // equal keys from this rank on are not taken
+  if (count_at_least(keys, threshold) != k) {
+    // equal keys: walk down again, this time counting them; the same branch in every lane
+    threshold = largest_up_to(keys, kAllLanes);
+    int above = 0, reached = count_at_least(keys, threshold);
+#pragma unroll 1
+    while (reached < k) {
+      above = reached;
+      threshold = largest_up_to(keys, threshold - 1);
+      reached = count_at_least(keys, threshold);
+    }
+    surplus_rank = k - above;
+  }
+  unsigned chosen = 0;
+  int rank = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const unsigned equal = __ballot_sync(kAllLanes, keys[c] == threshold);
+    const bool is_taken = keys[c] == threshold && rank + __popc(equal & lanes_below()) < surplus_rank;
+    if (keys[c] > threshold || is_taken) chosen |= 1u << c;
+    rank += __popc(equal);
+  }
+  return chosen;
+}
+
+// Add up what the warps of a block counted and add it to `to`: one atomic an expert and block.
+template <int kExperts>
+__device__ __forceinline__ void add_over_warps(const unsigned (&of_warp)[kWarps][kExperts], int num_experts,
+                                               int64_t* to) {
+  for (int e = threadIdx.x; e < num_experts; e += kThreads) {
+    unsigned long long total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += of_warp[w][e];
+    if (total != 0) atomicAdd(reinterpret_cast<unsigned long long*>(to) + e, total);
+  }
+}
+
+}  // namespace emo::cuda

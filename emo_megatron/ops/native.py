@@ -1,0 +1,193 @@
+"""The routing ops compiled from csrc/: the same functions as ops/reference.py, on CPU and CUDA tensors.
+
+They are torch operators with fake and autograd registrations, so `torch.compile` traces through them and CUDA graphs
+capture them: nothing waits for the device, and nothing but outputs and one [2, E] workspace is allocated. Integer sums make
+results the same bits for any number of threads and any split of the tokens. From the reference they differ by the last
+bits of `exp`, and in one rule: experts are ranked by their logits, not by probabilities rounded to float32, so experts
+that are equal there (all those below 1e-38 of the best) go by their logits instead of their index.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from emo_megatron.ops.reference import Routing
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
+MAX_EXPERTS = 1024
+MAX_TOP_K = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID = range(3)
+
+
+class NativeOps:
+    """The operators of one compiled library; loading it registers them with torch.
+
+    Args:
+        library: path of the shared library.
+        namespace: the torch.library namespace it registers.
+
+    Raises:
+        OSError: the library cannot be loaded, for instance by a torch older than its stable ABI.
+    """
+
+    def __init__(self, library: Path, *, namespace: str) -> None:
+        torch.ops.load_library(library)
+        self._ops = getattr(torch.ops, namespace)
+        _register(namespace)
+
+    def document_scores(
+        self, logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
+    ) -> Tensor:
+        """As reference.document_scores."""
+        found = self._ops.document_scores(
+            logits_TE.detach().contiguous(), document_ids_T.contiguous(), num_documents
+        )
+        return cast(Tensor, found)
+
+    def select_pool(
+        self, scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0
+    ) -> Tensor:
+        """As reference.select_pool."""
+        found = self._ops.select_pool(scores_DE.contiguous(), pool_sizes_D.contiguous(), num_forced)
+        return cast(Tensor, found)
+
+    def pool_topk(
+        self,
+        logits_TE: Tensor,
+        *,
+        document_ids_T: Tensor | None = None,
+        pool_DE: Tensor | None = None,
+        top_k: int,
+        score_function: Literal["softmax", "sigmoid"] = "softmax",
+        pre_softmax: bool = True,
+        expert_bias_E: Tensor | None = None,
+        scaling_factor: float | None = None,
+        mask: Literal["logits", "selection"] = "logits",
+    ) -> Routing:
+        """As reference.pool_topk."""
+        scoring = SOFTMAX if pre_softmax else SOFTMAX_OF_CHOSEN
+        if score_function == "sigmoid":
+            scoring = SIGMOID
+        probs_TE, routing_map_TE, tokens_per_expert_E, score_sums_E, z_T, entropy_T = (
+            self._ops.pool_topk(
+                logits_TE.contiguous(),
+                None if document_ids_T is None else document_ids_T.contiguous(),
+                None if pool_DE is None else pool_DE.contiguous(),
+                expert_bias_E.float().contiguous()
+                if expert_bias_E is not None and scoring == SIGMOID
+                else None,
+                top_k,
+                scoring,
+                mask == "logits",
+                scaling_factor or 1.0,
+            )
+        )
+        return Routing(
+            probs_TE=probs_TE,
+            routing_map_TE=routing_map_TE,
+            tokens_per_expert_E=tokens_per_expert_E,
+            score_sums_E=score_sums_E,
+            z_T=z_T,
+            entropy_T=entropy_T,
+        )
+
+
+@cache
+def load_native() -> NativeOps:
+    """The package's own compiled ops.
+
+    Raises:
+        RuntimeError: there are none, or this torch cannot load them; says why and what to do.
+    """
+    if not LIBRARY.exists():
+        raise RuntimeError(
+            "the compiled ops were not built: see why with `pip install -v --no-deps --force-reinstall` "
+            "of this package, or `make native` in a checkout"
+        )
+    try:
+        return NativeOps(LIBRARY, namespace="emo_megatron")
+    except OSError as error:
+        raise RuntimeError(f"the compiled ops do not load: {error}") from error
+
+
+@cache
+def has_kernels(device_type: str) -> bool:
+    """Whether the loaded ops have kernels for such a device; a build without nvcc has none for CUDA."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    load_native()
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "emo_megatron::pool_topk", key
+    )
+
+
+def _register(namespace: str) -> None:
+    """Tell torch the operators' shapes and gradients."""
+    ops = getattr(torch.ops, namespace)
+
+    @torch.library.register_fake(f"{namespace}::document_scores")
+    def _(logits: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
+        return logits.new_empty((num_documents, logits.shape[1]), dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::select_pool")
+    def _(scores: Tensor, pool_sizes: Tensor, num_forced: int) -> Tensor:
+        return torch.empty_like(scores, dtype=torch.bool)
+
+    @torch.library.register_fake(f"{namespace}::pool_topk")
+    def _(logits: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+        num_tokens, num_experts = logits.shape
+        return (
+            torch.empty_like(logits),
+            torch.empty_like(logits, dtype=torch.bool),
+            logits.new_empty(num_experts, dtype=torch.int64),
+            logits.new_empty(num_experts, dtype=torch.float32),
+            logits.new_empty(num_tokens, dtype=torch.float32),
+            logits.new_empty(num_tokens, dtype=torch.float32),
+        )
+
+    @torch.library.register_fake(f"{namespace}::pool_topk_backward")
+    def _(
+        grad_probs: Tensor | None,
+        grad_score_sums: Tensor | None,
+        grad_z: Tensor | None,
+        logits: Tensor,
+        *_rest: Any,
+    ) -> Tensor:
+        return torch.empty_like(logits)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, document_ids, pool, _, *ctx.options = inputs
+        _, routing_map, tokens_per_expert, _, _, entropy = output
+        # no [T, E] floats but the logits: backward computes the scores again
+        ctx.save_for_backward(logits, routing_map, document_ids, pool)
+        ctx.mark_non_differentiable(routing_map, tokens_per_expert, entropy)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_probs, _, _, grad_score_sums, grad_z, _ = (
+            None if grad is None else grad.contiguous() for grad in grads
+        )
+        none = (None,) * 7
+        if grad_probs is None and grad_score_sums is None and grad_z is None:
+            return (None, *none)
+        logits, routing_map, document_ids, pool = ctx.saved_tensors
+        grad_logits = ops.pool_topk_backward(
+            grad_probs,
+            grad_score_sums,
+            grad_z,
+            logits,
+            routing_map,
+            document_ids,
+            pool,
+            *ctx.options,
+        )
+        return (grad_logits, *none)
+
+    torch.library.register_autograd(
+        f"{namespace}::pool_topk", backward, setup_context=setup_context
+    )
