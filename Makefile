@@ -18,12 +18,15 @@ FIND_PYTHON = for python in $(CANDIDATES); do \
 	"$$python" -c "$(CAN_SERVE)" >/dev/null 2>&1 && break; python=; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format types bench clean
+.PHONY: help setup native demo test test-all lint format types bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install (once; another torch: make setup TORCH="torch==2.13.0")
+
+native: | $(STAMP) ## compile csrc/ again, saying what the compilers say (EMO_CUDA=0: no GPU code)
+	@$(VENV)/bin/python setup.py build_ext --inplace
 
 demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (ARGS="--quick")
 	@$(RUN) emo_megatron demo $(ARGS)
@@ -69,10 +72,10 @@ ifeq ($(origin TORCH), command line)
 endif
 
 # written last: an interrupted set-up goes on where it stopped, with what pip has already fetched
-$(STAMP): pyproject.toml setup.py | $(VENV)/bin/pip
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*) | $(VENV)/bin/pip
 	@$(NEWS) "Installing $(TORCH): on Linux the default is a CUDA build, some 3 GB to fetch and 6 GB on disk"
 	@$(RUN) pip install --disable-pip-version-check "$(TORCH)"
-	@$(NEWS) "Installing emo_megatron with what the demo and the tests need: some 0.5 GB"
+	@$(NEWS) "Installing emo_megatron with what the demo and the tests need: some 0.5 GB; compiling csrc/ takes a minute or two"
 	@$(RUN) pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
 	@touch $(STAMP)
 

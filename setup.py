@@ -6,8 +6,8 @@ run where torch has CUDA. Environment variables:
     EMO_CUDA        auto (default): CUDA kernels where nvcc is found; 0: none; 1: fail without nvcc
     EMO_CUDA_ARCHS  compute capabilities, default 80;90;100; the last one also as PTX for later GPUs
 
-Neither torch nor a GPU is imported or asked here, so images and wheels are built anywhere. A machine that cannot compile
-still installs: one line says that the reference ops will run.
+Neither torch nor a GPU is imported or asked here, so images and wheels are built anywhere. A machine that cannot
+compile still installs: one line says that the reference ops will run.
 """
 
 import importlib.util

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class PoolRouter(TopKRouter):
     Attributes:
         scope: the micro-batch being routed; PoolMoELayer sets it around every call.
         allowed_experts: [E] bool or None. Restricts routing to a subset, as a deployed module would route.
+        backend: of the routing ops; None until the first forward, which takes the best one there is.
         observe_logits: called with the float32 logits [T, E] and document ids [T] (-1 padding) of every forward.
     """
 
@@ -35,6 +37,8 @@ class PoolRouter(TopKRouter):
     def __init__(self, *args: Any, pool: PoolConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pool = pool
+        # without pools this is the stock router to the last bit, which the compiled ops are not
+        self.backend: ops.Backend | None = None if pool.is_on else "reference"
         self._step_counts: balance.TokenCounts | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -48,6 +52,13 @@ class PoolRouter(TopKRouter):
             probs [s * b, E] in the dtype of the logits and routing_map [s * b, E] bool.
         """
         logits_TE = logits.reshape(-1, self.config.num_moe_experts)
+        if self.backend is None:
+            self.backend = choose_backend(
+                logits.device.type,
+                num_experts=logits_TE.shape[1],
+                top_k=self.topk,
+                dtype=logits.dtype,
+            )
         ids_T = self._document_ids(logits_TE, padding_mask)
         if self.observe_logits is not None:
             self.observe_logits(logits_TE.detach().float(), ids_T)
@@ -68,6 +79,7 @@ class PoolRouter(TopKRouter):
             expert_bias_E=self.expert_bias,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             mask=self.pool.pool_mask,
+            backend=self.backend,
         )
         probs_TE = routed.probs_TE
         if self.training:
@@ -99,13 +111,19 @@ class PoolRouter(TopKRouter):
             raise ValueError(NO_BOUNDARIES)
         if self.layer_number not in scope.pools:
             scores_DE = ops.document_scores(
-                logits_TE, document_ids_T=ids_T, num_documents=scope.segments.num_documents
+                logits_TE,
+                document_ids_T=ids_T,
+                num_documents=scope.segments.num_documents,
+                backend=self.backend,
             )
             if self.tp_cp_group.size() > 1:
                 torch.distributed.all_reduce(scores_DE, group=self.tp_cp_group)
             sizes_D = self._pool_sizes(scores_DE, scope)
             pool_DE = ops.select_pool(
-                scores_DE, pool_sizes_D=sizes_D, num_forced=self.pool.pool_forced
+                scores_DE,
+                pool_sizes_D=sizes_D,
+                num_forced=self.pool.pool_forced,
+                backend=self.backend,
             )
             scope.pools[self.layer_number] = pool_DE
             if self.training:
@@ -227,3 +245,16 @@ class PoolRouter(TopKRouter):
                     num_documents=self.scope.segments.num_documents,
                 ),
             )
+
+
+@cache
+def choose_backend(
+    device_type: str, *, num_experts: int, top_k: int, dtype: torch.dtype
+) -> ops.Backend:
+    """The best backend for such logits. Rank 0 says once why it is not the compiled one."""
+    reason = ops.why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
+    if not reason:
+        return "native"
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(f"emo_megatron: routing runs in plain PyTorch, which is slower: {reason}", flush=True)
+    return "reference"

@@ -3,8 +3,8 @@
 `document_scores` sums each document's router probabilities, `select_pool` turns the sums into a pool of experts, and
 `pool_topk` routes tokens inside it. `draw_pool_sizes` and `top_p_pool_sizes` say how large a pool is.
 
-Two backends compute the first three: `reference`, plain PyTorch and the definition, and `native`, compiled from csrc/. The
-native one is taken where it can be; `EMO_OPS=reference` in the environment, or `backend=`, says otherwise.
+Two backends compute the first three: `reference`, plain PyTorch and the definition, and `native`, compiled from csrc/.
+The native one is taken where it can be; `EMO_OPS=reference` in the environment, or `backend=`, says otherwise.
 """
 
 import os
@@ -53,9 +53,7 @@ def select_pool(
 ) -> Tensor:
     """Choose each document's pool: its best-scored experts; see reference.select_pool."""
     ops = _implementation(backend, scores_DE)
-    pool_DE: Tensor = ops.select_pool(
-        scores_DE, pool_sizes_D=pool_sizes_D, num_forced=num_forced
-    )
+    pool_DE: Tensor = ops.select_pool(scores_DE, pool_sizes_D=pool_sizes_D, num_forced=num_forced)
     return pool_DE
 
 
@@ -105,7 +103,9 @@ def why_not_native(
     if not native.has_kernels(device_type):
         return f"the compiled ops were built without kernels for {device_type}"
     if num_experts > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
-        return f"the compiled ops take at most {native.MAX_EXPERTS} experts and top-{native.MAX_TOP_K}"
+        return (
+            f"the compiled ops take at most {native.MAX_EXPERTS} experts and top-{native.MAX_TOP_K}"
+        )
     if dtype not in native.DTYPES:
         return f"the compiled ops take float32, bfloat16 and float16 logits, not {dtype}"
     return ""
@@ -127,13 +127,16 @@ def _implementation(
     top_k: int = 1,
 ) -> Any:
     """The backend asked for, or the best one for this tensor."""
-    if backend == "native":
-        return native.load_native()
-    if backend is None and not why_not_native(
-        tensor_XE.device.type, num_experts=tensor_XE.shape[-1], top_k=top_k, dtype=dtype
-    ):
-        return native.load_native()
-    return reference
+    if backend is None:
+        backend = _best(tensor_XE.device.type, tensor_XE.shape[-1], top_k, dtype)
+    return native.load_native() if backend == "native" else reference
+
+
+# settled while torch.compile traces, which cannot look at files or the environment
+@torch.compiler.assume_constant_result
+def _best(device_type: str, num_experts: int, top_k: int, dtype: torch.dtype) -> Backend:
+    reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
+    return "reference" if reason else "native"
 
 
 def _wanted() -> str:

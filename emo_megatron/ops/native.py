@@ -1,10 +1,10 @@
 """The routing ops compiled from csrc/: the same functions as ops/reference.py, on CPU and CUDA tensors.
 
 They are torch operators with fake and autograd registrations, so `torch.compile` traces through them and CUDA graphs
-capture them: nothing waits for the device, and nothing but outputs and one [2, E] workspace is allocated. Integer sums make
-results the same bits for any number of threads and any split of the tokens. From the reference they differ by the last
-bits of `exp`, and in one rule: experts are ranked by their logits, not by probabilities rounded to float32, so experts
-that are equal there (all those below 1e-38 of the best) go by their logits instead of their index.
+capture them: nothing waits for the device, and nothing but outputs and one [2, E] workspace is allocated. Integer sums
+make results the same bits for any number of threads and any split of the tokens. From the reference they differ by the
+last bits of `exp`, and in one rule: experts are ranked by their logits, not by probabilities rounded to float32, so
+experts that are equal there (all those below 1e-38 of the best) go by their logits instead of their index.
 """
 
 from __future__ import annotations
@@ -98,22 +98,28 @@ class NativeOps:
         )
 
 
-@cache
+# no functools.cache: torch.compile traces through that, but reads a global
+_own: NativeOps | None = None
+
+
 def load_native() -> NativeOps:
-    """The package's own compiled ops.
+    """The package's own compiled ops, loaded once.
 
     Raises:
         RuntimeError: there are none, or this torch cannot load them; says why and what to do.
     """
-    if not LIBRARY.exists():
-        raise RuntimeError(
-            "the compiled ops were not built: see why with `pip install -v --no-deps --force-reinstall` "
-            "of this package, or `make native` in a checkout"
-        )
-    try:
-        return NativeOps(LIBRARY, namespace="emo_megatron")
-    except OSError as error:
-        raise RuntimeError(f"the compiled ops do not load: {error}") from error
+    global _own
+    if _own is None:
+        if not LIBRARY.exists():
+            raise RuntimeError(
+                "they were not built: `make native` in a checkout, or `pip install -v --no-deps --force-reinstall` of "
+                "this package, says why"
+            )
+        try:
+            _own = NativeOps(LIBRARY, namespace="emo_megatron")
+        except OSError as error:
+            raise RuntimeError(f"they do not load: {error.__cause__ or error}") from error
+    return _own
 
 
 @cache

@@ -51,7 +51,7 @@ struct Machine {
   int current, num_done, error = 0;
   unsigned block, num_threads;
   std::function<void()> kernel;
-  std::mt19937 random{(unsigned)std::atoi(std::getenv("EMO_EMULATOR_SEED") ? std::getenv("EMO_EMULATOR_SEED") : "0")};
+  std::mt19937 random;
 };
 inline Machine& machine() {
   static Machine m;
@@ -122,6 +122,8 @@ inline bool barrier(bool value) {
 
 inline void launch(unsigned num_blocks, unsigned num_threads, std::function<void()> kernel) {
   Machine& m = machine();
+  const char* seed = std::getenv("EMO_EMULATOR_SEED");
+  m.random.seed((unsigned)std::atoi(seed != nullptr ? seed : "0"));
   m.error = 0;
   m.num_threads = num_threads;
   m.kernel = kernel;

@@ -1,0 +1,141 @@
+"""The tests of the compiled ops see each rule break: a line of csrc/ is changed in a copy, and a test must fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.emulator import CSRC_VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
+    "nothing: the copy itself passes": ("pool_ops.cu", "", ""),
+    "one equal key too many at the boundary": (
+        "warp.cuh",
+        "rank + __popc(equal & lanes_below()) < surplus_rank",
+        "rank + __popc(equal & lanes_below()) <= surplus_rank",
+    ),
+    "minus zero is below zero": ("warp.cuh", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
+    "the pool of the first document serves all": (
+        "warp.cuh",
+        "if (wanted == row) return;",
+        "if (row != -2) return;",
+    ),
+    "padding keeps to the pool of no document": (
+        "warp.cuh",
+        "(document < 0 && args.num_pools != 1)",
+        "document < 0",
+    ),
+    "the mask of the choice also masks the weights": (
+        "warp.cuh",
+        "return args.mask_logits ? allowed : inside;",
+        "return allowed;",
+    ),
+    "a block looks at its first tokens only to see one document": (
+        "pool_ops.cu",
+        "lane_id() >= tokens.count || tokens.my_document == first",
+        "tokens.count == 0 || tokens.document(0) == first",
+    ),
+    "a pool is one expert too large": (
+        "pool_ops.cu",
+        "if (reached >= wanted) threshold = candidate;",
+        "if (reached > wanted) threshold = candidate;",
+    ),
+    "padding weighs as any token": (
+        "pool_ops.cu",
+        "is_padding ? 0.0f : args.scaling / divisor",
+        "args.scaling / divisor",
+    ),
+    "the bias counts the other way": (
+        "pool_ops.cu",
+        "score += args.expert_bias[c * 32 + lane_id()]",
+        "score -= args.expert_bias[c * 32 + lane_id()]",
+    ),
+    "sums leave the block before all its warps are done": (
+        "pool_ops.cu",
+        "  __syncthreads();\n  add_over_warps(score_sums",
+        "  add_over_warps(score_sums",
+    ),
+    "a warp collective in a divergent branch": (
+        "pool_ops.cu",
+        "const float entropy = logf(total)",
+        "const float entropy = lane_id() != 0 ? 0.0f : logf(total)",
+    ),
+    "the gradient's mean is a lane's own": (
+        "pool_ops.cu",
+        "dz - warp_sum(dot)",
+        "dz - dot",
+    ),
+    "renormalised weights do not share a gradient": (
+        "pool_ops.cu",
+        "(weight_grads[c] - mean)",
+        "weight_grads[c]",
+    ),
+    "the gradient of z misses a sigmoid router": (
+        "pool_ops.cu",
+        " + dz * soft[c] * inverse",
+        "",
+    ),
+}
+CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
+    "nothing: the copy itself passes": ("pool_ops_cpu.cpp", "", ""),
+    "one equal key too few at the boundary": (
+        "pool_ops_cpu.cpp",
+        "--wanted < 0",
+        "--wanted < 1",
+    ),
+    "a document's sums are dropped when the next one starts": (
+        "pool_ops_cpu.cpp",
+        "      flush();\n      document = args",
+        "      document = args",
+    ),
+    "a coefficient of exp is rounded": ("vectors.h", "5.0000001201e-1f", "5.0001e-1f"),
+    "renormalised weights count twice in the gradient": (
+        "pool_ops_cpu.cpp",
+        "is_after ? score_grads.floats[b] : score_grads.floats[b] + upstream.floats[b]",
+        "score_grads.floats[b] + upstream.floats[b]",
+    ),
+    "lanes past the last expert are not reset": (
+        "vectors.h",
+        "out.f[e] = fill;",
+        "out.f[e] = 0.0f;",
+    ),
+}
+CASES = [("cuda", name) for name in CUDA_MUTATIONS] + [("cpu", name) for name in CPU_MUTATIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernels", "name"), CASES)
+def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
+    file, before, after = (CUDA_MUTATIONS if kernels == "cuda" else CPU_MUTATIONS)[name]
+    csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    if before:
+        text = (csrc / file).read_text()
+        assert text.count(before) == 1, f"{before!r} is not one place of {file} any more"
+        (csrc / file).write_text(text.replace(before, after))
+    chosen = "emulated or schedule" if kernels == "cuda" else "[cpu"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("tests/ops/test_native.py", "-k", chosen),
+        ],
+        cwd=ROOT,
+        env={**os.environ, CSRC_VARIABLE: str(csrc)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    told = done.stdout[-3000:] + done.stderr[-500:]
+    if not before:
+        assert done.returncode == 0, told
+        return
+    # a test failed on what the kernels gave; not the build, not the collection
+    assert done.returncode == 1, told
+    assert "FAILED tests/ops/test_native.py" in done.stdout, told
+    assert " error" not in done.stdout.splitlines()[-1], told
