@@ -112,13 +112,15 @@ def load_native() -> NativeOps:
     if _own is None:
         if not LIBRARY.exists():
             raise RuntimeError(
-                "they were not built: `make native` in a checkout, or `pip install -v --no-deps --force-reinstall` of "
-                "this package, says why"
+                "the compiled ops were not built: `make native` in a checkout says why, "
+                "or `pip install -v --no-deps --force-reinstall` of this package"
             )
         try:
             _own = NativeOps(LIBRARY, namespace="emo_megatron")
         except OSError as error:
-            raise RuntimeError(f"they do not load: {error.__cause__ or error}") from error
+            raise RuntimeError(
+                f"the compiled ops do not load: {error.__cause__ or error}"
+            ) from error
     return _own
 
 

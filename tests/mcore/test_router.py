@@ -72,6 +72,43 @@ def test_without_pools_it_is_the_stock_router_bit_for_bit(ranks, overrides):
     assert ranks(1).run(_check_stock_equality, **overrides) == [[True] * 4]
 
 
+def _backends(environment):
+    import contextlib
+    import io
+    import os
+
+    from support import tiny
+
+    from emo_megatron.mcore.router import choose_backend
+
+    tiny.setup()
+    choose_backend.cache_clear()
+    os.environ.update(environment)
+    told = io.StringIO()
+    try:
+        model = tiny.model(POOLS)
+        with contextlib.redirect_stdout(told):
+            gradients = _train_step(model, [0, 5, 16, 32])
+        taken = {router.backend for router in _routers(model)}
+    finally:
+        for name in environment:
+            del os.environ[name]
+        choose_backend.cache_clear()
+    return taken, told.getvalue(), gradients
+
+
+def test_the_compiled_ops_route_and_a_fallback_is_told_once(ranks):
+    (compiled,) = ranks(1).run(_backends, environment={})
+    (plain,) = ranks(1).run(_backends, environment={"EMO_OPS": "reference"})
+    assert compiled[:2] == ({"native"}, "")
+    assert plain[:2] == (
+        {"reference"},
+        "emo_megatron: routing runs in plain PyTorch, which is slower: EMO_OPS=reference is set\n",
+    )
+    for name, want in plain[2].items():
+        torch.testing.assert_close(compiled[2][name], want, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def _state_dict_keys():
     from support import tiny
 

@@ -16,8 +16,9 @@ from support.routing import (
 )
 from torch import Tensor
 
+from emo_megatron import ops
 from emo_megatron.documents import DocumentSegments
-from emo_megatron.ops.reference import document_scores, pool_topk, select_pool
+from emo_megatron.ops.reference import pool_topk
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "emo_router_reference.npz")
 
@@ -40,8 +41,9 @@ def golden_segments(case: dict[str, Tensor]) -> DocumentSegments:
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("name", ["train_small", "eval_small", "train_release"])
-def test_golden(name: str, device: torch.device) -> None:
+def test_golden(name: str, backend: ops.Backend, device: torch.device) -> None:
     case = golden_case(name)
     num_experts, top_k, num_shared, *_, num_forced, is_training = case["config"].tolist()
     assert (num_shared, num_forced) == (1, 0)
@@ -52,9 +54,15 @@ def test_golden(name: str, device: torch.device) -> None:
     # the shared expert is the gate's last row: always on, weight 1, not routed
     logits_TE = hidden_TH @ gate_EH[:-1].T
 
-    scores_DE = document_scores(logits_TE, document_ids_T=ids_T, num_documents=num_documents)
-    pool_DE = select_pool(scores_DE, pool_sizes_D=case["pool_sizes"].to(device))
-    routing = pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=top_k - 1)
+    scores_DE = ops.document_scores(
+        logits_TE, document_ids_T=ids_T, num_documents=num_documents, backend=backend
+    )
+    pool_DE = ops.select_pool(
+        scores_DE, pool_sizes_D=case["pool_sizes"].to(device), backend=backend
+    )
+    routing = ops.pool_topk(
+        logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=top_k - 1, backend=backend
+    )
 
     want_ids_TK = case["expert_indices"].flatten(0, 1)
     want_weights_TK = case["expert_weights"].flatten(0, 1)

@@ -1,0 +1,75 @@
+"""Which backend the ops take, and that they say why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.routing import assert_equal, random_logits
+
+from emo_megatron import ops
+from emo_megatron.ops import native, reference
+
+
+def _probs(**options: object) -> torch.Tensor:
+    return ops.pool_topk(random_logits(50, 40), top_k=3, **options).probs_TE
+
+
+def test_the_compiled_ops_are_taken_where_they_can() -> None:
+    assert ops.why_not_native("cpu") == ""
+    assert ops.available_backends()["native"] == ""
+    compiled = native.load_native().pool_topk(random_logits(50, 40), top_k=3).probs_TE
+    plain = reference.pool_topk(random_logits(50, 40), top_k=3).probs_TE
+    # they differ in their last bits, which tells them apart
+    assert not torch.equal(compiled, plain)
+    assert_equal("default", _probs(), compiled)
+    assert_equal("native", _probs(backend="native"), compiled)
+    assert_equal("reference", _probs(backend="reference"), plain)
+
+
+def test_the_environment_can_ask_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMO_OPS", "reference")
+    assert ops.why_not_native("cpu") == "EMO_OPS=reference is set"
+    assert_equal("default", _probs(), _probs(backend="reference"))
+    monkeypatch.setenv("EMO_OPS", "fast")
+    with pytest.raises(ValueError, match=r"EMO_OPS must be one of .*; got 'fast'"):
+        _probs()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"device_type": "meta"}, "without kernels for meta"),
+        ({"device_type": "cpu", "num_experts": 1025}, "at most 1024 experts"),
+        ({"device_type": "cpu", "top_k": 33}, "top-32"),
+        ({"device_type": "cpu", "dtype": torch.float64}, "not torch.float64"),
+    ],
+)
+def test_what_the_compiled_ops_cannot_do_is_said(arguments: dict[str, object], reason: str) -> None:
+    assert reason in ops.why_not_native(**arguments)
+
+
+def test_what_they_cannot_do_the_reference_does() -> None:
+    logits_TE = random_logits(4, 1100)
+    got = ops.pool_topk(logits_TE, top_k=40)
+    assert_equal("probs", got.probs_TE, reference.pool_topk(logits_TE, top_k=40).probs_TE)
+    ids_T = torch.zeros(4, dtype=torch.int64)
+    scores_DE = ops.document_scores(logits_TE.double(), document_ids_T=ids_T, num_documents=1)
+    assert ops.select_pool(scores_DE, pool_sizes_D=torch.tensor([7])).sum() == 7
+
+
+@pytest.mark.parametrize("content", [None, "not a library"])
+def test_without_a_library_that_loads_the_reference_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    library = tmp_path / "_native.so"
+    if content is not None:
+        library.write_text(content)
+    monkeypatch.setattr(native, "LIBRARY", library)
+    monkeypatch.setattr(native, "_own", None)
+    reason = ops.why_not_native("cpu")
+    assert ("not built: `make native`" if content is None else "do not load") in reason
+    assert_equal("default", _probs(), _probs(backend="reference"))
+    with pytest.raises(RuntimeError, match=r"not built|do not load"):
+        _probs(backend="native")
