@@ -7,9 +7,9 @@
 
 #include "vectors.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if !defined(EMO_CLONES) && defined(__x86_64__) && defined(__linux__)
 #define EMO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#elif !defined(EMO_CLONES)
 #define EMO_CLONES
 #endif
 

@@ -117,7 +117,10 @@ struct Tokens {
 };
 
 // Few tokens are spread over more warps: a launch has about this many before a warp takes more than one token.
-constexpr int64_t kWarpsWanted = 2048;
+#ifndef EMO_WARPS_WANTED
+#define EMO_WARPS_WANTED 2048
+#endif
+constexpr int64_t kWarpsWanted = EMO_WARPS_WANTED;
 inline int tokens_per_warp(int64_t num_tokens) {
   const int64_t wanted = (num_tokens + kWarpsWanted - 1) / kWarpsWanted;
   return (int)(wanted < 1 ? 1 : wanted > kMaxTokensPerWarp ? kMaxTokensPerWarp : wanted);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -25,7 +26,8 @@ KERNELS = {
     "pool_topk_backward_kernel",
 }
 NVCC = shutil.which("nvcc")
-CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+ARM_EMULATOR = shutil.which("qemu-aarch64")
 
 
 def build_wheel(folder: Path, *, path: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -127,9 +129,36 @@ def test_kernels_compile_for_every_gpu_and_none_spills(
         record_property(f"most registers, sm_{arch}", max(int(used) for *_, used in found))
 
 
-@pytest.mark.skipif(CROSS_COMPILER is None, reason="no aarch64-linux-gnu-g++")
-def test_cpu_kernels_compile_for_arm(tmp_path: Path) -> None:
-    assert CROSS_COMPILER is not None
-    source = ROOT / "csrc" / "pool_ops_cpu.cpp"
-    command = [CROSS_COMPILER, "-std=c++17", "-O3", "-Wall", "-Werror", "-Wno-psabi", "-c"]
-    subprocess.run([*command, str(source), "-o", str(tmp_path / "arm.o")], check=True)
+def kernel_bits(folder: Path, compiler: str, *flags: str, run_with: tuple[str, ...] = ()) -> str:
+    """Hashes of what the CPU kernels compute, built by this compiler."""
+    program = folder / f"bits{len(list(folder.iterdir()))}"
+    sources = [ROOT / "tests/support/kernel_bits.cpp", ROOT / "csrc/pool_ops_cpu.cpp"]
+    exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    command = [compiler, "-std=c++17", "-O3", "-Wall", "-Werror", "-Wno-psabi", *exact, *flags]
+    subprocess.run(
+        [*command, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)], check=True
+    )
+    done = subprocess.run([*run_with, str(program)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
+def test_cpu_kernels_give_the_same_bits_for_every_register_width(tmp_path: Path) -> None:
+    as_shipped = kernel_bits(tmp_path, "c++")
+    assert len(as_shipped.splitlines()) == 4 * (2 + 3 * 7)
+    flags = Path("/proc/cpuinfo").read_text()
+    levels = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
+    for level, needed in levels.items():
+        if needed in flags:
+            assert kernel_bits(tmp_path, "c++", f"-march={level}", "-DEMO_CLONES=") == as_shipped
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ARM_COMPILER is None, reason="no aarch64-linux-gnu-g++")
+def test_cpu_kernels_compile_for_arm_and_give_the_same_bits(tmp_path: Path) -> None:
+    assert ARM_COMPILER is not None
+    run_with = (ARM_EMULATOR,) if ARM_EMULATOR else ("true",)
+    on_arm = kernel_bits(tmp_path, ARM_COMPILER, "-static", run_with=run_with)
+    if ARM_EMULATOR:
+        assert on_arm == kernel_bits(tmp_path, "c++")

@@ -52,7 +52,8 @@ def _build(csrc: Path, kernels: Kernels, target: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     common = [
         *(compiler, "-std=c++17", "-fPIC", "-Wno-attributes", "-Wno-psabi", "-ffp-contract=off"),
-        *(("-O1", "-DEMO_EMULATE") if kernels == "cuda" else ("-O2",)),
+        # few warps, so that also few tokens make each of them take several
+        *(("-O1", "-DEMO_EMULATE", "-DEMO_WARPS_WANTED=16") if kernels == "cuda" else ("-O2",)),
         *(f"-DEMO_NAMESPACE={namespace_of(kernels)}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"),
         *(f"-I{EMULATOR.parent}", f"-I{csrc}"),
         *(f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"),
