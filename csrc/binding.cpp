@@ -75,7 +75,8 @@ void run([[maybe_unused]] const Tensor& where, [[maybe_unused]] int64_t count, [
     const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
-    const int status = on_cuda(stream);
+    int status = emo::cuda::use_device(where.get_device_index());
+    if (status == 0) status = on_cuda(stream);
     STD_TORCH_CHECK(status == 0, "kernel launch failed with CUDA error ", status);
     return;
   }

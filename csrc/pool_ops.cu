@@ -317,6 +317,8 @@ int with_types(DType dtype, int num_experts, Launch launch) {
 
 }  // namespace
 
+int use_device(int device) { return (int)cudaSetDevice(device); }
+
 int document_scores(const ScoreArgs& args, void* stream) {
   if (args.num_tokens == 0) return 0;
   const int per_warp = tokens_per_warp(args.num_tokens);

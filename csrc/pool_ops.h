@@ -82,6 +82,8 @@ void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, 
 }  // namespace cpu
 
 namespace cuda {
+// The library carries a CUDA runtime of its own, which does not know the device that torch has set.
+int use_device(int device);
 // Each launches on `stream` (a cudaStream_t) and returns a cudaError_t as an int, 0 for success.
 int document_scores(const ScoreArgs& args, void* stream);
 int select_pool(const SelectArgs& args, void* stream);

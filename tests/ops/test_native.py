@@ -118,6 +118,7 @@ CASES = {
     "one document": Case(lengths=(300,), padding=0),
     "one document and padding": Case(lengths=(140,), padding=9, is_shuffled=True),
     "documents of one token": Case(lengths=(1,) * 70, padding=0),
+    "a document starts within the last warp of a block": Case(lengths=(38, 42), padding=0),
     "documents out of order": Case(lengths=(30, 40, 20, 60), is_shuffled=True),
     "padding only": Case(lengths=(0, 0), padding=7),
     "more than a token a warp": Case(lengths=(1500, 1, 700), num_experts=8, top_k=2),

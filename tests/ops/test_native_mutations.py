@@ -43,8 +43,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "a pool is one expert too large": (
         "pool_ops.cu",
-        "if (reached >= wanted) threshold = candidate;",
-        "if (reached > wanted) threshold = candidate;",
+        "const int equal_wanted = (int)wanted - above;",
+        "const int equal_wanted = (int)wanted - above + 1;",
     ),
     "padding weighs as any token": (
         "pool_ops.cu",

@@ -186,6 +186,7 @@ static emulator::ThreadIndex threadIdx;
 static emulator::BlockIndex blockIdx;
 #define EMO_LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), emulator::launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))
+inline int cudaSetDevice(int) { return 0; }
 inline int cudaGetLastError() { return emulator::machine().error; }
 
 inline void __syncthreads() { emulator::barrier(true); }
