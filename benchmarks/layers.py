@@ -82,19 +82,24 @@ class Layers:
         """Every layer, forward and backward to its input and weights."""
         return {name: self._step(layer, router_only=False) for name, layer in self.layers.items()}
 
-    def router_steps(self) -> dict[str, Step]:
-        """Every layer's router alone."""
-        return {name: self._step(layer, router_only=True) for name, layer in self.layers.items()}
+    def router_steps(self, *, is_first_layer: bool = False) -> dict[str, Step]:
+        """Every layer's router alone; the first layer of a micro-batch draws the pool sizes of all."""
+        return {
+            name: self._step(layer, router_only=True, is_first_layer=is_first_layer)
+            for name, layer in self.layers.items()
+        }
 
-    def _step(self, layer: Any, *, router_only: bool) -> Step:
+    def _step(self, layer: Any, *, router_only: bool, is_first_layer: bool = False) -> Step:
         weights = list(layer.router.parameters() if router_only else layer.parameters())
-        # one a micro-batch and not one a layer, so it is not this layer's cost
+        # made once a micro-batch and not once a layer, so it is not this layer's cost
         scope = self.new_scope()
 
         def forward() -> tuple[Tensor, Tensor]:
             hidden_T1H = self.hidden_T1H.detach().requires_grad_()
             scope.pools.clear()
             scope.counts.clear()
+            if is_first_layer:
+                scope.sizes_LD = None
             layer.router.reset_global_aux_loss_tracker()
             if not router_only:
                 layer.scope = scope

@@ -29,7 +29,7 @@ def router_pieces(layers: Layers, *, rounds: int) -> dict[str, Estimate]:
         "router, whole forward": (PoolRouter, "forward"),
         "gating (the stock router's matrix product)": (PoolRouter, "gating"),
         "document_scores": (ops, "document_scores"),
-        "draw_pool_sizes": (ops, "draw_pool_sizes"),
+        "draw_pool_sizes, once a micro-batch for all layers": (ops, "draw_pool_sizes"),
         "select_pool": (ops, "select_pool"),
         "pool_topk": (ops, "pool_topk"),
         "balance loss": (balance, "load_balancing_loss"),
@@ -40,7 +40,7 @@ def router_pieces(layers: Layers, *, rounds: int) -> dict[str, Estimate]:
         "Megatron's metrics tracker, all records": (type(get_moe_metrics_tracker()), "record"),
     }
     spent: dict[str, list[float]] = {name: [] for name in pieces}
-    forward = layers.router_steps()[POOLS].forward
+    forward = layers.router_steps(is_first_layer=True)[POOLS].forward
     forward()
     with ExitStack() as stack:
         for name, (owner, attribute) in pieces.items():
@@ -75,7 +75,8 @@ class _Operations(TorchDispatchMode):
 def count_operations(layers: Layers) -> dict[str, int]:
     """Operations in the forward pass of each layer's router."""
     counts = {}
-    for name, step in layers.router_steps().items():
+    first = layers.router_steps(is_first_layer=True)[POOLS]
+    for name, step in (layers.router_steps() | {f"{POOLS}, first layer": first}).items():
         step.forward()
         with _Operations() as operations:
             step.forward()
