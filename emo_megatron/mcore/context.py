@@ -87,6 +87,8 @@ class PoolScope:
     """[D] int64: place in training of the sample that holds the document."""
     consumed_samples: int
     """Training samples consumed before this step."""
+    sizes_LD: Tensor | None = None
+    """[L, D] int64, drawn pool sizes of all layers: fifty small operations once a micro-batch, not once a layer."""
     pools: dict[int, Tensor] = field(default_factory=dict)
     """Layer number -> [D, E] bool, the pools of this micro-batch."""
     counts: dict[int, tuple[TokenCounts, TokenCounts]] = field(default_factory=dict)

@@ -140,16 +140,19 @@ class PoolRouter(TopKRouter):
         if self.pool.pool_rule == "top_p":
             assert self.pool.pool_top_p is not None
             return ops.top_p_pool_sizes(scores_DE, top_p=self.pool.pool_top_p, low=low, high=high)
-        return ops.draw_pool_sizes(
-            scope.sample_positions_D,
-            offsets_D=scope.segments.offsets_D,
-            layer_number=self.layer_number,
-            seed=self.pool.pool_seed,
-            low=low,
-            high=high,
-            unrestricted_share=self.pool.pool_unrestricted,
-            num_experts=num_experts,
-        )
+        if scope.sizes_LD is None:
+            layers_L = torch.arange(1, self.config.num_layers + 1, device=scores_DE.device)
+            scope.sizes_LD = ops.draw_pool_sizes(
+                scope.sample_positions_D,
+                offsets_D=scope.segments.offsets_D,
+                layer_number=layers_L[:, None],
+                seed=self.pool.pool_seed,
+                low=low,
+                high=high,
+                unrestricted_share=self.pool.pool_unrestricted,
+                num_experts=num_experts,
+            )
+        return scope.sizes_LD[self.layer_number - 1]
 
     def _with_losses(self, probs_TE: Tensor, routed: ops.Routing, ids_T: Tensor | None) -> Tensor:
         """Attach this rank's share of the balance and z losses to the gradient of `probs_TE`."""

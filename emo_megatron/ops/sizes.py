@@ -18,7 +18,7 @@ def draw_pool_sizes(
     sample_positions_D: Tensor,
     *,
     offsets_D: Tensor,
-    layer_number: int,
+    layer_number: int | Tensor,
     seed: int,
     low: int,
     high: int,
@@ -30,14 +30,14 @@ def draw_pool_sizes(
     Args:
         sample_positions_D: [D] int64, global index of the training sample that holds the document.
         offsets_D: [D] int64, first token of the document within its sample.
-        layer_number: 1-based global layer number.
+        layer_number: 1-based global layer number; [L, 1] int64 draws for several layers at once.
         seed: of the draw.
         low, high: bounds, inclusive.
         unrestricted_share: fraction of documents that get all `num_experts` instead.
         num_experts: E.
 
     Returns:
-        [D] int64 sizes.
+        [D] int64 sizes, [L, D] for several layers.
     """
     bits_D = _hash(sample_positions_D, offsets_D, layer_number, seed, stream=0)
     sizes_D = low + _scale(bits_D, high - low + 1)
@@ -65,11 +65,11 @@ def top_p_pool_sizes(scores_DE: Tensor, *, top_p: float, low: int, high: int) ->
 
 
 def _hash(
-    position_D: Tensor, offset_D: Tensor, layer_number: int, seed: int, *, stream: int
+    position_D: Tensor, offset_D: Tensor, layer_number: int | Tensor, seed: int, *, stream: int
 ) -> Tensor:
     """Chain splitmix64's finaliser over the counters; int64 multiplication wraps on every device."""
     state_D = torch.full_like(position_D, _wrap(seed * 4 + stream + 1))
-    for counter in (position_D, offset_D, torch.full_like(position_D, layer_number)):
+    for counter in (position_D, offset_D, layer_number):
         state_D = _mix(state_D + _GOLDEN_GAMMA + counter)
     return state_D
 

@@ -51,6 +51,16 @@ def test_layers_and_seeds_draw_apart(change):
     assert same == pytest.approx(1 / 29, abs=0.02)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_several_layers_at_once_draw_what_each_draws(share):
+    positions, offsets = torch.arange(40) // 4 + 10**12, torch.arange(40) % 4 * 100
+    layers = torch.tensor([1, 2, 48])
+    options = {"unrestricted_share": share, "high": 30}
+    got = _draw(positions, offsets, layer_number=layers[:, None], **options)
+    want = [_draw(positions, offsets, layer_number=int(layer), **options) for layer in layers]
+    assert torch.equal(got, torch.stack(want))
+
+
 def test_documents_of_a_sample_draw_apart():
     positions = torch.zeros(4000, dtype=torch.int64)
     sizes = _draw(positions, torch.arange(4000))
