@@ -2,9 +2,10 @@
 
 One real MoELayer, forward and backward, in turns with Megatron's own router and with PoolRouter: packed documents,
 balance and z losses, metrics recorded. All variants share weights. "pools of all experts" does everything that pools
-need and then chooses the same experts as the standard router, so its ratio is the cost of the method alone; nothing is
-timed before its output and gradients equal the standard layer's. Two last tables say where PoolRouter's forward pass
-goes and how many operations it hands to the device.
+need, from the boundaries of the documents on, and then chooses the same experts as the standard router, so its ratio is
+the cost of the method alone. Nothing is timed before its output and gradients equal the standard layer's, and those of
+real pools equal what the reference ops give. Two last tables say where PoolRouter's forward pass goes and how many
+operations it hands to the device.
 
     python benchmarks/bench_layer.py --quick     # a small layer, seconds
     python benchmarks/bench_layer.py             # d=1024, 64 experts, top-8: some two minutes on two cores
@@ -43,6 +44,11 @@ from timing import (
 
 from emo_megatron import ops
 
+WHOLE_METHOD = (
+    "A step of a layer with pools is the whole method: document ids from the boundaries, pool sizes, pools, routing, "
+    "losses and metrics. A model makes ids and sizes once a micro-batch for all its layers, so its overhead a layer is "
+    "smaller. The routers alone are those of a later layer, which finds ids and sizes made.\n"
+)
 TARGET = 0.02
 """Largest overhead of the method, on a CPU, of a layer of TARGET_SIZE."""
 TARGET_SIZE = {"model_dim": 1024, "experts": 64}
@@ -93,7 +99,7 @@ def main(options: Options) -> list[Path]:
     """Check, time, write; returns the files.
 
     Raises:
-        ValueError: a variant does not compute what the standard layer does, or an option is wrong.
+        ValueError: a variant does not compute what it should, or an option is wrong.
     """
     device = pick_device(options.device)
     torch.set_num_threads(options.threads)
@@ -175,6 +181,7 @@ def _page(
     parts = ["# MoE layer\n"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
     parts.append(f"The layer: {size}. Medians with 95 % intervals, rounds in pairs.\n")
+    parts.append(WHOLE_METHOD)
     parts.append("## Target\n")
     parts.append(f"- {_verdict(samples, size, is_cpu=is_cpu)}\n")
     layer = estimate(samples[STOCK].total).median

@@ -5,7 +5,7 @@ own functions (no pools), and the paper's equations as a loop over documents; on
 router where it is installed. All compute the balance and z losses. None is timed before it has routed the same input as
 the reference does, gradients included; otherwise nothing is written.
 
-    python benchmarks/bench_routing.py --quick       # the sizes with a target, in about half a minute
+    python benchmarks/bench_routing.py --quick       # the sizes with a CPU target, in about half a minute
     python benchmarks/bench_routing.py               # all sizes, some five minutes on two cores
     python benchmarks/bench_routing.py --tokens 4096 --experts 160 --top-k 6
 """
@@ -24,7 +24,6 @@ from routers import (
     Case,
     Router,
     Shape,
-    bytes_moved,
     check,
     make_case,
     pool_router,
@@ -32,20 +31,27 @@ from routers import (
     step_of,
     stock_router,
 )
+from targets import (
+    FUSED,
+    LOOP,
+    MODES,
+    NATIVE,
+    REFERENCE,
+    STOCK,
+    TARGET_THREADS,
+    Result,
+    verdicts,
+)
 from timing import (
     RESULTS,
     Device,
-    Estimate,
     Rounds,
-    Samples,
     copy_bandwidth,
     describe_machine,
     estimate,
     interleave,
-    judge,
     markdown_table,
     pick_device,
-    ratio,
     result_name,
     run_script,
     write_results,
@@ -54,34 +60,8 @@ from tqdm import tqdm
 
 from emo_megatron import ops
 
-NATIVE, REFERENCE = "native ops", "reference ops"
-STOCK, FUSED, LOOP = "Megatron, no pools", "Transformer Engine, no pools", "loop over documents"
-MODES = {"forward": False, "forward + backward": True}
 LARGE = 8192
 """Above so many tokens only the largest top-k is run, unless sizes are given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """How many times as long another router must take, on a CPU with two threads."""
-
-    shape: Shape
-    against: str
-    at_least: float
-
-
-TARGETS = [
-    Target(
-        shape=Shape(num_tokens=8192, num_experts=128, top_k=8, num_documents=documents), **target
-    )
-    for documents, target in [
-        (16, {"against": LOOP, "at_least": 2.5}),
-        (256, {"against": LOOP, "at_least": 6.0}),
-        (16, {"against": STOCK, "at_least": 3.0}),
-        (256, {"against": STOCK, "at_least": 3.0}),
-    ]
-]
-TARGET_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +69,7 @@ class Options:
     """Time the routing ops against the reference, Megatron's router and a loop over documents, side by side."""
 
     quick: bool = False
-    """Only T=8192 E=128 K=8, the sizes that have a target, with fewer rounds."""
+    """Only T=8192 E=128 K=8, the sizes that have a target on a CPU, with fewer rounds."""
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     threads: int = TARGET_THREADS
@@ -114,32 +94,19 @@ class Options:
             if any(value < 1 for value in values):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {values}")
 
+    @property
+    def is_all(self) -> bool:
+        """Whether all sizes are run, but for the large ones with a smaller top-k."""
+        return not (self.quick or self.tokens or self.top_k)
+
     def shapes(self) -> Iterator[Shape]:
         """Every size to run."""
-        is_all = not (self.quick or self.tokens or self.top_k)
         tokens = self.tokens or ((8192,) if self.quick else (1024, 8192, 65536))
         experts = self.experts or ((128,) if self.quick else (64, 128, 256, 512))
         top_ks = self.top_k or ((8,) if self.quick else (2, 7, 8))
         for T, E, K, length in product(tokens, experts, top_ks, self.document_tokens or (512, 32)):
-            if K < E and not (is_all and T > LARGE and max(top_ks) > K):
+            if K < E and not (self.is_all and T > LARGE and max(top_ks) > K):
                 yield Shape(num_tokens=T, num_experts=E, top_k=K, num_documents=max(T // length, 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One size."""
-
-    shape: Shape
-    samples: dict[str, Samples]
-
-    def values(self, router: str, mode: str) -> list[float]:
-        """Seconds of every round."""
-        samples = self.samples[router]
-        return samples.total if MODES[mode] else samples.forward
-
-    def times_native(self, router: str, mode: str) -> Estimate:
-        """How many times as long a router takes as the compiled ops."""
-        return ratio(self.values(router, mode), self.values(NATIVE, mode))
 
 
 def main(options: Options) -> list[Path]:
@@ -222,7 +189,7 @@ def _rows(result: Result, not_run: dict[str, str], bandwidth: float) -> Iterator
         if router in result.samples:
             values = result.values(router, mode)
             time, times_native = estimate(values).scaled(1e6), result.times_native(router, mode)
-            floor = bytes_moved(result.shape, with_backward=MODES[mode]) / bandwidth * 1e6
+            floor = result.floor(mode, bandwidth) * 1e6
             numbers = {
                 "median_us": time.median,
                 "low_us": time.low,
@@ -259,8 +226,12 @@ def _page(
         "select_pool, pool_topk, losses), then how many times as long the others take: medians with 95 % intervals. "
         "Floor: bytes the compiled ops cannot but move, at the copy bandwidth; what fits a cache can be faster.\n"
     )
-    parts.append("## Targets\n")
-    parts.append("\n".join(f"- {line}" for line in _verdicts(results, device, options)) + "\n")
+    if options.is_all:
+        top_k = max(result.shape.top_k for result in results)
+        parts.append(f"Above {LARGE} tokens only K={top_k} is run, unless sizes are given.\n")
+    lines = verdicts(results, device=device, threads=options.threads, bandwidth=bandwidth)
+    parts.append("## Targets, forward + backward\n")
+    parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     for mode in MODES:
         others = [name for name in results[0].samples if name != NATIVE]
         head = ["T", "E", "K", "documents", "native ops, ms", *(f"{o}, x" for o in others)]
@@ -269,30 +240,12 @@ def _page(
             shape = result.shape
             sizes = (shape.num_tokens, shape.num_experts, shape.top_k, shape.num_documents)
             native = estimate(result.values(NATIVE, mode)).scaled(1e3)
-            floor = bytes_moved(shape, with_backward=MODES[mode]) / bandwidth * 1e3
+            floor = result.floor(mode, bandwidth) * 1e3
             ratios = (str(result.times_native(other, mode)) for other in others)
             table.append([*map(str, sizes), f"{native.median:.3f}", *ratios, f"{floor:.3f}"])
         parts.append(f"## {mode.capitalize()}\n")
         parts.append(markdown_table([*head, "floor, ms"], table))
     return "\n".join(parts)
-
-
-def _verdicts(results: list[Result], device: torch.device, options: Options) -> Iterator[str]:
-    """One line a target: met, missed, undecided, or why it was not judged."""
-    found = {result.shape: result for result in results}
-    for target in TARGETS:
-        claim = f"{target.shape}, forward + backward: at least {target.at_least} x {target.against}"
-        result = found.get(target.shape)
-        if device.type != "cpu" or options.threads != TARGET_THREADS:
-            yield f"not judged: {claim} (a target of the CPU with {TARGET_THREADS} threads)"
-        elif result is None or target.against not in result.samples:
-            yield f"not judged: {claim} (not run)"
-        else:
-            mode = "forward + backward"
-            reached = result.times_native(target.against, mode)
-            verdict = judge(reached, at_least=target.at_least)
-            fastest = min(result.values(target.against, mode)) / min(result.values(NATIVE, mode))
-            yield f"{verdict}: {claim}; {reached}, fastest rounds {fastest:.2f}"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" EMO_CUDA=1 EMO_DEVICE=
 EMO_CUDA_ARCHS=${EMO_CUDA_ARCHS:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)}
 export EMO_CUDA_ARCHS NVCC_APPEND_FLAGS="${NVCC_APPEND_FLAGS:-} -Xptxas -v"
 
+# where setup.py looks for nvcc, in its order: CUDA_HOME/bin, the PATH, /usr/local/cuda/bin. What lies beside it
+# (cuobjdump, ncu, nsys, compute-sanitizer) is found too
+PATH=${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin
+
 row() { echo "| $1 | $2 | $3 |" | tee -a "$SUMMARY"; }
 not_run() { row "$1" "not run" "$2"; }
 # step NAME COMMAND...: run it, its output in a log of that name; the last line of the output is the result
@@ -66,6 +70,9 @@ registers() {
     cuobjdump --dump-resource-usage emo_megatron/_native.so
 }
 ptxas_registers() { c++filt <"$LOGS/build.log" | grep -E 'Compiling entry|registers|spill' && grep -c registers "$LOGS/build.log"; }
+# timeout cannot run a function: a bash that inherits it can
+export LOGS
+export -f registers ptxas_registers
 
 {
     echo "# $GPU"
@@ -81,13 +88,13 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
 else
     not_run "unpack wheels" "no wheels in $WHEELS"
 fi
-if have nvcc || [ -x "${CUDA_HOME:-/none}/bin/nvcc" ]; then
+if have nvcc; then
     step build "$PYTHON" setup.py build_ext --inplace --force
     step wheel "$PYTHON" -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir "$LOGS" .
 elif [ -f emo_megatron/_native.so ]; then
     not_run build "no nvcc; the library that is here is used"
 else
-    not_run build "no nvcc on the PATH or in CUDA_HOME/bin"
+    not_run build "no nvcc in CUDA_HOME/bin, on the PATH or in /usr/local/cuda/bin"
 fi
 step environment "$PYTHON" -m emo_megatron env
 
@@ -102,9 +109,9 @@ step "routing benchmark" "$PYTHON" benchmarks/bench_routing.py --device cuda --o
 step "layer benchmark" "$PYTHON" benchmarks/bench_layer.py --device cuda --output "$RESULTS"
 
 if have cuobjdump; then
-    step registers registers
+    step registers bash -c registers
 elif have c++filt && [ -f "$LOGS/build.log" ]; then
-    step registers ptxas_registers
+    step registers bash -c ptxas_registers
 else
     not_run registers "neither cuobjdump nor c++filt here; build.log has what ptxas says"
 fi

@@ -6,9 +6,11 @@ T tokens, H width of the model, E routed experts, D documents.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,6 @@ from timing import Step
 from torch import Tensor
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.documents import DocumentSegments
 
 STOCK = "standard router"
 SAME_CHOICES = "pools of all experts"
@@ -59,53 +60,63 @@ class Layers:
     layers: dict[str, Any]
     hidden_T1H: Tensor
     upstream_T1H: Tensor
-    bounds: Tensor
-    """[D + 1] int32, where documents start, and T."""
+    packed: Any
+    """PackedSeqParams of the micro-batch, as the layers of a model get it."""
     steps: Iterator[int]
-    """Counts micro-batches: every one draws other pools."""
+    """Counts micro-batches: every scope draws other pools."""
 
-    def new_scope(self) -> Any:
-        """What PoolRouter must know about one micro-batch, with no pools chosen yet."""
-        from emo_megatron.mcore.context import PoolScope
+    def new_scope(self, micro_batch: int | None = None) -> Any:
+        """What PoolRouter must know about one micro-batch, the next one if not said, with no pools chosen yet."""
+        from emo_megatron.mcore.context import CLOCK, Shard, scope_of
 
-        num_tokens = self.hidden_T1H.shape[0]
-        segments = DocumentSegments.from_cu_seqlens(self.bounds, num_tokens=num_tokens)
-        consumed = next(self.steps)
-        return PoolScope(
-            segments=segments,
-            document_ids_T=segments.document_ids_T,
-            sample_positions_D=segments.rows_D + consumed,
-            consumed_samples=consumed,
+        CLOCK.consumed_samples = next(self.steps) if micro_batch is None else micro_batch
+        shard = Shard(
+            tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0
+        )
+        return scope_of(
+            self.packed,
+            hidden_shape=self.hidden_T1H.shape,
+            shard=shard,
+            pool=self.layers[POOLS].router.pool,
+            layer_number=LAYER_NUMBER,
         )
 
     def layer_steps(self) -> dict[str, Step]:
-        """Every layer, forward and backward to its input and weights."""
-        return {name: self._step(layer, router_only=False) for name, layer in self.layers.items()}
+        """Every layer, forward and backward to its input and weights; with pools from the document boundaries on.
 
-    def router_steps(self, *, is_first_layer: bool = False) -> dict[str, Step]:
-        """Every layer's router alone; the first layer of a micro-batch draws the pool sizes of all."""
+        A model makes the scope once a micro-batch for all its layers, so a layer's own cost is a little less.
+        """
         return {
-            name: self._step(layer, router_only=True, is_first_layer=is_first_layer)
+            name: self._step(layer, router_only=False, get_scope=self.new_scope)
             for name, layer in self.layers.items()
         }
 
-    def _step(self, layer: Any, *, router_only: bool, is_first_layer: bool = False) -> Step:
-        weights = list(layer.router.parameters() if router_only else layer.parameters())
-        # made once a micro-batch and not once a layer, so it is not this layer's cost
+    def router_steps(self, *, is_first_layer: bool = False) -> dict[str, Step]:
+        """Every layer's router alone; the first layer of a micro-batch makes the scope and draws the sizes of all."""
         scope = self.new_scope()
+
+        def used_scope() -> Any:
+            scope.pools.clear()
+            scope.counts.clear()
+            return scope
+
+        get_scope = self.new_scope if is_first_layer else used_scope
+        return {
+            name: self._step(layer, router_only=True, get_scope=get_scope)
+            for name, layer in self.layers.items()
+        }
+
+    def _step(self, layer: Any, *, router_only: bool, get_scope: Callable[[], Any]) -> Step:
+        weights = list(layer.router.parameters() if router_only else layer.parameters())
+        has_pools = layer is not self.layers[STOCK]
 
         def forward() -> tuple[Tensor, Tensor]:
             hidden_T1H = self.hidden_T1H.detach().requires_grad_()
-            scope.pools.clear()
-            scope.counts.clear()
-            if is_first_layer:
-                scope.sizes_LD = None
             layer.router.reset_global_aux_loss_tracker()
-            if not router_only:
-                layer.scope = scope
-                return hidden_T1H, layer(hidden_T1H)[0]
-            layer.router.scope = scope
-            return hidden_T1H, layer.router(hidden_T1H)[0]
+            if has_pools:
+                (layer.router if router_only else layer).scope = get_scope()
+            out = layer.router(hidden_T1H) if router_only else layer(hidden_T1H)
+            return hidden_T1H, out[0]
 
         def backward(state: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
             hidden_T1H, out = state
@@ -117,32 +128,66 @@ class Layers:
         return Step(forward=forward, backward=backward)
 
     def check(self) -> None:
-        """Compare the layer that pools everything with the standard one, and look whether pools bind.
+        """Compare pools of all experts with the standard layer, and real pools with the reference ops.
 
         Raises:
             ValueError: they differ, or a token left its document's pool: there is nothing to time.
         """
-        steps = self.layer_steps()
-        results = {}
-        for name in (STOCK, SAME_CHOICES):
-            state = steps[name].forward()
-            gradients = steps[name].backward(state)
-            results[name] = [("output", state[1]), ("gradient of the input", gradients[0])]
-            # a layer names its router's weight first
-            results[name].append(("gradient of the router", gradients[1]))
-        tolerance = 1e-4 if self.hidden_T1H.dtype == torch.float32 else 3e-2
-        for (what, want), (_, got) in zip(results[STOCK], results[SAME_CHOICES], strict=True):
-            error = ((got - want).abs().max() / want.abs().max()).item()
-            if not error < tolerance:  # NaN is not below
-                raise ValueError(
-                    f"the layer with pools of all experts does not compute what the standard layer does, so "
-                    f"nothing is reported: its {what} differs by {error:.1e} of the largest"
-                )
-        layer, scope = self.layers[POOLS], self.new_scope()
-        layer.router.scope = scope
-        _, routing_map_TE = layer.router(self.hidden_T1H)
+        self._compare(
+            self._results(SAME_CHOICES),
+            self._results(STOCK),
+            name=SAME_CHOICES,
+            model="the standard layer",
+        )
+        found, map_TE = self._results(POOLS), self._pooled_map()
+        with mock.patch.object(self.layers[POOLS].router, "backend", "reference"):
+            want, want_map_TE = self._results(POOLS), self._pooled_map()
+        if not torch.equal(map_TE, want_map_TE):
+            raise ValueError(
+                f"{POOLS} chooses other experts than with the reference ops, so nothing is reported"
+            )
+        self._compare(found, want, name=POOLS, model="the same layer with the reference ops")
+
+    def _results(self, name: str) -> dict[str, Tensor | None]:
+        """The output and all gradients of a layer's first micro-batch."""
+        layer = self.layers[name]
+        step = self._step(layer, router_only=False, get_scope=lambda: self.new_scope(0))
+        state = step.forward()
+        weights = [f"gradient of {weight}" for weight, _ in layer.named_parameters()]
+        values = [state[1], *step.backward(state)]
+        return dict(zip(["output", "gradient of the input", *weights], values, strict=True))
+
+    def _pooled_map(self) -> Tensor:
+        """[T, E] bool, the experts of the first micro-batch's tokens."""
+        router, scope = self.layers[POOLS].router, self.new_scope(0)
+        router.scope = scope
+        routing_map_TE: Tensor = router(self.hidden_T1H)[1]
         if (routing_map_TE & ~scope.pools[LAYER_NUMBER][scope.document_ids_T]).any():
             raise ValueError("tokens leave the pool of their document, so nothing is reported")
+        return routing_map_TE
+
+    def _compare(
+        self,
+        found: dict[str, Tensor | None],
+        wanted: dict[str, Tensor | None],
+        *,
+        name: str,
+        model: str,
+    ) -> None:
+        tolerance = 1e-4 if self.hidden_T1H.dtype == torch.float32 else 3e-2
+        for what, want in wanted.items():
+            got = found[what]
+            if got is None or want is None:
+                error = 0.0 if got is want else math.inf
+            else:
+                # an expert without tokens has a gradient of zeros
+                largest = want.abs().max().clamp(min=1e-30)
+                error = ((got - want).abs().max() / largest).item()
+            if not error < tolerance:  # NaN is not below
+                raise ValueError(
+                    f"the layer with {name} does not compute what {model} does, so nothing is reported: "
+                    f"its {what} differs by {error:.1e} of the largest"
+                )
 
 
 def build_layers(size: LayerSize, *, device: torch.device) -> Layers:
@@ -232,6 +277,8 @@ def _config(size: LayerSize, *, on_gpu: bool, uses_te: bool) -> Any:
 def _with_batch(
     layers: dict[str, Any], size: LayerSize, dtype: torch.dtype, device: torch.device
 ) -> Layers:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
     generator = torch.Generator().manual_seed(2)
     shape = (size.tokens, 1, size.model_dim)
     hidden, upstream = (
@@ -239,10 +286,11 @@ def _with_batch(
     )
     cuts = torch.randperm(size.tokens - 1, generator=generator)[: size.documents - 1] + 1
     bounds = torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([size.tokens])])
+    bounds = bounds.int().to(device)
     return Layers(
         layers=layers,
         hidden_T1H=hidden,
         upstream_T1H=upstream,
-        bounds=bounds.int().to(device),
+        packed=PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds),
         steps=itertools.count(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,7 +73,55 @@ def test_routing_leaves_a_row_a_router_and_mode(routing: Callable[[], list[Path]
     assert found["native ops", "forward"]["times_native"] == "1.0"
     text = page.read_text()
     assert "commit: " in text
-    assert "not judged: T=8192" in text
+    assert text.count("not judged: T=8192") == 4
+    assert "only K=" not in text
+
+
+def test_pages_of_all_sizes_say_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_routing
+    import targets
+    from timing import Samples
+
+    options = bench_routing.Options()
+    assert {shape.top_k for shape in options.shapes() if shape.num_tokens == 65536} == {8}
+    samples = {targets.NATIVE: Samples(forward=[1.0], total=[2.0])}
+    results = [targets.Result(shape=shape, samples=samples) for shape in options.shapes()]
+    page = bench_routing._page(
+        results, {}, {}, bandwidth=1e9, device=torch.device("cpu"), options=options
+    )
+    assert "Above 8192 tokens only K=8 is run" in page
+
+
+def test_gpu_targets_are_judged_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from routers import bytes_moved
+    from targets import NATIVE, STOCK, TARGETS, Result, verdicts
+    from timing import Samples
+
+    def result(tokens: int, *, stock: float, floors: float) -> Result:
+        found = next(t.shape for t in TARGETS["cuda"] if t.shape.num_tokens == tokens)
+        native = [floors * bytes_moved(found, with_backward=True) / 1e12] * 3
+        totals = {NATIVE: native, STOCK: [stock * seconds for seconds in native]}
+        samples = {name: Samples(forward=[1.0] * 3, total=total) for name, total in totals.items()}
+        return Result(shape=found, samples=samples)
+
+    results = [
+        result(1024, stock=0.9, floors=50),
+        result(8192, stock=1.1, floors=50),
+        result(65536, stock=3.9, floors=2.9),
+    ]
+    lines = list(verdicts(results, device=torch.device("cuda"), threads=16, bandwidth=1e12))
+    judged = {line.split(";")[0] for line in lines if not line.startswith("not judged")}
+    assert judged == {
+        f"MISSED: T=1024 E=128 K=8 D=2: {STOCK} takes at least 1.0 x as long",
+        f"met: T=8192 E=128 K=8 D=16: {STOCK} takes at least 1.0 x as long",
+        f"met: T=65536 E=128 K=8 D=128: {STOCK} takes at least 1.0 x as long",
+        f"MISSED: T=65536 E=128 K=8 D=128: {STOCK} takes at least 4.0 x as long",
+        "met: T=65536 E=128 K=8 D=128: at most 3.0 x the bandwidth floor",
+    }
+    # the same sizes with short documents were not run
+    assert len(lines) == 10
 
 
 def _break_weights(routing: ops.Routing, _: torch.Tensor) -> ops.Routing:
@@ -157,6 +206,7 @@ def test_layer_leaves_layers_routers_and_pieces(tmp_path: Path) -> None:
     assert len(times) == 3
     assert times["standard router"] == 1.0
     assert "not judged: pools cost at most 2%" in page.read_text()
+    assert "layer with pools is the whole method" in page.read_text()
 
 
 BREAK_ROUTING = """
@@ -175,16 +225,35 @@ real = ops.pool_topk
 ops.pool_topk = lambda logits_TE, *, pool_DE, **options: real(
     logits_TE, pool_DE=torch.ones_like(pool_DE), **options)
 """
+# right where no pool binds, and differs from the reference only then
+BREAK_COMPILED = """
+import dataclasses
+from emo_megatron.ops.native import NativeOps
+real = NativeOps.pool_topk
+def broken(self, logits_TE, *, pool_DE, **options):
+    routing = real(self, logits_TE, pool_DE=pool_DE, **options)
+    factor = 1.0 if pool_DE.all() else 1.01
+    return dataclasses.replace(routing, probs_TE=routing.probs_TE * factor)
+NativeOps.pool_topk = broken
+"""
 
 
 @pytest.mark.parametrize(
     ("before", "says"),
-    [(BREAK_ROUTING, "its output differs"), (BREAK_POOLS, "tokens leave the pool")],
+    [
+        (BREAK_ROUTING, "pools of all experts does not compute what .*: its output differs"),
+        (BREAK_POOLS, "tokens leave the pool"),
+        pytest.param(
+            BREAK_COMPILED,
+            "pools of top-k .*with the reference ops does.*: its output differs",
+            marks=needs_native,
+        ),
+    ],
 )
 def test_layer_refuses_to_time_a_broken_router(tmp_path: Path, before: str, says: str) -> None:
     done = _run_layer(*LAYER, output=tmp_path, before=before)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert says in done.stderr
+    assert re.search(says, done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -212,14 +281,21 @@ def _tool(path: Path, script: str) -> Path:
     return path
 
 
-def test_gpu_script_reports_every_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("finds_registers", ["cuobjdump", "c++filt"])
+def test_gpu_script_reports_every_step(tmp_path: Path, finds_registers: str) -> None:
     tools = tmp_path / "bin"
+    _tool(tools / "nvcc", "exit 0")
+    _tool(tools / "cuobjdump", 'echo "Function pool_topk: REG:40"')
+    if finds_registers == "c++filt":
+        (tools / "cuobjdump").unlink()
+        _tool(tools / finds_registers, "cat")
     _tool(
         tools / "nvidia-smi",
         'case "$*" in *compute_cap*) echo 9.0;; *) echo "Some GPU 80GB";; esac',
     )
     python = _tool(
-        tmp_path / "python", 'case "$*" in *bench_layer*) exit 3;; *) echo "ran $*";; esac'
+        tmp_path / "python",
+        'case "$*" in *bench_layer*) exit 3;; *) echo "ran $*; used 40 registers";; esac',
     )
     results = tmp_path / "results"
     done = subprocess.run(
@@ -237,8 +313,11 @@ def test_gpu_script_reports_every_step(tmp_path: Path) -> None:
     }
     assert status["unpack wheels"] == "not run"
     assert status["gpu tests"] == status["routing tests"] == status["routing benchmark"] == "ok"
+    assert status["build"] == status["wheel"] == status["registers"] == "ok"
+    log = (results / "gpu-some-gpu-80gb-logs" / "registers.log").read_text()
+    assert ("REG:40" if finds_registers == "cuobjdump" else "used 40 registers") in log
     assert status["layer benchmark"] == "FAILED"
-    assert {"registers", "ncu profile", "nsys profile", "memory check"} <= set(status)
+    assert {"ncu profile", "nsys profile", "memory check"} <= set(status)
 
 
 def test_gpu_script_runs_nowhere_else(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""What one size took in bench_routing.py, and whether that meets its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from routers import Shape, bytes_moved
+from timing import Estimate, Samples, estimate, judge, ratio
+
+NATIVE, REFERENCE = "native ops", "reference ops"
+STOCK, FUSED, LOOP = "Megatron, no pools", "Transformer Engine, no pools", "loop over documents"
+MODES = {"forward": False, "forward + backward": True}
+TRAINING = "forward + backward"
+TARGET_THREADS = 2
+"""Threads the CPU's targets are meant for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One size."""
+
+    shape: Shape
+    samples: dict[str, Samples]
+
+    def values(self, router: str, mode: str) -> list[float]:
+        """Seconds of every round."""
+        samples = self.samples[router]
+        return samples.total if MODES[mode] else samples.forward
+
+    def times_native(self, router: str, mode: str) -> Estimate:
+        """How many times as long a router takes as the compiled ops."""
+        return ratio(self.values(router, mode), self.values(NATIVE, mode))
+
+    def floor(self, mode: str, bandwidth: float) -> float:
+        """Seconds that moving the compiled ops' bytes takes, at so many bytes a second."""
+        return bytes_moved(self.shape, with_backward=MODES[mode]) / bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A bound on the compiled ops' time, forward and backward, relative to a router or, if None, to the floor."""
+
+    shape: Shape
+    against: str | None
+    factor: float
+    """How many times as long the router must take at least, or how many times the floor the ops may take at most."""
+
+    def __str__(self) -> str:
+        if self.against is None:
+            return f"{self.shape}: at most {self.factor} x the bandwidth floor"
+        return f"{self.shape}: {self.against} takes at least {self.factor} x as long"
+
+    def verdict(self, result: Result | None, *, bandwidth: float) -> str:
+        """Met, missed or undecided, and by what; or that it was not run."""
+        if result is None or not {NATIVE, self.against or NATIVE} <= result.samples.keys():
+            return f"not judged: {self} (not run)"
+        native = result.values(NATIVE, TRAINING)
+        if self.against is None:
+            floor = result.floor(TRAINING, bandwidth)
+            reached, fastest = estimate(native).scaled(1 / floor), min(native) / floor
+            verdict = judge(reached, at_most=self.factor)
+        else:
+            reached = result.times_native(self.against, TRAINING)
+            fastest = min(result.values(self.against, TRAINING)) / min(native)
+            verdict = judge(reached, at_least=self.factor)
+        return f"{verdict}: {self}; {reached}, fastest rounds {fastest:.2f}"
+
+
+def _targets(num_tokens: int, against: str | None, *, long: float, short: float) -> list[Target]:
+    """The factors for documents of 512 and of 32 tokens; 128 experts, top-8."""
+    return [
+        Target(
+            shape=Shape(
+                num_tokens=num_tokens,
+                num_experts=128,
+                top_k=8,
+                num_documents=num_tokens // document_tokens,
+            ),
+            against=against,
+            factor=factor,
+        )
+        for document_tokens, factor in ((512, long), (32, short))
+    ]
+
+
+TARGETS = {
+    "cpu": [
+        *_targets(8192, LOOP, long=2.5, short=6.0),
+        *_targets(8192, STOCK, long=3.0, short=3.0),
+    ],
+    "cuda": [
+        *_targets(1024, STOCK, long=1.0, short=1.0),
+        *_targets(8192, STOCK, long=1.0, short=1.0),
+        *_targets(65536, STOCK, long=1.0, short=1.0),
+        *_targets(65536, STOCK, long=4.0, short=4.0),
+        *_targets(65536, None, long=3.0, short=3.0),
+    ],
+}
+
+
+def verdicts(
+    results: Sequence[Result], *, device: torch.device, threads: int, bandwidth: float
+) -> Iterator[str]:
+    """One line a target of the device: met, missed, undecided, or why it was not judged."""
+    found = {result.shape: result for result in results}
+    for target in TARGETS[device.type]:
+        if device.type == "cpu" and threads != TARGET_THREADS:
+            yield f"not judged: {target} (a target with {TARGET_THREADS} threads)"
+        else:
+            yield target.verdict(found.get(target.shape), bandwidth=bandwidth)
