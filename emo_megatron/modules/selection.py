@@ -200,13 +200,14 @@ def _problems(selection: Selection) -> list[str]:
             )
             break
     for name in ("method", "model", "created_by"):
-        value = getattr(selection, name)
+        value: Any = getattr(selection, name)
         if not isinstance(value, str) or not value:
             problems.append(f"{name} must be a text; got {value!r}")
     if selection.seed is not None and not _is_int(selection.seed):
         problems.append(f"seed must be a number or null; got {selection.seed!r}")
-    if not isinstance(selection.data, dict):
-        problems.append(f"data must be an object; got {selection.data!r}")
+    data: Any = selection.data
+    if not isinstance(data, dict):
+        problems.append(f"data must be an object; got {data!r}")
     return problems
 
 
