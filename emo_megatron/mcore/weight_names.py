@@ -78,3 +78,14 @@ def in_order(name: str) -> tuple[int, int, str]:
     if match:
         return 1, int(match["layer"] or 0), match["rest"]
     return (0 if name.startswith("embedding.") else 2), 0, name
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """The layer of a weight, from 1, and the rest of its name; 0 and all of it outside the layers."""
+    match = _LAYER.fullmatch(name)
+    return (int(match["layer"] or 0) + 1, match["rest"]) if match else (0, name)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a weight has the routed experts on its first axis."""
+    return split_name(name)[1].startswith((EXPERTS, ROUTER))

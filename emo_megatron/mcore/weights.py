@@ -9,7 +9,9 @@ what is asked for, chunk by chunk (Megatron stores each expert in a chunk of its
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,11 +85,16 @@ class MegatronCheckpoint:
             )
             for name, pieces in sorted(self._pieces.items(), key=lambda item: in_order(item[0]))
         }
+        for name, info in self.names.items():
+            if sum(math.prod(piece.shape) for piece in self._pieces[name]) != math.prod(info.shape):
+                raise ValueError(f"{self.path} is not whole: it has a part of {name} only")
 
     @cached_property
     def common(self) -> dict[str, Any]:
         """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ..."""
-        return dict(load_common_state_dict(str(self.path)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            return dict(load_common_state_dict(str(self.path)))
 
     @property
     def args(self) -> argparse.Namespace:

@@ -11,6 +11,7 @@ import argparse
 import copy
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -46,6 +48,9 @@ CONTENT = {
 }
 """What Megatron reads to know how names were formed."""
 
+Note = Callable[[Path], object]
+"""Writes one file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LazyWeight:
@@ -63,7 +68,11 @@ class LazyWeight:
 
 
 def write_checkpoint(
-    path: Path | str, weights: Mapping[str, Tensor | LazyWeight], *, args: argparse.Namespace
+    path: Path | str,
+    weights: Mapping[str, Tensor | LazyWeight],
+    *,
+    args: argparse.Namespace,
+    notes: Mapping[str, Note] | None = None,
 ) -> Path:
     """Write a checkpoint of weights.
 
@@ -72,6 +81,7 @@ def write_checkpoint(
         weights: by the names of `MegatronCheckpoint.names`, all of the model's.
         args: flags of a run of this model (num_experts, hidden_size, ...), as another run would parse them; those
             that tell how far it got and under which layout are reset here.
+        notes: more files for `path`, by name; written when all weights are.
 
     Returns:
         `path`.
@@ -83,16 +93,26 @@ def write_checkpoint(
     with whole(path) as unfinished:
         folder = unfinished / RELEASE
         folder.mkdir(parents=True)
-        save(
-            {},
-            storage_writer=FileSystemWriter(folder, per_thread_copy_ahead=0),
-            planner=_Writer(weights, common=_common(args)),
-            no_dist=True,
-        )
+        _save(folder, _Writer(weights, common=_common(args)))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (folder / "metadata.json").write_text(json.dumps(config))
+        for name, note in (notes or {}).items():
+            note(unfinished / name)
         (unfinished / TRACKER).write_text(RELEASE)
     return path
+
+
+def _save(folder: Path, planner: _Writer) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            # nothing ahead: a chunk is made when the one before it is written
+            writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        # wraps everything, also what is no error of the checkpoint, and is no Exception itself
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
