@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from emo_megatron import __version__
 from emo_megatron.modules.hf.architecture import Architecture, weight_shapes
+from emo_megatron.modules.hf.measured import MeasuredLoss
 from emo_megatron.modules.selection import Selection
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetentionRow:
-    """A measured loss, in nats a token.
-
-    Attributes:
-        domain: whose held-out text.
-        kept: routed experts that ran.
-        loss: the module's.
-        full_loss: the loss with all experts on the same text.
-        random_loss: the loss with as many experts drawn at random; None if not measured.
-    """
-
-    domain: str
-    kept: int
-    loss: float
-    full_loss: float
-    random_loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +62,7 @@ def model_card(
     dtype: str,
     origin: Origin,
     selection: Selection | None = None,
-    retention: Sequence[RetentionRow] = (),
+    retention: Sequence[MeasuredLoss] = (),
     parity: Parity | None = None,
     shared_gate_value: float = 0.0,
 ) -> str:
@@ -96,18 +81,25 @@ def model_card(
 
 
 def _front_matter(model_type: str) -> str:
-    # a YAML of three scalars and a list needs no writer
-    tags = "\n".join(f"  - {tag}" for tag in ("mixture-of-experts", "emo", model_type))
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}\n---\n"
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mixture-of-experts", "emo", model_type],
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n"
 
 
 def _origin(origin: Origin) -> str:
-    lines = [f"Exported from the Megatron-Core checkpoint `{origin.name}` by emo_megatron {__version__}."]
+    lines = [
+        f"Exported from the Megatron-Core checkpoint `{origin.name}` by emo_megatron {__version__}."
+    ]
     if origin.iteration:
         trained = f"It had been trained for {origin.iteration:,} iterations"
         if origin.samples and origin.seq_length:
             tokens = origin.samples * origin.seq_length
-            trained += f", {origin.samples:,} samples of {origin.seq_length:,} tokens ({tokens:,} tokens)"
+            trained += (
+                f", {origin.samples:,} samples of {origin.seq_length:,} tokens ({tokens:,} tokens)"
+            )
         lines.append(trained + ".")
     if origin.pools:
         settings = ", ".join(f"{name} {value}" for name, value in origin.pools.items())
@@ -122,7 +114,7 @@ def _origin(origin: Origin) -> str:
 
 def _model(architecture: Architecture, *, dtype: str) -> str:
     a = architecture
-    sizes = {name: _count(shape) for name, shape in weight_shapes(a).items()}
+    sizes = {name: math.prod(shape) for name, shape in weight_shapes(a).items()}
     in_experts = sum(size for name, size in sizes.items() if ".experts." in name)
     total = sum(sizes.values())
     active = total - in_experts + in_experts * a.top_k // a.num_experts
@@ -133,13 +125,6 @@ def _model(architecture: Architecture, *, dtype: str) -> str:
         f"{a.num_experts} routed experts of width {a.expert_hidden}{shared}, {a.top_k} routed experts a token{dense}. "
         f"{total:,} parameters, {active:,} of them active for a token; {dtype}.\n"
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _selection(selection: Selection | None, *, architecture: Architecture) -> str:
@@ -162,7 +147,7 @@ def _selection(selection: Selection | None, *, architecture: Architecture) -> st
     )
 
 
-def _retention(rows: Sequence[RetentionRow], *, num_experts: int) -> str:
+def _retention(rows: Sequence[MeasuredLoss], *, num_experts: int) -> str:
     if not rows:
         return "No retention was measured for this export.\n"
     lines = [
@@ -178,7 +163,7 @@ def _retention(rows: Sequence[RetentionRow], *, num_experts: int) -> str:
             f"{row.loss - row.full_loss:+.3f} | {random} |"
         )
     if any(row.kept != num_experts for row in rows):
-        lines.append("\nRows with another number of experts are of other modules of the same parent.")
+        lines.append("\nRows with fewer experts are of modules of this model.")
     return "\n".join(lines) + "\n"
 
 
@@ -199,13 +184,17 @@ def _use(architecture: Architecture, *, model_type: str, shared_gate_value: floa
             notes.append(
                 "llama.cpp needs a gate that is not zero: export for it with `--nonzero-shared-gate`."
             )
-    if not architecture.renormalise:
-        notes.append("llama.cpp ignores `norm_topk_prob`, which is false here, as its code has it.")
+    if architecture.renormalise:
+        notes.append(
+            "llama.cpp ignores `norm_topk_prob`, which is true here: it does not run this model as it was trained."
+        )
     return (
         "## Use\n\nA `Qwen2MoeForCausalLM`: transformers, vLLM and SGLang know it, no remote code.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n' + "\n".join(notes) + "\n"
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
+        + "\n".join(notes)
+        + "\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders: safetensors shards with their index, and config.json; read by tensor, written whole."""
+"""Hugging Face checkpoint folders: safetensors shards with their index, and config.json; read and written by tensor."""
 
 from __future__ import annotations
 
@@ -149,7 +149,10 @@ def write_folder(
         for entry in format.entries(architecture, shared_gate_value=shared_gate_value)
     }
     plan = split_state_dict_into_shards_factory(
-        {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()},
+        {
+            name: torch.empty(entry.shape, dtype=dtype, device="meta")
+            for name, entry in entries.items()
+        },
         get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
@@ -200,18 +203,28 @@ def _files(path: Path) -> dict[str, Any]:
             opened[file] = safe_open(path / file, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path / file} is damaged or was cut short: {error}") from None
-    held = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
+    held = {name: file for file, handle in opened.items() for name in _names(handle)}
     if weight_map is not None and held != weight_map:
-        differing = sorted(n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n))
-        raise ValueError(f"{path / INDEX} does not match its files: {differing[0]} is not where it says")
+        differing = sorted(
+            n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n)
+        )
+        raise ValueError(
+            f"{path / INDEX} does not match its files: {differing[0]} is not where it says"
+        )
     return {name: opened[file] for name, file in held.items()}
+
+
+def _names(handle: Any) -> list[str]:
+    return list(handle.keys())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} is no Hugging Face checkpoint: it has no {path.name}") from None
+        raise ValueError(
+            f"{path.parent} is no Hugging Face checkpoint: it has no {path.name}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(stored, dict):

@@ -1,9 +1,9 @@
 """Qwen2-MoE, which stock transformers, vLLM and SGLang run without remote code.
 
-EMO is exactly a `Qwen2MoeForCausalLM`. That architecture scales its shared expert by sigmoid(gate . x); EMO by 1. A gate
-of zeros gives sigmoid(0) = 1/2 and the shared down projection is stored doubled: both are exact. Biases of q, k and v
-are written as zeros, because vLLM always has them. `num_experts` and `num_experts_per_tok` count routed experts. A model
-without shared expert gets one of zeros.
+EMO is exactly a `Qwen2MoeForCausalLM`. That architecture scales its shared expert by sigmoid(gate . x), EMO by 1: a
+gate of zeros gives sigmoid(0) = 1/2, and the shared down projection is stored doubled. Both are exact. Biases of q, k
+and v are written as zeros, because vLLM always has them. `num_experts` and `num_experts_per_tok` count routed experts.
+A model without shared expert gets one of zeros.
 
 llama.cpp computes the sigmoid as silu(x)/x, which is not a number at 0: for GGUF a gate of `TINY_GATE` moves the
 shared expert's weight by less than 1e-5 and keeps it finite.
@@ -83,8 +83,8 @@ def _entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> l
         is_doubled = not a.shared_gate and _HALVED.fullmatch(entry.name)
         found.append(dataclasses.replace(entry, scale=2.0) if is_doubled else entry)
         if entry.weight is not None and entry.weight.endswith(".router"):
-            layer = entry.name.removesuffix("gate.weight")
-            found += _constants(a, layer, shared_gate_value)
+            mlp = entry.name.removesuffix("gate.weight")
+            found += _constants(a, mlp, shared_gate_value)
     if not a.qkv_bias:
         wide, narrow = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         for layer in range(a.num_layers):
@@ -94,12 +94,12 @@ def _entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> l
     return found
 
 
-def _constants(architecture: Architecture, layer: str, shared_gate_value: float) -> list[Entry]:
+def _constants(architecture: Architecture, mlp: str, shared_gate_value: float) -> list[Entry]:
     """What the format has in a sparse layer and the model has not."""
     a = architecture
     found = []
     if not a.shared_gate:
-        gate = layer + "shared_expert_gate.weight"
+        gate = mlp + "shared_expert_gate.weight"
         found.append(
             Entry(name=gate, shape=(1, a.hidden_size), weight=None, value=shared_gate_value)
         )
@@ -108,7 +108,7 @@ def _constants(architecture: Architecture, layer: str, shared_gate_value: float)
         wide, narrow = (a.expert_hidden, a.hidden_size), (a.hidden_size, a.expert_hidden)
         for name, shape in zip(MLP, (wide, wide, narrow), strict=True):
             found.append(
-                Entry(name=f"{layer}shared_expert.{name}_proj.weight", shape=shape, weight=None)
+                Entry(name=f"{mlp}shared_expert.{name}_proj.weight", shape=shape, weight=None)
             )
     return found
 
