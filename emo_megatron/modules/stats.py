@@ -11,6 +11,7 @@ statistics of two sets of documents add up to those of both.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -108,6 +109,10 @@ class ExpertStatistics:
     def easy_ep_LE(self) -> Tensor:
         """[L, E] float64, output length times what the layer changed, summed over tokens (arXiv 2504.06792)."""
         return _measured(self.change_LE, "easy_ep")
+
+    def of(self, source: dict[str, Any]) -> ExpertStatistics:
+        """The same, saying where the documents came from."""
+        return dataclasses.replace(self, data=(source,))
 
     def save(self, path: Path | str) -> Path:
         """Write the file, whole or not at all; returns its path."""

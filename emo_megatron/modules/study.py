@@ -5,7 +5,6 @@ Shapes: L MoE layers in model order, E routed experts.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,7 @@ def collect_stats(
             total = part if total is None else merge_stats([total, part])
             done += len(chunk)
             bar.update(len(chunk))
-            total = _with_source(total, documents)
+            total = total.of(documents.source)
             if model.is_writer:
                 total.save(unfinished)
     assert total is not None, "there is a document at least"
@@ -129,7 +128,3 @@ def _is_of(
     return (
         same_data and stats.model == model.facts and ("norm_LE" in stats.tensors()) == bool(outputs)
     )
-
-
-def _with_source(stats: ExpertStatistics, documents: Documents) -> ExpertStatistics:
-    return dataclasses.replace(stats, data=(documents.source,))
