@@ -1,9 +1,11 @@
 """The command line: parse, call one function, print where its result lies."""
 
 import importlib
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -51,6 +53,18 @@ COMMANDS = {
         options="MergeOptions",
         function="merge",
     ),
+    "export": Command(
+        summary="Export a checkpoint or a module to Hugging Face.",
+        module="emo_megatron.mcore.hf_export",
+        options="ExportOptions",
+        function="export",
+    ),
+    "import": Command(
+        summary="Import a Hugging Face checkpoint for Megatron.",
+        module="emo_megatron.mcore.hf_import",
+        options="ImportOptions",
+        function="import_folder",
+    ),
 }
 
 
@@ -60,6 +74,45 @@ class EnvOptions:
 
     json: bool = False
     """Print JSON instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand, imported when it is asked for.
+
+    Attributes:
+        options: "module:class" of its options.
+        run: "module:function" that takes them and returns where the result lies.
+        summary: for the list of commands.
+    """
+
+    options: str
+    run: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command(
+        options="emo_megatron.demo.run:DemoConfig",
+        run="emo_megatron.demo.run:run_demo",
+        summary="Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
+    ),
+    "stats": Command(
+        options="emo_megatron.modules.options:StatsOptions",
+        run="emo_megatron.mcore.launch:run_stats",
+        summary="Measure what the experts of a model do on calibration documents.",
+    ),
+    "merge-stats": Command(
+        options="emo_megatron.modules.options:MergeStatsOptions",
+        run="emo_megatron.modules.choosing:merge_files",
+        summary="Merge statistics of different documents into one file.",
+    ),
+    "select": Command(
+        options="emo_megatron.modules.options:SelectOptions",
+        run="emo_megatron.mcore.launch:run_select",
+        summary="Choose the experts a task needs.",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,10 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    chosen = arguments[0] if arguments else ""
+    name = arguments[0] if arguments else ""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"env": EnvOptions}
-        | {name: _options(command, is_chosen=name == chosen) for name, command in COMMANDS.items()},
+        {"env": EnvOptions} | {n: _options(n, is_asked=n == name) for n in COMMANDS},
         prog="emo_megatron",
         description="Pretrain EMO through Megatron and take modules out of it.",
         args=arguments,
@@ -103,24 +155,24 @@ def _run(arguments: list[str]) -> None:
         report = collect_environment()
         print(format_json(report) if options.json else format_text(report))
         return
-    command = COMMANDS[chosen]
-    function = getattr(importlib.import_module(command.module), command.function)
-    print(f"results: {function(options)}")
+    print(f"results: {_import(COMMANDS[name].run)(options)}")
 
 
-def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:
-    """What tyro parses; of the others it needs the summary only."""
-    if is_chosen:
-        options: Callable[..., object] = getattr(
-            importlib.import_module(command.module), command.options
-        )
-        return options
+def _options(name: str, *, is_asked: bool) -> Callable[..., object]:
+    """A command's options; for the others only what they do, because options bring heavy packages along."""
+    command = COMMANDS[name]
+    if is_asked:
+        return _import(command.options)
 
-    def other() -> None:
-        pass
+    def stub() -> None: ...
 
-    other.__doc__ = command.summary
-    return other
+    stub.__doc__ = command.summary
+    return stub
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _fail(message: str) -> int:

@@ -1,7 +1,7 @@
 """Compare a Hugging Face folder with a Megatron checkpoint: the logits of both on the same random tokens, in float32.
 
 Megatron's model is built of stock layers from the flags in the checkpoint, and loaded by Megatron's own reader: nothing
-is shared with the export but the checkpoint. Runs in this process, on the CPU.
+is shared with the export but the checkpoint. Runs in this process, which has Megatron on the CPU from then on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from emo_megatron.mcore import cpu
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.hf.card import Parity
@@ -180,6 +181,8 @@ def _load(model: Any, checkpoint: MegatronCheckpoint) -> None:
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
     """Megatron's groups of this process alone, gone afterwards."""
+    os.environ["EMO_DEVICE"] = "cpu"
+    cpu.activate()
     # Megatron tells Transformer Engine its attention so, and refuses another model's later in the process
     chosen = {name: os.environ.pop(name, None) for name in ATTENTION_VARIABLES}
     starts_here = not dist.is_initialized()
