@@ -35,6 +35,24 @@ COMMANDS = {
         options="DemoConfig",
         function="run_demo",
     ),
+    "stats": Command(
+        summary="Measure what the experts of a model do on calibration documents.",
+        module="emo_megatron.mcore.launch",
+        options="StatsOptions",
+        function="run_stats",
+    ),
+    "merge-stats": Command(
+        summary="Merge statistics of different documents into one file.",
+        module="emo_megatron.modules.choosing",
+        options="MergeStatsOptions",
+        function="merge_files",
+    ),
+    "select": Command(
+        summary="Choose the experts a task needs.",
+        module="emo_megatron.mcore.launch",
+        options="SelectOptions",
+        function="run_select",
+    ),
     "extract": Command(
         summary="Cut a module out of a Megatron checkpoint.",
         module="emo_megatron.mcore.extract",
