@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from emo_megatron.mcore.flags import flags_of, prefixed
 from emo_megatron.modules.options import SelectOptions, StatsOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILED = "{} failed with exit code {}; what it said is above"
 
 
 def torchrun(*arguments: str, processes: int = 1) -> list[str]:
@@ -49,16 +50,48 @@ def run_select(options: SelectOptions) -> Path:
 
 
 def _run(step: str, options: StatsOptions | SelectOptions, *, checkpoint: Path) -> None:
-    command = torchrun(
+    """Run a step's command; Megatron's own output goes to a log file beside the result."""
+    arguments = (
         *("-m", f"emo_megatron.mcore.{step}", "--load", str(checkpoint.absolute())),
         *flags_of(options, flag=prefixed(step)),
         *shlex.split(options.megatron),
-        processes=options.processes,
     )
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"} | os.environ
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )
-    code = subprocess.run(command, env=environment, check=False).returncode
+    log = options.output.with_name(f"{options.output.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as megatron_says:
+        code = subprocess.run(
+            _command(arguments, processes=options.processes),
+            env=_environment(processes=options.processes),
+            stdout=megatron_says,
+            check=False,
+        ).returncode
     if code != 0:
-        raise RuntimeError(FAILED.format(step, code))
+        raise RuntimeError(
+            f"{step} stopped with exit code {code}; Megatron's own output is in {log}"
+        )
+
+
+def _command(arguments: Sequence[str], *, processes: int) -> list[str]:
+    # torchrun would bury one process's own error in its report
+    return (
+        [sys.executable, *arguments]
+        if processes == 1
+        else torchrun(*arguments, processes=processes)
+    )
+
+
+def _environment(*, processes: int) -> dict[str, str]:
+    defaults = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if processes == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        defaults |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = defaults | os.environ
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -7,16 +7,20 @@ which may be another than the one that was saved. Pools are off, as in a model t
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from emo_megatron.mcore import cpu
+
+if TYPE_CHECKING:
+    from emo_megatron.mcore.weights import MegatronCheckpoint
 
 MODEL_GROUPS = (
     *("transformer configuration", "network size", "tokenizer"),
@@ -27,7 +31,7 @@ MODEL_FLAGS = ("seq_length",)
 """Flags of other groups that do."""
 NOT_THE_MODEL = re.compile(
     "parallel|comm|overlap|recompute|offload|graph|fusion|fused|nccl|tp_|wgrad|initialization|backend|pipeline"
-    "|inference|fp8|fp4|flash|checkpoint|transformer_impl|dispatcher|deepep|hybridep|padding|logger|vpp|dp_cp"
+    "|inference|fp8|fp4|flash|checkpoint|transformer_impl|dispatcher|deepep|hybridep|padding|logger|vpp|dp_cp|encoder|decoder"
 )
 """Flags of those groups that say how to compute."""
 RUN_FLAGS = (
@@ -50,37 +54,41 @@ class LoadedModel:
     args: argparse.Namespace
 
 
-def checkpoint_in(argv: Sequence[str]) -> Path:
+def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     """The checkpoint that `--load` names.
 
     Raises:
-        ValueError: there is no `--load`.
+        ValueError: there is no `--load`, or no checkpoint where it points.
     """
+    cpu.activate()
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--load", type=Path)
     path = parser.parse_known_args(list(argv))[0].load
     if path is None:
         raise ValueError("--load must name the checkpoint")
-    return Path(path)
+    return MegatronCheckpoint(path)
 
 
 def load_model(
+    checkpoint: MegatronCheckpoint,
     *,
     add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
     check: Callable[[argparse.Namespace], None] = lambda args: None,
     flags: Sequence[str] = (),
 ) -> LoadedModel:
-    """Start Megatron with this process's arguments and load the model in `--load`.
+    """Start Megatron with this process's arguments and load a model.
 
     Args:
+        checkpoint: of `checkpoint_in`.
         add_args: adds the command's own flags to Megatron's parser.
         check: raises ValueError for flags that cannot be; called before anything is built.
         flags: more of Megatron's flags, which the command line's win over.
 
     Raises:
-        ValueError: there is no checkpoint, it lacks its run's flags, or the model cannot be run.
+        ValueError: the checkpoint lacks its run's flags, or the model cannot be run.
     """
-    cpu.activate()
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
@@ -96,17 +104,18 @@ def load_model(
     from emo_megatron.mcore.args import check_run
     from emo_megatron.mcore.compat import use_compiled_index_builder
     from emo_megatron.mcore.spec import pool_spec_builder
-    from emo_megatron.mcore.weights import MegatronCheckpoint
 
     use_compiled_index_builder()
-    stored = MegatronCheckpoint(checkpoint_in(sys.argv[1:]))
 
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_args(parser)
-        parser.set_defaults(**_model_flags(parser, stored.args))
+        parser.set_defaults(**_model_flags(parser, checkpoint.args))
         return parser
 
-    sys.argv[1:] = [*cpu.with_cpu_flags([*flags, *sys.argv[1:]]), *RUN_FLAGS, *_place(stored.path)]
+    # Megatron wants batches even where nothing is trained
+    batch = ("--micro-batch-size", "1", "--global-batch-size", os.environ.get("WORLD_SIZE", "1"))
+    own = cpu.with_cpu_flags([*batch, *flags, *sys.argv[1:]])
+    sys.argv[1:] = [*own, *RUN_FLAGS, *_place(checkpoint.path)]
     args = parse_and_validate_args(extra_args_provider=add_all)
     check(args)
     config = gpt_config_from_args(args)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from emo_megatron.modules.calibration import Calibration, Documents, load_docume
 from emo_megatron.modules.options import ModelOptions
 from emo_megatron.modules.study import StudiedModel
 
+USER_ERROR = 2
+"""Exit status where the user can mend what is wrong."""
 LONGEST_ROW = 4096
 """Tokens of a row where nobody says otherwise and the model could take more."""
 
@@ -68,29 +71,39 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
         add_fields(parser.add_argument_group(step), cls, flag=flag)
         return parser
 
-    path = checkpoint_in(sys.argv[1:])
+    checkpoint = checkpoint_in(sys.argv[1:])
     has_texts = any(getattr(getattr(options, name), "suffix", "") == ".jsonl" for name in texts)
-    loaded = load_model(add_args=add_args, flags=_tokenizer_flags(options, has_texts=has_texts))
+    flags = _tokenizer_flags(options, has_texts=has_texts, stored=checkpoint.args)
+    loaded = load_model(checkpoint, add_args=add_args, flags=flags)
     from emo_megatron.mcore.facts import facts_of
     from emo_megatron.mcore.study import MegatronStudy
-    from emo_megatron.mcore.weights import MegatronCheckpoint
 
     model = MegatronStudy(
         loaded.model,
-        facts=facts_of(MegatronCheckpoint(path)),
+        facts=facts_of(checkpoint),
         seq_length=options.seq_length or min(loaded.args.seq_length, LONGEST_ROW),
         rows_at_once=options.rows,
     )
     return Opened(options=options, model=model, args=loaded.args)
 
 
-def _tokenizer_flags(options: ModelOptions, *, has_texts: bool) -> list[str]:
+def _tokenizer_flags(
+    options: ModelOptions, *, has_texts: bool, stored: argparse.Namespace
+) -> list[str]:
     if options.tokenizer is not None:
-        return [
-            "--tokenizer-type",
-            "HuggingFaceTokenizer",
-            "--tokenizer-model",
-            str(options.tokenizer),
-        ]
+        kind = "HuggingFaceTokenizer"
+        return ["--tokenizer-type", kind, "--tokenizer-model", str(options.tokenizer)]
+    if has_texts:
+        return []
     # tokens need no tokenizer, and the run's own may lie on another machine
-    return [] if has_texts else ["--tokenizer-type", "NullTokenizer"]
+    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` in this rank; what the user can mend is told in one line, by the first rank."""
+    try:
+        main()
+    except (FileNotFoundError, ImportError, NotImplementedError, ValueError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from emo_megatron.mcore.opening import open_study
+from emo_megatron.mcore.opening import open_study, run_command
 from emo_megatron.modules.calibration import Calibration
 from emo_megatron.modules.choosing import select
 from emo_megatron.modules.options import SelectOptions
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

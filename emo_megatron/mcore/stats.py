@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from emo_megatron.mcore.opening import open_study
+from emo_megatron.mcore.opening import open_study, run_command
 from emo_megatron.modules.options import StatsOptions
 from emo_megatron.modules.study import collect_stats
 
@@ -26,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from emo_megatron.modules.calibration import Documents
-from emo_megatron.modules.options import SelectOptions
+from emo_megatron.modules.options import MergeStatsOptions, SelectOptions
 from emo_megatron.modules.select import (
     LAYERWISE,
     NEEDS_OUTPUTS,
@@ -119,3 +120,15 @@ def _chooser(
     assert stats is not None
     known = stats
     return lambda keep: select_by_stats(known, method=options.method, keep=keep)
+
+
+def merge_files(options: MergeStatsOptions) -> Path:
+    """Merge statistics files into one; returns its path.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: they cannot be merged, or the output exists.
+    """
+    if options.output.exists():
+        raise ValueError(f"{options.output} exists; name another file, or remove it")
+    return merge_stats([load_stats(path) for path in options.stats]).save(options.output)
