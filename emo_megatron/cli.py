@@ -1,11 +1,9 @@
 """The command line: parse, call one function, print where its result lies."""
 
 import importlib
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
 
@@ -94,45 +92,6 @@ class EnvOptions:
     """Print JSON instead of text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """A subcommand, imported when it is asked for.
-
-    Attributes:
-        options: "module:class" of its options.
-        run: "module:function" that takes them and returns where the result lies.
-        summary: for the list of commands.
-    """
-
-    options: str
-    run: str
-    summary: str
-
-
-COMMANDS = {
-    "demo": Command(
-        options="emo_megatron.demo.run:DemoConfig",
-        run="emo_megatron.demo.run:run_demo",
-        summary="Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
-    ),
-    "stats": Command(
-        options="emo_megatron.modules.options:StatsOptions",
-        run="emo_megatron.mcore.launch:run_stats",
-        summary="Measure what the experts of a model do on calibration documents.",
-    ),
-    "merge-stats": Command(
-        options="emo_megatron.modules.options:MergeStatsOptions",
-        run="emo_megatron.modules.choosing:merge_files",
-        summary="Merge statistics of different documents into one file.",
-    ),
-    "select": Command(
-        options="emo_megatron.modules.options:SelectOptions",
-        run="emo_megatron.mcore.launch:run_select",
-        summary="Choose the experts a task needs.",
-    ),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
@@ -161,9 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    name = arguments[0] if arguments else ""
+    chosen = arguments[0] if arguments else ""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"env": EnvOptions} | {n: _options(n, is_asked=n == name) for n in COMMANDS},
+        {"env": EnvOptions}
+        | {name: _options(command, is_chosen=name == chosen) for name, command in COMMANDS.items()},
         prog="emo_megatron",
         description="Pretrain EMO through Megatron and take modules out of it.",
         args=arguments,
@@ -173,24 +133,24 @@ def _run(arguments: list[str]) -> None:
         report = collect_environment()
         print(format_json(report) if options.json else format_text(report))
         return
-    print(f"results: {_import(COMMANDS[name].run)(options)}")
+    command = COMMANDS[chosen]
+    function = getattr(importlib.import_module(command.module), command.function)
+    print(f"results: {function(options)}")
 
 
-def _options(name: str, *, is_asked: bool) -> Callable[..., object]:
-    """A command's options; for the others only what they do, because options bring heavy packages along."""
-    command = COMMANDS[name]
-    if is_asked:
-        return _import(command.options)
+def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:
+    """What tyro parses; of the others it needs the summary only."""
+    if is_chosen:
+        options: Callable[..., object] = getattr(
+            importlib.import_module(command.module), command.options
+        )
+        return options
 
-    def stub() -> None: ...
+    def other() -> None:
+        pass
 
-    stub.__doc__ = command.summary
-    return stub
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    other.__doc__ = command.summary
+    return other
 
 
 def _fail(message: str) -> int:
