@@ -62,11 +62,18 @@ def flags_of(options: Any, *, flag: Callable[[str], str]) -> list[str]:
         value = getattr(options, field.name)
         if value == field.default or value is False:
             continue
-        found.append(flag(field.name))
-        if value is not True:
-            # paths whole: the command may run elsewhere
-            values = value if isinstance(value, tuple) else (value,)
-            found += [str(v.absolute()) if isinstance(v, Path) else str(v) for v in values]
+        # paths whole: the command may run elsewhere
+        values = [
+            str(item.absolute()) if isinstance(item, Path) else str(item)
+            for item in (value if isinstance(value, tuple) else (value,))
+        ]
+        if value is True:
+            found.append(flag(field.name))
+        elif isinstance(value, tuple):
+            found += [flag(field.name), *values]
+        else:
+            # one argument: a value may look like a flag
+            found.append(f"{flag(field.name)}={values[0]}")
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emo_megatron.mcore.flags import flags_of, prefixed
-from emo_megatron.modules.options import SelectOptions, StatsOptions
+from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +54,7 @@ def _run(step: str, options: StatsOptions | SelectOptions, *, checkpoint: Path) 
     arguments = (
         *("-m", f"emo_megatron.mcore.{step}", "--load", str(checkpoint.absolute())),
         *flags_of(options, flag=prefixed(step)),
+        *_layout(options),
         *shlex.split(options.megatron),
     )
     log = options.output.with_name(f"{options.output.name}.log")
@@ -69,6 +70,19 @@ def _run(step: str, options: StatsOptions | SelectOptions, *, checkpoint: Path) 
         raise RuntimeError(
             f"{step} stopped with exit code {code}; Megatron's own output is in {log}"
         )
+
+
+def _layout(options: ModelOptions) -> tuple[str, ...]:
+    """Megatron's flags for the layout."""
+    sizes = {
+        "--tensor-model-parallel-size": options.tensor_parallel,
+        "--pipeline-model-parallel-size": options.pipeline_parallel,
+        "--expert-model-parallel-size": options.expert_parallel,
+        # a rank has whole experts, whose outputs can be measured
+        "--expert-tensor-parallel-size": 1,
+    }
+    flags = [part for name, size in sizes.items() for part in (name, str(size))]
+    return (*flags, *(("--sequence-parallel",) if options.tensor_parallel > 1 else ()))
 
 
 def _command(arguments: Sequence[str], *, processes: int) -> list[str]:

@@ -20,15 +20,32 @@ class ModelOptions:
     rows: int = 4
     """Rows at once: more are faster and take more memory."""
     processes: int = 1
-    """Processes, one a GPU, for a Megatron checkpoint."""
+    """Processes, one a GPU, for a Megatron checkpoint. Those that no other number claims share the documents."""
+    tensor_parallel: int = 1
+    """Ranks that share a layer's attention and the sequence."""
+    pipeline_parallel: int = 1
+    """Ranks that share the layers."""
+    expert_parallel: int = 1
+    """Ranks that share a layer's experts."""
     megatron: str = ""
-    """More of Megatron's flags, in one text: "--tensor-model-parallel-size 2 --sequence-parallel"."""
+    """More of Megatron's flags, in one text after an equals sign: --megatron="--bf16 --transformer-impl local"."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "processes", "seq_length"):
+        layout = ("processes", "tensor_parallel", "pipeline_parallel", "expert_parallel")
+        for name in ("rows", "seq_length", *layout):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
+        ranks = self.tensor_parallel * self.pipeline_parallel
+        # experts are spread over all ranks of a pipeline stage
+        if (
+            self.processes % ranks
+            or self.processes // self.pipeline_parallel % self.expert_parallel
+        ):
+            raise ValueError(
+                f"--processes must be a multiple of --tensor-parallel times --pipeline-parallel, {ranks}, and its "
+                f"share of a stage of --expert-parallel, {self.expert_parallel}; got {self.processes}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
