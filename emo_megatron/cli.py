@@ -81,6 +81,12 @@ COMMANDS = {
         options="ImportOptions",
         function="import_folder",
     ),
+    "eval-task": Command(
+        summary="Make a task of lm-eval of held-out documents.",
+        module="emo_megatron.modules.hf.evaluation_task",
+        options="EvaluationTaskOptions",
+        function="write_evaluation_task",
+    ),
 }
 
 

@@ -170,8 +170,11 @@ def _load(model: Any, checkpoint: MegatronCheckpoint) -> None:
         if "_extra_state" in name:
             continue
         key = getattr(tensor, "key", "")
-        if key.endswith(FUSED_NORM) and key not in checkpoint.names:
-            tensor.key = key.removesuffix(FUSED_NORM) + OWN_NORM
+        if key.endswith(FUSED_NORM):
+            own = key.removesuffix(FUSED_NORM) + OWN_NORM
+            # equal layers are stacked in one tensor, whose name has no number
+            if own.replace("decoder.layers.pre", "decoder.layers.0.pre") in checkpoint.names:
+                tensor.key = own
         wanted[name] = tensor
     loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
     missing, _ = model.load_state_dict(loaded, strict=False)

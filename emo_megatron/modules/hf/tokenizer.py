@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ class Tokenizer:
         kinds = ("bos", "eos", "pad")
         return {f"{k}_token_id": getattr(self._tokenizer, f"{k}_token_id") for k in kinds}
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a document, its end of document included if the tokenizer has one."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        end = self._tokenizer.eos_token_id
+        return ids if end is None else [*ids, end]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a document without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def check(self, *, vocab_size: int) -> None:
         """Refuse a vocabulary that the embedding has no rows for.
 
@@ -58,4 +69,6 @@ class Tokenizer:
         # the name since transformers 5 of what transformers 4 knows by this one
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for how_it_was_loaded in ("is_local", "local_files_only"):
+            config.pop(how_it_was_loaded, None)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
