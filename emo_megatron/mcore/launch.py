@@ -13,6 +13,8 @@ from pathlib import Path
 from emo_megatron.mcore.flags import flags_of, prefixed
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
 
+USER_ERROR = 2
+"""Exit status of a step after it has said what the user can mend."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,9 +28,15 @@ def run_stats(options: StatsOptions) -> Path:
     """Measure a checkpoint's experts; returns the statistics file.
 
     Raises:
-        RuntimeError: the processes failed, and said why.
+        SystemExit: what was asked for cannot be; the processes said why.
+        RuntimeError: they failed.
     """
-    _run("stats", options, checkpoint=options.checkpoint)
+    if _is_hugging_face(options.checkpoint):
+        from emo_megatron.modules import hf_commands
+
+        hf_commands.run_stats(options)
+    else:
+        _run("stats", options, checkpoint=options.checkpoint)
     return options.output
 
 
@@ -36,17 +44,26 @@ def run_select(options: SelectOptions) -> Path:
     """Choose experts; returns the Selection file.
 
     Raises:
-        ValueError: what was asked for cannot be.
-        RuntimeError: the processes that ran the model failed, and said why.
+        ValueError, SystemExit: what was asked for cannot be; where the model runs, its processes said why.
+        RuntimeError: they failed.
     """
     from emo_megatron.modules.choosing import select
 
-    if options.needs_model or not options.stats:
-        assert options.checkpoint is not None, "checked with the options"
-        _run("select", options, checkpoint=options.checkpoint)
-    else:
+    if not options.needs_model and options.stats:
         select(options)
+        return options.output
+    assert options.checkpoint is not None, "checked with the options"
+    if _is_hugging_face(options.checkpoint):
+        from emo_megatron.modules import hf_commands
+
+        hf_commands.run_select(options)
+    else:
+        _run("select", options, checkpoint=options.checkpoint)
     return options.output
+
+
+def _is_hugging_face(checkpoint: Path) -> bool:
+    return (checkpoint / "config.json").is_file()
 
 
 def _run(step: str, options: StatsOptions | SelectOptions, *, checkpoint: Path) -> None:
@@ -66,6 +83,10 @@ def _run(step: str, options: StatsOptions | SelectOptions, *, checkpoint: Path) 
             stdout=megatron_says,
             check=False,
         ).returncode
+    if code == USER_ERROR:
+        # the step has said what is wrong, and did nothing
+        log.unlink()
+        sys.exit(code)
     if code != 0:
         raise RuntimeError(
             f"{step} stopped with exit code {code}; Megatron's own output is in {log}"

@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
+from emo_megatron.mcore.launch import USER_ERROR
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.modules.calibration import Calibration, Documents, load_documents
-from emo_megatron.modules.options import ModelOptions
+from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
-
-USER_ERROR = 2
-"""Exit status where the user can mend what is wrong."""
-LONGEST_ROW = 4096
-"""Tokens of a row where nobody says otherwise and the model could take more."""
 
 
 @dataclass(frozen=True, kw_only=True)

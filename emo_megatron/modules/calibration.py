@@ -131,18 +131,19 @@ def load_documents(
 
 def _read(path: Path, read_indexed: Callable[[Path], Sequence[Tensor]] | None) -> Sequence[Any]:
     """Texts or token tensors, one a document."""
+    is_indexed = Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
+    if not path.exists() and not is_indexed:
+        raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     if path.suffix == ".safetensors":
         return _read_tokens(path)
-    if Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file():
+    if is_indexed:
         if read_indexed is None:
             raise ValueError(
                 f"{path} is an indexed dataset, which is read for Megatron models only"
             )
         return read_indexed(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")
     raise ValueError(
         f"{path} must be a .jsonl file of texts, a .safetensors file of tokens and cu_seqlens, or the "
         "prefix of an indexed dataset"

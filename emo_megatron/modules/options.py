@@ -8,6 +8,9 @@ from typing import Literal
 
 from emo_megatron.modules.calibration import Calibration
 
+LONGEST_ROW = 4096
+"""Tokens of a row where nobody says otherwise and the model could take more."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
