@@ -173,3 +173,22 @@ def forward(built: Any) -> Tensor | None:
 def report(folder: Path) -> dict[str, Any]:
     """What a composition or a merge says of itself."""
     return dict(json.loads((folder / "report.json").read_text()))
+
+
+def selection_of(folder: Path, kept: list[list[int]], **changes: Any) -> Any:
+    """The Selection that keeps these experts, layer by layer, of a checkpoint's model."""
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.selection import Selection, router_fingerprint
+
+    parent = MegatronCheckpoint(folder)
+    routers = [parent.layer_view(n).read("mlp.router.weight") for n in parent.moe_layers]
+    fields: dict[str, Any] = {
+        "num_experts": 8,
+        "experts": tuple(map(tuple, kept)),
+        "layers": parent.moe_layers,
+        "method": "mean_prob",
+        "seed": None,
+        "model": router_fingerprint(routers),
+        "data": {"documents": 3},
+    }
+    return Selection(**fields | changes)
