@@ -90,7 +90,7 @@ def _facts(stats: ExpertStatistics | None, model: StudiedModel | None) -> ModelF
     if stats is None:
         assert model is not None
         return model.facts
-    if model is not None and model.facts != stats.model:
+    if model is not None and not stats.model.is_same(model.facts):
         raise ValueError(
             "--stats and --checkpoint are of different models: run stats on this checkpoint"
         )

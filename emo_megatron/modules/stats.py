@@ -48,6 +48,14 @@ class ModelFacts:
     other_parameters: int
     """Parameters of everything but routed experts and their router rows."""
 
+    def is_same(self, other: ModelFacts) -> bool:
+        """Whether the routers are the same; formats may differ in what else they store."""
+        return self._routers == other._routers
+
+    @property
+    def _routers(self) -> tuple[object, ...]:
+        return self.fingerprint, self.num_experts, self.top_k, self.layers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExpertStatistics:
@@ -185,7 +193,7 @@ def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
     first = parts[0]
     tensors: dict[str, Any] = first.tensors()
     for part in parts[1:]:
-        if part.model != first.model:
+        if not part.model.is_same(first.model):
             raise ValueError(
                 "statistics of different models cannot be merged: "
                 f"{_difference(asdict(first.model), asdict(part.model))}"

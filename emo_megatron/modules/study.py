@@ -126,5 +126,7 @@ def _is_of(
 ) -> bool:
     same_data = [entry.get("sha256") for entry in stats.data] == [documents.source["sha256"]]
     return (
-        same_data and stats.model == model.facts and ("norm_LE" in stats.tensors()) == bool(outputs)
+        same_data
+        and stats.model.is_same(model.facts)
+        and ("norm_LE" in stats.tensors()) == bool(outputs)
     )
