@@ -215,6 +215,7 @@ def main() -> None:
     from emo_megatron.mcore.args import check_run, pool_config_from_args
     from emo_megatron.mcore.compat import use_compiled_index_builder
     from emo_megatron.mcore.spec import pool_spec_builder
+    from emo_megatron.mcore.weights import MegatronCheckpoint
 
     use_compiled_index_builder()
     sys.argv[1:] = [
@@ -228,6 +229,8 @@ def main() -> None:
         raise ValueError(
             f"evaluation runs in one process; got {args.world_size}. Use --nproc-per-node 1"
         )
+    # Megatron starts from random weights where it finds none
+    MegatronCheckpoint(args.load or "")
     # no pools whatever the run says: this measures what a deployed model does
     pool = dataclasses.replace(pool_config_from_args(args), pool_eval=None)
     config = gpt_config_from_args(args)
@@ -246,8 +249,6 @@ def main() -> None:
                 f"--evaluate-fractions {fraction} keeps {kept} of {args.num_experts} experts, and a "
                 f"token needs --moe-router-topk {args.moe_router_topk}; drop it"
             )
-    if args.iteration == 0:
-        raise ValueError(f"no checkpoint was loaded: --load {args.load} must name a finished run")
     manifest = json.loads((args.evaluate_corpus / "corpus.json").read_text())
     evaluator = ModuleEvaluator(
         model[0],
