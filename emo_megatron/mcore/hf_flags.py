@@ -192,7 +192,10 @@ def _values(architecture: Architecture) -> dict[str, Any]:
         "vocab_size": a.vocab_size,
         "padded_vocab_size": a.vocab_size,
         "num_experts": a.num_experts,
-        "moe_layer_freq": [int(layer in a.moe_layers) for layer in range(a.num_layers)],
+        # a list, even of ones, has Megatron name layers apart
+        "moe_layer_freq": (
+            [int(layer in a.moe_layers) for layer in range(a.num_layers)] if a.dense_layers else 1
+        ),
         "moe_router_topk": a.top_k,
         "moe_router_pre_softmax": not a.renormalise,
         "moe_ffn_hidden_size": a.expert_hidden,
