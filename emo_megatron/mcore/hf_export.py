@@ -6,6 +6,8 @@ python -m emo_megatron export --checkpoint runs/french --output exported/french
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,7 @@ from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.card import Origin, model_card
 from emo_megatron.modules.hf.folder import FORMATS, HuggingFaceFolder, write_folder
 from emo_megatron.modules.hf.formats import RECORD
-from emo_megatron.modules.hf.measured import MeasuredLoss, read_retention
+from emo_megatron.modules.hf.measured import MeasuredLoss, measured_domains, read_retention
 from emo_megatron.modules.hf.qwen2_moe import TINY_GATE
 from emo_megatron.modules.hf.tokenizer import Tokenizer
 from emo_megatron.modules.selection import Selection, load_selection
@@ -51,7 +53,11 @@ class ExportOptions:
     selection: Path | None = None
     """The Selection that the module was cut with, for the model card; by default the one in its folder."""
     retention: Path | None = None
-    """Rows of an evaluation of the parent (JSON), for the model card."""
+    """Rows of an evaluation of the model, or of a module's parent (JSON), for the model card."""
+    retention_domain: str | None = None
+    """The domain whose rows are the module's; by default the one that its calibration file is named after."""
+    name: str | None = None
+    """The title of the model card; by default the name of the run's folder."""
     parity_tokens: int = 64
     """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
     shard_gb: float = 5.0
@@ -80,7 +86,7 @@ def export(options: ExportOptions) -> Path:
     weights = MegatronWeights(checkpoint, architecture)
     tokenizer = _tokenizer(options, checkpoint, vocab_size=architecture.vocab_size)
     selection = _selection(options, architecture)
-    retention = _retention(options, architecture, selection)
+    retention = _retention(options, selection)
     dtype = _dtype(options, checkpoint)
     gate = TINY_GATE if options.nonzero_shared_gate else 0.0
     with whole(options.output) as folder:
@@ -111,7 +117,7 @@ def export(options: ExportOptions) -> Path:
             architecture,
             model_type=options.format,
             dtype=str(dtype).removeprefix("torch."),
-            origin=_origin(checkpoint),
+            origin=_origin(checkpoint, options, is_module=selection is not None),
             selection=selection,
             retention=retention,
             parity=parity,
@@ -156,13 +162,24 @@ def _selection(options: ExportOptions, architecture: Architecture) -> Selection 
     return selection
 
 
-def _retention(
-    options: ExportOptions, architecture: Architecture, selection: Selection | None
-) -> list[MeasuredLoss]:
-    if options.retention is None:
+def _retention(options: ExportOptions, selection: Selection | None) -> list[MeasuredLoss]:
+    path = options.retention
+    if path is None:
         return []
-    kept = None if selection is None else architecture.num_experts
-    return read_retention(options.retention, kept=kept)
+    if selection is None:
+        return read_retention(path)
+    domain = options.retention_domain
+    if domain is None:
+        files = re.findall(r'"file": "([^"]*)"', json.dumps(selection.data))
+        known = {Path(file).name.partition(".")[0] for file in files} & measured_domains(path)
+        if len(known) != 1:
+            raise ValueError(
+                f"--retention {path} does not tell which rows are this module's, whose experts were chosen on "
+                f"{', '.join(files) or 'unrecorded data'}: name the domain with --retention-domain"
+            )
+        domain = known.pop()
+    kept = selection.uniform_count(purpose="a module")
+    return read_retention(path, kept=kept, chosen_for=domain)
 
 
 def _dtype(options: ExportOptions, checkpoint: MegatronCheckpoint) -> torch.dtype:
@@ -186,7 +203,7 @@ def _pools(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     }
 
 
-def _origin(checkpoint: MegatronCheckpoint) -> Origin:
+def _origin(checkpoint: MegatronCheckpoint, options: ExportOptions, *, is_module: bool) -> Origin:
     args, common = checkpoint.args, checkpoint.common
     folder = checkpoint.path.resolve()
     # runs/NAME/checkpoint/iter_0000800 is NAME
@@ -194,8 +211,10 @@ def _origin(checkpoint: MegatronCheckpoint) -> Origin:
     named = [part for part in names if part not in ("checkpoint", "checkpoints")]
     return Origin(
         name=named[0] if named else folder.name,
+        title=options.name,
         iteration=int(common.get("iteration", 0) or 0),
         samples=getattr(args, "consumed_train_samples", None),
         seq_length=getattr(args, "seq_length", None),
         pools=_pools(checkpoint),
+        is_module=is_module,
     )

@@ -127,7 +127,7 @@ def check_export(result: dict[str, Any], *, folder: Path, iterations: int) -> No
         f"{iterations} iterations, 16 samples of 64 tokens",
         "8 of 12 routed experts",
         "| 2 | 0 1 2 3 5 8 9 11 |",
-        "| french | 8 | 3.250 | 3.000 | +0.250 | 4.000 |",
+        "| french | french | 8 | 3.250 | 3.000 | +0.250 | 4.000 |",
         "in float32: largest difference of a logit",
     ):
         assert told in result["card"], told

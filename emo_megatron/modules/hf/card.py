@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,11 +42,13 @@ class Origin:
     """Where the weights were before.
 
     Attributes:
-        name: of the checkpoint's folder.
+        name: of the run, by its folder.
+        title: of the card; None: the name.
         iteration: of training; 0 for weights without a run.
         samples: training samples seen, None if unknown.
         seq_length: tokens a sample, None if unknown.
-        pools: the document pools it was trained with, as PoolConfig's fields; empty for the standard MoE.
+        pools: the document pools it was trained with, as PoolConfig's fields; empty without.
+        is_module: whether it was cut out of another checkpoint, which knows how it was trained.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Origin:
     samples: int | None = None
     seq_length: int | None = None
     pools: dict[str, Any]
+    is_module: bool = False
+    title: str | None = None
 
 
 def model_card(
@@ -69,11 +74,11 @@ def model_card(
     """The card, Markdown with the front matter that Hugging Face's hub reads."""
     sections = [
         _front_matter(model_type),
-        f"# {origin.name}\n",
+        f"# {origin.title or origin.name}\n",
         _origin(origin),
         _model(architecture, dtype=dtype),
         _selection(selection, architecture=architecture),
-        _retention(retention, num_experts=architecture.num_experts),
+        _retention(retention, is_module=selection is not None),
         _use(architecture, model_type=model_type, shared_gate_value=shared_gate_value),
         _parity(parity),
     ]
@@ -107,7 +112,7 @@ def _origin(origin: Origin) -> str:
             "Trained with document pools (EMO, arXiv 2605.06663): every document routed inside its own pool of "
             f"experts ({settings}). It runs without pools."
         )
-    else:
+    elif not origin.is_module:
         lines.append("Trained as a standard mixture of experts, without document pools.")
     return "\n".join(lines) + "\n"
 
@@ -131,7 +136,6 @@ def _selection(selection: Selection | None, *, architecture: Architecture) -> st
     if selection is None:
         return ""
     kept = selection.uniform_count(purpose="an export")
-    data = ", ".join(f"{name}: {value}" for name, value in selection.data.items())
     rows = "\n".join(
         f"| {layer} | {' '.join(map(str, experts))} |"
         for layer, experts in zip(selection.layers, selection.experts, strict=True)
@@ -142,28 +146,46 @@ def _selection(selection: Selection | None, *, architecture: Architecture) -> st
         f"A module: {kept} of {selection.num_experts} routed experts in every layer "
         f"(keep-k {selection.keep_k(num_shared=num_shared)} with the shared one counted), chosen by "
         f"`{selection.method}`{f', seed {selection.seed}' if selection.seed is not None else ''}. "
-        f"Calibration data: {data or 'not recorded'}. Parent: routers with fingerprint `{selection.model[:16]}`.\n\n"
+        f"Calibration data: {_calibration(selection.data)}. "
+        f"Parent: routers with fingerprint `{selection.model[:16]}`.\n\n"
         f"| layer | experts of the parent |\n|---|---|\n{rows}\n"
     )
 
 
-def _retention(rows: Sequence[MeasuredLoss], *, num_experts: int) -> str:
+def _calibration(data: dict[str, Any]) -> str:
+    """The documents that chose the experts, in words where they are told as `stats` tells them."""
+    files = data.get("calibration")
+    if not isinstance(files, list) or not all(
+        isinstance(file, dict) and {"file", "documents", "tokens"} <= file.keys() for file in files
+    ):
+        return f"`{json.dumps(data)}`" if data else "not recorded"
+    return ", ".join(
+        f"{file['file']} ({file['documents']:,} documents, {file['tokens']:,} tokens)"
+        for file in files
+    )
+
+
+def _retention(rows: Sequence[MeasuredLoss], *, is_module: bool) -> str:
     if not rows:
         return "No retention was measured for this export.\n"
+    methods = ", ".join(sorted({f"`{row.method}`" for row in rows}))
+    model = "the parent" if is_module else "this model"
     lines = [
         "## Measured retention\n",
-        "Loss in nats a token on held-out text, without pools.\n",
-        "| text | experts | loss | with all experts | rise | as many at random |",
-        "|---|---|---|---|---|---|",
+        f"Loss in nats a token on held-out text, without pools: {model} limited to the experts that {methods} chose.\n",
+        "| text | chosen for | experts | loss | with all experts | rise | as many at random |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         random = "" if row.random_loss is None else f"{row.random_loss:.3f}"
         lines.append(
-            f"| {row.domain} | {row.kept} | {row.loss:.3f} | {row.full_loss:.3f} | "
+            f"| {row.text} | {row.chosen_for} | {row.kept} | {row.loss:.3f} | {row.full_loss:.3f} | "
             f"{row.loss - row.full_loss:+.3f} | {random} |"
         )
-    if any(row.kept != num_experts for row in rows):
-        lines.append("\nRows with fewer experts are of modules of this model.")
+    if is_module:
+        lines.append(
+            "\nThat evaluation chose its experts itself: they differ from this Selection where its documents did."
+        )
     return "\n".join(lines) + "\n"
 
 

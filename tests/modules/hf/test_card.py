@@ -10,7 +10,7 @@ import pytest
 from support import decoder
 
 from emo_megatron.modules.hf.card import Origin, Parity, model_card
-from emo_megatron.modules.hf.measured import MeasuredLoss, read_retention
+from emo_megatron.modules.hf.measured import MeasuredLoss, measured_domains, read_retention
 from emo_megatron.modules.selection import Selection
 
 SELECTION = Selection(
@@ -20,9 +20,19 @@ SELECTION = Selection(
     method="mean_prob",
     seed=None,
     model="ab" * 32,
-    data={"domain": "french", "tokens": 8192},
+    data={"calibration": [{"file": "french.jsonl", "documents": 40, "tokens": 8192}]},
 )
 ORIGIN = Origin(name="emo", iteration=800, samples=12800, seq_length=256, pools={"pool_min": 6})
+
+OWN = MeasuredLoss(
+    text="french",
+    chosen_for="french",
+    method="mean_prob",
+    kept=6,
+    loss=3.375,
+    full_loss=3.25,
+    random_loss=4.5,
+)
 
 
 def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> dict[str, Any]:
@@ -55,14 +65,7 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
         origin=ORIGIN,
         selection=SELECTION,
         retention=[
-            MeasuredLoss(
-                domain="french",
-                method="mean_prob",
-                kept=6,
-                loss=3.375,
-                full_loss=3.25,
-                random_loss=4.5,
-            )
+            OWN,
         ],
         parity=Parity(tokens=64, max_difference=2e-6, max_logit=3.0),
     )
@@ -76,9 +79,10 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
         "6 of 32 routed experts",
         "keep-k 7 with the shared one counted",
         "`mean_prob`",
-        "domain: french, tokens: 8192",
+        "french.jsonl (40 documents, 8,192 tokens)",
         "| 2 | 1 2 8 9 20 31 |",
-        "| french | 6 | 3.375 | 3.250 | +0.125 | 4.500 |",
+        "the parent limited to the experts that `mean_prob` chose",
+        "| french | french | 6 | 3.375 | 3.250 | +0.125 | 4.500 |",
         "largest difference of a logit 2.0e-06 over 64 tokens",
     ):
         assert told in card, told
@@ -108,11 +112,27 @@ def test_active_parameters_are_those_a_token_meets() -> None:
 def test_measured_rows_are_the_modules_own(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({str(i): row for i, row in enumerate(ROWS)}))
-    (found,) = read_retention(file, kept=6)
-    assert found == MeasuredLoss(
-        domain="french", method="mean_prob", kept=6, loss=3.375, full_loss=3.25, random_loss=4.5
+    own, other = read_retention(file, kept=6, chosen_for="french")
+    assert own == OWN
+    assert (other.text, other.chosen_for, other.loss, other.full_loss) == (
+        "python",
+        "french",
+        9.0,
+        2.0,
     )
-    assert [r.kept for r in read_retention(file, kept=None)] == [6, 12]
+    assert [(r.text, r.kept) for r in read_retention(file)] == [("french", 6), ("french", 12)]
+    assert measured_domains(file) == {"french", "python"}
+
+
+def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> None:
+    card = model_card(
+        decoder.architecture(num_layers=2),
+        model_type="qwen2_moe",
+        dtype="float32",
+        origin=Origin(name="x", pools={}, is_module=True),
+        selection=SELECTION,
+    )
+    assert "standard mixture" not in card
 
 
 @pytest.mark.parametrize(
@@ -120,7 +140,10 @@ def test_measured_rows_are_the_modules_own(tmp_path: Path) -> None:
     [
         ("{", "not readable JSON"),
         ('[{"loss": 3}]', "must hold rows with domain"),
-        (json.dumps(ROWS), "no rows of modules of 5 routed experts"),
+        (
+            json.dumps(ROWS),
+            "no row of a module of 5 routed experts for any domain .*french, python",
+        ),
     ],
 )
 def test_a_file_that_says_nothing_of_the_module_is_refused(
