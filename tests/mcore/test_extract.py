@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from support import checkpoints, pretraining
+from support import checkpoints
 from support.checkpoints import selection_of
 
 from emo_megatron.cli import main
@@ -86,27 +86,6 @@ def test_the_full_model_says_something_else(ranks, parent, module):
         for folder, config in ((parent, {}), (module, {"num_moe_experts": 4}))
     )
     assert (full - cut).abs().max() > 1e-2
-
-
-def test_stock_megatron_trains_and_resumes_it(tmp_path, data_prefix):
-    """pretrain_emo.py trains the parent; the command cuts; stock layers load, train a step under EP2, save, resume."""
-    parent, module, further = tmp_path / "parent", tmp_path / "module", tmp_path / "further"
-    save = ("--save-interval", 1, "--save", parent)
-    pretraining.pretrain(1, "--pool-min", 3, "--train-iters", 1, *save, data=data_prefix)
-    kept = [[0, 2, 4, 5], [1, 2, 3, 7], [0, 1, 6, 7]]
-    selection = selection_of(parent, kept).save(tmp_path / "kept.json")
-    command = ["extract", "--checkpoint", parent, "--selection", selection, "--output", module]
-    assert main([str(part) for part in command]) == 0
-    stock = {"script": pretraining.ROOT / "tests" / "support" / "pretrain_stock.py"}
-    flags = ("--num-experts", 4, "--expert-model-parallel-size", 2, "--save", further)
-    first = pretraining.pretrain(
-        *(2, *flags, "--load", module, "--train-iters", 1, "--save-interval", 1),
-        data=data_prefix,
-        **stock,
-    )
-    assert len(pretraining.logged(first)) == 1
-    assert "loading release distributed checkpoint" in first
-    assert MegatronCheckpoint(further).args.num_experts == 4
 
 
 def test_refusals(parent, module, tmp_path, capsys):
