@@ -273,10 +273,11 @@ class LayerSums:
 
 
 def change_of(input_TH: Tensor, output_TH: Tensor) -> Tensor:
-    """[T] float32: how far an MoE layer turns its input, max(0, 1 - cos(h, h + MoE(h))).
+    """[T] float64: how far an MoE layer turns its input, max(0, 1 - cos(h, h + MoE(h))).
 
     As EMO's authors compute it: h is the layer's normed input and MoE(h) its whole output, shared experts included.
     """
-    before_TH, after_TH = input_TH.float(), input_TH.float() + output_TH.float()
+    # the angle is small, and its cosine close to one: in float32 little of the difference would be left
+    before_TH, after_TH = input_TH.double(), input_TH.double() + output_TH.double()
     cosine_T = torch.nn.functional.cosine_similarity(before_TH, after_TH, dim=-1)
     return (1 - cosine_T).clamp(min=0)

@@ -40,7 +40,13 @@ def assert_same(got, want):
         )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(sizes, id=name, marks=[pytest.mark.slow] if name == "dp2-ep4" else [])
+        for name, sizes in LAYOUTS.items()
+    ],
+)
 def test_every_layout_measures_what_one_process_does(ranks, single, layout):
     world = layout["world"]
     sizes = {name: size for name, size in layout.items() if name != "world"}

@@ -103,5 +103,8 @@ def test_sums_leave_out_padding():
 def test_change_is_one_minus_the_cosine_and_never_negative():
     before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     output = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [-2.0, 0.0]])
-    torch.testing.assert_close(change_of(before, output), torch.tensor([0.0, 1.0, 2.0]))
+    torch.testing.assert_close(change_of(before, output), torch.tensor([0.0, 1.0, 2.0]).double())
     assert (change_of(before, before * 3) >= 0).all()
+    # a layer that hardly turns its input: 1 - cos(a) is a^2 / 2
+    slight = change_of(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1e-5]]))
+    assert slight.item() == pytest.approx(0.5e-10, rel=1e-4)
