@@ -47,8 +47,10 @@ format: $(STAMP) ## rewrite the code in the project's style
 types: $(STAMP) ## check the types
 	@$(RUN) mypy
 
-bench: $(STAMP) ## run the benchmarks
-	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(VENV)/bin/python $$script || exit; done
+bench: $(STAMP) ## run the benchmarks, quick ones (all sizes: make bench ARGS=)
+	@for script in $(wildcard benchmarks/bench_*.py); do \
+	    $(NEWS) "$$script"; $(VENV)/bin/python $$script $(if $(filter undefined file,$(origin ARGS)),--quick,$(ARGS)) || exit; \
+	done
 
 clean: ## remove build products and caches (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,221 @@
+"""What do document pools cost a training step of a Megatron MoE layer?
+
+One real MoELayer, forward and backward, in turns with Megatron's own router and with PoolRouter: packed documents,
+balance and z losses, metrics recorded. All variants share weights. "pools of all experts" does everything that pools
+need and then chooses the same experts as the standard router, so its ratio is the cost of the method alone; nothing is
+timed before its output and gradients equal the standard layer's. Two last tables say where PoolRouter's forward pass
+goes and how many operations it hands to the device.
+
+    python benchmarks/bench_layer.py --quick     # a small layer, seconds
+    python benchmarks/bench_layer.py             # d=1024, 64 experts, top-8: some two minutes on two cores
+    python benchmarks/bench_layer.py --model-dim 2048 --experts 128 --ffn-dim 1024 --tokens 4096   # the paper's layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from layers import POOLS, SAME_CHOICES, STOCK, LayerSize, build_layers
+from pieces import count_operations, router_pieces
+from timing import (
+    RESULTS,
+    Device,
+    Estimate,
+    Rounds,
+    Samples,
+    describe_machine,
+    estimate,
+    interleave,
+    judge,
+    markdown_table,
+    pick_device,
+    ratio,
+    result_name,
+    run_script,
+    write_results,
+)
+
+from emo_megatron import ops
+
+TARGET = 0.02
+"""Largest overhead of the method, on a CPU, of a layer of TARGET_SIZE."""
+TARGET_SIZE = {"model_dim": 1024, "experts": 64}
+QUICK = LayerSize(tokens=512, model_dim=128, experts=16, ffn_dim=128, top_k=4, documents=4)
+CPU = LayerSize(tokens=2048, model_dim=1024, experts=64, ffn_dim=512, top_k=8, documents=16)
+GPU = LayerSize(tokens=16384, model_dim=2048, experts=128, ffn_dim=1024, top_k=8, documents=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time a Megatron MoE layer with the standard router and with pools, in turns."""
+
+    quick: bool = False
+    """A small layer and few rounds: shows that everything runs; too small for its ratio to mean anything."""
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 2
+    """CPU threads."""
+    tokens: int | None = None
+    """Tokens of a micro-batch. Default: 2048, on a GPU 16384."""
+    model_dim: int | None = None
+    """Width of the model. Default: 1024, on a GPU the paper's 2048."""
+    experts: int | None = None
+    """Routed experts. Default: 64, on a GPU the paper's 128."""
+    ffn_dim: int | None = None
+    """Hidden width of an expert. Default: 512, on a GPU the paper's 1024."""
+    top_k: int | None = None
+    """Experts a token. Default: 8."""
+    documents: int | None = None
+    """Documents of the micro-batch. Default: 16, on a GPU 64."""
+    seconds: float | None = None
+    """Time to spend on the layer, at least five rounds. Default: 100, on a GPU 20, quick 2."""
+    output: Path = field(default=RESULTS)
+    """Folder of the results, a CSV and a page named after the hardware."""
+
+    def size(self, default: LayerSize) -> LayerSize:
+        """The layer: what was asked for, else the default.
+
+        Raises:
+            ValueError: it cannot be built.
+        """
+        names = [f.name for f in dataclasses.fields(LayerSize)]
+        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(default, **asked)
+
+
+def main(options: Options) -> list[Path]:
+    """Check, time, write; returns the files.
+
+    Raises:
+        ValueError: a variant does not compute what the standard layer does, or an option is wrong.
+    """
+    device = pick_device(options.device)
+    torch.set_num_threads(options.threads)
+    on_gpu = device.type == "cuda"
+    size = options.size(QUICK if options.quick else GPU if on_gpu else CPU)
+    facts = describe_machine(device, threads=options.threads)
+    facts["routing ops"] = ops.why_not_native(device.type) or "native"
+    os.environ["EMO_DEVICE"] = device.type
+    layers = build_layers(size, device=device)
+    layers.check()
+
+    seconds = options.seconds or (2.0 if options.quick else 20.0 if on_gpu else 100.0)
+    samples = interleave(
+        layers.layer_steps(),
+        device=device,
+        rounds=Rounds(fewest=5, most=200, seconds=seconds),
+    )
+    routers = interleave(
+        layers.router_steps(),
+        device=device,
+        rounds=Rounds(fewest=5, most=200, seconds=seconds / 10),
+    )
+    pieces = router_pieces(layers, rounds=10 if options.quick else 50)
+
+    operations = count_operations(layers)
+
+    rows = [*_rows("layer", samples, size), *_rows("router", routers, size)]
+    rows += [
+        _row(size, part=f"forward: {name}", variant=POOLS, mode="forward", time=time)
+        for name, time in pieces.items()
+    ]
+    page = _page(samples, routers, facts=facts, size=size, is_cpu=not on_gpu)
+    page += "\n" + _pieces(pieces, operations)
+    print(page)
+    name = result_name("layer", device=device, is_quick=options.quick)
+    return write_results(options.output, name, rows=rows, page=page)
+
+
+def _row(
+    size: LayerSize, *, part: str, variant: str, mode: str, time: Estimate, **more: Any
+) -> dict[str, Any]:
+    row = dataclasses.asdict(size) | {"part": part, "variant": variant, "mode": mode}
+    row |= {f"{name}_us": round(getattr(time, name) * 1e6, 1) for name in ("median", "low", "high")}
+    names = ("times_stock", "times_stock_low", "times_stock_high", "rounds")
+    return row | {name: more.get(name, "") for name in names}
+
+
+def _rows(part: str, samples: dict[str, Samples], size: LayerSize) -> list[dict[str, Any]]:
+    """The CSV of one set of contenders."""
+    rows = []
+    for variant, found in samples.items():
+        for mode in ("forward", "total"):
+            values, stock = getattr(found, mode), getattr(samples[STOCK], mode)
+            times = ratio(values, stock)
+            rows.append(
+                _row(
+                    size,
+                    part=part,
+                    variant=variant,
+                    mode="forward" if mode == "forward" else "forward + backward",
+                    time=estimate(values),
+                    times_stock=round(times.median, 4),
+                    times_stock_low=round(times.low, 4),
+                    times_stock_high=round(times.high, 4),
+                    rounds=len(values),
+                )
+            )
+    return rows
+
+
+def _page(
+    samples: dict[str, Samples],
+    routers: dict[str, Samples],
+    *,
+    facts: dict[str, str],
+    size: LayerSize,
+    is_cpu: bool,
+) -> str:
+    parts = ["# MoE layer\n"]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
+    parts.append(f"The layer: {size}. Medians with 95 % intervals, rounds in pairs.\n")
+    parts.append("## Target\n")
+    parts.append(f"- {_verdict(samples, size, is_cpu=is_cpu)}\n")
+    layer = estimate(samples[STOCK].total).median
+    for title, found in {"Layer": samples, "Router alone": routers}.items():
+        table = []
+        for variant, times in found.items():
+            overhead = estimate(
+                [(a - b) / layer for a, b in zip(times.total, found[STOCK].total, strict=True)]
+            )
+            milliseconds = estimate(times.total).scaled(1e3)
+            fastest = f"{min(times.total) * 1e3:.2f}"
+            table.append([variant, str(milliseconds), fastest, str(overhead.scaled(100))])
+        parts.append(f"## {title}, forward + backward\n")
+        head = ["router", "ms", "fastest, ms", "more than standard, % of the standard layer"]
+        parts.append(markdown_table(head, table))
+    return "\n".join(parts)
+
+
+def _pieces(pieces: dict[str, Estimate], operations: dict[str, int]) -> str:
+    times = [[name, str(time.scaled(1e6))] for name, time in pieces.items()]
+    counts = [[name, str(count)] for name, count in operations.items()]
+    return "\n".join(
+        [
+            "## Where PoolRouter's forward pass goes\n",
+            markdown_table(["piece", "us"], times),
+            "## Operations of a router's forward pass, each at least one kernel on a GPU\n",
+            markdown_table(["router", "operations"], counts),
+        ]
+    )
+
+
+def _verdict(samples: dict[str, Samples], size: LayerSize, *, is_cpu: bool) -> str:
+    claim = f"pools cost at most {TARGET:.0%} of the layer on a CPU at d=1024, E=64"
+    if not is_cpu or any(getattr(size, name) != value for name, value in TARGET_SIZE.items()):
+        return f"not judged: {claim} (this is another layer)"
+    times = ratio(samples[SAME_CHOICES].total, samples[STOCK].total)
+    verdict = judge(times, at_most=1 + TARGET)
+    return f"{verdict}: {claim}; {times.median - 1:.2%} [{times.low - 1:.2%}, {times.high - 1:.2%}]"
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    )

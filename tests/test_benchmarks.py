@@ -1,0 +1,255 @@
+"""The benchmarks run, leave whole files, and refuse to time what does not compute what it should."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emo_megatron import ops
+from emo_megatron.ops.native import NativeOps
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+LAYER = (
+    *("--quick", "--device", "cpu", "--tokens", "48", "--model-dim", "32", "--experts", "8"),
+    *("--ffn-dim", "16", "--top-k", "2", "--documents", "3", "--seconds", "0.01"),
+)
+needs_native = pytest.mark.skipif(
+    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
+)
+
+
+@pytest.fixture
+def routing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[Path]]:
+    """Runs the routing benchmark on tiny sizes and gives its files."""
+    pytest.importorskip("megatron.core")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_routing import Options, main
+
+    options = Options(
+        quick=True,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        tokens=(96,),
+        experts=(16,),
+        top_k=(2,),
+        document_tokens=(12,),
+        seconds=0.01,
+        output=tmp_path / "results",
+    )
+    return lambda: main(options)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_native
+def test_routing_leaves_a_row_a_router_and_mode(routing: Callable[[], list[Path]]) -> None:
+    table, page = routing()
+    rows = _rows(table)
+    assert sorted(path.name for path in table.parent.iterdir()) == sorted([table.name, page.name])
+    found = {(row["router"], row["mode"]): row for row in rows}
+    assert len(found) == len(rows) == 10
+    for (router, _), row in found.items():
+        if router.startswith("Transformer Engine"):
+            assert row["status"] == "needs a CUDA device"
+            assert row["median_us"] == ""
+        else:
+            assert row["status"] == "measured"
+            assert 0 < float(row["fastest_us"]) <= float(row["median_us"])
+            assert int(row["rounds"]) >= 3
+    assert found["native ops", "forward"]["times_native"] == "1.0"
+    text = page.read_text()
+    assert "commit: " in text
+    assert "not judged: T=8192" in text
+
+
+def _break_weights(routing: ops.Routing, _: torch.Tensor) -> ops.Routing:
+    return replace(routing, probs_TE=routing.probs_TE * 1.001)
+
+
+def _break_choice(routing: ops.Routing, _: torch.Tensor) -> ops.Routing:
+    return replace(routing, routing_map_TE=routing.routing_map_TE.roll(1, dims=0))
+
+
+def _break_loss(routing: ops.Routing, _: torch.Tensor) -> ops.Routing:
+    return replace(routing, z_T=routing.z_T * 1.01)
+
+
+def _break_gradient(routing: ops.Routing, logits_TE: torch.Tensor) -> ops.Routing:
+    nothing = 1e-3 * (logits_TE - logits_TE.detach())
+    return replace(routing, probs_TE=routing.probs_TE + nothing)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (_break_weights, "weights differ"),
+        (_break_choice, "chooses other experts"),
+        (_break_loss, "losses differ"),
+        (_break_gradient, "gradient differ"),
+    ],
+)
+def test_routing_refuses_to_time_a_broken_op(
+    routing: Callable[[], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    break_it: Callable[[ops.Routing, torch.Tensor], ops.Routing],
+    says: str,
+) -> None:
+    real = NativeOps.pool_topk
+
+    def broken(self: NativeOps, logits_TE: torch.Tensor, **options: Any) -> ops.Routing:
+        return break_it(real(self, logits_TE, **options), logits_TE)
+
+    monkeypatch.setattr(NativeOps, "pool_topk", broken)
+    with pytest.raises(ValueError, match=f"native ops does not route .*{says}"):
+        routing()
+    assert not (tmp_path / "results").exists()
+
+
+def test_routing_needs_the_compiled_ops(
+    routing: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMO_OPS", "reference")
+    with pytest.raises(ValueError, match="no compiled ops to time: EMO_OPS=reference"):
+        routing()
+
+
+def _run_layer(*arguments: str, output: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("megatron.core")
+    script = (
+        f"import runpy, sys\nsys.argv = sys.argv[1:]\nsys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        f"{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    run = [sys.executable, "-c", script, "benchmarks/bench_layer.py", "--output", str(output)]
+    return subprocess.run(
+        [*run, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EMO_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_layer_leaves_layers_routers_and_pieces(tmp_path: Path) -> None:
+    done = _run_layer(*LAYER, "--threads", "1", output=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table, page = sorted(tmp_path.iterdir())
+    assert [table.suffix, page.suffix] == [".csv", ".md"]
+    rows = _rows(table)
+    assert {"layer", "router", "forward: pool_topk"} <= {row["part"] for row in rows}
+    times = {row["variant"]: float(row["times_stock"]) for row in rows if row["times_stock"]}
+    assert len(times) == 3
+    assert times["standard router"] == 1.0
+    assert "not judged: pools cost at most 2%" in page.read_text()
+
+
+BREAK_ROUTING = """
+import dataclasses
+from emo_megatron import ops
+real = ops.pool_topk
+def broken(*args, **options):
+    routing = real(*args, **options)
+    return dataclasses.replace(routing, probs_TE=routing.probs_TE * 1.01)
+ops.pool_topk = broken
+"""
+BREAK_POOLS = """
+import torch
+from emo_megatron import ops
+real = ops.pool_topk
+ops.pool_topk = lambda logits_TE, *, pool_DE, **options: real(
+    logits_TE, pool_DE=torch.ones_like(pool_DE), **options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [(BREAK_ROUTING, "its output differs"), (BREAK_POOLS, "tokens leave the pool")],
+)
+def test_layer_refuses_to_time_a_broken_router(tmp_path: Path, before: str, says: str) -> None:
+    done = _run_layer(*LAYER, output=tmp_path, before=before)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert says in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_verdict_needs_the_whole_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from timing import Estimate, estimate, judge, ratio
+
+    found = Estimate(median=3.1, low=2.9, high=3.2)
+    assert judge(found, at_least=2.5) == "met"
+    assert judge(found, at_least=3.0) == "undecided"
+    assert judge(found, at_least=3.5) == "MISSED"
+    assert judge(found, at_most=3.0) == "undecided"
+    assert judge(found, at_most=2.5) == "MISSED"
+    # a disturbed round moves neither the median nor, alone, its interval far
+    rounds = estimate([1.0] * 10 + [50.0])
+    assert (rounds.median, rounds.low, rounds.high) == (1.0, 1.0, 1.0)
+    # rounds are compared pair by pair: a slow machine slows both
+    assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]).high == 2.0
+
+
+def _tool(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_gpu_script_reports_every_step(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    _tool(
+        tools / "nvidia-smi",
+        'case "$*" in *compute_cap*) echo 9.0;; *) echo "Some GPU 80GB";; esac',
+    )
+    python = _tool(
+        tmp_path / "python", 'case "$*" in *bench_layer*) exit 3;; *) echo "ran $*";; esac'
+    )
+    results = tmp_path / "results"
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), str(results)],
+        env={"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": str(python), "WHEELS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    summary = (results / "gpu-some-gpu-80gb.md").read_text()
+    status = {
+        cells[1].strip(): cells[2].strip()
+        for cells in (line.split("|") for line in summary.splitlines() if line.startswith("| "))
+    }
+    assert status["unpack wheels"] == "not run"
+    assert status["gpu tests"] == status["routing tests"] == status["routing benchmark"] == "ok"
+    assert status["layer benchmark"] == "FAILED"
+    assert {"registers", "ncu profile", "nsys profile", "memory check"} <= set(status)
+
+
+def test_gpu_script_runs_nowhere_else(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path / "results")],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 2:
+        pytest.skip("this machine has a GPU")
+    assert "not run" in done.stderr
+    assert not (tmp_path / "results").exists()
