@@ -1,9 +1,9 @@
 """What does sending each token to a rank once save over expert-parallel ranks?
 
-One Megatron MoE layer with its own `alltoall` dispatcher and with `--pool-dispatcher dedup`, in turns in the same processes over gloo:
-the whole step (dispatch, experts, combine, forward and backward) and the dispatch and the combine alone. Nothing is timed before
-outputs and gradients are equal. Experts are small, so that what travels weighs: how much a step gains elsewhere depends
-on the share of the all-to-all in it. Routing is uniform, the worst case for deduplication.
+One Megatron MoE layer with its own `alltoall` dispatcher and with `--pool-dispatcher dedup`, in turns in the same
+processes over gloo: the whole step (dispatch, experts, combine, forward and backward) and the dispatch and the combine
+alone. Nothing is timed before outputs and gradients are equal. Experts are small, so that what travels weighs: how much
+a step gains elsewhere depends on the share of the all-to-all in it. Routing is uniform, the worst case for it.
 
     python benchmarks/bench_dispatch.py --quick     # small, seconds
     python benchmarks/bench_dispatch.py             # d=1024, top-8, 2 and 4 ranks: some two minutes on two cores
@@ -192,7 +192,8 @@ def _page(answers: list[Answer], size: DispatchSize, *, facts: dict[str, str]) -
     parts = ["# Dispatch over expert-parallel ranks\n"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
     parts.append(
-        f"The layer: {size}; one thread a rank, all ranks on this machine, gloo, float32. Medians with 95 % intervals.\n"
+        f"The layer: {size}; one thread a rank, all ranks on this machine, gloo, float32. "
+        "Medians with 95 % intervals.\n"
     )
     parts.append("## Target\n")
     parts.append("\n".join(f"- {_verdict(answer, size)}" for answer in answers) + "\n")
@@ -203,11 +204,10 @@ def _page(answers: list[Answer], size: DispatchSize, *, facts: dict[str, str]) -
                 total = estimate(times.total).scaled(1e3)
                 faster = ratio(found[STOCK].total, times.total)
                 sent = answer.traffic[name]
-                table.append(
-                    [f"EP{answer.ranks}, {part}, {name}", str(total), str(faster)]
-                    + [f"{sent.rows / size.tokens:.2f}"]
-                    + [f"{sent.crossing_bytes / size.tokens / 1e3:.1f}"]
-                )
+                name = f"EP{answer.ranks}, {part}, {name}"
+                rows = f"{sent.rows / size.tokens:.2f}"
+                kilobytes = f"{sent.crossing_bytes / size.tokens / 1e3:.1f}"
+                table.append([name, str(total), str(faster), rows, kilobytes])
     parts.append("## Forward + backward\n")
     head = ["what", "ms", "times as fast", "rows a token", "kB a token to other ranks, forward"]
     parts.append(markdown_table(head, table))
