@@ -69,6 +69,18 @@ COMMANDS = {
         options="MergeOptions",
         function="merge",
     ),
+    "place": Command(
+        summary="Place experts that are used together on one expert-parallel rank.",
+        module="emo_megatron.modules.placing",
+        options="PlaceOptions",
+        function="place_files",
+    ),
+    "relabel": Command(
+        summary="Put a checkpoint's experts in the order of a placement.",
+        module="emo_megatron.mcore.relabel",
+        options="RelabelOptions",
+        function="relabel",
+    ),
     "export": Command(
         summary="Export a checkpoint or a module to Hugging Face.",
         module="emo_megatron.mcore.hf_export",
