@@ -1,15 +1,18 @@
-"""What do real pools send over expert-parallel ranks: Megatron's alltoall, each token once, each token once with placed experts?
+"""What does the routing of real models send over expert-parallel ranks, and what does placing the experts save?
 
-Runs trained models on text, keeps every token's experts, and replays them for 2, 4 and 8 ranks. Experts are placed by the
-statistics of one half of the documents and counted on the other. Rows a token and bytes are exact for that routing;
-nothing is timed. Home ranks are taken as uniform: a share (R - 1) / R of all rows goes to another rank.
+Runs the demo's models on held-out text, keeps every token's experts, and replays them for 2, 4 and 8 ranks: Megatron's
+alltoall, each token once, each token once with placed experts. Experts are placed by the statistics of one half of the
+documents and counted on the other. Rows and bytes are exact for that routing; nothing is timed. Documents come from all
+ranks alike: a share (R - 1) / R of all rows goes to another rank.
 
     make demo
-    python benchmarks/replay_routing.py --runs runs/demo      # a minute; writes docs/traffic.* and the table of docs/dispatch.md
+    python benchmarks/replay_routing.py     # two minutes; rewrites the table and the figure of docs/dispatch.md
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import socket
 import sys
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
-from timing import markdown_table, run_script, write_results
+from timing import RESULTS, markdown_table, run_script, write_results
 from torch import Tensor
 
 from emo_megatron.modules.files import whole
@@ -35,7 +38,12 @@ MICRO_BATCH = 4096
 """Tokens over which load imbalance is taken: the demo's micro-batch."""
 BF16, PAIR = 2, 8
 """Bytes of a number in a hidden state, and of an expert's number and probability."""
-ALLTOALL, DEDUP, LOAD, TOGETHER = "alltoall", "dedup", "dedup, placed by load", "dedup, placed together"
+ALLTOALL, DEDUP, LOAD, TOGETHER = (
+    "alltoall",
+    "dedup",
+    "dedup, placed by load",
+    "dedup, placed together",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +58,10 @@ class Options:
     """Tokens of each domain, half to place experts by, half to count."""
     max_imbalance: float = 1.1
     """Bound of the load of the fullest rank over the mean, on the half that experts are placed by."""
-    output: Path = ROOT / "docs"
-    """Folder of traffic.csv, traffic.md and traffic.png; the table of a dispatch.md there is rewritten."""
+    output: Path = RESULTS
+    """Folder of traffic.csv and traffic.md."""
+    page: Path = ROOT / "docs" / "dispatch.md"
+    """Page whose table is rewritten; its figure, of the same name, lies beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +103,8 @@ def main(options: Options) -> list[Path]:
     for name in ("emo/checkpoint", "standard/checkpoint", "corpus/validation"):
         if not (options.runs / name).is_dir():
             raise ValueError(f"{options.runs / name} does not exist: run make demo, or name --runs")
+    if BEGIN not in options.page.read_text(encoding="utf-8"):
+        raise ValueError(f"--page must have a table to rewrite, between {BEGIN} and {END}")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for run in RUNS:
@@ -108,16 +120,19 @@ def main(options: Options) -> list[Path]:
             rows += _replay(run, options, stem)
     table = _table(rows)
     print(table)
-    written = write_results(options.output, "traffic", rows=[_plain(r) for r in rows], page=table)
-    page = options.output / "dispatch.md"
-    if page.exists() and BEGIN in page.read_text():
-        text = page.read_text()
-        with whole(page) as unfinished:
-            unfinished.write_text(
-                f"{text.split(BEGIN)[0]}{BEGIN}\n{table}{END}{text.split(END)[1]}"
-            )
-        written.append(page)
-    return [*written, _figure(rows, options.output / "traffic.png")]
+    written = write_results(
+        options.output, "traffic", rows=[_plain(row) for row in rows], page=table
+    )
+    return [*written, *_publish(rows, table, options.page)]
+
+
+def _publish(rows: Sequence[Row], table: str, page: Path) -> list[Path]:
+    """Put the table on the page and the figure beside it."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with whole(page) as unfinished:
+        unfinished.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+    return [page, _figure(rows, page.with_suffix(".png"))]
 
 
 def _record(run: Run, options: Options, stem: Path) -> None:
@@ -153,17 +168,13 @@ def _record(run: Run, options: Options, stem: Path) -> None:
     )
     recorders = [_Recorder(layer) for layer in layers]
     study.loss(test)
-    tensors = {
-        str(recorder.layer.layer_number): torch.cat(recorder.seen) for recorder in recorders
-    }
+    tensors = {str(recorder.layer.layer_number): torch.cat(recorder.seen) for recorder in recorders}
     width = torch.tensor(stored.hidden_size)
     save_file(tensors | {"width": width}, stem.with_suffix(".routing"))
 
 
 def _train_with_pools(model: Any, layers: Sequence[Any], stored: Any) -> None:
     """Pools as they were drawn at the end of the run."""
-    import dataclasses
-
     from emo_megatron.config import PoolConfig
     from emo_megatron.mcore.context import CLOCK
 
@@ -201,9 +212,9 @@ def _halves(options: Options) -> tuple[list[Tensor], list[Tensor]]:
         stored = load_file(path)
         bounds = stored["cu_seqlens"].tolist()
         taken = 0
-        for place, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if stop > start and taken < options.tokens:
-                halves[place % 2].append(stored["tokens"][start:stop].long())
+                halves[number % 2].append(stored["tokens"][start:stop].long())
                 taken += stop - start
     generator = torch.Generator().manual_seed(0)
     fit, test = (
@@ -227,7 +238,8 @@ def _replay(run: Run, options: Options, stem: Path) -> list[Row]:
             )
             orders[name] = list(found.order)
         for dispatch, order in orders.items():
-            rows.append(_row(run, ranks, dispatch, dict(zip(stats.model.layers, order, strict=True)), routing, width))
+            of_layers = dict(zip(stats.model.layers, order, strict=True))
+            rows.append(_row(run, ranks, dispatch, of_layers, routing, width))
     return rows
 
 
@@ -267,13 +279,19 @@ def _row(
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    import dataclasses
-
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
+    fields = dataclasses.asdict(row).items()
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in fields}
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = ["routing", "EP", "dispatch", "rows a token", "of alltoall", "bytes a token to other ranks"]
+    head = [
+        "routing",
+        "EP",
+        "dispatch",
+        "rows a token",
+        "of alltoall",
+        "bytes a token to other ranks",
+    ]
     head += ["fullest rank / mean: experts' work", "rows"]
     stock = {(r.run, r.ranks): r.rows_per_token for r in rows if r.dispatch == ALLTOALL}
     return markdown_table(
@@ -307,14 +325,14 @@ def _figure(rows: Sequence[Row], path: Path) -> Path:
         for offset, (dispatch, colour) in enumerate(styles.items()):
             found = [r for r in rows if r.run == run.name and r.dispatch == dispatch]
             places = [ranks.index(r.ranks) + (offset - 1.5) * 0.2 for r in found]
-            axis.bar(
-                places, [r.rows_per_token for r in found], 0.19, color=colour, label=dispatch
-            )
+            axis.bar(places, [r.rows_per_token for r in found], 0.19, color=colour, label=dispatch)
         axis.set_xticks(range(len(ranks)), [f"EP{r}" for r in ranks])
         axis.set_title(run.name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("rows a token, each way")
-    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     with whole(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)
