@@ -27,6 +27,7 @@ from emo_megatron.mcore.checkpoint import check_resume  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
 from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook  # noqa: E402
 from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
+from emo_megatron.mcore.placement import add_placement_args, placement_hook  # noqa: E402
 from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
 
 
@@ -36,7 +37,9 @@ def main() -> None:
     use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
     args = parse_and_validate_args(
-        extra_args_provider=lambda parser: add_finetune_args(add_pool_args(parser)),
+        extra_args_provider=lambda parser: add_placement_args(
+            add_finetune_args(add_pool_args(parser))
+        ),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     pool = pool_config_from_args(args)
@@ -45,8 +48,7 @@ def main() -> None:
     check_resume(pool, args)
     train.allow_flat_microbatches(model.transformer)
     model.transformer_layer_spec = pool_spec_builder(pool)
-    if freeze := freeze_hook(args):
-        model.pre_wrap_hooks.append(freeze)
+    model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
     install_metrics(pool, model.transformer, has_documents=args.dataloader_inter_document_masking)
     pretrain(
         pretrain_cfg_container_from_args(args, model),

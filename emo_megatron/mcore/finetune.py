@@ -100,7 +100,7 @@ def freeze(model: torch.nn.Module, *, policy: TrainOnly, selection: Selection | 
         if policy == "experts+router":
             layer.router.requires_grad_(True)
         kept = None if selection is None else _kept(selection, layer)
-        for expert, parameter in _expert_parameters(layer):
+        for expert, parameter in expert_parameters(layer):
             parameter.requires_grad_(kept is None or expert in kept)
     _keep_graph(model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -114,7 +114,7 @@ def _kept(selection: Selection, layer: MoELayer) -> tuple[int, ...]:
     return selection.experts[selection.layers.index(layer.layer_number)]
 
 
-def _expert_parameters(layer: MoELayer) -> list[tuple[int, Tensor]]:
+def expert_parameters(layer: MoELayer) -> list[tuple[int, Tensor]]:
     """This rank's parameters of routed experts, with the number that each expert has in the whole model."""
     found = []
     for name, parameter in layer.experts.named_parameters():

@@ -46,7 +46,7 @@ def relabel(options: RelabelOptions) -> Path:
     """
     placement = load_placement(options.placement)
     parent = open_parent(options.checkpoint, None)
-    _check(parent, placement)
+    check_placement(parent, placement)
     order = dict(zip(placement.layers, placement.order, strict=True))
 
     def rows(name: str, start: int, stop: int) -> Tensor:
@@ -63,7 +63,12 @@ def relabel(options: RelabelOptions) -> Path:
     )
 
 
-def _check(parent: MegatronCheckpoint, placement: Placement) -> None:
+def check_placement(parent: MegatronCheckpoint, placement: Placement) -> None:
+    """Refuse a placement of another model, and a model whose experts' numbers mean something.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
     args = parent.args
     routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
     placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
