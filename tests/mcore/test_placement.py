@@ -90,13 +90,13 @@ def test_only_a_run_that_starts_from_weights_places(run):
 
 @pytest.mark.slow
 def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix):
-    """bf16 with the distributed optimizer, whose own copies of the weights must be placed too."""
+    """With the distributed optimizer, which must step from the placed weights."""
     pools = ("--pool-min", 3, "--save-interval", 1)
     first = tmp_path / "first"
     pretraining.pretrain(1, *pools, "--train-iters", 1, "--save", first, data=data_prefix)
     placement = _placement_of(first, (*ORDER, ORDER[0])).save(tmp_path / "p.json")
     going_on = (
-        *(*pools, "--train-iters", 2, "--load", first, "--finetune", "--bf16"),
+        *(*pools, "--train-iters", 2, "--load", first, "--finetune"),
         *("--use-distributed-optimizer", "--expert-model-parallel-size", 2),
     )
     losses, saved = {}, {}
@@ -108,9 +108,9 @@ def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix):
         output = pretraining.pretrain(2, *going_on, "--save", saved[name], *flags, data=data_prefix)
         losses[name] = pretraining.logged(output)
     assert len(losses["stock"]) == 2
-    assert losses["placed"] == pytest.approx(losses["stock"], rel=2e-3)
+    assert losses["placed"] == pytest.approx(losses["stock"], rel=1e-5)
     old, new = (MegatronCheckpoint(saved[name]) for name in ("stock", "placed"))
     for number, order in zip(old.moe_layers, (*ORDER, ORDER[0]), strict=True):
-        want = old.layer_view(number).read("mlp.router.weight", order).float()
-        got = new.layer_view(number).read("mlp.router.weight").float()
-        assert (got - want).norm() < 0.05 * want.norm()
+        want = old.layer_view(number).read("mlp.router.weight", order)
+        got = new.layer_view(number).read("mlp.router.weight")
+        assert (got - want).norm() < 1e-4 * want.norm()

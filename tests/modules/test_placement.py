@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from emo_megatron.cli import main
 from emo_megatron.modules.placement import (
     Placement,
     load_placement,
@@ -120,6 +121,19 @@ def test_spread_counts_ranks_once():
 def test_the_file_comes_back(tmp_path):
     placement = place(_stats(_routing()[0]), num_ranks=2, method="load")
     assert load_placement(placement.save(tmp_path / "new" / "p.json")) == placement
+
+
+def test_the_command_merges_statistics_and_writes_a_placement(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        _stats(_routing(seed=seed)[0]).of({"sha256": name}).save(tmp_path / name)
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    command = ["place", "--stats", *files, "--output", str(tmp_path / "p.json"), "--ranks"]
+    assert main([*command, "4"]) == 0
+    merged = _stats(torch.cat([_routing(seed=seed)[0] for seed in (0, 1)]))
+    assert load_placement(tmp_path / "p.json").order == place(merged, num_ranks=4).order
+    capsys.readouterr()
+    assert main([*command, "5"]) == 2
+    assert "16 do not divide into 5" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said(tmp_path):
