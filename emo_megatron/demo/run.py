@@ -16,7 +16,7 @@ from typing import Any
 
 from emo_megatron import __version__
 from emo_megatron.demo import corpus as corpora
-from emo_megatron.demo.jobs import Job, last_iteration, run_chains, torchrun
+from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.recipe import (
     FULL,
     QUICK,
@@ -27,6 +27,7 @@ from emo_megatron.demo.recipe import (
     megatron_flags,
 )
 from emo_megatron.mcore.evaluate import conditions
+from emo_megatron.mcore.launch import torchrun
 from emo_megatron.report import retention
 
 CROSS = 0.25

@@ -1,6 +1,6 @@
 """Held-out loss of a checkpoint by domain, with all experts and with subsets of them.
 
-    torchrun -m emo_megatron.mcore.evaluate <the training run's flags> --load CHECKPOINT \
+    torchrun -m emo_megatron.mcore.evaluate --load CHECKPOINT \
         --evaluate-corpus CORPUS --evaluate-output rows.json
 
 For every domain: the loss with all experts; with a fraction of them, chosen by mean router probability over the
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from emo_megatron.mcore import cpu
+from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.mcore.sequences import packed_sequences
+from emo_megatron.modules.files import whole
 from emo_megatron.modules.select import num_kept, select_random, select_top
 
 
@@ -170,9 +171,8 @@ def evaluate(
         )
         measured = {"loss": loss, "tokens": tokens, "num_experts_kept": keep}
         done[row.key] = dataclasses.asdict(row) | measured
-        temporary = output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done, indent=1))
-        temporary.replace(output)
+        with whole(output) as unfinished:
+            unfinished.write_text(json.dumps(done, indent=1))
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -200,57 +200,12 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def main() -> None:
-    """Load a checkpoint with the training run's flags and evaluate it."""
-    cpu.activate()
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.initialize import initialize_megatron
-    from megatron.training.training import setup_model_and_optimizer
-
-    from emo_megatron.mcore.args import check_run, pool_config_from_args
-    from emo_megatron.mcore.compat import use_compiled_index_builder
-    from emo_megatron.mcore.spec import pool_spec_builder
-
-    use_compiled_index_builder()
-    sys.argv[1:] = [
-        *cpu.with_cpu_flags(sys.argv[1:]),
-        "--skip-train",
-        "--no-load-optim",
-        "--no-load-rng",
-    ]
-    args = parse_and_validate_args(extra_args_provider=add_evaluation_args)
-    if args.world_size > 1:
-        raise ValueError(
-            f"evaluation runs in one process; got {args.world_size}. Use --nproc-per-node 1"
-        )
-    # no pools whatever the run says: this measures what a deployed model does
-    pool = dataclasses.replace(pool_config_from_args(args), pool_eval=None)
-    config = gpt_config_from_args(args)
-    check_run(pool, config.transformer, args)
-    config.transformer_layer_spec = pool_spec_builder(pool)
-    initialize_megatron()
-    model, _, _ = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, config),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    for fraction in args.evaluate_fractions:
-        kept = num_kept(fraction, num_experts=args.num_experts)
-        if kept < args.moe_router_topk:
-            raise ValueError(
-                f"--evaluate-fractions {fraction} keeps {kept} of {args.num_experts} experts, and a "
-                f"token needs --moe-router-topk {args.moe_router_topk}; drop it"
-            )
-    if args.iteration == 0:
-        raise ValueError(f"no checkpoint was loaded: --load {args.load} must name a finished run")
+    """Load a checkpoint and evaluate it."""
+    loaded = load_model(checkpoint_in(sys.argv[1:]), add_args=add_evaluation_args, check=_check)
+    args = loaded.args
     manifest = json.loads((args.evaluate_corpus / "corpus.json").read_text())
     evaluator = ModuleEvaluator(
-        model[0],
+        loaded.model,
         corpus=args.evaluate_corpus,
         seq_length=args.seq_length,
         batch_size=args.micro_batch_size,
@@ -268,6 +223,20 @@ def main() -> None:
         calibration_tokens=args.evaluate_calibration_tokens,
         seed=args.seed,
     )
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.world_size > 1:
+        raise ValueError(
+            f"evaluation runs in one process; got {args.world_size}. Use --nproc-per-node 1"
+        )
+    for fraction in args.evaluate_fractions:
+        kept = num_kept(fraction, num_experts=args.num_experts)
+        if kept < args.moe_router_topk:
+            raise ValueError(
+                f"--evaluate-fractions {fraction} keeps {kept} of {args.num_experts} experts, and a "
+                f"token needs --moe-router-topk {args.moe_router_topk}; drop it"
+            )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from emo_megatron.modules.files import whole
 from emo_megatron.report.retention_rows import (
     CHOSEN,
     EMO,
@@ -78,9 +79,7 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
             "the retention figure needs matplotlib: pip install 'emo_megatron[report]'"
         ) from error
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with rc_context(STYLE):
+    with rc_context(STYLE), whole(path) as unfinished:
         figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.08, 1.0))
         figure.subplots_adjust(left=0.066, right=0.988, top=0.805, bottom=0.235, wspace=0.53)
@@ -89,7 +88,6 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
         _draw_curves(left, rows)
         _draw_crossings(figure, right, rows)
         figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
     return path
 
 

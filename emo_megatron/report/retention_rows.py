@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
+from emo_megatron.modules.files import whole
+
 EMO = "emo"
 STANDARD = "standard"
 SMALL = "small"
@@ -109,8 +111,10 @@ def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Pat
     base = Path(path)
     csv_path = base.with_name(base.name + ".csv")
     json_path = base.with_name(base.name + ".json")
-    _write_whole(csv_path, text.getvalue())
-    _write_whole(json_path, json.dumps(records, indent=1) + "\n")
+    contents = {csv_path: text.getvalue(), json_path: json.dumps(records, indent=1) + "\n"}
+    for file, content in contents.items():
+        with whole(file) as unfinished:
+            unfinished.write_text(content, encoding="utf-8", newline="")
     return csv_path, json_path
 
 
@@ -185,11 +189,3 @@ def _mean_over_pairs(rows: list[RetentionRow], column: str) -> float:
         domain = row.domain if row.method not in (FULL, RANDOM) else ""
         pairs.setdefault((domain, row.evaluated_on), []).append(getattr(row, column))
     return fmean(fmean(values) for values in pairs.values())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file by a rename, so that no reader and no crash sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="")
-    unfinished.replace(path)
