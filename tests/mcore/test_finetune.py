@@ -23,7 +23,13 @@ def _selection(**changes):
 
 
 def _train(case, policy, selection):
-    """A step of a frozen model: this rank's weights before and after, and the number it says it trains."""
+    """A step of a frozen model.
+
+    Returns:
+        This rank's weights before and after, the number of them it says it trains, and the MoE layers whose experts got
+        a gradient: weight decay alone changes weights too.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
     from support import shards, training
 
     from emo_megatron.mcore.finetune import freeze
@@ -46,10 +52,17 @@ def _train(case, policy, selection):
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     training.forward_backward(case, chunks, consumed=0)
+    layers = {
+        m.layer_number
+        for chunk in chunks
+        for m in chunk.modules()
+        if isinstance(m, MoELayer)
+        and any(p.requires_grad and bool(p.main_grad.any()) for p in m.experts.parameters())
+    }
     optimizer.step()
     after = shards.parts([chunk.module for chunk in chunks])
     training.break_cycles(chunks)
-    return before, after, sum(trained)
+    return before, after, sum(trained), layers
 
 
 @pytest.mark.parametrize(
@@ -70,6 +83,7 @@ def test_only_what_the_policy_names_is_trained(ranks, case, policy, selection):
     case = training.with_samples(case, 4)
     answers = ranks(case.world_size).run(_train, case=case, policy=policy, selection=selection)
     before, after = (shards.join([answer[i] for answer in answers]) for i in (0, 1))
+    assert set.union(*(answer[3] for answer in answers)) == set(LAYERS)
     num_trained = 0
     for name, was in before.items():
         layer, rest = split_name(name)
