@@ -151,6 +151,11 @@ def refusals(folder: str) -> dict[str, str]:
     with_flags("qk norm and sigmoid", qk_layernorm=True, moe_router_score_function="sigmoid")
     with_flags("positions", position_embedding_type="learned_absolute", rotary_percent=0.5)
     with_flags("expert count", num_experts=5)
+    old = argparse.Namespace(
+        **{n: v for n, v in vars(checkpoint.args).items() if n != "rotary_base"}
+    )
+    write_checkpoint(root / "old", {n: checkpoint.read(n) for n in checkpoint.names}, args=old)
+    fails("old", export, ExportOptions(checkpoint=root / "old", output=root / "never"))
     to = {"checkpoint": good, "output": root / "never"}
     fails("emo", export, ExportOptions(**to, format="emo"))
     tokenizer = words.write_tokenizer(root / "large", size=99)
@@ -186,6 +191,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
             "rotary_percent must be 1.0; got 0.5",
         ),
         "expert count": ("is not what its flags say", "must have the shape [5, 32]; got [6, 32]"),
+        "old": ("lack rotary_base: it was written by a version",),
         "emo": ("cannot be exported as emo", "--moe-router-pre-softmax"),
         "vocabulary": ("99 tokens and the model's embedding 80 rows", "--tokenizer"),
         "selection": ("keeps 4 experts in layers (1, 2, 3); this checkpoint has 6",),
