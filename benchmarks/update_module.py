@@ -130,7 +130,7 @@ class Study:
                 *("extract", "--checkpoint", self.parent, "--selection", self.selection),
             ),
         ]
-        whole = ("--train-selection", self.selection)
+        whole = ("--train-selection", self.selection, "--no-save-optim")
         jobs.append(self._training("all", "all", self.parent))
         jobs.append(self._training("in-place", "experts", self.parent, *whole))
         small = ("--num-experts", self.num_kept)

@@ -102,11 +102,11 @@ def test_only_what_the_policy_names_is_trained(ranks, case, policy, selection):
         assert sum(answer[2] for answer in answers) == num_trained
 
 
-def _flags(tmp_path, *flags, **selection):
+def _flags(tmp_path, *flags, no_save_optim=True, **selection):
     file = _selection(**selection).save(tmp_path / "s.json")
     given = [str(file) if flag == "FILE" else flag for flag in flags]
     args = add_finetune_args(argparse.ArgumentParser()).parse_args(given)
-    return argparse.Namespace(**vars(args), num_experts=8)
+    return argparse.Namespace(**vars(args), num_experts=8, no_save_optim=no_save_optim)
 
 
 def test_flags(tmp_path):
@@ -118,5 +118,7 @@ def test_flags(tmp_path):
         with pytest.raises(ValueError, match=r"needs --train-only experts; got " + policy[:3]):
             freeze_hook(_flags(tmp_path, "--train-selection", "FILE", "--train-only", policy))
     chosen = ("--train-only", "experts", "--train-selection", "FILE")
+    with pytest.raises(ValueError, match="needs --no-save-optim"):
+        freeze_hook(_flags(tmp_path, *chosen, no_save_optim=False))
     with pytest.raises(ValueError, match="of a model of 16 experts, and --num-experts is 8"):
         freeze_hook(_flags(tmp_path, *chosen, num_experts=16))
