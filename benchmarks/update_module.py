@@ -41,7 +41,7 @@ class Options:
     run: Path = Path("runs/demo")
     """Folder of a finished demo."""
     output: Path = Path("runs/update")
-    steps: int = 80
+    steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
     keep: int = 9
