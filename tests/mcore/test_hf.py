@@ -122,6 +122,35 @@ def test_the_released_format_there_and_back(ranks: Callable[[int], Ranks], tmp_p
     assert result["config"]["auto_map"]["AutoModelForCausalLM"] == "modeling_emo.EmoForCausalLM"
 
 
+def rounded(folder: str) -> dict[str, Any]:
+    """An export of fewer bits than the checkpoint has."""
+    from emo_megatron.mcore.hf_export import ExportOptions, export
+    from emo_megatron.mcore.hf_parity import measure_parity
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.hf.folder import HuggingFaceFolder
+
+    root = Path(folder)
+    checkpoint = imported(root, "grouped queries, renormalised")
+    export(
+        ExportOptions(
+            checkpoint=checkpoint, output=root / "out", dtype="bfloat16", nonzero_shared_gate=True
+        )
+    )
+    written = HuggingFaceFolder(root / "out")
+    parity = measure_parity(MegatronCheckpoint(checkpoint), written, tokens=32)
+    gate = written.read("model.layers.0.mlp.shared_expert_gate.weight")
+    return {"dtype": written.dtype, "difference": parity.max_difference, "gate": gate}
+
+
+def test_fewer_bits_are_compared_with_as_many(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    (result,) = ranks(1).run(rounded, folder=str(tmp_path))
+    assert result["dtype"] == torch.bfloat16
+    assert result["difference"] < 1e-3
+    assert (result["gate"] == 2.0**-20).all()
+
+
 def refusals(folder: str) -> dict[str, str]:
     """What is said about models and inputs that cannot be, with what is left on disk."""
     from emo_megatron.mcore.hf_export import ExportOptions, export
