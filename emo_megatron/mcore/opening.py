@@ -53,7 +53,8 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
     Args:
         cls: options of the command.
         step: its name.
-        texts: fields of `cls` that may name a file of texts, or a folder with one, for which the checkpoint's tokenizer is built.
+        texts: fields of `cls` that may name a file of texts, or a folder with one, for which the checkpoint's
+            tokenizer is built.
 
     Raises:
         ValueError: the options or the checkpoint cannot be.

@@ -126,7 +126,7 @@ def measure_retention(
         num_experts=facts.num_experts,
         methods=options.chosen_methods,
         kept=list(dict.fromkeys(kept.values())),
-        crossed=[kept[size] for size in options.cross or options.keep],
+        crossed=[kept[size] for size in options.crossed],
         elsewhere=options.elsewhere,
     )
     calibration = {
@@ -160,6 +160,11 @@ def measure_retention(
             with whole(options.rows_file) as unfinished:
                 unfinished.write_text(json.dumps(done, indent=1), encoding="utf-8")
     return options.rows_file
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `measure_retention` has kept so far, none if there is no file."""
+    return [] if not path.exists() else list(json.loads(path.read_text(encoding="utf-8")).values())
 
 
 class _Modules:

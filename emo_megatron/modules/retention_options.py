@@ -29,9 +29,10 @@ class RetentionOptions(DataOptions):
     held_out: Path
     """Documents that choose no experts: a file, or a folder with files of the same names."""
     output: Path
-    """Folder for retention.csv, retention.json, retention.png and retention.txt; it may hold an unfinished call's rows."""
+    """Folder for retention.csv, .json, .png and .txt; it may hold what an interrupted call has measured."""
     keep: tuple[str, ...] = ("50%", "25%", "12.5%")
-    """Sizes to try, each as for `select`: experts a layer, the shared ones included, or a share of all."""
+    """Sizes to try, each as for `select`: experts a layer, the shared ones included, or a share of all; none measures
+    the whole model alone."""
     methods: tuple[
         Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"], ...
     ] = ("mean_prob",)
@@ -55,12 +56,18 @@ class RetentionOptions(DataOptions):
         MaxRise.parse(self.max_rise)
         if not self.name.strip():
             raise ValueError("--name must name the model")
-        if not self.keep or not self.methods:
-            raise ValueError("--keep and --methods must name at least one size and one method")
-        if unknown := [method for method in self.methods if method not in METHODS]:
-            raise ValueError(f"--methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
-        if unknown := [size for size in self.cross or () if size not in self.keep]:
-            raise ValueError(f"--cross must be sizes of --keep; got {', '.join(unknown)}")
+        if self.keep and not self.methods:
+            raise ValueError("--methods must name at least one method")
+        unknown = set(self.methods) - set(METHODS)
+        if unknown:
+            raise ValueError(
+                f"--methods must be of {', '.join(METHODS)}; got {', '.join(sorted(unknown))}"
+            )
+        unmeasured = set(self.cross or ()) - set(self.keep)
+        if unmeasured:
+            raise ValueError(
+                f"--cross must be sizes of --keep, written alike; got {', '.join(sorted(unmeasured))}"
+            )
         if self.elsewhere is not None and self.elsewhere < 0:
             raise ValueError(f"--elsewhere must be 0 or more; got {self.elsewhere}")
         if self.data.absolute() == self.held_out.absolute():
@@ -75,6 +82,11 @@ class RetentionOptions(DataOptions):
     def chosen_methods(self) -> tuple[str, ...]:
         """The methods that look at calibration documents."""
         return tuple(method for method in dict.fromkeys(self.methods) if method != RANDOM)
+
+    @property
+    def crossed(self) -> tuple[str, ...]:
+        """The sizes whose modules are tried on other domains."""
+        return self.keep if self.cross is None else self.cross
 
     @property
     def held_out_calibration(self) -> Calibration:
