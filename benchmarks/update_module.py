@@ -130,44 +130,51 @@ class Study:
                 *("extract", "--checkpoint", self.parent, "--selection", self.selection),
             ),
         ]
+        # what was trained in the full model goes back in part too: a module of all experts
+        everything = self.output / "everything.json"
+        jobs.append(self._command(everything, *("select", "--stats", stats, "--keep", "100%")))
         whole = ("--train-selection", self.selection, "--no-save-optim")
         jobs.append(self._training("all", "all", self.parent))
+        jobs += self._merges("all", "all", everything)
         jobs.append(self._training("in-place", "experts", self.parent, *whole))
+        jobs += self._merges("in-place", "experts", everything)
         small = ("--num-experts", self.num_kept)
         for name, policy in (("alone", "experts"), ("alone-router", "experts+router")):
             jobs.append(self._training(name, policy, self.module, *small, pools=False))
-            for blend in BLENDS:
-                weights = "experts" if policy == "experts" else "experts+router"
-                jobs.append(
-                    self._command(
-                        self.output / f"merged-{name}-{blend:g}",
-                        *("merge", "--parent", self.parent, "--modules", self.output / name),
-                        *("--selections", self.selection),
-                        *("--weights", weights, "--blend", blend),
-                    )
-                )
+            jobs += self._merges(name, policy, self.selection)
         return jobs + [self._evaluation(variant) for variant in self.variants()]
 
     def variants(self) -> list[Variant]:
         """What is measured."""
-        alone = [
-            Variant(name=name, path=self.output / name, num_experts=self.num_kept)
-            for name in ("module", "alone", "alone-router")
-        ]
         merged = [
-            f"merged-{name}-{blend:g}" for name in ("alone", "alone-router") for blend in BLENDS
+            f"merged-{name}-{blend:g}"
+            for name in ("all", "in-place", "alone", "alone-router")
+            for blend in _blends(name)
         ]
         names = ["all", "in-place", *merged]
         return [
             Variant(name="parent", path=self.parent),
             *(Variant(name=name, path=self.output / name) for name in names),
-            *alone,
+            *(
+                Variant(name=name, path=self.output / name, num_experts=self.num_kept)
+                for name in ("module", "alone", "alone-router")
+            ),
         ]
 
     def losses(self, variant: Variant) -> dict[str, float]:
         """Held-out loss by domain, nats a token."""
         rows = json.loads((self.output / f"{variant.name}.json").read_text())
         return {row["evaluated_on"]: row["loss"] for row in rows.values()}
+
+    def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
+        return [
+            self._command(
+                self.output / f"merged-{name}-{blend:g}",
+                *("merge", "--parent", self.parent, "--modules", self.output / name),
+                *("--selections", selection, "--weights", weights, "--blend", blend),
+            )
+            for blend in _blends(name)
+        ]
 
     def _command(self, result: Path, *arguments: object) -> Job:
         command = [sys.executable, "-m", "emo_megatron", *arguments, "--output", result]
@@ -223,6 +230,11 @@ class Study:
             done=progress or (lambda: int(done())),
             is_finished=done,
         )
+
+
+def _blends(name: str) -> tuple[float, ...]:
+    """How far merged; what was trained in the full model is all of the way there already."""
+    return BLENDS[1:] if name in ("all", "in-place") else BLENDS
 
 
 def table(study: Study, *, domains: list[str]) -> list[str]:
