@@ -26,7 +26,9 @@ from emo_megatron.demo.corpus import Corpus, CorpusConfig, _clean, _split
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.recipe import FULL, main_models, megatron_flags
 from emo_megatron.demo.sources import Machine, perl
-from emo_megatron.mcore.launch import torchrun
+from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.modules.retention import read_rows
+from emo_megatron.modules.retention_options import RetentionOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = str(ROOT / "examples" / "pretrain_emo.py")
@@ -56,7 +58,6 @@ class Variant:
 
     name: str
     path: Path
-    num_experts: int = FULL.experts
 
 
 def prepare(options: Options, corpus: Corpus) -> Path:
@@ -156,15 +157,15 @@ class Study:
             Variant(name="parent", path=self.parent),
             *(Variant(name=name, path=self.output / name) for name in names),
             *(
-                Variant(name=name, path=self.output / name, num_experts=self.num_kept)
+                Variant(name=name, path=self.output / name)
                 for name in ("module", "alone", "alone-router")
             ),
         ]
 
     def losses(self, variant: Variant) -> dict[str, float]:
         """Held-out loss by domain, nats a token."""
-        rows = json.loads((self.output / f"{variant.name}.json").read_text())
-        return {row["evaluated_on"]: row["loss"] for row in rows.values()}
+        rows = read_rows(self._retention(variant).rows_file)
+        return {row["evaluated_on"]: row["loss"] for row in rows}
 
     def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
         return [
@@ -205,20 +206,26 @@ class Study:
         )
 
     def _evaluation(self, variant: Variant) -> Job:
-        rows = self.output / f"{variant.name}.json"
-        command: list[object] = [
-            *torchrun("-m", "emo_megatron.mcore.evaluate"),
-            *self.flags(run_dir=self.output),
-            *("--load", variant.path, "--num-experts", variant.num_experts),
-            *("--evaluate-corpus", self.folder, "--evaluate-output", rows),
-            *("--evaluate-tokens", FULL.evaluation_tokens, "--evaluate-fractions"),
-        ]
+        options = self._retention(variant)
+        command = torchrun(*step_arguments("retention", options, checkpoint=variant.path))
         num_domains = len(json.loads((self.folder / "corpus.json").read_text())["domains"])
         return self._job(
             f"measuring {variant.name}",
             command,
-            done=lambda: rows.exists() and len(json.loads(rows.read_text())) == num_domains,
-            log=rows.with_suffix(".evaluate.log"),
+            done=lambda: len(read_rows(options.rows_file)) == num_domains,
+            log=options.output / "evaluate.log",
+        )
+
+    def _retention(self, variant: Variant) -> RetentionOptions:
+        """The whole model on every domain, none of its experts left out."""
+        return RetentionOptions(
+            checkpoint=variant.path,
+            data=self.folder / "calibration",
+            held_out=self.folder / "validation",
+            output=self.output / "measured" / variant.name,
+            keep=(),
+            held_out_tokens=FULL.evaluation_tokens,
+            rows=FULL.rows,
         )
 
     def _job(self, title, command, *, done, log, total=1, progress=None) -> Job:
