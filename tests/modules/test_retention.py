@@ -1,4 +1,4 @@
-"""What is measured of a model with fewer experts, and that a second call measures what is missing; on a made-up model."""
+"""What is measured with fewer experts, and that a second call measures what is missing; on a made-up model."""
 
 from __future__ import annotations
 
