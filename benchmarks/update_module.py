@@ -26,7 +26,9 @@ from emo_megatron.demo.corpus import Corpus, CorpusConfig, _clean, _split
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.recipe import FULL, main_models, megatron_flags
 from emo_megatron.demo.sources import Machine, perl
-from emo_megatron.mcore.launch import torchrun
+from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.modules.retention import read_rows
+from emo_megatron.modules.retention_options import RetentionOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = str(ROOT / "examples" / "pretrain_emo.py")
@@ -41,7 +43,7 @@ class Options:
     run: Path = Path("runs/demo")
     """Folder of a finished demo."""
     output: Path = Path("runs/update")
-    steps: int = 80
+    steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
     keep: int = 9
@@ -56,7 +58,6 @@ class Variant:
 
     name: str
     path: Path
-    num_experts: int = FULL.experts
 
 
 def prepare(options: Options, corpus: Corpus) -> Path:
@@ -130,44 +131,51 @@ class Study:
                 *("extract", "--checkpoint", self.parent, "--selection", self.selection),
             ),
         ]
-        whole = ("--train-selection", self.selection)
+        # what was trained in the full model goes back in part too: a module of all experts
+        everything = self.output / "everything.json"
+        jobs.append(self._command(everything, *("select", "--stats", stats, "--keep", "100%")))
+        whole = ("--train-selection", self.selection, "--no-save-optim")
         jobs.append(self._training("all", "all", self.parent))
+        jobs += self._merges("all", "all", everything)
         jobs.append(self._training("in-place", "experts", self.parent, *whole))
+        jobs += self._merges("in-place", "experts", everything)
         small = ("--num-experts", self.num_kept)
         for name, policy in (("alone", "experts"), ("alone-router", "experts+router")):
             jobs.append(self._training(name, policy, self.module, *small, pools=False))
-            for blend in BLENDS:
-                weights = "experts" if policy == "experts" else "experts+router"
-                jobs.append(
-                    self._command(
-                        self.output / f"merged-{name}-{blend:g}",
-                        *("merge", "--parent", self.parent, "--modules", self.output / name),
-                        *("--selections", self.selection),
-                        *("--weights", weights, "--blend", blend),
-                    )
-                )
+            jobs += self._merges(name, policy, self.selection)
         return jobs + [self._evaluation(variant) for variant in self.variants()]
 
     def variants(self) -> list[Variant]:
         """What is measured."""
-        alone = [
-            Variant(name=name, path=self.output / name, num_experts=self.num_kept)
-            for name in ("module", "alone", "alone-router")
-        ]
         merged = [
-            f"merged-{name}-{blend:g}" for name in ("alone", "alone-router") for blend in BLENDS
+            f"merged-{name}-{blend:g}"
+            for name in ("all", "in-place", "alone", "alone-router")
+            for blend in _blends(name)
         ]
         names = ["all", "in-place", *merged]
         return [
             Variant(name="parent", path=self.parent),
             *(Variant(name=name, path=self.output / name) for name in names),
-            *alone,
+            *(
+                Variant(name=name, path=self.output / name)
+                for name in ("module", "alone", "alone-router")
+            ),
         ]
 
     def losses(self, variant: Variant) -> dict[str, float]:
         """Held-out loss by domain, nats a token."""
-        rows = json.loads((self.output / f"{variant.name}.json").read_text())
-        return {row["evaluated_on"]: row["loss"] for row in rows.values()}
+        rows = read_rows(self._retention(variant).rows_file)
+        return {row["evaluated_on"]: row["loss"] for row in rows}
+
+    def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
+        return [
+            self._command(
+                self.output / f"merged-{name}-{blend:g}",
+                *("merge", "--parent", self.parent, "--modules", self.output / name),
+                *("--selections", selection, "--weights", weights, "--blend", blend),
+            )
+            for blend in _blends(name)
+        ]
 
     def _command(self, result: Path, *arguments: object) -> Job:
         command = [sys.executable, "-m", "emo_megatron", *arguments, "--output", result]
@@ -198,20 +206,26 @@ class Study:
         )
 
     def _evaluation(self, variant: Variant) -> Job:
-        rows = self.output / f"{variant.name}.json"
-        command: list[object] = [
-            *torchrun("-m", "emo_megatron.mcore.evaluate"),
-            *self.flags(run_dir=self.output),
-            *("--load", variant.path, "--num-experts", variant.num_experts),
-            *("--evaluate-corpus", self.folder, "--evaluate-output", rows),
-            *("--evaluate-tokens", FULL.evaluation_tokens, "--evaluate-fractions"),
-        ]
+        options = self._retention(variant)
+        command = torchrun(*step_arguments("retention", options, checkpoint=variant.path))
         num_domains = len(json.loads((self.folder / "corpus.json").read_text())["domains"])
         return self._job(
             f"measuring {variant.name}",
             command,
-            done=lambda: rows.exists() and len(json.loads(rows.read_text())) == num_domains,
-            log=rows.with_suffix(".evaluate.log"),
+            done=lambda: len(read_rows(options.rows_file)) == num_domains,
+            log=options.output / "evaluate.log",
+        )
+
+    def _retention(self, variant: Variant) -> RetentionOptions:
+        """The whole model on every domain, none of its experts left out."""
+        return RetentionOptions(
+            checkpoint=variant.path,
+            data=self.folder / "calibration",
+            held_out=self.folder / "validation",
+            output=self.output / "measured" / variant.name,
+            keep=(),
+            held_out_tokens=FULL.evaluation_tokens,
+            rows=FULL.rows,
         )
 
     def _job(self, title, command, *, done, log, total=1, progress=None) -> Job:
@@ -223,6 +237,11 @@ class Study:
             done=progress or (lambda: int(done())),
             is_finished=done,
         )
+
+
+def _blends(name: str) -> tuple[float, ...]:
+    """How far merged; what was trained in the full model is all of the way there already."""
+    return BLENDS[1:] if name in ("all", "in-place") else BLENDS
 
 
 def table(study: Study, *, domains: list[str]) -> list[str]:

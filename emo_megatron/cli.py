@@ -51,6 +51,12 @@ COMMANDS = {
         options="SelectOptions",
         function="run_select",
     ),
+    "retention": Command(
+        summary="Measure what a model loses with fewer experts, and find the cliff.",
+        module="emo_megatron.retention",
+        options="RetentionOptions",
+        function="run_retention",
+    ),
     "extract": Command(
         summary="Cut a module out of a Megatron checkpoint.",
         module="emo_megatron.mcore.extract",

@@ -34,15 +34,21 @@ def folder(tmp_path_factory, data_prefix):
     return folder
 
 
-def test_stock_megatron_trains_it_under_another_layout(folder, data_prefix):
-    output = pretraining.pretrain(
-        *(2, "--num-experts", 4, "--expert-model-parallel-size", 2, "--train-iters", 1),
-        *("--load", folder / "module", "--save", folder / "further", "--save-interval", 1),
-        data=data_prefix,
-        script=pretraining.ROOT / "tests" / "support" / "pretrain_stock.py",
-    )
-    assert "loading release distributed checkpoint" in output
-    assert len(pretraining.logged(output)) == 1
+def test_stock_megatron_trains_and_resumes_it_under_another_layout(folder, data_prefix):
+    def run(source, *flags):
+        return pretraining.pretrain(
+            *(2, "--num-experts", 4, "--expert-model-parallel-size", 2, "--load", source),
+            *("--save", folder / "further", "--save-interval", 1, "--train-iters", 2),
+            *flags,
+            data=data_prefix,
+            script=pretraining.ROOT / "tests" / "support" / "pretrain_stock.py",
+        )
+
+    first = run(folder / "module", "--exit-interval", 1)
+    assert "loading release distributed checkpoint" in first
+    resumed = run(folder / "further")
+    assert "at iteration 1" in resumed
+    assert [len(pretraining.logged(output)) for output in (first, resumed)] == [1, 1]
     assert MegatronCheckpoint(folder / "further").args.num_experts == 4
 
 

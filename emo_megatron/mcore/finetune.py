@@ -37,7 +37,8 @@ def add_finetune_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--train-selection",
         type=Path,
         metavar="FILE",
-        help="With --train-only experts: of the experts only those of this Selection, made of the model in --load.",
+        help="With --train-only experts and --no-save-optim: of the experts only those of this Selection, made of the "
+        "model in --load.",
     )
     return parser
 
@@ -58,6 +59,11 @@ def freeze_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]] | 
             raise ValueError(
                 f"--train-selection needs --train-only experts; got {policy}: the other weights have no experts of "
                 "their own"
+            )
+        if not args.no_save_optim:
+            raise ValueError(
+                "--train-selection needs --no-save-optim: Megatron stores the optimizer's state of all experts of a "
+                "layer or of none"
             )
         selection = load_selection(args.train_selection)
         if selection.num_experts != args.num_experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -73,13 +74,22 @@ REQUIREMENTS = (
 """Flags that change what a model computes, in ways that neither format has."""
 
 
+MODEL_FLAGS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("group_query_attention", "kv_channels", "max_position_embeddings", "rotary_base"),
+    *("layernorm_epsilon", "untie_embeddings_and_output_weights", "num_experts", "moe_router_topk"),
+    *("moe_router_pre_softmax", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+)
+"""What `architecture_of` reads beside REQUIREMENTS."""
+
+
 def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
     """The model in a checkpoint.
 
     Raises:
         ValueError: the formats cannot express it; names every flag in the way and why.
     """
-    args = checkpoint.args
+    args = _stored_flags(checkpoint)
     problems = [
         f"{requirement.name} must be {_alternatives(requirement.values)}; got {value!r}: {requirement.reason}"
         for requirement in REQUIREMENTS
@@ -117,6 +127,25 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
         qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
         shared_gate=bool(getattr(args, "moe_shared_expert_gate", False)),
     )
+
+
+def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
+    """The flags in a checkpoint, those that describe the model at least.
+
+    Raises:
+        ValueError: it lacks some; a version of Megatron that is not supported may have written it.
+    """
+    args = copy.copy(checkpoint.args)
+    for name, older in {"layernorm_epsilon": "norm_epsilon"}.items():
+        if not hasattr(args, name) and hasattr(args, older):
+            setattr(args, name, getattr(args, older))
+    missing = [name for name in MODEL_FLAGS if not hasattr(args, name)]
+    if missing:
+        raise ValueError(
+            f"the flags in {checkpoint.path} lack {', '.join(missing)}: it was written by a version of Megatron "
+            "that is not supported; load it in a supported one and save it again"
+        )
+    return args
 
 
 def _alternatives(values: tuple[Any, ...]) -> str:

@@ -41,6 +41,8 @@ def measure_parity(
 ) -> Parity:
     """The difference between both models' logits on one sequence of so many random tokens.
 
+    The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation.
+
     Raises:
         RuntimeError: they differ by more than TOLERANCE, so one of the two is another model.
     """
@@ -48,7 +50,7 @@ def measure_parity(
     generator = torch.Generator().manual_seed(0)
     tokens_T = torch.randint(folder.architecture.vocab_size, (tokens,), generator=generator)
     # one model in memory at a time
-    expected_TV = megatron_logits(checkpoint, tokens_T)
+    expected_TV = megatron_logits(checkpoint, tokens_T, rounded_to=folder.dtype)
     found_TV = hugging_face_logits(folder, tokens_T)
     parity = Parity(
         tokens=tokens,
@@ -88,11 +90,15 @@ def hugging_face_logits(folder: HuggingFaceFolder, tokens_T: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def megatron_logits(checkpoint: MegatronCheckpoint, tokens_T: Tensor) -> Tensor:
-    """[T, V] float32 of the model in a checkpoint, through Megatron's own layers."""
+def megatron_logits(
+    checkpoint: MegatronCheckpoint, tokens_T: Tensor, *, rounded_to: torch.dtype = torch.float32
+) -> Tensor:
+    """[T, V] float32 of the model in a checkpoint, through Megatron's own layers, with weights of so many bits."""
     length = tokens_T.numel()
     with _one_process():
         model = _model(checkpoint)
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(rounded_to))
         is_masked = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
         logits_TV: Tensor = model(tokens_T[None], torch.arange(length)[None], is_masked)[0]
     return logits_TV.float()

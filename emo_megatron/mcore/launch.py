@@ -12,6 +12,7 @@ from pathlib import Path
 
 from emo_megatron.mcore.flags import flags_of, prefixed
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
+from emo_megatron.modules.retention_options import RetentionOptions
 
 USER_ERROR = 2
 """Exit status of a step after it has said what the user can mend."""
@@ -36,7 +37,7 @@ def run_stats(options: StatsOptions) -> Path:
 
         hf_commands.run_stats(options)
     else:
-        _run("stats", options, checkpoint=options.checkpoint)
+        _run("stats", options, checkpoint=options.checkpoint, log=_log_beside(options.output))
     return options.output
 
 
@@ -58,23 +59,52 @@ def run_select(options: SelectOptions) -> Path:
 
         hf_commands.run_select(options)
     else:
-        _run("select", options, checkpoint=options.checkpoint)
+        _run("select", options, checkpoint=options.checkpoint, log=_log_beside(options.output))
     return options.output
+
+
+def run_retention(options: RetentionOptions) -> Path:
+    """Measure a checkpoint with fewer experts; returns the file of rows.
+
+    Raises:
+        SystemExit: what was asked for cannot be; the processes said why.
+        RuntimeError: they failed.
+    """
+    if _is_hugging_face(options.checkpoint):
+        from emo_megatron.modules import hf_commands
+
+        hf_commands.run_retention(options)
+    else:
+        _run(
+            "retention",
+            options,
+            checkpoint=options.checkpoint,
+            log=options.output / "retention.log",
+        )
+    return options.rows_file
 
 
 def _is_hugging_face(checkpoint: Path) -> bool:
     return (checkpoint / "config.json").is_file()
 
 
-def _run(step: str, options: StatsOptions | SelectOptions, *, checkpoint: Path) -> None:
-    """Run a step's command; Megatron's own output goes to a log file beside the result."""
-    arguments = (
+def _log_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.log")
+
+
+def step_arguments(step: str, options: ModelOptions, *, checkpoint: Path) -> tuple[str, ...]:
+    """What a Python, or torchrun, runs a step with."""
+    return (
         *("-m", f"emo_megatron.mcore.{step}", "--load", str(checkpoint.absolute())),
         *flags_of(options, flag=prefixed(step)),
         *_layout(options),
         *shlex.split(options.megatron),
     )
-    log = options.output.with_name(f"{options.output.name}.log")
+
+
+def _run(step: str, options: ModelOptions, *, checkpoint: Path, log: Path) -> None:
+    """Run a step's command; Megatron's own output goes to the log file."""
+    arguments = step_arguments(step, options, checkpoint=checkpoint)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as megatron_says:
         code = subprocess.run(

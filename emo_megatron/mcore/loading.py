@@ -118,6 +118,7 @@ def load_model(
     sys.argv[1:] = [*own, *RUN_FLAGS, *_place(checkpoint.path)]
     args = parse_and_validate_args(extra_args_provider=add_all)
     check(args)
+    _balance_nothing(args)
     config = gpt_config_from_args(args)
     check_run(PoolConfig(), config.transformer, args)
     config.transformer_layer_spec = pool_spec_builder(PoolConfig())
@@ -130,6 +131,14 @@ def load_model(
     if len(chunks) > 1:
         raise ValueError("a model is run without interleaving; drop the virtual pipeline's flags")
     return LoadedModel(model=unwrap_model(chunks[0]).eval(), args=args)
+
+
+def _balance_nothing(args: argparse.Namespace) -> None:
+    """Forget how training balanced the load, which a model that is only run does not depend on."""
+    kinds = args.moe_router_load_balancing_type
+    # sinkhorn is no loss but another routing, which the pool router refuses with its reason
+    if "sinkhorn" not in ([kinds] if isinstance(kinds, str) else kinds):
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
 
 
 def _model_flags(parser: argparse.ArgumentParser, stored: argparse.Namespace) -> dict[str, Any]:

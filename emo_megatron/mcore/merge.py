@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from emo_megatron.mcore.assemble import Assembly, Policies
 from emo_megatron.mcore.parts import SELECTION_FILE, Module, check_target, open_module, open_parent
 from emo_megatron.modules.compose import OWNER, PARENT, REFUSE, Rule, compose_selections
-from emo_megatron.modules.selection import load_selection
+from emo_megatron.modules.selection import Selection, load_selection
 from emo_megatron.modules.stats import load_stats
 
 Weights = Literal["experts", "experts+router", "all"]
@@ -98,13 +100,12 @@ def compose(options: ComposeOptions) -> Path:
     """
     modules = _open(options.modules, options.selections) if options.modules else []
     selections = [m.selection for m in modules] or [load_selection(s) for s in options.selections]
-    scores = []
-    for path, selection in zip(options.stats, selections, strict=False):
-        stats = load_stats(path)
-        facts = stats.model
-        selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
-        scores.append(stats.mean_probability_LE)
-    composed = compose_selections(selections, keep=options.keep, scores=scores, rule=options.rule)
+    composed = compose_selections(
+        selections,
+        keep=options.keep,
+        scores=_scores(options.stats, selections=selections),
+        rule=options.rule,
+    )
     if not modules:
         return composed.save(options.output)
     parent = None if options.parent is None else open_parent(options.parent, composed)
@@ -116,6 +117,21 @@ def compose(options: ComposeOptions) -> Path:
     )
     check_target(composed, assembly.model.args)
     return assembly.write(options.output, notes={SELECTION_FILE: composed.save})
+
+
+def _scores(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[Tensor]:
+    """[L, E] mean router probabilities from statistics files, each of the model that its Selection is of."""
+    if paths and len(paths) != len(selections):
+        raise ValueError(
+            f"--stats must name one file for each selection: {len(paths)} for {len(selections)}"
+        )
+    scores = []
+    for path, selection in zip(paths, selections, strict=False):
+        stats = load_stats(path)
+        facts = stats.model
+        selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
+        scores.append(stats.mean_probability_LE)
+    return scores
 
 
 def _open(paths: Sequence[Path], selections: Sequence[Path]) -> list[Module]:

@@ -53,7 +53,8 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
     Args:
         cls: options of the command.
         step: its name.
-        texts: fields of `cls` that may name a file of texts, for which the checkpoint's tokenizer is built.
+        texts: fields of `cls` that may name a file of texts, or a folder with one, for which the checkpoint's
+            tokenizer is built.
 
     Raises:
         ValueError: the options or the checkpoint cannot be.
@@ -68,7 +69,7 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
         return parser
 
     checkpoint = checkpoint_in(sys.argv[1:])
-    has_texts = any(getattr(getattr(options, name), "suffix", "") == ".jsonl" for name in texts)
+    has_texts = any(_is_text(getattr(options, name)) for name in texts)
     flags = _tokenizer_flags(options, has_texts=has_texts, stored=checkpoint.args)
     loaded = load_model(checkpoint, add_args=add_args, flags=flags)
     from emo_megatron.mcore.facts import facts_of
@@ -81,6 +82,10 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
         rows_at_once=options.rows,
     )
     return Opened(options=options, model=model, args=loaded.args)
+
+
+def _is_text(path: Path | None) -> bool:
+    return path is not None and (path.suffix == ".jsonl" or any(path.glob("*.jsonl")))
 
 
 def _tokenizer_flags(

@@ -10,6 +10,8 @@ from emo_megatron.modules.calibration import Calibration, Documents, load_docume
 from emo_megatron.modules.choosing import select
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
+from emo_megatron.modules.retention import measure_retention
+from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.study import collect_stats
 
 
@@ -33,6 +35,16 @@ def run_select(options: SelectOptions) -> None:
         calibration = Calibration(num_tokens=options.tokens)
         held_out = _documents(options, folder, options.held_out, calibration)
     select(options, model=_study(options, folder), documents=documents, held_out=held_out)
+
+
+def run_retention(options: RetentionOptions) -> None:
+    """As the command retention, of a Hugging Face folder, up to the rows."""
+    folder = options.checkpoint
+    measure_retention(
+        options,
+        model=_study(options, folder),
+        read=lambda path, calibration: _documents(options, folder, path, calibration),
+    )
 
 
 def _study(options: ModelOptions, folder: Path) -> HuggingFaceStudy:

@@ -33,13 +33,6 @@ LAYERWISE = "layerwise"
 METHODS = (*SCORES, LAYERWISE, RANDOM)
 
 
-def num_kept(keep_fraction: float, *, num_experts: int) -> int:
-    """Routed experts in a fraction of all of them, at least one."""
-    if not 0.0 < keep_fraction <= 1.0:
-        raise ValueError(f"the fraction of experts kept must lie in (0, 1]; got {keep_fraction}")
-    return max(1, round(keep_fraction * num_experts))
-
-
 def parse_keep(text: str, facts: ModelFacts) -> int:
     """Routed experts a layer that `--keep` asks for.
 

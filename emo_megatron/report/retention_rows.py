@@ -8,10 +8,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from emo_megatron.modules.files import whole
 
@@ -91,6 +92,34 @@ class RetentionSummary:
     def selectivity(self) -> float | None:
         """How many nats a token more a domain's experts cost on other domains than on their own."""
         return None if self.rise_elsewhere is None else self.rise_elsewhere - self.rise
+
+
+def rows_of(
+    measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, versions: str
+) -> list[RetentionRow]:
+    """The rows of a model from what the command retention measured of it.
+
+    Args:
+        measured: domain, evaluated_on, keep_fraction, num_experts_kept, method, loss and tokens of each; more is
+            left out, and so are texts without the full model's loss.
+        model: its name.
+        seed: of training or, for random experts, of their choice.
+        versions: what measured it.
+    """
+    found = list(measured)
+    full = {row["evaluated_on"]: row["loss"] for row in found if row["method"] == FULL}
+    names = {f.name for f in fields(RetentionRow)}
+    return [
+        RetentionRow(
+            model=model,
+            rise=row["loss"] - full[row["evaluated_on"]],
+            seed=seed,
+            versions=versions,
+            **{name: value for name, value in row.items() if name in names},
+        )
+        for row in found
+        if row["evaluated_on"] in full
+    ]
 
 
 def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Path]:

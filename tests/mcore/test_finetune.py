@@ -23,7 +23,13 @@ def _selection(**changes):
 
 
 def _train(case, policy, selection):
-    """A step of a frozen model: this rank's weights before and after, and the number it says it trains."""
+    """A step of a frozen model.
+
+    Returns:
+        This rank's weights before and after, the number of them it says it trains, and the MoE layers whose experts got
+        a gradient: weight decay alone changes weights too.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
     from support import shards, training
 
     from emo_megatron.mcore.finetune import freeze
@@ -46,10 +52,17 @@ def _train(case, policy, selection):
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     training.forward_backward(case, chunks, consumed=0)
+    layers = {
+        m.layer_number
+        for chunk in chunks
+        for m in chunk.modules()
+        if isinstance(m, MoELayer)
+        and any(p.requires_grad and bool(p.main_grad.any()) for p in m.experts.parameters())
+    }
     optimizer.step()
     after = shards.parts([chunk.module for chunk in chunks])
     training.break_cycles(chunks)
-    return before, after, sum(trained)
+    return before, after, sum(trained), layers
 
 
 @pytest.mark.parametrize(
@@ -70,6 +83,7 @@ def test_only_what_the_policy_names_is_trained(ranks, case, policy, selection):
     case = training.with_samples(case, 4)
     answers = ranks(case.world_size).run(_train, case=case, policy=policy, selection=selection)
     before, after = (shards.join([answer[i] for answer in answers]) for i in (0, 1))
+    assert set.union(*(answer[3] for answer in answers)) == set(LAYERS)
     num_trained = 0
     for name, was in before.items():
         layer, rest = split_name(name)
@@ -88,11 +102,11 @@ def test_only_what_the_policy_names_is_trained(ranks, case, policy, selection):
         assert sum(answer[2] for answer in answers) == num_trained
 
 
-def _flags(tmp_path, *flags, **selection):
+def _flags(tmp_path, *flags, no_save_optim=True, **selection):
     file = _selection(**selection).save(tmp_path / "s.json")
     given = [str(file) if flag == "FILE" else flag for flag in flags]
     args = add_finetune_args(argparse.ArgumentParser()).parse_args(given)
-    return argparse.Namespace(**vars(args), num_experts=8)
+    return argparse.Namespace(**vars(args), num_experts=8, no_save_optim=no_save_optim)
 
 
 def test_flags(tmp_path):
@@ -104,5 +118,7 @@ def test_flags(tmp_path):
         with pytest.raises(ValueError, match=r"needs --train-only experts; got " + policy[:3]):
             freeze_hook(_flags(tmp_path, "--train-selection", "FILE", "--train-only", policy))
     chosen = ("--train-only", "experts", "--train-selection", "FILE")
+    with pytest.raises(ValueError, match="needs --no-save-optim"):
+        freeze_hook(_flags(tmp_path, *chosen, no_save_optim=False))
     with pytest.raises(ValueError, match="of a model of 16 experts, and --num-experts is 8"):
         freeze_hook(_flags(tmp_path, *chosen, num_experts=16))

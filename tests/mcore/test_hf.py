@@ -122,6 +122,35 @@ def test_the_released_format_there_and_back(ranks: Callable[[int], Ranks], tmp_p
     assert result["config"]["auto_map"]["AutoModelForCausalLM"] == "modeling_emo.EmoForCausalLM"
 
 
+def rounded(folder: str) -> dict[str, Any]:
+    """An export of fewer bits than the checkpoint has."""
+    from emo_megatron.mcore.hf_export import ExportOptions, export
+    from emo_megatron.mcore.hf_parity import measure_parity
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.hf.folder import HuggingFaceFolder
+
+    root = Path(folder)
+    checkpoint = imported(root, "grouped queries, renormalised")
+    export(
+        ExportOptions(
+            checkpoint=checkpoint, output=root / "out", dtype="bfloat16", nonzero_shared_gate=True
+        )
+    )
+    written = HuggingFaceFolder(root / "out")
+    parity = measure_parity(MegatronCheckpoint(checkpoint), written, tokens=32)
+    gate = written.read("model.layers.0.mlp.shared_expert_gate.weight")
+    return {"dtype": written.dtype, "difference": parity.max_difference, "gate": gate}
+
+
+def test_fewer_bits_are_compared_with_as_many(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    (result,) = ranks(1).run(rounded, folder=str(tmp_path))
+    assert result["dtype"] == torch.bfloat16
+    assert result["difference"] < 1e-3
+    assert (result["gate"] == 2.0**-20).all()
+
+
 def refusals(folder: str) -> dict[str, str]:
     """What is said about models and inputs that cannot be, with what is left on disk."""
     from emo_megatron.mcore.hf_export import ExportOptions, export
@@ -151,6 +180,11 @@ def refusals(folder: str) -> dict[str, str]:
     with_flags("qk norm and sigmoid", qk_layernorm=True, moe_router_score_function="sigmoid")
     with_flags("positions", position_embedding_type="learned_absolute", rotary_percent=0.5)
     with_flags("expert count", num_experts=5)
+    old = argparse.Namespace(
+        **{n: v for n, v in vars(checkpoint.args).items() if n != "rotary_base"}
+    )
+    write_checkpoint(root / "old", {n: checkpoint.read(n) for n in checkpoint.names}, args=old)
+    fails("old", export, ExportOptions(checkpoint=root / "old", output=root / "never"))
     to = {"checkpoint": good, "output": root / "never"}
     fails("emo", export, ExportOptions(**to, format="emo"))
     tokenizer = words.write_tokenizer(root / "large", size=99)
@@ -186,6 +220,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
             "rotary_percent must be 1.0; got 0.5",
         ),
         "expert count": ("is not what its flags say", "must have the shape [5, 32]; got [6, 32]"),
+        "old": ("lack rotary_base: it was written by a version",),
         "emo": ("cannot be exported as emo", "--moe-router-pre-softmax"),
         "vocabulary": ("99 tokens and the model's embedding 80 rows", "--tokenizer"),
         "selection": ("keeps 4 experts in layers (1, 2, 3); this checkpoint has 6",),

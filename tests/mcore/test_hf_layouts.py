@@ -128,7 +128,7 @@ def check_export(result: dict[str, Any], *, folder: Path, iterations: int) -> No
         "8 of 12 routed experts",
         "| 2 | 0 1 2 3 5 8 9 11 |",
         "| french | french | 8 | 3.250 | 3.000 | +0.250 | 4.000 |",
-        "in float32: largest difference of a logit",
+        "computed in float32: largest difference of a logit",
     ):
         assert told in result["card"], told
 

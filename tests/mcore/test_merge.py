@@ -237,6 +237,11 @@ def test_refusals(parent, modules, tmp_path, capsys):
     refused("is --selection of this module", *merging(selections=(small,)))
     refused("--selections must name one file", *merging(selections=(small, small)))
     refused("give --parent", *composing())
+    stats = _stats(parent, tmp_path)
+    refused(
+        "--stats must name one file for each selection: 3 for 2",
+        *composing(stats=(*stats, stats[0])),
+    )
     refused("no module has expert 5 of layer 1: give --parent", *composing(shared="one", keep=8))
     refused("exists", *merging(output=modules[0]))
     assert (

@@ -12,7 +12,6 @@ from emo_megatron.modules.select import (
     SCORES,
     MaxRise,
     keep_for_budget,
-    num_kept,
     parse_keep,
     select_by_stats,
     select_layerwise,
@@ -38,17 +37,6 @@ def test_random_choices_are_seeded_and_differ_by_layer():
     assert torch.equal(masks, select_random(num_layers=6, num_experts=32, keep=8, seed=3))
     assert not torch.equal(masks, select_random(num_layers=6, num_experts=32, keep=8, seed=4))
     assert not torch.equal(masks[0], masks[1])
-
-
-@pytest.mark.parametrize(("fraction", "kept"), [(1.0, 32), (0.25, 8), (0.0625, 2), (0.001, 1)])
-def test_a_fraction_is_a_number_of_experts(fraction, kept):
-    assert num_kept(fraction, num_experts=32) == kept
-
-
-@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5])
-def test_an_impossible_fraction_is_refused(fraction):
-    with pytest.raises(ValueError, match="must lie in"):
-        num_kept(fraction, num_experts=32)
 
 
 @pytest.mark.parametrize(

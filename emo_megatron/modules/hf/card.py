@@ -223,4 +223,7 @@ def _use(architecture: Architecture, *, model_type: str, shared_gate_value: floa
 def _parity(parity: Parity | None) -> str:
     if parity is None:
         return "The logits were not compared with Megatron's for this export.\n"
-    return f"Compared with the checkpoint in Megatron-Core, in float32: {parity}.\n"
+    return (
+        "Compared with the checkpoint in Megatron-Core, weights of the same dtype, computed in float32: "
+        f"{parity}.\n"
+    )

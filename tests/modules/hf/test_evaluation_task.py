@@ -68,6 +68,7 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     (file,) = tmp_path.glob("results*.json")
