@@ -5,9 +5,11 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
 # the oldest supported Megatron-Core, beside the environment's own: tests put it first on their path
 OLDEST_MEGATRON := $(VENV)/megatron-core-0.18
+CPP := $(wildcard csrc/* tests/support/*.h tests/support/*.cpp)
 NEWS := printf '\n\033[1m%s\033[0m\n'
 
 # each candidate is run: a pyenv shim exists, and fails, for every version that pyenv knows of, and
@@ -25,8 +27,8 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv and install (once; another torch: make setup TORCH="torch==2.13.0")
 
-native: | $(STAMP) ## compile csrc/ again, saying what the compilers say (EMO_CUDA=0: no GPU code)
-	@$(VENV)/bin/python setup.py build_ext --inplace
+native: $(PACKAGES) ## compile csrc/ again, saying what the compilers say (EMO_CUDA=0: no GPU code)
+	@EMO_BUILD=1 $(VENV)/bin/python setup.py build_ext --inplace --force
 
 demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (ARGS="--quick")
 	@$(RUN) emo_megatron demo $(ARGS)
@@ -41,11 +43,13 @@ lint: $(STAMP) ## check style, spelling and which package imports which
 	@$(RUN) ruff check --quiet .
 	@$(RUN) ruff format --check --quiet .
 	@$(VENV)/bin/codespell
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	@$(VENV)/bin/lint-imports --no-logo
 
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(RUN) ruff check --fix --quiet .
 	@$(RUN) ruff format --quiet .
+	@$(VENV)/bin/clang-format -i $(CPP)
 
 types: $(STAMP) ## check the types
 	@$(RUN) mypy
@@ -70,16 +74,22 @@ $(VENV)/bin/pip:
 	"$$python" -m venv $(VENV)
 
 ifeq ($(origin TORCH), command line)
-.PHONY: $(STAMP)  # an explicit TORCH is never taken for done
+.PHONY: $(PACKAGES)  # an explicit TORCH is never taken for done
 endif
 
 # written last: an interrupted set-up goes on where it stopped, with what pip has already fetched
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*) | $(VENV)/bin/pip
+$(PACKAGES): pyproject.toml | $(VENV)/bin/pip
 	@$(NEWS) "Installing $(TORCH): on Linux the default is a CUDA build, some 3 GB to fetch and 6 GB on disk"
 	@$(RUN) pip install --disable-pip-version-check "$(TORCH)"
-	@$(NEWS) "Installing emo_megatron with what the demo and the tests need: some 0.5 GB; compiling csrc/ takes a minute or two"
-	@$(RUN) pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
-	@touch $(STAMP)
+	@$(NEWS) "Installing emo_megatron with what the demo and the tests need: some 0.5 GB"
+	@EMO_BUILD=0 $(RUN) pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
+	@touch $@
+
+# apart from the packages, so that a changed kernel costs no call of pip
+$(STAMP): $(PACKAGES) setup.py $(wildcard csrc/*)
+	@$(NEWS) "Compiling csrc/: a minute or two"
+	@$(VENV)/bin/python setup.py --quiet build_ext --inplace --force
+	@touch $@
 
 # whole or not at all: a folder that pip was interrupted in does not get the name
 $(OLDEST_MEGATRON): | $(STAMP)

@@ -3,16 +3,19 @@
 One library against torch's stable ABI: it loads on every torch from 2.11 on and in every Python 3, and its CUDA kernels
 run where torch has CUDA. Environment variables:
 
+    EMO_BUILD       auto (default): compile; a machine that cannot still installs, and plain PyTorch runs; 0: do not
+                    compile; 1: fail where it cannot be compiled
     EMO_CUDA        auto (default): CUDA kernels where nvcc is found; 0: none; 1: fail without nvcc
-    EMO_CUDA_ARCHS  compute capabilities, default 80;90;100; the last one also as PTX for later GPUs
+    EMO_CUDA_ARCHS  compute capabilities from 80 on, default 80;90;100 as far as nvcc knows them; the last one also as
+                    PTX for later GPUs
 
-Neither torch nor a GPU is imported or asked here, so images and wheels are built anywhere. A machine that cannot
-compile still installs: one line says that the reference ops will run.
+torch must be installed first; neither it nor a GPU is imported or asked here, so images and wheels are built anywhere.
 """
 
 import importlib.util
 import os
 import shutil
+import site
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +27,31 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
+ARCHS = ("80", "90", "100")
 CPP = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # every operation rounds once and in order: the same bits on every CPU
 CPU_KERNELS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
-CPU_SOURCE = "csrc/pool_ops_cpu.cpp"
-CUDA_SOURCE = "csrc/pool_ops.cu"
+CPU_SOURCES = ["csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp"]
+CUDA_SOURCES = ["csrc/scores.cu", "csrc/routing.cu"]
 BINDING = "csrc/binding.cpp"
 HEADERS = ["csrc/pool_ops.h", "csrc/vectors.h", "csrc/warp.cuh"]
+
+
+def wish(name: str) -> str:
+    """An environment variable that is auto, 0 or 1."""
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"error: {name} must be auto, 0 or 1; got {value!r}")
+    return value
 
 
 def find_torch() -> Path:
     """The folder of the installed torch, also from inside pip's isolated build environment."""
     found = importlib.util.find_spec("torch")
     folders = [Path(p) for p in (found.submodule_search_locations or [])] if found else []
-    folders.append(Path(sysconfig.get_path("purelib")) / "torch")
+    homes = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    folders += [Path(home) / "torch" for home in (*homes, site.getusersitepackages())]
     for folder in folders:
         if (folder / "include").is_dir():
             return folder
@@ -47,23 +60,36 @@ def find_torch() -> Path:
 
 def find_nvcc() -> str | None:
     """The CUDA compiler to use, None for a build without CUDA kernels."""
-    wish = os.environ.get("EMO_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"error: EMO_CUDA must be auto, 0 or 1; got {wish!r}")
-    if wish == "0":
+    if wish("EMO_CUDA") == "0":
         return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if nvcc is None and wish == "1":
-        raise SystemExit("error: EMO_CUDA=1 and there is no nvcc on the PATH or in CUDA_HOME/bin")
-    return nvcc
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("PATH"), "/usr/local/cuda"]
+    places = [f"{homes[0]}/bin" if homes[0] else None, homes[1], f"{homes[2]}/bin"]
+    for place in filter(None, places):
+        if nvcc := shutil.which("nvcc", path=place):
+            return nvcc
+    if wish("EMO_CUDA") == "1":
+        raise SystemExit(
+            "error: EMO_CUDA=1 and there is no nvcc in CUDA_HOME/bin, on the PATH or in /usr/local/cuda/bin"
+        )
+    return None
 
 
-def gpu_code() -> list[str]:
+def gpu_code(nvcc: str) -> list[str]:
     """nvcc's flags for machine code of every wanted GPU, and PTX of the last."""
-    archs = os.environ.get("EMO_CUDA_ARCHS", "80;90;100").split(";")
+    archs = os.environ.get("EMO_CUDA_ARCHS", "").split(";")
+    if archs == [""]:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        archs = [arch for arch in ARCHS if f"compute_{arch}" in known.split()]
+    if not archs:
+        raise PlatformError(f"{nvcc} compiles for none of {', '.join(ARCHS)}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Run compilers side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(subprocess.check_call, commands))
 
 
 class BuildExtensions(build_ext):
@@ -74,42 +100,56 @@ class BuildExtensions(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
+        if wish("EMO_BUILD") == "0":
+            self.extensions = []
         try:
             super().run()
         except (CCompilerError, ExecError, PlatformError, subprocess.CalledProcessError) as error:
-            if os.environ.get("EMO_CUDA") == "1":
+            if wish("EMO_BUILD") == "1" or wish("EMO_CUDA") == "1":
                 raise
             self.extensions = []
             self.warn(f"no compiled ops, the reference ops will run: {error}")
 
     def build_extension(self, ext: Extension) -> None:
-        torch, nvcc = find_torch(), find_nvcc()
-        scratch, target = Path(self.build_temp), Path(self.get_ext_fullpath(ext.name))
+        # an older one must not pass for what is compiled now
+        targets = [Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))]
+        for target in targets:
+            target.unlink(missing_ok=True)
+        nvcc = find_nvcc()
+        try:
+            self._compile(targets[0], nvcc)
+        except (PlatformError, subprocess.CalledProcessError) as error:
+            if nvcc is None or wish("EMO_CUDA") == "1":
+                raise
+            self.warn(f"no CUDA kernels: {error}")
+            self._compile(targets[0], None)
+
+    def _compile(self, target: Path, nvcc: str | None) -> None:
+        torch, scratch = find_torch(), Path(self.build_temp)
         scratch.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "c++")
         if shutil.which(cxx) is None:
             raise PlatformError(f"there is no C++ compiler {cxx!r}")
         include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
-        binding = [*include, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+        abi = [*include, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         commands = {
-            CPU_SOURCE: [cxx, *CPP, *CPU_KERNELS],
-            BINDING: [cxx, *CPP, *binding, *(["-DEMO_WITH_CUDA"] if nvcc else [])],
+            BINDING: [cxx, *CPP, *abi, *(["-DEMO_WITH_CUDA"] if nvcc else [])],
+            **{source: [cxx, *CPP, *CPU_KERNELS] for source in CPU_SOURCES},
         }
         if nvcc:
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
-            commands[CUDA_SOURCE] = [nvcc, "-std=c++17", "-O3", "-t", "0", *host, *gpu_code()]
+            gpu = [nvcc, "-std=c++17", "-O3", *host, *gpu_code(nvcc)]
+            # the longest first
+            commands = dict.fromkeys(reversed(CUDA_SOURCES), gpu) | commands
         objects = {source: str(scratch / f"{Path(source).name}.o") for source in commands}
-        jobs = [[*command, "-c", s, "-o", objects[s]] for s, command in commands.items()]
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(subprocess.check_call, jobs))
+        run_all([[*command, "-c", s, "-o", objects[s]] for s, command in commands.items()])
         # libtorch must be named even if nothing of it is missing: the CUDA stream getter is a weak symbol of it
-        needed = ["-Wl,--no-as-needed", f"-L{torch}/lib", "-ltorch", "-ltorch_cpu"]
-        if nvcc:
-            needed[0] = "-Xlinker=--no-as-needed"
         linker = [nvcc, "-shared", "-cudart", "static"] if nvcc else [cxx, "-shared"]
+        needed = "-Xlinker=--no-as-needed" if nvcc else "-Wl,--no-as-needed"
+        libraries = [needed, f"-L{torch}/lib", "-ltorch", "-ltorch_cpu"]
         part = target.with_suffix(".part")
-        subprocess.check_call([*linker, *objects.values(), "-o", str(part), *needed])
+        run_all([[*linker, *objects.values(), "-o", str(part), *libraries]])
         part.replace(target)
 
 
@@ -127,7 +167,9 @@ class Wheel(bdist_wheel):
 if __name__ == "__main__":
     setup(
         ext_modules=[
-            Extension("emo_megatron._native", [CPU_SOURCE, CUDA_SOURCE, BINDING], depends=HEADERS)
+            Extension(
+                "emo_megatron._native", [*CPU_SOURCES, *CUDA_SOURCES, BINDING], depends=HEADERS
+            )
         ],
         cmdclass={"build_ext": BuildExtensions, "bdist_wheel": Wheel},
     )

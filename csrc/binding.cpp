@@ -1,7 +1,9 @@
-// The routing ops as torch operators, on torch's stable ABI: one library for every torch from 2.11 on, with or without CUDA.
+// The routing ops as torch operators, on the stable ABI of torch 2.11: one library for later ones
+// too, with or without CUDA.
 //
-// Each function checks its input, allocates its outputs on the input's device and current stream, and calls the kernels. No
-// CUDA header is included: launchers take the stream as a pointer. Shapes and meaning: emo_megatron/ops/reference.py.
+// Each function checks its input, allocates its outputs on the input's device and current stream,
+// and calls the kernels. No CUDA header is included: launchers take the stream as a pointer. Shapes
+// and meaning: emo_megatron/ops/reference.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,7 +24,8 @@ using torch::stable::Tensor;
 
 #if defined(EMO_WITH_CUDA)
 // Only a torch with CUDA has it; weak, so that the same library also loads on one without.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 #endif
 
 namespace {
@@ -33,51 +36,74 @@ constexpr int64_t kDocumentsPerTask = 16;
 
 emo::DType dtype_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case ScalarType::Float: return emo::DType::kFloat32;
-    case ScalarType::BFloat16: return emo::DType::kBFloat16;
-    case ScalarType::Half: return emo::DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return emo::DType::kFloat32;
+    case ScalarType::BFloat16:
+      return emo::DType::kBFloat16;
+    case ScalarType::Half:
+      return emo::DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
   }
 }
 
 void check_logits(const Tensor& logits) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [T, E]; got ", logits.dim(), " dimensions");
   STD_TORCH_CHECK(logits.is_contiguous(), "logits must be contiguous");
-  STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= emo::kMaxExperts, "logits must have 1 to ", emo::kMaxExperts,
-                  " experts; got ", logits.size(1));
+  STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= emo::kMaxExperts,
+                  "logits must have 1 to ", emo::kMaxExperts, " experts; got ", logits.size(1));
 }
 
-// The data of a tensor of this shape and type that lies beside `like`; null where the tensor is not given.
+// The data of a tensor of this shape and type that lies beside `like`; null where the tensor is not
+// given.
 template <class T>
-const T* data_of(const char* name, const std::optional<Tensor>& tensor, ScalarType type, int64_t rows, int64_t columns,
-                 const Tensor& like) {
+const T* data_of(const char* name, const std::optional<Tensor>& tensor, ScalarType type,
+                 int64_t rows, int64_t columns, const Tensor& like) {
   if (!tensor.has_value()) return nullptr;
   const int64_t dims = columns < 0 ? 1 : 2;
   STD_TORCH_CHECK(tensor->scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor->dim() == dims && tensor->size(0) == rows && (dims == 1 || tensor->size(1) == columns), name,
-                  " must have shape [", rows, columns < 0 ? "" : ", E", "]");
+  STD_TORCH_CHECK(
+      tensor->dim() == dims && tensor->size(0) == rows && (dims == 1 || tensor->size(1) == columns),
+      name, " must have shape [", rows, columns < 0 ? "" : ", E", "]");
   STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(tensor->device() == like.device(), name, " must be on the device of the other tensors");
+  STD_TORCH_CHECK(tensor->device() == like.device(), name,
+                  " must be on the device of the other tensors");
   return static_cast<const T*>(tensor->const_data_ptr());
+}
+
+// Ids on the host can be looked at; on a GPU that would mean waiting, so kernels take those beyond
+// for padding.
+void check_ids([[maybe_unused]] const Tensor& logits, [[maybe_unused]] const int64_t* ids,
+               [[maybe_unused]] int64_t num_documents) {
+#if !defined(EMO_EMULATE)
+  if (!logits.is_cpu() || ids == nullptr) return;
+  int64_t largest = -1;
+  for (int64_t t = 0; t < logits.size(0); ++t) largest = ids[t] > largest ? ids[t] : largest;
+  STD_TORCH_CHECK(largest < num_documents, "document_ids must be below the number of documents, ",
+                  num_documents, "; got ", largest);
+#endif
 }
 
 // Run `on_cpu` over [0, count) in parallel, or `on_cuda` with the current stream.
 template <class OnCpu, class OnCuda>
-void run([[maybe_unused]] const Tensor& where, [[maybe_unused]] int64_t count, [[maybe_unused]] int64_t grain,
-         [[maybe_unused]] OnCpu on_cpu, [[maybe_unused]] OnCuda on_cuda) {
+void run([[maybe_unused]] const Tensor& where, [[maybe_unused]] int64_t count,
+         [[maybe_unused]] int64_t grain, [[maybe_unused]] OnCpu on_cpu,
+         [[maybe_unused]] OnCuda on_cuda) {
 #if defined(EMO_EMULATE)
   const int status = on_cuda(nullptr);
   STD_TORCH_CHECK(status == 0, "emulated launch failed");
 #else
 #if defined(EMO_WITH_CUDA)
   if (where.is_cuda()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "this build of torch has no CUDA");
     const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
     int status = emo::cuda::use_device(where.get_device_index());
     if (status == 0) status = on_cuda(stream);
-    STD_TORCH_CHECK(status == 0, "kernel launch failed with CUDA error ", status);
+    STD_TORCH_CHECK(status == 0,
+                    "the kernels cannot run on this GPU: ", emo::cuda::error_text(status));
     return;
   }
 #endif
@@ -89,10 +115,13 @@ Tensor document_scores(const Tensor& logits, const Tensor& document_ids, int64_t
   check_logits(logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   STD_TORCH_CHECK(num_documents >= 0, "num_documents must not be negative; got ", num_documents);
-  const int64_t* ids = data_of<int64_t>("document_ids", document_ids, ScalarType::Long, num_tokens, -1, logits);
+  const int64_t* ids =
+      data_of<int64_t>("document_ids", document_ids, ScalarType::Long, num_tokens, -1, logits);
+  check_ids(logits, ids, num_documents);
   Tensor sums = torch::stable::new_zeros(logits, {num_documents, num_experts}, ScalarType::Long);
-  const emo::ScoreArgs args{logits.const_data_ptr(), dtype_of(logits), ids, sums.mutable_data_ptr<int64_t>(),
-                            num_tokens, num_documents, (int)num_experts};
+  const emo::ScoreArgs args{
+      logits.const_data_ptr(), dtype_of(logits), ids, sums.mutable_data_ptr<int64_t>(), num_tokens,
+      num_documents,           (int)num_experts};
   run(
       logits, num_tokens, kTokensPerTask,
       [&](int64_t begin, int64_t end) { emo::cpu::document_scores(args, begin, end); },
@@ -103,13 +132,18 @@ Tensor document_scores(const Tensor& logits, const Tensor& document_ids, int64_t
 Tensor select_pool(const Tensor& scores, const Tensor& pool_sizes, int64_t num_forced) {
   STD_TORCH_CHECK(scores.dim() == 2, "scores must be [D, E]; got ", scores.dim(), " dimensions");
   const int64_t num_documents = scores.size(0), num_experts = scores.size(1);
-  STD_TORCH_CHECK(num_experts <= emo::kMaxExperts, "scores must have at most ", emo::kMaxExperts, " experts");
-  STD_TORCH_CHECK(num_forced >= 0 && num_forced <= num_experts, "num_forced must lie in [0, E]; got ", num_forced);
+  STD_TORCH_CHECK(num_experts <= emo::kMaxExperts, "scores must have at most ", emo::kMaxExperts,
+                  " experts");
+  STD_TORCH_CHECK(num_forced >= 0 && num_forced <= num_experts,
+                  "num_forced must lie in [0, E]; got ", num_forced);
   Tensor pool = torch::stable::new_empty(scores, {num_documents, num_experts}, ScalarType::Bool);
   const emo::SelectArgs args{
       data_of<int64_t>("scores", scores, ScalarType::Long, num_documents, num_experts, scores),
       data_of<int64_t>("pool_sizes", pool_sizes, ScalarType::Long, num_documents, -1, scores),
-      static_cast<uint8_t*>(pool.mutable_data_ptr()), num_documents, (int)num_experts, (int)num_forced};
+      static_cast<uint8_t*>(pool.mutable_data_ptr()),
+      num_documents,
+      (int)num_experts,
+      (int)num_forced};
   run(
       scores, num_documents, kDocumentsPerTask,
       [&](int64_t begin, int64_t end) { emo::cpu::select_pool(args, begin, end); },
@@ -118,18 +152,23 @@ Tensor select_pool(const Tensor& scores, const Tensor& pool_sizes, int64_t num_f
 }
 
 emo::RoutingArgs routing_args(const Tensor& logits, const std::optional<Tensor>& document_ids,
-                              const std::optional<Tensor>& pool, const std::optional<Tensor>& expert_bias,
-                              int64_t top_k, int64_t scoring, bool mask_logits, double scaling) {
+                              const std::optional<Tensor>& pool,
+                              const std::optional<Tensor>& expert_bias, int64_t top_k,
+                              int64_t scoring, bool mask_logits, double scaling) {
   check_logits(logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const int64_t num_pools = pool.has_value() ? pool->size(0) : 0;
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= emo::kMaxTopK && top_k <= num_experts, "top_k must lie in [1, ",
-                  emo::kMaxTopK, "] and be at most E = ", num_experts, "; got ", top_k);
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= emo::kMaxTopK && top_k <= num_experts,
+                  "top_k must lie in [1, ", emo::kMaxTopK, "] and be at most E = ", num_experts,
+                  "; got ", top_k);
   STD_TORCH_CHECK(scoring >= 0 && scoring <= 2, "scoring must be 0, 1 or 2; got ", scoring);
   STD_TORCH_CHECK(num_pools <= 1 || document_ids.has_value(), "several pools need document_ids");
+  const int64_t* ids =
+      data_of<int64_t>("document_ids", document_ids, ScalarType::Long, num_tokens, -1, logits);
+  if (num_pools > 1) check_ids(logits, ids, num_pools);
   return {logits.const_data_ptr(),
           dtype_of(logits),
-          data_of<int64_t>("document_ids", document_ids, ScalarType::Long, num_tokens, -1, logits),
+          ids,
           data_of<uint8_t>("pool", pool, ScalarType::Bool, num_pools, num_experts, logits),
           num_pools,
           data_of<float>("expert_bias", expert_bias, ScalarType::Float, num_experts, -1, logits),
@@ -142,13 +181,15 @@ emo::RoutingArgs routing_args(const Tensor& logits, const std::optional<Tensor>&
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_topk(
-    const Tensor& logits, const std::optional<Tensor>& document_ids, const std::optional<Tensor>& pool,
-    const std::optional<Tensor>& expert_bias, int64_t top_k, int64_t scoring, bool mask_logits, double scaling) {
+    const Tensor& logits, const std::optional<Tensor>& document_ids,
+    const std::optional<Tensor>& pool, const std::optional<Tensor>& expert_bias, int64_t top_k,
+    int64_t scoring, bool mask_logits, double scaling) {
   const emo::RoutingArgs args =
       routing_args(logits, document_ids, pool, expert_bias, top_k, scoring, mask_logits, scaling);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   Tensor probs = torch::stable::empty_like(logits);
-  Tensor routing_map = torch::stable::new_empty(logits, {num_tokens, num_experts}, ScalarType::Bool);
+  Tensor routing_map =
+      torch::stable::new_empty(logits, {num_tokens, num_experts}, ScalarType::Bool);
   Tensor sums = torch::stable::new_zeros(logits, {2, num_experts}, ScalarType::Long);
   Tensor tokens_per_expert = torch::stable::new_empty(logits, {num_experts}, ScalarType::Long);
   Tensor score_sums = torch::stable::new_empty(logits, {num_experts}, ScalarType::Float);
@@ -171,19 +212,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_topk(
   return {probs, routing_map, tokens_per_expert, score_sums, z, entropy};
 }
 
-Tensor pool_topk_backward(const std::optional<Tensor>& grad_probs, const std::optional<Tensor>& grad_score_sums,
-                          const std::optional<Tensor>& grad_z, const Tensor& logits, const Tensor& routing_map,
-                          const std::optional<Tensor>& document_ids, const std::optional<Tensor>& pool, int64_t top_k,
-                          int64_t scoring, bool mask_logits, double scaling) {
+Tensor pool_topk_backward(const std::optional<Tensor>& grad_probs,
+                          const std::optional<Tensor>& grad_score_sums,
+                          const std::optional<Tensor>& grad_z, const Tensor& logits,
+                          const Tensor& routing_map, const std::optional<Tensor>& document_ids,
+                          const std::optional<Tensor>& pool, int64_t top_k, int64_t scoring,
+                          bool mask_logits, double scaling) {
   const emo::RoutingArgs args =
       routing_args(logits, document_ids, pool, std::nullopt, top_k, scoring, mask_logits, scaling);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   Tensor grad_logits = torch::stable::empty_like(logits);
   const emo::RoutingGradients grads{
-      data_of<void>("grad_probs", grad_probs, logits.scalar_type(), num_tokens, num_experts, logits),
-      data_of<float>("grad_score_sums", grad_score_sums, ScalarType::Float, num_experts, -1, logits),
+      data_of<void>("grad_probs", grad_probs, logits.scalar_type(), num_tokens, num_experts,
+                    logits),
+      data_of<float>("grad_score_sums", grad_score_sums, ScalarType::Float, num_experts, -1,
+                     logits),
       data_of<float>("grad_z", grad_z, ScalarType::Float, num_tokens, -1, logits),
-      data_of<uint8_t>("routing_map", routing_map, ScalarType::Bool, num_tokens, num_experts, logits),
+      data_of<uint8_t>("routing_map", routing_map, ScalarType::Bool, num_tokens, num_experts,
+                       logits),
       grad_logits.mutable_data_ptr()};
   run(
       logits, num_tokens, kTokensPerTask,
@@ -198,19 +244,22 @@ STABLE_TORCH_LIBRARY(EMO_NAMESPACE, m) {
   m.def("document_scores(Tensor logits, Tensor document_ids, int num_documents) -> Tensor");
   m.def("select_pool(Tensor scores, Tensor pool_sizes, int num_forced) -> Tensor");
   m.def(
-      "pool_topk(Tensor logits, Tensor? document_ids, Tensor? pool, Tensor? expert_bias, int top_k, int scoring, "
+      "pool_topk(Tensor logits, Tensor? document_ids, Tensor? pool, Tensor? expert_bias, int "
+      "top_k, int scoring, "
       "bool mask_logits, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "pool_topk_backward(Tensor? grad_probs, Tensor? grad_score_sums, Tensor? grad_z, Tensor logits, "
-      "Tensor routing_map, Tensor? document_ids, Tensor? pool, int top_k, int scoring, bool mask_logits, "
+      "pool_topk_backward(Tensor? grad_probs, Tensor? grad_score_sums, Tensor? grad_z, Tensor "
+      "logits, "
+      "Tensor routing_map, Tensor? document_ids, Tensor? pool, int top_k, int scoring, bool "
+      "mask_logits, "
       "float scaling) -> Tensor");
 }
 
-#define EMO_IMPLEMENT(key)                                      \
-  STABLE_TORCH_LIBRARY_IMPL(EMO_NAMESPACE, key, m) {            \
-    m.impl("document_scores", TORCH_BOX(&document_scores));     \
-    m.impl("select_pool", TORCH_BOX(&select_pool));             \
-    m.impl("pool_topk", TORCH_BOX(&pool_topk));                 \
+#define EMO_IMPLEMENT(key)                                        \
+  STABLE_TORCH_LIBRARY_IMPL(EMO_NAMESPACE, key, m) {              \
+    m.impl("document_scores", TORCH_BOX(&document_scores));       \
+    m.impl("select_pool", TORCH_BOX(&select_pool));               \
+    m.impl("pool_topk", TORCH_BOX(&pool_topk));                   \
     m.impl("pool_topk_backward", TORCH_BOX(&pool_topk_backward)); \
   }
 EMO_IMPLEMENT(CPU)

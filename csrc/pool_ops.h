@@ -1,16 +1,26 @@
-// The routing ops between the binding and the kernels: plain structs of pointers and sizes, no torch, no CUDA types.
+// The routing ops between the binding and the kernels: plain structs of pointers and sizes, no
+// torch, no CUDA types.
 //
-// T tokens, E experts, K experts a token, D documents; all tensors contiguous, rows of E. Semantics are those of
-// emo_megatron/ops/reference.py, which the tests compare every kernel with.
+// T tokens, E experts, K experts a token, D documents; all tensors contiguous, rows of E. Semantics
+// are those of emo_megatron/ops/reference.py, which the tests compare every kernel with.
 #pragma once
 #include <cstdint>
+
+#if defined(__CUDACC__)
+#define EMO_HOST_DEVICE __host__ __device__
+#else
+#define EMO_HOST_DEVICE
+#endif
 
 namespace emo {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
-// Document scores and column sums are in units of 2^-27: integer sums do not depend on the order of the tokens.
+// Document scores and column sums are in units of 2^-27: integer sums do not depend on the order of
+// the tokens.
 constexpr int kFractionBits = 27;
+constexpr float kOne = 1 << kFractionBits;
+constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
@@ -21,7 +31,7 @@ enum class Scoring : int {
 };
 
 struct ScoreArgs {
-  const void* logits;           // [T, E] of dtype
+  const void* logits;  // [T, E] of dtype
   DType dtype;
   const int64_t* document_ids;  // [T], -1 is padding
   int64_t* sums;                // [D, E] in 2^-27, zeroed by the caller
@@ -40,7 +50,7 @@ struct SelectArgs {
 };
 
 struct RoutingArgs {
-  const void* logits;           // [T, E] of dtype
+  const void* logits;  // [T, E] of dtype
   DType dtype;
   const int64_t* document_ids;  // [T], -1 is padding; null: no padding
   const uint8_t* pool;          // [num_pools, E]; null: every expert
@@ -50,14 +60,22 @@ struct RoutingArgs {
   int num_experts;
   int top_k;
   Scoring scoring;
-  bool mask_logits;  // experts outside the pool carry neither weight nor loss; false: the pool limits the choice only
+  bool mask_logits;  // experts outside the pool carry neither weight nor loss; false: the pool
+                     // limits the choice only
   float scaling;     // of the weights
 };
 
+// The row of the pool that a token of `document` reads; -1: it may choose every expert.
+EMO_HOST_DEVICE inline int64_t pool_row(const RoutingArgs& args, int64_t document) {
+  if (args.pool == nullptr || args.num_pools == 0) return -1;
+  if (args.num_pools == 1) return 0;
+  return document < 0 ? -1 : document;
+}
+
 struct RoutingOutputs {
-  void* probs;                 // [T, E] of dtype
-  uint8_t* routing_map;        // [T, E], exactly K a token
-  int64_t* sums;               // [2, E] workspace, zeroed by the caller: choices, then scores in 2^-27
+  void* probs;           // [T, E] of dtype
+  uint8_t* routing_map;  // [T, E], exactly K a token
+  int64_t* sums;         // [2, E] workspace, zeroed by the caller: choices, then scores in 2^-27
   int64_t* tokens_per_expert;  // [E]
   float* score_sums;           // [E]
   float* z;                    // [T], 0 for padding
@@ -65,11 +83,11 @@ struct RoutingOutputs {
 };
 
 struct RoutingGradients {
-  const void* grad_probs;         // [T, E] of dtype, read at chosen experts only; null: none
-  const float* grad_score_sums;   // [E]; null: none
-  const float* grad_z;            // [T]; null: none
-  const uint8_t* routing_map;     // [T, E] as forward wrote it
-  void* grad_logits;              // [T, E] of dtype, every entry written
+  const void* grad_probs;        // [T, E] of dtype, read at chosen experts only; null: none
+  const float* grad_score_sums;  // [E]; null: none
+  const float* grad_z;           // [T]; null: none
+  const uint8_t* routing_map;    // [T, E] as forward wrote it
+  void* grad_logits;             // [T, E] of dtype, every entry written
 };
 
 namespace cpu {
@@ -78,12 +96,14 @@ void document_scores(const ScoreArgs& args, int64_t begin, int64_t end);
 void select_pool(const SelectArgs& args, int64_t begin, int64_t end);
 void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, int64_t begin, int64_t end);
 void pool_topk_finish(const RoutingArgs& args, const RoutingOutputs& out);
-void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, int64_t begin, int64_t end);
+void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, int64_t begin,
+                        int64_t end);
 }  // namespace cpu
 
 namespace cuda {
 // The library carries a CUDA runtime of its own, which does not know the device that torch has set.
 int use_device(int device);
+const char* error_text(int status);
 // Each launches on `stream` (a cudaStream_t) and returns a cudaError_t as an int, 0 for success.
 int document_scores(const ScoreArgs& args, void* stream);
 int select_pool(const SelectArgs& args, void* stream);

@@ -1,7 +1,9 @@
-// Sixteen lanes at a time, on any CPU: GCC's and Clang's vector types, which become AVX-512, AVX2, SSE or NEON registers.
+// Sixteen lanes at a time, on any CPU: GCC's and Clang's vector types, which become AVX-512, AVX2,
+// SSE or NEON registers.
 //
-// Every operation is a single IEEE operation in a fixed order (no fused multiply-add, no reassociation), so results are the
-// same bits whatever the width of the registers. Rows are padded to whole blocks of sixteen experts.
+// Every operation is a single IEEE operation in a fixed order (no fused multiply-add, no
+// reassociation), so results are the same bits whatever the width of the registers. Rows are padded
+// to whole blocks of sixteen experts.
 #pragma once
 #include <climits>
 #include <cmath>
@@ -11,6 +13,12 @@
 #include "pool_ops.h"
 
 #define EMO_INLINE inline __attribute__((always_inline))
+// Compiled for three levels of x86-64, the best of which is picked when the library loads.
+#if !defined(EMO_CLONES) && defined(__x86_64__) && defined(__linux__)
+#define EMO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif !defined(EMO_CLONES)
+#define EMO_CLONES
+#endif
 
 namespace emo::cpu {
 
@@ -42,7 +50,8 @@ template <class Vector, class Combine>
 static EMO_INLINE auto reduce(Vector v, Combine combine) {
   auto a = combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-  auto b = combine(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
+  auto b =
+      combine(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
   auto c = combine(__builtin_shufflevector(b, b, 0, 1), __builtin_shufflevector(b, b, 2, 3));
   return combine(c, __builtin_shufflevector(c, c, 1, 0))[0];
 }
@@ -59,7 +68,8 @@ static EMO_INLINE int32_t largest(Ints v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// e^x for x <= 0 to 2e-7 relative (the Cephes polynomial on [-ln 2 / 2, ln 2 / 2]); below 2^-126 it is 0, NaN stays NaN.
+// e^x for x <= 0 to 2e-7 relative (the Cephes polynomial on [-ln 2 / 2, ln 2 / 2]); below 2^-126 it
+// is 0, NaN stays NaN.
 static EMO_INLINE Floats exp_nonpositive(Floats x) {
   const Ints is_tiny = x < -87.33f;
   x = where(is_tiny, splat(-87.33f), x);
@@ -93,7 +103,18 @@ static EMO_INLINE Floats log1p_unit(Floats t) {
   return log + where(is_upper, splat(0.69314718056f), splat(0.0f));
 }
 
-// Integers in the order of the floats, so that -inf and ties compare exactly and NaN is the largest; -0 equals 0.
+// log x for positive x to 2e-7 absolute; no C library's own, so the same bits with each. Infinity
+// and NaN stay.
+static EMO_INLINE float log_of_sum(float x) {
+  if (!(x < INFINITY)) return x;
+  int exponent;
+  const float mantissa = 2.0f * std::frexp(x, &exponent);  // in [1, 2)
+  const float log = log1p_unit(splat(mantissa - 1.0f))[0];
+  return (float)(exponent - 1) * 0.69314718056f + log;
+}
+
+// Integers in the order of the floats, so that -inf and ties compare exactly and NaN is the
+// largest; -0 equals 0.
 static EMO_INLINE Ints order_keys(Floats x) {
   const Ints i = bits(x + 0.0f);
   return i ^ ((i >> 31) & INT_MAX);
@@ -147,8 +168,14 @@ static EMO_INLINE uint16_t float_to_fp16(float x) {
   return (uint16_t)(h | sign);
 }
 
+// For sums that threads share.
+static EMO_INLINE void add_shared(int64_t* to, int64_t value) {
+  __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+
 // Read a row of E numbers; lanes past E become `fill`.
-static EMO_INLINE void load_row(const void* data, DType dtype, int64_t row, int num_experts, float fill, Row& out) {
+static EMO_INLINE void load_row(const void* data, DType dtype, int64_t row, int num_experts,
+                                float fill, Row& out) {
   const int64_t start = row * num_experts;
   for (int e = num_experts; e < num_blocks(num_experts) * kLanes; ++e) out.f[e] = fill;
   if (dtype == DType::kFloat32) {
@@ -163,7 +190,8 @@ static EMO_INLINE void load_row(const void* data, DType dtype, int64_t row, int 
   }
 }
 
-static EMO_INLINE void store_row(const Row& in, DType dtype, int64_t row, int num_experts, void* data) {
+static EMO_INLINE void store_row(const Row& in, DType dtype, int64_t row, int num_experts,
+                                 void* data) {
   const int64_t start = row * num_experts;
   if (dtype == DType::kFloat32) {
     std::memcpy(static_cast<float*>(data) + start, in.f, num_experts * sizeof(float));

@@ -1,7 +1,9 @@
-// What the routing kernels share: a warp holds one row of experts, lane l the experts l, l + 32, l + 64, ...
+// What the routing kernels share: a warp holds one row of experts, lane l the experts l, l + 32, l
+// + 64, ...
 //
-// A row is kChunks registers a lane; expert chunk * 32 + lane. Loads and stores of a chunk are 32 neighbouring experts, and
-// chunk-major order is the order of the experts, so ties to the lower index fall out of ballots.
+// A row is kChunks registers a lane; expert chunk * 32 + lane. Loads and stores of a chunk are 32
+// neighbouring experts, and chunk-major order is the order of the experts, so ties to the lower
+// index fall out of ballots.
 #pragma once
 #ifdef EMO_EMULATE
 #include "cuda_emulator.h"
@@ -9,8 +11,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define EMO_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#define EMO_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
+
+#include <type_traits>
 
 #include "pool_ops.h"
 
@@ -20,8 +25,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 8;  // in a block
 constexpr int kThreads = kWarps * 32;
 constexpr int kMaxTokensPerWarp = 16;  // so many scores of at most 2^27 add up within 32 bits
-constexpr float kOne = 1 << kFractionBits;
-constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
 
 // Keys order experts as their scores do. Keys of experts that may be chosen lie above both.
 constexpr unsigned kBeyond = 0;    // past the last expert: never chosen
@@ -35,7 +38,9 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) {
+  *to = __float2bfloat16(x);
+}
 __device__ __forceinline__ void from_float(float x, __half* to) { *to = __float2half(x); }
 
 // A butterfly: one order of the additions, the same result in every lane.
@@ -45,7 +50,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Unsigned integers in the order of the floats: ties compare exactly, -0 equals 0, a positive NaN is the largest.
+// Unsigned integers in the order of the floats: ties compare exactly, -0 equals 0, a positive NaN
+// is the largest.
 __device__ __forceinline__ unsigned order_key(float x) {
   const unsigned u = __float_as_uint(x + 0.0f);
   return u ^ ((u & 0x80000000u) ? 0xffffffffu : 0x80000000u);
@@ -70,24 +76,26 @@ __device__ __forceinline__ bool has(unsigned set, int chunk) { return (set >> ch
 template <class T, int kChunks>
 __device__ __forceinline__ void load_row(const T* row, unsigned inside, float (&x)[kChunks]) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) x[c] = has(inside, c) ? to_float(row[c * 32 + lane_id()]) : -INFINITY;
+  for (int c = 0; c < kChunks; ++c)
+    x[c] = has(inside, c) ? to_float(row[c * 32 + lane_id()]) : -INFINITY;
 }
 
-// The experts a token may choose, bit c for expert c * 32 + lane; kept while the document stays the same.
+// The experts a token may choose, bit c for expert c * 32 + lane; kept while the document stays the
+// same.
 template <int kChunks>
 struct Pool {
   unsigned inside, allowed;
   long long row = -2;
 
-  __device__ __forceinline__ explicit Pool(int num_experts) : inside(lanes_inside<kChunks>(num_experts)) {}
+  __device__ __forceinline__ explicit Pool(int num_experts)
+      : inside(lanes_inside<kChunks>(num_experts)) {}
 
   __device__ __forceinline__ void set(const RoutingArgs& args, long long document) {
-    const bool is_free = args.pool == nullptr || args.num_pools == 0 || (document < 0 && args.num_pools != 1);
-    const long long wanted = is_free ? -1 : (args.num_pools == 1 ? 0 : document);
+    const long long wanted = pool_row(args, document);
     if (wanted == row) return;
     row = wanted;
     allowed = inside;
-    if (is_free) return;
+    if (wanted < 0) return;
     const uint8_t* from = args.pool + wanted * args.num_experts;
     allowed = 0;
 #pragma unroll
@@ -99,24 +107,32 @@ struct Pool {
   }
 };
 
-// The run of tokens of this warp, and the document of each: lane i holds that of the i-th.
+// The run of tokens of this warp, and the document of each: lane i holds that of the i-th. Ids past
+// the last document would reach beyond the tensors; the host cannot look at them without waiting,
+// so they count as padding.
 struct Tokens {
   long long begin;
   int count;
   long long my_document;
 
-  __device__ __forceinline__ Tokens(const int64_t* document_ids, int64_t num_tokens, int per_warp) {
+  __device__ __forceinline__ Tokens(const int64_t* document_ids, int64_t num_tokens,
+                                    int64_t num_documents, int per_warp) {
     begin = ((long long)blockIdx.x * kWarps + warp_id()) * per_warp;
     const long long left = num_tokens - begin;
     count = left < 0 ? 0 : (left < per_warp ? (int)left : per_warp);
     my_document = -1;
-    if (lane_id() < count) my_document = document_ids == nullptr ? 0 : document_ids[begin + lane_id()];
+    if (lane_id() < count)
+      my_document = document_ids == nullptr ? 0 : document_ids[begin + lane_id()];
+    if (my_document >= num_documents) my_document = -1;
   }
   // for every lane to call together
-  __device__ __forceinline__ long long document(int i) const { return __shfl_sync(kAllLanes, my_document, i); }
+  __device__ __forceinline__ long long document(int i) const {
+    return __shfl_sync(kAllLanes, my_document, i);
+  }
 };
 
-// Few tokens are spread over more warps: a launch has about this many before a warp takes more than one token.
+// Few tokens are spread over more warps: a launch has about this many before a warp takes more than
+// one token.
 #ifndef EMO_WARPS_WANTED
 #define EMO_WARPS_WANTED 2048
 #endif
@@ -124,6 +140,10 @@ constexpr int64_t kWarpsWanted = EMO_WARPS_WANTED;
 inline int tokens_per_warp(int64_t num_tokens) {
   const int64_t wanted = (num_tokens + kWarpsWanted - 1) / kWarpsWanted;
   return (int)(wanted < 1 ? 1 : wanted > kMaxTokensPerWarp ? kMaxTokensPerWarp : wanted);
+}
+// Documents that ids may name: with one pool or none, any.
+__device__ __forceinline__ int64_t num_documents(const RoutingArgs& args) {
+  return args.num_pools > 1 ? args.num_pools : INT64_MAX;
 }
 inline unsigned blocks_for(int64_t num_tokens, int per_warp) {
   const int64_t per_block = (int64_t)per_warp * kWarps;
@@ -135,7 +155,8 @@ struct Softmax {
   float max, total;
 };
 template <int kChunks>
-__device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned set, float (&exps)[kChunks]) {
+__device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned set,
+                                           float (&exps)[kChunks]) {
   float top = -INFINITY;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
@@ -195,7 +216,8 @@ __device__ __forceinline__ unsigned top_k(const unsigned (&keys)[kChunks], int k
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const unsigned equal = __ballot_sync(kAllLanes, keys[c] == threshold);
-    const bool is_taken = keys[c] == threshold && rank + __popc(equal & lanes_below()) < surplus_rank;
+    const bool is_taken =
+        keys[c] == threshold && rank + __popc(equal & lanes_below()) < surplus_rank;
     if (keys[c] > threshold || is_taken) chosen |= 1u << c;
     rank += __popc(equal);
   }
@@ -204,14 +226,38 @@ __device__ __forceinline__ unsigned top_k(const unsigned (&keys)[kChunks], int k
 
 // Add up what the warps of a block counted and add it to `to`: one atomic an expert and block.
 template <int kExperts>
-__device__ __forceinline__ void add_over_warps(const unsigned (&of_warp)[kWarps][kExperts], int num_experts,
-                                               int64_t* to) {
+__device__ __forceinline__ void add_over_warps(const unsigned (&of_warp)[kWarps][kExperts],
+                                               int num_experts, int64_t* to) {
   for (int e = threadIdx.x; e < num_experts; e += kThreads) {
     unsigned long long total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += of_warp[w][e];
     if (total != 0) atomicAdd(reinterpret_cast<unsigned long long*>(to) + e, total);
   }
+}
+
+// Calls `launch` with the type of the logits and the number of chunks that hold a row.
+template <class T, class Launch>
+int with_chunks(int num_experts, Launch launch) {
+  if (num_experts <= 32)
+    launch(T{}, std::integral_constant<int, 1>{});
+  else if (num_experts <= 64)
+    launch(T{}, std::integral_constant<int, 2>{});
+  else if (num_experts <= 128)
+    launch(T{}, std::integral_constant<int, 4>{});
+  else if (num_experts <= 256)
+    launch(T{}, std::integral_constant<int, 8>{});
+  else if (num_experts <= 512)
+    launch(T{}, std::integral_constant<int, 16>{});
+  else
+    launch(T{}, std::integral_constant<int, 32>{});
+  return (int)cudaGetLastError();
+}
+template <class Launch>
+int with_types(DType dtype, int num_experts, Launch launch) {
+  if (dtype == DType::kFloat32) return with_chunks<float>(num_experts, launch);
+  if (dtype == DType::kBFloat16) return with_chunks<__nv_bfloat16>(num_experts, launch);
+  return with_chunks<__half>(num_experts, launch);
 }
 
 }  // namespace emo::cuda

@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print where its result lies."""
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,101 @@ from emo_megatron.environment import collect_environment, format_json, format_te
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A subcommand whose code is imported only where it runs: it brings torch or Megatron along."""
+
+    summary: str
+    """What --help lists it with; its own --help shows the options' docstrings."""
+    module: str
+    options: str
+    """Name of a dataclass in the module."""
+    function: str
+    """Name of a function of it there, which returns where the result lies."""
+
+
+COMMANDS = {
+    "demo": Command(
+        summary="Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
+        module="emo_megatron.demo.run",
+        options="DemoConfig",
+        function="run_demo",
+    ),
+    "stats": Command(
+        summary="Measure what the experts of a model do on calibration documents.",
+        module="emo_megatron.mcore.launch",
+        options="StatsOptions",
+        function="run_stats",
+    ),
+    "merge-stats": Command(
+        summary="Merge statistics of different documents into one file.",
+        module="emo_megatron.modules.choosing",
+        options="MergeStatsOptions",
+        function="merge_files",
+    ),
+    "select": Command(
+        summary="Choose the experts a task needs.",
+        module="emo_megatron.mcore.launch",
+        options="SelectOptions",
+        function="run_select",
+    ),
+    "retention": Command(
+        summary="Measure what a model loses with fewer experts, and find the cliff.",
+        module="emo_megatron.retention",
+        options="RetentionOptions",
+        function="run_retention",
+    ),
+    "extract": Command(
+        summary="Cut a module out of a Megatron checkpoint.",
+        module="emo_megatron.mcore.extract",
+        options="ExtractOptions",
+        function="extract",
+    ),
+    "compose": Command(
+        summary="Put modules of one parent together: their Selections, or their checkpoints.",
+        module="emo_megatron.mcore.merge",
+        options="ComposeOptions",
+        function="compose",
+    ),
+    "merge": Command(
+        summary="Put a module's trained experts back into its parent.",
+        module="emo_megatron.mcore.merge",
+        options="MergeOptions",
+        function="merge",
+    ),
+    "place": Command(
+        summary="Place experts that are used together on one expert-parallel rank.",
+        module="emo_megatron.modules.placing",
+        options="PlaceOptions",
+        function="place_files",
+    ),
+    "relabel": Command(
+        summary="Put a checkpoint's experts in the order of a placement.",
+        module="emo_megatron.mcore.relabel",
+        options="RelabelOptions",
+        function="relabel",
+    ),
+    "export": Command(
+        summary="Export a checkpoint or a module to Hugging Face.",
+        module="emo_megatron.mcore.hf_export",
+        options="ExportOptions",
+        function="export",
+    ),
+    "import": Command(
+        summary="Import a Hugging Face checkpoint for Megatron.",
+        module="emo_megatron.mcore.hf_import",
+        options="ImportOptions",
+        function="import_folder",
+    ),
+    "eval-task": Command(
+        summary="Make a task of lm-eval of held-out documents.",
+        module="emo_megatron.modules.hf.evaluation_task",
+        options="EvaluationTaskOptions",
+        function="write_evaluation_task",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    chosen = arguments[0] if arguments else ""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"env": EnvOptions, "demo": _demo_options(arguments)},
+        {"env": EnvOptions}
+        | {name: _options(command, is_chosen=name == chosen) for name, command in COMMANDS.items()},
         prog="emo_megatron",
         description="Pretrain EMO through Megatron and take modules out of it.",
         args=arguments,
@@ -59,22 +157,24 @@ def _run(arguments: list[str]) -> None:
         report = collect_environment()
         print(format_json(report) if options.json else format_text(report))
         return
-    from emo_megatron.demo.run import run_demo
+    command = COMMANDS[chosen]
+    function = getattr(importlib.import_module(command.module), command.function)
+    print(f"results: {function(options)}")
 
-    print(f"results: {run_demo(options)}")
 
+def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:
+    """What tyro parses; of the others it needs the summary only."""
+    if is_chosen:
+        options: Callable[..., object] = getattr(
+            importlib.import_module(command.module), command.options
+        )
+        return options
 
-def _demo_options(arguments: list[str]) -> Callable[..., object]:
-    """Give the demo's options, imported only where they are parsed: they bring torch along."""
-    if arguments[:1] == ["demo"]:
-        from emo_megatron.demo.run import DemoConfig
+    def other() -> None:
+        pass
 
-        return DemoConfig
-
-    def demo() -> None:
-        """Pretrain EMO and the matched standard MoE on real text, cut modules out, compare."""
-
-    return demo
+    other.__doc__ = command.summary
+    return other
 
 
 def _fail(message: str) -> int:

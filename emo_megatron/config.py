@@ -16,6 +16,7 @@ PoolMask = Literal["logits", "selection"]
 PoolScope = Literal["document", "sample"]
 PoolBalance = Literal["micro", "running"]
 PoolCpPartition = Literal["sample", "document"]
+PoolDispatcher = Literal["megatron", "dedup"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,9 @@ class PoolConfig:
     pool_cp_partition: PoolCpPartition = "sample"
     """How the host cuts packed micro-batches over context-parallel ranks: sample is one zigzag over the micro-batch,
     document one over every document, as Transformer Engine's packed attention needs. Batches do not say."""
+    pool_dispatcher: PoolDispatcher = "megatron"
+    """Who carries tokens to their experts: megatron is what --moe-token-dispatcher-type says; dedup takes the place of
+    its alltoall and sends a token to each rank once, however many of its experts are there. Works without pools too."""
     pool_seed: int = 1234
     """Seed of the counter-based hash that draws pool sizes."""
     pool_eos_starts_document: bool = False
@@ -85,6 +89,7 @@ class PoolConfig:
             ("pool_scope", PoolScope),
             ("pool_balance", PoolBalance),
             ("pool_cp_partition", PoolCpPartition),
+            ("pool_dispatcher", PoolDispatcher),
         ):
             if getattr(self, name) not in get_args(kind):
                 found.append(

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 examples/pretrain_emo.py \
         --pool-min 8 --dataloader-inter-document-masking <Megatron's flags>
 
-Without --pool-min it trains the matched standard MoE. On a machine without a GPU it adds the flags that choose
-Megatron's plain PyTorch modules and runs over gloo.
+Without --pool-min it trains the matched standard MoE; --train-only freezes a part of it (finetune_module.sh). On a
+machine without a GPU it adds the flags that choose Megatron's plain PyTorch modules and runs over gloo.
 """
 
 import sys
@@ -25,7 +25,9 @@ from emo_megatron.mcore import train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
 from emo_megatron.mcore.checkpoint import check_resume  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
+from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook  # noqa: E402
 from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
+from emo_megatron.mcore.placement import add_placement_args, placement_hook  # noqa: E402
 from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
 
 
@@ -35,7 +37,10 @@ def main() -> None:
     use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
     args = parse_and_validate_args(
-        extra_args_provider=add_pool_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        extra_args_provider=lambda parser: add_placement_args(
+            add_finetune_args(add_pool_args(parser))
+        ),
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     pool = pool_config_from_args(args)
     model = gpt_config_from_args(args)
@@ -43,6 +48,7 @@ def main() -> None:
     check_resume(pool, args)
     train.allow_flat_microbatches(model.transformer)
     model.transformer_layer_spec = pool_spec_builder(pool)
+    model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
     install_metrics(pool, model.transformer, has_documents=args.dataloader_inter_document_masking)
     pretrain(
         pretrain_cfg_container_from_args(args, model),

@@ -2,13 +2,14 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import PARITY_TABLE
+from support import DECISIONS, PARITY_TABLE
 from support.pretraining import write_data
 from support.ranks import Ranks
 
@@ -28,6 +29,13 @@ def pytest_terminal_summary(
     if lines:
         terminalreporter.section("parity with one process")
         terminalreporter.write_line("\n".join(lines))
+    counted: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        counted.update({name: value for name, value in report.user_properties if name in DECISIONS})
+    if counted:
+        terminalreporter.section("decisions of the compiled ops against the reference's")
+        for name in DECISIONS:
+            terminalreporter.write_line(f"{name}: {counted[name]}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

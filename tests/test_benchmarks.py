@@ -332,3 +332,38 @@ def test_gpu_script_runs_nowhere_else(tmp_path: Path) -> None:
         pytest.skip("this machine has a GPU")
     assert "not run" in done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_dispatch_compares_two_dispatchers_on_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    table = _dispatch(tmp_path, "--ranks", "2")
+    rows = _rows(table)
+    assert len(rows) == 8
+    rows_sent = {row["dispatcher"]: int(row["rows"]) for row in rows}
+    assert rows_sent["Megatron alltoall"] == 4 * 24
+    assert rows_sent["dedup"] <= 2 * 24
+    assert "not judged: EP2" in table.with_suffix(".md").read_text()
+
+
+def _dispatch(folder: Path, *flags: str) -> Path:
+    small = ("--quick", "--tokens", "24", "--model-dim", "16", "--rounds", "2")
+    run = subprocess.run(
+        [sys.executable, "benchmarks/bench_dispatch.py", *small, *flags, "--output", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (table,) = folder.glob("*.csv")
+    return table
+
+
+def test_dispatch_refuses_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_dispatch import QUICK, Options
+
+    with pytest.raises(ValueError, match="16 experts and 3 ranks"):
+        Options(ranks=(3,)).size(QUICK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -12,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.emulator import setup_module
 
 import emo_megatron
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("csrc", "emo_megatron", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-ARCHS = (80, 90, 100)
+SETUP = setup_module()
 KERNELS = {
     "document_scores_kernel",
     "select_pool_kernel",
@@ -64,7 +66,7 @@ def test_the_wheel_serves_every_python_and_loads_without_its_sources(tmp_path: P
         assert not [name for name in wheel.namelist() if name.startswith(("csrc", "tests"))]
         wheel.extractall(installed)
     program = (
-        "import torch; from emo_megatron import ops; print(ops.available_backends()['native'], "
+        "import torch; from emo_megatron import ops; print(ops.available_backends()['native (cpu)'], "
         "ops.pool_topk(torch.zeros(2, 4), top_k=2, backend='native').routing_map_TE.tolist(), ops.__file__)"
     )
     told = subprocess.run(
@@ -80,7 +82,7 @@ def test_the_wheel_serves_every_python_and_loads_without_its_sources(tmp_path: P
 
 
 def test_a_machine_without_a_compiler_builds_a_wheel(tmp_path: Path) -> None:
-    done = build_wheel(tmp_path, path=str(tmp_path))
+    done = build_wheel(tmp_path, path=str(tmp_path), EMO_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no compiled ops, the reference ops will run: there is no C++ compiler" in (
         done.stdout + done.stderr
@@ -91,12 +93,52 @@ def test_a_machine_without_a_compiler_builds_a_wheel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("wish", "message"),
-    [("1", "EMO_CUDA=1 and there is no nvcc"), ("yes", "EMO_CUDA must be auto, 0 or 1; got 'yes'")],
+    [("yes", "EMO_CUDA must be auto, 0 or 1; got 'yes'")],
 )
 def test_a_wish_that_cannot_be_met_fails(tmp_path: Path, wish: str, message: str) -> None:
     done = build_wheel(tmp_path, path="/usr/bin:/bin", EMO_CUDA=wish, CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def fake_tool(folder: Path, name: str, script: str) -> None:
+    path = folder / "bin" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_an_nvcc_that_fails_costs_the_gpu_kernels_only(tmp_path: Path) -> None:
+    fake_tool(tmp_path, "nvcc", 'case "$*" in --list*) echo compute_80;; *) exit 7;; esac')
+    path = f"{tmp_path}/bin:/usr/local/bin:/usr/bin:/bin"
+    done = build_wheel(tmp_path, path=path, CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no CUDA kernels: " in done.stdout + done.stderr
+    with zipfile.ZipFile(wheel_in(tmp_path)) as wheel:
+        assert "emo_megatron/_native.so" in wheel.namelist()
+
+
+def test_a_failed_build_leaves_no_older_library(tmp_path: Path) -> None:
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    library = tmp_path / "emo_megatron" / "_native.so"
+    library.write_text("older")
+    fake_tool(tmp_path, "c++", "exit 3")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    for wish, status in (("auto", 0), ("1", 1)):
+        environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "EMO_CUDA": "0", "EMO_BUILD": wish}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        assert not library.exists()
+
+
+def test_torch_is_found_from_an_isolated_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SETUP.find_torch()
+    monkeypatch.setattr(SETUP.importlib.util, "find_spec", lambda name: None)
+    assert SETUP.find_torch() == found
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -105,19 +147,21 @@ def test_kernels_compile_for_every_gpu_and_none_spills(
 ) -> None:
     assert NVCC is not None
 
-    def compile_for(arch: int) -> str:
+    def compile_for(arch: str, source: str) -> str:
         command = [
             *(NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin"),
             f"-gencode=arch=compute_{arch},code=sm_{arch}",
-            *("-o", str(tmp_path / f"{arch}.cubin"), str(ROOT / "csrc" / "pool_ops.cu")),
+            *("-o", str(tmp_path / f"{arch}{Path(source).stem}.cubin"), str(ROOT / source)),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    with ThreadPoolExecutor(2) as pool:
-        reports = dict(zip(ARCHS, pool.map(compile_for, ARCHS), strict=True))
-    for arch, report in reports.items():
+    cases = [(arch, source) for source in reversed(SETUP.CUDA_SOURCES) for arch in SETUP.ARCHS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        told = list(pool.map(lambda case: compile_for(*case), cases))
+    for arch in SETUP.ARCHS:
+        report = "".join(text for (a, _), text in zip(cases, told, strict=True) if a == arch)
         found = re.findall(
             r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
             r".*?Used (\d+) registers",
@@ -132,9 +176,8 @@ def test_kernels_compile_for_every_gpu_and_none_spills(
 def kernel_bits(folder: Path, compiler: str, *flags: str, run_with: tuple[str, ...] = ()) -> str:
     """Hashes of what the CPU kernels compute, built by this compiler."""
     program = folder / f"bits{len(list(folder.iterdir()))}"
-    sources = [ROOT / "tests/support/kernel_bits.cpp", ROOT / "csrc/pool_ops_cpu.cpp"]
-    exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    command = [compiler, "-std=c++17", "-O3", "-Wall", "-Werror", "-Wno-psabi", *exact, *flags]
+    sources = [ROOT / name for name in ("tests/support/kernel_bits.cpp", *SETUP.CPU_SOURCES)]
+    command = [compiler, *SETUP.CPP, *SETUP.CPU_KERNELS, "-Wall", "-Werror", *flags]
     subprocess.run(
         [*command, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)], check=True
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,19 +33,6 @@ class Job:
     total: int
     done: Callable[[], int]
     is_finished: Callable[[], bool]
-
-
-def torchrun(*arguments: str) -> list[str]:
-    """A one-process torchrun command of this interpreter, on a free port."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "1",
-    ]
-    return [*launcher, *arguments]
 
 
 def last_iteration(log: Path) -> int:

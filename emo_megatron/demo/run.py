@@ -7,16 +7,14 @@ it was.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emo_megatron import __version__
 from emo_megatron.demo import corpus as corpora
-from emo_megatron.demo.jobs import Job, last_iteration, run_chains, torchrun
+from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.recipe import (
     FULL,
     QUICK,
@@ -26,8 +24,11 @@ from emo_megatron.demo.recipe import (
     main_models,
     megatron_flags,
 )
-from emo_megatron.mcore.evaluate import conditions
+from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.modules.retention import conditions, read_rows
+from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report import retention
+from emo_megatron.retention import versions
 
 CROSS = 0.25
 """Fraction of the experts whose modules are tried on every other domain."""
@@ -102,7 +103,7 @@ def run_demo(config: DemoConfig) -> Path:
         for model in models
     ]
     run_chains(chains, at_once=config.processes, root=ROOT)
-    rows = [row for model in models for row in _rows(model, output=output)]
+    rows = [row for model in models for row in _rows(model, size, corpus=corpus, output=output)]
     _report(rows, output=output, corpus=corpus, size=size)
     return output
 
@@ -169,51 +170,55 @@ def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path)
 
 
 def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
-    run_dir = output / model.name
-    rows = run_dir / "rows.json"
-    flags = _flags(model, size, corpus=corpus, run_dir=run_dir)
-    own = ["--evaluate-corpus", str(corpus.path), "--evaluate-output", str(rows)]
-    own += ["--evaluate-tokens", str(size.evaluation_tokens)]
-    own += ["--evaluate-calibration-tokens", str(size.calibration_tokens)]
+    options = _retention_options(model, size, corpus=corpus, output=output)
     # the small model is compared whole: it is what a quarter of the experts competes with
-    fractions = () if model.name == "small" else size.fractions
-    own += ["--evaluate-fractions", *map(str, fractions), "--evaluate-cross", str(CROSS)]
-    wanted = conditions(corpus.domains, keep_fractions=list(fractions), cross_fraction=CROSS)
+    kept = [] if model.name == "small" else [int(text) - 1 for text in options.keep]
+    wanted = conditions(
+        corpus.domains,
+        num_experts=size.experts,
+        methods=options.chosen_methods,
+        kept=kept,
+        crossed=[int(text) - 1 for text in options.crossed],
+    )
     total = len(wanted)
     return Job(
         title=f"evaluating {model.name}",
-        command=torchrun("-m", "emo_megatron.mcore.evaluate", *flags, *own),
-        log=run_dir / "evaluate.log",
+        command=torchrun(*step_arguments("retention", options, checkpoint=options.checkpoint)),
+        log=output / model.name / "evaluate.log",
         total=total,
-        done=lambda: len(_read_rows(rows)),
-        is_finished=lambda: len(_read_rows(rows)) == total,
+        done=lambda: len(read_rows(options.rows_file)),
+        is_finished=lambda: len(read_rows(options.rows_file)) == total,
     )
 
 
-def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _retention_options(
+    model: Model, size: Size, *, corpus: corpora.Corpus, output: Path
+) -> RetentionOptions:
+    # the shared expert counts where sizes are named
+    keep = {fraction: str(round(fraction * size.experts) + 1) for fraction in size.fractions}
+    is_small = model.name == "small"
+    return RetentionOptions(
+        checkpoint=output / model.name / "checkpoint",
+        data=corpus.path / "calibration",
+        held_out=corpus.path / "validation",
+        output=output / model.name / "retention",
+        keep=() if is_small else tuple(keep.values()),
+        cross=() if is_small else (keep[CROSS],),
+        tokens=size.calibration_tokens,
+        held_out_tokens=size.evaluation_tokens,
+        rows=size.rows,
+        seed=model.seed,
+        name=model.name,
+    )
 
 
-def _rows(model: Model, *, output: Path) -> list[retention.RetentionRow]:
+def _rows(
+    model: Model, size: Size, *, corpus: corpora.Corpus, output: Path
+) -> list[retention.RetentionRow]:
     """The model's evaluation as rows of the report."""
-    found = list(_read_rows(output / model.name / "rows.json").values())
-    full = {row["evaluated_on"]: row["loss"] for row in found if row["method"] == "full"}
-    return [
-        retention.RetentionRow(
-            model=model.name,
-            rise=row["loss"] - full[row["evaluated_on"]],
-            seed=model.seed,
-            versions=_versions(),
-            **row,
-        )
-        for row in found
-    ]
-
-
-def _versions() -> str:
-    names = ("torch", "megatron-core")
-    return ", ".join(
-        [f"emo_megatron {__version__}", *(f"{n} {importlib.metadata.version(n)}" for n in names)]
+    options = _retention_options(model, size, corpus=corpus, output=output)
+    return retention.rows_of(
+        read_rows(options.rows_file), model=model.name, seed=model.seed, versions=versions()
     )
 
 
@@ -223,7 +228,7 @@ def _report(
     retention.save_rows(rows, output / "retention")
     caption = (
         f"{size.experts} routed experts + 1 shared, top-{size.top_k}, {size.layers} layers, "
-        f"{size.tokens / 1e6:.1f}M tokens of {len(corpus.domains)} domains; {_versions()}"
+        f"{size.tokens / 1e6:.1f}M tokens of {len(corpus.domains)} domains; {versions()}"
     )
     retention.plot_retention(rows, output / "retention.png", caption=caption)
     print(retention.table(rows))

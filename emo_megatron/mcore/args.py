@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import types
-import typing
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
+from emo_megatron.mcore.flags import add_fields
 from emo_megatron.mcore.refusals import (
     SCRIPT_REFUSALS,
     Refusal,
@@ -29,19 +27,7 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "document pools",
         "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min.",
     )
-    types_of = typing.get_type_hints(PoolConfig)
-    documentation = _field_documentation()
-    for field in dataclasses.fields(PoolConfig):
-        options: dict[str, Any] = {"default": field.default, "help": documentation[field.name]}
-        kind = _plain_type(types_of[field.name])
-        if kind is bool:
-            options["action"] = "store_true"
-        elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-        else:
-            options["type"] = _none_or(kind)
-            options["metavar"] = kind.__name__.upper()
-        group.add_argument(flag(field.name), **options)
+    add_fields(group, PoolConfig, flag=flag)
     group.add_argument(
         "--override-pool-config",
         action="store_true",
@@ -102,36 +88,3 @@ def check_run(
         )
     if problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def _field_documentation() -> dict[str, str]:
-    """The string under each PoolConfig field, read from the source: one text serves reader and --help."""
-    import ast
-    import inspect
-
-    body = ast.parse(inspect.getsource(PoolConfig)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            assert isinstance(text.value, ast.Constant)
-            found[field.target.id] = " ".join(str(text.value.value).split()).replace("%", "%%")
-    return found
-
-
-def _plain_type(annotation: Any) -> Any:
-    """`int` of `int | None`."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
-
-
-def _none_or(kind: Any) -> Any:
-    """An argparse type that reads "none" as None."""
-
-    def parse(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    parse.__name__ = kind.__name__
-    return parse

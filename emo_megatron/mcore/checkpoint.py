@@ -13,7 +13,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from emo_megatron.config import PoolConfig, flag
 
-MAY_DIFFER = ("pool_eval", "pool_check", "pool_cp_partition")
+MAY_DIFFER = ("pool_eval", "pool_check", "pool_cp_partition", "pool_dispatcher")
 """Fields that change neither the model nor its training."""
 
 

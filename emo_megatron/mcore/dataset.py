@@ -1,15 +1,22 @@
-"""Write token documents as the indexed dataset Megatron trains on."""
+"""Write token documents as the indexed dataset Megatron trains on, and read them."""
 
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 with warnings.catch_warnings():
     # Megatron warns of each library for GPUs that is missing; writing tokens needs none of them
     warnings.simplefilter("ignore")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import (
+        DType,
+        IndexedDataset,
+        IndexedDatasetBuilder,
+    )
 
 
 def write_indexed_dataset(
@@ -51,3 +58,23 @@ def write_indexed_dataset(
         builder.data_file.close()
         partial_data.unlink(missing_ok=True)
         partial_index.unlink(missing_ok=True)
+
+
+class IndexedDocuments(Sequence[Tensor]):
+    """The documents of an indexed dataset, [n] int64 each, read when they are asked for.
+
+    Args:
+        prefix: path without ending.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self._dataset = IndexedDataset(str(prefix))
+
+    def __len__(self) -> int:
+        return len(self._dataset.document_indices) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        bounds = self._dataset.document_indices
+        parts = [self._dataset.get(at) for at in range(bounds[place], bounds[place + 1])]
+        tokens = np.concatenate(parts) if parts else np.zeros(0)
+        return torch.from_numpy(tokens.astype(np.int64))

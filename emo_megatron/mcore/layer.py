@@ -12,10 +12,12 @@ from typing import Any, cast
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from emo_megatron.mcore.context import PoolScope, Shard, scope_of
+from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
 from emo_megatron.mcore.router import PoolRouter
 
 
@@ -29,8 +31,14 @@ class PoolMoELayer(MoELayer):
     scope: PoolScope | None = None
     moe_layer_recompute: bool
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
+        if self.pool_router.pool.pool_dispatcher == "dedup":
+            # Megatron builds one by a name in its configuration, and its names are a closed list
+            self.token_dispatcher = PoolAlltoAllDispatcher(
+                self.num_local_experts, config=self.config, pg_collection=pg_collection
+            )
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
         if self.recomputes_itself and (self.config.fp8 or self.config.fp4):

@@ -131,6 +131,37 @@ CONFIG_REFUSALS = (
 )
 """Rows on Megatron's TransformerConfig; they hold wherever the pool layers are built."""
 
+DEDUP_REFUSALS = (
+    Refusal(
+        field="moe_token_dispatcher_type",
+        allowed=("alltoall",),
+        reason="--pool-dispatcher dedup takes its place",
+    ),
+    Refusal(
+        field="moe_shared_expert_overlap",
+        allowed=(False,),
+        reason="shared experts run before the tokens leave; Megatron's alltoall overlaps them",
+    ),
+    Refusal(
+        field="moe_permute_fusion",
+        allowed=(False,),
+        reason="Transformer Engine's permutation makes a row for every expert",
+    ),
+    Refusal(
+        field="moe_router_padding_for_quantization",
+        allowed=(False,),
+        reason="padding adds rows of experts that nothing routes to",
+    ),
+    Refusal(field="fp8", allowed=(None,), reason="quantised experts have not been tried with it"),
+    Refusal(field="fp4", allowed=(None,), reason="quantised experts have not been tried with it"),
+    Refusal(
+        field="overlap_dispatch_backward_with_experts_wgrad",
+        allowed=(False,),
+        reason="it has not been tried with it",
+    ),
+)
+"""Rows on Megatron's TransformerConfig for runs with --pool-dispatcher dedup."""
+
 SCRIPT_REFUSALS = (
     Refusal(field="sft", allowed=(False,), reason="supervised fine-tuning has its own dataset"),
     Refusal(field="fim_data", allowed=(False,), reason="fill-in-the-middle has its own dataset"),
@@ -202,7 +233,8 @@ def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[st
     problems = pool.problems_with_model(
         num_experts=config.num_moe_experts, top_k=config.moe_router_topk
     )
-    return problems + problems_of(CONFIG_REFUSALS, config, pool)
+    rows = CONFIG_REFUSALS + (DEDUP_REFUSALS if pool.pool_dispatcher == "dedup" else ())
+    return problems + problems_of(rows, config, pool)
 
 
 def problems_of(refusals: Sequence[Refusal], values: Any, pool: PoolConfig) -> list[str]:

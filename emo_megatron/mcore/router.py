@@ -26,7 +26,6 @@ class PoolRouter(TopKRouter):
     Attributes:
         scope: the micro-batch being routed; PoolMoELayer sets it around every call.
         allowed_experts: [E] bool or None. Restricts routing to a subset, as a deployed module would route.
-        backend: of the routing ops; None until the first forward, which takes the best one there is.
         observe_logits: called with the float32 logits [T, E] and document ids [T] (-1 padding) of every forward.
     """
 
@@ -37,8 +36,6 @@ class PoolRouter(TopKRouter):
     def __init__(self, *args: Any, pool: PoolConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pool = pool
-        # without pools this is the stock router to the last bit, which the compiled ops are not
-        self.backend: ops.Backend | None = None if pool.is_on else "reference"
         self._step_counts: balance.TokenCounts | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,19 +49,13 @@ class PoolRouter(TopKRouter):
             probs [s * b, E] in the dtype of the logits and routing_map [s * b, E] bool.
         """
         logits_TE = logits.reshape(-1, self.config.num_moe_experts)
-        if self.backend is None:
-            self.backend = choose_backend(
-                logits.device.type,
-                num_experts=logits_TE.shape[1],
-                top_k=self.topk,
-                dtype=logits.dtype,
-            )
         ids_T = self._document_ids(logits_TE, padding_mask)
         if self.observe_logits is not None:
             self.observe_logits(logits_TE.detach().float(), ids_T)
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
-        pool_DE = self._pool(logits_TE, ids_T)
+        backend = self.backend(logits_TE)
+        pool_DE = self._pool(logits_TE, ids_T, backend)
         if self.allowed_experts is not None:
             # -inf alone would not keep them out: a bias, or an underflow to equal zeros, can pick them
             allowed_1E = self.allowed_experts[None]
@@ -79,7 +70,7 @@ class PoolRouter(TopKRouter):
             expert_bias_E=self.expert_bias,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             mask=self.pool.pool_mask,
-            backend=self.backend,
+            backend=backend,
         )
         probs_TE = routed.probs_TE
         if self.training:
@@ -102,7 +93,18 @@ class PoolRouter(TopKRouter):
             ids_T = torch.zeros(logits_TE.shape[0], dtype=torch.int64, device=logits_TE.device)
         return ids_T.masked_fill(padding_mask.reshape(-1), -1)
 
-    def _pool(self, logits_TE: Tensor, ids_T: Tensor | None) -> Tensor | None:
+    def backend(self, logits_TE: Tensor) -> ops.Backend:
+        """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not."""
+        if not self.pool.is_on:
+            return "reference"
+        return choose_backend(
+            logits_TE.device.type,
+            num_experts=logits_TE.shape[1],
+            top_k=self.topk,
+            dtype=logits_TE.dtype,
+        )
+
+    def _pool(self, logits_TE: Tensor, ids_T: Tensor | None, backend: ops.Backend) -> Tensor | None:
         """[D, E] bool, this layer's pools of the micro-batch, chosen once and kept for recompute; None: all."""
         if not self.pool.is_on or (not self.training and self.pool.pool_eval is None):
             return None
@@ -114,7 +116,7 @@ class PoolRouter(TopKRouter):
                 logits_TE,
                 document_ids_T=ids_T,
                 num_documents=scope.segments.num_documents,
-                backend=self.backend,
+                backend=backend,
             )
             if self.tp_cp_group.size() > 1:
                 torch.distributed.all_reduce(scores_DE, group=self.tp_cp_group)
@@ -123,7 +125,7 @@ class PoolRouter(TopKRouter):
                 scores_DE,
                 pool_sizes_D=sizes_D,
                 num_forced=self.pool.pool_forced,
-                backend=self.backend,
+                backend=backend,
             )
             scope.pools[self.layer_number] = pool_DE
             if self.training:

@@ -1,20 +1,87 @@
-"""Choose experts: a mask of the experts each layer keeps.
+"""Choose experts: from statistics, by running the model layer by layer, at random; and how many.
 
-Shapes: L layers with experts, E routed experts. Source: arXiv 2605.06663, section 5 (mean router probability over a
-task's calibration documents).
+Shapes: L layers with experts, E routed experts. Sources: arXiv 2605.06663, section 5, and its authors' code (mean
+router probability, greedy by layer), 2504.06792 (EASY-EP), 2510.13999 (REAP).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.selection import Selection
+from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
+from emo_megatron.modules.study import StudiedModel
+
+SCORES: Mapping[str, Callable[[ExpertStatistics], Tensor]] = {
+    "mean_prob": lambda stats: stats.mean_probability_LE,
+    "frequency": lambda stats: stats.frequency_LE,
+    "easy_ep": lambda stats: stats.easy_ep_LE,
+    "reap": lambda stats: stats.reap_LE,
+}
+"""Methods that rank experts by statistics: [L, E] float64, the best are kept."""
+NEEDS_OUTPUTS = ("easy_ep", "reap")
+"""Of those, the methods whose statistics are taken with outputs."""
+RANDOM = "random"
+LAYERWISE = "layerwise"
+METHODS = (*SCORES, LAYERWISE, RANDOM)
 
 
-def num_kept(keep_fraction: float, *, num_experts: int) -> int:
-    """Routed experts in a fraction of all of them, at least one."""
-    if not 0.0 < keep_fraction <= 1.0:
-        raise ValueError(f"the fraction of experts kept must lie in (0, 1]; got {keep_fraction}")
-    return max(1, round(keep_fraction * num_experts))
+def parse_keep(text: str, facts: ModelFacts) -> int:
+    """Routed experts a layer that `--keep` asks for.
+
+    Args:
+        text: experts a layer as the paper counts them, shared ones included: "16"; or a share of all of them, to the
+            nearest number: "12.5%".
+        facts: of the model.
+
+    Raises:
+        ValueError: it is neither, or a token could not be routed to top-k experts, or there are not so many.
+    """
+    total = facts.num_experts + facts.num_shared
+    number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        wanted = round(float(number) / 100 * total) if is_share else int(number)
+    except ValueError:
+        raise ValueError(
+            f"--keep must be a number like 16 or a share like 12.5%; got {text}"
+        ) from None
+    least = facts.top_k + facts.num_shared
+    if not least <= wanted <= total:
+        raise ValueError(
+            f"--keep must leave {least} to {total} experts a layer, {facts.num_shared} shared included: a token "
+            f"goes to {facts.top_k} routed ones; got {text}{f', which is {wanted}' if is_share else ''}"
+        )
+    return wanted - facts.num_shared
+
+
+def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter: float) -> int:
+    """Most routed experts a layer whose module's weights fit.
+
+    Args:
+        budget_mb: megabytes, 10^6 bytes, of all weights.
+        facts: of the model.
+        bytes_per_parameter: 2 for bfloat16.
+
+    Raises:
+        ValueError: not even top-k experts fit.
+    """
+    layer_bytes = len(facts.layers) * facts.expert_parameters * bytes_per_parameter
+    fixed_bytes = facts.other_parameters * bytes_per_parameter
+    keep = min(facts.num_experts, int((budget_mb * 1e6 - fixed_bytes) // layer_bytes))
+    if keep < facts.top_k:
+        least = (fixed_bytes + facts.top_k * layer_bytes) / 1e6
+        raise ValueError(
+            f"--budget-mb must be {least:.1f} or more: that is the smallest module, with {facts.top_k} routed "
+            f"experts a layer; got {budget_mb:g}"
+        )
+    return keep
 
 
 def select_top(scores_LE: Tensor, *, keep: int) -> Tensor:
@@ -35,3 +102,140 @@ def select_random(*, num_layers: int, num_experts: int, keep: int, seed: int) ->
     """Keep `keep` experts a layer at random, [L, E] bool; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return select_top(torch.rand(num_layers, num_experts, generator=generator), keep=keep)
+
+
+def select_layerwise(model: StudiedModel, documents: Documents, *, keep: int) -> Tensor:
+    """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
+
+    A pass over the documents for every layer, as the authors do.
+
+    Returns:
+        [L, E] bool with `keep` True a row.
+    """
+    facts = model.facts
+    allowed_LE = torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)
+    for place in tqdm(
+        range(len(facts.layers)),
+        desc="layer by layer",
+        unit="layer",
+        disable=None if model.is_writer else True,
+    ):
+        stats = model.statistics(documents.tokens, outputs=False, allowed_LE=allowed_LE)
+        allowed_LE[place] = select_top(stats.mean_probability_LE[place : place + 1], keep=keep)[0]
+    return allowed_LE
+
+
+def select_by_stats(stats: ExpertStatistics, *, method: str, keep: int) -> Tensor:
+    """The experts that a method keeps by statistics alone.
+
+    Args:
+        stats: of the calibration documents.
+        method: one of SCORES.
+        keep: routed experts kept a layer.
+
+    Returns:
+        [L, E] bool with `keep` True a row.
+
+    Raises:
+        ValueError: there is no such method, or the statistics were taken without what it needs.
+    """
+    if method not in SCORES:
+        raise ValueError(f"statistics rank experts by {', '.join(SCORES)}; got {method}")
+    return select_top(SCORES[method](stats), keep=keep)
+
+
+def selection_of(
+    keep_mask_LE: Tensor, facts: ModelFacts, *, method: str, seed: int, data: dict[str, Any]
+) -> Selection:
+    """The Selection of a choice; the seed is told of random choices only."""
+    return Selection.from_mask(
+        keep_mask_LE,
+        layers=facts.layers,
+        method=method,
+        seed=seed if method == RANDOM else None,
+        model=facts.fingerprint,
+        data=data,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaxRise:
+    """How much more a module may lose on held-out documents than the whole model."""
+
+    value: float
+    """Nats a token, or a share of the whole model's loss."""
+    is_share: bool
+
+    @classmethod
+    def parse(cls, text: str) -> MaxRise:
+        """Read "0.05" (nats a token) or "1%" (of the whole model's loss).
+
+        Raises:
+            ValueError: it is neither, or negative.
+        """
+        try:
+            number = float(text.strip().removesuffix("%"))
+        except ValueError:
+            number = -1.0
+        if not number >= 0:
+            raise ValueError(f"--max-rise must be nats like 0.05 or a share like 1%; got {text}")
+        is_share = text.strip().endswith("%")
+        return cls(value=number / 100 if is_share else number, is_share=is_share)
+
+    def highest(self, full_loss: float) -> float:
+        """The highest loss that is allowed, nats a token."""
+        return full_loss + self.value * (full_loss if self.is_share else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Smallest:
+    """The smallest module within a bound."""
+
+    keep_mask_LE: Tensor
+    """[L, E] bool."""
+    full_loss: float
+    """Nats a token, with all experts."""
+    tried: dict[int, float]
+    """Routed experts kept -> loss in nats a token, ascending."""
+
+
+def smallest_within(
+    model: StudiedModel, held_out: Documents, *, choose: Callable[[int], Tensor], bound: MaxRise
+) -> Smallest:
+    """Find by bisection the fewest experts a layer whose loss stays within a bound.
+
+    The loss is taken to rise as experts go. Where it does not, what is found still holds the bound, and one expert
+    fewer does not; a smaller module may exist.
+
+    Args:
+        model: its loss is measured.
+        held_out: documents that did not choose the experts.
+        choose: routed experts kept a layer -> [L, E] bool.
+        bound: what a module may lose.
+    """
+    facts = model.facts
+    full = model.loss(held_out.tokens).nats
+    tried: dict[int, float] = {facts.num_experts: full}
+    masks = {facts.num_experts: torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)}
+    # `low` is below what can be routed or too small, `high` is within the bound
+    low, high = facts.top_k - 1, facts.num_experts
+    with tqdm(
+        total=(high - low - 1).bit_length(),
+        desc="smallest module",
+        unit="size",
+        disable=None if model.is_writer else True,
+    ) as bar:
+        while high - low > 1:
+            keep = (low + high) // 2
+            masks[keep] = choose(keep)
+            tried[keep] = model.loss(held_out.tokens, allowed_LE=masks[keep]).nats
+            if tried[keep] <= bound.highest(full):
+                high = keep
+            else:
+                low = keep
+            bar.update()
+    return Smallest(
+        keep_mask_LE=masks[high],
+        full_loss=full,
+        tried={keep: tried[keep] for keep in sorted(tried)},
+    )

@@ -100,8 +100,8 @@ def why_not_native(
         native.load_native()
     except RuntimeError as error:
         return str(error)
-    if not native.has_kernels(device_type):
-        return f"the compiled ops were built without kernels for {device_type}"
+    if reason := native.why_no_kernels(device_type):
+        return reason
     if num_experts > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
         return (
             f"the compiled ops take at most {native.MAX_EXPERTS} experts and top-{native.MAX_TOP_K}"
@@ -112,11 +112,9 @@ def why_not_native(
 
 
 def available_backends() -> dict[str, str]:
-    """Every op backend with the reason it cannot be used here; an empty reason means it can."""
-    reason = why_not_native("cpu")
-    if not reason and torch.cuda.is_available():
-        reason = why_not_native("cuda")
-    return {"reference": "", "native": reason}
+    """Every op backend, by device where that matters, with the reason it cannot be used; an empty one means it can."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {"reference": "", **{f"native ({device})": why_not_native(device) for device in devices}}
 
 
 def _implementation(

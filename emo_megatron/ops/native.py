@@ -3,8 +3,8 @@
 They are torch operators with fake and autograd registrations, so `torch.compile` traces through them and CUDA graphs
 capture them: nothing waits for the device, and nothing but outputs and one [2, E] workspace is allocated. Integer sums
 make results the same bits for any number of threads and any split of the tokens. From the reference they differ by the
-last bits of `exp`, and in one rule: experts are ranked by their logits, not by probabilities rounded to float32, so
-experts that are equal there (all those below 1e-38 of the best) go by their logits instead of their index.
+last bits of `exp`, and in one rule: a softmax router's experts are ranked by their logits, not by probabilities rounded
+to float32, so experts that are equal there (all those below 1e-38 of the best) go by their logits, not by their index.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class NativeOps:
 
     def __init__(self, library: Path, *, namespace: str) -> None:
         torch.ops.load_library(library)
+        self.namespace = namespace
         self._ops = getattr(torch.ops, namespace)
-        _register(namespace)
+        _register_shapes(namespace)
+        _register_gradients(namespace)
 
     def document_scores(
         self, logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
@@ -125,18 +127,27 @@ def load_native() -> NativeOps:
 
 
 @cache
-def has_kernels(device_type: str) -> bool:
-    """Whether the loaded ops have kernels for such a device; a build without nvcc has none for CUDA."""
+def why_no_kernels(device_type: str) -> str:
+    """Why the loaded ops cannot run on such a device; empty where they can. Tries the smallest op once."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    load_native()
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "emo_megatron::pool_topk", key
-    )
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "emo_megatron::document_scores", key
+    ):
+        return f"the compiled ops were built without kernels for {device_type}"
+    try:
+        load_native().document_scores(
+            torch.zeros(1, 1, device=device_type),
+            document_ids_T=torch.zeros(1, dtype=torch.int64, device=device_type),
+            num_documents=1,
+        )
+    except RuntimeError as error:
+        # a GPU or a driver that they were not built for
+        return str(error).partition("\n")[0]
+    return ""
 
 
-def _register(namespace: str) -> None:
-    """Tell torch the operators' shapes and gradients."""
-    ops = getattr(torch.ops, namespace)
+def _register_shapes(namespace: str) -> None:
+    """Tell torch what the operators return, for tracing."""
 
     @torch.library.register_fake(f"{namespace}::document_scores")
     def _(logits: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
@@ -168,10 +179,14 @@ def _register(namespace: str) -> None:
     ) -> Tensor:
         return torch.empty_like(logits)
 
+
+def _register_gradients(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, document_ids, pool, _, *ctx.options = inputs
         _, routing_map, tokens_per_expert, _, _, entropy = output
-        # no [T, E] floats but the logits: backward computes the scores again
+        # of size [T, E] the logits and a byte an expert: backward computes the scores again
         ctx.save_for_backward(logits, routing_map, document_ids, pool)
         ctx.mark_non_differentiable(routing_map, tokens_per_expert, entropy)
         ctx.set_materialize_grads(False)
@@ -180,9 +195,6 @@ def _register(namespace: str) -> None:
         grad_probs, _, _, grad_score_sums, grad_z, _ = (
             None if grad is None else grad.contiguous() for grad in grads
         )
-        none = (None,) * 7
-        if grad_probs is None and grad_score_sums is None and grad_z is None:
-            return (None, *none)
         logits, routing_map, document_ids, pool = ctx.saved_tensors
         grad_logits = ops.pool_topk_backward(
             grad_probs,
@@ -194,7 +206,7 @@ def _register(namespace: str) -> None:
             pool,
             *ctx.options,
         )
-        return (grad_logits, *none)
+        return (grad_logits, *(None,) * 7)
 
     torch.library.register_autograd(
         f"{namespace}::pool_topk", backward, setup_context=setup_context

@@ -5,8 +5,8 @@ Everything starts from rows, one evaluation each, and leaves out what was not me
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
+from emo_megatron.report.cells import MISSING, share, signed, text_table
 from emo_megatron.report.retention_figure import plot_retention
 from emo_megatron.report.retention_rows import (
     CHOSEN,
@@ -20,6 +20,7 @@ from emo_megatron.report.retention_rows import (
     RetentionSummary,
     find_summary,
     load_rows,
+    rows_of,
     save_rows,
     summarise,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "findings",
     "load_rows",
     "plot_retention",
+    "rows_of",
     "save_rows",
     "summarise",
     "table",
@@ -49,7 +51,6 @@ HEADINGS = (
     ("EMO, random", "experts"),
     ("", "selectivity"),
 )
-MISSING = "-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +81,10 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
     small, by_chance = find(SMALL, FULL), find(EMO, RANDOM, QUARTER)
     found = []
     if emo and standard:
-        found.append(_rise_against_standard(emo, standard, name="quarter_rise", share=5))
+        found.append(_rise_against_standard(emo, standard, name="quarter_rise", part=5))
     if emo_eighth and standard_eighth:
         found.append(
-            _rise_against_standard(emo_eighth, standard_eighth, name="eighth_rise", share=4)
+            _rise_against_standard(emo_eighth, standard_eighth, name="eighth_rise", part=4)
         )
     if emo and small:
         found.append(_quarter_beats_small(emo, small))
@@ -97,17 +98,17 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
 
 
 def _rise_against_standard(
-    emo: RetentionSummary, standard: RetentionSummary, *, name: str, share: int
+    emo: RetentionSummary, standard: RetentionSummary, *, name: str, part: int
 ) -> Finding:
     # a standard MoE that loses nothing leaves EMO nothing to lose
-    bound = max(standard.rise, 0.0) / share
+    bound = max(standard.rise, 0.0) / part
     return Finding(
         name=name,
         value=emo.rise,
         bound=bound,
         holds=emo.rise <= bound,
-        text=f"With 1/{round(1 / emo.keep_fraction)} of the experts EMO loses at most 1/{share} of "
-        f"what the standard MoE loses: {_signed(emo.rise)} against {_signed(standard.rise)} nats a token.",
+        text=f"With 1/{round(1 / emo.keep_fraction)} of the experts EMO loses at most 1/{part} of "
+        f"what the standard MoE loses: {signed(emo.rise)} against {signed(standard.rise)} nats a token.",
     )
 
 
@@ -130,7 +131,7 @@ def _choice_matters(emo: RetentionSummary, by_chance: RetentionSummary) -> Findi
         bound=bound,
         holds=by_chance.rise >= bound,
         text="A random quarter of EMO's experts loses at least 3 times what a chosen quarter does: "
-        f"{_signed(by_chance.rise)} against {_signed(emo.rise)} nats a token.",
+        f"{signed(by_chance.rise)} against {signed(emo.rise)} nats a token.",
     )
 
 
@@ -142,7 +143,7 @@ def _quarter_is_selective(selectivity: float) -> Finding:
         bound=bound,
         holds=selectivity > bound,
         text="A domain's quarter of EMO costs other domains over "
-        f"{bound:g} nats a token more than its own: {_signed(selectivity)}.",
+        f"{bound:g} nats a token more than its own: {signed(selectivity)}.",
     )
 
 
@@ -154,7 +155,7 @@ def _full_models_match(emo: RetentionSummary, standard: RetentionSummary) -> Fin
         bound=bound,
         holds=gap <= bound,
         text=f"With all experts EMO is at most {bound:g} nats a token worse than the standard MoE: "
-        f"{_signed(gap)} ({emo.loss:.3f} against {standard.loss:.3f}).",
+        f"{signed(gap)} ({emo.loss:.3f} against {standard.loss:.3f}).",
     )
 
 
@@ -162,11 +163,7 @@ def table(rows: Iterable[RetentionRow]) -> str:
     """Lay the means out as text with a line for each number of experts kept, and how to read it."""
     summaries = summarise(rows)
     lines = [_cells(summaries, kept=kept, fraction=fraction) for kept, fraction in _kept(summaries)]
-    columns = list(zip(*HEADINGS, strict=True)) + lines
-    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
-    text = ["   ".join(map(str.rjust, cells, widths)).rstrip() for cells in columns]
-    text.insert(2, "-" * (sum(widths) + 3 * (len(widths) - 1)))
-    return "\n".join([*text, "", HOW_TO_READ])
+    return f"{text_table(HEADINGS, lines)}\n\n{HOW_TO_READ}"
 
 
 def _kept(summaries: Sequence[RetentionSummary]) -> list[tuple[int, float]]:
@@ -187,23 +184,17 @@ def _cells(summaries: Sequence[RetentionSummary], *, kept: int, fraction: float)
 
     emo, small = of(EMO, CHOSEN), find_summary(summaries, model=SMALL, method=FULL)
     selectivity = None if emo is None else emo.selectivity
-    share = "all" if fraction == 1.0 else str(Fraction(fraction).limit_denominator(256))
     return (
-        f"{kept} ({share})",
+        f"{kept} ({share(fraction)})",
         _loss_and_rise(emo),
         _loss_and_rise(of(STANDARD, CHOSEN)),
         f"{small.loss:.3f}" if small and small.num_experts_kept == kept else MISSING,
         _loss_and_rise(of(EMO, RANDOM)),
-        MISSING if selectivity is None else _signed(selectivity),
+        MISSING if selectivity is None else signed(selectivity),
     )
 
 
 def _loss_and_rise(summary: RetentionSummary | None) -> str:
     if summary is None:
         return MISSING
-    return f"{summary.loss:.3f}" + (f" ({_signed(summary.rise)})" if summary.method != FULL else "")
-
-
-def _signed(nats: float) -> str:
-    """Three digits and a sign; a rise that rounds to zero has no minus."""
-    return f"{round(nats, 3) + 0.0:+.3f}"
+    return f"{summary.loss:.3f}" + (f" ({signed(summary.rise)})" if summary.method != FULL else "")

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from emo_megatron.modules.files import whole
+from emo_megatron.report.cells import share as label
 from emo_megatron.report.retention_rows import (
     CHOSEN,
     EMO,
@@ -78,9 +79,7 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
             "the retention figure needs matplotlib: pip install 'emo_megatron[report]'"
         ) from error
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with rc_context(STYLE):
+    with rc_context(STYLE), whole(path) as unfinished:
         figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.08, 1.0))
         figure.subplots_adjust(left=0.066, right=0.988, top=0.805, bottom=0.235, wspace=0.53)
@@ -89,7 +88,6 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
         _draw_curves(left, rows)
         _draw_crossings(figure, right, rows)
         figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
     return path
 
 
@@ -127,7 +125,7 @@ def _draw_curves(axes: "Axes", rows: Sequence[RetentionRow]) -> None:
     _draw_small(axes, summaries)
     axes.set_xscale("log", base=2)
     axes.set_xlim(fractions[-1] * 1.12, fractions[0] / 1.12)
-    axes.set_xticks(fractions, [_share(f) for f in fractions])
+    axes.set_xticks(fractions, [label(f) for f in fractions])
     axes.minorticks_off()
     axes.set_xlabel("share of experts kept  (thin lines: each domain)")
     axes.set_ylabel("loss, nats a token")
@@ -204,7 +202,7 @@ def _draw_small(axes: "Axes", summaries: list[RetentionSummary]) -> None:
 def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]) -> None:
     """A heat map of EMO's rise: experts chosen for the row's domain, text of the column's."""
     cells, share = _crossings(rows)
-    axes.set_title(f"Rise in nats with {_share(share)} of EMO's experts", pad=10)
+    axes.set_title(f"Rise in nats with {label(share)} of EMO's experts", pad=10)
     if not cells:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "modules were not run on other domains", ha="center", color=FAINT)
@@ -254,7 +252,3 @@ def _crossings(rows: Sequence[RetentionRow]) -> tuple[dict[tuple[str, str], floa
 def _number(value: float) -> str:
     """Two digits, no minus before zero, and otherwise one that is as wide as a digit."""
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _share(fraction: float) -> str:
-    return "all" if fraction == 1.0 else str(Fraction(fraction).limit_denominator(256))

@@ -8,10 +8,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from typing import Any
+
+from emo_megatron.modules.files import whole
 
 EMO = "emo"
 STANDARD = "standard"
@@ -91,6 +94,34 @@ class RetentionSummary:
         return None if self.rise_elsewhere is None else self.rise_elsewhere - self.rise
 
 
+def rows_of(
+    measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, versions: str
+) -> list[RetentionRow]:
+    """The rows of a model from what the command retention measured of it.
+
+    Args:
+        measured: domain, evaluated_on, keep_fraction, num_experts_kept, method, loss and tokens of each; more is
+            left out, and so are texts without the full model's loss.
+        model: its name.
+        seed: of training or, for random experts, of their choice.
+        versions: what measured it.
+    """
+    found = list(measured)
+    full = {row["evaluated_on"]: row["loss"] for row in found if row["method"] == FULL}
+    names = {f.name for f in fields(RetentionRow)}
+    return [
+        RetentionRow(
+            model=model,
+            rise=row["loss"] - full[row["evaluated_on"]],
+            seed=seed,
+            versions=versions,
+            **{name: value for name, value in row.items() if name in names},
+        )
+        for row in found
+        if row["evaluated_on"] in full
+    ]
+
+
 def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Path]:
     """Write rows as `path`.csv and `path`.json, each file whole or not at all.
 
@@ -109,8 +140,10 @@ def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Pat
     base = Path(path)
     csv_path = base.with_name(base.name + ".csv")
     json_path = base.with_name(base.name + ".json")
-    _write_whole(csv_path, text.getvalue())
-    _write_whole(json_path, json.dumps(records, indent=1) + "\n")
+    contents = {csv_path: text.getvalue(), json_path: json.dumps(records, indent=1) + "\n"}
+    for file, content in contents.items():
+        with whole(file) as unfinished:
+            unfinished.write_text(content, encoding="utf-8", newline="")
     return csv_path, json_path
 
 
@@ -185,11 +218,3 @@ def _mean_over_pairs(rows: list[RetentionRow], column: str) -> float:
         domain = row.domain if row.method not in (FULL, RANDOM) else ""
         pairs.setdefault((domain, row.evaluated_on), []).append(getattr(row, column))
     return fmean(fmean(values) for values in pairs.values())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file by a rename, so that no reader and no crash sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="")
-    unfinished.replace(path)

@@ -14,7 +14,7 @@ from support.emulator import CSRC_VARIABLE
 ROOT = Path(__file__).resolve().parents[2]
 
 CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
-    "nothing: the copy itself passes": ("pool_ops.cu", "", ""),
+    "nothing: the copy itself passes": ("routing.cu", "", ""),
     "one equal key too many at the boundary": (
         "warp.cuh",
         "rank + __popc(equal & lanes_below()) < surplus_rank",
@@ -26,10 +26,15 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "if (wanted == row) return;",
         "if (row != -2) return;",
     ),
-    "padding keeps to the pool of no document": (
+    "padding keeps out of a pool that serves all": (
+        "pool_ops.h",
+        "if (args.num_pools == 1) return 0;",
+        "if (args.num_pools == 1) return document < 0 ? -1 : 0;",
+    ),
+    "ids past the last document are taken": (
         "warp.cuh",
-        "(document < 0 && args.num_pools != 1)",
-        "document < 0",
+        "if (my_document >= num_documents) my_document = -1;",
+        "",
     ),
     "the mask of the choice also masks the weights": (
         "warp.cuh",
@@ -37,66 +42,71 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "return allowed;",
     ),
     "a block looks at its first tokens only to see one document": (
-        "pool_ops.cu",
+        "scores.cu",
         "lane_id() >= tokens.count || tokens.my_document == first",
         "tokens.count == 0 || tokens.document(0) == first",
     ),
     "a pool is one expert too large": (
-        "pool_ops.cu",
+        "scores.cu",
         "const int equal_wanted = (int)wanted - above;",
         "const int equal_wanted = (int)wanted - above + 1;",
     ),
     "padding weighs as any token": (
-        "pool_ops.cu",
+        "routing.cu",
         "is_padding ? 0.0f : args.scaling / divisor",
         "args.scaling / divisor",
     ),
     "the bias counts the other way": (
-        "pool_ops.cu",
+        "routing.cu",
         "score += args.expert_bias[c * 32 + lane_id()]",
         "score -= args.expert_bias[c * 32 + lane_id()]",
     ),
     "sums leave the block before all its warps are done": (
-        "pool_ops.cu",
+        "routing.cu",
         "  __syncthreads();\n  add_over_warps(score_sums",
         "  add_over_warps(score_sums",
     ),
     "a warp collective in a divergent branch": (
-        "pool_ops.cu",
-        "const float entropy = logf(total)",
-        "const float entropy = lane_id() != 0 ? 0.0f : logf(total)",
+        "routing.cu",
+        "logf(total) - weighted_log",
+        "lane_id() != 0 ? 0.0f : logf(total) - weighted_log",
     ),
     "the gradient's mean is a lane's own": (
-        "pool_ops.cu",
+        "routing.cu",
         "dz - warp_sum(dot)",
         "dz - dot",
     ),
     "renormalised weights do not share a gradient": (
-        "pool_ops.cu",
+        "routing.cu",
         "(weight_grads[c] - mean)",
         "weight_grads[c]",
     ),
     "the gradient of z misses a sigmoid router": (
-        "pool_ops.cu",
+        "routing.cu",
         " + dz * soft[c] * inverse",
         "",
     ),
 }
 CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
-    "nothing: the copy itself passes": ("pool_ops_cpu.cpp", "", ""),
+    "nothing: the copy itself passes": ("routing_cpu.cpp", "", ""),
     "one equal key too few at the boundary": (
-        "pool_ops_cpu.cpp",
+        "routing_cpu.cpp",
         "--wanted < 0",
         "--wanted < 1",
     ),
     "a document's sums are dropped when the next one starts": (
-        "pool_ops_cpu.cpp",
+        "scores_cpu.cpp",
         "      flush();\n      document = args",
         "      document = args",
     ),
+    "threads overwrite each other's sums": (
+        "vectors.h",
+        "__atomic_fetch_add(to, value, __ATOMIC_RELAXED);",
+        "*to = value;",
+    ),
     "a coefficient of exp is rounded": ("vectors.h", "5.0000001201e-1f", "5.0001e-1f"),
     "renormalised weights count twice in the gradient": (
-        "pool_ops_cpu.cpp",
+        "routing_cpu.cpp",
         "is_after ? score_grads.floats[b] : score_grads.floats[b] + upstream.floats[b]",
         "score_grads.floats[b] + upstream.floats[b]",
     ),
@@ -120,7 +130,9 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
         text = (csrc / file).read_text()
         assert text.count(before) == 1, f"{before!r} is not one place of {file} any more"
         (csrc / file).write_text(text.replace(before, after))
-    chosen = f"({'emulated or schedule' if kernels == 'cuda' else '[cpu'}) and not ({WIDE})"
+    chosen = (
+        f"({'emulated or schedule' if kernels == 'cuda' else '[cpu or threads'}) and not ({WIDE})"
+    )
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),

@@ -30,6 +30,10 @@ LAYOUTS = {
     "TP2 x PP2": {"tp": 2, "pp": 2},
     "PP2 x EP2": {"pp": 2, "dp": 2, "ep": 2},
     "PP4": {"pp": 4},
+    "EP2, dedup": {"dp": 2, "ep": 2, "dispatcher": "dedup"},
+    "EP4, dedup": {"dp": 4, "ep": 4, "dispatcher": "dedup"},
+    "EP2 x ETP2, dedup": {"tp": 2, "dp": 2, "ep": 2, "etp": 2, "dispatcher": "dedup"},
+    "TP2 x EP2, dedup": {"tp": 2, "dp": 2, "ep": 2, "dispatcher": "dedup"},
 }
 SHAPES = [(1, 1), (2, 4), (1, 4), (2, 1)]
 """Micro-batch and gradient accumulation."""

@@ -1,9 +1,11 @@
-// Runs the CUDA kernels of csrc/ on a CPU: the same sources, compiled for the host with -DEMO_EMULATE.
+// Runs the CUDA kernels of csrc/ on a CPU: the same sources, compiled for the host with
+// -DEMO_EMULATE.
 //
-// Every CUDA thread is a fiber; blocks run one after the other. A fiber that waits at a warp collective or a barrier is
-// parked until the last one arrives, so a collective inside a divergent branch leaves nobody to run and is reported instead
-// of hanging. Which fiber runs next is random (EMO_EMULATOR_SEED), so results that depend on the schedule differ between
-// seeds. It does not see data races within one instruction, and it has no timing.
+// Every CUDA thread is a fiber; blocks run one after the other. A fiber that waits at a warp
+// collective or a barrier is parked until the last one arrives, so a collective inside a divergent
+// branch leaves nobody to run and is reported instead of hanging. Which fiber runs next is random
+// (EMO_EMULATOR_SEED), so results that depend on the schedule differ between seeds. It does not see
+// data races within one instruction, and it has no timing.
 #pragma once
 #include <ucontext.h>
 
@@ -186,14 +188,17 @@ static emulator::ThreadIndex threadIdx;
 static emulator::BlockIndex blockIdx;
 #define EMO_LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), emulator::launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))
+using cudaError_t = int;
 inline int cudaSetDevice(int) { return 0; }
+inline const char* cudaGetErrorString(int) { return "emulated launch failed"; }
 inline int cudaGetLastError() { return emulator::machine().error; }
 
 inline void __syncthreads() { emulator::barrier(true); }
 inline int __syncthreads_and(int predicate) { return emulator::barrier(predicate != 0); }
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return emulator::from_bits<T>(emulator::exchange(emulator::kShuffle, emulator::to_bits(value))[lane & 31]);
+  return emulator::from_bits<T>(
+      emulator::exchange(emulator::kShuffle, emulator::to_bits(value))[lane & 31]);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
-import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +17,6 @@ from emo_megatron.ops.native import NativeOps
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).with_name("cuda_emulator.h")
-STABLE_ABI = "0x020b000000000000"
 CSRC_VARIABLE = "EMO_TEST_CSRC"
 """Environment variable: compile the kernels in this folder instead of csrc/."""
 
@@ -33,10 +33,13 @@ def load_compiled(kernels: Kernels) -> NativeOps:
             digest.update(path.read_bytes())
         folder = csrc.parent / "build" / f"test-{kernels}"
         target = folder / f"{digest.hexdigest()[:16]}.so"
-        if folder.exists() and not target.exists():
-            shutil.rmtree(folder)
         if not target.exists():
-            _build(csrc, kernels, target)
+            folder.mkdir(parents=True, exist_ok=True)
+            for older in folder.glob("*.so"):
+                older.unlink(missing_ok=True)
+            # several test processes may build at once: each for itself, the last one's stays
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _build(csrc, kernels, Path(scratch) / target.name).replace(target)
         _loaded[kernels] = NativeOps(target, namespace=namespace_of(kernels))
     return _loaded[kernels]
 
@@ -46,32 +49,40 @@ def namespace_of(kernels: Kernels) -> str:
     return f"emo_megatron_test_{kernels}"
 
 
-def _build(csrc: Path, kernels: Kernels, target: Path) -> None:
+def setup_module() -> Any:
+    """setup.py, for the flags it compiles with."""
+    spec = importlib.util.spec_from_file_location("emo_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(csrc: Path, kernels: Kernels, target: Path) -> Path:
+    setup = setup_module()
     torch_dir = Path(torch.__file__).parent
-    target.parent.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "c++")
+    # few warps, so that also few tokens make each of them take several
+    emulated = ["-O1", "-Wno-attributes", "-DEMO_EMULATE", "-DEMO_WARPS_WANTED=16"]
     common = [
-        *(compiler, "-std=c++17", "-fPIC", "-Wno-attributes", "-Wno-psabi", "-ffp-contract=off"),
-        # few warps, so that also few tokens make each of them take several
-        *(("-O1", "-DEMO_EMULATE", "-DEMO_WARPS_WANTED=16") if kernels == "cuda" else ("-O2",)),
-        *(f"-DEMO_NAMESPACE={namespace_of(kernels)}", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"),
+        *(os.environ.get("CXX", "c++"), *setup.CPP, *setup.CPU_KERNELS),
+        *(emulated if kernels == "cuda" else ["-DEMO_CLONES="]),
+        *(f"-DEMO_NAMESPACE={namespace_of(kernels)}", f"-DTORCH_TARGET_VERSION={setup.STABLE_ABI}"),
         *(f"-I{EMULATOR.parent}", f"-I{csrc}"),
         *(f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"),
     ]
-    sources = [*sorted(csrc.glob("*.cu" if kernels == "cuda" else "*_cpu.cpp"))]
-    sources += sorted(csrc.glob("binding*.cpp"))
+    wanted = setup.CUDA_SOURCES if kernels == "cuda" else setup.CPU_SOURCES
+    sources = [csrc / Path(source).name for source in (*wanted, setup.BINDING)]
     objects = [target.with_suffix(f".{source.name}.o") for source in sources]
     jobs = [
         [*common, "-x", "c++", "-c", str(source), "-o", str(made)]
         for source, made in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, jobs))
-    # whole or not at all, also when several test processes build at once
-    part = target.with_suffix(f".part{os.getpid()}")
     libraries = [f"-L{torch_dir}/lib", "-ltorch", "-ltorch_cpu"]
-    _run([compiler, "-shared", *map(str, objects), "-o", str(part), *libraries])
-    part.replace(target)
+    _run([common[0], "-shared", *map(str, objects), "-o", str(target), *libraries])
+    return target
 
 
 def _run(command: list[str]) -> None:

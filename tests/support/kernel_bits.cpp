@@ -1,4 +1,5 @@
-// Prints a hash of everything the CPU kernels compute for fixed input: equal on every processor and register width.
+// Prints a hash of everything the CPU kernels compute for fixed input: equal on every processor and
+// register width.
 #include <cstdio>
 #include <vector>
 
@@ -27,29 +28,47 @@ int main() {
   for (int num_experts : {5, 127, 128, 200}) {
     const int64_t num_tokens = 300, num_documents = 7;
     const int64_t size = num_tokens * num_experts;
-    std::vector<float> logits(size), grad_probs(size), grad_scores(num_experts), grad_z(num_tokens), bias(num_experts);
+    std::vector<float> logits(size), grad_probs(size), grad_scores(num_experts), grad_z(num_tokens),
+        bias(num_experts);
     for (auto* values : {&logits, &grad_probs, &grad_scores, &grad_z, &bias})
       for (float& x : *values) x = random_normal();
     std::vector<int64_t> ids(num_tokens), sizes(num_documents), scores(num_documents * num_experts);
-    for (int64_t t = 0; t < num_tokens; ++t) ids[t] = t % 11 == 0 ? -1 : t * num_documents / num_tokens;
+    for (int64_t t = 0; t < num_tokens; ++t)
+      ids[t] = t % 11 == 0 ? -1 : t * num_documents / num_tokens;
     for (int64_t d = 0; d < num_documents; ++d) sizes[d] = 3 + d * num_experts / num_documents;
     std::vector<uint8_t> pool(num_documents * num_experts);
-    cpu::document_scores({logits.data(), DType::kFloat32, ids.data(), scores.data(), num_tokens, num_documents, num_experts},
+    cpu::document_scores({logits.data(), DType::kFloat32, ids.data(), scores.data(), num_tokens,
+                          num_documents, num_experts},
                          0, num_tokens);
-    cpu::select_pool({scores.data(), sizes.data(), pool.data(), num_documents, num_experts, 0}, 0, num_documents);
+    cpu::select_pool({scores.data(), sizes.data(), pool.data(), num_documents, num_experts, 0}, 0,
+                     num_documents);
     hash("scores", scores);
     hash("pool", pool);
-    for (Scoring scoring : {Scoring::kSoftmaxThenTopK, Scoring::kTopKThenSoftmax, Scoring::kSigmoid}) {
-      const RoutingArgs args{logits.data(), DType::kFloat32, ids.data(), pool.data(), num_documents,
+    for (Scoring scoring :
+         {Scoring::kSoftmaxThenTopK, Scoring::kTopKThenSoftmax, Scoring::kSigmoid}) {
+      const RoutingArgs args{logits.data(),
+                             DType::kFloat32,
+                             ids.data(),
+                             pool.data(),
+                             num_documents,
                              scoring == Scoring::kSigmoid ? bias.data() : nullptr,
-                             num_tokens, num_experts, 3, scoring, true, 1.5f};
-      std::vector<float> probs(size), score_sums(num_experts), z(num_tokens), entropy(num_tokens), grad(size);
+                             num_tokens,
+                             num_experts,
+                             3,
+                             scoring,
+                             true,
+                             1.5f};
+      std::vector<float> probs(size), score_sums(num_experts), z(num_tokens), entropy(num_tokens),
+          grad(size);
       std::vector<uint8_t> map(size);
       std::vector<int64_t> sums(2 * num_experts), tokens(num_experts);
-      const RoutingOutputs out{probs.data(), map.data(), sums.data(), tokens.data(), score_sums.data(), z.data(), entropy.data()};
+      const RoutingOutputs out{probs.data(),      map.data(), sums.data(),   tokens.data(),
+                               score_sums.data(), z.data(),   entropy.data()};
       cpu::pool_topk(args, out, 0, num_tokens);
       cpu::pool_topk_finish(args, out);
-      cpu::pool_topk_backward(args, {grad_probs.data(), grad_scores.data(), grad_z.data(), map.data(), grad.data()}, 0, num_tokens);
+      cpu::pool_topk_backward(
+          args, {grad_probs.data(), grad_scores.data(), grad_z.data(), map.data(), grad.data()}, 0,
+          num_tokens);
       hash("probs", probs);
       hash("map", map);
       hash("tokens", tokens);

@@ -6,10 +6,12 @@ name, so that the ranks import it themselves; Megatron's groups are destroyed af
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -82,6 +84,9 @@ class Ranks:
 
     def close(self) -> None:
         for process in self._processes:
+            # with the processes that Megatron started in it to write checkpoints
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
 
@@ -97,6 +102,7 @@ def _free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None) -> None:
+    os.setsid()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -39,6 +39,7 @@ class Case:
     accumulation: int = 1
     per_token: bool = False
     balance: str = "micro"
+    dispatcher: str = "megatron"
     pools: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     """More of TransformerConfig."""
@@ -271,6 +272,7 @@ def pool_config(case: Case) -> Any:
     options: dict[str, Any] = {
         "pool_balance": case.balance,
         "pool_cp_partition": case.cp_partition,
+        "pool_dispatcher": case.dispatcher,
     }
     return PoolConfig(pool_min=3, **options) if case.pools else PoolConfig(**options)
 

@@ -1,43 +1,33 @@
-// The routing ops on a CPU: one token after the other, sixteen experts at a time.
+// Routing inside pools on a CPU, and its gradient: one token after the other, sixteen experts at a
+// time.
 //
-// A range of tokens is one thread's work. Everything that tokens share is a sum of integers, so the result does not depend
-// on how tokens are split over threads. The functions marked EMO_CLONES are compiled for three levels of x86-64 and picked
-// when the library loads.
-#include <algorithm>
-
+// A range of tokens is one thread's work; what tokens share is a sum of integers, so results do not
+// depend on how tokens are split over threads.
 #include "vectors.h"
-
-#if !defined(EMO_CLONES) && defined(__x86_64__) && defined(__linux__)
-#define EMO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif !defined(EMO_CLONES)
-#define EMO_CLONES
-#endif
 
 namespace emo::cpu {
 namespace {
 
-constexpr float kOne = 1 << kFractionBits;
-constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
 // Keys of experts that may be chosen lie above both.
-constexpr int32_t kBeyond = INT_MIN;        // a lane past the last expert: never chosen
-constexpr int32_t kExcluded = INT_MIN + 1;  // outside the pool: chosen only if the pool has fewer than K
+constexpr int32_t kBeyond = INT_MIN;  // a lane past the last expert: never chosen
+constexpr int32_t kExcluded =
+    INT_MIN + 1;  // outside the pool: chosen only if the pool has fewer than K
 
-EMO_INLINE void add_shared(int64_t* to, int64_t value) { __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
-
-// Which experts the tokens of a document may choose, and which carry weight; kept while the document stays the same.
+// Which experts the tokens of a document may choose, and which carry weight; kept while the
+// document stays the same.
 struct Pool {
   Row allowed, inside;
   int64_t row = -2;
 
   EMO_INLINE explicit Pool(int num_experts) {
-    for (int e = 0; e < num_blocks(num_experts) * kLanes; ++e) inside.i[e] = e < num_experts ? -1 : 0;
+    for (int e = 0; e < num_blocks(num_experts) * kLanes; ++e)
+      inside.i[e] = e < num_experts ? -1 : 0;
   }
   EMO_INLINE void set(const RoutingArgs& args, int64_t document) {
-    const bool is_free = args.pool == nullptr || args.num_pools == 0 || (document < 0 && args.num_pools != 1);
-    const int64_t wanted = is_free ? -1 : (args.num_pools == 1 ? 0 : document);
+    const int64_t wanted = pool_row(args, document);
     if (wanted == row) return;
     row = wanted;
-    if (is_free) {
+    if (wanted < 0) {
       allowed = inside;
       return;
     }
@@ -45,7 +35,9 @@ struct Pool {
     for (int e = 0; e < args.num_experts; ++e) allowed.i[e] = from[e] ? -1 : 0;
     for (int e = args.num_experts; e < num_blocks(args.num_experts) * kLanes; ++e) allowed.i[e] = 0;
   }
-  EMO_INLINE const Row& carrying(const RoutingArgs& args) const { return args.mask_logits ? allowed : inside; }
+  EMO_INLINE const Row& carrying(const RoutingArgs& args) const {
+    return args.mask_logits ? allowed : inside;
+  }
 };
 
 // Log-sum-exp over the experts that carry weight; `exps` receives e^(x - max), 0 for the others.
@@ -54,7 +46,8 @@ struct Softmax {
 };
 EMO_INLINE Softmax softmax(const Row& logits, const Row& carrying, int blocks, Row& exps) {
   Floats top = splat(-INFINITY);
-  for (int b = 0; b < blocks; ++b) top = max(top, where(carrying.ints[b], logits.floats[b], splat(-INFINITY)));
+  for (int b = 0; b < blocks; ++b)
+    top = max(top, where(carrying.ints[b], logits.floats[b], splat(-INFINITY)));
   const float shift = largest(top);
   Floats total = splat(0.0f), weighted = splat(0.0f);
   for (int b = 0; b < blocks; ++b) {
@@ -85,7 +78,8 @@ EMO_INLINE GateSums sigmoid_gates(const Row& logits, const Row& carrying, int bl
     gates.floats[b] = g;
     const Floats counted = where(carrying.ints[b], g, splat(0.0f));
     total += counted;
-    const Floats log_g = where(x < 0.0f, x, splat(0.0f)) - log1p_unit(exp_nonpositive(where(x > 0.0f, -x, x)));
+    const Floats log_g =
+        where(x < 0.0f, x, splat(0.0f)) - log1p_unit(exp_nonpositive(where(x > 0.0f, -x, x)));
     weighted += where(counted > 0.0f, counted * log_g, splat(0.0f));
   }
   return {sum(total), sum(weighted)};
@@ -99,11 +93,13 @@ EMO_INLINE int count_at_least(const Row& keys, int blocks, int32_t threshold) {
 
 EMO_INLINE int32_t largest_up_to(const Row& keys, int blocks, int32_t limit) {
   Ints best = splat(kBeyond);
-  for (int b = 0; b < blocks; ++b) best = max(best, where(keys.ints[b] <= limit, keys.ints[b], splat(kBeyond)));
+  for (int b = 0; b < blocks; ++b)
+    best = max(best, where(keys.ints[b] <= limit, keys.ints[b], splat(kBeyond)));
   return largest(best);
 }
 
-// The key that exactly K keys reach. Of equal keys at the boundary those with higher indices are struck out.
+// The key that exactly K keys reach. Of equal keys at the boundary those with higher indices are
+// struck out.
 EMO_INLINE int32_t top_k_threshold(Row& keys, int blocks, int num_experts, int top_k) {
   int32_t threshold = largest_up_to(keys, blocks, INT_MAX);
   for (int k = 1; k < top_k; ++k) {
@@ -127,8 +123,8 @@ EMO_INLINE int32_t top_k_threshold(Row& keys, int blocks, int num_experts, int t
 }
 
 // One of `values` at the chosen experts, times `factor`, 0 elsewhere.
-EMO_INLINE void write_choice(const RoutingArgs& args, const RoutingOutputs& out, int64_t token, const Row& values,
-                             float factor, const Row& chosen, Row& scratch) {
+EMO_INLINE void write_choice(const RoutingArgs& args, const RoutingOutputs& out, int64_t token,
+                             const Row& values, float factor, const Row& chosen, Row& scratch) {
   const int blocks = num_blocks(args.num_experts);
   for (int b = 0; b < blocks; ++b)
     scratch.floats[b] = where(chosen.ints[b], values.floats[b] * factor, splat(0.0f));
@@ -146,67 +142,19 @@ EMO_INLINE float sum_chosen(const Row& values, const Row& chosen, int blocks) {
 // Softmax over the chosen alone: `exps` receives e^(x - max) there; returns their sum.
 EMO_INLINE float softmax_chosen(const Row& logits, const Row& chosen, int blocks, Row& exps) {
   Floats top = splat(-INFINITY);
-  for (int b = 0; b < blocks; ++b) top = max(top, where(chosen.ints[b], logits.floats[b], splat(-INFINITY)));
+  for (int b = 0; b < blocks; ++b)
+    top = max(top, where(chosen.ints[b], logits.floats[b], splat(-INFINITY)));
   const float shift = largest(top);
   for (int b = 0; b < blocks; ++b)
-    exps.floats[b] = exp_nonpositive(where(chosen.ints[b], logits.floats[b] - shift, splat(-INFINITY)));
+    exps.floats[b] =
+        exp_nonpositive(where(chosen.ints[b], logits.floats[b] - shift, splat(-INFINITY)));
   return sum_chosen(exps, chosen, blocks);
 }
 
 }  // namespace
 
-EMO_CLONES void document_scores(const ScoreArgs& args, int64_t begin, int64_t end) {
-  const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
-  Row logits;
-  int64_t run[kMaxExperts];
-  int64_t document = -1;
-  const auto flush = [&] {
-    // another thread may hold a part of this document too
-    for (int e = 0; document >= 0 && e < num_experts; ++e) add_shared(args.sums + document * num_experts + e, run[e]);
-  };
-  for (int64_t t = begin; t < end; ++t) {
-    if (t == begin || args.document_ids[t] != document) {
-      flush();
-      document = args.document_ids[t];
-      std::memset(run, 0, num_experts * sizeof(int64_t));
-    }
-    if (document < 0) continue;
-    load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
-    Floats top = splat(-INFINITY);
-    for (int b = 0; b < blocks; ++b) top = max(top, logits.floats[b]);
-    const float shift = largest(top);
-    Floats total = splat(0.0f);
-    for (int b = 0; b < blocks; ++b) {
-      logits.floats[b] = exp_nonpositive(logits.floats[b] - shift);
-      total += logits.floats[b];
-    }
-    const float unit = kOne / sum(total);
-    for (int b = 0; b < blocks; ++b)
-      logits.ints[b] = __builtin_convertvector(logits.floats[b] * unit + 0.5f, Ints);
-    for (int e = 0; e < num_experts; ++e) run[e] += logits.i[e];
-  }
-  flush();
-}
-
-void select_pool(const SelectArgs& args, int64_t begin, int64_t end) {
-  const int num_free = args.num_experts - args.num_forced;
-  int order[kMaxExperts];
-  for (int64_t d = begin; d < end; ++d) {
-    const int64_t* scores = args.scores + d * args.num_experts;
-    uint8_t* pool = args.pool + d * args.num_experts;
-    const int64_t wanted = args.pool_sizes[d] - args.num_forced;
-    const int kept = (int)std::clamp<int64_t>(wanted, 0, num_free);
-    for (int e = 0; e < num_free; ++e) order[e] = e;
-    std::nth_element(order, order + kept, order + num_free, [scores](int a, int b) {
-      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
-    });
-    std::memset(pool, 0, num_free);
-    std::memset(pool + num_free, 1, args.num_forced);
-    for (int i = 0; i < kept; ++i) pool[order[i]] = 1;
-  }
-}
-
-EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, int64_t begin, int64_t end) {
+EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, int64_t begin,
+                          int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
   const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
   Pool pool(num_experts);
@@ -222,12 +170,12 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
     load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
 
     const Softmax soft = softmax(logits, carrying, blocks, scores);
-    float z = soft.max + std::log(soft.total);
-    float entropy = std::log(soft.total) - soft.mean_shift, total = soft.total;
+    float z = soft.max + log_of_sum(soft.total);
+    float entropy = log_of_sum(soft.total) - soft.mean_shift, total = soft.total;
     if (is_sigmoid) {
       const GateSums sums = sigmoid_gates(logits, carrying, blocks, gates);
       total = sums.total + kTiny;
-      entropy = std::log(total) - sums.weighted_log / total;
+      entropy = log_of_sum(total) - sums.weighted_log / total;
       for (int b = 0; b < blocks; ++b)
         scores.floats[b] = where(carrying.ints[b], gates.floats[b], splat(0.0f));
     }
@@ -275,16 +223,19 @@ void pool_topk_finish(const RoutingArgs& args, const RoutingOutputs& out) {
   }
 }
 
-// With s the scores, w the weights and upstream gradients dS (of the score sums), dW (of the weights), dz:
-//   softmax:  dx = s (g - <s, g> + dz),  g = dS, plus dW at the chosen experts if the weights are scores
-//   weights over the chosen alone add w (dW - <w, dW>) there
-//   sigmoid:  dg = (dS - <s, dS>) / sum g, plus (dW - <w, dW>) / sum of chosen g there;  dx = dg g (1 - g) + dz softmax
-EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, int64_t begin, int64_t end) {
+// With s the scores, w the weights and upstream gradients dS (of the score sums), dW (of the
+// weights), dz:
+//   softmax:  dx = s (g - <s, g> + dz),  g = dS, plus dW at the chosen experts if the weights are
+//   scores weights over the chosen alone add w (dW - <w, dW>) there sigmoid:  dg = (dS - <s, dS>) /
+//   sum g, plus (dW - <w, dW>) / sum of chosen g there;  dx = dg g (1 - g) + dz softmax
+EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads,
+                                   int64_t begin, int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
   Pool pool(num_experts);
   Row logits, soft, upstream, chosen, gates, weights, out, score_grads;
   for (int e = 0; e < blocks * kLanes; ++e)
-    score_grads.f[e] = grads.grad_score_sums != nullptr && e < num_experts ? grads.grad_score_sums[e] : 0.0f;
+    score_grads.f[e] =
+        grads.grad_score_sums != nullptr && e < num_experts ? grads.grad_score_sums[e] : 0.0f;
 
   for (int64_t t = begin; t < end; ++t) {
     const int64_t document = args.document_ids != nullptr ? args.document_ids[t] : 0;
@@ -299,12 +250,14 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
     const uint8_t* map = grads.routing_map + t * num_experts;
     for (int e = 0; e < num_experts; ++e) chosen.i[e] = map[e] ? -1 : 0;
     for (int e = num_experts; e < blocks * kLanes; ++e) chosen.i[e] = 0;
-    if (grads.grad_probs != nullptr) load_row(grads.grad_probs, args.dtype, t, num_experts, 0.0f, upstream);
+    if (grads.grad_probs != nullptr)
+      load_row(grads.grad_probs, args.dtype, t, num_experts, 0.0f, upstream);
     // gradients at experts that were not chosen are of no weight, whatever they are
     for (int b = 0; b < blocks; ++b)
-      upstream.floats[b] = grads.grad_probs == nullptr
-                               ? splat(0.0f)
-                               : where(chosen.ints[b], upstream.floats[b] * args.scaling, splat(0.0f));
+      upstream.floats[b] =
+          grads.grad_probs == nullptr
+              ? splat(0.0f)
+              : where(chosen.ints[b], upstream.floats[b] * args.scaling, splat(0.0f));
 
     const float dz = grads.grad_z != nullptr ? grads.grad_z[t] : 0.0f;
     const float inverse = 1.0f / softmax(logits, carrying, blocks, soft).total;
@@ -322,7 +275,8 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
       const float weight_mean = is_normalised ? sum(weight_dot) / chosen_total : 0.0f;
       for (int b = 0; b < blocks; ++b) {
         const Floats g = gates.floats[b];
-        const Floats from_scores = where(carrying.ints[b], (score_grads.floats[b] - score_mean) / total, splat(0.0f));
+        const Floats from_scores =
+            where(carrying.ints[b], (score_grads.floats[b] - score_mean) / total, splat(0.0f));
         const Floats from_weights =
             where(chosen.ints[b], (upstream.floats[b] - weight_mean) / chosen_total, splat(0.0f));
         out.floats[b] = (from_scores + from_weights) * g * (1.0f - g) + dz * soft.floats[b];
@@ -331,13 +285,13 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
       const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;
       Floats dot = splat(0.0f);
       for (int b = 0; b < blocks; ++b) {
-        const Floats g = is_after ? score_grads.floats[b] : score_grads.floats[b] + upstream.floats[b];
+        const Floats g =
+            is_after ? score_grads.floats[b] : score_grads.floats[b] + upstream.floats[b];
         out.floats[b] = g;
         dot += soft.floats[b] * g;
       }
       const float centre = dz - sum(dot);
-      for (int b = 0; b < blocks; ++b)
-        out.floats[b] = soft.floats[b] * (out.floats[b] + centre);
+      for (int b = 0; b < blocks; ++b) out.floats[b] = soft.floats[b] * (out.floats[b] + centre);
       if (is_after) {
         const float sum_exps = softmax_chosen(logits, chosen, blocks, weights);
         Floats weight_dot = splat(0.0f);

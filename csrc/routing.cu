@@ -1,105 +1,13 @@
-// The routing ops on a GPU. A warp routes one token after the other of a short run; a block is eight warps.
+// Routing inside pools on a GPU, and its gradient. A warp routes one token after the other of a
+// short run; a block is eight warps.
 //
-// Everything that tokens share is a sum of integers, added with integer atomics: the result is the same bits whatever the
-// order. Rows are read with 32 lanes on 32 neighbouring experts. Nothing waits for the host and nothing is allocated here.
-#include <type_traits>
-
+// Rows are read with 32 lanes on 32 neighbouring experts. What tokens share is a sum of integers,
+// added with integer atomics: the same bits whatever the order. Nothing waits for the host and
+// nothing is allocated here.
 #include "warp.cuh"
 
 namespace emo::cuda {
 namespace {
-
-template <class T, int kChunks>
-__global__ void __launch_bounds__(kThreads) document_scores_kernel(ScoreArgs args, int per_warp) {
-  const unsigned inside = lanes_inside<kChunks>(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, per_warp);
-  const T* logits = static_cast<const T*>(args.logits);
-  unsigned run[kChunks] = {};
-  long long document = tokens.document(0);
-
-  // one document in the whole block, in whatever order documents come: its sums are joined before they leave the block
-  const long long first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
-  const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
-  const bool is_joined = __syncthreads_and(is_mine) && first >= 0;
-
-  const auto flush = [&] {
-    if (document < 0) return;
-    unsigned long long* to = reinterpret_cast<unsigned long long*>(args.sums) + document * args.num_experts;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-      if (run[c] != 0) atomicAdd(to + c * 32 + lane_id(), (unsigned long long)run[c]);
-  };
-#pragma unroll 1
-  for (int i = 0; i < tokens.count; ++i) {
-    const long long next = tokens.document(i);
-    if (next != document) {
-      flush();
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) run[c] = 0;
-      document = next;
-    }
-    if (document < 0) continue;
-    float x[kChunks], exps[kChunks];
-    load_row(logits + (tokens.begin + i) * args.num_experts, inside, x);
-    const float unit = kOne / softmax(x, inside, exps).total;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) run[c] += __float2uint_rn(exps[c] * unit);
-  }
-  if (is_joined) {
-    __shared__ unsigned of_warp[kWarps][kChunks * 32];
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) of_warp[warp_id()][c * 32 + lane_id()] = run[c];
-    __syncthreads();
-    add_over_warps(of_warp, args.num_experts, args.sums + first * args.num_experts);
-  } else {
-    flush();
-  }
-}
-
-// A warp a document: the size-th largest score is searched bit by bit.
-template <int kChunks>
-__global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) {
-  const long long document = (long long)blockIdx.x * kWarps + warp_id();
-  if (document >= args.num_documents) return;
-  const int num_free = args.num_experts - args.num_forced;
-  long long wanted = args.pool_sizes[document] - args.num_forced;
-  wanted = wanted < 0 ? 0 : (wanted > num_free ? num_free : wanted);
-
-  // one more than the score, so that every expert in the running is above 0
-  unsigned long long keys[kChunks];
-  unsigned long long top = 0;
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int e = c * 32 + lane_id();
-    keys[c] = e < num_free ? (unsigned long long)args.scores[document * args.num_experts + e] + 1 : 0;
-    top = keys[c] > top ? keys[c] : top;
-  }
-  const unsigned high = __reduce_max_sync(kAllLanes, (unsigned)(top >> 32));
-  const unsigned low = __reduce_max_sync(kAllLanes, (unsigned)top);
-  unsigned long long threshold = 0;
-  for (int bit = high != 0 ? 63 - __clz((int)high) : 31 - __clz((int)(low | 1u)); bit >= 0; --bit) {
-    const unsigned long long candidate = threshold | (1ull << bit);
-    int reached = 0;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) reached += __popc(__ballot_sync(kAllLanes, keys[c] >= candidate));
-    if (reached >= wanted) threshold = candidate;
-  }
-  int above = 0;
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) above += __popc(__ballot_sync(kAllLanes, keys[c] > threshold));
-  const int equal_wanted = (int)wanted - above;
-  int rank = 0;
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int e = c * 32 + lane_id();
-    const bool is_equal = keys[c] == threshold && keys[c] != 0;
-    const unsigned equal = __ballot_sync(kAllLanes, is_equal);
-    const bool is_tied_in = is_equal && rank + __popc(equal & lanes_below()) < equal_wanted;
-    const bool is_in = e >= num_free || (wanted > 0 && (keys[c] > threshold || is_tied_in));
-    if (e < args.num_experts) args.pool[document * args.num_experts + e] = is_in;
-    rank += __popc(equal);
-  }
-}
 
 __device__ __forceinline__ float sigmoid(float x) {
   const float t = expf(-fabsf(x));
@@ -116,7 +24,8 @@ __device__ __forceinline__ float sum_of(const float (&x)[kChunks], unsigned set)
 
 // sum of e * log(e / its maximum), the part of the entropy that is no logarithm of the sum
 template <int kChunks>
-__device__ __forceinline__ float weighted_log(const float (&x)[kChunks], const float (&scores)[kChunks], unsigned set,
+__device__ __forceinline__ float weighted_log(const float (&x)[kChunks],
+                                              const float (&scores)[kChunks], unsigned set,
                                               bool is_sigmoid, float shift) {
   float total = 0.0f;
 #pragma unroll
@@ -132,7 +41,7 @@ template <class T, int kChunks>
 __global__ void __launch_bounds__(kThreads, 1)
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, per_warp);
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
   const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
   __shared__ unsigned choices[kChunks * 32];
   for (int e = threadIdx.x; e < kChunks * 32; e += kThreads) choices[e] = 0;
@@ -159,13 +68,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int c = 0; c < kChunks; ++c) scores[c] = sigmoid(x[c]);
       total = sum_of(scores, carrying) + kTiny;
     }
-    const float entropy = logf(total) - weighted_log(x, scores, carrying, is_sigmoid, soft.max) / total;
+    const float entropy =
+        logf(total) - weighted_log(x, scores, carrying, is_sigmoid, soft.max) / total;
 
     unsigned keys[kChunks];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       float score = is_sigmoid ? scores[c] : x[c];
-      if (args.expert_bias != nullptr && has(pool.inside, c)) score += args.expert_bias[c * 32 + lane_id()];
+      if (args.expert_bias != nullptr && has(pool.inside, c))
+        score += args.expert_bias[c * 32 + lane_id()];
       const unsigned key = order_key(score);
       keys[c] = has(pool.allowed, c) ? (key > kExcluded ? key : kExcluded + 1)
                                      : (has(pool.inside, c) ? kExcluded : kBeyond);
@@ -177,7 +88,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float unit = kOne / total;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        if (has(carrying, c)) score_sums[warp_id()][c * 32 + lane_id()] += __float2uint_rn(scores[c] * unit);
+        if (has(carrying, c))
+          score_sums[warp_id()][c * 32 + lane_id()] += __float2uint_rn(scores[c] * unit);
         if (has(chosen, c)) atomicAdd(choices + c * 32 + lane_id(), 1u);
       }
     }
@@ -203,7 +115,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   add_over_warps(score_sums, args.num_experts, out.sums + args.num_experts);
   for (int e = threadIdx.x; e < args.num_experts; e += kThreads)
-    if (choices[e] != 0) atomicAdd(reinterpret_cast<unsigned long long*>(out.sums) + e, (unsigned long long)choices[e]);
+    if (choices[e] != 0)
+      atomicAdd(reinterpret_cast<unsigned long long*>(out.sums) + e,
+                (unsigned long long)choices[e]);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, int num_experts) {
@@ -218,12 +132,13 @@ template <class T, int kChunks>
 __global__ void __launch_bounds__(kThreads, 1)
     pool_topk_backward_kernel(RoutingArgs args, RoutingGradients grads, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, per_warp);
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
   float score_grads[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
-    score_grads[c] =
-        grads.grad_score_sums != nullptr && has(pool.inside, c) ? grads.grad_score_sums[c * 32 + lane_id()] : 0.0f;
+    score_grads[c] = grads.grad_score_sums != nullptr && has(pool.inside, c)
+                         ? grads.grad_score_sums[c * 32 + lane_id()]
+                         : 0.0f;
 
 #pragma unroll 1
   for (int i = 0; i < tokens.count; ++i) {
@@ -264,8 +179,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
           const float from_scores = has(carrying, c) ? (score_grads[c] - score_mean) / total : 0.0f;
-          const float from_weights = has(chosen, c) ? (weight_grads[c] - weight_mean) / chosen_total : 0.0f;
-          dx[c] = (from_scores + from_weights) * gates[c] * (1.0f - gates[c]) + dz * soft[c] * inverse;
+          const float from_weights =
+              has(chosen, c) ? (weight_grads[c] - weight_mean) / chosen_total : 0.0f;
+          dx[c] =
+              (from_scores + from_weights) * gates[c] * (1.0f - gates[c]) + dz * soft[c] * inverse;
         }
       } else {
         const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;
@@ -287,62 +204,28 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int c = 0; c < kChunks; ++c) weight_dot += weights[c] * weight_grads[c];
           const float mean = warp_sum(weight_dot) / sum_exps;
 #pragma unroll
-          for (int c = 0; c < kChunks; ++c) dx[c] += weights[c] / sum_exps * (weight_grads[c] - mean);
+          for (int c = 0; c < kChunks; ++c)
+            dx[c] += weights[c] / sum_exps * (weight_grads[c] - mean);
         }
       }
     }
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      if (has(pool.inside, c)) from_float(dx[c], static_cast<T*>(grads.grad_logits) + row + c * 32 + lane_id());
+      if (has(pool.inside, c))
+        from_float(dx[c], static_cast<T*>(grads.grad_logits) + row + c * 32 + lane_id());
   }
 }
 
-// Calls `launch` with the type of the logits and the number of chunks that hold a row.
-template <class T, class Launch>
-int with_chunks(int num_experts, Launch launch) {
-  if (num_experts <= 32) launch(T{}, std::integral_constant<int, 1>{});
-  else if (num_experts <= 64) launch(T{}, std::integral_constant<int, 2>{});
-  else if (num_experts <= 128) launch(T{}, std::integral_constant<int, 4>{});
-  else if (num_experts <= 256) launch(T{}, std::integral_constant<int, 8>{});
-  else if (num_experts <= 512) launch(T{}, std::integral_constant<int, 16>{});
-  else launch(T{}, std::integral_constant<int, 32>{});
-  return (int)cudaGetLastError();
-}
-template <class Launch>
-int with_types(DType dtype, int num_experts, Launch launch) {
-  if (dtype == DType::kFloat32) return with_chunks<float>(num_experts, launch);
-  if (dtype == DType::kBFloat16) return with_chunks<__nv_bfloat16>(num_experts, launch);
-  return with_chunks<__half>(num_experts, launch);
-}
-
 }  // namespace
-
-int use_device(int device) { return (int)cudaSetDevice(device); }
-
-int document_scores(const ScoreArgs& args, void* stream) {
-  if (args.num_tokens == 0) return 0;
-  const int per_warp = tokens_per_warp(args.num_tokens);
-  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-    EMO_LAUNCH((document_scores_kernel<decltype(type), decltype(chunks)::value>), blocks_for(args.num_tokens, per_warp),
-               kThreads, static_cast<cudaStream_t>(stream), args, per_warp);
-  });
-}
-
-int select_pool(const SelectArgs& args, void* stream) {
-  if (args.num_documents == 0) return 0;
-  return with_chunks<float>(args.num_experts, [&](auto, auto chunks) {
-    EMO_LAUNCH((select_pool_kernel<decltype(chunks)::value>), blocks_for(args.num_documents, 1), kThreads,
-               static_cast<cudaStream_t>(stream), args);
-  });
-}
 
 int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) {
   const int per_warp = tokens_per_warp(args.num_tokens);
   int status = 0;
   if (args.num_tokens > 0)
     status = with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-      EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value>), blocks_for(args.num_tokens, per_warp),
-                 kThreads, static_cast<cudaStream_t>(stream), args, out, per_warp);
+      EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value>),
+                 blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
+                 args, out, per_warp);
     });
   if (status != 0) return status;
   EMO_LAUNCH(finish_kernel, (unsigned)((args.num_experts + kThreads - 1) / kThreads), kThreads,
@@ -355,7 +238,8 @@ int pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, v
   const int per_warp = tokens_per_warp(args.num_tokens);
   return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
     EMO_LAUNCH((pool_topk_backward_kernel<decltype(type), decltype(chunks)::value>),
-               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream), args, grads, per_warp);
+               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
+               args, grads, per_warp);
   });
 }
 

@@ -1,0 +1,345 @@
+"""What does the routing of real models send over expert-parallel ranks, and what does placing the experts save?
+
+Runs the demo's models on held-out text, keeps every token's experts, and replays them for 2, 4 and 8 ranks: Megatron's
+alltoall, each token once, each token once with placed experts. Experts are placed by the statistics of one half of the
+documents and counted on the other. Rows and bytes are exact for that routing; nothing is timed. Documents come from all
+ranks alike: a share (R - 1) / R of all rows goes to another rank.
+
+    make demo
+    python benchmarks/replay_routing.py     # two minutes; rewrites the table and the figure of docs/dispatch.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from timing import RESULTS, markdown_table, run_script, write_results
+from torch import Tensor
+
+from emo_megatron.modules.files import whole
+from emo_megatron.modules.placement import place, spread_of
+from emo_megatron.modules.stats import load_stats
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- traffic table: begin -->", "<!-- traffic table: end -->"
+MICRO_BATCH = 4096
+"""Tokens over which load imbalance is taken: the demo's micro-batch."""
+BF16, PAIR = 2, 8
+"""Bytes of a number in a hidden state, and of an expert's number and probability."""
+ALLTOALL, DEDUP, LOAD, TOGETHER = (
+    "alltoall",
+    "dedup",
+    "dedup, placed by load",
+    "dedup, placed together",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Replay the routing of the demo's models over expert-parallel ranks."""
+
+    runs: Path = ROOT / "runs" / "demo"
+    """Folder of a finished demo: emo/checkpoint, standard/checkpoint, corpus/validation."""
+    ranks: tuple[int, ...] = (2, 4, 8)
+    """Numbers of expert-parallel ranks."""
+    tokens: int = 16384
+    """Tokens of each domain, half to place experts by, half to count."""
+    max_imbalance: float = 1.1
+    """Bound of the load of the fullest rank over the mean, on the half that experts are placed by."""
+    output: Path = RESULTS
+    """Folder of traffic.csv and traffic.md."""
+    page: Path = ROOT / "docs" / "dispatch.md"
+    """Page whose table is rewritten; its figure, of the same name, lies beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A model and whether its pools are on."""
+
+    name: str
+    model: str
+    pools: bool
+
+
+RUNS = (
+    Run(name="EMO, in training", model="emo", pools=True),
+    Run(name="EMO, pools off", model="emo", pools=False),
+    Run(name="standard", model="standard", pools=False),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Means over layers and, for imbalance, micro-batches."""
+
+    run: str
+    ranks: int
+    dispatch: str
+    rows_per_token: float
+    crossing_bytes: float
+    """A token, one way, bf16 at the model's width."""
+    pair_imbalance: float
+    row_imbalance: float
+
+
+def main(options: Options) -> list[Path]:
+    """Run the models, replay, write.
+
+    Raises:
+        ValueError: the demo's files are not there.
+    """
+    for name in ("emo/checkpoint", "standard/checkpoint", "corpus/validation"):
+        if not (options.runs / name).is_dir():
+            raise ValueError(f"{options.runs / name} does not exist: run make demo, or name --runs")
+    if BEGIN not in options.page.read_text(encoding="utf-8"):
+        raise ValueError(f"--page must have a table to rewrite, between {BEGIN} and {END}")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for run in RUNS:
+            stem = Path(scratch) / run.name.replace(" ", "-")
+            # a process each: Megatron keeps its flags for the life of one
+            process = torch.multiprocessing.get_context("spawn").Process(
+                target=_record, args=(run, options, stem)
+            )
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise ValueError(f"{run.name} failed; what it said stands above")
+            rows += _replay(run, options, stem)
+    table = _table(rows)
+    print(table)
+    written = write_results(
+        options.output, "traffic", rows=[_plain(row) for row in rows], page=table
+    )
+    return [*written, *_publish(rows, table, options.page)]
+
+
+def _publish(rows: Sequence[Row], table: str, page: Path) -> list[Path]:
+    """Put the table on the page and the figure beside it."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with whole(page) as unfinished:
+        unfinished.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+    return [page, _figure(rows, page.with_suffix(".png"))]
+
+
+def _record(run: Run, options: Options, stem: Path) -> None:
+    """Statistics of the first half of the documents, experts of every token of the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), EMO_DEVICE="cpu")
+    sys.argv = ["replay", "--load", str(options.runs.absolute() / run.model / "checkpoint")]
+    from emo_megatron.mcore.loading import checkpoint_in, load_model
+
+    checkpoint = checkpoint_in(sys.argv[1:])
+    stored = checkpoint.args
+    loaded = load_model(
+        checkpoint,
+        add_args=lambda parser: parser,
+        flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)],
+    )
+    from emo_megatron.mcore.facts import facts_of
+    from emo_megatron.mcore.layer import PoolMoELayer
+    from emo_megatron.mcore.study import MegatronStudy
+
+    study = MegatronStudy(
+        loaded.model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16
+    )
+    layers = [m for m in loaded.model.modules() if isinstance(m, PoolMoELayer)]
+    if run.pools:
+        _train_with_pools(loaded.model, layers, stored)
+    fit, test = _halves(options)
+    study.statistics(fit, outputs=False).of({"documents": "first half"}).save(
+        stem.with_suffix(".stats")
+    )
+    recorders = [_Recorder(layer) for layer in layers]
+    study.loss(test)
+    tensors = {str(recorder.layer.layer_number): torch.cat(recorder.seen) for recorder in recorders}
+    width = torch.tensor(stored.hidden_size)
+    save_file(tensors | {"width": width}, stem.with_suffix(".routing"))
+
+
+def _train_with_pools(model: Any, layers: Sequence[Any], stored: Any) -> None:
+    """Pools as they were drawn at the end of the run."""
+    from emo_megatron.config import PoolConfig
+    from emo_megatron.mcore.context import CLOCK
+
+    fields = (f.name for f in dataclasses.fields(PoolConfig) if hasattr(stored, f.name))
+    pool = PoolConfig(**{name: getattr(stored, name) for name in fields})
+    CLOCK.consumed_samples = stored.train_iters * stored.global_batch_size
+    for layer in layers:
+        layer.pool_router.pool = pool
+    model.train()
+
+
+class _Recorder:
+    """Keeps which experts a layer's router gives every token that is no padding."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.seen: list[Tensor] = []
+        self._ids_T: Tensor | None = None
+        layer.pool_router.observe_logits = self._scored
+        layer.router.register_forward_hook(self._routed)
+
+    def _scored(self, logits_TE: Tensor, ids_T: Tensor | None) -> None:
+        self._ids_T = ids_T
+
+    def _routed(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        routing_map_TE = output[1].bool()
+        kept = slice(None) if self._ids_T is None else self._ids_T >= 0
+        self.seen.append(routing_map_TE[kept].clone())
+
+
+def _halves(options: Options) -> tuple[list[Tensor], list[Tensor]]:
+    """Documents of all domains, mixed; every other one of a domain in each half."""
+    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for path in sorted((options.runs / "corpus" / "validation").glob("*.safetensors")):
+        stored = load_file(path)
+        bounds = stored["cu_seqlens"].tolist()
+        taken = 0
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if stop > start and taken < options.tokens:
+                halves[number % 2].append(stored["tokens"][start:stop].long())
+                taken += stop - start
+    generator = torch.Generator().manual_seed(0)
+    fit, test = (
+        [half[i] for i in torch.randperm(len(half), generator=generator).tolist()]
+        for half in halves
+    )
+    return fit, test
+
+
+def _replay(run: Run, options: Options, stem: Path) -> list[Row]:
+    stats = load_stats(stem.with_suffix(".stats"))
+    routing = load_file(stem.with_suffix(".routing"))
+    width = int(routing.pop("width"))
+    rows = []
+    for ranks in options.ranks:
+        own = [tuple(range(stats.model.num_experts))] * len(stats.model.layers)
+        orders = {ALLTOALL: own, DEDUP: own}
+        for name, method in ((LOAD, "load"), (TOGETHER, "together")):
+            found = place(
+                stats, num_ranks=ranks, method=method, max_imbalance=options.max_imbalance
+            )
+            orders[name] = list(found.order)
+        for dispatch, order in orders.items():
+            of_layers = dict(zip(stats.model.layers, order, strict=True))
+            rows.append(_row(run, ranks, dispatch, of_layers, routing, width))
+    return rows
+
+
+def _row(
+    run: Run,
+    ranks: int,
+    dispatch: str,
+    orders: Mapping[int, tuple[int, ...]],
+    routing: Mapping[str, Tensor],
+    width: int,
+) -> Row:
+    spreads = [
+        spread_of(part, order=order, num_ranks=ranks)
+        for layer, order in orders.items()
+        for part in routing[str(layer)].split(MICRO_BATCH)
+        # what is left over at the end would weigh as much as a whole micro-batch
+        if len(part) == MICRO_BATCH
+    ]
+
+    def mean(name: str) -> float:
+        return sum(getattr(s, name) for s in spreads) / len(spreads)
+
+    top_k = next(iter(routing.values())).sum(1).double().mean().item()
+    is_stock = dispatch == ALLTOALL
+    rows = top_k if is_stock else mean("rows_per_token")
+    # Megatron sends a float32 probability with each row
+    a_way = rows * (width * BF16 + 4) if is_stock else rows * width * BF16 + top_k * PAIR
+    return Row(
+        run=run.name,
+        ranks=ranks,
+        dispatch=dispatch,
+        rows_per_token=rows,
+        crossing_bytes=a_way * (ranks - 1) / ranks,
+        pair_imbalance=mean("pair_imbalance"),
+        row_imbalance=mean("pair_imbalance" if is_stock else "row_imbalance"),
+    )
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    fields = dataclasses.asdict(row).items()
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in fields}
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = [
+        "routing",
+        "EP",
+        "dispatch",
+        "rows a token",
+        "of alltoall",
+        "bytes a token to other ranks",
+    ]
+    head += ["fullest rank / mean: experts' work", "rows"]
+    stock = {(r.run, r.ranks): r.rows_per_token for r in rows if r.dispatch == ALLTOALL}
+    return markdown_table(
+        head,
+        [
+            [
+                r.run,
+                str(r.ranks),
+                r.dispatch,
+                f"{r.rows_per_token:.3f}",
+                f"{r.rows_per_token / stock[r.run, r.ranks]:.0%}",
+                f"{r.crossing_bytes:.0f}",
+                f"{r.pair_imbalance:.2f}",
+                f"{r.row_imbalance:.2f}",
+            ]
+            for r in rows
+        ],
+    )
+
+
+def _figure(rows: Sequence[Row], path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = sorted({row.ranks for row in rows})
+    figure, axes = plt.subplots(1, len(RUNS), figsize=(10, 3.2), sharey=True, layout="constrained")
+    styles = {ALLTOALL: "#b0b0b0", DEDUP: "#7fa8d1", LOAD: "#5d86b5", TOGETHER: "#1f4e79"}
+    for axis, run in zip(axes, RUNS, strict=True):
+        for offset, (dispatch, colour) in enumerate(styles.items()):
+            found = [r for r in rows if r.run == run.name and r.dispatch == dispatch]
+            places = [ranks.index(r.ranks) + (offset - 1.5) * 0.2 for r in found]
+            axis.bar(places, [r.rows_per_token for r in found], 0.19, color=colour, label=dispatch)
+        axis.set_xticks(range(len(ranks)), [f"EP{r}" for r in ranks])
+        axis.set_title(run.name, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("rows a token, each way")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    )

@@ -1,0 +1,287 @@
+"""What does a module's update do to every other domain? Fine-tune on a domain the demo never saw, put it back, measure.
+
+    make demo && .venv/bin/python benchmarks/update_module.py
+
+Takes the demo's EMO and standard MoE, chooses 8 experts for Perl text, and trains each way of updating for as many
+steps: everything; those experts inside the full model; the module alone, experts or experts and router, merged back
+whole or in part. Prints, for each, what Perl gains and what the demo's eight domains lose. Goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors.torch import save_file
+
+from emo_megatron.demo.corpus import Corpus, CorpusConfig, _clean, _split
+from emo_megatron.demo.jobs import Job, last_iteration, run_chains
+from emo_megatron.demo.recipe import FULL, main_models, megatron_flags
+from emo_megatron.demo.sources import Machine, perl
+from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.modules.retention import read_rows
+from emo_megatron.modules.retention_options import RetentionOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAIN = str(ROOT / "examples" / "pretrain_emo.py")
+DOMAIN = "perl"
+BLENDS = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Update modules of the demo's models."""
+
+    run: Path = Path("runs/demo")
+    """Folder of a finished demo."""
+    output: Path = Path("runs/update")
+    steps: int = 60
+    lr: float = 1e-3
+    """Falls linearly to a tenth; pretraining ended at 3e-4."""
+    keep: int = 9
+    """Experts of the module as the paper counts them: the shared one included."""
+    processes: int = 1
+    """Jobs side by side, one thread each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A checkpoint to measure, and how it was made."""
+
+    name: str
+    path: Path
+
+
+def prepare(options: Options, corpus: Corpus) -> Path:
+    """Perl in the demo's tokens beside the demo's held-out text; the folder."""
+    from transformers import AutoTokenizer
+
+    from emo_megatron.mcore.dataset import write_indexed_dataset
+
+    folder = options.output / "corpus"
+    if (folder / "corpus.json").exists():
+        return folder
+    config = CorpusConfig()
+    rng = random.Random("update")
+    texts = {_clean(t, max_chars=config.max_document_chars) for t in perl(Machine(), rng=rng)}
+    documents = sorted(t for t in texts if len(t) >= config.min_document_chars)
+    rng.shuffle(documents)
+    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
+    for split, chosen in _split(documents, config=config).items():
+        tokens = [[*tokenizer(text)["input_ids"], corpus.eod_token] for text in chosen]
+        if split == "train":
+            write_indexed_dataset(folder / "train", tokens, vocab_size=corpus.vocab_size)
+            continue
+        shutil.copytree(corpus.path / split, folder / split, dirs_exist_ok=True)
+        ends = torch.tensor([0, *map(len, tokens)]).cumsum(0).int()
+        flat = torch.tensor([t for document in tokens for t in document], dtype=torch.int32)
+        tensors = {"tokens": flat, "cu_seqlens": ends}
+        save_file(tensors, folder / split / f"{DOMAIN}.safetensors")
+    manifest = {
+        "eod_token": corpus.eod_token,
+        "domains": dict.fromkeys([*corpus.domains, DOMAIN]),
+        "documents": len(documents),
+    }
+    (folder / "corpus.json").write_text(json.dumps(manifest))
+    return folder
+
+
+class Study:
+    """The jobs for one of the demo's models."""
+
+    def __init__(self, model: str, options: Options, corpus: Corpus, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.parent = options.run / model / "checkpoint"
+        self.output = options.output / model
+        (recipe,) = (m for m in main_models(FULL, seed=1234) if m.name == model)
+        self.flags = functools.partial(
+            megatron_flags,
+            FULL,
+            recipe,
+            tokenizer=corpus.tokenizer_dir,
+            data_prefix=folder / "train",
+        )
+        self.selection = self.output / "selection.json"
+        self.module = self.output / "module"
+        self.num_kept = options.keep - 1
+
+    def jobs(self) -> list[Job]:
+        """Everything, in order."""
+        stats = self.output / "stats.safetensors"
+        data = self.folder / "calibration" / f"{DOMAIN}.safetensors"
+        jobs = [
+            self._command(
+                stats,
+                *("stats", "--checkpoint", self.parent, "--data", data),
+                *("--tokens", 8192, "--seq-length", FULL.seq_length, "--rows", FULL.rows),
+            ),
+            self._command(
+                self.selection, *("select", "--stats", stats, "--keep", self.options.keep)
+            ),
+            self._command(
+                self.module,
+                *("extract", "--checkpoint", self.parent, "--selection", self.selection),
+            ),
+        ]
+        # what was trained in the full model goes back in part too: a module of all experts
+        everything = self.output / "everything.json"
+        jobs.append(self._command(everything, *("select", "--stats", stats, "--keep", "100%")))
+        whole = ("--train-selection", self.selection, "--no-save-optim")
+        jobs.append(self._training("all", "all", self.parent))
+        jobs += self._merges("all", "all", everything)
+        jobs.append(self._training("in-place", "experts", self.parent, *whole))
+        jobs += self._merges("in-place", "experts", everything)
+        small = ("--num-experts", self.num_kept)
+        for name, policy in (("alone", "experts"), ("alone-router", "experts+router")):
+            jobs.append(self._training(name, policy, self.module, *small, pools=False))
+            jobs += self._merges(name, policy, self.selection)
+        return jobs + [self._evaluation(variant) for variant in self.variants()]
+
+    def variants(self) -> list[Variant]:
+        """What is measured."""
+        merged = [
+            f"merged-{name}-{blend:g}"
+            for name in ("all", "in-place", "alone", "alone-router")
+            for blend in _blends(name)
+        ]
+        names = ["all", "in-place", *merged]
+        return [
+            Variant(name="parent", path=self.parent),
+            *(Variant(name=name, path=self.output / name) for name in names),
+            *(
+                Variant(name=name, path=self.output / name)
+                for name in ("module", "alone", "alone-router")
+            ),
+        ]
+
+    def losses(self, variant: Variant) -> dict[str, float]:
+        """Held-out loss by domain, nats a token."""
+        rows = read_rows(self._retention(variant).rows_file)
+        return {row["evaluated_on"]: row["loss"] for row in rows}
+
+    def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
+        return [
+            self._command(
+                self.output / f"merged-{name}-{blend:g}",
+                *("merge", "--parent", self.parent, "--modules", self.output / name),
+                *("--selections", selection, "--weights", weights, "--blend", blend),
+            )
+            for blend in _blends(name)
+        ]
+
+    def _command(self, result: Path, *arguments: object) -> Job:
+        command = [sys.executable, "-m", "emo_megatron", *arguments, "--output", result]
+        return self._job(result.name, command, done=result.exists, log=result.with_suffix(".log"))
+
+    def _training(
+        self, name: str, policy: str, start: Path, *extra: object, pools: bool = True
+    ) -> Job:
+        folder, steps = self.output / name, self.options.steps
+        log = folder.with_suffix(".log")
+        own: list[object] = ["--load", start, "--save", folder, "--finetune"]
+        own += ["--train-only", policy, "--train-iters", steps, "--save-interval", steps]
+        own += ["--lr", self.options.lr, "--min-lr", self.options.lr / 10]
+        own += ["--lr-decay-style", "linear", "--lr-warmup-iters", 4, "--log-interval", 5]
+        if pools and "--pool-min-decay-samples" in self.flags(run_dir=folder):
+            own += ["--pool-min-decay-samples", 0]
+        flags = self.flags(run_dir=folder)
+        if not pools and "--pool-min" in flags:
+            flags = flags[: flags.index("--pool-min")]
+        tracker = folder / "latest_checkpointed_iteration.txt"
+        return self._job(
+            f"training {name}",
+            [*torchrun(PRETRAIN), *flags, *own, *extra],
+            done=tracker.exists,
+            log=log,
+            total=steps,
+            progress=lambda: last_iteration(log),
+        )
+
+    def _evaluation(self, variant: Variant) -> Job:
+        options = self._retention(variant)
+        command = torchrun(*step_arguments("retention", options, checkpoint=variant.path))
+        num_domains = len(json.loads((self.folder / "corpus.json").read_text())["domains"])
+        return self._job(
+            f"measuring {variant.name}",
+            command,
+            done=lambda: len(read_rows(options.rows_file)) == num_domains,
+            log=options.output / "evaluate.log",
+        )
+
+    def _retention(self, variant: Variant) -> RetentionOptions:
+        """The whole model on every domain, none of its experts left out."""
+        return RetentionOptions(
+            checkpoint=variant.path,
+            data=self.folder / "calibration",
+            held_out=self.folder / "validation",
+            output=self.output / "measured" / variant.name,
+            keep=(),
+            held_out_tokens=FULL.evaluation_tokens,
+            rows=FULL.rows,
+        )
+
+    def _job(self, title, command, *, done, log, total=1, progress=None) -> Job:
+        return Job(
+            title=f"{self.output.name}: {title}",
+            command=[str(part) for part in command],
+            log=log,
+            total=total,
+            done=progress or (lambda: int(done())),
+            is_finished=done,
+        )
+
+
+def _blends(name: str) -> tuple[float, ...]:
+    """How far merged; what was trained in the full model is all of the way there already."""
+    return BLENDS[1:] if name in ("all", "in-place") else BLENDS
+
+
+def table(study: Study, *, domains: list[str]) -> list[str]:
+    """Rows of gain and harm, in nats a token."""
+    parent = study.losses(study.variants()[0])
+    lines = []
+    for variant in study.variants():
+        losses = study.losses(variant)
+        gain = parent[DOMAIN] - losses[DOMAIN]
+        rises = {d: losses[d] - parent[d] for d in domains if d != DOMAIN}
+        harm, worst = statistics.mean(rises.values()), max(rises, key=lambda d: rises[d])
+        share = f"{harm / gain:.3f}" if gain > 0.005 else "-"
+        lines.append(
+            f"| {study.output.name} | {variant.name} | {losses[DOMAIN]:.3f} | {gain:+.3f} | {harm:+.3f} "
+            f"| {share} | {worst} {rises[worst]:+.3f} |"
+        )
+    return lines
+
+
+def main(options: Options) -> None:
+    """Run what is missing and print the table."""
+    if not (options.run / "retention.json").exists():
+        print(f"{options.run} holds no finished demo: run `make demo` first")
+        return
+    manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
+    corpus = Corpus(path=options.run / "corpus", manifest=manifest)
+    folder = prepare(options, corpus)
+    studies = [Study(name, options, corpus, folder) for name in ("emo", "standard")]
+    for study in studies:
+        study.output.mkdir(parents=True, exist_ok=True)
+    chains = [study.jobs() for study in studies]
+    run_chains(chains, at_once=options.processes, root=ROOT)
+    head = (
+        f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
+    )
+    rows = [row for study in studies for row in table(study, domains=[*corpus.domains, DOMAIN])]
+    text = "\n".join([head, "|---|---|--:|--:|--:|--:|---|", *rows])
+    (options.output / "update.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

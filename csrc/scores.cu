@@ -1,0 +1,129 @@
+// Document scores and pools on a GPU. For the scores a warp takes one token after the other of a
+// short run, a block is eight warps; for the pools a warp takes a document.
+//
+// Sums are integers, added with integer atomics: the same bits whatever the order.
+#include "warp.cuh"
+
+namespace emo::cuda {
+namespace {
+
+template <class T, int kChunks>
+__global__ void __launch_bounds__(kThreads) document_scores_kernel(ScoreArgs args, int per_warp) {
+  const unsigned inside = lanes_inside<kChunks>(args.num_experts);
+  const Tokens tokens(args.document_ids, args.num_tokens, args.num_documents, per_warp);
+  const T* logits = static_cast<const T*>(args.logits);
+  unsigned run[kChunks] = {};
+  long long document = tokens.document(0);
+
+  // one document in the whole block, in whatever order documents come: its sums are joined before
+  // they leave the block
+  const long long first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
+  const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
+  const bool is_joined = __syncthreads_and(is_mine) && first >= 0;
+
+  const auto flush = [&] {
+    if (document < 0) return;
+    unsigned long long* to =
+        reinterpret_cast<unsigned long long*>(args.sums) + document * args.num_experts;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (run[c] != 0) atomicAdd(to + c * 32 + lane_id(), (unsigned long long)run[c]);
+  };
+#pragma unroll 1
+  for (int i = 0; i < tokens.count; ++i) {
+    const long long next = tokens.document(i);
+    if (next != document) {
+      flush();
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) run[c] = 0;
+      document = next;
+    }
+    if (document < 0) continue;
+    float x[kChunks], exps[kChunks];
+    load_row(logits + (tokens.begin + i) * args.num_experts, inside, x);
+    const float unit = kOne / softmax(x, inside, exps).total;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) run[c] += __float2uint_rn(exps[c] * unit);
+  }
+  if (is_joined) {
+    __shared__ unsigned of_warp[kWarps][kChunks * 32];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) of_warp[warp_id()][c * 32 + lane_id()] = run[c];
+    __syncthreads();
+    add_over_warps(of_warp, args.num_experts, args.sums + first * args.num_experts);
+  } else {
+    flush();
+  }
+}
+
+// A warp a document: the size-th largest score is searched bit by bit.
+template <int kChunks>
+__global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) {
+  const long long document = (long long)blockIdx.x * kWarps + warp_id();
+  if (document >= args.num_documents) return;
+  const int num_free = args.num_experts - args.num_forced;
+  long long wanted = args.pool_sizes[document] - args.num_forced;
+  wanted = wanted < 0 ? 0 : (wanted > num_free ? num_free : wanted);
+
+  // one more than the score, so that every expert in the running is above 0
+  unsigned long long keys[kChunks];
+  unsigned long long top = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int e = c * 32 + lane_id();
+    keys[c] =
+        e < num_free ? (unsigned long long)args.scores[document * args.num_experts + e] + 1 : 0;
+    top = keys[c] > top ? keys[c] : top;
+  }
+  const unsigned high = __reduce_max_sync(kAllLanes, (unsigned)(top >> 32));
+  const unsigned low = __reduce_max_sync(kAllLanes, (unsigned)top);
+  unsigned long long threshold = 0;
+  for (int bit = high != 0 ? 63 - __clz((int)high) : 31 - __clz((int)(low | 1u)); bit >= 0; --bit) {
+    const unsigned long long candidate = threshold | (1ull << bit);
+    int reached = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      reached += __popc(__ballot_sync(kAllLanes, keys[c] >= candidate));
+    if (reached >= wanted) threshold = candidate;
+  }
+  int above = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) above += __popc(__ballot_sync(kAllLanes, keys[c] > threshold));
+  const int equal_wanted = (int)wanted - above;
+  int rank = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int e = c * 32 + lane_id();
+    const bool is_equal = keys[c] == threshold && keys[c] != 0;
+    const unsigned equal = __ballot_sync(kAllLanes, is_equal);
+    const bool is_tied_in = is_equal && rank + __popc(equal & lanes_below()) < equal_wanted;
+    const bool is_in = e >= num_free || (wanted > 0 && (keys[c] > threshold || is_tied_in));
+    if (e < args.num_experts) args.pool[document * args.num_experts + e] = is_in;
+    rank += __popc(equal);
+  }
+}
+
+}  // namespace
+
+int use_device(int device) { return (int)cudaSetDevice(device); }
+const char* error_text(int status) { return cudaGetErrorString((cudaError_t)status); }
+
+int document_scores(const ScoreArgs& args, void* stream) {
+  if (args.num_tokens == 0) return 0;
+  const int per_warp = tokens_per_warp(args.num_tokens);
+  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+    EMO_LAUNCH((document_scores_kernel<decltype(type), decltype(chunks)::value>),
+               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
+               args, per_warp);
+  });
+}
+
+int select_pool(const SelectArgs& args, void* stream) {
+  if (args.num_documents == 0) return 0;
+  return with_chunks<float>(args.num_experts, [&](auto, auto chunks) {
+    EMO_LAUNCH((select_pool_kernel<decltype(chunks)::value>), blocks_for(args.num_documents, 1),
+               kThreads, static_cast<cudaStream_t>(stream), args);
+  });
+}
+
+}  // namespace emo::cuda

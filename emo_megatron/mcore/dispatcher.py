@@ -1,0 +1,178 @@
+"""PoolAlltoAllDispatcher: Megatron's all-to-all of tokens with every token sent to a rank once.
+
+Megatron's `alltoall` sends a token's hidden state once for each of its experts and gets as many rows back. Tokens of a
+pool share experts and so ranks: here one row goes to each rank that holds any of them, with the experts' numbers and
+probabilities (8 bytes each), and one weighted sum comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from emo_megatron.ops.dispatch import (
+    ReceivePlan,
+    SendPlan,
+    copy_rows,
+    count_sends,
+    plan_receive,
+    plan_send,
+    sum_rows,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Exchange:
+    """Sizes of one dispatch, on the host; "partners" are expert-tensor-parallel ranks."""
+
+    rows_to: list[int]
+    rows_from: list[int]
+    pairs_to: list[int]
+    pairs_from: list[int]
+    rows_of_partners: list[int]
+    pairs_of_partners: list[int]
+    tokens_per_expert: Tensor
+    """[e] int64 on the CPU: pairs of all senders for each expert here."""
+
+
+class PoolAlltoAllDispatcher(MoETokenDispatcher):
+    """Dispatches each token once to every rank that holds any of its experts; dropless.
+
+    The six steps are Megatron's protocol, called in this order by MoELayer; the last three may be called again before
+    the next dispatch, as observers of expert outputs do. Outputs and gradients are those of
+    MoEAlltoAllTokenDispatcher up to the order of sums; in bf16 a rank's experts are summed in float32 and rounded once
+    before they travel, where Megatron rounds each.
+
+    Attributes:
+        rows_sent: rows of the last dispatch for each rank, this one included; None before the first.
+    """
+
+    rows_sent: list[int] | None = None
+
+    def __init__(
+        self, num_local_experts: int, *, config: TransformerConfig, pg_collection: Any
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.num_local_experts = num_local_experts
+        self._hidden_shape: torch.Size | None = None
+        self._exchange: _Exchange | None = None
+        self._send: SendPlan | None = None
+        self._receive: ReceivePlan | None = None
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Lay out what is sent.
+
+        Args:
+            hidden_states: [s, b, H].
+            routing_map: [s * b, E] bool.
+            probs: [s * b, E].
+
+        Returns:
+            rows [N, H] and the probabilities of their pairs [P], by destination.
+        """
+        self._hidden_shape = hidden_states.shape
+        exchange = self._exchange = self._exchange_of(routing_map)
+        self.rows_sent = exchange.rows_to
+        send = self._send = plan_send(
+            routing_map,
+            num_ranks=self.ep_size,
+            num_rows=sum(exchange.rows_to),
+            num_pairs=sum(exchange.pairs_to),
+        )
+        rows_NH = copy_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), fanout=send.rows)
+        return rows_NH, probs.flatten().gather(0, send.places_P)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Send rows [N, H] and the probabilities [P] of their pairs over the expert-parallel ranks."""
+        exchange, send = self._exchange, self._send
+        assert exchange is not None
+        assert send is not None
+        rows_NH = all_to_all(self.ep_group, hidden_states, exchange.rows_from, exchange.rows_to)
+        probs_P = all_to_all(self.ep_group, probs, exchange.pairs_from, exchange.pairs_to)
+        codes_P = all_to_all(self.ep_group, send.codes_P, exchange.pairs_from, exchange.pairs_to)
+        codes_P = self._gather_partners(codes_P, exchange.pairs_of_partners)
+        self._receive = plan_receive(codes_P, num_rows=sum(exchange.rows_of_partners))
+        return rows_NH, probs_P
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy rows to their experts.
+
+        Returns:
+            tokens [P, H] by expert, their number for each expert [e] on the CPU, their probabilities [P].
+        """
+        exchange, receive = self._exchange, self._receive
+        assert exchange is not None
+        assert receive is not None
+        rows_NH = self._gather_partners(hidden_states, exchange.rows_of_partners)
+        probs_P = self._gather_partners(probs, exchange.pairs_of_partners)
+        tokens_PH = copy_rows(rows_NH, fanout=receive.pairs)
+        return tokens_PH, exchange.tokens_per_expert, probs_P.gather(0, receive.order_P)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sum what the experts here, [P, H], give each row, which they have weighted: [N, H]."""
+        exchange, receive = self._exchange, self._receive
+        assert exchange is not None
+        assert receive is not None
+        rows_NH = sum_rows(hidden_states, fanout=receive.pairs)
+        if self.tp_size > 1:
+            rows_NH = reduce_scatter_to_sequence_parallel_region(
+                rows_NH, group=self.tp_group, input_split_sizes=exchange.rows_of_partners
+            )
+        return rows_NH
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Send rows [N, H] back to the ranks they came from."""
+        exchange = self._exchange
+        assert exchange is not None
+        return all_to_all(self.ep_group, hidden_states, exchange.rows_to, exchange.rows_from)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """Sum each token's rows: [s, b, H]."""
+        send, shape = self._send, self._hidden_shape
+        assert send is not None
+        assert shape is not None
+        return sum_rows(hidden_states, fanout=send.rows).view(shape)
+
+    def _gather_partners(self, tensor_X: Tensor, sizes: list[int]) -> Tensor:
+        """What all expert-tensor-parallel ranks hold, whose experts are shards of the same."""
+        if self.tp_size == 1:
+            return tensor_X
+        return gather_from_sequence_parallel_region(
+            tensor_X, group=self.tp_group, output_split_sizes=sizes
+        )
+
+    def _exchange_of(self, routing_map_TE: Tensor) -> _Exchange:
+        """Tell every rank what this one sends. The only wait for the device: collectives need their sizes."""
+        counts_X = count_sends(routing_map_TE, num_ranks=self.ep_size)
+        # ranks of the group in the order (expert-parallel, expert-tensor-parallel)
+        counts = (
+            gather_from_sequence_parallel_region(counts_X, group=self.tp_ep_group)
+            .cpu()
+            .view(self.ep_size, self.tp_size, -1)
+        )
+        rows = counts[:, :, : self.ep_size]
+        per_expert = counts[:, :, self.ep_size :].unflatten(-1, (self.ep_size, -1))
+        pairs = per_expert.sum(-1)
+        return _Exchange(
+            rows_to=rows[self.ep_rank, self.tp_rank].tolist(),
+            rows_from=rows[:, self.tp_rank, self.ep_rank].tolist(),
+            pairs_to=pairs[self.ep_rank, self.tp_rank].tolist(),
+            pairs_from=pairs[:, self.tp_rank, self.ep_rank].tolist(),
+            rows_of_partners=rows[:, :, self.ep_rank].sum(0).tolist(),
+            pairs_of_partners=pairs[:, :, self.ep_rank].sum(0).tolist(),
+            tokens_per_expert=per_expert[:, :, self.ep_rank].sum((0, 1)),
+        )

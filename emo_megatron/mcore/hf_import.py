@@ -1,0 +1,88 @@
+"""Import a Hugging Face checkpoint of EMO, or any Qwen2-MoE, as one that stock Megatron loads.
+
+python -m emo_megatron import --folder exported/french --output runs/french
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from emo_megatron.mcore.hf_flags import flags_of
+from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM, megatron_weights
+from emo_megatron.mcore.hf_parity import measure_parity
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.mcore.weights_writer import write_checkpoint
+from emo_megatron.modules.files import whole
+from emo_megatron.modules.hf.folder import HuggingFaceFolder
+from emo_megatron.modules.hf.formats import RECORD
+from emo_megatron.modules.hf.tokenizer import CONFIG, Tokenizer
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Import a Hugging Face checkpoint (qwen2_moe, or the authors' emo) as a Megatron checkpoint."""
+
+    folder: Path
+    """Folder with config.json and safetensors files."""
+    output: Path
+    """Folder to write, for Megatron's --load; must not exist."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Megatron's layers that will load it (its flag of this name): they name one norm differently."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; by default `folder`, if it holds one."""
+    parity_tokens: int = 64
+    """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
+
+
+def import_folder(options: ImportOptions) -> Path:
+    """Write the checkpoint: weights only, with the flags of its model for --use-checkpoint-args.
+
+    Returns:
+        The folder; `tokenizer/` in it holds the tokenizer, if there is one.
+
+    Raises:
+        ValueError: the folder is damaged or holds a model that Megatron's layers do not express; nothing was written.
+        RuntimeError: the result does not compute what the folder does; nothing was left.
+    """
+    source = HuggingFaceFolder(options.folder)
+    tokenizer = None
+    if options.tokenizer or (options.folder / CONFIG).exists():
+        tokenizer = Tokenizer(options.tokenizer or options.folder)
+        tokenizer.check(vocab_size=source.architecture.vocab_size)
+    args = _flags(source, options, has_tokenizer=tokenizer is not None)
+    with whole(options.output) as unfinished:
+        weights = megatron_weights(
+            source.architecture,
+            source.weight,
+            dtype=source.dtype,
+            moe_norm=OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM,
+        )
+        write_checkpoint(unfinished, weights, args=args)
+        if tokenizer:
+            tokenizer.save(unfinished / TOKENIZER_FOLDER)
+        if (selection := options.folder / "selection.json").exists():
+            shutil.copyfile(selection, unfinished / selection.name)
+        if options.parity_tokens:
+            written = MegatronCheckpoint(unfinished)
+            parity = measure_parity(written, source, tokens=options.parity_tokens)
+            print(f"parity with Megatron: {parity}")
+    return options.output
+
+
+def _flags(
+    source: HuggingFaceFolder, options: ImportOptions, *, has_tokenizer: bool
+) -> argparse.Namespace:
+    record = source.config.get(RECORD) or {}
+    return flags_of(
+        source.architecture,
+        dtype=source.dtype,
+        moe_norm=OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM,
+        pools=record.get("pools") or {},
+        tokenizer=str(options.output.resolve() / TOKENIZER_FOLDER) if has_tokenizer else None,
+    )

@@ -1,0 +1,162 @@
+"""Run a step of this package in processes of its own: one command for the user, one process for every GPU."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from emo_megatron.mcore.flags import flags_of, prefixed
+from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
+from emo_megatron.modules.retention_options import RetentionOptions
+
+USER_ERROR = 2
+"""Exit status of a step after it has said what the user can mend."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(*arguments: str, processes: int = 1) -> list[str]:
+    """A torchrun command of this interpreter, on a free port."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return [*launcher, "--nproc-per-node", str(processes), *arguments]
+
+
+def run_stats(options: StatsOptions) -> Path:
+    """Measure a checkpoint's experts; returns the statistics file.
+
+    Raises:
+        SystemExit: what was asked for cannot be; the processes said why.
+        RuntimeError: they failed.
+    """
+    if _is_hugging_face(options.checkpoint):
+        from emo_megatron.modules import hf_commands
+
+        hf_commands.run_stats(options)
+    else:
+        _run("stats", options, checkpoint=options.checkpoint, log=_log_beside(options.output))
+    return options.output
+
+
+def run_select(options: SelectOptions) -> Path:
+    """Choose experts; returns the Selection file.
+
+    Raises:
+        ValueError, SystemExit: what was asked for cannot be; where the model runs, its processes said why.
+        RuntimeError: they failed.
+    """
+    from emo_megatron.modules.choosing import select
+
+    if not options.needs_model and options.stats:
+        select(options)
+        return options.output
+    assert options.checkpoint is not None, "checked with the options"
+    if _is_hugging_face(options.checkpoint):
+        from emo_megatron.modules import hf_commands
+
+        hf_commands.run_select(options)
+    else:
+        _run("select", options, checkpoint=options.checkpoint, log=_log_beside(options.output))
+    return options.output
+
+
+def run_retention(options: RetentionOptions) -> Path:
+    """Measure a checkpoint with fewer experts; returns the file of rows.
+
+    Raises:
+        SystemExit: what was asked for cannot be; the processes said why.
+        RuntimeError: they failed.
+    """
+    if _is_hugging_face(options.checkpoint):
+        from emo_megatron.modules import hf_commands
+
+        hf_commands.run_retention(options)
+    else:
+        _run(
+            "retention",
+            options,
+            checkpoint=options.checkpoint,
+            log=options.output / "retention.log",
+        )
+    return options.rows_file
+
+
+def _is_hugging_face(checkpoint: Path) -> bool:
+    return (checkpoint / "config.json").is_file()
+
+
+def _log_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.log")
+
+
+def step_arguments(step: str, options: ModelOptions, *, checkpoint: Path) -> tuple[str, ...]:
+    """What a Python, or torchrun, runs a step with."""
+    return (
+        *("-m", f"emo_megatron.mcore.{step}", "--load", str(checkpoint.absolute())),
+        *flags_of(options, flag=prefixed(step)),
+        *_layout(options),
+        *shlex.split(options.megatron),
+    )
+
+
+def _run(step: str, options: ModelOptions, *, checkpoint: Path, log: Path) -> None:
+    """Run a step's command; Megatron's own output goes to the log file."""
+    arguments = step_arguments(step, options, checkpoint=checkpoint)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as megatron_says:
+        code = subprocess.run(
+            _command(arguments, processes=options.processes),
+            env=_environment(processes=options.processes),
+            stdout=megatron_says,
+            check=False,
+        ).returncode
+    if code == USER_ERROR:
+        # the step has said what is wrong, and did nothing
+        log.unlink()
+        sys.exit(code)
+    if code != 0:
+        raise RuntimeError(
+            f"{step} stopped with exit code {code}; Megatron's own output is in {log}"
+        )
+
+
+def _layout(options: ModelOptions) -> tuple[str, ...]:
+    """Megatron's flags for the layout."""
+    sizes = {
+        "--tensor-model-parallel-size": options.tensor_parallel,
+        "--pipeline-model-parallel-size": options.pipeline_parallel,
+        "--expert-model-parallel-size": options.expert_parallel,
+        # a rank has whole experts, whose outputs can be measured
+        "--expert-tensor-parallel-size": 1,
+    }
+    flags = [part for name, size in sizes.items() for part in (name, str(size))]
+    return (*flags, *(("--sequence-parallel",) if options.tensor_parallel > 1 else ()))
+
+
+def _command(arguments: Sequence[str], *, processes: int) -> list[str]:
+    # torchrun would bury one process's own error in its report
+    return (
+        [sys.executable, *arguments]
+        if processes == 1
+        else torchrun(*arguments, processes=processes)
+    )
+
+
+def _environment(*, processes: int) -> dict[str, str]:
+    defaults = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if processes == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        defaults |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = defaults | os.environ
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -1,0 +1,113 @@
+"""The checkpoints that modules are cut from and put together of, and what is refused about them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from emo_megatron.mcore.weight_names import ROUTER, is_of_experts
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.modules.selection import Selection, load_selection, router_fingerprint
+
+SELECTION_FILE = "selection.json"
+"""In a module's folder: the experts it was cut from its parent with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """A checkpoint cut out of a parent, perhaps trained since."""
+
+    name: str
+    checkpoint: MegatronCheckpoint
+    selection: Selection
+
+
+def open_module(path: Path, *, name: str, selection: Path | None = None) -> Module:
+    """A module's checkpoint and its Selection, by default the one that lies in its folder.
+
+    Raises:
+        ValueError: there is no Selection.
+    """
+    file = path / SELECTION_FILE if selection is None else selection
+    if not file.exists():
+        raise ValueError(
+            f"{file} does not exist: the Selection that {path} was cut with says which experts its are; name it with "
+            "--selections"
+        )
+    return Module(name=name, checkpoint=MegatronCheckpoint(path), selection=load_selection(file))
+
+
+def open_parent(path: Path, selection: Selection | None) -> MegatronCheckpoint:
+    """A checkpoint that experts can be taken from by number, and that this Selection was made of.
+
+    Raises:
+        ValueError: it has no routed experts, parts that cannot be cut, or is another model.
+    """
+    parent = MegatronCheckpoint(path)
+    args = parent.args
+    if not parent.moe_layers:
+        raise ValueError(f"{path} has no routed experts")
+    if any(name.startswith("mtp.") for name in parent.names):
+        raise ValueError(
+            f"{path} has multi-token prediction layers, which a Selection does not cover: "
+            "train without --mtp-num-layers"
+        )
+    for name in filter(is_of_experts, parent.names):
+        if parent.names[name].shape[:1] != (args.num_experts,):
+            raise ValueError(
+                f"{path}: {name} has the shape {parent.names[name].shape}; {args.num_experts} experts were expected "
+                "on its first axis"
+            )
+    if selection is not None:
+        routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
+        selection.check_model(
+            router_fingerprint(routers), num_experts=args.num_experts, layers=parent.moe_layers
+        )
+    return parent
+
+
+def check_target(target: Selection, args: argparse.Namespace) -> None:
+    """Refuse experts that Megatron's model cannot be made of.
+
+    Raises:
+        ValueError: layers keep different numbers, fewer than a token uses, or experts are routed in groups.
+    """
+    kept = target.uniform_count(purpose="a Megatron checkpoint")
+    if kept < args.moe_router_topk:
+        raise ValueError(
+            f"the Selection keeps {kept} routed experts a layer and a token uses {args.moe_router_topk} "
+            f"(--moe-router-topk): select at least {args.moe_router_topk}"
+        )
+    if getattr(args, "moe_router_num_groups", None):
+        raise ValueError(
+            "the model routes within groups of experts (--moe-router-num-groups), which a subset does not have"
+        )
+
+
+def check_fits(module: Module, model: MegatronCheckpoint, num_experts: int) -> None:
+    """Refuse a module that was not cut from this model, which has `num_experts` as the parent.
+
+    Raises:
+        ValueError: other experts, layers, names or shapes.
+    """
+    selection, names = module.selection, module.checkpoint.names
+    if selection.num_experts != num_experts or selection.layers != model.moe_layers:
+        raise ValueError(
+            f"{module.name} was cut from a model of {selection.num_experts} experts in layers {selection.layers}, and "
+            f"this one has {num_experts} in {model.moe_layers}"
+        )
+    if set(names) != set(model.names):
+        raise ValueError(
+            f"{module.name} has other weights: only in one of them {sorted(set(names) ^ set(model.names))[:4]}"
+        )
+    kept = selection.uniform_count(purpose="a module")
+    for name, info in names.items():
+        wanted = model.names[name].shape
+        if is_of_experts(name):
+            wanted = (kept, *wanted[1:])
+        if info.shape != wanted:
+            raise ValueError(
+                f"{module.name}: {name} has the shape {info.shape}, where {wanted} was expected; is --selection of "
+                "this module?"
+            )

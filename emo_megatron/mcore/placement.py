@@ -1,0 +1,109 @@
+"""Start a run with placed experts: the weights of a checkpoint are put in a placement's order as they are loaded.
+
+Nothing is written: router rows change places on every rank, experts between expert-parallel ranks. `relabel` makes a
+checkpoint of the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from emo_megatron.mcore.compat import training_args
+from emo_megatron.mcore.finetune import expert_parameters
+from emo_megatron.mcore.relabel import check_placement
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.modules.placement import Placement, load_placement
+
+
+def add_placement_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flag that names a placement."""
+    group = parser.add_argument_group("placed experts")
+    group.add_argument(
+        "--expert-placement",
+        type=Path,
+        metavar="FILE",
+        help="A file of `place`, made of the model in --load or --pretrained-checkpoint: its experts are loaded in "
+        "that order. For the start of a run, with --finetune or --pretrained-checkpoint; its checkpoints keep it.",
+    )
+    return parser
+
+
+def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]] | None:
+    """What Megatron calls with the model's chunks before it wraps and loads them; None without a placement.
+
+    Args:
+        args: Megatron's parsed flags with that of `add_placement_args`.
+
+    Raises:
+        ValueError: the run does not start from another's weights, or the placement is of another model or layout.
+    """
+    if args.expert_placement is None:
+        return None
+    source = args.load if args.finetune else args.pretrained_checkpoint
+    if source is None:
+        raise ValueError(
+            "--expert-placement needs weights of another run: --load with --finetune, or --pretrained-checkpoint. "
+            "A run that goes on has its experts in the new order already"
+        )
+    placement = load_placement(args.expert_placement)
+    if placement.num_ranks != args.expert_model_parallel_size:
+        raise ValueError(
+            f"--expert-placement {args.expert_placement} is for {placement.num_ranks} ranks; got "
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+        )
+    check_placement(MegatronCheckpoint(source), placement)
+
+    def hook(chunks: list[Any]) -> list[Any]:
+        for chunk in chunks:
+            place_when_loaded(chunk, placement)
+        return chunks
+
+    return hook
+
+
+def place_when_loaded(model: torch.nn.Module, placement: Placement) -> None:
+    """Put the experts of every MoE layer in the placement's order each time another run's weights were loaded."""
+    orders = dict(zip(placement.layers, placement.order, strict=True))
+    for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
+        layer.register_load_state_dict_post_hook(
+            functools.partial(_loaded, order=orders[layer.layer_number])
+        )
+
+
+def _loaded(layer: MoELayer, _: Any, *, order: tuple[int, ...]) -> None:
+    args = training_args()
+    # Megatron sets this where it falls back to --pretrained-checkpoint
+    if args is None or args.finetune:
+        place_experts(layer, order)
+
+
+@torch.no_grad()
+def place_experts(layer: MoELayer, order: tuple[int, ...]) -> None:
+    """Put a layer's experts in this order; every expert-parallel rank calls.
+
+    Args:
+        layer: with its weights loaded.
+        order: the expert, of the whole model, that comes to each place.
+    """
+    for tensor in (*layer.router.parameters(), *layer.router.buffers()):
+        if tensor.dim() and len(tensor) == len(order):
+            tensor.copy_(tensor[list(order)])
+    of_experts: dict[int, list[Tensor]] = {}
+    for expert, parameter in expert_parameters(layer):
+        of_experts.setdefault(expert, []).append(parameter)
+    # one kind of weight at a time: a rank has all experts' in memory for a moment
+    for own in zip(*(of_experts[e] for e in sorted(of_experts)), strict=True):
+        here = torch.stack([parameter.data for parameter in own])
+        parts = [torch.empty_like(here) for _ in range(layer.ep_group.size())]
+        torch.distributed.all_gather(parts, here, group=layer.ep_group)
+        every = torch.cat(parts)
+        for place, parameter in zip(sorted(of_experts), own, strict=True):
+            parameter.copy_(every[order[place]])

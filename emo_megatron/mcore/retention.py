@@ -1,0 +1,24 @@
+"""Measure what a Megatron checkpoint loses with fewer experts, under any layout.
+
+    torchrun --nproc-per-node 4 -m emo_megatron.mcore.retention --load CHECKPOINT --expert-model-parallel-size 4 \
+        --retention-checkpoint CHECKPOINT --retention-data calibration --retention-held-out held-out \
+        --retention-output runs/retention
+
+`python -m emo_megatron retention` starts this, and then draws what was measured. Pools are off, as in exported models.
+"""
+
+from __future__ import annotations
+
+from emo_megatron.mcore.opening import open_study, run_command
+from emo_megatron.modules.retention import measure_retention
+from emo_megatron.modules.retention_options import RetentionOptions
+
+
+def main() -> None:
+    """Load the checkpoint and write the rows."""
+    opened = open_study(RetentionOptions, step="retention", texts=("data", "held_out"))
+    measure_retention(opened.options, model=opened.model, read=opened.documents)
+
+
+if __name__ == "__main__":
+    run_command(main)

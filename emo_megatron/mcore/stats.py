@@ -1,0 +1,29 @@
+"""Measure what the experts of a Megatron checkpoint do, under any layout.
+
+    torchrun --nproc-per-node 4 -m emo_megatron.mcore.stats --load CHECKPOINT --expert-model-parallel-size 4 \
+        --stats-checkpoint CHECKPOINT --stats-data french.jsonl --stats-output french.safetensors
+
+`python -m emo_megatron stats` starts this.
+"""
+
+from __future__ import annotations
+
+from emo_megatron.mcore.opening import open_study, run_command
+from emo_megatron.modules.options import StatsOptions
+from emo_megatron.modules.study import collect_stats
+
+
+def main() -> None:
+    """Load the checkpoint and write the statistics file."""
+    opened = open_study(StatsOptions, step="stats", texts=("data",))
+    options = opened.options
+    collect_stats(
+        opened.model,
+        opened.documents(options.data, options.calibration),
+        output=options.output,
+        outputs=options.outputs,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

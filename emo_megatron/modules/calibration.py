@@ -1,0 +1,252 @@
+"""Calibration documents: read, choose a few of them, build few-shot examples, pack into rows of one length.
+
+Shapes: S tokens a row. Documents keep apart in attention and are cut only where they are longer than a row, so that
+what a document does does not depend on its neighbours: statistics of two files add up to those of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+Tokenize = Callable[[str], Sequence[int]]
+"""A text as token ids, end of document included."""
+SEPARATOR = "\n\n"
+"""Between the shots of a text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Which documents of a file choose the experts; one few-shot example is enough for EMO.
+
+    Raises:
+        ValueError: on construction, when a number is not positive.
+    """
+
+    num_examples: int | None = None
+    """Documents taken, at random and nested: 5 hold those of 1. All, in the order of the file, by default."""
+    num_shots: int = 0
+    """Documents put in front of every example, in one document with it. They are no examples themselves."""
+    num_tokens: int | None = None
+    """No further example is taken once so many tokens are."""
+    seed: int = 0
+    """Of the choice of examples and shots."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_examples", 1), ("num_shots", 0), ("num_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more; got {value}")
+
+    def pick(self, num_documents: int) -> tuple[list[int], list[int]]:
+        """Places of the examples and of the shots among `num_documents` documents."""
+        if self.num_examples is None and self.num_shots == 0:
+            return list(range(num_documents)), []
+        needed = (self.num_examples or 1) + self.num_shots
+        if needed > num_documents:
+            raise ValueError(
+                f"{self.num_examples or 1} examples with {self.num_shots} shots need {needed} documents; "
+                f"got {num_documents}. Lower num_examples or num_shots."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(num_documents, generator=generator).tolist()
+        examples = order[: num_documents - self.num_shots][: self.num_examples]
+        return examples, order[num_documents - self.num_shots :]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Documents:
+    """Tokenized documents."""
+
+    tokens: tuple[Tensor, ...]
+    """[n] int64 each, n at least 1, end of document included."""
+    source: dict[str, Any]
+    """Where they came from: file, sha256 of the tokens, numbers, how they were chosen."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents."""
+        return sum(document.numel() for document in self.tokens)
+
+
+def load_documents(
+    path: Path | str,
+    *,
+    calibration: Calibration,
+    tokenize: Tokenize | None = None,
+    read_indexed: Callable[[Path], Sequence[Tensor]] | None = None,
+    vocab_size: int | None = None,
+) -> Documents:
+    """Read calibration documents.
+
+    Args:
+        path: a .jsonl file with a "text" on every line; a .safetensors file with "tokens" [N] and "cu_seqlens" [D + 1],
+            both integers; or the prefix of Megatron's indexed dataset (.bin and .idx).
+        calibration: which documents.
+        tokenize: for text.
+        read_indexed: for indexed datasets.
+        vocab_size: tokens must be below it; None checks nothing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is none of these, holds no document, or tokens outside the vocabulary.
+    """
+    path = Path(path)
+    documents = _read(path, read_indexed)
+    examples, shots = calibration.pick(len(documents))
+    chosen: list[Tensor] = []
+    for place in examples:
+        parts = [documents[at] for at in (*shots, place)]
+        tokens = _tokens(parts, path, tokenize)
+        if tokens.numel():
+            chosen.append(tokens)
+        if calibration.num_tokens and sum(d.numel() for d in chosen) >= calibration.num_tokens:
+            break
+    if not chosen:
+        raise ValueError(f"{path} holds no document")
+    highest = max(int(document.max()) for document in chosen)
+    lowest = min(int(document.min()) for document in chosen)
+    if vocab_size is not None and (highest >= vocab_size or lowest < 0):
+        raise ValueError(
+            f"tokens must lie in [0, {vocab_size}), the model's vocabulary; {path} has {lowest} to {highest}. "
+            "Use data of the model's own tokenizer."
+        )
+    source = {
+        "file": path.name,
+        "sha256": _digest(chosen),
+        "documents": len(chosen),
+        "tokens": sum(document.numel() for document in chosen),
+    }
+    return Documents(tokens=tuple(chosen), source=source | asdict(calibration))
+
+
+def _read(path: Path, read_indexed: Callable[[Path], Sequence[Tensor]] | None) -> Sequence[Any]:
+    """Texts or token tensors, one a document."""
+    is_indexed = Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
+    if not path.exists() and not is_indexed:
+        raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    if path.suffix == ".safetensors":
+        return _read_tokens(path)
+    if is_indexed:
+        if read_indexed is None:
+            raise ValueError(
+                f"{path} is an indexed dataset, which is read for Megatron models only"
+            )
+        return read_indexed(path)
+    raise ValueError(
+        f"{path} must be a .jsonl file of texts, a .safetensors file of tokens and cu_seqlens, or the "
+        "prefix of an indexed dataset"
+    )
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    texts = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise ValueError(f'{path}, line {number}: must be an object with a "text"')
+            texts.append(record["text"])
+    return texts
+
+
+def _read_tokens(path: Path) -> list[Tensor]:
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or no safetensors file: {error}") from None
+    if not {"tokens", "cu_seqlens"} <= stored.keys():
+        raise ValueError(f'{path} must hold "tokens" and "cu_seqlens"; got {sorted(stored)}')
+    tokens, bounds = stored["tokens"].long(), stored["cu_seqlens"].long()
+    lengths = bounds.diff()
+    if bounds.numel() < 1 or bounds[0] != 0 or bounds[-1] != tokens.numel() or (lengths < 0).any():
+        raise ValueError(f"{path}: cu_seqlens must rise from 0 to the {tokens.numel()} tokens")
+    return list(torch.split(tokens, lengths.tolist()))
+
+
+def _tokens(parts: list[Any], path: Path, tokenize: Tokenize | None) -> Tensor:
+    """One document of several texts or token sequences."""
+    if isinstance(parts[0], str):
+        if tokenize is None:
+            raise ValueError(f"{path} holds text and there is no tokenizer: give --tokenizer")
+        return torch.tensor(tokenize(SEPARATOR.join(parts)), dtype=torch.int64)
+    # all but the last lose their end of document: it would close the document in front of the example
+    return torch.cat([*(part[:-1] for part in parts[:-1]), parts[-1]]).long()
+
+
+def _digest(documents: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.numel().to_bytes(8, "little") + document.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A row of packed documents, padded at its end."""
+
+    tokens_S: Tensor
+    """[S] int64, 0 where padding is."""
+    labels_S: Tensor
+    """[S] int64, the next token of the document; 0 where `is_predicted_S` is False."""
+    is_predicted_S: Tensor
+    """[S] bool, False for the last token of a document and for padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each piece of a document; the rest of the row is padding."""
+
+
+def pack_rows(documents: Sequence[Tensor], *, seq_length: int) -> Iterator[Row]:
+    """Put documents into rows in their order, as many as fit; longer ones are cut into pieces of a row.
+
+    Args:
+        documents: [n] int64 each.
+        seq_length: S.
+    """
+    pieces: list[tuple[Tensor, Tensor]] = []
+    room = seq_length
+    for document in documents:
+        # a cut document predicts across the cut, and its last token predicts nothing
+        labels = torch.cat([document[1:], torch.tensor([-1])])
+        for piece in zip(
+            torch.split(document, seq_length), torch.split(labels, seq_length), strict=True
+        ):
+            if len(piece[0]) > room:
+                yield _row(pieces, seq_length)
+                pieces, room = [], seq_length
+            pieces.append(piece)
+            room -= len(piece[0])
+    if pieces:
+        yield _row(pieces, seq_length)
+
+
+def empty_row(seq_length: int) -> Row:
+    """A row of padding."""
+    return _row([], seq_length)
+
+
+def _row(pieces: list[tuple[Tensor, Tensor]], seq_length: int) -> Row:
+    lengths = tuple(len(tokens) for tokens, _ in pieces)
+    padding = torch.zeros(seq_length - sum(lengths), dtype=torch.int64)
+    labels = torch.cat([*(labels for _, labels in pieces), padding - 1])
+    return Row(
+        tokens_S=torch.cat([*(tokens for tokens, _ in pieces), padding]),
+        labels_S=labels.clamp(min=0),
+        is_predicted_S=labels >= 0,
+        lengths=lengths,
+    )

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints of EMO models: name maps, folders, tokenizers, model cards. No Megatron import."""

@@ -1,0 +1,90 @@
+"""Held-out documents as a task of lm-eval, the field's evaluation harness: bits per byte, offline.
+
+    python -m emo_megatron eval-task --documents french.jsonl --name french --model exported/french --output tasks
+    lm_eval run --model hf --model_args pretrained=exported/french --tasks french --include_path tasks
+
+Bits per byte compare models of different tokenizers, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from emo_megatron.modules.calibration import Calibration, load_documents
+from emo_megatron.modules.files import whole
+from emo_megatron.modules.hf.tokenizer import Tokenizer
+
+_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: bits_per_byte
+    aggregation: bits_per_byte
+    higher_is_better: false
+  - metric: byte_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
+  - metric: word_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
+metadata:
+  version: 1.0
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTaskOptions:
+    """Make a task of lm-eval of held-out documents."""
+
+    documents: Path
+    """A .jsonl file with a "text" on every line, or a .safetensors file of tokens and cu_seqlens."""
+    name: str
+    """Of the task: letters, digits, - and _."""
+    model: Path
+    """An exported model, whose tokenizer reads or writes the documents."""
+    output: Path
+    """Folder for lm-eval's --include_path; it may hold other tasks."""
+    num_tokens: int | None = None
+    """Take documents, in order, until there are so many tokens; all by default."""
+
+
+def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
+    """Write NAME.jsonl, the documents, and then NAME.yaml, the task.
+
+    Returns:
+        The task's file.
+
+    Raises:
+        FileNotFoundError: there are no such documents.
+        ValueError: the name is no name, or the documents or the tokenizer cannot be read.
+    """
+    if not re.fullmatch(r"[\w-]+", options.name):
+        raise ValueError(f"--name must be letters, digits, - and _; got {options.name!r}")
+    tokenizer = Tokenizer(options.model)
+    found = load_documents(
+        options.documents,
+        calibration=Calibration(num_tokens=options.num_tokens),
+        tokenize=tokenizer.encode,
+        vocab_size=len(tokenizer),
+    )
+    texts = [tokenizer.decode(document.tolist()) for document in found.tokens]
+    data = (options.output / f"{options.name}.jsonl").resolve()
+    with whole(data) as unfinished:
+        lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts if text)
+        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    task = options.output / f"{options.name}.yaml"
+    with whole(task) as unfinished:
+        # a JSON string is a YAML string
+        text = _TASK.format(name=json.dumps(options.name), file=json.dumps(str(data)))
+        unfinished.write_text(text, encoding="utf-8")
+    return task

@@ -1,0 +1,79 @@
+"""The commands stats and select on a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from emo_megatron.modules.calibration import Calibration, Documents, load_documents
+from emo_megatron.modules.choosing import select
+from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
+from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
+from emo_megatron.modules.retention import measure_retention
+from emo_megatron.modules.retention_options import RetentionOptions
+from emo_megatron.modules.study import collect_stats
+
+
+def run_stats(options: StatsOptions) -> None:
+    """As the command stats, of a Hugging Face folder."""
+    collect_stats(
+        _study(options, options.checkpoint),
+        _documents(options, options.checkpoint, options.data, options.calibration),
+        output=options.output,
+        outputs=options.outputs,
+    )
+
+
+def run_select(options: SelectOptions) -> None:
+    """As the command select, of a Hugging Face folder."""
+    folder, documents, held_out = options.checkpoint, None, None
+    assert folder is not None
+    if options.needs_data and options.data is not None:
+        documents = _documents(options, folder, options.data, options.calibration)
+    if options.max_rise is not None and options.held_out is not None:
+        calibration = Calibration(num_tokens=options.tokens)
+        held_out = _documents(options, folder, options.held_out, calibration)
+    select(options, model=_study(options, folder), documents=documents, held_out=held_out)
+
+
+def run_retention(options: RetentionOptions) -> None:
+    """As the command retention, of a Hugging Face folder, up to the rows."""
+    folder = options.checkpoint
+    measure_retention(
+        options,
+        model=_study(options, folder),
+        read=lambda path, calibration: _documents(options, folder, path, calibration),
+    )
+
+
+def _study(options: ModelOptions, folder: Path) -> HuggingFaceStudy:
+    if options.processes > 1 or options.megatron:
+        raise ValueError(
+            f"{folder} is a Hugging Face checkpoint, which runs in one process; drop --processes and --megatron, "
+            "or import it into Megatron"
+        )
+    model = load_hugging_face(folder)
+    return HuggingFaceStudy(
+        model,
+        seq_length=options.seq_length or min(model.config.max_position_embeddings, LONGEST_ROW),
+        rows_at_once=options.rows,
+    )
+
+
+def _documents(
+    options: ModelOptions, folder: Path, path: Path, calibration: Calibration
+) -> Documents:
+    def tokenize(text: str) -> list[int]:
+        # read when the first text is: tokens need no tokenizer
+        from transformers import AutoTokenizer
+
+        name = str(options.tokenizer or folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [*tokenizer.encode(text, add_special_tokens=False), *end]
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return load_documents(
+        path, calibration=calibration, tokenize=tokenize, vocab_size=config["vocab_size"]
+    )

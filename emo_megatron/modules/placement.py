@@ -1,0 +1,292 @@
+"""Which expert-parallel rank holds which experts: those that tokens use together on one rank, no rank overloaded.
+
+A token's row goes once to every rank that holds any of its experts, so ranks per token fall when experts that are used
+together lie together. That is balanced graph partitioning: experts are nodes, the tokens routed to both an edge's
+weight, ranks are parts of equally many experts whose load is bounded. `together` starts from several placements and
+swaps pairs of experts while that helps; `load` is the usual packing by loads alone (as EPLB's), to compare with.
+
+Shapes: L MoE layers, E routed experts, R ranks, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from emo_megatron.modules.files import whole
+from emo_megatron.modules.stats import ExpertStatistics
+
+FORMAT = "emo_megatron.placement.1"
+Method = Literal["together", "load"]
+Ranks = npt.NDArray[np.int64]
+"""[E], the rank of every expert."""
+Weights = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R).
+
+    Raises:
+        ValueError: on construction, when a layer's order is no permutation or ranks do not divide the experts.
+    """
+
+    num_experts: int
+    num_ranks: int
+    layers: tuple[int, ...]
+    """Numbers of the MoE layers, from 1."""
+    order: tuple[tuple[int, ...], ...]
+    """For each layer, the expert that comes to each place."""
+    model: str
+    """`router_fingerprint` of the model whose experts these are."""
+    method: str
+    max_imbalance: float
+    """Load of the fullest rank over the mean that was aimed at, at most."""
+
+    def __post_init__(self) -> None:
+        _check_ranks(self.num_experts, self.num_ranks)
+        if len(self.order) != len(self.layers):
+            raise ValueError(
+                f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}"
+            )
+        for layer, order in zip(self.layers, self.order, strict=True):
+            if sorted(order) != list(range(self.num_experts)):
+                raise ValueError(
+                    f"layer {layer}: the order must hold each of {self.num_experts} experts once; got {order}"
+                )
+
+    def check_model(self, fingerprint: str, *, layers: Sequence[int]) -> None:
+        """Refuse another model than the one whose experts were placed.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        if fingerprint != self.model or tuple(layers) != self.layers:
+            raise ValueError(
+                "the placement is of another model, or of this one under other labels: its routers differ"
+            )
+
+    def save(self, path: Path) -> Path:
+        """Write the file, whole or not at all; returns its path."""
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps({"format": FORMAT} | asdict(self)) + "\n")
+        return path
+
+
+def load_placement(path: Path) -> Placement:
+    """Read a placement file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no placement file, or a damaged one; names the file and what is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no placement file {path}; write one with place")
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if stored.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        stored["layers"] = tuple(stored["layers"])
+        stored["order"] = tuple(tuple(order) for order in stored["order"])
+        return Placement(**stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no placement file, or a damaged one: {error}") from None
+
+
+def place(
+    stats: ExpertStatistics,
+    *,
+    num_ranks: int,
+    method: Method = "together",
+    max_imbalance: float = 1.1,
+    seed: int = 0,
+) -> Placement:
+    """Place the experts of every layer.
+
+    Args:
+        stats: of text like that of the run to be.
+        num_ranks: R, a divisor of E.
+        method: `together`, or `load` alone.
+        max_imbalance: load (tokens, counted once for each expert) of the fullest rank over the mean; at least 1. Where
+            loads do not allow it, the most balanced start is bettered without making its fullest rank fuller.
+        seed: of the order in which swaps are tried.
+
+    Raises:
+        ValueError: ranks do not divide the experts, or the bound is below 1.
+    """
+    _check_ranks(stats.model.num_experts, num_ranks)
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
+    if max_imbalance < 1:
+        raise ValueError(f"max_imbalance must be at least 1; got {max_imbalance}")
+    orders = []
+    for together_EE in stats.together_LEE.double().numpy():
+        load_E = together_EE.diagonal().copy()
+        rank_E = (
+            pack_by_load(load_E, num_ranks=num_ranks)
+            if method == "load"
+            else place_together(
+                together_EE, num_ranks=num_ranks, max_imbalance=max_imbalance, seed=seed
+            )
+        )
+        orders.append(tuple(int(e) for e in np.argsort(rank_E, kind="stable")))
+    return Placement(
+        num_experts=stats.model.num_experts,
+        num_ranks=num_ranks,
+        layers=stats.model.layers,
+        order=tuple(orders),
+        model=stats.model.fingerprint,
+        method=method,
+        max_imbalance=max_imbalance,
+    )
+
+
+def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
+    """Heaviest expert first, each to the least loaded rank with room: EPLB's packing without replicas."""
+    size = len(load_E) // num_ranks
+    rank_E = np.empty(len(load_E), np.int64)
+    total_R, held_R = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
+    for expert in np.argsort(-load_E, kind="stable"):
+        rank = int(np.where(held_R < size, total_R, np.inf).argmin())
+        rank_E[expert] = rank
+        total_R[rank] += load_E[expert]
+        held_R[rank] += 1
+    return rank_E
+
+
+def place_together(
+    together_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int
+) -> Ranks:
+    """The best of some starts, each bettered by swaps.
+
+    Args:
+        together_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
+        num_ranks: R, a divisor of E.
+        max_imbalance: as in `place`.
+        seed: of the order of swaps.
+    """
+    load_E = together_EE.diagonal().copy()
+    weight_EE = together_EE - np.diag(load_E)
+    bound = max_imbalance * load_E.sum() / num_ranks
+    starts = (
+        pack_by_load(load_E, num_ranks=num_ranks),
+        np.arange(len(load_E)) // (len(load_E) // num_ranks),
+        _grow(weight_EE, load_E, num_ranks=num_ranks),
+    )
+    rng = np.random.default_rng(seed)
+    ends = [
+        _swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng)
+        for start in starts
+    ]
+
+    def worth(rank_E: Ranks) -> tuple[float, float]:
+        fullest = np.bincount(rank_E, weights=load_E, minlength=num_ranks).max()
+        # within the bound nothing counts but what lies together
+        return -max(fullest, bound), float(weight_EE[rank_E[:, None] == rank_E].sum())
+
+    return max(ends, key=worth)
+
+
+def _grow(weight_EE: Weights, load_E: Weights, *, num_ranks: int) -> Ranks:
+    """Fill one rank after the other: the heaviest expert left, then always what is used most with those there."""
+    size = len(load_E) // num_ranks
+    rank_E = np.full(len(load_E), -1, np.int64)
+    for rank in range(num_ranks):
+        for place in range(size):
+            wanted_E = load_E if place == 0 else weight_EE[:, rank_E == rank].sum(1)
+            rank_E[int(np.where(rank_E < 0, wanted_E, -1.0).argmax())] = rank
+    return rank_E
+
+
+def _swap(
+    start: Ranks,
+    weight_EE: Weights,
+    load_E: Weights,
+    *,
+    num_ranks: int,
+    bound: float,
+    rng: np.random.Generator,
+) -> Ranks:
+    """Swap pairs of experts while more comes together, or while a rank above the bound gets lighter."""
+    rank_E, experts = start.copy(), np.arange(len(start))
+    total_R = np.bincount(rank_E, weights=load_E, minlength=num_ranks)
+    # tokens that expert e shares with the experts of rank r
+    shared_ER = np.stack([weight_EE[:, rank_E == rank].sum(1) for rank in range(num_ranks)], 1)
+    # above the bound, load counts for more than anything that could come together
+    heavy = 1 + 4 * weight_EE.sum() / max(bound, 1.0)
+    has_moved = True
+    while has_moved:
+        has_moved = False
+        for one in rng.permutation(experts):
+            mine, theirs_E = rank_E[one], rank_E
+            gain_E = (
+                shared_ER[one, theirs_E]
+                - shared_ER[one, mine]
+                + shared_ER[:, mine]
+                - shared_ER[experts, theirs_E]
+                - 2 * weight_EE[one]
+            )
+            shift_E = load_E - load_E[one]
+            before_E = np.maximum(total_R[mine] - bound, 0) + np.maximum(
+                total_R[theirs_E] - bound, 0
+            )
+            after_E = np.maximum(total_R[mine] + shift_E - bound, 0) + np.maximum(
+                total_R[theirs_E] - shift_E - bound, 0
+            )
+            gain_E = np.where(theirs_E == mine, 0, gain_E + heavy * (before_E - after_E))
+            other = int(gain_E.argmax())
+            if gain_E[other] <= 1e-6 * (1 + weight_EE[one].sum()):
+                continue
+            far, change_E = rank_E[other], weight_EE[:, other] - weight_EE[:, one]
+            shared_ER[:, mine] += change_E
+            shared_ER[:, far] -= change_E
+            total_R[mine] += shift_E[other]
+            total_R[far] -= shift_E[other]
+            rank_E[one], rank_E[other] = far, mine
+            has_moved = True
+    return rank_E
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """What a placement does to tokens whose experts are known."""
+
+    rows_per_token: float
+    """Ranks that hold any of a token's experts, mean: rows sent where each token goes to a rank once."""
+    pair_imbalance: float
+    """(token, expert) pairs of the fullest rank over the mean: its experts' work."""
+    row_imbalance: float
+    """Rows of the fullest rank over the mean."""
+
+
+def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -> Spread:
+    """Replay a layer's routing.
+
+    Args:
+        routing_map_TE: [T, E] bool, T at least 1, by the experts' own labels.
+        order: the expert at each place.
+        num_ranks: R, a divisor of E.
+    """
+    placed_TE = routing_map_TE[:, list(order)]
+    pairs_TR = placed_TE.view(len(placed_TE), num_ranks, -1).sum(-1)
+    pairs_R = pairs_TR.sum(0).double()
+    rows_R = (pairs_TR > 0).sum(0).double()
+    return Spread(
+        rows_per_token=float(rows_R.sum() / len(pairs_TR)),
+        pair_imbalance=float(pairs_R.max() / pairs_R.mean()),
+        row_imbalance=float(rows_R.max() / rows_R.mean()),
+    )
+
+
+def _check_ranks(num_experts: int, num_ranks: int) -> None:
+    if num_ranks < 1 or num_experts % num_ranks:
+        raise ValueError(
+            f"ranks must hold equally many experts: {num_experts} do not divide into {num_ranks}"
+        )

@@ -1,0 +1,224 @@
+"""A Selection: the routed experts each layer of a model keeps, where that choice came from, and its JSON file.
+
+Shapes: L MoE layers in model order, E routed experts of the parent. Shared experts are always kept and not listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emo_megatron import __version__
+from emo_megatron.modules.files import whole
+
+FORMAT = "emo_megatron.selection.1"
+"""First entry of the file, so that another file is told apart from a damaged one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """The routed experts that each MoE layer keeps.
+
+    Raises:
+        ValueError: on construction, naming every field that cannot be.
+    """
+
+    num_experts: int
+    """Routed experts of the parent, a layer."""
+    experts: tuple[tuple[int, ...], ...]
+    """For each MoE layer in model order the kept routed experts, ascending."""
+    layers: tuple[int, ...]
+    """Number of each MoE layer among all layers of the model, from 1, ascending."""
+    method: str
+    """What chose them: mean_prob, frequency, layerwise, easy_ep, reap, random, ..."""
+    seed: int | None
+    """Of a random choice; None if there was none."""
+    model: str
+    """`router_fingerprint` of the parent."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The calibration data: what it was and how many documents and tokens. Any JSON."""
+    created_by: str = f"emo_megatron {__version__}"
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ValueError("this is no Selection: " + "; ".join(problems))
+
+    @classmethod
+    def from_mask(cls, keep_mask_LE: Tensor, **rest: Any) -> Selection:
+        """The Selection of a mask, [L, E] bool with True = keep; `rest` are the other fields."""
+        experts = tuple(tuple(row.nonzero().flatten().tolist()) for row in keep_mask_LE)
+        return cls(num_experts=int(keep_mask_LE.shape[1]), experts=experts, **rest)
+
+    def keep_mask(self) -> Tensor:
+        """[L, E] bool, True = keep."""
+        mask_LE = torch.zeros(len(self.layers), self.num_experts, dtype=torch.bool)
+        for row_E, kept in zip(mask_LE, self.experts, strict=True):
+            row_E[list(kept)] = True
+        return mask_LE
+
+    @property
+    def num_kept(self) -> tuple[int, ...]:
+        """Routed experts kept in each MoE layer."""
+        return tuple(len(kept) for kept in self.experts)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer keeps as many experts as the others."""
+        return len(set(self.num_kept)) == 1
+
+    def keep_k(self, *, num_shared: int) -> int:
+        """Experts kept a layer as the paper counts them, the shared ones included.
+
+        Args:
+            num_shared: shared experts a layer, 0 or more.
+
+        Raises:
+            ValueError: layers keep different numbers.
+        """
+        return self.uniform_count(purpose="one keep-k") + num_shared
+
+    def uniform_count(self, *, purpose: str) -> int:
+        """Routed experts kept in every layer.
+
+        Args:
+            purpose: what needs one number, for the error.
+
+        Raises:
+            ValueError: layers keep different numbers.
+        """
+        if not self.is_uniform:
+            low, high = min(self.num_kept), max(self.num_kept)
+            raise ValueError(
+                f"{purpose} needs as many experts in every layer; this Selection keeps {low} to {high}. "
+                "Select with --keep, which keeps the same number everywhere."
+            )
+        return self.num_kept[0]
+
+    def check_model(self, fingerprint: str, *, num_experts: int, layers: Sequence[int]) -> None:
+        """Refuse a model that this Selection was not made for.
+
+        Args:
+            fingerprint: `router_fingerprint` of the model.
+            num_experts: its routed experts a layer.
+            layers: numbers of its MoE layers, from 1.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        if num_experts != self.num_experts:
+            difference = (
+                f"it has {num_experts} routed experts and the Selection is of {self.num_experts}"
+            )
+        elif tuple(layers) != self.layers:
+            difference = (
+                f"its MoE layers are {_short(layers)} and the Selection's {_short(self.layers)}"
+            )
+        elif fingerprint != self.model:
+            difference = f"its routers have the fingerprint {fingerprint[:12]} and the Selection's {self.model[:12]}"
+        else:
+            return
+        raise ValueError(
+            f"this Selection was made from another model: {difference}. "
+            "Run stats and select on this model."
+        )
+
+    def save(self, path: Path | str) -> Path:
+        """Write the file, whole or not at all; returns its path."""
+        path = Path(path)
+        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
+        # a layer's experts on one line: the file is read by people
+        with whole(path) as unfinished:
+            unfinished.write_text(_one_line_lists(text) + "\n", encoding="utf-8")
+        return path
+
+
+def load_selection(path: Path | str) -> Selection:
+    """Read a Selection file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no Selection, or a damaged one; names the file and what is wrong.
+    """
+    path = Path(path)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no Selection: not JSON ({error})") from None
+    if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
+        raise ValueError(f'{path} is no Selection: it lacks "format": "{FORMAT}"')
+    wanted = {f.name for f in fields(Selection)}
+    if set(stored) != wanted:
+        lacking, unknown = sorted(wanted - set(stored)), sorted(set(stored) - wanted)
+        raise ValueError(f"{path} is no Selection: it lacks {lacking} and has unknown {unknown}")
+    try:
+        experts = tuple(tuple(layer) for layer in stored.pop("experts"))
+        return Selection(experts=experts, layers=tuple(stored.pop("layers")), **stored)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
+    """What a Selection knows its model by: sha256, in hex, of the routers.
+
+    Args:
+        router_weights: [E, h] of every MoE layer in model order, whole, in any dtype: they are compared as float32.
+    """
+    digest = hashlib.sha256()
+    for weight in router_weights:
+        # one layer at a time, and no numpy type for bfloat16 is needed
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _problems(selection: Selection) -> list[str]:
+    problems = []
+    num_experts = selection.num_experts
+    if not _is_int(num_experts) or num_experts < 1:
+        return [f"num_experts must be a positive number; got {num_experts!r}"]
+    layers = selection.layers
+    if not layers or not all(map(_is_int, layers)) or list(layers) != sorted({*layers} - {0}):
+        problems.append(f"layers must be ascending numbers from 1; got {_short(layers)}")
+    if len(selection.experts) != len(layers):
+        problems.append(
+            f"it lists {len(selection.experts)} layers of experts and {len(layers)} layer numbers"
+        )
+    for layer, kept in zip(layers, selection.experts, strict=False):
+        is_ascending = all(map(_is_int, kept)) and list(kept) == sorted(set(kept))
+        if not kept or not is_ascending or kept[0] < 0 or kept[-1] >= num_experts:
+            problems.append(
+                f"layer {layer} must keep at least one expert of 0 to {num_experts - 1}, ascending; "
+                f"got {_short(kept)}"
+            )
+            break
+    for name in ("method", "model", "created_by"):
+        value: Any = getattr(selection, name)
+        if not isinstance(value, str) or not value:
+            problems.append(f"{name} must be a text; got {value!r}")
+    if selection.seed is not None and not _is_int(selection.seed):
+        problems.append(f"seed must be a number or null; got {selection.seed!r}")
+    data: Any = selection.data
+    if not isinstance(data, dict):
+        problems.append(f"data must be an object; got {data!r}")
+    return problems
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(numbers: Sequence[object]) -> str:
+    head = ", ".join(map(repr, numbers[:8]))
+    return f"[{head}, ... {len(numbers)} in all]" if len(numbers) > 8 else f"[{head}]"
+
+
+def _one_line_lists(text: str) -> str:
+    return re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)

@@ -1,0 +1,283 @@
+"""What the experts of a model do on calibration documents: one file per data set, mergeable with others.
+
+Shapes: T tokens, L MoE layers in model order, E routed experts. Everything stored is a sum over tokens, so that the
+statistics of two sets of documents add up to those of both.
+
+    probability     p(e|t), the router's scores over all routed experts, whatever was routed   arXiv 2605.06663
+    count           1 where t is routed to e
+    norm            g * |f_e|, gate times length of the expert's output, where t is routed to e
+    change          norm * max(0, 1 - cos(h, h + MoE(h))), h the MoE layer's normed input      arXiv 2504.06792
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emo_megatron import __version__
+from emo_megatron.modules.files import whole
+
+FORMAT = "emo_megatron.stats.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What choosing experts needs to know of a model."""
+
+    fingerprint: str
+    """`router_fingerprint` of its routers."""
+    num_experts: int
+    """Routed experts a layer."""
+    num_shared: int
+    """Shared experts a layer."""
+    top_k: int
+    """Routed experts a token."""
+    layers: tuple[int, ...]
+    """Numbers of the MoE layers, from 1."""
+    expert_parameters: int
+    """Parameters of one routed expert of one layer, its router row included."""
+    other_parameters: int
+    """Parameters of everything but routed experts and their router rows."""
+
+    def is_same(self, other: ModelFacts) -> bool:
+        """Whether the routers are the same; formats may differ in what else they store."""
+        return self._routers == other._routers
+
+    @property
+    def _routers(self) -> tuple[object, ...]:
+        return self.fingerprint, self.num_experts, self.top_k, self.layers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ExpertStatistics:
+    """Sums over the tokens of calibration documents, and what they were measured with.
+
+    Raises:
+        ValueError: on construction, when shapes or dtypes are not the ones below.
+    """
+
+    model: ModelFacts
+    num_documents: int
+    num_tokens: int
+    probability_LE: Tensor
+    """[L, E] float64, sum of router probabilities."""
+    count_LE: Tensor
+    """[L, E] int64, tokens routed to each expert."""
+    together_LEE: Tensor
+    """[L, E, E] int64, tokens routed to both experts; the diagonal is `count_LE`."""
+    norm_LE: Tensor | None = None
+    """[L, E] float64; None if outputs were not looked at."""
+    change_LE: Tensor | None = None
+    """[L, E] float64; None if outputs were not looked at."""
+    data: tuple[dict[str, Any], ...] = ()
+    """Where the documents came from, an entry a set."""
+    created_by: str = field(default=f"emo_megatron {__version__}")
+
+    def __post_init__(self) -> None:
+        num_layers, num_experts = len(self.model.layers), self.model.num_experts
+        for name, tensor in self.tensors().items():
+            shape = (num_layers, num_experts, num_experts)[: 3 if name == "together_LEE" else 2]
+            dtype = torch.int64 if name in ("count_LE", "together_LEE") else torch.float64
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {list(shape)} {dtype}; got {list(tensor.shape)} {tensor.dtype}"
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums that were measured, by name."""
+        names = ("probability_LE", "count_LE", "together_LEE", "norm_LE", "change_LE")
+        found = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def mean_probability_LE(self) -> Tensor:
+        """[L, E] float64, mean router probability: the paper's score."""
+        return self.probability_LE / max(self.num_tokens, 1)
+
+    @property
+    def frequency_LE(self) -> Tensor:
+        """[L, E] float64, share of the tokens that are routed to each expert; rows sum to top-k."""
+        return self.count_LE.double() / max(self.num_tokens, 1)
+
+    @property
+    def reap_LE(self) -> Tensor:
+        """[L, E] float64, mean of gate times output length over an expert's own tokens (arXiv 2510.13999)."""
+        return _measured(self.norm_LE, "reap") / self.count_LE.clamp(min=1)
+
+    @property
+    def easy_ep_LE(self) -> Tensor:
+        """[L, E] float64, output length times what the layer changed, summed over tokens (arXiv 2504.06792)."""
+        return _measured(self.change_LE, "easy_ep")
+
+    def of(self, source: dict[str, Any]) -> ExpertStatistics:
+        """The same, saying where the documents came from."""
+        return dataclasses.replace(self, data=(source,))
+
+    def save(self, path: Path | str) -> Path:
+        """Write the file, whole or not at all; returns its path."""
+        path = Path(path)
+        described = {
+            "format": FORMAT,
+            "model": json.dumps(asdict(self.model)),
+            "num_documents": str(self.num_documents),
+            "num_tokens": str(self.num_tokens),
+            "data": json.dumps(self.data),
+            "created_by": self.created_by,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
+        with whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata=described)
+        return path
+
+
+def _measured(tensor: Tensor | None, method: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(
+            f"{method} needs what the experts put out, and these statistics were taken without it: "
+            "run stats with --outputs"
+        )
+    return tensor
+
+
+def load_stats(path: Path | str) -> ExpertStatistics:
+    """Read a statistics file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no statistics file, or a damaged one; names the file and what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no statistics file {path}; write one with stats")
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = file.metadata() or {}
+            # safe_open names its tensors through this method only
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no statistics file, or cut short: {error}") from None
+    if described.get("format") != FORMAT:
+        raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
+    try:
+        facts = json.loads(described["model"])
+        return ExpertStatistics(
+            model=ModelFacts(**facts | {"layers": tuple(facts["layers"])}),
+            num_documents=int(described["num_documents"]),
+            num_tokens=int(described["num_tokens"]),
+            data=tuple(json.loads(described["data"])),
+            created_by=described["created_by"],
+            **tensors,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged statistics file: {error}") from None
+
+
+def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
+    """The statistics of all documents of the parts together.
+
+    Raises:
+        ValueError: there is no part, parts are of different models or measure different things, or two of them
+            are of the same documents, which would count twice.
+    """
+    if not parts:
+        raise ValueError("there are no statistics to merge")
+    first = parts[0]
+    tensors: dict[str, Any] = first.tensors()
+    for part in parts[1:]:
+        if not part.model.is_same(first.model):
+            raise ValueError(
+                "statistics of different models cannot be merged: "
+                f"{_difference(asdict(first.model), asdict(part.model))}"
+            )
+        if part.tensors().keys() != tensors.keys():
+            raise ValueError(
+                "some of these statistics look at expert outputs and some do not; "
+                "run stats with --outputs for all or for none"
+            )
+        tensors = {name: tensor + part.tensors()[name] for name, tensor in tensors.items()}
+    data = tuple(entry for part in parts for entry in part.data)
+    marks = [entry["sha256"] for entry in data if "sha256" in entry]
+    if len(set(marks)) < len(marks):
+        raise ValueError(
+            "two of these statistics are of the same documents, which would count twice"
+        )
+    return ExpertStatistics(
+        model=first.model,
+        num_documents=sum(part.num_documents for part in parts),
+        num_tokens=sum(part.num_tokens for part in parts),
+        data=data,
+        **tensors,
+    )
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    return "; ".join(f"{k} {one[k]} and {other[k]}" for k in one if one[k] != other[k])
+
+
+class LayerSums:
+    """The running sums of one layer, on the device its tokens are on.
+
+    Args:
+        num_experts: routed experts.
+        outputs: whether `norms_TE` and `change_T` will be given.
+        device: of the tokens.
+    """
+
+    def __init__(self, num_experts: int, *, outputs: bool, device: torch.device | str) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.probability_E = zeros(num_experts)
+        self.together_EE = zeros(num_experts, num_experts, dtype=torch.int64)
+        self.norm_E = zeros(num_experts) if outputs else None
+        self.change_E = zeros(num_experts) if outputs else None
+
+    def add(
+        self,
+        *,
+        probs_TE: Tensor,
+        routing_map_TE: Tensor,
+        is_counted_T: Tensor,
+        norms_TE: Tensor | None = None,
+        change_T: Tensor | None = None,
+    ) -> None:
+        """Add tokens.
+
+        Args:
+            probs_TE: [T, E] float, the router's scores over all routed experts.
+            routing_map_TE: [T, E] bool, True where a token is routed to an expert.
+            is_counted_T: [T] bool, False for padding.
+            norms_TE: [T, E] float, gate times output length, zero elsewhere.
+            change_T: [T] float, `change_of`.
+        """
+        weight_T1 = is_counted_T[:, None].double()
+        self.probability_E += (probs_TE.double() * weight_T1).sum(0)
+        # exact in float32 up to 2^24 tokens a call, and integers have no matrix product on a GPU
+        chosen_TE = (routing_map_TE & is_counted_T[:, None]).float()
+        self.together_EE += (chosen_TE.T @ chosen_TE).long()
+        if self.norm_E is not None and self.change_E is not None:
+            assert norms_TE is not None
+            assert change_T is not None
+            norms_TE = norms_TE.double() * weight_T1
+            self.norm_E += norms_TE.sum(0)
+            self.change_E += (norms_TE * change_T.double()[:, None]).sum(0)
+
+
+def change_of(input_TH: Tensor, output_TH: Tensor) -> Tensor:
+    """[T] float64: how far an MoE layer turns its input, max(0, 1 - cos(h, h + MoE(h))).
+
+    As EMO's authors compute it: h is the layer's normed input and MoE(h) its whole output, shared experts included.
+    """
+    # the angle is small, and its cosine close to one: in float32 little of the difference would be left
+    before_TH, after_TH = input_TH.double(), input_TH.double() + output_TH.double()
+    cosine_T = torch.nn.functional.cosine_similarity(before_TH, after_TH, dim=-1)
+    return (1 - cosine_T).clamp(min=0)

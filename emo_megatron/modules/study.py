@@ -1,0 +1,132 @@
+"""What this package asks of a model, Megatron's or Hugging Face's, and the pass over calibration documents.
+
+Shapes: L MoE layers in model order, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """Cross entropy on held-out documents."""
+
+    nats: float
+    """Mean a token."""
+    num_tokens: int
+    """Predicted tokens behind it: every token of a document but its first."""
+
+
+class StudiedModel(Protocol):
+    """A model whose experts can be watched and left out. On several ranks all of them call alike and get the same."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What it is."""
+        ...
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        ...
+
+    def statistics(
+        self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
+    ) -> ExpertStatistics:
+        """Run documents and sum up what the experts do.
+
+        Args:
+            documents: [n] int64 token ids each.
+            outputs: also what they put out, for EASY-EP and REAP; costs time and memory.
+            allowed_LE: [L, E] bool, experts that may be used; None: all. Probabilities are over all experts anyway.
+        """
+        ...
+
+    def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
+        """Mean loss on documents with the allowed experts, as a module cut out of the model would have it."""
+        ...
+
+
+def collect_stats(
+    model: StudiedModel,
+    documents: Documents,
+    *,
+    output: Path,
+    outputs: bool,
+    documents_at_once: int = 256,
+) -> ExpertStatistics:
+    """Measure documents and write the statistics file.
+
+    What is measured is kept beside `output` as it comes, so that an interrupted pass goes on where it was.
+
+    Args:
+        model: on every rank that holds a part of it.
+        documents: the calibration documents.
+        output: statistics file; read instead of measured if it is already of these documents.
+        outputs: as in `StudiedModel.statistics`.
+        documents_at_once: documents between two saves.
+
+    Raises:
+        ValueError: `output` holds other statistics.
+    """
+    if output.exists():
+        found = load_stats(output)
+        if _is_of(found, model, documents, outputs):
+            return found
+        raise ValueError(f"{output} holds the statistics of something else; name another file")
+    unfinished = output.with_name(f"{output.name}.partial")
+    total = _resume(unfinished, model, documents, outputs)
+    done = 0 if total is None else total.num_documents
+    bar = tqdm(
+        total=len(documents.tokens),
+        initial=done,
+        desc="statistics",
+        unit="document",
+        disable=None if model.is_writer else True,
+    )
+    with bar:
+        while done < len(documents.tokens):
+            chunk = documents.tokens[done : done + documents_at_once]
+            part = model.statistics(chunk, outputs=outputs)
+            total = part if total is None else merge_stats([total, part])
+            done += len(chunk)
+            bar.update(len(chunk))
+            total = total.of(documents.source)
+            if model.is_writer:
+                total.save(unfinished)
+    assert total is not None, "there is a document at least"
+    if model.is_writer:
+        total.save(output)
+        unfinished.unlink()
+    return total
+
+
+def _resume(
+    unfinished: Path, model: StudiedModel, documents: Documents, outputs: bool
+) -> ExpertStatistics | None:
+    if not unfinished.exists():
+        return None
+    found = load_stats(unfinished)
+    # of another model or other documents: nothing to go on with, and it is replaced
+    return found if _is_of(found, model, documents, outputs) else None
+
+
+def _is_of(
+    stats: ExpertStatistics, model: StudiedModel, documents: Documents, outputs: bool
+) -> bool:
+    same_data = [entry.get("sha256") for entry in stats.data] == [documents.source["sha256"]]
+    return (
+        same_data
+        and stats.model.is_same(model.facts)
+        and ("norm_LE" in stats.tensors()) == bool(outputs)
+    )

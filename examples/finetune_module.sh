@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Fine-tunes a module on documents of its domain, so that `merge` can put it back into its parent.
+#
+#   MODULE=runs/perl OUTPUT=runs/perl_tuned DATA_PATH=data/perl_document TOKENIZER=runs/tokenizer \
+#       examples/finetune_module.sh <the parent's model flags, with the module's --num-experts>
+#   python -m emo_megatron merge --parent runs/emo --modules runs/perl_tuned --output runs/emo_perl
+#
+# Trains through examples/pretrain_emo.py, so any parallel layout of Megatron's will do; an
+# interrupted run goes on where it was. The Selection goes along into OUTPUT.
+#
+#   MODULE       folder that `extract` or `compose` wrote
+#   OUTPUT       folder to save to, and to resume from once it holds a checkpoint
+#   TRAIN_ONLY   experts: the routed experts; experts+router: also their rows of the router;
+#                all: everything (merge takes all of it only with --weights all)    (experts)
+#   STEPS        optimizer steps                                                    (100)
+#   LR           learning rate, falling linearly to a tenth                         (1e-3)
+#
+# DATA_PATH, TOKENIZER, NPROC, NNODES, ...: see pretrain_emo.sh. A module is a standard MoE: it has
+# no pools. Its load is balanced as the parent's was unless you say otherwise (the flags that come
+# last win).
+set -euo pipefail
+
+module="${MODULE:?must name the folder of a module}"
+output="${OUTPUT:?must name the folder to save to}"
+mkdir -p "$output"
+cp "$module/selection.json" "$output/"
+
+source="$module"
+start=(--finetune)
+if [[ -e "$output/latest_checkpointed_iteration.txt" ]]; then
+    source="$output"
+    start=()
+fi
+
+CHECKPOINT="" exec bash "$(dirname "${BASH_SOURCE[0]}")/pretrain_emo.sh" \
+    --load "$source" --save "$output" --save-interval "${STEPS:-100}" "${start[@]}" \
+    --train-only "${TRAIN_ONLY:-experts}" --train-iters "${STEPS:-100}" \
+    --lr "${LR:-1e-3}" --min-lr "$(awk "BEGIN { print ${LR:-1e-3} / 10 }")" --lr-decay-style linear \
+    "$@"

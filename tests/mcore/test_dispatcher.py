@@ -1,0 +1,183 @@
+"""The deduplicating dispatcher computes what Megatron's alltoall computes, and sends each token to a rank once."""
+
+from __future__ import annotations
+
+import pytest
+from support import shards, tiny
+
+TOLERANCE = 1e-6
+"""Of a tensor's norm; float32."""
+LAYOUTS = {
+    "EP2": {"expert_model_parallel_size": 2},
+    "TP2 + SP, EP2": {
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+    },
+    "ETP2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "EP4": {"expert_model_parallel_size": 4},
+    "EP2 x ETP2": {
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
+}
+WORLD = {"EP2": 2, "TP2 + SP, EP2": 2, "ETP2": 2, "EP4": 4, "EP2 x ETP2": 4}
+SLOW = pytest.mark.slow
+"""Four processes take a while to start; the parity table has such layouts too."""
+
+
+def _deviation(got, want):
+    return float((got - want).norm() / want.norm().clamp(min=1e-12))
+
+
+def _run(layer, hidden):
+    """Output, rows that crossed or stayed, and gradients, by name."""
+    import torch
+
+    tokens = hidden.clone().requires_grad_()
+    output, _ = layer(tokens)
+    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+    (output * weights).sum().backward()
+    found = {"output": output.detach(), "tokens": tokens.grad}
+    found |= {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    layer.zero_grad(set_to_none=True)
+    return found
+
+
+def _compare(sizes, dtype="float32", top_k=4, **overrides):
+    """Largest deviations of one MoE layer's outputs and gradients, and rows of both dispatchers."""
+    import torch
+
+    tiny.setup(**sizes)
+    torch.manual_seed(0)
+    layers = {}
+    for name in ("megatron", "dedup"):
+        layers[name] = _layer(name, top_k, dtype, overrides)
+        shards.initialise([layers[name]], seed=3)
+    hidden = torch.randn(
+        13, 2, 32, generator=torch.Generator().manual_seed(torch.distributed.get_rank())
+    ).to(getattr(torch, dtype))
+    sent = {}
+    answers = {}
+    for name, layer in layers.items():
+        with _counting(sent.setdefault(name, [])):
+            answers[name] = _run(layer, hidden)
+    assert answers["megatron"].keys() == answers["dedup"].keys()
+    rows = {name: sum(tensors[:1]) for name, tensors in sent.items()}
+    deviations = {
+        key: _deviation(answers["dedup"][key].float(), want.float())
+        for key, want in answers["megatron"].items()
+    }
+    routing = answers["megatron"]["tokens"].shape[0] * 2
+    return {"deviations": deviations, "rows": rows, "tokens": routing}
+
+
+def _layer(dispatcher, top_k, dtype, overrides):
+    import torch
+
+    from emo_megatron.config import PoolConfig
+
+    model = tiny.model(
+        PoolConfig(pool_dispatcher=dispatcher),
+        moe_router_topk=top_k,
+        params_dtype=getattr(torch, dtype),
+        bf16=dtype == "bfloat16",
+        moe_aux_loss_coeff=0.0,
+        moe_z_loss_coeff=None,
+        moe_router_load_balancing_type="none",
+        **overrides,
+    )
+    return model.decoder.layers[0].mlp.to(getattr(torch, dtype))
+
+
+class _counting:
+    """Notes the rows of every all-to-all of hidden states."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __enter__(self):
+        import torch.distributed as dist
+
+        self.original = dist.all_to_all_single
+
+        def counted(output, input, *args, **kwargs):
+            if input.dim() == 2:
+                self.rows.append(input.shape[0])
+            return self.original(output, input, *args, **kwargs)
+
+        dist.all_to_all_single = counted
+
+    def __exit__(self, *_):
+        import torch.distributed as dist
+
+        dist.all_to_all_single = self.original
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=SLOW if WORLD[n] > 2 else ()) for n in LAYOUTS]
+)
+def test_computes_what_alltoall_computes(name, ranks):
+    for answer in ranks(WORLD[name]).run(_compare, sizes=LAYOUTS[name]):
+        assert len(answer["deviations"]) > 3
+        assert {k: v for k, v in answer["deviations"].items() if not v < TOLERANCE} == {}
+
+
+def test_sends_a_token_to_a_rank_once(ranks):
+    for answer in ranks(2).run(_compare, sizes=LAYOUTS["EP2"]):
+        tokens, rows = answer["tokens"], answer["rows"]
+        assert rows["megatron"] == 4 * tokens
+        assert tokens <= rows["dedup"] <= 2 * tokens
+
+
+def test_bf16_is_as_near_as_its_rounding(ranks):
+    for answer in ranks(2).run(_compare, sizes=LAYOUTS["EP2"], dtype="bfloat16"):
+        assert max(answer["deviations"].values()) < 2**-7
+
+
+def test_experts_of_one_rank_only(ranks):
+    # a rank that gets nothing, and one that sends everything to one peer
+    for answer in ranks(2).run(_one_sided):
+        assert answer < TOLERANCE
+
+
+def _one_sided():
+    import torch
+
+    tiny.setup(expert_model_parallel_size=2)
+    outputs = []
+    for name in ("megatron", "dedup"):
+        layer = _layer(name, 2, "float32", {})
+        shards.initialise([layer], seed=3)
+        layer.router.allowed_experts = torch.arange(8) < 4
+        outputs.append(
+            _run(layer, torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1)))
+        )
+    return max(_deviation(outputs[1][key], want) for key, want in outputs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("moe_token_dispatcher_type", "allgather"),
+        ("moe_shared_expert_overlap", True),
+        ("moe_permute_fusion", True),
+        ("moe_router_padding_for_quantization", True),
+        ("fp8", "e4m3"),
+    ],
+)
+def test_refuses_what_it_cannot_do(option, value):
+    from types import SimpleNamespace
+
+    from emo_megatron.config import PoolConfig
+    from emo_megatron.mcore.refusals import problems_with_config
+
+    def problems(dispatcher):
+        config = SimpleNamespace(num_moe_experts=8, moe_router_topk=2, **{option: value})
+        return problems_with_config(PoolConfig(pool_dispatcher=dispatcher), config)
+
+    assert problems("megatron") == []
+    (problem,) = problems("dedup")
+    assert option.replace("_", "-") in problem
+    assert "must be" in problem

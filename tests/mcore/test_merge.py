@@ -1,0 +1,250 @@
+"""Modules go back where they came from, or together, with every disagreement in the report."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import checkpoints
+from support.checkpoints import selection_of
+
+from emo_megatron.cli import main
+from emo_megatron.mcore.extract import ExtractOptions, extract
+from emo_megatron.mcore.merge import ComposeOptions, MergeOptions, compose, merge
+from emo_megatron.mcore.weight_names import is_of_experts
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.mcore.weights_writer import write_checkpoint
+from emo_megatron.modules.selection import load_selection, router_fingerprint
+from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
+
+FIRST, SECOND = [[1, 2, 6, 7], [0, 3, 4, 6]], [[0, 2, 3, 4], [1, 2, 5, 7]]
+SHARED_EXPERT = 2
+"""Both modules have it in layer 1, and no other."""
+FC1 = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
+ROUTER = "decoder.layers.0.mlp.router.weight"
+ATTENTION = "decoder.layers.1.self_attention.linear_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def parent(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge") / "parent"
+    ranks(1).run(checkpoints.save, folder=str(folder), layout={}, config={})
+    return folder
+
+
+def _module(parent, folder, kept, *, change=lambda name, weight: weight):
+    """A module, with its weights changed as training might."""
+    selection = selection_of(parent, kept).save(folder.with_suffix(".json"))
+    cut = folder.with_name(folder.name + "-cut")
+    extract(ExtractOptions(checkpoint=parent, selection=selection, output=cut))
+    module = MegatronCheckpoint(cut)
+    weights = {name: change(name, module.read(name)) for name in module.names}
+    notes = {"selection.json": load_selection(selection).save}
+    return write_checkpoint(folder, weights, args=module.args, notes=notes)
+
+
+def _plus(amount, *kinds):
+    return lambda name, weight: weight + amount if any(k in name for k in kinds) else weight
+
+
+@pytest.fixture(scope="module")
+def modules(parent):
+    """Experts and router trained in the first; experts and attention in the second."""
+    folder = parent.parent
+    return (
+        _module(parent, folder / "one", FIRST, change=_plus(1.0, ".experts.", ".router.")),
+        _module(parent, folder / "two", SECOND, change=_plus(2.0, ".experts.", "self_attention")),
+    )
+
+
+@pytest.mark.parametrize("weights", ["experts", "experts+router", "all"])
+def test_merging_back_changes_the_modules_rows_alone(parent, modules, tmp_path, weights):
+    output = merge(
+        MergeOptions(
+            parent=parent, modules=modules[:1], output=tmp_path / "merged", weights=weights
+        )
+    )
+    before, after = MegatronCheckpoint(parent), MegatronCheckpoint(output)
+    for name in before.names:
+        wanted = before.read(name)
+        is_taken = ".experts." in name or (".router." in name and weights != "experts")
+        if is_taken and is_of_experts(name):
+            wanted[FIRST[int(name.split(".")[2])]] += 1.0
+        assert torch.equal(after.read(name), wanted), name
+    assert after.args.num_experts == 8
+    assert (after.args.pool_min, after.args.pool_max) == (3, 6)
+    report = checkpoints.report(output)
+    left_out = {row["weight"] for row in report["left_out"]}
+    assert (ROUTER in left_out) == (weights == "experts")
+    assert report["changed"]["mlp.experts.experts.linear_fc1.weight"] == 8
+
+
+def test_an_unchanged_module_merges_to_the_parent(ranks, parent, tmp_path):
+    same = _module(parent, tmp_path / "same", FIRST)
+    output = merge(MergeOptions(parent=parent, modules=(same,), output=tmp_path / "merged"))
+    before, after = (MegatronCheckpoint(path) for path in (parent, output))
+    assert all(torch.equal(before.read(n), after.read(n)) for n in before.names)
+    assert checkpoints.report(output)["changed"] == {}
+    was, now = (
+        ranks(1).run(checkpoints.logits, folder=str(path), layout={}, config={})[0]
+        for path in (parent, output)
+    )
+    assert torch.equal(was, now)
+
+
+def test_blend(parent, modules, tmp_path):
+    options = MergeOptions(
+        parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25
+    )
+    found = MegatronCheckpoint(merge(options)).read(FC1, FIRST[0])
+    wanted = MegatronCheckpoint(parent).read(FC1, FIRST[0]) + 0.25
+    torch.testing.assert_close(found, wanted)
+
+
+def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
+    def merged(conflict, name):
+        return merge(
+            MergeOptions(parent=parent, modules=modules, output=tmp_path / name, conflict=conflict)
+        )
+
+    with pytest.raises(
+        ValueError, match=r"one and two both changed expert 2 of layer 1.*--conflict"
+    ):
+        merged("refuse", "none")
+    assert list(tmp_path.iterdir()) == []
+    before = MegatronCheckpoint(parent).read(FC1, SHARED_EXPERT)
+    for conflict, change in (("parent", 0.0), ("average", 1.5), ("one", 1.0), ("two", 2.0)):
+        output = merged(conflict, conflict)
+        found = MegatronCheckpoint(output).read(FC1)
+        torch.testing.assert_close(found[SHARED_EXPERT], before + change)
+        report = checkpoints.report(output)
+        of_experts = [row for row in report["conflicts"] if ".experts." in row["weight"]]
+        assert FC1 in {row["weight"] for row in of_experts}
+        assert {row["expert"] for row in of_experts} == {SHARED_EXPERT}
+        assert {row["taken"] for row in of_experts} == {conflict}
+        # the second's attention stays out, and is listed too
+        assert ATTENTION in {row["weight"] for row in report["conflicts"]}
+
+
+def _stats(parent, folder):
+    """Statistics of two data sets, in which expert 5 is next in line."""
+    checkpoint = MegatronCheckpoint(parent)
+    routers = [checkpoint.layer_view(n).read("mlp.router.weight") for n in checkpoint.moe_layers]
+    facts = ModelFacts(
+        fingerprint=router_fingerprint(routers),
+        num_experts=8,
+        num_shared=1,
+        top_k=2,
+        layers=checkpoint.moe_layers,
+        expert_parameters=1,
+        other_parameters=1,
+    )
+    scores = torch.tensor([3.0, 3, 3, 3, 3, 2, 1, 1], dtype=torch.float64).expand(2, -1).clone()
+    none = torch.zeros(2, 8, dtype=torch.int64)
+    stats = ExpertStatistics(
+        model=facts,
+        num_documents=1,
+        num_tokens=20,
+        probability_LE=scores,
+        count_LE=none,
+        together_LEE=torch.zeros(2, 8, 8, dtype=torch.int64),
+    )
+    path = stats.save(folder / "stats.safetensors")
+    return path, path
+
+
+def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp_path):
+    output = compose(
+        ComposeOptions(
+            modules=modules,
+            parent=parent,
+            output=tmp_path / "both",
+            conflict="two",
+            keep=8,
+            stats=_stats(parent, tmp_path),
+        )
+    )
+    before, after = MegatronCheckpoint(parent), MegatronCheckpoint(output)
+    change_E = (after.read(FC1) - before.read(FC1)).mean((1, 2))
+    # expert 5 is in neither module: the parent's; 2 is in both: the second's
+    torch.testing.assert_close(change_E, torch.tensor([2.0, 1, 2, 2, 2, 0, 1, 1]))
+    # the shared weights are the parent's: what the second module did to them is listed
+    assert torch.equal(after.read(ATTENTION), before.read(ATTENTION))
+    assert ATTENTION in {row["weight"] for row in checkpoints.report(output)["conflicts"]}
+    assert load_selection(output / "selection.json").num_kept == (8, 8)
+    (logits,) = ranks(1).run(
+        checkpoints.logits, folder=str(output), layout={}, config={}, stock=True
+    )
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("shared", "change"), [("average", 1.0), ("two", 2.0), ("one", 0.0)])
+def test_shared_weights_by_policy(parent, modules, tmp_path, shared, change):
+    output = compose(
+        ComposeOptions(
+            modules=modules,
+            output=tmp_path / "both",
+            shared=shared,
+            conflict="average",
+            stats=_stats(parent, tmp_path),
+            keep=7,
+        )
+    )
+    composed = MegatronCheckpoint(output)
+    found = composed.read(ATTENTION) - MegatronCheckpoint(parent).read(ATTENTION)
+    torch.testing.assert_close(found, torch.full_like(found, change))
+    assert composed.args.num_experts == 7
+
+
+def test_composed_selections_are_a_file(parent, tmp_path):
+    paths = [
+        selection_of(parent, kept).save(tmp_path / f"{number}.json")
+        for number, kept in enumerate((FIRST, [FIRST[0], SECOND[1]]))
+    ]
+    stats = _stats(parent, tmp_path)
+    command = ["compose", "--selections", *paths, "--stats", *stats, "--keep", 4]
+    assert main([str(a) for a in [*command, "--output", tmp_path / "both.json"]]) == 0
+    # of the second layer's eight the best four by score, ties to the lower number
+    assert load_selection(tmp_path / "both.json").experts == ((1, 2, 6, 7), (0, 1, 2, 3))
+
+
+def test_refusals(parent, modules, tmp_path, capsys):
+    def refused(match, function, options):
+        with pytest.raises(ValueError, match=match):
+            function(options)
+        assert not (tmp_path / "new").exists()
+
+    def merging(**changes):
+        fields = {"parent": parent, "modules": modules[:1], "output": tmp_path / "new"}
+        return merge, MergeOptions(**fields | changes)
+
+    def composing(**changes):
+        fields = {"modules": modules, "output": tmp_path / "new", "conflict": "average"}
+        stats = {"stats": _stats(parent, tmp_path), "keep": 7}
+        return compose, ComposeOptions(**fields | stats | changes)
+
+    refused(r"--blend must lie in \(0, 1\]; got 0", *merging(blend=0.0))
+    refused(
+        "--conflict must be one of parent, average, refuse, one; got no", *merging(conflict="no")
+    )
+    refused("--weights all", *merging(modules=modules, weights="all"))
+    refused("selection.json does not exist", *merging(modules=(parent,)))
+    wrong = selection_of(
+        parent,
+        [SECOND[0], [0, 1, 2]],
+    ).save(tmp_path / "wrong.json")
+    refused("as many experts in every layer", *merging(selections=(wrong,)))
+    small = selection_of(parent, [[0, 1], [2, 3]]).save(tmp_path / "small.json")
+    refused("is --selection of this module", *merging(selections=(small,)))
+    refused("--selections must name one file", *merging(selections=(small, small)))
+    refused("give --parent", *composing())
+    stats = _stats(parent, tmp_path)
+    refused(
+        "--stats must name one file for each selection: 3 for 2",
+        *composing(stats=(*stats, stats[0])),
+    )
+    refused("no module has expert 5 of layer 1: give --parent", *composing(shared="one", keep=8))
+    refused("exists", *merging(output=modules[0]))
+    assert (
+        main(["merge", "--parent", "x", "--modules", "y", "--output", str(tmp_path / "new")]) == 2
+    )
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""The commands stats and select on a checkpoint of a real run: only the checkpoint is named, in any layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.pretraining import VOCAB, pretrain
+
+from emo_megatron import cli
+from emo_megatron.modules.selection import load_selection
+from emo_megatron.modules.stats import load_stats
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, data_prefix):
+    """Trained for two steps with its experts over two ranks and its documents in pools."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    flags = ("--save", folder, "--save-interval", "2", "--train-iters", "2")
+    layout = ("--expert-model-parallel-size", "2", "--pool-min", "3", "--pool-eval", "3")
+    pretrain(2, *flags, *layout, data=data_prefix)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The same documents as text and as tokens; NullTokenizer reads numbers."""
+    folder = tmp_path_factory.mktemp("documents")
+    documents = [[(n * 11 + i) % (VOCAB - 1) for i in range(3 + 9 * n)] for n in range(12)]
+    lines = [json.dumps({"text": " ".join(map(str, tokens))}) for tokens in documents]
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    ended = [torch.tensor([*tokens, VOCAB - 1]) for tokens in documents]
+    bounds = torch.tensor([0, *map(len, ended)]).cumsum(0)
+    save_file({"tokens": torch.cat(ended), "cu_seqlens": bounds}, folder / "d.safetensors")
+    return folder
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def stats(checkpoint, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stats") / "s.safetensors"
+    arguments = ("--data", data / "d.jsonl", "--output", output, "--outputs")
+    assert run("stats", "--checkpoint", checkpoint, *arguments) == 0
+    return output
+
+
+def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp_path):
+    output = tmp_path / "s.safetensors"
+    arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs", "--rows", "2")
+    layout = ("--processes", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
+    # one iteration's folder is as good as the run's
+    folder = checkpoint / "iter_0000002"
+    assert run("stats", "--checkpoint", folder, *arguments, *layout) == 0
+    one, other = load_stats(stats), load_stats(output)
+    assert one.model == other.model
+    assert (one.model.num_experts, one.model.num_shared, one.model.top_k) == (8, 1, 2)
+    assert one.model.layers == (2, 3, 4)
+    assert one.data[0]["sha256"] == other.data[0]["sha256"]
+    assert torch.equal(one.together_LEE, other.together_LEE)
+    assert (one.count_LE.sum(-1) == 2 * one.num_tokens).all()
+    for name in ("probability_LE", "norm_LE", "change_LE"):
+        torch.testing.assert_close(one.tensors()[name], other.tensors()[name], rtol=1e-5, atol=0)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_path):
+    output = tmp_path / "s.safetensors"
+    some = ("--data", data_prefix, "--output", output, "--examples", "3", "--shots", "1")
+    assert run("stats", "--checkpoint", checkpoint, *some) == 0
+    assert load_stats(output).num_documents == 3
+    assert load_stats(output).data[0]["num_shots"] == 1
+
+
+def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
+    model = ("--checkpoint", checkpoint, "--processes", "2", "--pipeline-parallel", "2")
+    output = tmp_path / "layerwise.json"
+    how = ("--method", "layerwise", "--data", data / "d.jsonl", "--keep", "50%")
+    assert run("select", *model, *how, "--output", output) == 0
+    chosen = load_selection(output)
+    assert chosen.num_kept == (3, 3, 3)
+    # the first layer's choice is what statistics say, for nothing is left out before it
+    by_stats = tmp_path / "mean-prob.json"
+    assert run("select", "--stats", stats, "--keep", "4", "--output", by_stats) == 0
+    assert load_selection(by_stats).experts[0] == chosen.experts[0]
+    assert load_selection(by_stats).model == chosen.model == load_stats(stats).model.fingerprint
+    output = tmp_path / "smallest.json"
+    bound = ("--max-rise", "0.01%", "--held-out", data / "d.safetensors")
+    assert run("select", *model, *bound, "--stats", stats, "--output", output) == 0
+    found = load_selection(output)
+    losses = {int(kept): loss for kept, loss in found.data["losses"].items()}
+    bound = found.data["full_loss"] * 1.0001
+    assert losses[8] == found.data["full_loss"]
+    assert losses[found.num_kept[0]] <= bound
+    assert all(loss > bound for kept, loss in losses.items() if kept < found.num_kept[0])
+
+
+def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_path, capfd):
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint / "iter_0000002", cut / "iter_0000002")
+    (cut / "latest_checkpointed_iteration.txt").write_text("2")
+    part = max(cut.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[:2000])
+    (tmp_path / "d.jsonl").write_text('{"text": "5 600"}')
+    output = tmp_path / "out" / "s.safetensors"
+    for arguments, what in [
+        (("--checkpoint", cut, "--data", data / "d.jsonl"), "cut short"),
+        (("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl"), "vocabulary.*5 to 600"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            run("stats", *arguments, "--output", output)
+        assert stopped.value.code == 2
+        errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+        assert len(errors) == 1
+        assert re.search(what, errors[0])
+    assert list(output.parent.iterdir()) == []

@@ -1,0 +1,95 @@
+"""Statistics and loss of a Megatron model: the same under every layout, and what the definitions say."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from support import studies
+
+LAYOUTS = {
+    "dp2": {"world": 2},
+    "ep2": {"world": 2, "expert_model_parallel_size": 2},
+    "tp2": {"world": 2, "tensor_model_parallel_size": 2},
+    "pp2": {"world": 2, "pipeline_model_parallel_size": 2},
+    "tp2-ep2-pp2": {
+        "world": 4,
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+    },
+    "dp2-ep4": {"world": 4, "expert_model_parallel_size": 4},
+}
+KEPT = ((True, False, True, True, False, False, True, False),) * 3
+
+
+@pytest.fixture(scope="module")
+def single(ranks):
+    """What one process measures."""
+    return functools.cache(lambda **options: ranks(1).run(studies.measure, layout={}, **options)[0])
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name in ("count_LE", "together_LEE", "num_tokens", "tokens"):
+        assert torch.equal(torch.as_tensor(got[name]), torch.as_tensor(want[name])), name
+    for name in want.keys() - {"count_LE", "together_LEE"}:
+        torch.testing.assert_close(
+            torch.as_tensor(got[name]), torch.as_tensor(want[name]), rtol=1e-5, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(sizes, id=name, marks=[pytest.mark.slow] if name == "dp2-ep4" else [])
+        for name, sizes in LAYOUTS.items()
+    ],
+)
+def test_every_layout_measures_what_one_process_does(ranks, single, layout):
+    world = layout["world"]
+    sizes = {name: size for name, size in layout.items() if name != "world"}
+    for answer in ranks(world).run(studies.measure, layout=sizes):
+        assert_same(answer, single())
+
+
+def test_the_sums_are_what_the_definitions_say(ranks, single):
+    """Document by document, token by token: also no document sees another one, and padding counts nowhere."""
+    want = ranks(1).run(studies.by_definition)[0]
+    for name, tensor in want.items():
+        torch.testing.assert_close(single()[name].double(), tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_that_are_left_out_are_not_used_and_cost_something(ranks, single):
+    restricted = single(allowed=KEPT)
+    assert (restricted["count_LE"][~torch.tensor(KEPT)] == 0).all()
+    assert (restricted["count_LE"].sum(-1) == 2 * restricted["tokens"]).all()
+    # what a router would like to use shows all the same
+    assert (restricted["probability_LE"] > 0).all()
+    torch.testing.assert_close(restricted["probability_LE"][0], single()["probability_LE"][0])
+    assert abs(restricted["nats"] - single()["nats"]) > 1e-4
+    layout = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}
+    assert_same(ranks(2).run(studies.measure, layout=layout, allowed=KEPT)[1], restricted)
+
+
+def test_tokens_gathered_by_everyone_and_experts_outnumbering_the_width(ranks):
+    """The allgather dispatcher; and lengths that go home in several messages."""
+    config = {"hidden_size": 4, "num_attention_heads": 2, "moe_token_dispatcher_type": "allgather"}
+    want = ranks(1).run(studies.measure, layout={}, config=config)[0]
+    layout = {"expert_model_parallel_size": 2}
+    assert_same(ranks(2).run(studies.measure, layout=layout, config=config)[0], want)
+
+
+def test_without_looking_at_outputs_nothing_is_said_of_them(single):
+    plain = single(outputs=False)
+    assert plain.keys() == single().keys() - {"norm_LE", "change_LE"}
+    assert torch.equal(plain["count_LE"], single()["count_LE"])
+
+
+def test_expert_tensor_parallelism_is_refused_where_outputs_are_needed(ranks, single):
+    layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    answer = ranks(2).run(studies.measure, layout=layout, outputs=False)[0]
+    assert_same(answer, single(outputs=False))
+    with pytest.raises(RuntimeError, match="--expert-tensor-parallel-size 1; got 2"):
+        ranks(2).run(studies.measure, layout=layout)

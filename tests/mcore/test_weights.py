@@ -1,0 +1,166 @@
+"""The reader gives weights by one set of names, whatever layout wrote them; the writer writes the same bits."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from support import checkpoints
+from support.checkpoints import ARGS, UNEQUAL
+
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.mcore.weights_writer import LazyWeight, write_checkpoint
+
+EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory):
+    """A checkpoint of equal layers, which Megatron stacks, and what it holds."""
+    folder = tmp_path_factory.mktemp("saved") / "parent"
+    (weights,) = ranks(1).run(checkpoints.save, folder=str(folder), layout={}, config={})
+    return folder, weights
+
+
+def _same(checkpoint, weights):
+    assert set(checkpoint.names) == set(weights)
+    return [n for n, w in weights.items() if not torch.equal(checkpoint.read(n), w)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "singletons"),
+    [
+        ({"expert_model_parallel_size": 2}, False),
+        ({"tensor_model_parallel_size": 2}, True),
+        ({"pipeline_model_parallel_size": 2}, True),
+    ],
+    ids=["EP2", "TP2 one by one", "PP2 one by one"],
+)
+def test_one_set_of_names(ranks, saved, tmp_path, layout, singletons):
+    folder, weights = saved
+    ranks(2).run(
+        checkpoints.save,
+        folder=str(tmp_path / "again"),
+        layout=layout,
+        config={},
+        singletons=singletons,
+        source=str(folder),
+    )
+    assert _same(MegatronCheckpoint(tmp_path / "again"), weights) == []
+
+
+def test_layers_with_names_of_their_own(ranks, tmp_path):
+    (weights,) = ranks(1).run(
+        checkpoints.save, folder=str(tmp_path / "a"), layout={}, config=UNEQUAL
+    )
+    reader = MegatronCheckpoint(tmp_path / "a")
+    assert _same(reader, weights) == []
+    assert reader.moe_layers == (2, 3, 4)
+
+
+def test_slices(saved):
+    folder, weights = saved
+    reader = MegatronCheckpoint(folder)
+    whole = weights[EXPERTS]
+    for index in (3, -1, slice(2, 7, 2), [5, 0, 5], slice(4, 4)):
+        assert torch.equal(reader.read(EXPERTS, index), whole[index])
+    assert torch.equal(reader.read_box(EXPERTS, (2, 5, 1), (3, 20, 4)), whole[2:5, 5:25, 1:5])
+    with pytest.raises(IndexError):
+        reader.read(EXPERTS, 8)
+    with pytest.raises(KeyError):
+        reader.read("decoder.layers.9.mlp.router.weight")
+
+
+def test_layers_and_flags(saved):
+    folder, weights = saved
+    reader = MegatronCheckpoint(folder / "iter_0000007")
+    assert reader.moe_layers == (1, 2)
+    view = reader.layer_view(2)
+    assert torch.equal(
+        view.read("mlp.router.weight"), weights["decoder.layers.1.mlp.router.weight"]
+    )
+    assert reader.args.num_experts == ARGS["num_experts"]
+    with pytest.raises(ValueError, match="no layer 3"):
+        reader.layer_view(3)
+
+
+@pytest.mark.parametrize("is_lazy", [False, True], ids=["tensors", "lazy"])
+def test_written_bits(saved, tmp_path, is_lazy):
+    folder, weights = saved
+    given = weights
+    if is_lazy:
+        given = {
+            name: LazyWeight(shape=tuple(w.shape), dtype=w.dtype, rows=lambda a, b, w=w: w[a:b])
+            for name, w in weights.items()
+        }
+    args = MegatronCheckpoint(folder).args
+    written = MegatronCheckpoint(write_checkpoint(tmp_path / "written", given, args=args))
+    assert _same(written, weights) == []
+    assert written.path.name == "release"
+    assert written.args.consumed_train_samples == 0
+    assert written.args.tensor_model_parallel_size == 1
+    # the caller's flags are left as they were
+    assert args.consumed_train_samples == 1000
+
+
+def test_nothing_is_left_of_a_failure(saved, tmp_path):
+    folder, weights = saved
+
+    def fail(start, stop):
+        raise ValueError("cannot make it")
+
+    bad = {**weights, EXPERTS: LazyWeight(shape=(8, 32, 32), dtype=torch.float32, rows=fail)}
+    with pytest.raises(ValueError, match="cannot make it"):
+        write_checkpoint(tmp_path / "written", bad, args=MegatronCheckpoint(folder).args)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "written").mkdir()
+    with pytest.raises(ValueError, match="exists"):
+        write_checkpoint(tmp_path / "written", weights, args=MegatronCheckpoint(folder).args)
+
+
+def test_stock_names_are_all_there(saved, tmp_path):
+    """Megatron asks for its layers' empty objects too."""
+    folder, weights = saved
+    apart = MegatronCheckpoint(folder)._metadata.state_dict_metadata
+    written = write_checkpoint(tmp_path / "w", weights, args=MegatronCheckpoint(folder).args)
+    names = MegatronCheckpoint(written)._metadata.state_dict_metadata
+    wanted = {
+        key.replace("decoder.layers.", f"decoder.layers.{layer}.")
+        .replace(f"shard_{layer}.", "shard_")
+        .replace("_2.8", "_8")
+        .replace(f"shard_{layer}_2", "shard_0_1")
+        for key in apart
+        if "_extra_state" in key
+        for layer in [int(key.rpartition("shard_")[2][0])]
+    }
+    assert wanted
+    assert wanted <= set(names)
+
+
+def test_damage_is_told(saved, tmp_path):
+    folder, _ = saved
+    copy = tmp_path / "copy"
+
+    def damaged(change):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy / "iter_0000007")
+        return pytest.raises(ValueError, match=r"not whole|not a torch_dist|no checkpoint")
+
+    def data_file(path):
+        return max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+
+    def cut(path):
+        file = data_file(path)
+        file.write_bytes(file.read_bytes()[:-5000])
+
+    for change in (
+        lambda path: data_file(path).unlink(),
+        cut,
+        lambda path: (path / "metadata.json").unlink(),
+        lambda path: (path / ".metadata").unlink(),
+        shutil.rmtree,
+    ):
+        with damaged(change):
+            MegatronCheckpoint(copy)

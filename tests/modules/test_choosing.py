@@ -1,0 +1,136 @@
+"""The command select and its options, up to the Selection file; on a made-up model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from support import experts
+
+from emo_megatron.modules.choosing import merge_files, select
+from emo_megatron.modules.options import MergeStatsOptions, ModelOptions, SelectOptions
+from emo_megatron.modules.selection import load_selection
+from emo_megatron.modules.stats import load_stats
+
+CHECKPOINT = Path("checkpoint")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two statistics files."""
+    return tuple(
+        experts.statistics(count, name=name).save(tmp_path / f"{name}.safetensors")
+        for count, name in ((3, "one"), (5, "two"))
+    )
+
+
+def test_a_selection_says_where_it_comes_from(files, tmp_path):
+    options = SelectOptions(stats=files, keep="4", output=tmp_path / "s.json")
+    chosen = select(options)
+    assert load_selection(tmp_path / "s.json") == chosen
+    assert chosen.num_kept == (3, 3, 3)
+    assert chosen.keep_k(num_shared=1) == 4
+    assert (chosen.method, chosen.seed, chosen.model) == ("mean_prob", None, "f00d")
+    assert [entry["file"] for entry in chosen.data["calibration"]] == ["one", "two"]
+
+
+def test_random_needs_no_scores_and_tells_its_seed(files, tmp_path):
+    options = SelectOptions(
+        stats=files[:1], keep="50%", method="random", seed=6, output=tmp_path / "s.json"
+    )
+    assert select(options).seed == 6
+    assert select(options) != select(dataclasses.replace(options, seed=7))
+
+
+def test_a_budget_is_noted(files, tmp_path):
+    options = SelectOptions(stats=files, budget_mb=0.118, output=tmp_path / "s.json")
+    chosen = select(options)
+    assert chosen.num_kept == (3, 3, 3)
+    assert chosen.data["budget_mb"] == 0.118
+
+
+def test_the_smallest_module_notes_its_losses(files, tmp_path):
+    options = SelectOptions(
+        stats=files,
+        max_rise="10%",
+        held_out=Path("held-out"),
+        checkpoint=CHECKPOINT,
+        output=tmp_path / "s.json",
+    )
+    model = experts.MadeUpModel(lambda kept: 2.0 + (8 - kept) / 20)
+    chosen = select(options, model=model, held_out=experts.documents(2, name="held-out"))
+    assert chosen.num_kept == (4, 4, 4)
+    assert chosen.data["held_out"]["file"] == "held-out"
+    assert chosen.data["max_rise"] == "10%"
+    assert chosen.data["full_loss"] == 2.0
+    assert chosen.data["losses"]["4"] == pytest.approx(2.2)
+    assert model.seen == []
+
+
+def test_without_statistics_the_model_is_measured_now(tmp_path):
+    options = SelectOptions(
+        checkpoint=CHECKPOINT,
+        data=Path("data"),
+        method="reap",
+        keep="4",
+        output=tmp_path / "s.json",
+    )
+    chosen = select(options, model=experts.MadeUpModel(), documents=experts.documents(4))
+    assert chosen.data["calibration"] == [experts.documents(4).source]
+    assert chosen.experts[0] == (0, 1, 2)
+
+
+def test_statistics_of_another_model_are_refused(files, tmp_path):
+    options = SelectOptions(
+        stats=files,
+        max_rise="1%",
+        held_out=Path("held-out"),
+        checkpoint=CHECKPOINT,
+        output=tmp_path / "s.json",
+    )
+    other = experts.MadeUpModel(facts=dataclasses.replace(experts.FACTS, fingerprint="beef"))
+    with pytest.raises(ValueError, match="different models"):
+        select(options, model=other, held_out=experts.documents(2))
+    assert not (tmp_path / "s.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"stats": 1}, "one of --keep, --max-rise and --budget-mb.*got none"),
+        ({"stats": 1, "keep": "4", "budget_mb": 3.0}, "got --keep and --budget-mb"),
+        ({"keep": "4"}, "give --stats, or --checkpoint and --data"),
+        ({"keep": "4", "checkpoint": 1}, "--method mean_prob needs calibration .* or --stats"),
+        ({"keep": "4", "stats": 1, "method": "layerwise"}, "layerwise runs the model"),
+        ({"keep": "4", "checkpoint": 1, "method": "layerwise"}, "layerwise needs calibration"),
+        ({"stats": 1, "max_rise": "1%", "checkpoint": 1}, "--max-rise needs --held-out"),
+        ({"stats": 1, "max_rise": "1%", "held_out": 1}, "--max-rise runs the model"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, what):
+    places = {"stats": (Path("s"),), "checkpoint": CHECKPOINT, "held_out": Path("h")}
+    given = {name: places[name] if value == 1 else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=what):
+        SelectOptions(output=Path("s.json"), **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"rows": 0}, "--rows must be 1 or more; got 0"),
+        ({"processes": 3, "tensor_parallel": 2}, "--processes must be a multiple.*got 3"),
+        ({"processes": 4, "pipeline_parallel": 2, "expert_parallel": 4}, "got 4"),
+    ],
+)
+def test_impossible_layouts_are_refused(options, what):
+    with pytest.raises(ValueError, match=what):
+        ModelOptions(**options)
+
+
+def test_merging_files_adds_them_up(files, tmp_path):
+    options = MergeStatsOptions(stats=files, output=tmp_path / "both.safetensors")
+    merged = load_stats(merge_files(options))
+    assert merged.num_documents == 8
+    with pytest.raises(ValueError, match="exists"):
+        merge_files(options)

@@ -1,0 +1,226 @@
+"""Statistics of Hugging Face models: against their own layers, one expert at a time, and with experts left out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+transformers = pytest.importorskip("transformers")
+
+from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face  # noqa: E402
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+KINDS = {
+    "olmoe": {"intermediate_size": 8, "norm_topk_prob": False},
+    "qwen2_moe": {
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": False,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 8,
+        "head_dim": 4,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
+}
+SHARED = {"olmoe": 0, "qwen2_moe": 2, "qwen3_moe": 0}
+
+
+def documents():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 64, (n,), generator=generator) for n in (1, 7, 30, 12)]
+
+
+def model(kind):
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model(kind, **SIZES | KINDS[kind])
+    built = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    return built
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def study(built):
+    return HuggingFaceStudy(built, seq_length=16, rows_at_once=3)
+
+
+def blocks(built):
+    return [layer.mlp for layer in built.model.layers if hasattr(layer.mlp, "experts")]
+
+
+@torch.no_grad()
+def by_definition(built):
+    """The sums again: piece by piece, token by token, one expert at a time."""
+    seen = [[] for _ in blocks(built)]
+    handles = [
+        block.register_forward_hook(
+            lambda module, inputs, output, into=into: into.append((inputs[0], output.clone()))
+        )
+        for block, into in zip(blocks(built), seen, strict=True)
+    ]
+    for piece in (piece for document in documents() for piece in document.split(16)):
+        built(input_ids=piece[None])
+    for handle in handles:
+        handle.remove()
+    shape = (len(seen), 8)
+    names = ("probability_LE", "count_LE", "norm_LE", "change_LE")
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
+    for place, (block, tokens) in enumerate(zip(blocks(built), seen, strict=True)):
+        for inputs, outputs in tokens:
+            for h, out in zip(inputs.flatten(0, 1), outputs.flatten(0, 1), strict=True):
+                probs = (block.gate.weight @ h).softmax(0)
+                gates, chosen = probs.topk(2)
+                if built.config.norm_topk_prob:
+                    gates = gates / gates.sum()
+                change = 1 - torch.cosine_similarity(h, h + out, dim=0)
+                sums["probability_LE"][place] += probs
+                for gate, expert in zip(gates, chosen, strict=True):
+                    one = block.experts(h[None], expert.view(1, 1), torch.ones(1, 1))
+                    sums["count_LE"][place, expert] += 1
+                    sums["norm_LE"][place, expert] += gate * one.norm()
+                    sums["change_LE"][place, expert] += gate * one.norm() * change.clamp(min=0)
+    return sums
+
+
+def test_the_sums_are_what_the_definitions_say(kind):
+    built = model(kind).eval()
+    stats = study(built).statistics(documents(), outputs=True)
+    assert stats.num_tokens == 50
+    for name, tensor in by_definition(built).items():
+        torch.testing.assert_close(stats.tensors()[name].double(), tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_facts_are_the_models(kind):
+    built = model(kind)
+    facts = study(built).facts
+    assert (facts.num_experts, facts.top_k, facts.num_shared) == (8, 2, SHARED[kind])
+    assert facts.layers == ((2, 3) if kind == "qwen2_moe" else (1, 2, 3))
+    # gate, up and down projection, and a router row
+    assert facts.expert_parameters == 3 * 8 * 16 + 16
+    experts = facts.expert_parameters * 8 * len(facts.layers)
+    assert facts.other_parameters + experts == sum(p.numel() for p in built.parameters())
+
+
+@torch.no_grad()
+def test_the_loss_is_the_models_own(kind):
+    built = model(kind).eval()
+    total, count = 0.0, 0
+    for document in documents():
+        if len(document) > 1:
+            # a piece of 16 tokens sees nothing before it, and predicts the first token of the next one
+            for start in range(0, len(document), 16):
+                piece, labels = document[start : start + 16], document[start + 1 : start + 17]
+                logits = built(input_ids=piece[None]).logits[0, : len(labels)]
+                total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                count += len(labels)
+    loss = study(built).loss(documents())
+    assert loss.num_tokens == count == 46
+    assert loss.nats == pytest.approx(total / count, rel=1e-5)
+
+
+@torch.no_grad()
+def test_leaving_experts_out_is_a_model_without_them(kind):
+    built = model(kind).eval()
+    keep = torch.zeros(len(blocks(built)), 8, dtype=torch.bool)
+    kept = [[0, 2, 3], [1, 5, 7], [2, 4, 6]][: len(keep)]
+    for row, chosen in zip(keep, kept, strict=True):
+        row[chosen] = True
+    studied = study(built)
+    full = studied.loss(documents()).nats
+    restricted = studied.loss(documents(), allowed_LE=keep).nats
+    stats = studied.statistics(documents(), outputs=False, allowed_LE=keep)
+    assert (stats.count_LE[~keep] == 0).all()
+    assert (stats.probability_LE > 0).all()
+    # nothing is left behind
+    assert studied.loss(documents()).nats == full
+    for block, chosen in zip(blocks(built), kept, strict=True):
+        block.gate.weight = torch.nn.Parameter(block.gate.weight[chosen])
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(block.experts, name, torch.nn.Parameter(getattr(block.experts, name)[chosen]))
+        block.experts.num_experts = 3
+    assert study(built).loss(documents()).nats == pytest.approx(restricted, rel=1e-5)
+    assert abs(full - restricted) > 1e-3
+
+
+def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
+    from emo_megatron.modules.hf.emo import EMO
+    from emo_megatron.modules.hf.folder import HuggingFaceFolder, write_folder
+
+    parts = KINDS["qwen2_moe"] | {"mlp_only_layers": [], "shared_expert_intermediate_size": 8}
+    config = transformers.AutoConfig.for_model(
+        "qwen2_moe", **SIZES | parts | {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+    )
+    torch.manual_seed(3)
+    built = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("bias") or "shared_expert_gate" in name:
+                parameter.zero_()
+    stock, authors = tmp_path / "stock", tmp_path / "authors"
+    built.save_pretrained(stock)
+    authors.mkdir()
+    stored = HuggingFaceFolder(stock)
+    write_folder(
+        authors,
+        format=EMO,
+        architecture=stored.architecture,
+        read=stored.weight,
+        dtype=torch.float32,
+        extra_config={},
+    )
+    assert json.loads((authors / "config.json").read_text())["model_type"] == "emo"
+    one, other = (study(load_hugging_face(folder)) for folder in (stock, authors))
+    assert one.facts == other.facts
+    assert one.facts.num_shared == 1
+    want = one.statistics(documents(), outputs=True)
+    for name, tensor in other.statistics(documents(), outputs=True).tensors().items():
+        assert torch.equal(tensor, want.tensors()[name])
+
+
+def test_other_models_are_refused(tmp_path):
+    config = transformers.AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"olmoe.* says llama"):
+        load_hugging_face(tmp_path)
+
+
+def test_commands_on_a_folder(tmp_path, kind):
+    from emo_megatron import cli
+    from emo_megatron.modules.selection import load_selection
+
+    model(kind).save_pretrained(tmp_path / "model")
+    bounds = torch.tensor([0, *(len(d) for d in documents())]).cumsum(0)
+    save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
+    common = ["--checkpoint", f"{tmp_path}/model"]
+    data, stats = f"{tmp_path}/d.safetensors", f"{tmp_path}/s.safetensors"
+    assert cli.main(["stats", *common, "--data", data, "--output", stats]) == 0
+    assert load_file(stats)["count_LE"].sum() == 50 * 2 * (2 if kind == "qwen2_moe" else 3)
+    chosen = f"{tmp_path}/c.json"
+    bound = ["--max-rise", "5%", "--held-out", data, "--stats", stats]
+    assert cli.main(["select", *common, *bound, "--output", chosen]) == 0
+    losses = load_selection(chosen).data["losses"]
+    kept = load_selection(chosen).num_kept[0]
+    assert losses[str(kept)] <= 1.05 * losses["8"]
+    assert cli.main(["stats", *common, "--data", data, "--output", stats, "--processes", "2"]) == 2

@@ -1,0 +1,110 @@
+"""Statistics files: what they hold, that they add up, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import experts
+
+from emo_megatron.modules.stats import LayerSums, change_of, load_stats, merge_stats
+
+
+def assert_same(got, want):
+    assert got.tensors().keys() == want.tensors().keys()
+    for name, tensor in want.tensors().items():
+        assert torch.equal(got.tensors()[name], tensor), name
+    for name in ("model", "num_documents", "num_tokens", "data"):
+        assert getattr(got, name) == getattr(want, name)
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+def test_a_saved_file_is_read_back(tmp_path, outputs):
+    stats = experts.statistics(outputs=outputs)
+    assert_same(load_stats(stats.save(tmp_path / "new" / "s.safetensors")), stats)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.safetensors"]
+
+
+def test_scores_are_means():
+    stats = experts.statistics(5)
+    tokens = stats.num_tokens
+    torch.testing.assert_close(stats.mean_probability_LE * tokens, stats.probability_LE)
+    torch.testing.assert_close(stats.frequency_LE * tokens, stats.count_LE.double())
+    torch.testing.assert_close(stats.reap_LE * stats.count_LE, stats.norm_LE)
+    assert torch.equal(stats.easy_ep_LE, stats.change_LE)
+    unused = dataclasses.replace(
+        stats, count_LE=torch.zeros_like(stats.count_LE), norm_LE=torch.zeros_like(stats.norm_LE)
+    )
+    assert (unused.reap_LE == 0).all()
+
+
+def test_without_outputs_their_scores_are_refused():
+    stats = experts.statistics(outputs=False)
+    for name in ("reap_LE", "easy_ep_LE"):
+        with pytest.raises(ValueError, match="--outputs"):
+            getattr(stats, name)
+
+
+def test_parts_add_up_to_the_whole():
+    model, whole = experts.MadeUpModel(), experts.documents(7)
+    parts = [
+        model.statistics(whole.tokens[low:high], outputs=True) for low, high in ((0, 3), (3, 7))
+    ]
+    assert_same(merge_stats(parts), model.statistics(whole.tokens, outputs=True))
+
+
+def test_what_does_not_add_up_is_refused():
+    stats = experts.statistics(name="one")
+    other = dataclasses.replace(stats.model, fingerprint="beef")
+    with pytest.raises(ValueError, match=r"different models.*fingerprint f00d and beef"):
+        merge_stats([stats, experts.statistics(name="two", model=other)])
+    with pytest.raises(ValueError, match="same documents"):
+        merge_stats([stats, experts.statistics(name="two"), stats])
+    with pytest.raises(ValueError, match="--outputs for all or for none"):
+        merge_stats([stats, experts.statistics(name="two", outputs=False)])
+    with pytest.raises(ValueError, match="no statistics"):
+        merge_stats([])
+    # another format of the same model may hold other constants
+    same = dataclasses.replace(stats.model, other_parameters=7)
+    assert merge_stats([stats, experts.statistics(name="two", model=same)]).num_documents == 6
+
+
+def test_other_and_damaged_files_are_refused_by_name(tmp_path):
+    path = experts.statistics().save(tmp_path / "s.safetensors")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"s\.safetensors.*cut short"):
+        load_stats(path)
+    save_file({"tokens": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"s\.safetensors is no statistics file"):
+        load_stats(path)
+    with pytest.raises(FileNotFoundError, match="write one with stats"):
+        load_stats(tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match=r"count_LE must be \[3, 8\]"):
+        experts.statistics(count_LE=torch.zeros(3, 7, dtype=torch.int64))
+
+
+def test_sums_leave_out_padding():
+    sums = LayerSums(3, outputs=True, device="cpu")
+    sums.add(
+        probs_TE=torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]),
+        routing_map_TE=torch.tensor([[True, True, False], [True, True, True]]),
+        is_counted_T=torch.tensor([True, False]),
+        norms_TE=torch.tensor([[2.0, 4.0, 0.0], [9.0, 9.0, 9.0]]),
+        change_T=torch.tensor([0.5, 9.0]),
+    )
+    assert sums.probability_E.tolist() == [0.5, 0.25, 0.25]
+    assert sums.together_EE.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert sums.norm_E.tolist() == [2.0, 4.0, 0.0]
+    assert sums.change_E.tolist() == [1.0, 2.0, 0.0]
+
+
+def test_change_is_one_minus_the_cosine_and_never_negative():
+    before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    output = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [-2.0, 0.0]])
+    torch.testing.assert_close(change_of(before, output), torch.tensor([0.0, 1.0, 2.0]).double())
+    assert (change_of(before, before * 3) >= 0).all()
+    # a layer that hardly turns its input: 1 - cos(a) is a^2 / 2
+    slight = change_of(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1e-5]]))
+    assert slight.item() == pytest.approx(0.5e-10, rel=1e-4)

@@ -1,0 +1,68 @@
+"""The pass over calibration documents: it resumes, reuses what is whole, and leaves nothing half done."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from support import experts
+
+from emo_megatron.modules.stats import load_stats
+from emo_megatron.modules.study import collect_stats
+
+DOCUMENTS = experts.documents(7)
+
+
+def collect(model, output, **options):
+    return collect_stats(
+        model,
+        options.pop("documents", DOCUMENTS),
+        output=output,
+        outputs=options.pop("outputs", False),
+        documents_at_once=3,
+    )
+
+
+def test_an_interrupted_pass_goes_on_and_gives_the_whole(tmp_path):
+    output = tmp_path / "s.safetensors"
+    stopped = experts.MadeUpModel(fails_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        collect(stopped, output)
+    assert not output.exists()
+    again = experts.MadeUpModel()
+    resumed = collect(again, output)
+    assert [count for count, _ in again.seen] == [1]
+    whole = collect(experts.MadeUpModel(), tmp_path / "whole.safetensors")
+    for name, tensor in whole.tensors().items():
+        assert resumed.tensors()[name].equal(tensor)
+    assert resumed.num_documents == 7
+    assert resumed.data == (DOCUMENTS.source,)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.safetensors", "whole.safetensors"]
+
+
+def test_a_whole_file_is_not_measured_again_and_another_is_not_replaced(tmp_path):
+    output = tmp_path / "s.safetensors"
+    collect(experts.MadeUpModel(), output)
+    idle = experts.MadeUpModel()
+    assert collect(idle, output).num_documents == 7
+    assert idle.seen == []
+    before = output.read_bytes()
+    other = dataclasses.replace(experts.FACTS, fingerprint="beef")
+    for options in (
+        {"documents": experts.documents(2, name="other")},
+        {"outputs": True},
+        {"model": experts.MadeUpModel(facts=other)},
+    ):
+        with pytest.raises(ValueError, match="something else"):
+            collect(options.pop("model", experts.MadeUpModel()), output, **options)
+    assert output.read_bytes() == before
+
+
+def test_what_is_left_of_another_pass_is_not_gone_on_with(tmp_path):
+    output = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        collect(experts.MadeUpModel(fails_at=1), output, documents=experts.documents(5, name="b"))
+    model = experts.MadeUpModel()
+    collect(model, output)
+    assert sum(count for count, _ in model.seen) == 7
+    assert load_stats(output).data == (DOCUMENTS.source,)

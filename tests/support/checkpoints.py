@@ -1,0 +1,194 @@
+"""Checkpoints of a tiny pool model, written and loaded by Megatron under any layout, and what the models then say.
+
+Ranks import this file by its path, so it names its neighbours whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNEQUAL = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
+"""A dense layer before three MoE layers; without it, all layers are equal and Megatron stacks them."""
+ARGS = {
+    "num_experts": 8,
+    "moe_router_topk": 2,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "pool_min": 3,
+    "pool_max": 6,
+    "pool_min_decay_samples": 0,
+    "tensor_model_parallel_size": 2,
+    "consumed_train_samples": 1000,
+    "padded_vocab_size": 64,
+}
+
+
+def model(
+    config: dict[str, Any], *, layout: dict[str, int], stock: bool = False, seed: int = 5
+) -> Any:
+    """The model on this rank, its values by name and seed alone."""
+    from emo_megatron.config import PoolConfig
+    from support import shards, tiny
+
+    tiny.setup(**{"expert_tensor_parallel_size": 1} | layout)
+    built = tiny.model(None if stock else PoolConfig(pool_min=3), **config)
+    shards.initialise([built], seed=seed)
+    return built
+
+
+def save(
+    folder: str,
+    *,
+    layout: dict[str, int],
+    config: dict[str, Any],
+    singletons: bool = False,
+    source: str | None = None,
+    seed: int = 5,
+) -> dict[str, Tensor]:
+    """Write a model as Megatron's training does; with the values of `source`, another checkpoint, if that is given.
+
+    Returns:
+        Its state by the names that the reader gives, where one rank has all of it.
+    """
+    from megatron.core import dist_checkpointing, parallel_state
+
+    built = model(config, layout=layout, seed=seed)
+    if source is not None:
+        load(source, built)
+    path = Path(folder) / "iter_0000007"
+    if torch.distributed.get_rank() == 0:
+        path.mkdir(parents=True)
+        (Path(folder) / "latest_checkpointed_iteration.txt").write_text("7")
+    torch.distributed.barrier()
+    metadata = {"singleton_local_shards": singletons}
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    args = argparse.Namespace(**ARGS | {k: v for k, v in config.items() if k == "num_layers"})
+    state = built.sharded_state_dict(metadata=metadata | groups)
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 7}
+    dist_checkpointing.save({"model": state} | common, str(path), content_metadata=metadata)
+    return expected(built)
+
+
+def expected(built: Any) -> dict[str, Tensor]:
+    """The weights of a whole model by the reader's names."""
+    found: dict[str, Any] = {}
+    for name, value in built.state_dict().items():
+        if "_extra_state" in name:
+            continue
+        stem, _, rest = name.partition(".mlp.experts.local_experts.")
+        if rest:
+            expert, _, tensor = rest.partition(".")
+            found.setdefault(f"{stem}.mlp.experts.experts.{tensor}", {})[int(expert)] = value
+        else:
+            # a checkpoint names a norm by the projection that it feeds
+            name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+            name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+            found[name] = value
+    return {
+        name: torch.stack([value[e] for e in sorted(value)]) if isinstance(value, dict) else value
+        for name, value in found.items()
+    }
+
+
+def load(folder: str, built: Any) -> None:
+    """Load a checkpoint of weights as Megatron's training does: names by what the checkpoint says of itself."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    tracker = (Path(folder) / "latest_checkpointed_iteration.txt").read_text()
+    path = str(Path(folder) / (tracker if tracker == "release" else f"iter_{int(tracker):07d}"))
+    metadata = dist_checkpointing.load_content_metadata(path) or {}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = built.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    built.load_state_dict(dist_checkpointing.load({"model": state}, path)["model"])
+
+
+def logits(
+    folder: str,
+    *,
+    layout: dict[str, int],
+    config: dict[str, Any],
+    stock: bool = False,
+    allowed: list[list[bool]] | None = None,
+) -> Tensor | None:
+    """Logits of fixed tokens from a checkpoint, on ranks of the last pipeline stage and tensor rank 0.
+
+    Args:
+        stock: Megatron's own layers and router.
+        allowed: [L, E], experts that a pool model's routers are limited to.
+    """
+    from emo_megatron.mcore.router import PoolRouter
+
+    built = model(config, layout=layout, stock=stock, seed=6).eval()
+    load(folder, built)
+    if allowed is not None:
+        routers = [m for m in built.modules() if isinstance(m, PoolRouter)]
+        for router, row in zip(routers, allowed, strict=True):
+            router.allowed_experts = torch.tensor(row)
+    return forward(built)
+
+
+@torch.no_grad()
+def forward(built: Any) -> Tensor | None:
+    """Logits [b, s, V] of fixed tokens, through the pipeline's stages if there are several."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from support import tiny
+
+    tokens = torch.randint(tiny.VOCAB, (2, tiny.SEQ), generator=torch.Generator().manual_seed(9))
+    seen: list[Tensor] = []
+
+    def step(iterator: Any, stage: Any) -> Any:
+        output = stage(tokens, torch.arange(tiny.SEQ).expand(2, -1), None)
+
+        def keep(result: Tensor, non_loss_data: bool = False) -> Any:
+            seen.append(result.detach().clone())
+            return result.sum(), {}
+
+        return output, keep
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=None,
+        model=built,
+        num_microbatches=1,
+        seq_length=tiny.SEQ,
+        micro_batch_size=2,
+        forward_only=True,
+    )
+    if not parallel_state.is_pipeline_last_stage():
+        return None
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    whole = gather_from_tensor_model_parallel_region(seen[0])
+    return whole if parallel_state.get_tensor_model_parallel_rank() == 0 else None
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """What a composition or a merge says of itself."""
+    return dict(json.loads((folder / "report.json").read_text()))
+
+
+def selection_of(folder: Path, kept: list[list[int]], **changes: Any) -> Any:
+    """The Selection that keeps these experts, layer by layer, of a checkpoint's model."""
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.selection import Selection, router_fingerprint
+
+    parent = MegatronCheckpoint(folder)
+    routers = [parent.layer_view(n).read("mlp.router.weight") for n in parent.moe_layers]
+    fields: dict[str, Any] = {
+        "num_experts": 8,
+        "experts": tuple(map(tuple, kept)),
+        "layers": parent.moe_layers,
+        "method": "mean_prob",
+        "seed": None,
+        "model": router_fingerprint(routers),
+        "data": {"documents": 3},
+    }
+    return Selection(**fields | changes)

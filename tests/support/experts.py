@@ -1,0 +1,88 @@
+"""Statistics and a studied model that are made up, for what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
+from emo_megatron.modules.study import Loss
+
+FACTS = ModelFacts(
+    fingerprint="f00d",
+    num_experts=8,
+    num_shared=1,
+    top_k=2,
+    layers=(2, 3, 4),
+    expert_parameters=1000,
+    other_parameters=50_000,
+)
+
+
+def documents(count: int, *, name: str = "some") -> Documents:
+    tokens = tuple(torch.arange(1, 3 + at) for at in range(count))
+    return Documents(tokens=tokens, source={"file": name, "sha256": name * 4, "documents": count})
+
+
+class MadeUpModel:
+    """Expert e's share of a document's tokens grows with e and differs by layer and document; losses are a function.
+
+    Args:
+        loss: experts kept in the first layer -> nats.
+        facts: what it is.
+        fails_at: the call of `statistics`, from 0, that is interrupted.
+    """
+
+    is_writer = True
+
+    def __init__(
+        self,
+        loss: Callable[[int], float] = lambda kept: 1.0,
+        *,
+        facts: ModelFacts = FACTS,
+        fails_at: int | None = None,
+    ) -> None:
+        self.facts, self._loss, self._fails_at = facts, loss, fails_at
+        self.seen: list[tuple[int, list[list[bool]] | None]] = []
+
+    def statistics(
+        self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
+    ) -> ExpertStatistics:
+        if len(self.seen) == self._fails_at:
+            raise KeyboardInterrupt
+        self.seen.append((len(documents), None if allowed_LE is None else allowed_LE.tolist()))
+        num_layers, num_experts = len(self.facts.layers), self.facts.num_experts
+        tokens = sum(document.numel() for document in documents)
+        rank_LE = (torch.arange(num_experts) + 3 * torch.arange(num_layers)[:, None]) % num_experts
+        weight_LE = rank_LE.double() + 1
+        if allowed_LE is not None:
+            # what earlier layers have left changes what later ones see
+            gone_L = (~allowed_LE).sum(-1).cumsum(0) - (~allowed_LE).sum(-1)
+            weight_LE = (weight_LE + gone_L[:, None]) % (num_experts + 1)
+        count_LE = weight_LE.long() * tokens
+        return ExpertStatistics(
+            model=self.facts,
+            num_documents=len(documents),
+            num_tokens=tokens,
+            probability_LE=weight_LE * tokens,
+            count_LE=count_LE,
+            together_LEE=torch.diag_embed(count_LE),
+            norm_LE=(num_experts - weight_LE) * tokens if outputs else None,
+            change_LE=1.0 / (1 + weight_LE) * tokens if outputs else None,
+        )
+
+    def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
+        kept = self.facts.num_experts if allowed_LE is None else int(allowed_LE[0].sum())
+        return Loss(nats=self._loss(kept), num_tokens=10)
+
+
+def statistics(count: int = 3, *, outputs: bool = True, **changes: Any) -> ExpertStatistics:
+    import dataclasses
+
+    source = documents(count, name=changes.pop("name", "some"))
+    stats = MadeUpModel().statistics(source.tokens, outputs=outputs)
+    return dataclasses.replace(stats.of(source.source), **changes)

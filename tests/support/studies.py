@@ -1,0 +1,112 @@
+"""A small MoE under study in the ranks of a layout, and the documents it is studied with.
+
+Ranks import this file by its path, so it names its neighbours whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEQ_LENGTH = 24
+
+
+def documents(count: int = 23, *, seed: int = 3) -> list[Tensor]:
+    """Documents of 1 to 40 tokens: some longer than a row."""
+    from support import tiny
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1, *torch.randint(2, 41, (count - 1,), generator=generator).tolist()]
+    return [torch.randint(1, tiny.VOCAB, (n,), generator=generator) for n in lengths]
+
+
+def study(layout: dict[str, int], **config: Any) -> Any:
+    """A MegatronStudy of the same model under any layout: three MoE layers after a dense one."""
+    from emo_megatron.config import PoolConfig
+    from emo_megatron.mcore.study import MegatronStudy
+    from emo_megatron.modules.stats import ModelFacts
+    from support import shards, tiny
+
+    tiny.setup(**{"expert_tensor_parallel_size": 1} | layout)
+    options: dict[str, Any] = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
+    model = tiny.model(PoolConfig(pool_min=3), **options | config)
+    shards.initialise([model], seed=5)
+    facts = ModelFacts(
+        fingerprint="f00d",
+        num_experts=8,
+        num_shared=1,
+        top_k=2,
+        layers=(2, 3, 4),
+        expert_parameters=1,
+        other_parameters=1,
+    )
+    return MegatronStudy(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
+
+
+def measure(
+    layout: dict[str, int],
+    *,
+    outputs: bool = True,
+    allowed: list[list[bool]] | None = None,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Statistics and loss of the test documents, as plain values."""
+    studied = study(layout, **config or {})
+    allowed_LE = None if allowed is None else torch.tensor(allowed)
+    stats = studied.statistics(documents(), outputs=outputs, allowed_LE=allowed_LE)
+    loss = studied.loss(documents(), allowed_LE=allowed_LE)
+    return stats.tensors() | dataclasses.asdict(loss) | {"tokens": stats.num_tokens}
+
+
+def by_definition() -> dict[str, Tensor]:
+    """The statistics of one process again, document by document, token by token, expert by expert."""
+    from emo_megatron.modules.calibration import pack_rows
+
+    studied = study({})
+    model = studied._model
+    layers = [block.mlp for block in model.decoder.layers[1:]]
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    handles = [
+        layer.register_forward_hook(
+            # the residual is added in place afterwards
+            lambda module, inputs, output, into=into: into.append((inputs[0], output[0].clone()))
+        )
+        for layer, into in zip(layers, seen, strict=True)
+    ]
+    pieces = [p for d in documents() for p in d.split(SEQ_LENGTH)]
+    for row in (row for piece in pieces for row in pack_rows([piece], seq_length=len(piece))):
+        positions = torch.arange(len(row.tokens_S))[None]
+        with torch.no_grad():
+            model(row.tokens_S[None], positions, None)
+    for handle in handles:
+        handle.remove()
+    names = ("probability_LE", "count_LE", "norm_LE", "change_LE")
+    sums = {name: torch.zeros(len(layers), 8, dtype=torch.float64) for name in names}
+    sums["together_LEE"] = torch.zeros(len(layers), 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for index, (layer, tokens) in enumerate(zip(layers, seen, strict=True)):
+            for inputs, outputs in tokens:
+                for h, out in zip(inputs.flatten(0, 1), outputs.flatten(0, 1), strict=True):
+                    _add_token(layer, h, out, {k: v[index] for k, v in sums.items()})
+    return sums
+
+
+def _add_token(layer: Any, h: Tensor, out: Tensor, sums: dict[str, Tensor]) -> None:
+    logits = layer.router.weight.double() @ h.double()
+    sums["probability_LE"] += logits.softmax(0)
+    chosen = logits.topk(2).indices
+    gates = logits[chosen].softmax(0)
+    after = h + out
+    change = max(0.0, 1 - float(h @ after / (h.norm() * after.norm())))
+    for expert, gate in zip(chosen.tolist(), gates, strict=True):
+        output, _ = layer.experts.local_experts[expert](h[None], torch.ones(1))
+        length = float(gate) * float(output.norm())
+        sums["count_LE"][expert] += 1
+        sums["norm_LE"][expert] += length
+        sums["change_LE"][expert] += length * change
+    for one in chosen.tolist():
+        for other in chosen.tolist():
+            sums["together_LEE"][one, other] += 1

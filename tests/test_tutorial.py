@@ -1,0 +1,209 @@
+"""docs/modules.md keeps its word: its six commands, as they stand there, lead from a checkpoint to a served module."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import checkpoints, words
+
+from emo_megatron.modules.selection import load_selection
+from emo_megatron.modules.stats import load_stats
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "modules.md").read_text()
+COMMANDS = re.findall(r"```bash\n(.*?)\n```", PAGE, flags=re.DOTALL)
+RUN = Path("runs/demo")
+VOCAB = 64
+
+
+def save_checkpoint(folder: str, tokenizer: str) -> None:
+    """A tiny EMO with the flags of a run, tokenizer and pools included."""
+    from support import tiny
+
+    from emo_megatron.mcore.hf_flags import flags_of
+    from emo_megatron.mcore.hf_names import FUSED_NORM
+    from emo_megatron.modules.hf.architecture import Architecture
+
+    assert tiny.VOCAB == VOCAB
+    model = Architecture(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=8,
+        num_experts=16,
+        top_k=2,
+        expert_hidden=16,
+        shared_hidden=16,
+        renormalise=False,
+        max_positions=64,
+        norm_eps=1e-5,
+    )
+    flags = flags_of(
+        model,
+        dtype=torch.float32,
+        moe_norm=FUSED_NORM,
+        pools={"pool_min": 3},
+        tokenizer=Path(tokenizer),
+    )
+    checkpoints.ARGS = vars(flags) | {"consumed_train_samples": 16, "seq_length": 64}
+    checkpoints.save(folder, layout={}, config={"num_moe_experts": 16})
+
+
+def write_text(path: Path, *, seed: int) -> None:
+    """Documents of random words, each with its end, as the demo's corpus stores them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 50, (8,), generator=generator).tolist()
+    documents = [
+        torch.cat([torch.randint(2, VOCAB, (n,), generator=generator), torch.zeros(1).long()])
+        for n in lengths
+    ]
+    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"tokens": torch.cat(documents).int(), "cu_seqlens": bounds.int()}, path)
+
+
+def environment() -> dict[str, str]:
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+        "EMO_DEVICE": "cpu",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(ranks, tmp_path_factory):
+    """What `make demo` leaves, and what the first five commands make of it; with what they printed."""
+    root = tmp_path_factory.mktemp("tutorial")
+    tokenizer = words.write_tokenizer(root / RUN / "corpus" / "tokenizer", size=VOCAB)
+    for split, seed in (("calibration", 1), ("validation", 11)):
+        for place, domain in enumerate(("python", "french")):
+            write_text(root / RUN / "corpus" / split / f"{domain}.safetensors", seed=seed + place)
+    checkpoint = root / RUN / "emo" / "checkpoint"
+    ranks(1).run(save_checkpoint, folder=str(checkpoint), tokenizer=str(tokenizer))
+    printed = []
+    for command in COMMANDS[:5]:
+        done = subprocess.run(
+            shlex.split(command),
+            cwd=root,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, command + done.stdout + done.stderr[-3000:]
+        printed.append(done.stdout)
+    return root, printed
+
+
+def test_there_are_six_commands():
+    names = [shlex.split(command)[:4][-1] for command in COMMANDS[:5]]
+    assert names == ["stats", "select", "retention", "extract", "export"]
+    assert len(COMMANDS) == 6
+    assert COMMANDS[5] == "transformers serve runs/python/hf"
+
+
+def test_every_command_leaves_what_the_next_one_takes(folder):
+    root, printed = folder
+    stats = load_stats(root / "runs/python/stats.safetensors")
+    selection = load_selection(root / "runs/python/selection.json")
+    # a quarter of seventeen, the shared expert included
+    assert selection.keep_k(num_shared=stats.model.num_shared) == 4
+    best = stats.mean_probability_LE.topk(3).indices.sort(-1).values
+    assert selection.experts == tuple(map(tuple, best.tolist()))
+    assert "Fewest experts within 1.0% of the loss" in printed[2]
+    config = json.loads((root / "runs/python/hf/config.json").read_text())
+    assert (config["model_type"], config["num_experts"]) == ("qwen2_moe", 3)
+    assert "parity with Megatron" in printed[4]
+
+
+def test_the_module_in_stock_transformers_loses_what_was_measured(folder):
+    """Command 3 restricts the router in Megatron; what command 5 wrote has the experts alone."""
+    from transformers import AutoModelForCausalLM
+
+    from emo_megatron.modules.calibration import Calibration, load_documents
+
+    root, _ = folder
+    rows = json.loads((root / "runs/python/retention/retention.json").read_text())
+    (row,) = [
+        row
+        for row in rows
+        if row["method"] == "mean_prob"
+        and (row["domain"], row["evaluated_on"], row["num_experts_kept"]) == ("python", "python", 3)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(root / "runs/python/hf", dtype=torch.float32)
+    held_out = root / RUN / "corpus" / "validation" / "python.safetensors"
+    nats, count = 0.0, 0
+    for document in load_documents(held_out, calibration=Calibration()).tokens:
+        with torch.no_grad():
+            logits_TV = model(document[None]).logits[0, :-1]
+        nats += float(torch.nn.functional.cross_entropy(logits_TV, document[1:], reduction="sum"))
+        count += document.numel() - 1
+    assert row["tokens"] == count
+    assert row["loss"] == pytest.approx(nats / count, rel=1e-5)
+    card = (root / "runs/python/hf/README.md").read_text()
+    assert f"{row['loss']:.3f}" in card
+
+
+def test_the_module_is_served(folder):
+    root, _ = folder
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (asked,) = re.findall(r"curl (\S+) .* -d '(.*)'", PAGE)
+    url = asked[0].replace(":8000", f":{port}")
+    with (root / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*shlex.split(COMMANDS[5]), "--port", str(port)],
+            cwd=root,
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        answer = _post(url, asked[1].encode(), server=server, log=root / "serve.log")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    (choice,) = answer["choices"]
+    assert choice["text"].split()
+    assert answer["usage"]["completion_tokens"] in range(1, 17)
+
+
+def _post(url: str, body: bytes, *, server: subprocess.Popen, log: Path) -> dict:
+    """The answer, as soon as the server gives one."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    deadline = time.monotonic() + 120
+    while True:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{error}: {error.read()!r}\n{log.read_text()[-3000:]}") from None
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
