@@ -196,7 +196,7 @@ def describe_machine(device: torch.device, *, threads: int) -> dict[str, str]:
     }
     names = ("python", "torch", "megatron-core", "transformer-engine")
     facts |= {name: report.versions[name].version for name in names}
-    facts["native ops"] = report.backends["native"] or "available"
+    facts["native ops"] = report.backends[f"native ({device.type})"] or "available"
     if device.type == "cuda":
         facts["driver"] = report.driver
     return facts
