@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from emo_megatron.modules.select import MaxRise
+from emo_megatron.modules.select import METHODS, MaxRise
 from emo_megatron.report.cells import MISSING, share, signed, text_table
 from emo_megatron.report.retention_rows import (
     FULL,
@@ -71,7 +71,7 @@ def find_cliffs(rows: Iterable[RetentionRow], bound: MaxRise) -> list[Cliff]:
     found = []
     for domain in [None, *domains] if len(domains) > 1 else domains:
         summaries = summarise(row for row in rows if domain in (None, row.domain))
-        for model, method in dict.fromkeys((s.model, s.method) for s in summaries):
+        for model, method in sorted({(s.model, s.method) for s in summaries}, key=_method_place):
             full = find_summary(summaries, model=model, method=FULL)
             if full is None or method == FULL:
                 continue
@@ -141,8 +141,15 @@ def methods_table(rows: Iterable[RetentionRow]) -> str:
     return text_table(HEADINGS, lines)
 
 
-def _place(summary: RetentionSummary) -> tuple[str, float, bool]:
-    return summary.model, -summary.keep_fraction, summary.method == RANDOM
+def _place(summary: RetentionSummary) -> tuple[str, float, int]:
+    model, rank = _method_place((summary.model, summary.method))
+    return model, -summary.keep_fraction, rank
+
+
+def _method_place(pair: tuple[str, str]) -> tuple[str, int]:
+    """Models by name, methods in the order in which `select` lists them."""
+    model, method = pair
+    return model, METHODS.index(method) if method in METHODS else -1
 
 
 def cliffs_table(cliffs: Sequence[Cliff], bound: MaxRise) -> str:

@@ -1,4 +1,4 @@
-"""The commands stats and select on a checkpoint of a real run: only the checkpoint is named, in any layout."""
+"""The commands stats, select and retention on a checkpoint of a real run: only it is named, in any layout."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from support.pretraining import VOCAB, pretrain
 from emo_megatron import cli
 from emo_megatron.modules.selection import load_selection
 from emo_megatron.modules.stats import load_stats
+from emo_megatron.report.retention_rows import load_rows
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,39 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     assert losses[8] == found.data["full_loss"]
     assert losses[found.num_kept[0]] <= bound
     assert all(loss > bound for kept, loss in losses.items() if kept < found.num_kept[0])
+
+
+def test_retention_is_the_same_in_any_layout_and_what_select_measures(
+    checkpoint, data, stats, tmp_path, capfd
+):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
+    common = ("retention", "--checkpoint", checkpoint, "--data", data / "d.jsonl", "--held-out")
+    sizes = ("--keep", "5", "3", "--methods", "mean_prob", "reap", "layerwise")
+    assert run(*common, held_out, *sizes, "--output", tmp_path / "one") == 0
+    printed = capfd.readouterr().out
+    assert "Fewest experts within 1.0% of the loss" in printed
+    assert (tmp_path / "one" / "retention.png").stat().st_size > 20_000
+    layout = ("--processes", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
+    beside = ("--name", "other", "--beside", tmp_path / "one" / "retention.json")
+    assert run(*common, held_out, *sizes, *layout, *beside, "--output", tmp_path / "two") == 0
+    one, two = (load_rows(tmp_path / name / "retention.csv") for name in ("one", "two"))
+    assert len(one) == len(two) == 1 + 2 * 4
+    assert [(r.method, r.num_experts_kept) for r in one] == [
+        (r.method, r.num_experts_kept) for r in two
+    ]
+    assert [r.loss for r in two] == pytest.approx([r.loss for r in one], rel=1e-5)
+    report = (tmp_path / "two" / "retention.txt").read_text()
+    assert len(re.findall(r"^ *(?:other|model) +\d", report, re.MULTILINE)) == 2 * (1 + 2 * 3)
+    output = tmp_path / "s.json"
+    bound = ("--stats", stats, "--checkpoint", checkpoint, "--max-rise", "0", "--held-out")
+    assert run("select", *bound, held_out, "--output", output) == 0
+    losses = {int(k): v for k, v in load_selection(output).data["losses"].items()}
+    measured = {r.num_experts_kept: r.loss for r in one if r.method in ("full", "mean_prob")}
+    shared = losses.keys() & measured.keys()
+    assert 8 in shared
+    assert len(shared) > 1
+    assert [losses[k] for k in shared] == pytest.approx([measured[k] for k in shared], rel=1e-6)
 
 
 def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_path, capfd):
