@@ -140,7 +140,7 @@ class Layers:
             model="the standard layer",
         )
         found, map_TE = self._results(POOLS), self._pooled_map()
-        with mock.patch.object(self.layers[POOLS].router, "backend", "reference"):
+        with mock.patch.object(self.layers[POOLS].router, "backend", return_value="reference"):
             want, want_map_TE = self._results(POOLS), self._pooled_map()
         if not torch.equal(map_TE, want_map_TE):
             raise ValueError(
