@@ -58,6 +58,11 @@ RUN_IN = {
     "python examples/pretrain_emo.py --help": "test_pretrain.py::test_help_shows_the_pool_flags",
     "torchrun --nproc-per-node 8 examples/pretrain_emo.py --pool-min 8"
     " --dataloader-inter-document-masking ...": "test_pretrain.py::test_layouts_train",
+    **dict.fromkeys(
+        re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "modules.md").read_text()),
+        "test_tutorial.py::test_every_command_leaves_what_the_next_one_takes",
+    ),
+    "transformers serve runs/python/hf": "test_tutorial.py::test_the_module_is_served",
 }
 
 

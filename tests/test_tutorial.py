@@ -17,14 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import save_file
 from support import checkpoints, words
 
+from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.selection import load_selection
 from emo_megatron.modules.stats import load_stats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "modules.md").read_text()
+RETENTION_PAGE = (ROOT / "docs" / "retention.md").read_text()
 COMMANDS = re.findall(r"```bash\n(.*?)\n```", PAGE, flags=re.DOTALL)
 RUN = Path("runs/demo")
 VOCAB = 64
@@ -123,6 +126,18 @@ def test_there_are_six_commands():
     assert names == ["stats", "select", "retention", "extract", "export"]
     assert len(COMMANDS) == 6
     assert COMMANDS[5] == "transformers serve runs/python/hf"
+
+
+def test_commands_of_the_retention_page_are_commands():
+    commands = re.findall(r"```bash\n(.*?)\n```", RETENTION_PAGE, flags=re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        words_of = shlex.split(command)
+        assert words_of[:4] == ["python", "-m", "emo_megatron", "retention"]
+        options = tyro.cli(RetentionOptions, args=words_of[4:])
+        assert options.keep
+    assert options.beside == ()
+    assert (ROOT / "docs" / "retention_methods.png").is_file()
 
 
 def test_every_command_leaves_what_the_next_one_takes(folder):

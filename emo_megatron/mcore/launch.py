@@ -16,6 +16,8 @@ from emo_megatron.modules.retention_options import RetentionOptions
 
 USER_ERROR = 2
 """Exit status of a step after it has said what the user can mend."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
-from emo_megatron.mcore.launch import USER_ERROR
+from emo_megatron.mcore.launch import INTERRUPTED, USER_ERROR
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.modules.calibration import Calibration, Documents, load_documents
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
@@ -108,3 +108,6 @@ def run_command(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        # what is measured is kept; the command that started this says that it was interrupted
+        sys.exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ LINES: dict[str, dict[str, Any]] = {
     RANDOM: {"color": FAINT, "linestyle": (0, (4, 2.5)), "marker": ""},
 }
 INCHES_A_MODEL, INCHES_HIGH, DOTS_PER_INCH = 5.6, 7.2, 120
+CHARACTERS_AN_INCH = 12
+"""Of the caption."""
 
 
 def plot_methods(
@@ -57,7 +60,7 @@ def plot_methods(
         ) from error
     path = Path(path)
     summaries = summarise(rows)
-    models = list(dict.fromkeys(row.model for row in rows))
+    models = sorted({row.model for row in rows})
     with rc_context(STYLE), whole(path) as unfinished:
         size = (max(2, len(models)) * INCHES_A_MODEL, INCHES_HIGH)
         figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
@@ -72,7 +75,8 @@ def plot_methods(
         axes[0, 0].set_ylabel("loss, nats a token")
         axes[1, 0].set_ylabel("selectivity, nats")
         axes[0, 0].legend(frameon=False, fontsize=11)
-        figure.supxlabel(caption, size=10, color="#5a5a5a")
+        below = textwrap.fill(caption, width=round(size[0] * CHARACTERS_AN_INCH))
+        figure.supxlabel(below, size=10, color="#5a5a5a")
         figure.savefig(unfinished, format="png")
     return path
 
