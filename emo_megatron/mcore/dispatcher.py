@@ -4,8 +4,8 @@ Megatron's `alltoall` sends a token's hidden state once for each of its experts 
 pool share experts and so ranks: here one row goes to each rank that holds any of them, with the experts' numbers and
 probabilities (8 bytes each), and one weighted sum comes back.
 
-Shapes: s sequence length, b micro-batch size, T = s * b tokens here, H hidden size, E experts, e of them here, N rows (a
-token on its way to one rank), P (token, expert) pairs; N and P are those sent or those received. X is any.
+Shapes: s sequence length, b micro-batch size, T = s * b tokens here, H hidden size, E experts, e of them here, N rows
+(a token on its way to one rank), P (token, expert) pairs; N and P are those sent or those received. X is any.
 """
 
 from __future__ import annotations

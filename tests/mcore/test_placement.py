@@ -61,22 +61,28 @@ def _wrong_loads(folder, placement):
     from emo_megatron.modules.placement import load_placement
 
     said = []
-    built = checkpoints.model(BIASED, layout=LAYOUT, seed=6)
+    built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
     place_when_loaded(built, placement=load_placement(placement))
-    for wrong in (checkpoints.forward, lambda model: checkpoints.load(folder, model)):
+    steps = (
+        lambda: checkpoints.forward(built),
+        lambda: checkpoints.load(folder, built),
+        lambda: checkpoints.forward(built),
+        lambda: checkpoints.load(folder, built),
+    )
+    for step in steps:
         try:
-            wrong(built)
+            step()
+            said.append("")
         except RuntimeError as error:
             said.append(str(error))
-        checkpoints.load(folder, built) if len(said) == 1 else None
-    checkpoints.forward(built)
     return said
 
 
 def test_weights_that_did_not_come_once_are_refused(ranks, run):
     folder, placement = run
-    for never, twice in ranks(2).run(_wrong_loads, folder=str(folder), placement=placement):
+    for never, *fine, twice in ranks(2).run(_wrong_loads, folder=str(folder), placement=placement):
         assert "placed nothing" in never
+        assert fine == ["", ""]
         assert "loaded twice" in twice
 
 
@@ -111,7 +117,7 @@ def test_another_models_placement_is_refused(run, tmp_path):
 def test_runs_that_cannot_place_are_refused(run, refusal):
     allowed, *_ = refusal.allowed
     assert placement_hook(_args(run, **{refusal.field: allowed})) is not None
-    value = {None: "file.json", 0: 1, False: True}[allowed]
+    value = {None: "file.json", 0: 1}[allowed]
     with pytest.raises(ValueError, match=f"--{refusal.field.replace('_', '-')} must be"):
         placement_hook(_args(run, **{refusal.field: value}))
 
