@@ -123,14 +123,9 @@ def test_runs_that_cannot_place_are_refused(run, refusal):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "of_losses", "of_weights"), [((), 1e-5, 1e-4), (("--bf16",), 1e-2, 1e-2)]
-)
-def test_a_placed_run_trains_as_the_run_it_comes_from(
-    tmp_path, data_prefix, precision, of_losses, of_weights
-):
-    """With the distributed optimizer, which must step from the placed weights, in bf16 from its own copies of them."""
-    pools = ("--pool-min", 3, "--save-interval", 1, *precision)
+def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix):
+    """With the distributed optimizer, which must step from the placed weights."""
+    pools = ("--pool-min", 3, "--save-interval", 1)
     first = tmp_path / "first"
     pretraining.pretrain(1, *pools, "--train-iters", 1, "--save", first, data=data_prefix)
     placement = placement_of(first, order=(*ORDER, ORDER[0])).save(tmp_path / "p.json")
@@ -147,9 +142,9 @@ def test_a_placed_run_trains_as_the_run_it_comes_from(
         output = pretraining.pretrain(2, *going_on, "--save", saved[name], *flags, data=data_prefix)
         losses[name] = pretraining.logged(output)
     assert len(losses["stock"]) == 2
-    assert losses["placed"] == pytest.approx(losses["stock"], rel=of_losses)
+    assert losses["placed"] == pytest.approx(losses["stock"], rel=1e-5)
     old, new = (MegatronCheckpoint(saved[name]) for name in ("stock", "placed"))
     for number, order in zip(old.moe_layers, (*ORDER, ORDER[0]), strict=True):
         want = old.layer_view(number).read("mlp.router.weight", order)
         got = new.layer_view(number).read("mlp.router.weight")
-        assert (got - want).norm() < of_weights * want.norm()
+        assert (got - want).norm() < 1e-4 * want.norm()
