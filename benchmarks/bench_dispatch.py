@@ -28,6 +28,7 @@ from timing import (
     describe_machine,
     estimate,
     interleave,
+    judge,
     markdown_table,
     ratio,
     result_name,
@@ -118,25 +119,31 @@ def main(options: Options) -> list[Path]:
 
 def _measure(size: DispatchSize, *, ranks: int, rounds: int) -> Answer:
     context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
+    receiver, sender = context.Pipe(duplex=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        context.Process(target=_rank, args=(queue, rank, ranks, port, size, rounds), daemon=True)
+        context.Process(target=_rank, args=(sender, rank, ranks, port, size, rounds), daemon=True)
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
+    sender.close()
+    try:
+        # first: a process that has something left to send does not end
+        answer: Answer | None = receiver.recv()
+    except EOFError:
+        answer = None
     for process in processes:
         process.join()
     failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-    if failed:
-        raise ValueError(f"rank {failed[0]} of {ranks} failed; what it said stands above")
-    return queue.get()
+    if failed or answer is None:
+        raise ValueError(f"ranks {failed} of {ranks} failed; what they said stands above")
+    return answer
 
 
-def _rank(queue: Any, rank: int, ranks: int, port: int, size: DispatchSize, rounds: int) -> None:
+def _rank(sender: Any, rank: int, ranks: int, port: int, size: DispatchSize, rounds: int) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(ranks),
@@ -167,7 +174,7 @@ def _rank(queue: Any, rank: int, ranks: int, port: int, size: DispatchSize, roun
     finally:
         torch.distributed.destroy_process_group()
     if rank == 0:
-        queue.put(Answer(ranks=ranks, samples=samples, traffic=traffic))
+        sender.send(Answer(ranks=ranks, samples=samples, traffic=traffic))
 
 
 def _rows(answer: Answer, size: DispatchSize) -> list[dict[str, Any]]:
@@ -224,7 +231,7 @@ def _verdict(answer: Answer, size: DispatchSize) -> str:
         return f"not judged: {claim} (this is another layer)"
     found = answer.samples["whole step"]
     faster = ratio(found[STOCK].total, found[DEDUP].total)
-    return f"{'met' if faster.median >= TARGET else 'MISSED'}: {claim}; {faster}"
+    return f"{judge(faster, at_least=TARGET)}: {claim}; {faster}"
 
 
 if __name__ == "__main__":

@@ -53,10 +53,9 @@ class Dispatchers:
         stock = self.layer.token_dispatcher
         self.dispatchers = {STOCK: stock, DEDUP: _dedup(self.layer)}
         generator = torch.Generator().manual_seed(dist.get_rank())
-        shape = (size.tokens, size.experts)
-        chosen_TK = torch.rand(shape, generator=generator).topk(size.top_k).indices
-        self.routing_map_TE = torch.zeros(shape, dtype=torch.bool).scatter_(1, chosen_TK, True)
-        self.probs_TE = torch.rand(shape, generator=generator) * self.routing_map_TE
+        self.routing_map_TE = uniform_routing(size, generator=generator)
+        probs_TE = torch.rand(self.routing_map_TE.shape, generator=generator)
+        self.probs_TE = probs_TE * self.routing_map_TE
         self.hidden = torch.randn(size.tokens, 1, size.model_dim, generator=generator)
         self.gradient = torch.randn(self.hidden.shape, generator=generator)
 
@@ -118,6 +117,13 @@ class Dispatchers:
         found |= {f"gradient of {n}": p.grad for n, p in self.layer.experts.named_parameters()}
         self.layer.zero_grad(set_to_none=True)
         return found
+
+
+def uniform_routing(size: DispatchSize, *, generator: torch.Generator) -> Tensor:
+    """[T, E] bool: every token's experts, any as likely as another."""
+    shape = (size.tokens, size.experts)
+    chosen_TK = torch.rand(shape, generator=generator).topk(size.top_k).indices
+    return torch.zeros(shape, dtype=torch.bool).scatter_(1, chosen_TK, True)
 
 
 def _count(step: Step) -> Traffic:

@@ -12,10 +12,6 @@ ranks alike: a share (R - 1) / R of all rows goes to another rank.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import os
-import socket
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +20,8 @@ from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
+from record_routing import Run, record
+from safetensors.torch import load_file
 from timing import RESULTS, markdown_table, run_script, write_results
 from torch import Tensor
 
@@ -62,15 +59,6 @@ class Options:
     """Folder of traffic.csv and traffic.md."""
     page: Path = ROOT / "docs" / "dispatch.md"
     """Page whose table is rewritten; its figure, of the same name, lies beside it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A model and whether its pools are on."""
-
-    name: str
-    model: str
-    pools: bool
 
 
 RUNS = (
@@ -111,7 +99,9 @@ def main(options: Options) -> list[Path]:
             stem = Path(scratch) / run.name.replace(" ", "-")
             # a process each: Megatron keeps its flags for the life of one
             process = torch.multiprocessing.get_context("spawn").Process(
-                target=_record, args=(run, options, stem)
+                target=record,
+                args=(run,),
+                kwargs={"runs": options.runs, "tokens": options.tokens, "stem": stem},
             )
             process.start()
             process.join()
@@ -133,95 +123,6 @@ def _publish(rows: Sequence[Row], table: str, page: Path) -> list[Path]:
     with whole(page) as unfinished:
         unfinished.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
     return [page, _figure(rows, page.with_suffix(".png"))]
-
-
-def _record(run: Run, options: Options, stem: Path) -> None:
-    """Statistics of the first half of the documents, experts of every token of the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), EMO_DEVICE="cpu")
-    sys.argv = ["replay", "--load", str(options.runs.absolute() / run.model / "checkpoint")]
-    from emo_megatron.mcore.loading import checkpoint_in, load_model
-
-    checkpoint = checkpoint_in(sys.argv[1:])
-    stored = checkpoint.args
-    loaded = load_model(
-        checkpoint,
-        add_args=lambda parser: parser,
-        flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)],
-    )
-    from emo_megatron.mcore.facts import facts_of
-    from emo_megatron.mcore.layer import PoolMoELayer
-    from emo_megatron.mcore.study import MegatronStudy
-
-    study = MegatronStudy(
-        loaded.model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16
-    )
-    layers = [m for m in loaded.model.modules() if isinstance(m, PoolMoELayer)]
-    if run.pools:
-        _train_with_pools(loaded.model, layers, stored)
-    fit, test = _halves(options)
-    study.statistics(fit, outputs=False).of({"documents": "first half"}).save(
-        stem.with_suffix(".stats")
-    )
-    recorders = [_Recorder(layer) for layer in layers]
-    study.loss(test)
-    tensors = {str(recorder.layer.layer_number): torch.cat(recorder.seen) for recorder in recorders}
-    width = torch.tensor(stored.hidden_size)
-    save_file(tensors | {"width": width}, stem.with_suffix(".routing"))
-
-
-def _train_with_pools(model: Any, layers: Sequence[Any], stored: Any) -> None:
-    """Pools as they were drawn at the end of the run."""
-    from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore.context import CLOCK
-
-    fields = (f.name for f in dataclasses.fields(PoolConfig) if hasattr(stored, f.name))
-    pool = PoolConfig(**{name: getattr(stored, name) for name in fields})
-    CLOCK.consumed_samples = stored.train_iters * stored.global_batch_size
-    for layer in layers:
-        layer.pool_router.pool = pool
-    model.train()
-
-
-class _Recorder:
-    """Keeps which experts a layer's router gives every token that is no padding."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.seen: list[Tensor] = []
-        self._ids_T: Tensor | None = None
-        layer.pool_router.observe_logits = self._scored
-        layer.router.register_forward_hook(self._routed)
-
-    def _scored(self, logits_TE: Tensor, ids_T: Tensor | None) -> None:
-        self._ids_T = ids_T
-
-    def _routed(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        routing_map_TE = output[1].bool()
-        kept = slice(None) if self._ids_T is None else self._ids_T >= 0
-        self.seen.append(routing_map_TE[kept].clone())
-
-
-def _halves(options: Options) -> tuple[list[Tensor], list[Tensor]]:
-    """Documents of all domains, mixed; every other one of a domain in each half."""
-    halves: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for path in sorted((options.runs / "corpus" / "validation").glob("*.safetensors")):
-        stored = load_file(path)
-        bounds = stored["cu_seqlens"].tolist()
-        taken = 0
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            if stop > start and taken < options.tokens:
-                halves[number % 2].append(stored["tokens"][start:stop].long())
-                taken += stop - start
-    generator = torch.Generator().manual_seed(0)
-    fit, test = (
-        [half[i] for i in torch.randperm(len(half), generator=generator).tolist()]
-        for half in halves
-    )
-    return fit, test
 
 
 def _replay(run: Run, options: Options, stem: Path) -> list[Row]:

@@ -192,7 +192,7 @@ def describe_machine(device: torch.device, *, threads: int) -> dict[str, str]:
         "hardware": report.gpus[0] if device.type == "cuda" else _cpu_model(),
         "threads": f"{threads} of {os.cpu_count()} cores",
         "load before": f"{os.getloadavg()[0]:.1f} runnable processes (1 minute mean)",
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
     names = ("python", "torch", "megatron-core", "transformer-engine")
     facts |= {name: report.versions[name].version for name in names}

@@ -334,14 +334,24 @@ def test_gpu_script_runs_nowhere_else(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
-def test_dispatch_compares_two_dispatchers_on_ranks(tmp_path: Path) -> None:
+def test_dispatch_compares_two_dispatchers_on_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("megatron.core")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_dispatch import QUICK
+    from dispatchers import uniform_routing
+
     table = _dispatch(tmp_path, "--ranks", "2")
     rows = _rows(table)
     assert len(rows) == 8
     rows_sent = {row["dispatcher"]: int(row["rows"]) for row in rows}
     assert rows_sent["Megatron alltoall"] == 4 * 24
-    assert rows_sent["dedup"] <= 2 * 24
+    # rank 0's, whose seed is its rank
+    size = replace(QUICK, tokens=24, model_dim=16)
+    routing_TE = uniform_routing(size, generator=torch.Generator().manual_seed(0))
+    wanted = int(routing_TE.view(24, 2, -1).any(-1).sum())
+    assert rows_sent["dedup"] == wanted < 2 * 24
     assert "not judged: EP2" in table.with_suffix(".md").read_text()
 
 
@@ -367,3 +377,74 @@ def test_dispatch_refuses_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ValueError, match="16 experts and 3 ranks"):
         Options(ranks=(3,)).size(QUICK)
+
+
+def test_dispatch_is_judged_by_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_dispatch import QUICK, SIZE, Answer, _verdict
+    from dispatchers import DEDUP, STOCK
+    from timing import Samples
+
+    def verdict(*stock: float) -> str:
+        times = {
+            name: Samples(forward=[1.0] * len(total), total=total)
+            for name, total in ((STOCK, list(stock)), (DEDUP, [1.0] * len(stock)))
+        }
+        return _verdict(Answer(ranks=2, samples={"whole step": times}, traffic={}), SIZE)
+
+    assert verdict(1.5, 1.5, 1.5).startswith("met")
+    assert verdict(1.0, 1.5, 1.5, 1.0, 1.5).startswith("undecided")
+    assert verdict(1.0, 1.0, 1.0).startswith("MISSED")
+    assert _verdict(Answer(ranks=2, samples={}, traffic={}), QUICK).startswith("not judged")
+
+
+def test_replay_counts_rows_and_bytes_of_a_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import replay_routing
+    from replay_routing import ALLTOALL, DEDUP, RUNS, _row
+
+    monkeypatch.setattr(replay_routing, "MICRO_BATCH", 4)
+    tokens = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
+    # the last token is no whole micro-batch
+    routing = {"3": torch.tensor([*tokens, [1, 0, 0, 1]], dtype=torch.bool)}
+    as_is, other = {3: (0, 1, 2, 3)}, {3: (0, 2, 1, 3)}
+    stock = _row(RUNS[0], 2, ALLTOALL, as_is, routing, 16)
+    assert stock.rows_per_token == 2
+    assert stock.crossing_bytes == 2 * (16 * 2 + 4) / 2
+    assert stock.pair_imbalance == stock.row_imbalance == 5 / 4
+    once = _row(RUNS[0], 2, DEDUP, as_is, routing, 16)
+    assert once.rows_per_token == 5 / 4
+    assert once.crossing_bytes == (5 / 4 * 16 * 2 + 2 * 8) / 2
+    assert once.pair_imbalance == 5 / 4
+    assert once.row_imbalance == 3 / 2.5
+    assert _row(RUNS[0], 2, DEDUP, other, routing, 16).rows_per_token == 7 / 4
+
+
+def test_replay_rewrites_its_table_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from replay_routing import ALLTOALL, BEGIN, DEDUP, END, RUNS, Row, _publish, _table
+
+    rows = [
+        Row(
+            run=run.name,
+            ranks=2,
+            dispatch=dispatch,
+            rows_per_token=value,
+            crossing_bytes=10.0,
+            pair_imbalance=1.0,
+            row_imbalance=1.0,
+        )
+        for run in RUNS
+        for dispatch, value in ((ALLTOALL, 2.0), (DEDUP, 1.5))
+    ]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert _publish(rows, _table(rows), page) == [page, tmp_path / "page.png"]
+    text = page.read_text()
+    assert text == f"before\n{BEGIN}\n{_table(rows)}{END}\nafter\n"
+    assert text.count("| 1.500 | 75% |") == 3
+    assert (tmp_path / "page.png").stat().st_size > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "page.png"]

@@ -3,6 +3,9 @@
 Megatron's `alltoall` sends a token's hidden state once for each of its experts and gets as many rows back. Tokens of a
 pool share experts and so ranks: here one row goes to each rank that holds any of them, with the experts' numbers and
 probabilities (8 bytes each), and one weighted sum comes back.
+
+Shapes: s sequence length, b micro-batch size, T = s * b tokens here, H hidden size, E experts, e of them here, N rows
+(a token on its way to one rank), P (token, expert) pairs; N and P are those sent or those received. X is any.
 """
 
 from __future__ import annotations
@@ -45,6 +48,17 @@ class _Exchange:
     """[e] int64 on the CPU: pairs of all senders for each expert here."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Dispatch:
+    """All that the steps after the first need of it."""
+
+    shape: torch.Size
+    """[s, b, H], of the hidden states."""
+    exchange: _Exchange
+    send: SendPlan
+    receive: ReceivePlan
+
+
 class PoolAlltoAllDispatcher(MoETokenDispatcher):
     """Dispatches each token once to every rank that holds any of its experts; dropless.
 
@@ -52,27 +66,19 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
     the next dispatch, as observers of expert outputs do. Outputs and gradients are those of
     MoEAlltoAllTokenDispatcher up to the order of sums; in bf16 a rank's experts are summed in float32 and rounded once
     before they travel, where Megatron rounds each.
-
-    Attributes:
-        rows_sent: rows of the last dispatch for each rank, this one included; None before the first.
     """
-
-    rows_sent: list[int] | None = None
 
     def __init__(
         self, num_local_experts: int, *, config: TransformerConfig, pg_collection: Any
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
-        self._hidden_shape: torch.Size | None = None
-        self._exchange: _Exchange | None = None
-        self._send: SendPlan | None = None
-        self._receive: ReceivePlan | None = None
+        self._last: _Dispatch | None = None
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Lay out what is sent.
+        """Lay out what is sent, and tell its receivers.
 
         Args:
             hidden_states: [s, b, H].
@@ -82,28 +88,27 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         Returns:
             rows [N, H] and the probabilities of their pairs [P], by destination.
         """
-        self._hidden_shape = hidden_states.shape
-        exchange = self._exchange = self._exchange_of(routing_map)
-        self.rows_sent = exchange.rows_to
-        send = self._send = plan_send(
+        exchange = self._exchange_of(routing_map)
+        send = plan_send(
             routing_map,
             num_ranks=self.ep_size,
             num_rows=sum(exchange.rows_to),
             num_pairs=sum(exchange.pairs_to),
+        )
+        codes_P = all_to_all(self.ep_group, send.codes_P, exchange.pairs_from, exchange.pairs_to)
+        codes_P = self._gather_partners(codes_P, exchange.pairs_of_partners)
+        receive = plan_receive(codes_P, num_rows=sum(exchange.rows_of_partners))
+        self._last = _Dispatch(
+            shape=hidden_states.shape, exchange=exchange, send=send, receive=receive
         )
         rows_NH = copy_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), fanout=send.rows)
         return rows_NH, probs.flatten().gather(0, send.places_P)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows [N, H] and the probabilities [P] of their pairs over the expert-parallel ranks."""
-        exchange, send = self._exchange, self._send
-        assert exchange is not None
-        assert send is not None
+        exchange = self._dispatched.exchange
         rows_NH = all_to_all(self.ep_group, hidden_states, exchange.rows_from, exchange.rows_to)
         probs_P = all_to_all(self.ep_group, probs, exchange.pairs_from, exchange.pairs_to)
-        codes_P = all_to_all(self.ep_group, send.codes_P, exchange.pairs_from, exchange.pairs_to)
-        codes_P = self._gather_partners(codes_P, exchange.pairs_of_partners)
-        self._receive = plan_receive(codes_P, num_rows=sum(exchange.rows_of_partners))
         return rows_NH, probs_P
 
     def dispatch_postprocess(
@@ -114,9 +119,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         Returns:
             tokens [P, H] by expert, their number for each expert [e] on the CPU, their probabilities [P].
         """
-        exchange, receive = self._exchange, self._receive
-        assert exchange is not None
-        assert receive is not None
+        exchange, receive = self._dispatched.exchange, self._dispatched.receive
         rows_NH = self._gather_partners(hidden_states, exchange.rows_of_partners)
         probs_P = self._gather_partners(probs, exchange.pairs_of_partners)
         tokens_PH = copy_rows(rows_NH, fanout=receive.pairs)
@@ -124,9 +127,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum what the experts here, [P, H], give each row, which they have weighted: [N, H]."""
-        exchange, receive = self._exchange, self._receive
-        assert exchange is not None
-        assert receive is not None
+        exchange, receive = self._dispatched.exchange, self._dispatched.receive
         rows_NH = sum_rows(hidden_states, fanout=receive.pairs)
         if self.tp_size > 1:
             rows_NH = reduce_scatter_to_sequence_parallel_region(
@@ -136,16 +137,18 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Send rows [N, H] back to the ranks they came from."""
-        exchange = self._exchange
-        assert exchange is not None
+        exchange = self._dispatched.exchange
         return all_to_all(self.ep_group, hidden_states, exchange.rows_to, exchange.rows_from)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum each token's rows: [s, b, H]."""
-        send, shape = self._send, self._hidden_shape
-        assert send is not None
-        assert shape is not None
-        return sum_rows(hidden_states, fanout=send.rows).view(shape)
+        last = self._dispatched
+        return sum_rows(hidden_states, fanout=last.send.rows).view(last.shape)
+
+    @property
+    def _dispatched(self) -> _Dispatch:
+        assert self._last is not None, "dispatch_preprocess comes first"
+        return self._last
 
     def _gather_partners(self, tensor_X: Tensor, sizes: list[int]) -> Tensor:
         """What all expert-tensor-parallel ranks hold, whose experts are shards of the same."""

@@ -7,7 +7,6 @@ checkpoint of the same.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from emo_megatron.mcore.compat import training_args
 from emo_megatron.mcore.finetune import expert_parameters
+from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
 from emo_megatron.mcore.relabel import check_placement
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.placement import Placement, load_placement
@@ -43,10 +43,20 @@ def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]
         args: Megatron's parsed flags with that of `add_placement_args`.
 
     Raises:
-        ValueError: the run does not start from another's weights, or the placement is of another model or layout.
+        ValueError: the run does not start from another's weights or could not place them (PLACEMENT_REFUSALS), or the
+            placement is of another model or layout.
     """
     if args.expert_placement is None:
         return None
+    problems = [
+        row.message(getattr(args, row.field))
+        for row in PLACEMENT_REFUSALS
+        if hasattr(args, row.field) and not row.allows(getattr(args, row.field))
+    ]
+    if problems:
+        raise ValueError(
+            "this run cannot place experts:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
     source = args.load if args.finetune else args.pretrained_checkpoint
     if source is None:
         raise ValueError(
@@ -59,34 +69,64 @@ def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]
             f"--expert-placement {args.expert_placement} is for {placement.num_ranks} ranks; got "
             f"--expert-model-parallel-size {args.expert_model_parallel_size}"
         )
-    check_placement(MegatronCheckpoint(source), placement)
+    check_placement(MegatronCheckpoint(source), placement=placement)
 
     def hook(chunks: list[Any]) -> list[Any]:
         for chunk in chunks:
-            place_when_loaded(chunk, placement)
+            place_when_loaded(chunk, placement=placement)
         return chunks
 
     return hook
 
 
-def place_when_loaded(model: torch.nn.Module, placement: Placement) -> None:
-    """Put the experts of every MoE layer in the placement's order each time another run's weights were loaded."""
+def place_when_loaded(model: torch.nn.Module, *, placement: Placement) -> None:
+    """Put the experts of every MoE layer in the placement's order when another run's weights were loaded.
+
+    A layer raises RuntimeError at its first forward pass if that never happened, and when such weights come twice.
+    """
     orders = dict(zip(placement.layers, placement.order, strict=True))
     for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
-        layer.register_load_state_dict_post_hook(
-            functools.partial(_loaded, order=orders[layer.layer_number])
-        )
+        _Placing(layer, order=orders[layer.layer_number])
 
 
-def _loaded(layer: MoELayer, _: Any, *, order: tuple[int, ...]) -> None:
+class _Placing:
+    """A layer that waits for the weights to place."""
+
+    def __init__(self, layer: MoELayer, *, order: tuple[int, ...]) -> None:
+        self.order = order
+        self.is_placed = False
+        layer.register_load_state_dict_post_hook(self._loaded)
+        self.first_forward = layer.register_forward_pre_hook(self._started)
+
+    def _loaded(self, layer: MoELayer, _: Any) -> None:
+        if not _starts_from_weights():
+            return
+        if self.is_placed:
+            # of what is loaded, some tensors are the model's own, placed by now, and others are copies
+            raise RuntimeError(
+                f"layer {layer.layer_number}: weights were loaded twice, as Megatron does where a checkpoint lacks or "
+                "has more than the model; --expert-placement cannot tell which are placed. Use relabel"
+            )
+        place_experts(layer, order=self.order)
+        self.is_placed = True
+
+    def _started(self, layer: MoELayer, _: Any) -> None:
+        if _starts_from_weights() and not self.is_placed:
+            raise RuntimeError(
+                f"layer {layer.layer_number}: --expert-placement placed nothing, for no weights came through "
+                "load_state_dict. Use relabel"
+            )
+        self.first_forward.remove()
+
+
+def _starts_from_weights() -> bool:
     args = training_args()
     # Megatron sets this where it falls back to --pretrained-checkpoint
-    if args is None or args.finetune:
-        place_experts(layer, order)
+    return args is None or bool(args.finetune)
 
 
 @torch.no_grad()
-def place_experts(layer: MoELayer, order: tuple[int, ...]) -> None:
+def place_experts(layer: MoELayer, *, order: tuple[int, ...]) -> None:
     """Put a layer's experts in this order; every expert-parallel rank calls.
 
     Args:

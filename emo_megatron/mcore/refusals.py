@@ -162,6 +162,43 @@ DEDUP_REFUSALS = (
 )
 """Rows on Megatron's TransformerConfig for runs with --pool-dispatcher dedup."""
 
+_NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use relabel"
+_COPIES = "the optimizer's float32 copies have not been tried to follow placed weights; use relabel"
+
+PLACEMENT_REFUSALS = (
+    Refusal(
+        field="train_selection",
+        allowed=(None,),
+        reason="a Selection names experts by the numbers that the placement changes; use relabel and make the "
+        "Selection of its checkpoint",
+    ),
+    Refusal(
+        field="pool_forced",
+        allowed=(0,),
+        reason="the last experts are in every pool, and other experts would come last",
+    ),
+    Refusal(field="use_torch_fsdp2", allowed=(False,), reason=_NOT_LOADED),
+    Refusal(field="use_megatron_fsdp", allowed=(False,), reason=_NOT_LOADED),
+    Refusal(
+        field="fp8_param_gather",
+        allowed=(False,),
+        reason="rows of quantised weights cannot change places; use relabel",
+    ),
+    Refusal(
+        field="fp4_param_gather",
+        allowed=(False,),
+        reason="rows of quantised weights cannot change places; use relabel",
+    ),
+    Refusal(field="bf16", allowed=(False,), reason=_COPIES),
+    Refusal(field="fp16", allowed=(False,), reason=_COPIES),
+    Refusal(
+        field="load_main_params_from_ckpt",
+        allowed=(False,),
+        reason="the optimizer would step from weights in the old order",
+    ),
+)
+"""Rows on the parsed flags for runs with --expert-placement."""
+
 SCRIPT_REFUSALS = (
     Refusal(field="sft", allowed=(False,), reason="supervised fine-tuning has its own dataset"),
     Refusal(field="fim_data", allowed=(False,), reason="fill-in-the-middle has its own dataset"),

@@ -46,7 +46,7 @@ def relabel(options: RelabelOptions) -> Path:
     """
     placement = load_placement(options.placement)
     parent = open_parent(options.checkpoint, None)
-    check_placement(parent, placement)
+    check_placement(parent, placement=placement)
     order = dict(zip(placement.layers, placement.order, strict=True))
 
     def rows(name: str, start: int, stop: int) -> Tensor:
@@ -63,7 +63,7 @@ def relabel(options: RelabelOptions) -> Path:
     )
 
 
-def check_placement(parent: MegatronCheckpoint, placement: Placement) -> None:
+def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
     """Refuse a placement of another model, and a model whose experts' numbers mean something.
 
     Raises:

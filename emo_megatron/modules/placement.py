@@ -115,7 +115,7 @@ def place(
         num_ranks: R, a divisor of E.
         method: `together`, or `load` alone.
         max_imbalance: load (tokens, counted once for each expert) of the fullest rank over the mean; at least 1. Where
-            loads do not allow it, the most balanced start is bettered without making its fullest rank fuller.
+            loads do not allow it, no rank gets fuller than the fullest of the most balanced start.
         seed: of the order in which swaps are tried.
 
     Raises:
@@ -174,22 +174,29 @@ def place_together(
     """
     load_E = together_EE.diagonal().copy()
     weight_EE = together_EE - np.diag(load_E)
-    bound = max_imbalance * load_E.sum() / num_ranks
     starts = (
         pack_by_load(load_E, num_ranks=num_ranks),
         np.arange(len(load_E)) // (len(load_E) // num_ranks),
         _grow(weight_EE, load_E, num_ranks=num_ranks),
     )
+
+    def fullest(rank_E: Ranks) -> float:
+        return float(np.bincount(rank_E, weights=load_E, minlength=num_ranks).max())
+
+    asked = max_imbalance * load_E.sum() / num_ranks
     rng = np.random.default_rng(seed)
-    ends = [
-        _swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng)
-        for start in starts
-    ]
+    # loads may not allow the bound that was asked for; the most balanced start always keeps to its own
+    for bound in (asked, min(map(fullest, starts))):
+        ends = [
+            _swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng)
+            for start in starts
+        ]
+        if min(map(fullest, ends)) <= bound:
+            break
 
     def worth(rank_E: Ranks) -> tuple[float, float]:
-        fullest = np.bincount(rank_E, weights=load_E, minlength=num_ranks).max()
         # within the bound nothing counts but what lies together
-        return -max(fullest, bound), float(weight_EE[rank_E[:, None] == rank_E].sum())
+        return -max(fullest(rank_E), bound), float(weight_EE[rank_E[:, None] == rank_E].sum())
 
     return max(ends, key=worth)
 
@@ -214,7 +221,7 @@ def _swap(
     bound: float,
     rng: np.random.Generator,
 ) -> Ranks:
-    """Swap pairs of experts while more comes together, or while a rank above the bound gets lighter."""
+    """Swap pairs of experts while more comes together, or while ranks above the bound get lighter; none gets there."""
     rank_E, experts = start.copy(), np.arange(len(start))
     total_R = np.bincount(rank_E, weights=load_E, minlength=num_ranks)
     # tokens that expert e shares with the experts of rank r
@@ -225,22 +232,18 @@ def _swap(
     while has_moved:
         has_moved = False
         for one in rng.permutation(experts):
-            mine, theirs_E = rank_E[one], rank_E
+            mine = rank_E[one]
+            shift_E = load_E - load_E[one]
             gain_E = (
-                shared_ER[one, theirs_E]
+                shared_ER[one, rank_E]
                 - shared_ER[one, mine]
                 + shared_ER[:, mine]
-                - shared_ER[experts, theirs_E]
+                - shared_ER[experts, rank_E]
                 - 2 * weight_EE[one]
             )
-            shift_E = load_E - load_E[one]
-            before_E = np.maximum(total_R[mine] - bound, 0) + np.maximum(
-                total_R[theirs_E] - bound, 0
-            )
-            after_E = np.maximum(total_R[mine] + shift_E - bound, 0) + np.maximum(
-                total_R[theirs_E] - shift_E - bound, 0
-            )
-            gain_E = np.where(theirs_E == mine, 0, gain_E + heavy * (before_E - after_E))
+            relief_E = _relief(total_R[mine], total_R[rank_E], shift_E, bound=bound)
+            gain_E = np.where(relief_E < 0, -np.inf, gain_E + heavy * relief_E)
+            gain_E[rank_E == mine] = 0
             other = int(gain_E.argmax())
             if gain_E[other] <= 1e-6 * (1 + weight_EE[one].sum()):
                 continue
@@ -252,6 +255,14 @@ def _swap(
             rank_E[one], rank_E[other] = far, mine
             has_moved = True
     return rank_E
+
+
+def _relief(mine: float, theirs_E: Weights, shift_E: Weights, *, bound: float) -> Weights:
+    """How much less two ranks hold above the bound when so much load comes from theirs to mine."""
+    before_E = np.maximum(mine - bound, 0) + np.maximum(theirs_E - bound, 0)
+    after_E = np.maximum(mine + shift_E - bound, 0) + np.maximum(theirs_E - shift_E - bound, 0)
+    relief_E: Weights = before_E - after_E
+    return relief_E
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

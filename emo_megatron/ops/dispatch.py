@@ -6,7 +6,7 @@ other, in the order of (rank, token, expert). Where they arrive, pairs are put i
 
 A row fans out to its copies and copies are summed back to their row: one is the other's gradient, so both are one
 relation, a `Fanout`, read in two directions. Everything is deterministic and nothing waits for the device: sizes are
-arguments. Compiled kernels can take the place of these functions one by one.
+arguments. All of it is plain PyTorch.
 """
 
 from __future__ import annotations

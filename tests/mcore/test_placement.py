@@ -7,38 +7,22 @@ import argparse
 import pytest
 import torch
 from support import checkpoints, pretraining
+from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.mcore.placement import placement_hook
+from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
 from emo_megatron.mcore.relabel import RelabelOptions, relabel
 from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.placement import Placement
-from emo_megatron.modules.selection import router_fingerprint
 
-ORDER = ((3, 0, 7, 4, 1, 2, 6, 5), (7, 6, 5, 4, 3, 2, 1, 0))
 LAYOUT = {"expert_model_parallel_size": 2}
-
-
-def _placement_of(folder, order):
-    model = MegatronCheckpoint(folder)
-    routers = [model.layer_view(n).read("mlp.router.weight") for n in model.moe_layers]
-    return Placement(
-        num_experts=8,
-        num_ranks=2,
-        layers=model.moe_layers,
-        order=order,
-        model=router_fingerprint(routers),
-        method="together",
-        max_imbalance=1.1,
-    )
 
 
 @pytest.fixture(scope="module")
 def run(ranks, tmp_path_factory):
     """Folder of a checkpoint and the file of a placement of its experts."""
     folder = tmp_path_factory.mktemp("placement") / "run"
-    ranks(2).run(checkpoints.save, folder=str(folder), layout=LAYOUT, config={})
-    placement = _placement_of(folder, ORDER)
-    return folder, placement.save(folder.parent / "p.json")
+    ranks(2).run(checkpoints.save, folder=str(folder), layout=LAYOUT, config=BIASED)
+    return folder, placement_of(folder).save(folder.parent / "p.json")
 
 
 def _weights(folder, placement=None):
@@ -46,11 +30,12 @@ def _weights(folder, placement=None):
     from emo_megatron.mcore.placement import place_when_loaded
     from emo_megatron.modules.placement import load_placement
 
-    built = checkpoints.model({}, layout=LAYOUT, seed=6)
+    built = checkpoints.model(BIASED, layout=LAYOUT, seed=6)
     if placement is not None:
-        place_when_loaded(built, load_placement(placement))
+        place_when_loaded(built, placement=load_placement(placement))
     checkpoints.load(folder, built)
-    return {name: p.detach().clone() for name, p in built.named_parameters()}
+    found = (*built.named_parameters(), *built.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in found}
 
 
 def test_loading_places_as_relabelling_does(ranks, run):
@@ -64,7 +49,41 @@ def test_loading_places_as_relabelling_does(ranks, run):
         assert got.keys() == want.keys()
         for name, tensor in want.items():
             assert torch.equal(got[name], tensor), name
+            if name.endswith((".router.weight", ".router.expert_bias")):
+                assert not torch.equal(old[name], tensor), name
+        assert sum(name.endswith(".router.expert_bias") for name in want) == 2
         assert any(not torch.equal(old[name], tensor) for name, tensor in want.items())
+
+
+def _wrong_loads(folder, placement):
+    """What a placed model says that nothing was loaded into, then when weights come a second time."""
+    from emo_megatron.mcore.placement import place_when_loaded
+    from emo_megatron.modules.placement import load_placement
+
+    said = []
+    built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
+    place_when_loaded(built, placement=load_placement(placement))
+    steps = (
+        lambda: checkpoints.forward(built),
+        lambda: checkpoints.load(folder, built),
+        lambda: checkpoints.forward(built),
+        lambda: checkpoints.load(folder, built),
+    )
+    for step in steps:
+        try:
+            step()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_weights_that_did_not_come_once_are_refused(ranks, run):
+    folder, placement = run
+    for never, *fine, twice in ranks(2).run(_wrong_loads, folder=str(folder), placement=placement):
+        assert "placed nothing" in never
+        assert fine == ["", ""]
+        assert "loaded twice" in twice
 
 
 def _args(run, **changes):
@@ -88,13 +107,28 @@ def test_only_a_run_that_starts_from_weights_places(run):
         placement_hook(_args(run, expert_model_parallel_size=4))
 
 
+def test_another_models_placement_is_refused(run, tmp_path):
+    other = placement_of(run[0], model="0" * 64).save(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="another model"):
+        placement_hook(_args(run, expert_placement=other))
+
+
+@pytest.mark.parametrize("refusal", PLACEMENT_REFUSALS, ids=lambda refusal: refusal.field)
+def test_runs_that_cannot_place_are_refused(run, refusal):
+    allowed, *_ = refusal.allowed
+    assert placement_hook(_args(run, **{refusal.field: allowed})) is not None
+    value = {None: "file.json", 0: 1}[allowed]
+    with pytest.raises(ValueError, match=f"--{refusal.field.replace('_', '-')} must be"):
+        placement_hook(_args(run, **{refusal.field: value}))
+
+
 @pytest.mark.slow
 def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix):
     """With the distributed optimizer, which must step from the placed weights."""
     pools = ("--pool-min", 3, "--save-interval", 1)
     first = tmp_path / "first"
     pretraining.pretrain(1, *pools, "--train-iters", 1, "--save", first, data=data_prefix)
-    placement = _placement_of(first, (*ORDER, ORDER[0])).save(tmp_path / "p.json")
+    placement = placement_of(first, order=(*ORDER, ORDER[0])).save(tmp_path / "p.json")
     going_on = (
         *(*pools, "--train-iters", 2, "--load", first, "--finetune"),
         *("--use-distributed-optimizer", "--expert-model-parallel-size", 2),

@@ -7,42 +7,25 @@ import argparse
 import pytest
 import torch
 from support import checkpoints
+from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.cli import main
 from emo_megatron.mcore.relabel import RelabelOptions, relabel
 from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.placement import Placement, load_placement
-from emo_megatron.modules.selection import router_fingerprint
-
-ORDER = ((3, 0, 7, 4, 1, 2, 6, 5), (7, 6, 5, 4, 3, 2, 1, 0))
-
-
-def _placement(folder, **changes):
-    model = MegatronCheckpoint(folder)
-    routers = [model.layer_view(n).read("mlp.router.weight") for n in model.moe_layers]
-    fields = {
-        "num_experts": 8,
-        "num_ranks": 2,
-        "layers": model.moe_layers,
-        "order": ORDER,
-        "model": router_fingerprint(routers),
-        "method": "together",
-        "max_imbalance": 1.1,
-    }
-    return Placement(**fields | changes)
+from emo_megatron.modules.placement import load_placement
 
 
 @pytest.fixture(scope="module")
 def before(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("relabel") / "before"
     layout = {"expert_model_parallel_size": 2}
-    ranks(2).run(checkpoints.save, folder=str(folder), layout=layout, config={})
+    ranks(2).run(checkpoints.save, folder=str(folder), layout=layout, config=BIASED)
     return folder
 
 
 @pytest.fixture(scope="module")
 def after(before):
-    placement = _placement(before).save(before.parent / "p.json")
+    placement = placement_of(before).save(before.parent / "p.json")
     output = before.parent / "after"
     command = ["relabel", "--checkpoint", str(before), "--placement", str(placement)]
     assert main([*command, "--output", str(output)]) == 0
@@ -52,6 +35,7 @@ def after(before):
 def test_experts_and_router_rows_move_together_and_nothing_else(before, after):
     old, new = MegatronCheckpoint(before), MegatronCheckpoint(after)
     assert list(old.names) == list(new.names)
+    assert old.read("decoder.layers.0.mlp.router.expert_bias").unique().numel() == 8
     for name in old.names:
         of_experts = ".mlp.experts." in name or ".mlp.router." in name
         order = list(ORDER[int(name.split(".")[2])]) if of_experts else None
@@ -80,13 +64,14 @@ def _logits(folder, layout, dispatcher):
     tiny.setup(expert_tensor_parallel_size=1, **layout)
     is_dedup = dispatcher == "dedup"
     pool = PoolConfig(pool_dispatcher="dedup") if is_dedup else PoolConfig()
-    built = tiny.model(pool, moe_token_dispatcher_type="alltoall" if is_dedup else dispatcher)
+    host = "alltoall" if is_dedup else dispatcher
+    built = tiny.model(pool, moe_token_dispatcher_type=host, **BIASED)
     checkpoints.load(folder, built)
     return checkpoints.forward(built.eval())
 
 
 def test_another_models_placement_is_refused(before, tmp_path, capsys):
-    placement = _placement(before, model="0" * 64).save(tmp_path / "p.json")
+    placement = placement_of(before, model="0" * 64).save(tmp_path / "p.json")
     output = tmp_path / "out"
     command = ["relabel", "--checkpoint", str(before), "--placement", str(placement)]
     assert main([*command, "--output", str(output)]) == 2
@@ -99,7 +84,7 @@ def test_numbers_that_mean_something_are_refused(before, tmp_path, monkeypatch, 
     stored = MegatronCheckpoint(before).args
     changed = argparse.Namespace(**vars(stored) | {name: value})
     monkeypatch.setattr(MegatronCheckpoint, "args", changed)
-    placement = _placement(before).save(tmp_path / "p.json")
+    placement = placement_of(before).save(tmp_path / "p.json")
     options = RelabelOptions(checkpoint=before, placement=placement, output=tmp_path / "out")
     with pytest.raises(ValueError, match=name.replace("_", "-")):
         relabel(options)

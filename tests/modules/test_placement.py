@@ -102,6 +102,22 @@ def test_load_wins_over_togetherness():
     assert rank[0] == rank[1]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_bound_that_loads_do_not_allow_makes_no_rank_fuller(seed):
+    rng = np.random.default_rng(seed)
+    ranks, experts = int(rng.integers(2, 5)), 12
+    # a few experts carry most, so that no order is balanced
+    together = rng.pareto(0.7, (experts, experts)).round(2) * 10
+    together = np.triu(together, 1) + np.triu(together, 1).T
+    load = together.sum(1) + rng.pareto(0.7, experts).round(2) * 100
+    together += np.diag(load)
+    starts = (pack_by_load(load, num_ranks=ranks), np.arange(experts) // (experts // ranks))
+    fullest = [np.bincount(start, weights=load).max() for start in starts]
+    rank = place_together(together, num_ranks=ranks, max_imbalance=1.0, seed=seed)
+    assert np.bincount(rank).tolist() == [experts // ranks] * ranks
+    assert np.bincount(rank, weights=load).max() <= min(fullest) * (1 + 1e-9)
+
+
 def test_packing_balances_loads_and_counts():
     rank = pack_by_load(np.array([8.0, 7.0, 1.0, 1.0, 1.0, 2.0]), num_ranks=2)
     assert np.bincount(rank).tolist() == [3, 3]

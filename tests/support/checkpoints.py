@@ -15,6 +15,10 @@ from torch import Tensor
 
 UNEQUAL = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
 """A dense layer before three MoE layers; without it, all layers are equal and Megatron stacks them."""
+BIASED = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+"""A router with a buffer of the experts' own, which `model` gives values too."""
+ORDER = ((3, 0, 7, 4, 1, 2, 6, 5), (7, 6, 5, 4, 3, 2, 1, 0))
+"""Of the experts of two layers."""
 ARGS = {
     "num_experts": 8,
     "moe_router_topk": 2,
@@ -192,3 +196,23 @@ def selection_of(folder: Path, kept: list[list[int]], **changes: Any) -> Any:
         "data": {"documents": 3},
     }
     return Selection(**fields | changes)
+
+
+def placement_of(folder: Path, **changes: Any) -> Any:
+    """The Placement of a checkpoint's experts on two ranks, in ORDER."""
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.placement import Placement
+    from emo_megatron.modules.selection import router_fingerprint
+
+    model = MegatronCheckpoint(folder)
+    routers = [model.layer_view(n).read("mlp.router.weight") for n in model.moe_layers]
+    fields: dict[str, Any] = {
+        "num_experts": 8,
+        "num_ranks": 2,
+        "layers": model.moe_layers,
+        "order": ORDER,
+        "model": router_fingerprint(routers),
+        "method": "together",
+        "max_imbalance": 1.1,
+    }
+    return Placement(**fields | changes)
