@@ -13,6 +13,7 @@ from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.launch import USER_ERROR
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.modules.calibration import Calibration, Documents, load_documents
+from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
 
@@ -80,6 +81,7 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
         facts=facts_of(checkpoint),
         seq_length=options.seq_length or min(loaded.args.seq_length, LONGEST_ROW),
         rows_at_once=options.rows,
+        weights=mark_of(checkpoint.path),
     )
     return Opened(options=options, model=model, args=loaded.args)
 

@@ -1,11 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and how to tell them apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+WEIGHTS = (".bin", ".distcp", ".safetensors")
+"""What names of files with weights end in."""
 
 
 @contextlib.contextmanager
@@ -29,6 +33,16 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         _remove(unfinished)
+
+
+def mark_of(checkpoint: Path) -> str:
+    """16 hex digits that change with the weights in a folder: of its place, and its files' names, sizes and times."""
+    digest = hashlib.sha256(str(checkpoint.resolve()).encode())
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix in WEIGHTS:
+            state = path.stat()
+            digest.update(f"\n{path.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _remove(path: Path) -> None:

@@ -224,3 +224,31 @@ def test_commands_on_a_folder(tmp_path, kind):
     kept = load_selection(chosen).num_kept[0]
     assert losses[str(kept)] <= 1.05 * losses["8"]
     assert cli.main(["stats", *common, "--data", data, "--output", stats, "--processes", "2"]) == 2
+
+
+def test_routers_that_give_probabilities_as_their_logits_are_measured_alike(kind):
+    built = model(kind).eval()
+    keep = torch.ones(len(blocks(built)), 8, dtype=torch.bool)
+    keep[:, 3] = False
+
+    def measured():
+        stats = study(built).statistics(documents(), outputs=True, allowed_LE=keep)
+        return stats.tensors() | {"nats": torch.tensor(study(built).loss(documents()).nats)}
+
+    want = measured()
+    for block in blocks(built):
+        forward = block.gate.forward
+        block.gate.forward = lambda hidden, forward=forward: _with_probabilities(forward(hidden))
+    for name, tensor in measured().items():
+        torch.testing.assert_close(tensor, want[name])
+
+
+def _with_probabilities(output):
+    """What early releases of transformers 5 return for a router."""
+    assert isinstance(output, tuple)
+    return (output[0].float().softmax(-1), *output[1:])
+
+
+def test_documents_without_a_predicted_token_have_no_loss():
+    with pytest.raises(ValueError, match="two tokens or more"):
+        study(model("olmoe")).loss([torch.tensor([3]), torch.tensor([5])])
