@@ -13,18 +13,19 @@ WEIGHTS = (".bin", ".distcp", ".safetensors")
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Give the name to write under; it becomes `path` by a rename when the block ends well, and is gone if it fails.
 
     Args:
         path: a file, replaced if it exists; or a folder, which must not exist. Missing parents are made. The name that
             is given does not exist yet: write a file there, or make a folder.
+        is_new: nothing is replaced, not a file either.
 
     Raises:
-        ValueError: `path` is a folder that exists.
+        ValueError: `path` is a folder that exists, or is to be new and exists.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} exists; name a folder that does not, or remove it")
+    if path.is_dir() or (is_new and path.exists()):
+        raise ValueError(f"{path} exists; name one that does not, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     _remove(unfinished)

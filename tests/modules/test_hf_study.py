@@ -215,10 +215,12 @@ def test_commands_on_a_folder(tmp_path, kind):
     save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
     common = ["--checkpoint", f"{tmp_path}/model"]
     data, stats = f"{tmp_path}/d.safetensors", f"{tmp_path}/s.safetensors"
+    held_out = f"{tmp_path}/h.safetensors"
+    save_file({"tokens": documents()[2], "cu_seqlens": torch.tensor([0, 30])}, held_out)
     assert cli.main(["stats", *common, "--data", data, "--output", stats]) == 0
     assert load_file(stats)["count_LE"].sum() == 50 * 2 * (2 if kind == "qwen2_moe" else 3)
     chosen = f"{tmp_path}/c.json"
-    bound = ["--max-rise", "5%", "--held-out", data, "--stats", stats]
+    bound = ["--max-rise", "5%", "--held-out", held_out, "--stats", stats]
     assert cli.main(["select", *common, *bound, "--output", chosen]) == 0
     losses = load_selection(chosen).data["losses"]
     kept = load_selection(chosen).num_kept[0]
@@ -252,3 +254,14 @@ def _with_probabilities(output):
 def test_documents_without_a_predicted_token_have_no_loss():
     with pytest.raises(ValueError, match="two tokens or more"):
         study(model("olmoe")).loss([torch.tensor([3]), torch.tensor([5])])
+
+
+def test_a_folder_without_its_weights_is_said(tmp_path):
+    model("olmoe").save_pretrained(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not whole"):
+        load_hugging_face(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="is not whole"):
+        load_hugging_face(tmp_path)
