@@ -6,8 +6,6 @@ python -m emo_megatron export --checkpoint runs/french --output exported/french
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +87,7 @@ def export(options: ExportOptions) -> Path:
     retention = _retention(options, selection)
     dtype = _dtype(options, checkpoint)
     gate = TINY_GATE if options.nonzero_shared_gate else 0.0
-    with whole(options.output) as folder:
+    with whole(options.output, is_new=True) as folder:
         folder.mkdir(parents=True)
         write_folder(
             folder,
@@ -170,7 +168,8 @@ def _retention(options: ExportOptions, selection: Selection | None) -> list[Meas
         return read_retention(path)
     domain = options.retention_domain
     if domain is None:
-        files = re.findall(r'"file": "([^"]*)"', json.dumps(selection.data))
+        entries = selection.data.get("calibration", [])
+        files = [str(entry["file"]) for entry in entries if "file" in entry]
         known = {Path(file).name.partition(".")[0] for file in files} & measured_domains(path)
         if len(known) != 1:
             raise ValueError(

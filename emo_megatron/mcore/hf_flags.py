@@ -64,6 +64,7 @@ REQUIREMENTS = (
     _only("moe_router_enable_expert_bias", False, reason=_ROUTER),
     _only("moe_router_topk_scaling_factor", None, 1.0, reason=_ROUTER),
     _only("moe_router_num_groups", None, reason=_ROUTER),
+    _only("moe_expert_capacity_factor", None, reason="no token is dropped there"),
     _only("moe_apply_probs_on_input", False, reason="experts there are weighted by their output"),
     _only("moe_latent_size", None, reason="experts there work on the hidden size"),
     _only("mtp_num_layers", None, 0, reason="there is no multi-token prediction"),

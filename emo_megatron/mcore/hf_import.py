@@ -56,7 +56,7 @@ def import_folder(options: ImportOptions) -> Path:
         tokenizer = Tokenizer(options.tokenizer or options.folder)
         tokenizer.check(vocab_size=source.architecture.vocab_size)
     args = _flags(source, options, has_tokenizer=tokenizer is not None)
-    with whole(options.output) as unfinished:
+    with whole(options.output, is_new=True) as unfinished:
         weights = megatron_weights(
             source.architecture,
             source.weight,

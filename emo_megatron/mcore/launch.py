@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emo_megatron.mcore.flags import flags_of, prefixed
+from emo_megatron.mcore.ranks import ERROR_FILE, USER_ERROR
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention_options import RetentionOptions
 
-USER_ERROR = 2
-"""Exit status of a step after it has said what the user can mend."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(*arguments: str, processes: int = 1) -> list[str]:
+def torchrun(
+    *arguments: str, processes: int = 1, module: str = "torch.distributed.run"
+) -> list[str]:
     """A torchrun command of this interpreter, on a free port."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    launcher = (sys.executable, "-m", module, "--standalone")
     return [*launcher, "--nproc-per-node", str(processes), *arguments]
 
 
@@ -139,12 +138,9 @@ def _layout(options: ModelOptions) -> tuple[str, ...]:
 
 
 def _command(arguments: Sequence[str], *, processes: int) -> list[str]:
-    # torchrun would bury one process's own error in its report
-    return (
-        [sys.executable, *arguments]
-        if processes == 1
-        else torchrun(*arguments, processes=processes)
-    )
+    if processes == 1:
+        return [sys.executable, *arguments]
+    return torchrun(*arguments, processes=processes, module="emo_megatron.mcore.ranks")
 
 
 def _environment(*, processes: int) -> dict[str, str]:
@@ -153,12 +149,14 @@ def _environment(*, processes: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if processes == 1:
+        # a WORLD_SIZE from around is of other processes
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        defaults |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = defaults | os.environ
-    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
-    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        own |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    around = {name: value for name, value in os.environ.items() if name != ERROR_FILE}
+    return defaults | around | own

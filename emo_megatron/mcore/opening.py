@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
-from emo_megatron.mcore.launch import INTERRUPTED, USER_ERROR
 from emo_megatron.mcore.loading import checkpoint_in, load_model
+from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
 from emo_megatron.modules.calibration import Calibration, Documents, load_documents
+from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
 
@@ -80,6 +80,7 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
         facts=facts_of(checkpoint),
         seq_length=options.seq_length or min(loaded.args.seq_length, LONGEST_ROW),
         rows_at_once=options.rows,
+        weights=mark_of(checkpoint.path),
     )
     return Opened(options=options, model=model, args=loaded.args)
 
@@ -101,12 +102,11 @@ def _tokenizer_flags(
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` in this rank; what the user can mend is told in one line, by the first rank."""
+    """Run a command's `main` in this rank; what the user can mend is told in one line."""
     try:
         main()
     except (FileNotFoundError, ImportError, NotImplementedError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        say_error(error)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         # what is measured is kept; the command that started this says that it was interrupted

@@ -6,7 +6,8 @@ Shapes: L MoE layers of the whole model, E routed experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from emo_megatron.mcore.layer import PoolMoELayer
 from emo_megatron.mcore.observer import LayerObserver, check_outputs
 from emo_megatron.modules.calibration import Row, empty_row, pack_rows
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss
+from emo_megatron.modules.study import Loss, Setting
 
 
 class MegatronStudy:
@@ -33,13 +34,20 @@ class MegatronStudy:
         facts: of the whole model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
+        weights: `mark_of` the checkpoint.
 
     Raises:
         NotImplementedError: there is context parallelism.
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, facts: ModelFacts, seq_length: int, rows_at_once: int
+        self,
+        model: torch.nn.Module,
+        *,
+        facts: ModelFacts,
+        seq_length: int,
+        rows_at_once: int,
+        weights: str,
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
             raise NotImplementedError(
@@ -49,12 +57,28 @@ class MegatronStudy:
         self._model: Any = model.eval()
         self._layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
-        self._device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=str(parameter.dtype))
 
     @property
     def is_writer(self) -> bool:
         """Whether this is the first rank."""
         return dist.get_rank() == 0
+
+    def from_writer[T](self, read: Callable[[], T]) -> T:
+        """See StudiedModel."""
+        found: list[Any] = [None, None]
+        if self.is_writer:
+            try:
+                found[0] = read()
+            except (OSError, ValueError) as error:
+                found[1] = error
+        dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        answer: T = found[0]
+        return answer
 
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
@@ -98,14 +122,15 @@ class MegatronStudy:
             for entry in entries:
                 totals += entry["nats"].to(totals)
         dist.all_reduce(totals, group=dist.group.WORLD)
-        return Loss(nats=float(totals[0] / totals[1]), num_tokens=int(totals[1]))
+        return Loss.mean(float(totals[0]), num_tokens=int(totals[1]))
 
     @torch.no_grad()
     def _run(
         self, documents: Sequence[Tensor], allowed_LE: Tensor | None
     ) -> list[dict[str, Tensor]]:
         """Run documents through Megatron's schedule; on the last stage the losses of this rank's micro-batches."""
-        batches = self._batches(documents)
+        rows = pack_rows(documents, seq_length=self._seq_length)
+        num_batches = -(-sum(1 for _ in rows) // self._rows_of_all)
         for layer in self._layers:
             place = self.facts.layers.index(layer.layer_number)
             layer.pool_router.allowed_experts = (
@@ -114,9 +139,9 @@ class MegatronStudy:
         try:
             found = get_forward_backward_func()(
                 forward_step_func=_forward_step,
-                data_iterator=iter(batches),
+                data_iterator=self._batches(documents, num_batches),
                 model=self._model,
-                num_microbatches=len(batches),
+                num_microbatches=num_batches,
                 # a micro-batch is one packed stream
                 seq_length=self._seq_length * self._rows_at_once,
                 micro_batch_size=1,
@@ -127,16 +152,21 @@ class MegatronStudy:
                 layer.pool_router.allowed_experts = None
         return list(found)
 
-    def _batches(self, documents: Sequence[Tensor]) -> list[_Batch]:
-        """This data-parallel rank's micro-batches, as many on every rank: padding where there is nothing left."""
-        rows = list(pack_rows(documents, seq_length=self._seq_length))
-        size = parallel_state.get_data_parallel_world_size() * self._rows_at_once
-        rows += [empty_row(self._seq_length)] * (-len(rows) % size)
+    @property
+    def _rows_of_all(self) -> int:
+        """Rows of the micro-batches of all data-parallel ranks together."""
+        return int(parallel_state.get_data_parallel_world_size()) * self._rows_at_once
+
+    def _batches(self, documents: Sequence[Tensor], num_batches: int) -> Iterator[_Batch]:
+        """This data-parallel rank's micro-batches, made as they are asked for; padding where there is nothing left."""
+        rows = itertools.chain(
+            pack_rows(documents, seq_length=self._seq_length),
+            itertools.repeat(empty_row(self._seq_length)),
+        )
         first = parallel_state.get_data_parallel_rank() * self._rows_at_once
-        return [
-            _batch(rows[start : start + self._rows_at_once], self._device)
-            for start in range(first, len(rows), size)
-        ]
+        for _ in range(num_batches):
+            of_all = list(itertools.islice(rows, self._rows_of_all))
+            yield _batch(of_all[first : first + self._rows_at_once], self._device)
 
     def _over_ranks(self, found: dict[int, Tensor], *, is_square: bool) -> Tensor:
         """[L, E] or [L, E, E] float64 on the CPU: sums by layer number, added up over all ranks.

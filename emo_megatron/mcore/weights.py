@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class MegatronCheckpoint:
     def __init__(self, path: Path | str) -> None:
         self.path = _iteration_folder(Path(path))
         self._reader = FileSystemReader(str(self.path))
-        self._metadata: Metadata = self._reader.read_metadata()
+        self._metadata: Metadata = _metadata(self._reader, self.path)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             name: entry
@@ -250,6 +251,17 @@ class _Plan(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the target is the caller's tensor."""
+
+
+def _metadata(reader: FileSystemReader, path: Path) -> Metadata:
+    try:
+        return reader.read_metadata()
+    # what a cut or foreign file makes of its reader
+    except (
+        *(AttributeError, EOFError, ImportError, IndexError, KeyError),
+        *(TypeError, ValueError, pickle.UnpicklingError),
+    ) as error:
+        raise ValueError(f"{path} is not whole: its .metadata is damaged ({error})") from None
 
 
 def _iteration_folder(path: Path) -> Path:

@@ -90,7 +90,7 @@ def write_checkpoint(
         ValueError: `path` exists.
     """
     path = Path(path)
-    with whole(path) as unfinished:
+    with whole(path, is_new=True) as unfinished:
         folder = unfinished / RELEASE
         folder.mkdir(parents=True)
         _save(folder, _Writer(weights, common=_common(args)))

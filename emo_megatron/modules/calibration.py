@@ -104,12 +104,14 @@ def load_documents(
     documents = _read(path, read_indexed)
     examples, shots = calibration.pick(len(documents))
     chosen: list[Tensor] = []
+    num_tokens = 0
     for place in examples:
         parts = [documents[at] for at in (*shots, place)]
         tokens = _tokens(parts, path, tokenize)
         if tokens.numel():
             chosen.append(tokens)
-        if calibration.num_tokens and sum(d.numel() for d in chosen) >= calibration.num_tokens:
+            num_tokens += tokens.numel()
+        if calibration.num_tokens and num_tokens >= calibration.num_tokens:
             break
     if not chosen:
         raise ValueError(f"{path} holds no document")
@@ -124,7 +126,7 @@ def load_documents(
         "file": path.name,
         "sha256": _digest(chosen),
         "documents": len(chosen),
-        "tokens": sum(document.numel() for document in chosen),
+        "tokens": num_tokens,
     }
     return Documents(tokens=tuple(chosen), source=source | asdict(calibration))
 

@@ -63,6 +63,13 @@ def select(
         stats = measured.of(documents.source)
     choice = _chooser(options, stats=stats, model=model, documents=documents, facts=facts)
     calibration = [documents.source] if documents else [*stats.data] if stats else []
+    if options.method == RANDOM:
+        # what was read of statistics is the number of experts
+        calibration = []
+    if held_out and held_out.source["sha256"] in [entry.get("sha256") for entry in calibration]:
+        raise ValueError(
+            f"--held-out {options.held_out} holds the documents that choose the experts: give others"
+        )
     data: dict[str, Any] = {"calibration": calibration}
     if bound is None:
         assert keep is not None

@@ -1,26 +1,31 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and how to tell them apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+WEIGHTS = (".bin", ".distcp", ".safetensors")
+"""What names of files with weights end in."""
+
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Give the name to write under; it becomes `path` by a rename when the block ends well, and is gone if it fails.
 
     Args:
         path: a file, replaced if it exists; or a folder, which must not exist. Missing parents are made. The name that
             is given does not exist yet: write a file there, or make a folder.
+        is_new: nothing is replaced, not a file either.
 
     Raises:
-        ValueError: `path` is a folder that exists.
+        ValueError: `path` is a folder that exists, or is to be new and exists.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} exists; name a folder that does not, or remove it")
+    if path.is_dir() or (is_new and path.exists()):
+        raise ValueError(f"{path} exists; name one that does not, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     _remove(unfinished)
@@ -29,6 +34,16 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         _remove(unfinished)
+
+
+def mark_of(checkpoint: Path) -> str:
+    """16 hex digits that change with the weights in a folder: of its place, and its files' names, sizes and times."""
+    digest = hashlib.sha256(str(checkpoint.resolve()).encode())
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix in WEIGHTS:
+            state = path.stat()
+            digest.update(f"\n{path.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _remove(path: Path) -> None:

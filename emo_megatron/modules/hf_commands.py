@@ -8,6 +8,7 @@ from typing import Any
 
 from emo_megatron.modules.calibration import Calibration, Documents, load_documents
 from emo_megatron.modules.choosing import select
+from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import measure_retention
@@ -58,6 +59,7 @@ def _study(options: ModelOptions, folder: Path) -> HuggingFaceStudy:
         model,
         seq_length=options.seq_length or min(model.config.max_position_embeddings, LONGEST_ROW),
         rows_at_once=options.rows,
+        weights=mark_of(folder),
     )
 
 

@@ -57,9 +57,10 @@ class BlockObserver:
 
     def _route(self, gate: Any, inputs: Any, output: Any) -> Any:
         """Note the scores; where experts are left out, give the block what it would get without them."""
-        # transformers 5 has routers that choose; before, a linear layer whose block chooses
+        # transformers 5 has routers that choose, and what some of its releases give as logits are probabilities;
+        # before, a linear layer whose block chooses
         chooses = isinstance(output, tuple)
-        logits_TE = (output[0] if chooses else output).reshape(-1, gate.weight.shape[0])
+        logits_TE = torch.nn.functional.linear(inputs[0].flatten(0, -2), gate.weight)
         allowed_TE = logits_TE
         if self._allowed_E is not None:
             allowed_TE = logits_TE.masked_fill(~self._allowed_E, float("-inf"))
@@ -71,7 +72,7 @@ class BlockObserver:
         self._scored = (logits_TE, weights_TK, experts_TK)
         if self._allowed_E is None:
             return None
-        return (logits_TE, weights_TK, experts_TK) if chooses else allowed_TE.view_as(output)
+        return (output[0], weights_TK, experts_TK) if chooses else allowed_TE.view_as(output)
 
     def _finished(self, block: Any, inputs: tuple[Any, ...], output: Any) -> None:
         assert self._scored is not None

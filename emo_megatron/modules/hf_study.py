@@ -11,20 +11,21 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from emo_megatron.modules.calibration import Row, pack_rows
 from emo_megatron.modules.hf_observer import BlockObserver
 from emo_megatron.modules.selection import router_fingerprint
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss
+from emo_megatron.modules.study import Loss, Setting
 
 MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
 """Kinds of models in config.json that this knows."""
@@ -44,9 +45,12 @@ def load_hugging_face(path: Path) -> Any:
             f"experts are studied in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
         )
     with _as_stock(path, kind) as folder:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype="auto", local_files_only=True
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype="auto", local_files_only=True
+            )
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is not whole: {error}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -89,21 +93,30 @@ class HuggingFaceStudy:
         model: a causal language model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a forward pass.
+        weights: `mark_of` the folder it came from.
 
     Raises:
         ValueError: it has no layers of the known kind.
     """
 
-    def __init__(self, model: Any, *, seq_length: int, rows_at_once: int) -> None:
+    def __init__(
+        self, model: Any, *, seq_length: int, rows_at_once: int, weights: str = ""
+    ) -> None:
         self._model = model.eval()
         self._blocks = _blocks(model)
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         self.facts = _facts(model, self._blocks)
+        dtype = str(next(model.parameters()).dtype)
+        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=dtype)
 
     @property
     def is_writer(self) -> bool:
         """There is one process."""
         return True
+
+    def from_writer[T](self, read: Callable[[], T]) -> T:
+        """See StudiedModel."""
+        return read()
 
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
@@ -148,7 +161,7 @@ class HuggingFaceStudy:
         finally:
             for observer in observers:
                 observer.remove()
-        return Loss(nats=total / count, num_tokens=count)
+        return Loss.mean(total, num_tokens=count)
 
     def _observe(
         self, allowed_LE: Tensor | None, *, outputs: bool, is_summing: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,7 +109,7 @@ class SelectOptions(DataOptions):
     """
 
     output: Path
-    """Selection file to write."""
+    """Selection file to write. Interrupted, select begins again; with --stats the measurements are kept."""
     stats: tuple[Path, ...] = ()
     """Files of `stats`; several count as one."""
     method: Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"] = (
@@ -139,6 +140,16 @@ class SelectOptions(DataOptions):
             raise ValueError(
                 "give one of --keep, --max-rise and --budget-mb, which say how large the module is; got "
                 f"{' and '.join(f'--{n}'.replace('_', '-') for n in sizes) or 'none'}"
+            )
+        for name in ("budget_mb", "bytes_per_parameter"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0; got {value}")
+        if self.data is not None and not self.needs_data:
+            raise ValueError(
+                f"--data would not be read: --method {self.method} needs none"
+                + (" beside --stats" if self.stats else "")
+                + "; drop it"
             )
         if self.max_rise is not None and self.held_out is None:
             raise ValueError("--max-rise needs --held-out, documents that choose no experts")

@@ -48,7 +48,7 @@ def parse_keep(text: str, facts: ModelFacts) -> int:
     number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
         wanted = round(float(number) / 100 * total) if is_share else int(number)
-    except ValueError:
+    except (OverflowError, ValueError):
         raise ValueError(
             f"--keep must be a number like 16 or a share like 12.5%; got {text}"
         ) from None

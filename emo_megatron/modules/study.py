@@ -5,8 +5,8 @@ Shapes: L MoE layers in model order, E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,32 @@ class Loss:
     num_tokens: int
     """Predicted tokens behind it: every token of a document but its first."""
 
+    @classmethod
+    def mean(cls, nats: float, *, num_tokens: int) -> Loss:
+        """Of a sum over tokens.
+
+        Raises:
+            ValueError: no token was predicted.
+        """
+        if num_tokens < 1:
+            raise ValueError(
+                "held-out documents must have two tokens or more, since the first is not predicted; got "
+                "documents of one token only"
+            )
+        return cls(nats=nats / num_tokens, num_tokens=num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a measurement depends on beside the documents."""
+
+    weights: str
+    """`mark_of` the checkpoint."""
+    seq_length: int
+    """Tokens a row."""
+    dtype: str
+    """Of the weights as they are run."""
+
 
 class StudiedModel(Protocol):
     """A model whose experts can be watched and left out. On several ranks all of them call alike and get the same."""
@@ -36,8 +62,17 @@ class StudiedModel(Protocol):
         ...
 
     @property
+    def setting(self) -> Setting:
+        """What measurements of it depend on."""
+        ...
+
+    @property
     def is_writer(self) -> bool:
         """Whether this process writes files and shows progress."""
+        ...
+
+    def from_writer[T](self, read: Callable[[], T]) -> T:
+        """What the writer finds in files, or its error, on all ranks: no other looks while files come and go."""
         ...
 
     def statistics(
@@ -79,13 +114,35 @@ def collect_stats(
     Raises:
         ValueError: `output` holds other statistics.
     """
-    if output.exists():
-        found = load_stats(output)
-        if _is_of(found, model, documents, outputs):
-            return found
-        raise ValueError(f"{output} holds the statistics of something else; name another file")
     unfinished = output.with_name(f"{output.name}.partial")
-    total = _resume(unfinished, model, documents, outputs)
+    source = documents.source | asdict(model.setting)
+
+    def is_of_this(stats: ExpertStatistics) -> bool:
+        # JSON has no tuples, and what chose the documents shows in their digest
+        names = ("sha256", *asdict(model.setting))
+        return (
+            [[entry.get(name) for name in names] for entry in stats.data]
+            == [[source[name] for name in names]]
+            and stats.model.is_same(model.facts)
+            and ("norm_LE" in stats.tensors()) == outputs
+        )
+
+    def find() -> ExpertStatistics | None:
+        if output.exists():
+            found = load_stats(output)
+            if is_of_this(found):
+                return found
+            raise ValueError(
+                f"{output} holds the statistics of something else: other weights, --data, --seq-length, dtype or "
+                "--outputs; name another file"
+            )
+        if unfinished.exists():
+            # what is of something else is nothing to go on with, and it is replaced
+            found = load_stats(unfinished)
+            return found if is_of_this(found) else None
+        return None
+
+    total = model.from_writer(find)
     done = 0 if total is None else total.num_documents
     bar = tqdm(
         total=len(documents.tokens),
@@ -101,32 +158,11 @@ def collect_stats(
             total = part if total is None else merge_stats([total, part])
             done += len(chunk)
             bar.update(len(chunk))
-            total = total.of(documents.source)
+            total = total.of(source)
             if model.is_writer:
                 total.save(unfinished)
     assert total is not None, "there is a document at least"
-    if model.is_writer:
+    if model.is_writer and unfinished.exists():
         total.save(output)
         unfinished.unlink()
     return total
-
-
-def _resume(
-    unfinished: Path, model: StudiedModel, documents: Documents, outputs: bool
-) -> ExpertStatistics | None:
-    if not unfinished.exists():
-        return None
-    found = load_stats(unfinished)
-    # of another model or other documents: nothing to go on with, and it is replaced
-    return found if _is_of(found, model, documents, outputs) else None
-
-
-def _is_of(
-    stats: ExpertStatistics, model: StudiedModel, documents: Documents, outputs: bool
-) -> bool:
-    same_data = [entry.get("sha256") for entry in stats.data] == [documents.source["sha256"]]
-    return (
-        same_data
-        and stats.model.is_same(model.facts)
-        and ("norm_LE" in stats.tensors()) == bool(outputs)
-    )

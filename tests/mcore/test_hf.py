@@ -225,7 +225,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         "vocabulary": ("99 tokens and the model's embedding 80 rows", "--tokenizer"),
         "selection": ("keeps 4 experts in layers (1, 2, 3); this checkpoint has 6",),
         "uneven": ("needs as many experts in every layer", "keeps 1 to 2"),
-        "exists": ("source exists; name a folder that does not",),
+        "exists": ("source exists; name one that does not",),
         "vocabulary of an import": ("99 tokens and the model's embedding 80 rows",),
     }.items():
         assert said[name].startswith("ValueError: "), said[name]

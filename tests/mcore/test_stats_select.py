@@ -92,7 +92,9 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     assert load_selection(by_stats).experts[0] == chosen.experts[0]
     assert load_selection(by_stats).model == chosen.model == load_stats(stats).model.fingerprint
     output = tmp_path / "smallest.json"
-    bound = ("--max-rise", "0.01%", "--held-out", data / "d.safetensors")
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::2]))
+    bound = ("--max-rise", "0.01%", "--held-out", held_out)
     assert run("select", *model, *bound, "--stats", stats, "--output", output) == 0
     found = load_selection(output)
     losses = {int(kept): loss for kept, loss in found.data["losses"].items()}
@@ -143,14 +145,22 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     part.write_bytes(part.read_bytes()[:2000])
     (tmp_path / "d.jsonl").write_text('{"text": "5 600"}')
     output = tmp_path / "out" / "s.safetensors"
+    two = ("--processes", "2", "--expert-parallel", "2")
     for arguments, what in [
         (("--checkpoint", cut, "--data", data / "d.jsonl"), "cut short"),
         (("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl"), "vocabulary.*5 to 600"),
+        (
+            ("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl", *two),
+            "vocabulary.*5 to 600",
+        ),
     ]:
         with pytest.raises(SystemExit) as stopped:
             run("stats", *arguments, "--output", output)
         assert stopped.value.code == 2
-        errors = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+        told = capfd.readouterr().err
+        errors = [line for line in told.splitlines() if "error" in line]
         assert len(errors) == 1
+        assert "Traceback" not in told
+        assert "FAILED" not in told
         assert re.search(what, errors[0])
     assert list(output.parent.iterdir()) == []

@@ -93,3 +93,14 @@ def test_expert_tensor_parallelism_is_refused_where_outputs_are_needed(ranks, si
     assert_same(answer, single(outputs=False))
     with pytest.raises(RuntimeError, match="--expert-tensor-parallel-size 1; got 2"):
         ranks(2).run(studies.measure, layout=layout)
+
+
+def test_documents_without_a_predicted_token_have_no_loss(ranks):
+    with pytest.raises(RuntimeError, match="two tokens or more"):
+        ranks(1).run(studies.loss_of_nothing)
+
+
+def test_files_are_looked_at_by_one_rank(ranks):
+    first, second = ranks(2).run(studies.looks)
+    assert first == {"found": 0, "raised": "of rank 0", "looked": 2}
+    assert second == {"found": 0, "raised": "of rank 0", "looked": 0}

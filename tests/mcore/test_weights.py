@@ -164,3 +164,21 @@ def test_damage_is_told(saved, tmp_path):
     ):
         with damaged(change):
             MegatronCheckpoint(copy)
+
+
+def test_damaged_metadata_is_said(saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder, tmp_path / "cut")
+    (metadata,) = tmp_path.rglob(".metadata")
+    whole = metadata.read_bytes()
+    for left in (0, 2, len(whole) // 2):
+        metadata.write_bytes(whole[:left])
+        with pytest.raises(ValueError, match=r"not whole: its \.metadata is damaged"):
+            MegatronCheckpoint(tmp_path / "cut")
+
+
+def test_no_file_is_replaced_by_a_checkpoint(saved, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file exists; name one that does not"):
+        write_checkpoint(tmp_path / "file", {}, args=MegatronCheckpoint(saved[0]).args)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -81,6 +81,25 @@ def test_without_statistics_the_model_is_measured_now(tmp_path):
     assert chosen.experts[0] == (0, 1, 2)
 
 
+def test_what_chooses_the_experts_is_not_held_out(files, tmp_path):
+    options = SelectOptions(
+        stats=files,
+        max_rise="1%",
+        held_out=Path("held-out"),
+        checkpoint=CHECKPOINT,
+        output=tmp_path / "s.json",
+    )
+    same = load_stats(files[0]).data[0]
+    held_out = dataclasses.replace(experts.documents(2), source=same)
+    with pytest.raises(ValueError, match="held-out holds the documents that choose"):
+        select(options, model=experts.MadeUpModel(), held_out=held_out)
+    assert not (tmp_path / "s.json").exists()
+    # experts that are drawn are chosen by no documents
+    drawn = dataclasses.replace(options, method="random")
+    chosen = select(drawn, model=experts.MadeUpModel(), held_out=held_out)
+    assert chosen.data["calibration"] == []
+
+
 def test_statistics_of_another_model_are_refused(files, tmp_path):
     options = SelectOptions(
         stats=files,
@@ -99,6 +118,9 @@ def test_statistics_of_another_model_are_refused(files, tmp_path):
     ("options", "what"),
     [
         ({"stats": 1}, "one of --keep, --max-rise and --budget-mb.*got none"),
+        ({"stats": 1, "keep": "4", "data": 1}, "--data would not be read.* beside --stats"),
+        ({"stats": 1, "budget_mb": float("inf")}, "--budget-mb must be above 0; got inf"),
+        ({"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": 0.0}, "parameter must be above 0"),
         ({"stats": 1, "keep": "4", "budget_mb": 3.0}, "got --keep and --budget-mb"),
         ({"keep": "4"}, "give --stats, or --checkpoint and --data"),
         ({"keep": "4", "checkpoint": 1}, "--method mean_prob needs calibration .* or --stats"),
@@ -109,7 +131,12 @@ def test_statistics_of_another_model_are_refused(files, tmp_path):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, what):
-    places = {"stats": (Path("s"),), "checkpoint": CHECKPOINT, "held_out": Path("h")}
+    places = {
+        "stats": (Path("s"),),
+        "data": Path("d"),
+        "checkpoint": CHECKPOINT,
+        "held_out": Path("h"),
+    }
     given = {name: places[name] if value == 1 else value for name, value in options.items()}
     with pytest.raises(ValueError, match=what):
         SelectOptions(output=Path("s.json"), **given)

@@ -215,12 +215,53 @@ def test_commands_on_a_folder(tmp_path, kind):
     save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
     common = ["--checkpoint", f"{tmp_path}/model"]
     data, stats = f"{tmp_path}/d.safetensors", f"{tmp_path}/s.safetensors"
+    held_out = f"{tmp_path}/h.safetensors"
+    save_file({"tokens": documents()[2], "cu_seqlens": torch.tensor([0, 30])}, held_out)
     assert cli.main(["stats", *common, "--data", data, "--output", stats]) == 0
     assert load_file(stats)["count_LE"].sum() == 50 * 2 * (2 if kind == "qwen2_moe" else 3)
     chosen = f"{tmp_path}/c.json"
-    bound = ["--max-rise", "5%", "--held-out", data, "--stats", stats]
+    bound = ["--max-rise", "5%", "--held-out", held_out, "--stats", stats]
     assert cli.main(["select", *common, *bound, "--output", chosen]) == 0
     losses = load_selection(chosen).data["losses"]
     kept = load_selection(chosen).num_kept[0]
     assert losses[str(kept)] <= 1.05 * losses["8"]
     assert cli.main(["stats", *common, "--data", data, "--output", stats, "--processes", "2"]) == 2
+
+
+def test_routers_that_give_probabilities_as_their_logits_are_measured_alike(kind):
+    built = model(kind).eval()
+    keep = torch.ones(len(blocks(built)), 8, dtype=torch.bool)
+    keep[:, 3] = False
+
+    def measured():
+        stats = study(built).statistics(documents(), outputs=True, allowed_LE=keep)
+        return stats.tensors() | {"nats": torch.tensor(study(built).loss(documents()).nats)}
+
+    want = measured()
+    for block in blocks(built):
+        forward = block.gate.forward
+        block.gate.forward = lambda hidden, forward=forward: _with_probabilities(forward(hidden))
+    for name, tensor in measured().items():
+        torch.testing.assert_close(tensor, want[name])
+
+
+def _with_probabilities(output):
+    """What early releases of transformers 5 return for a router."""
+    assert isinstance(output, tuple)
+    return (output[0].float().softmax(-1), *output[1:])
+
+
+def test_documents_without_a_predicted_token_have_no_loss():
+    with pytest.raises(ValueError, match="two tokens or more"):
+        study(model("olmoe")).loss([torch.tensor([3]), torch.tensor([5])])
+
+
+def test_a_folder_without_its_weights_is_said(tmp_path):
+    model("olmoe").save_pretrained(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not whole"):
+        load_hugging_face(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="is not whole"):
+        load_hugging_face(tmp_path)

@@ -47,7 +47,7 @@ def test_keep_counts_the_shared_expert_as_the_paper_does(text, routed):
     assert parse_keep(text, PAPER) == routed
 
 
-@pytest.mark.parametrize("text", ["7", "129", "5%", "101%", "-3", "nan%", "half", ""])
+@pytest.mark.parametrize("text", ["7", "129", "5%", "101%", "-3", "nan%", "inf%", "half", ""])
 def test_a_size_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match="--keep must"):
         parse_keep(text, PAPER)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emo_megatron.modules.calibration import Documents
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss
+from emo_megatron.modules.study import Loss, Setting
 
 FACTS = ModelFacts(
     fingerprint="f00d",
@@ -21,6 +21,8 @@ FACTS = ModelFacts(
     expert_parameters=1000,
     other_parameters=50_000,
 )
+
+SETTING = Setting(weights="w", seq_length=16, dtype="torch.float32")
 
 
 def documents(count: int, *, name: str = "some") -> Documents:
@@ -35,6 +37,7 @@ class MadeUpModel:
         loss: experts kept in the first layer -> nats.
         facts: what it is.
         fails_at: the call of `statistics`, from 0, that is interrupted.
+        setting: what measurements of it depend on.
     """
 
     is_writer = True
@@ -45,9 +48,14 @@ class MadeUpModel:
         *,
         facts: ModelFacts = FACTS,
         fails_at: int | None = None,
+        setting: Setting = SETTING,
     ) -> None:
+        self.setting = setting
         self.facts, self._loss, self._fails_at = facts, loss, fails_at
         self.seen: list[tuple[int, list[list[bool]] | None]] = []
+
+    def from_writer(self, read: Callable[[], Any]) -> Any:
+        return read()
 
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None

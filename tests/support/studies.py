@@ -43,7 +43,7 @@ def study(layout: dict[str, int], **config: Any) -> Any:
         expert_parameters=1,
         other_parameters=1,
     )
-    return MegatronStudy(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
+    return MegatronStudy(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2, weights="w")
 
 
 def measure(
@@ -110,3 +110,31 @@ def _add_token(layer: Any, h: Tensor, out: Tensor, sums: dict[str, Tensor]) -> N
     for one in chosen.tolist():
         for other in chosen.tolist():
             sums["together_LEE"][one, other] += 1
+
+
+def loss_of_nothing() -> None:
+    """The loss of documents of one token."""
+    study({}).loss([torch.tensor([3]), torch.tensor([5])])
+
+
+def looks() -> dict[str, Any]:
+    """What the ranks are told when they look at files, and how often they really looked."""
+    import torch.distributed as dist
+
+    studied = study({})
+    looked: list[str] = []
+
+    def find() -> int:
+        looked.append("")
+        return int(dist.get_rank())
+
+    def fail() -> None:
+        looked.append("")
+        raise ValueError(f"of rank {dist.get_rank()}")
+
+    found = studied.from_writer(find)
+    try:
+        studied.from_writer(fail)
+    except ValueError as error:
+        return {"found": found, "raised": str(error), "looked": len(looked)}
+    return {}

@@ -1,0 +1,52 @@
+"""torchrun for this package's steps: what a step tells the user stays one line, and its exit status stays its own.
+
+torchrun itself ends with 1 whatever its ranks ended with, after a page of report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+USER_ERROR = 2
+"""Exit status of a step after it has said what the user can mend."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""torchrun's variable: a rank leaves in this file what it failed of."""
+
+
+def say_error(error: Exception) -> None:
+    """Tell the user, in one line; a rank of torchrun tells torchrun, which tells it once for all ranks."""
+    if file := os.environ.get(ERROR_FILE):
+        described = {"message": str(error), "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(described), encoding="utf-8")
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run torchrun with this process's arguments and return the exit status of the step."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    # of ranks that failed and were stopped, which is told below
+    logging.disable(logging.CRITICAL)
+    try:
+        run(parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        for failure in error.failures.values():
+            if failure.exitcode == USER_ERROR:
+                print(f"error: {failure.message}", file=sys.stderr, flush=True)
+                return USER_ERROR
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
