@@ -18,6 +18,8 @@ UNEQUAL = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
 ARGS = {
     "num_experts": 8,
     "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
     "num_layers": 2,
     "hidden_size": 32,
     "pool_min": 3,
