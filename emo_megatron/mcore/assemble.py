@@ -25,7 +25,7 @@ from emo_megatron.mcore.parts import Module, check_fits
 from emo_megatron.mcore.weight_names import ROUTER, is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import LazyWeight, Note, write_checkpoint
-from emo_megatron.modules.compose import OWNER, PARENT, REFUSE, blended, value_of
+from emo_megatron.modules.compose import AVERAGE, OWNER, PARENT, REFUSE, blended, value_of
 from emo_megatron.modules.selection import Selection
 
 REPORT_FILE = "report.json"
@@ -33,7 +33,11 @@ REPORT_FILE = "report.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Policies:
-    """Whose value a weight gets. Each is "parent", "average" (of the modules that have it) or a module's name."""
+    """Whose value a weight gets. Each is "parent", "average" or a module's name.
+
+    A module counts where it has the weight and changed it; without a parent to compare with, where it has it. The
+    parent's value stands where a policy names a module that does not.
+    """
 
     shared: str = PARENT
     """Everything that is not an expert's."""
@@ -50,9 +54,9 @@ class Report:
     """What was decided; filled while the result is written."""
 
     conflicts: list[dict[str, Any]] = field(default_factory=list)
-    """Weights that modules disagree about, and what the result has."""
+    """Weights that modules changed differently, and whose value was taken."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    """Weights that a module changed and the result does not have from it."""
+    """Weights that modules changed, all alike, and the result has as the parent."""
     changed: dict[str, int] = field(default_factory=dict)
     """By kind of weight: tensors, or rows of an expert, that differ from the parent's."""
 
@@ -172,23 +176,21 @@ class Assembly:
         parent: Tensor | None,
         policy: str,
     ) -> Tensor:
-        disagree = _disagree(candidates)
+        changed = _changed(candidates, parent)
+        disagree = _disagree(changed)
         if policy == OWNER:
-            policy = self.policies.conflict if disagree else next(iter(candidates), PARENT)
-        value = value_of(policy, candidates=candidates, parent=parent)
+            policy = self.policies.conflict if disagree else next(iter(changed), PARENT)
+        taken = value_of(policy, candidates=changed, parent=parent)
+        value = taken.value
         if parent is not None:
             value = blended(value, parent=parent, share=self.policies.blend)
         where: dict[str, Any] = {"weight": name} | ({} if expert is None else {"expert": expert})
+        where |= {"modules": list(changed), "taken": taken.source}
         if disagree:
-            spread = max(float((c - value).abs().max()) for c in candidates.values())
-            self.report.conflicts.append(
-                where | {"modules": list(candidates), "taken": policy, "max_difference": spread}
-            )
-        elif parent is not None and self.policies.blend == 1.0:
-            for module, candidate in candidates.items():
-                if not torch.equal(candidate, value) and not torch.equal(candidate, parent):
-                    self.report.left_out.append(where | {"module": module, "taken": policy})
-                    break
+            spread = max(float((c - value).abs().max()) for c in changed.values())
+            self.report.conflicts.append(where | {"max_difference": spread})
+        elif changed and taken.source == PARENT:
+            self.report.left_out.append(where)
         if parent is not None and not torch.equal(value, parent):
             kind = split_name(name)[1]
             self.report.changed[kind] = self.report.changed.get(kind, 0) + 1
@@ -207,9 +209,14 @@ class Assembly:
             if value not in known:
                 raise ValueError(f"--{option} must be one of {', '.join(known)}; got {value}")
         for module in self.modules:
-            check_fits(module, self.model, self.num_parent_experts)
-        if policies.conflict == REFUSE and len(self.modules) > 1:
-            self._refuse_conflicts()
+            check_fits(
+                module,
+                self.model,
+                num_experts=self.num_parent_experts,
+                fingerprint=self.modules[0].selection.model,
+            )
+        if len(self.modules) > 1:
+            self._check_conflicts()
 
     def _check_parentless(self) -> None:
         used = {self.policies.shared, self.policies.router, self.policies.conflict}
@@ -225,9 +232,19 @@ class Assembly:
                 raise ValueError(
                     f"no module has expert {orphans[0]} of layer {layer}: give --parent, which has all"
                 )
+            named = self._rows.get(self.policies.router)
+            lacking = [] if named is None else [e for e in experts if e not in named[layer]]
+            if lacking:
+                raise ValueError(
+                    f"--router {self.policies.router} does not have expert {lacking[0]} of layer {layer}: give "
+                    "--parent, which has all, or another policy"
+                )
 
-    def _refuse_conflicts(self) -> None:
+    def _check_conflicts(self) -> None:
         """Look at the experts that several modules have, before anything is written."""
+        conflict = self.policies.conflict
+        if conflict in (PARENT, AVERAGE) or (conflict != REFUSE and self.parent is not None):
+            return
         for name in filter(is_of_experts, self.model.names):
             layer, rest = split_name(name)
             if rest.startswith(ROUTER) and self.policies.router != OWNER:
@@ -238,11 +255,30 @@ class Assembly:
                     m.name: m.checkpoint.read(name, self._rows[m.name][layer][expert])
                     for m in owners
                 }
-                if len(owners) > 1 and _disagree(values):
+                if len(owners) < 2:
+                    continue
+                parent = None if self.parent is None else self.parent.read(name, expert)
+                changed = _changed(values, parent)
+                if conflict in changed or not _disagree(changed):
+                    continue
+                said = f"{' and '.join(changed)} changed expert {expert} of layer {layer} ({name}) differently"
+                if conflict == REFUSE:
                     raise ValueError(
-                        f"{' and '.join(values)} both changed expert {expert} of layer {layer} ({name}): say with "
-                        "--conflict whose to take (parent, average or a module's name); the report lists every one"
+                        f"{said}: say with --conflict whose to take (parent, average or a module's name); the report "
+                        "lists every one"
                     )
+                raise ValueError(
+                    f"{said}, and --conflict {conflict} does not have it: give --parent, or another policy"
+                )
+
+
+def _changed(values: Mapping[str, Tensor], parent: Tensor | None) -> dict[str, Tensor]:
+    """The values that are not the parent's; all of them where there is no parent to compare with."""
+    return {
+        module: value
+        for module, value in values.items()
+        if parent is None or not torch.equal(value, parent)
+    }
 
 
 def _disagree(values: Mapping[str, Tensor]) -> bool:

@@ -26,6 +26,7 @@ def facts_of(checkpoint: MegatronCheckpoint) -> ModelFacts:
         for name, size in sizes.items()
         if ".mlp.experts." in name or name.endswith(".mlp.router.weight")
     )
+    stored = {info.dtype for name, info in checkpoint.names.items() if ".mlp.experts." in name}
     return ModelFacts(
         fingerprint=router_fingerprint(
             checkpoint.layer_view(number).read("mlp.router.weight") for number in layers
@@ -36,6 +37,7 @@ def facts_of(checkpoint: MegatronCheckpoint) -> ModelFacts:
         layers=layers,
         expert_parameters=routed // (len(layers) * num_experts),
         other_parameters=sum(sizes.values()) - routed,
+        bytes_per_parameter=max(dtype.itemsize for dtype in stored),
     )
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from emo_megatron.mcore.facts import facts_of
+from emo_megatron.mcore.weights import TRACKER, MegatronCheckpoint
 from emo_megatron.modules.selection import Selection, load_selection
 
 # the experts of the local layers, and of Transformer Engine's
@@ -71,12 +74,13 @@ def freeze_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]] | 
                 f"--train-selection {args.train_selection} is of a model of {selection.num_experts} experts, and "
                 f"--num-experts is {args.num_experts}"
             )
+        _check_model(selection, args)
     if policy == "all":
         return None
 
     def hook(chunks: list[Any]) -> list[Any]:
         num_trained = sum(freeze(chunk, policy=policy, selection=selection) for chunk in chunks)
-        if num_trained == 0:
+        if _over_stage(num_trained) == 0:
             raise ValueError(
                 f"--train-only {policy} leaves this pipeline stage nothing to train: give every stage an MoE layer"
             )
@@ -110,6 +114,33 @@ def freeze(model: torch.nn.Module, *, policy: TrainOnly, selection: Selection | 
             parameter.requires_grad_(kept is None or expert in kept)
     _keep_graph(model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _check_model(selection: Selection, args: argparse.Namespace) -> None:
+    """Refuse a Selection that was not made of the weights which the run starts from, or goes on with."""
+    source = args.load
+    if args.pretrained_checkpoint and not (source and (Path(source) / TRACKER).exists()):
+        # as Megatron does
+        source = args.pretrained_checkpoint
+    elif source and args.ckpt_step:
+        source = Path(source) / f"iter_{args.ckpt_step:07d}"
+    if not source:
+        raise ValueError("--train-selection needs the model it was made of: name it with --load")
+    facts = facts_of(MegatronCheckpoint(source))
+    try:
+        selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
+    except ValueError as error:
+        raise ValueError(f"--train-selection {args.train_selection}: {error}") from None
+
+
+def _over_stage(number: int) -> int:
+    """The sum over the ranks of this pipeline stage: one of them may have none of the experts that are trained."""
+    if not parallel_state.model_parallel_is_initialized():
+        return number
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    total = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total, group=group)
+    return int(total)
 
 
 def _kept(selection: Selection, layer: MoELayer) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from emo_megatron.mcore.flags import flags_of, prefixed
 from emo_megatron.mcore.ranks import ERROR_FILE, USER_ERROR
+from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention_options import RetentionOptions
 
@@ -51,6 +52,7 @@ def run_select(options: SelectOptions) -> Path:
     """
     from emo_megatron.modules.choosing import select
 
+    must_not_exist(options.output)
     if not options.needs_model and options.stats:
         select(options)
         return options.output

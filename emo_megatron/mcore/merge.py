@@ -7,17 +7,25 @@ python -m emo_megatron compose --modules runs/perl runs/french --parent runs/emo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from emo_megatron.mcore.assemble import Assembly, Policies
+from emo_megatron.mcore.facts import facts_of
 from emo_megatron.mcore.parts import SELECTION_FILE, Module, check_target, open_module, open_parent
-from emo_megatron.modules.compose import OWNER, PARENT, REFUSE, Rule, compose_selections
+from emo_megatron.modules.compose import (
+    OWNER,
+    PARENT,
+    POLICIES,
+    REFUSE,
+    Rule,
+    compose_selections,
+)
+from emo_megatron.modules.files import must_not_exist
+from emo_megatron.modules.select import parse_keep
 from emo_megatron.modules.selection import Selection, load_selection
-from emo_megatron.modules.stats import load_stats
+from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats
 
 Weights = Literal["experts", "experts+router", "all"]
 
@@ -54,8 +62,9 @@ class ComposeOptions:
     stats: tuple[Path, ...] = ()
     """Statistics of each selection's data, in order: their mean router probabilities decide which experts of a union
     that is too large stay, and which fill one that is too small."""
-    keep: int | None = None
-    """Routed experts of every layer; by default as many as the largest union needs."""
+    keep: str | None = None
+    """Experts a layer as `select` counts them, the shared ones included: 16; or a share of the parent's: 12.5%. By
+    default as many as the largest union needs."""
     rule: Rule = "union"
     """union: experts of the Selections first; score: the best by the added scores."""
     modules: tuple[Path, ...] = ()
@@ -63,7 +72,8 @@ class ComposeOptions:
     parent: Path | None = None
     """The checkpoint they were cut from: needed where a policy is "parent", and for experts that none of them has."""
     shared: str = PARENT
-    """Whose weights that are no expert's: parent, average (of the modules), or a module by its folder's name."""
+    """Whose weights that are no expert's: parent, average (of the modules that changed them), or a module by its
+    folder's name."""
     router: str = OWNER
     """Whose row of the router an expert gets: owner (as the expert), parent, average, or a module's name."""
     conflict: str = REFUSE
@@ -98,12 +108,17 @@ def compose(options: ComposeOptions) -> Path:
     Raises:
         ValueError: the parts do not fit together, modules disagree, or the output exists.
     """
+    must_not_exist(options.output)
     modules = _open(options.modules, options.selections) if options.modules else []
     selections = [m.selection for m in modules] or [load_selection(s) for s in options.selections]
+    stats = _stats(options.stats, selections=selections)
+    keep = None
+    if options.keep is not None:
+        keep = parse_keep(options.keep, _facts(modules, stats=stats))
     composed = compose_selections(
         selections,
-        keep=options.keep,
-        scores=_scores(options.stats, selections=selections),
+        keep=keep,
+        scores=[measured.mean_probability_LE for measured in stats],
         rule=options.rule,
     )
     if not modules:
@@ -119,19 +134,29 @@ def compose(options: ComposeOptions) -> Path:
     return assembly.write(options.output, notes={SELECTION_FILE: composed.save})
 
 
-def _scores(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[Tensor]:
-    """[L, E] mean router probabilities from statistics files, each of the model that its Selection is of."""
+def _facts(modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> ModelFacts:
+    """Of the parent: which experts are shared is known from statistics and from checkpoints, not from Selections."""
+    if stats:
+        return stats[0].model
+    if not modules:
+        raise ValueError(
+            "--keep counts the shared experts, which Selections do not list: give --stats, one file for each selection"
+        )
+    first = modules[0]
+    return replace(facts_of(first.checkpoint), num_experts=first.selection.num_experts)
+
+
+def _stats(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[ExpertStatistics]:
+    """Statistics of the files, each of the model that its Selection is of."""
     if paths and len(paths) != len(selections):
         raise ValueError(
             f"--stats must name one file for each selection: {len(paths)} for {len(selections)}"
         )
-    scores = []
-    for path, selection in zip(paths, selections, strict=False):
-        stats = load_stats(path)
+    found = [load_stats(path) for path in paths]
+    for stats, selection in zip(found, selections, strict=False):
         facts = stats.model
         selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
-        scores.append(stats.mean_probability_LE)
-    return scores
+    return found
 
 
 def _open(paths: Sequence[Path], selections: Sequence[Path]) -> list[Module]:
@@ -145,6 +170,12 @@ def _open(paths: Sequence[Path], selections: Sequence[Path]) -> list[Module]:
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"--modules must be different folders; got {', '.join(names)}")
+    for name in names:
+        if name in POLICIES:
+            raise ValueError(
+                f"--modules names a folder {name}, and a module goes by its folder's name where {name} is a policy: "
+                "rename the folder"
+            )
     return [
         open_module(path, name=name, selection=selections[i] if selections else None)
         for i, (path, name) in enumerate(zip(paths, names, strict=True))

@@ -85,18 +85,25 @@ def check_target(target: Selection, args: argparse.Namespace) -> None:
         )
 
 
-def check_fits(module: Module, model: MegatronCheckpoint, num_experts: int) -> None:
-    """Refuse a module that was not cut from this model, which has `num_experts` as the parent.
+def check_fits(
+    module: Module, model: MegatronCheckpoint, *, num_experts: int, fingerprint: str
+) -> None:
+    """Refuse a module that was not cut from the same parent as this model.
+
+    Args:
+        module: in question.
+        model: the parent, or another module of it.
+        num_experts: the parent's routed experts.
+        fingerprint: `router_fingerprint` of the parent.
 
     Raises:
-        ValueError: other experts, layers, names or shapes.
+        ValueError: another parent, other names or shapes.
     """
     selection, names = module.selection, module.checkpoint.names
-    if selection.num_experts != num_experts or selection.layers != model.moe_layers:
-        raise ValueError(
-            f"{module.name} was cut from a model of {selection.num_experts} experts in layers {selection.layers}, and "
-            f"this one has {num_experts} in {model.moe_layers}"
-        )
+    try:
+        selection.check_model(fingerprint, num_experts=num_experts, layers=model.moe_layers)
+    except ValueError as error:
+        raise ValueError(f"{module.name} is a module of another parent: {error}") from None
     if set(names) != set(model.names):
         raise ValueError(
             f"{module.name} has other weights: only in one of them {sorted(set(names) ^ set(model.names))[:4]}"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import MergeStatsOptions, SelectOptions
 from emo_megatron.modules.select import (
     LAYERWISE,
@@ -54,7 +55,11 @@ def select(
         keep = parse_keep(options.keep, facts)
     elif options.budget_mb is not None:
         keep = keep_for_budget(
-            options.budget_mb, facts, bytes_per_parameter=options.bytes_per_parameter
+            options.budget_mb,
+            facts,
+            bytes_per_parameter=facts.bytes_per_parameter
+            if options.bytes_per_parameter is None
+            else options.bytes_per_parameter,
         )
     if stats is None and options.method not in (LAYERWISE, RANDOM):
         assert model is not None
@@ -136,6 +141,5 @@ def merge_files(options: MergeStatsOptions) -> Path:
         FileNotFoundError: a file is missing.
         ValueError: they cannot be merged, or the output exists.
     """
-    if options.output.exists():
-        raise ValueError(f"{options.output} exists; name another file, or remove it")
+    must_not_exist(options.output)
     return merge_stats([load_stats(path) for path in options.stats]).save(options.output)

@@ -7,6 +7,7 @@ each layer's scores of a domain are divided by their sum, then added over domain
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +20,16 @@ Rule = Literal["union", "score"]
 
 PARENT, AVERAGE, OWNER, REFUSE = "parent", "average", "owner", "refuse"
 """Policies for a weight's value, beside the name of a module."""
+POLICIES = (PARENT, AVERAGE, OWNER, REFUSE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taken:
+    """A weight's value and whose it is."""
+
+    value: Tensor
+    source: str
+    """A module's name, "average" or "parent"."""
 
 
 def compose_selections(
@@ -79,26 +90,29 @@ def compose_selections(
     )
 
 
-def value_of(policy: str, *, candidates: Mapping[str, Tensor], parent: Tensor | None) -> Tensor:
+def value_of(policy: str, *, candidates: Mapping[str, Tensor], parent: Tensor | None) -> Taken:
     """A weight's value under a policy.
 
     Args:
-        policy: "parent"; "average", the mean of the candidates; or the name of a candidate.
-        candidates: the modules' values, by module; not empty unless the parent has one.
-        parent: the parent's value.
+        policy: "parent"; "average", the mean of the candidates; or a module's name.
+        candidates: the values of the modules that have the weight and changed it, by module.
+        parent: the parent's value, which stands where the policy names no candidate.
 
     Returns:
         In the candidates' dtype; means are formed in float32.
+
+    Raises:
+        ValueError: the policy names no candidate, and there is no parent.
     """
     if policy in candidates:
-        return candidates[policy]
+        return Taken(value=candidates[policy], source=policy)
     if policy == AVERAGE and candidates:
         values = list(candidates.values())
-        return torch.stack([v.float() for v in values]).mean(dim=0).to(values[0].dtype)
-    if parent is not None:
-        return parent
-    # the module that was named does not hold this expert, and there is no parent to ask
-    return next(iter(candidates.values()))
+        mean = torch.stack([v.float() for v in values]).mean(dim=0).to(values[0].dtype)
+        return Taken(value=mean, source=AVERAGE)
+    if parent is None:
+        raise ValueError(f"{policy} does not have this weight, and there is no parent to ask")
+    return Taken(value=parent, source=PARENT)
 
 
 def blended(value: Tensor, *, parent: Tensor, share: float) -> Tensor:

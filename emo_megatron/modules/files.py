@@ -46,6 +46,16 @@ def mark_of(checkpoint: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def must_not_exist(path: Path) -> None:
+    """Refuse to write over a file, before the work that makes it.
+
+    Raises:
+        ValueError: it exists.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists; name another file, or remove it")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

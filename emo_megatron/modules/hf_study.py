@@ -236,6 +236,7 @@ def _facts(model: Any, blocks: dict[int, Any]) -> ModelFacts:
         layers=tuple(blocks),
         expert_parameters=routed // (len(blocks) * num_experts),
         other_parameters=sum(parameter.numel() for parameter in model.parameters()) - routed,
+        bytes_per_parameter=next(first.experts.parameters()).element_size(),
     )
 
 

@@ -109,7 +109,7 @@ class SelectOptions(DataOptions):
     """
 
     output: Path
-    """Selection file to write. Interrupted, select begins again; with --stats the measurements are kept."""
+    """Selection file to write; must not exist. Interrupted, select begins again; with --stats measurements are kept."""
     stats: tuple[Path, ...] = ()
     """Files of `stats`; several count as one."""
     method: Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"] = (
@@ -123,8 +123,8 @@ class SelectOptions(DataOptions):
     """Keep as few as the loss on --held-out allows: 1% of the whole model's loss, or 0.05 nats a token."""
     budget_mb: float | None = None
     """Keep as many as fit in so many megabytes of weights."""
-    bytes_per_parameter: float = 2.0
-    """For --budget-mb: 2 for bfloat16."""
+    bytes_per_parameter: float | None = None
+    """For --budget-mb: 2 for bfloat16. By default as the checkpoint stores its experts, which extract keeps."""
     checkpoint: Path | None = None
     """The model, as for `stats`: for layerwise, --max-rise, or without --stats."""
     data: Path | None = None

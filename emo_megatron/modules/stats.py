@@ -47,6 +47,8 @@ class ModelFacts:
     """Parameters of one routed expert of one layer, its router row included."""
     other_parameters: int
     """Parameters of everything but routed experts and their router rows."""
+    bytes_per_parameter: int = 2
+    """Of the routed experts, as the checkpoint stores them."""
 
     def is_same(self, other: ModelFacts) -> bool:
         """Whether the routers are the same; formats may differ in what else they store."""

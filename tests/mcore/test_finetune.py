@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 import torch
-from support import training
+from support import checkpoints, training
+from support.checkpoints import selection_of
 from support.training import Case
 
 from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook
@@ -73,6 +74,11 @@ def _train(case, policy, selection):
         (Case(recompute="moe"), "experts", _selection()),
         (Case(recompute="full"), "experts", None),
         (Case(name="EP2", dp=2, ep=2, distributed_optimizer=True), "experts", _selection()),
+        (
+            Case(name="EP2, one rank", dp=2, ep=2, distributed_optimizer=True),
+            "experts",
+            _selection(experts=((0, 1), (2, 3), (0, 3))),
+        ),
         (Case(name="TP2 x PP2", tp=2, pp=2), "experts+router", None),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else None,
@@ -89,7 +95,7 @@ def test_only_what_the_policy_names_is_trained(ranks, case, policy, selection):
         layer, rest = split_name(name)
         has_changed = was != after[name]
         if rest.startswith(EXPERTS):
-            kept = range(8) if selection is None else KEPT[layer - 2]
+            kept = range(8) if selection is None else selection.experts[layer - 2]
             num_trained += len(kept) * was[0].numel()
             changed = has_changed.flatten(1).any(dim=1).nonzero().flatten().tolist()
             assert changed == list(kept), name
@@ -107,6 +113,49 @@ def _flags(tmp_path, *flags, no_save_optim=True, **selection):
     given = [str(file) if flag == "FILE" else flag for flag in flags]
     args = add_finetune_args(argparse.ArgumentParser()).parse_args(given)
     return argparse.Namespace(**vars(args), num_experts=8, no_save_optim=no_save_optim)
+
+
+def _hooked(flags, layout):
+    """The parameters that a rank trains after the hook."""
+    from support import checkpoints
+
+    from emo_megatron.mcore.finetune import freeze_hook
+
+    model = checkpoints.model({}, layout=layout)
+    freeze_hook(flags)([model])
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_selection_of_the_model_in_load(ranks, tmp_path):
+    """Rank 1 of two has none of its experts; a Selection of another model is refused, whatever it is loaded with."""
+    for name, seed in (("parent", 5), ("other", 6)):
+        folder = str(tmp_path / name)
+        ranks(1).run(checkpoints.save, folder=folder, layout={}, config={}, seed=seed)
+    file = selection_of(tmp_path / "parent", [[0, 1], [2, 3]]).save(tmp_path / "s.json")
+    given = ["--train-only", "experts", "--train-selection", str(file)]
+    parsed = add_finetune_args(argparse.ArgumentParser()).parse_args(given)
+
+    def flags(load, *, pretrained=None, step=None):
+        model = {"num_experts": 8, "no_save_optim": True}
+        start = {"load": load, "pretrained_checkpoint": pretrained, "ckpt_step": step}
+        return argparse.Namespace(**vars(parsed) | model | start)
+
+    layout = {"expert_model_parallel_size": 2}
+    trained = ranks(2).run(_hooked, flags=flags(str(tmp_path / "parent")), layout=layout)
+    assert trained[0] > 0
+    assert trained[1] == 0
+    # a run that has not saved yet starts from the other checkpoint
+    fresh = str(tmp_path / "fresh")
+    assert freeze_hook(flags(fresh, pretrained=str(tmp_path / "parent"))) is not None
+    for wrong in (
+        flags(str(tmp_path / "other")),
+        flags(str(tmp_path / "other"), step=7),
+        flags(fresh, pretrained=str(tmp_path / "other")),
+    ):
+        with pytest.raises(ValueError, match=r"s.json: .*made from another model: its routers"):
+            freeze_hook(wrong)
+    with pytest.raises(ValueError, match="name it with --load"):
+        freeze_hook(flags(None))
 
 
 def test_flags(tmp_path):

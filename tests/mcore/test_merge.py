@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from support import checkpoints
@@ -95,9 +98,17 @@ def test_blend(parent, modules, tmp_path):
     options = MergeOptions(
         parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25
     )
-    found = MegatronCheckpoint(merge(options)).read(FC1, FIRST[0])
+    output = merge(options)
+    found = MegatronCheckpoint(output).read(FC1, FIRST[0])
     wanted = MegatronCheckpoint(parent).read(FC1, FIRST[0]) + 0.25
     torch.testing.assert_close(found, wanted)
+    # an expert taken in part is taken; a row of the router is not
+    left_out = checkpoints.report(output)["left_out"]
+    assert {row["weight"] for row in left_out if row["modules"] == ["one"]} == {
+        ROUTER,
+        ROUTER.replace("layers.0", "layers.1"),
+    }
+    assert len(left_out) == 8
 
 
 def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
@@ -107,7 +118,7 @@ def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
         )
 
     with pytest.raises(
-        ValueError, match=r"one and two both changed expert 2 of layer 1.*--conflict"
+        ValueError, match=r"one and two changed expert 2 of layer 1 .*differently.*--conflict"
     ):
         merged("refuse", "none")
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +133,78 @@ def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
         assert {row["expert"] for row in of_experts} == {SHARED_EXPERT}
         assert {row["taken"] for row in of_experts} == {conflict}
         # the second's attention stays out, and is listed too
-        assert ATTENTION in {row["weight"] for row in report["conflicts"]}
+        assert {"weight": ATTENTION, "modules": ["two"], "taken": "parent"} in report["left_out"]
+
+
+def _amounts(parent, tmp_path, kept, **amounts):
+    """Modules with these experts, in which so much was added to every expert."""
+    return tuple(
+        _module(parent, tmp_path / name, kept[name], change=_plus(amount, ".experts."))
+        for name, amount in amounts.items()
+    )
+
+
+def test_a_module_that_left_an_expert_alone_has_no_say(parent, tmp_path):
+    kept = {"still": FIRST, "moved": SECOND}
+    modules = _amounts(parent, tmp_path, kept, still=0.0, moved=2.0)
+    output = merge(MergeOptions(parent=parent, modules=modules, output=tmp_path / "merged"))
+    change_E = (MegatronCheckpoint(output).read(FC1) - MegatronCheckpoint(parent).read(FC1)).mean(
+        (1, 2)
+    )
+    torch.testing.assert_close(change_E, torch.tensor([2.0, 0, 2, 2, 2, 0, 0, 0]))
+    assert checkpoints.report(output)["conflicts"] == []
+    # nor in an average
+    options = ComposeOptions(
+        modules=modules, parent=parent, output=tmp_path / "c", shared="average", conflict="average"
+    )
+    composed = MegatronCheckpoint(
+        compose(replace(options, keep="9", stats=_stats(parent, tmp_path)))
+    )
+    assert torch.equal(composed.read(FC1), MegatronCheckpoint(output).read(FC1))
+
+
+def test_the_report_names_whose_value_it_is(parent, tmp_path):
+    """a lacks expert 2 of layer 1, about which b and c disagree."""
+    kept = {"a": [[0, 1, 3, 4], SECOND[1]], "b": FIRST, "c": SECOND}
+    modules = _amounts(parent, tmp_path, kept, a=1.0, b=2.0, c=3.0)
+    options = ComposeOptions(
+        modules=modules,
+        parent=parent,
+        output=tmp_path / "with",
+        conflict="a",
+        keep="9",
+        stats=(*_stats(parent, tmp_path), _stats(parent, tmp_path)[0]),
+    )
+    output = compose(options)
+    conflicts = {
+        row["expert"]: row
+        for row in checkpoints.report(output)["conflicts"]
+        if row["weight"] == FC1
+    }
+    assert conflicts[2]["taken"] == "parent"
+    assert conflicts[2]["modules"] == ["b", "c"]
+    assert conflicts[1]["taken"] == "a"
+    before = MegatronCheckpoint(parent).read(FC1, SHARED_EXPERT)
+    assert torch.equal(MegatronCheckpoint(output).read(FC1, SHARED_EXPERT), before)
+    alone = replace(options, parent=None, shared="b", output=tmp_path / "without", keep="50%")
+    # of layer 1's experts four are kept, 2 among them
+    with pytest.raises(ValueError, match=r"b and c changed expert 2 .*--conflict a does not have"):
+        compose(alone)
+    with pytest.raises(ValueError, match="--router a does not have expert 2 of layer 1"):
+        compose(replace(alone, conflict="average", router="a"))
+    assert not (tmp_path / "without").exists()
+
+
+def test_a_module_of_another_parent_is_refused(ranks, parent, modules, tmp_path):
+    other = tmp_path / "other"
+    ranks(1).run(checkpoints.save, folder=str(other), layout={}, config={}, seed=6)
+    stranger = _module(other, tmp_path / "stranger", SECOND)
+    options = MergeOptions(
+        parent=parent, modules=(modules[0], stranger), output=tmp_path / "new", conflict="one"
+    )
+    with pytest.raises(ValueError, match=r"stranger is a module of another parent: .*fingerprint"):
+        merge(options)
+    assert not (tmp_path / "new").exists()
 
 
 def _stats(parent, folder):
@@ -159,7 +241,7 @@ def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp
             parent=parent,
             output=tmp_path / "both",
             conflict="two",
-            keep=8,
+            keep="100%",
             stats=_stats(parent, tmp_path),
         )
     )
@@ -169,7 +251,7 @@ def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp
     torch.testing.assert_close(change_E, torch.tensor([2.0, 1, 2, 2, 2, 0, 1, 1]))
     # the shared weights are the parent's: what the second module did to them is listed
     assert torch.equal(after.read(ATTENTION), before.read(ATTENTION))
-    assert ATTENTION in {row["weight"] for row in checkpoints.report(output)["conflicts"]}
+    assert ATTENTION in {row["weight"] for row in checkpoints.report(output)["left_out"]}
     assert load_selection(output / "selection.json").num_kept == (8, 8)
     (logits,) = ranks(1).run(
         checkpoints.logits, folder=str(output), layout={}, config={}, stock=True
@@ -186,7 +268,7 @@ def test_shared_weights_by_policy(parent, modules, tmp_path, shared, change):
             shared=shared,
             conflict="average",
             stats=_stats(parent, tmp_path),
-            keep=7,
+            keep="8",
         )
     )
     composed = MegatronCheckpoint(output)
@@ -195,16 +277,19 @@ def test_shared_weights_by_policy(parent, modules, tmp_path, shared, change):
     assert composed.args.num_experts == 7
 
 
-def test_composed_selections_are_a_file(parent, tmp_path):
+def test_composed_selections_are_a_file(parent, tmp_path, capsys):
     paths = [
         selection_of(parent, kept).save(tmp_path / f"{number}.json")
         for number, kept in enumerate((FIRST, [FIRST[0], SECOND[1]]))
     ]
     stats = _stats(parent, tmp_path)
-    command = ["compose", "--selections", *paths, "--stats", *stats, "--keep", 4]
-    assert main([str(a) for a in [*command, "--output", tmp_path / "both.json"]]) == 0
+    command = ["compose", "--selections", *paths, "--stats", *stats, "--keep", 5]
+    command = [str(a) for a in [*command, "--output", tmp_path / "both.json"]]
+    assert main(command) == 0
     # of the second layer's eight the best four by score, ties to the lower number
     assert load_selection(tmp_path / "both.json").experts == ((1, 2, 6, 7), (0, 1, 2, 3))
+    assert main(command) == 2
+    assert "both.json exists" in capsys.readouterr().err
 
 
 def test_refusals(parent, modules, tmp_path, capsys):
@@ -219,7 +304,7 @@ def test_refusals(parent, modules, tmp_path, capsys):
 
     def composing(**changes):
         fields = {"modules": modules, "output": tmp_path / "new", "conflict": "average"}
-        stats = {"stats": _stats(parent, tmp_path), "keep": 7}
+        stats = {"stats": _stats(parent, tmp_path), "keep": "8"}
         return compose, ComposeOptions(**fields | stats | changes)
 
     refused(r"--blend must lie in \(0, 1\]; got 0", *merging(blend=0.0))
@@ -227,7 +312,7 @@ def test_refusals(parent, modules, tmp_path, capsys):
         "--conflict must be one of parent, average, refuse, one; got no", *merging(conflict="no")
     )
     refused("--weights all", *merging(modules=modules, weights="all"))
-    refused("selection.json does not exist", *merging(modules=(parent,)))
+    refused("selection.json does not exist", *merging(modules=(MegatronCheckpoint(parent).path,)))
     wrong = selection_of(
         parent,
         [SECOND[0], [0, 1, 2]],
@@ -242,7 +327,14 @@ def test_refusals(parent, modules, tmp_path, capsys):
         "--stats must name one file for each selection: 3 for 2",
         *composing(stats=(*stats, stats[0])),
     )
-    refused("no module has expert 5 of layer 1: give --parent", *composing(shared="one", keep=8))
+    refused("no module has expert 5 of layer 1: give --parent", *composing(shared="one", keep="9"))
+    refused("must leave 3 to 9 experts a layer, 1 shared included", *composing(keep="2"))
+    refused(
+        "--keep counts the shared experts.*give --stats",
+        *composing(modules=(), selections=(small,), stats=()),
+    )
+    named = shutil.copytree(modules[0], tmp_path / "average")
+    refused("names a folder average.*rename the folder", *merging(modules=(named,)))
     refused("exists", *merging(output=modules[0]))
     assert (
         main(["merge", "--parent", "x", "--modules", "y", "--output", str(tmp_path / "new")]) == 2

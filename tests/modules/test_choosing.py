@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import experts
 
+from emo_megatron.cli import main
 from emo_megatron.modules.choosing import merge_files, select
 from emo_megatron.modules.options import MergeStatsOptions, ModelOptions, SelectOptions
 from emo_megatron.modules.selection import load_selection
@@ -48,6 +49,14 @@ def test_a_budget_is_noted(files, tmp_path):
     chosen = select(options)
     assert chosen.num_kept == (3, 3, 3)
     assert chosen.data["budget_mb"] == 0.118
+
+
+def test_a_budget_counts_the_bytes_that_are_stored(tmp_path):
+    wide = dataclasses.replace(experts.FACTS, bytes_per_parameter=4)
+    stats = dataclasses.replace(experts.statistics(3), model=wide).save(tmp_path / "s.safetensors")
+    options = SelectOptions(stats=(stats,), budget_mb=0.236, output=tmp_path / "s.json")
+    assert select(options).num_kept == (3, 3, 3)
+    assert select(dataclasses.replace(options, bytes_per_parameter=2.0)).num_kept == (8, 8, 8)
 
 
 def test_the_smallest_module_notes_its_losses(files, tmp_path):
@@ -153,6 +162,16 @@ def test_options_that_do_not_go_together_are_refused(options, what):
 def test_impossible_layouts_are_refused(options, what):
     with pytest.raises(ValueError, match=what):
         ModelOptions(**options)
+
+
+def test_the_command_does_not_write_over_a_selection(files, tmp_path, capsys):
+    output = tmp_path / "s.json"
+    command = ["select", "--stats", str(files[0]), "--keep", "4", "--output", str(output)]
+    assert main(command) == 0
+    before = output.read_bytes()
+    assert main([*command, "--method", "frequency"]) == 2
+    assert "s.json exists" in capsys.readouterr().err
+    assert output.read_bytes() == before
 
 
 def test_merging_files_adds_them_up(files, tmp_path):

@@ -64,11 +64,18 @@ def test_refusals():
 def test_values():
     parent = torch.zeros(2, dtype=torch.bfloat16)
     candidates = {"a": parent + 1, "b": parent + 2}
-    assert value_of("parent", candidates=candidates, parent=parent).tolist() == [0, 0]
-    assert value_of("b", candidates=candidates, parent=parent).tolist() == [2, 2]
-    mean = value_of("average", candidates=candidates, parent=parent)
-    assert (mean.tolist(), mean.dtype) == ([1.5, 1.5], torch.bfloat16)
+
+    def taken(policy, *, parent=parent):
+        found = value_of(policy, candidates=candidates, parent=parent)
+        assert found.value.dtype == torch.bfloat16
+        return found.source, found.value.tolist()
+
+    assert taken("parent") == ("parent", [0, 0])
+    assert taken("b") == ("b", [2, 2])
+    assert taken("average") == ("average", [1.5, 1.5])
     # a named module that does not hold the expert
-    assert value_of("c", candidates={}, parent=parent) is parent
+    assert taken("c") == ("parent", [0, 0])
+    with pytest.raises(ValueError, match="c does not have this weight, and there is no parent"):
+        taken("c", parent=None)
     assert blended(candidates["b"], parent=parent, share=0.25).tolist() == [0.5, 0.5]
     assert blended(candidates["b"], parent=parent, share=1.0) is candidates["b"]

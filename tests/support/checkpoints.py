@@ -22,6 +22,8 @@ ORDER = ((3, 0, 7, 4, 1, 2, 6, 5), (7, 6, 5, 4, 3, 2, 1, 0))
 ARGS = {
     "num_experts": 8,
     "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
     "num_layers": 2,
     "hidden_size": 32,
     "pool_min": 3,
