@@ -1,6 +1,7 @@
 """What the paper found of calibration data, on the model of `make demo`: one example chooses the experts.
 
-Needs the demo's finished run: `make demo`, or EMO_DEMO=folder.
+Needs a model that has learned domains, which no test trains: the demo's finished run, `make demo`, or EMO_DEMO=folder.
+So neither `make test` nor continuous integration runs this; `make test-all` after `make demo` does.
 """
 
 from __future__ import annotations

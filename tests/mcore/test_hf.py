@@ -15,6 +15,11 @@ from support.ranks import Ranks
 
 IMPORTED = {"wide shared expert, dense layers": "transformer_engine"}
 """Variants imported for Transformer Engine's layers; the others for local ones."""
+FAST = (
+    "the paper's",
+    "grouped queries, renormalised",
+    "wide shared expert, dense layers",
+)
 
 
 def hugging_face_folder(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -79,7 +84,13 @@ def round_trip(folder: str, variant: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("variant", decoder.VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=[] if variant in FAST else [pytest.mark.slow])
+        for variant in decoder.VARIANTS
+    ],
+)
 def test_there_and_back_changes_no_bit_and_both_sides_compute_the_model(
     variant: str, ranks: Callable[[int], Ranks], tmp_path: Path
 ) -> None:
