@@ -45,7 +45,7 @@ def through_hugging_face(folder: str) -> dict[str, Any]:
         method="mean_prob",
         seed=None,
         model="f00d",
-        data={"file": "french.jsonl"},
+        data={"calibration": [{"file": "french.jsonl"}]},
     ).save(root / "trained" / "selection.json")
     rows = [
         {
