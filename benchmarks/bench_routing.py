@@ -6,7 +6,7 @@ router where it is installed. All compute the balance and z losses. None is time
 the reference does, gradients included; otherwise nothing is written.
 
     python benchmarks/bench_routing.py --quick       # the sizes with a CPU target, in about half a minute
-    python benchmarks/bench_routing.py               # all sizes, some five minutes on two cores
+    python benchmarks/bench_routing.py               # all 56 sizes, some twenty minutes on two cores
     python benchmarks/bench_routing.py --tokens 4096 --experts 160 --top-k 6
 """
 
