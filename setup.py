@@ -32,10 +32,13 @@ CPP = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # every operation rounds once and in order: the same bits on every CPU
 CPU_KERNELS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
-CPU_SOURCES = ["csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp"]
-CUDA_SOURCES = ["csrc/scores.cu", "csrc/routing.cu"]
-BINDING = "csrc/binding.cpp"
-HEADERS = ["csrc/pool_ops.h", "csrc/vectors.h", "csrc/warp.cuh"]
+CPU_SOURCES = ["csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp", "csrc/dispatch_cpu.cpp"]
+CUDA_SOURCES = ["csrc/dispatch.cu", "csrc/scores.cu", "csrc/routing.cu"]
+BINDINGS = ["csrc/routing_binding.cpp", "csrc/dispatch_binding.cpp"]
+HEADERS = [
+    *("csrc/pool_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),
+    *("csrc/vectors.h", "csrc/warp.cuh"),
+]
 
 
 def wish(name: str) -> str:
@@ -134,7 +137,7 @@ class BuildExtensions(build_ext):
         include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
         abi = [*include, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
         commands = {
-            BINDING: [cxx, *CPP, *abi, *(["-DEMO_WITH_CUDA"] if nvcc else [])],
+            **{b: [cxx, *CPP, *abi, *(["-DEMO_WITH_CUDA"] if nvcc else [])] for b in BINDINGS},
             **{source: [cxx, *CPP, *CPU_KERNELS] for source in CPU_SOURCES},
         }
         if nvcc:
@@ -168,7 +171,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[
             Extension(
-                "emo_megatron._native", [*CPU_SOURCES, *CUDA_SOURCES, BINDING], depends=HEADERS
+                "emo_megatron._native", [*CPU_SOURCES, *CUDA_SOURCES, *BINDINGS], depends=HEADERS
             )
         ],
         cmdclass={"build_ext": BuildExtensions, "bdist_wheel": Wheel},

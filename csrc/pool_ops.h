@@ -22,7 +22,8 @@ constexpr int kFractionBits = 27;
 constexpr float kOne = 1 << kFractionBits;
 constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
 
-enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+// Routing takes the first three.
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 enum class Scoring : int {
   kSoftmaxThenTopK,  // weights are the softmax over the pool at the chosen experts (the paper)

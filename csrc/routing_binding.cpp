@@ -1,38 +1,26 @@
-// The routing ops as torch operators, on the stable ABI of torch 2.11: one library for later ones
-// too, with or without CUDA.
+// The routing ops as torch operators.
 //
 // Each function checks its input, allocates its outputs on the input's device and current stream,
-// and calls the kernels. No CUDA header is included: launchers take the stream as a pointer. Shapes
-// and meaning: emo_megatron/ops/reference.py.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+// and calls the kernels. Shapes and meaning: emo_megatron/ops/reference.py.
+#include "binding.h"
 
-#include <optional>
-#include <tuple>
-
-#include "pool_ops.h"
-
-#ifndef EMO_NAMESPACE
-#define EMO_NAMESPACE emo_megatron
-#endif
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-#if defined(EMO_WITH_CUDA)
-// Only a torch with CUDA has it; weak, so that the same library also loads on one without.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
-#endif
+using emo::data_of;
+using emo::is_on_host;
 
 namespace {
 
 // A token's work is some microseconds; smaller pieces are not worth a thread.
 constexpr int64_t kTokensPerTask = 128;
 constexpr int64_t kDocumentsPerTask = 16;
+
+template <class OnCpu, class OnCuda>
+void run(const Tensor& where, int64_t count, int64_t grain, OnCpu on_cpu, OnCuda on_cuda) {
+  if (is_on_host(where)) {
+    emo::in_parallel(count, grain, on_cpu);
+  } else {
+    emo::launch(where, on_cuda);
+  }
+}
 
 emo::DType dtype_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -54,61 +42,14 @@ void check_logits(const Tensor& logits) {
                   "logits must have 1 to ", emo::kMaxExperts, " experts; got ", logits.size(1));
 }
 
-// The data of a tensor of this shape and type that lies beside `like`; null where the tensor is not
-// given.
-template <class T>
-const T* data_of(const char* name, const std::optional<Tensor>& tensor, ScalarType type,
-                 int64_t rows, int64_t columns, const Tensor& like) {
-  if (!tensor.has_value()) return nullptr;
-  const int64_t dims = columns < 0 ? 1 : 2;
-  STD_TORCH_CHECK(tensor->scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(
-      tensor->dim() == dims && tensor->size(0) == rows && (dims == 1 || tensor->size(1) == columns),
-      name, " must have shape [", rows, columns < 0 ? "" : ", E", "]");
-  STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(tensor->device() == like.device(), name,
-                  " must be on the device of the other tensors");
-  return static_cast<const T*>(tensor->const_data_ptr());
-}
-
 // Ids on the host can be looked at; on a GPU that would mean waiting, so kernels take those beyond
 // for padding.
-void check_ids([[maybe_unused]] const Tensor& logits, [[maybe_unused]] const int64_t* ids,
-               [[maybe_unused]] int64_t num_documents) {
-#if !defined(EMO_EMULATE)
-  if (!logits.is_cpu() || ids == nullptr) return;
+void check_ids(const Tensor& logits, const int64_t* ids, int64_t num_documents) {
+  if (!is_on_host(logits) || ids == nullptr) return;
   int64_t largest = -1;
   for (int64_t t = 0; t < logits.size(0); ++t) largest = ids[t] > largest ? ids[t] : largest;
   STD_TORCH_CHECK(largest < num_documents, "document_ids must be below the number of documents, ",
                   num_documents, "; got ", largest);
-#endif
-}
-
-// Run `on_cpu` over [0, count) in parallel, or `on_cuda` with the current stream.
-template <class OnCpu, class OnCuda>
-void run([[maybe_unused]] const Tensor& where, [[maybe_unused]] int64_t count,
-         [[maybe_unused]] int64_t grain, [[maybe_unused]] OnCpu on_cpu,
-         [[maybe_unused]] OnCuda on_cuda) {
-#if defined(EMO_EMULATE)
-  const int status = on_cuda(nullptr);
-  STD_TORCH_CHECK(status == 0, "emulated launch failed");
-#else
-#if defined(EMO_WITH_CUDA)
-  if (where.is_cuda()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "this build of torch has no CUDA");
-    const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
-    int status = emo::cuda::use_device(where.get_device_index());
-    if (status == 0) status = on_cuda(stream);
-    STD_TORCH_CHECK(status == 0,
-                    "the kernels cannot run on this GPU: ", emo::cuda::error_text(status));
-    return;
-  }
-#endif
-  if (count > 0) torch::stable::parallel_for(0, count, grain, on_cpu);
-#endif
 }
 
 Tensor document_scores(const Tensor& logits, const Tensor& document_ids, int64_t num_documents) {
@@ -206,9 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_topk(
       logits, num_tokens, kTokensPerTask,
       [&](int64_t begin, int64_t end) { emo::cpu::pool_topk(args, out, begin, end); },
       [&](void* stream) { return emo::cuda::pool_topk(args, out, stream); });
-#if !defined(EMO_EMULATE)
-  if (logits.is_cpu()) emo::cpu::pool_topk_finish(args, out);
-#endif
+  if (is_on_host(logits)) emo::cpu::pool_topk_finish(args, out);
   return {probs, routing_map, tokens_per_expert, score_sums, z, entropy};
 }
 

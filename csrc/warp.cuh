@@ -1,4 +1,4 @@
-// What the routing kernels share: a warp holds one row of experts, lane l the experts l, l + 32, l
+// What the kernels share. Routing: a warp holds one row of experts, lane l the experts l, l + 32, l
 // + 64, ...
 //
 // A row is kChunks registers a lane; expert chunk * 32 + lane. Loads and stores of a chunk are 32
@@ -35,9 +35,11 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1u; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ double to_float(double x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
+__device__ __forceinline__ void from_float(double x, double* to) { *to = x; }
 __device__ __forceinline__ void from_float(float x, __nv_bfloat16* to) {
   *to = __float2bfloat16(x);
 }

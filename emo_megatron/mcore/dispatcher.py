@@ -58,6 +58,12 @@ class _Dispatch:
     send: SendPlan
     receive: ReceivePlan
 
+    @property
+    def rows_are_tokens(self) -> bool:
+        """Whether there is one rank, so that tokens go nowhere: Megatron's permutation remains."""
+        num_tokens = self.shape[:-1].numel()
+        return self.exchange.rows_to == [num_tokens]
+
 
 class PoolAlltoAllDispatcher(MoETokenDispatcher):
     """Dispatches each token once to every rank that holds any of its experts; dropless.
@@ -97,11 +103,17 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         )
         codes_P = all_to_all(self.ep_group, send.codes_P, exchange.pairs_from, exchange.pairs_to)
         codes_P = self._gather_partners(codes_P, exchange.pairs_of_partners)
-        receive = plan_receive(codes_P, num_rows=sum(exchange.rows_of_partners))
+        receive = plan_receive(
+            codes_P,
+            num_rows=sum(exchange.rows_of_partners),
+            num_experts=self.num_local_experts,
+        )
         self._last = _Dispatch(
             shape=hidden_states.shape, exchange=exchange, send=send, receive=receive
         )
-        rows_NH = copy_rows(hidden_states.reshape(-1, hidden_states.shape[-1]), fanout=send.rows)
+        rows_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not self._last.rows_are_tokens:
+            rows_NH = copy_rows(rows_NH, fanout=send.rows)
         return rows_NH, probs.flatten().gather(0, send.places_P)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +155,9 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum each token's rows: [s, b, H]."""
         last = self._dispatched
-        return sum_rows(hidden_states, fanout=last.send.rows).view(last.shape)
+        if not last.rows_are_tokens:
+            hidden_states = sum_rows(hidden_states, fanout=last.send.rows)
+        return hidden_states.view(last.shape)
 
     @property
     def _dispatched(self) -> _Dispatch:

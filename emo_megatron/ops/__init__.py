@@ -1,4 +1,4 @@
-"""The routing ops: device-independent functions on tensors. This page picks the backend.
+"""The routing ops: device-independent functions on tensors. This page picks the backend; ops/dispatch.py is another.
 
 `document_scores` sums each document's router probabilities, `select_pool` turns the sums into a pool of experts, and
 `pool_topk` routes tokens inside it. `draw_pool_sizes` and `top_p_pool_sizes` say how large a pool is.
@@ -21,6 +21,7 @@ __all__ = [
     "Backend",
     "Routing",
     "available_backends",
+    "best_backend",
     "document_scores",
     "draw_pool_sizes",
     "experts_per_document",
@@ -111,6 +112,19 @@ def why_not_native(
     return ""
 
 
+# settled while torch.compile traces, which cannot look at files or the environment
+@torch.compiler.assume_constant_result
+def best_backend(
+    device_type: str,
+    num_experts: int = 1,
+    top_k: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Backend:
+    """The compiled ops where they run for such tensors, else the reference."""
+    reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
+    return "reference" if reason else "native"
+
+
 def available_backends() -> dict[str, str]:
     """Every op backend, by device where that matters, with the reason it cannot be used; an empty one means it can."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -126,15 +140,8 @@ def _implementation(
 ) -> Any:
     """The backend asked for, or the best one for this tensor."""
     if backend is None:
-        backend = _best(tensor_XE.device.type, tensor_XE.shape[-1], top_k, dtype)
+        backend = best_backend(tensor_XE.device.type, tensor_XE.shape[-1], top_k, dtype)
     return native.load_native() if backend == "native" else reference
-
-
-# settled while torch.compile traces, which cannot look at files or the environment
-@torch.compiler.assume_constant_result
-def _best(device_type: str, num_experts: int, top_k: int, dtype: torch.dtype) -> Backend:
-    reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
-    return "reference" if reason else "native"
 
 
 def _wanted() -> str:

@@ -1,177 +1,135 @@
-"""Rows of tokens on their way to experts and back, each sent to a rank once: layout, copies and sums. The definition.
+"""The dispatch ops: where rows of tokens go, copies of rows and sums of copies. This page picks the backend.
 
-Shapes: T tokens here, E experts, R ranks, rank r holding experts [r * E / R, (r + 1) * E / R), H hidden size, N rows,
-P (token, expert) pairs. A row is a token on its way to one rank, in the order of (rank, token); its pairs follow each
-other, in the order of (rank, token, expert). Where they arrive, pairs are put in the order of (expert, row).
-
-A row fans out to its copies and copies are summed back to their row: one is the other's gradient, so both are one
-relation, a `Fanout`, read in two directions. Everything is deterministic and nothing waits for the device: sizes are
-arguments. All of it is plain PyTorch.
+Definitions and shapes are in ops/reference_dispatch.py; the compiled ops, from csrc/, give the same integers and the
+same sums. Everything is deterministic and nothing waits for the device: sizes are arguments. Copies and sums are each
+other's gradients. With one rank these are a permutation of tokens to experts and its inverse.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+
+from emo_megatron.ops import Backend, best_backend, native, reference_dispatch
+from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan
+
+__all__ = [
+    "Fanout",
+    "ReceivePlan",
+    "SendPlan",
+    "copy_rows",
+    "count_sends",
+    "plan_receive",
+    "plan_send",
+    "sum_rows",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fanout:
-    """Which row every copy is of, and which copies every row has."""
-
-    source_P: Tensor
-    """[P] int64, the row of each copy."""
-    copies_P: Tensor
-    """[P] int64, the copies of row 0, then those of row 1, and so on."""
-    bounds_N: Tensor
-    """[N + 1] int64, where the copies of each row begin in `copies_P`."""
+def count_sends(
+    routing_map_TE: Tensor, *, num_ranks: int, backend: Backend | None = None
+) -> Tensor:
+    """What this rank will send: [R + E] int64; see reference_dispatch.count_sends."""
+    ops = _ops(_choose(backend, routing_map_TE))
+    counts_X: Tensor = ops.count_sends(routing_map_TE, num_ranks=num_ranks)
+    return counts_X
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SendPlan:
-    """What a rank sends."""
-
-    rows: Fanout
-    """Tokens to rows."""
-    places_P: Tensor
-    """[P] int64, the place of each pair in the flattened [T, E] probabilities."""
-    codes_P: Tensor
-    """[P] int32, what the receiver must know of each pair: its expert there, times two, plus one if a row begins."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReceivePlan:
-    """What a rank does with the rows it received."""
-
-    pairs: Fanout
-    """Rows to pairs in the order of their experts."""
-    order_P: Tensor
-    """[P] int64, for each place in that order the pair as received."""
-
-
-def count_sends(routing_map_TE: Tensor, *, num_ranks: int) -> Tensor:
-    """What this rank will send.
-
-    Args:
-        routing_map_TE: [T, E] bool.
-        num_ranks: R, a divisor of E.
-
-    Returns:
-        [R + E] int64: rows for each rank, then pairs for each expert.
-    """
-    rows_R = _rank_map(routing_map_TE, num_ranks).any(-1).sum(1)
-    return torch.cat([rows_R, routing_map_TE.sum(0)])
-
-
-def plan_send(routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int) -> SendPlan:
-    """Lay out rows and pairs.
-
-    Args:
-        routing_map_TE: [T, E] bool.
-        num_ranks: R, a divisor of E.
-        num_rows: N, the sum of the first R of `count_sends`.
-        num_pairs: P, the sum of the others.
-    """
-    num_tokens, num_experts = routing_map_TE.shape
-    per_rank = num_experts // num_ranks
-    rank_map = _rank_map(routing_map_TE, num_ranks)
-    rank_P, token_P, expert_P = rank_map.nonzero_static(size=num_pairs).unbind(1)
-    visit_P = rank_P * num_tokens + token_P
-    is_first_P = torch.ones_like(visit_P, dtype=torch.bool)
-    is_first_P[1:] = visit_P[1:] != visit_P[:-1]
-    return SendPlan(
-        rows=fan_out(rank_map.any(-1).nonzero_static(size=num_rows)[:, 1], num_sources=num_tokens),
-        places_P=token_P * num_experts + rank_P * per_rank + expert_P,
-        codes_P=(expert_P * 2 + is_first_P).int(),
+def plan_send(
+    routing_map_TE: Tensor,
+    *,
+    num_ranks: int,
+    num_rows: int,
+    num_pairs: int,
+    backend: Backend | None = None,
+) -> SendPlan:
+    """Lay out rows and pairs; see reference_dispatch.plan_send."""
+    ops = _ops(_choose(backend, routing_map_TE))
+    plan: SendPlan = ops.plan_send(
+        routing_map_TE, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs
     )
+    return plan
 
 
-def plan_receive(codes_P: Tensor, *, num_rows: int) -> ReceivePlan:
-    """Put the pairs of received rows in the order of their experts.
-
-    Args:
-        codes_P: [P] int32, the senders' SendPlan.codes_P, one after the other.
-        num_rows: N, rows received.
-    """
-    row_P = (codes_P & 1).long().cumsum(0) - 1
-    order_P = (codes_P >> 1).argsort(stable=True)
-    return ReceivePlan(
-        pairs=fan_out(row_P.index_select(0, order_P), num_sources=num_rows), order_P=order_P
-    )
+def plan_receive(
+    codes_P: Tensor, *, num_rows: int, num_experts: int, backend: Backend | None = None
+) -> ReceivePlan:
+    """Put the pairs of received rows in the order of their experts; see reference_dispatch.plan_receive."""
+    ops = _ops(_choose(backend, codes_P, num_experts=num_experts))
+    plan: ReceivePlan = ops.plan_receive(codes_P, num_rows=num_rows, num_experts=num_experts)
+    return plan
 
 
-def fan_out(source_P: Tensor, *, num_sources: int) -> Fanout:
-    """The relation in which copy p is of row `source_P[p]`, an integer in [0, num_sources)."""
-    counts_N = torch.zeros(num_sources + 1, dtype=torch.int64, device=source_P.device)
-    counts_N.index_add_(0, source_P + 1, torch.ones_like(source_P))
-    return Fanout(
-        source_P=source_P,
-        copies_P=source_P.argsort(stable=True),
-        bounds_N=counts_N.cumsum(0),
-    )
-
-
-def copy_rows(rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
+def copy_rows(rows_NH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
     """[P, H]: every copy of every row. Differentiable: the gradients of a row's copies are summed."""
-    copies_PH: Tensor = _CopyRows.apply(rows_NH, fanout.source_P, fanout.copies_P, fanout.bounds_N)
+    copies_PH: Tensor = _CopyRows.apply(_choose(backend, rows_NH), rows_NH, *_parts(fanout))
     return copies_PH
 
 
-def sum_rows(copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
+def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
     """[N, H]: the sum of every row's copies in their order, in float32 or better, rounded once; zero without any.
 
     Differentiable: every copy gets its row's gradient.
     """
-    rows_NH: Tensor = _SumRows.apply(copies_PH, fanout.source_P, fanout.copies_P, fanout.bounds_N)
+    rows_NH: Tensor = _SumRows.apply(_choose(backend, copies_PH), copies_PH, *_parts(fanout))
     return rows_NH
 
 
 class _CopyRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_NH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
+        ctx: Any,
+        backend: Backend,
+        rows_NH: Tensor,
+        source_P: Tensor,
+        copies_P: Tensor,
+        bounds_N: Tensor,
     ) -> Tensor:
+        ctx.backend = backend
         ctx.save_for_backward(copies_P, bounds_N)
-        return rows_NH[source_P]
+        copies_PH: Tensor = _ops(backend).copy_rows(rows_NH, source_P=source_P)
+        return copies_PH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_PH: Tensor) -> Any:
-        return _sum(gradient_PH, *ctx.saved_tensors), None, None, None
+        copies_P, bounds_N = ctx.saved_tensors
+        gradient_NH = _ops(ctx.backend).sum_rows(gradient_PH, copies_P=copies_P, bounds_N=bounds_N)
+        return None, gradient_NH, None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, copies_PH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
+        ctx: Any,
+        backend: Backend,
+        copies_PH: Tensor,
+        source_P: Tensor,
+        copies_P: Tensor,
+        bounds_N: Tensor,
     ) -> Tensor:
+        ctx.backend = backend
         ctx.save_for_backward(source_P)
-        return _sum(copies_PH, copies_P, bounds_N)
+        rows_NH: Tensor = _ops(backend).sum_rows(copies_PH, copies_P=copies_P, bounds_N=bounds_N)
+        return rows_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NH: Tensor) -> Any:
         (source_P,) = ctx.saved_tensors
-        return gradient_NH[source_P], None, None, None
+        return None, _ops(ctx.backend).copy_rows(gradient_NH, source_P=source_P), None, None, None
 
 
-def _sum(copies_PH: Tensor, copies_P: Tensor, bounds_N: Tensor) -> Tensor:
-    # a bag gathers and adds without a [P, H] tensor in between, and in the order given
-    return embedding_bag(
-        copies_P, copies_PH.contiguous(), bounds_N, mode="sum", include_last_offset=True
-    )
+def _parts(fanout: Fanout) -> tuple[Tensor, Tensor, Tensor]:
+    return fanout.source_P, fanout.copies_P, fanout.bounds_N
 
 
-def _rank_map(routing_map_TE: Tensor, num_ranks: int) -> Tensor:
-    """[R, T, E / R] bool."""
-    num_tokens, num_experts = routing_map_TE.shape
-    if num_experts % num_ranks:
-        raise ValueError(
-            f"experts must divide into ranks of equally many; got {num_experts} experts, {num_ranks} ranks"
-        )
-    return routing_map_TE.view(num_tokens, num_ranks, num_experts // num_ranks).transpose(0, 1)
+def _choose(backend: Backend | None, tensor: Tensor, *, num_experts: int = 1) -> Backend:
+    """The backend asked for, or the best one for this tensor."""
+    return best_backend(tensor.device.type, num_experts) if backend is None else backend
+
+
+def _ops(backend: Backend) -> Any:
+    return native.load_native() if backend == "native" else reference_dispatch

@@ -1,22 +1,25 @@
-"""The routing ops compiled from csrc/: the same functions as ops/reference.py, on CPU and CUDA tensors.
+"""The ops compiled from csrc/: those of ops/reference.py and ops/reference_dispatch.py, on CPU and CUDA tensors.
 
 They are torch operators with fake and autograd registrations, so `torch.compile` traces through them and CUDA graphs
-capture them: nothing waits for the device, and nothing but outputs and one [2, E] workspace is allocated. Integer sums
-make results the same bits for any number of threads and any split of the tokens. From the reference they differ by the
-last bits of `exp`, and in one rule: a softmax router's experts are ranked by their logits, not by probabilities rounded
-to float32, so experts that are equal there (all those below 1e-38 of the best) go by their logits, not by their index.
+capture them: nothing waits for the device, and nothing but outputs and a small workspace is allocated. Integer sums
+make results the same bits for any number of threads and any split of the tokens. From the reference the routing ops
+differ by the last bits of `exp`, and in one rule: a softmax router's experts are ranked by their logits, not by
+probabilities rounded to float32, so experts that are equal there (all those below 1e-38 of the best) go by their
+logits, not by their index. The dispatch ops give its bits.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from emo_megatron.ops.operators import register
 from emo_megatron.ops.reference import Routing
+from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 MAX_EXPERTS = 1024
@@ -40,8 +43,7 @@ class NativeOps:
         torch.ops.load_library(library)
         self.namespace = namespace
         self._ops = getattr(torch.ops, namespace)
-        _register_shapes(namespace)
-        _register_gradients(namespace)
+        register(namespace)
 
     def document_scores(
         self, logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
@@ -99,6 +101,36 @@ class NativeOps:
             entropy_T=entropy_T,
         )
 
+    def count_sends(self, routing_map_TE: Tensor, *, num_ranks: int) -> Tensor:
+        """As reference_dispatch.count_sends."""
+        return cast(Tensor, self._ops.count_sends(routing_map_TE.contiguous(), num_ranks))
+
+    def plan_send(
+        self, routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int
+    ) -> SendPlan:
+        """As reference_dispatch.plan_send."""
+        source_P, copies_P, bounds_N, places_P, codes_P = self._ops.plan_send(
+            routing_map_TE.contiguous(), num_ranks, num_rows, num_pairs
+        )
+        rows = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
+        return SendPlan(rows=rows, places_P=places_P, codes_P=codes_P)
+
+    def plan_receive(self, codes_P: Tensor, *, num_rows: int, num_experts: int) -> ReceivePlan:
+        """As reference_dispatch.plan_receive."""
+        source_P, copies_P, bounds_N, order_P = self._ops.plan_receive(
+            codes_P.contiguous(), num_rows, num_experts
+        )
+        pairs = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
+        return ReceivePlan(pairs=pairs, order_P=order_P)
+
+    def copy_rows(self, rows_NH: Tensor, *, source_P: Tensor) -> Tensor:
+        """As reference_dispatch.copy_rows."""
+        return cast(Tensor, self._ops.copy_rows(rows_NH.contiguous(), source_P))
+
+    def sum_rows(self, copies_PH: Tensor, *, copies_P: Tensor, bounds_N: Tensor) -> Tensor:
+        """As reference_dispatch.sum_rows."""
+        return cast(Tensor, self._ops.sum_rows(copies_PH.contiguous(), copies_P, bounds_N))
+
 
 # no functools.cache: torch.compile traces through that, but reads a global
 _own: NativeOps | None = None
@@ -144,70 +176,3 @@ def why_no_kernels(device_type: str) -> str:
         # a GPU or a driver that they were not built for
         return str(error).partition("\n")[0]
     return ""
-
-
-def _register_shapes(namespace: str) -> None:
-    """Tell torch what the operators return, for tracing."""
-
-    @torch.library.register_fake(f"{namespace}::document_scores")
-    def _(logits: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
-        return logits.new_empty((num_documents, logits.shape[1]), dtype=torch.int64)
-
-    @torch.library.register_fake(f"{namespace}::select_pool")
-    def _(scores: Tensor, pool_sizes: Tensor, num_forced: int) -> Tensor:
-        return torch.empty_like(scores, dtype=torch.bool)
-
-    @torch.library.register_fake(f"{namespace}::pool_topk")
-    def _(logits: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
-        num_tokens, num_experts = logits.shape
-        return (
-            torch.empty_like(logits),
-            torch.empty_like(logits, dtype=torch.bool),
-            logits.new_empty(num_experts, dtype=torch.int64),
-            logits.new_empty(num_experts, dtype=torch.float32),
-            logits.new_empty(num_tokens, dtype=torch.float32),
-            logits.new_empty(num_tokens, dtype=torch.float32),
-        )
-
-    @torch.library.register_fake(f"{namespace}::pool_topk_backward")
-    def _(
-        grad_probs: Tensor | None,
-        grad_score_sums: Tensor | None,
-        grad_z: Tensor | None,
-        logits: Tensor,
-        *_rest: Any,
-    ) -> Tensor:
-        return torch.empty_like(logits)
-
-
-def _register_gradients(namespace: str) -> None:
-    ops = getattr(torch.ops, namespace)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, document_ids, pool, _, *ctx.options = inputs
-        _, routing_map, tokens_per_expert, _, _, entropy = output
-        # of size [T, E] the logits and a byte an expert: backward computes the scores again
-        ctx.save_for_backward(logits, routing_map, document_ids, pool)
-        ctx.mark_non_differentiable(routing_map, tokens_per_expert, entropy)
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_probs, _, _, grad_score_sums, grad_z, _ = (
-            None if grad is None else grad.contiguous() for grad in grads
-        )
-        logits, routing_map, document_ids, pool = ctx.saved_tensors
-        grad_logits = ops.pool_topk_backward(
-            grad_probs,
-            grad_score_sums,
-            grad_z,
-            logits,
-            routing_map,
-            document_ids,
-            pool,
-            *ctx.options,
-        )
-        return (grad_logits, *(None,) * 7)
-
-    torch.library.register_autograd(
-        f"{namespace}::pool_topk", backward, setup_context=setup_context
-    )

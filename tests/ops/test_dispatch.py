@@ -1,98 +1,296 @@
-"""Layout, copies and sums against loops over tokens and pairs."""
+"""Layout, copies and sums: the reference against loops, the compiled ops against the reference, bit for bit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
+from support.emulator import Compiled, host_ops, load_compiled
+from support.routing import assert_equal
+from torch import Tensor
 
-from emo_megatron.ops.dispatch import (
-    copy_rows,
-    count_sends,
-    fan_out,
-    plan_receive,
-    plan_send,
-    sum_rows,
-)
+from emo_megatron.ops import dispatch, native, reference_dispatch
+from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan, fan_out
 
 
-def _routing(num_tokens, num_experts, top_k, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(num_tokens, num_experts, generator=generator)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(top_k).indices, True)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Tokens with up to `top_k` experts each."""
+
+    tokens: int
+    experts: int
+    ranks: int
+    top_k: int
+    is_even: bool = True
+    """False: a token has any number of experts from none on."""
+
+    def routing_map(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        scores_TE = torch.rand(self.tokens, self.experts, generator=generator)
+        chosen_TK = scores_TE.topk(self.top_k).indices
+        if self.is_even:
+            return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        wanted_T1 = torch.randint(0, self.top_k + 1, (self.tokens, 1), generator=generator)
+        return scores_TE.argsort(1).argsort(1) < wanted_T1
 
 
-def _plan(routing, num_ranks):
-    counts = count_sends(routing, num_ranks=num_ranks).tolist()
-    rows, pairs = counts[:num_ranks], counts[num_ranks:]
-    plan = plan_send(routing, num_ranks=num_ranks, num_rows=sum(rows), num_pairs=sum(pairs))
-    return rows, pairs, plan
+CASES = {
+    "small": Case(tokens=7, experts=8, ranks=2, top_k=3),
+    "top-1": Case(tokens=33, experts=16, ranks=4, top_k=1),
+    "one rank": Case(tokens=5, experts=6, ranks=1, top_k=2),
+    "an expert a rank": Case(tokens=9, experts=6, ranks=6, top_k=6),
+    "no tokens": Case(tokens=0, experts=8, ranks=2, top_k=2),
+    "one token": Case(tokens=1, experts=3, ranks=3, top_k=1),
+    "nobody chosen": Case(tokens=40, experts=8, ranks=2, top_k=0),
+    "tokens without experts": Case(tokens=200, experts=24, ranks=3, top_k=3, is_even=False),
+    "many": Case(tokens=700, experts=40, ranks=4, top_k=8),
+    "many on one rank": Case(tokens=650, experts=100, ranks=1, top_k=7),
+    "widest": Case(tokens=70, experts=1024, ranks=1, top_k=32),
+    "more ranks than lanes": Case(tokens=300, experts=80, ranks=40, top_k=5, is_even=False),
+}
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "num_ranks", "top_k"),
-    [(7, 8, 2, 3), (33, 16, 4, 1), (5, 6, 1, 2), (9, 6, 6, 6), (0, 8, 2, 2)],
-)
-def test_plan_sends_each_token_to_a_rank_once(num_tokens, num_experts, num_ranks, top_k):
-    routing = _routing(num_tokens, num_experts, top_k)
-    rows, pairs, plan = _plan(routing, num_ranks)
-    here = num_experts // num_ranks
-    want_tokens, want_places, want_codes = [], [], []
-    for rank in range(num_ranks):
-        sent = 0
-        for token in range(num_tokens):
-            experts = [e for e in range(here) if routing[token, rank * here + e]]
-            want_tokens += [token] * bool(experts)
-            sent += bool(experts)
-            for place, expert in enumerate(experts):
-                want_places.append(token * num_experts + rank * here + expert)
-                want_codes.append(2 * expert + (place == 0))
-        assert rows[rank] == sent
-    assert pairs == routing.sum(0).tolist()
-    assert plan.rows.source_P.tolist() == want_tokens
-    assert plan.places_P.tolist() == want_places
-    assert plan.codes_P.tolist() == want_codes
-
-
-def test_received_pairs_are_put_in_the_order_of_experts():
-    routing = _routing(11, 8, 3)
-    rows, _, plan = _plan(routing, 2)
-    codes = plan.codes_P[: int(routing[:, :4].sum())]
-    received = plan_receive(codes, num_rows=rows[0])
-    experts = (codes >> 1)[received.order_P]
-    assert experts.tolist() == sorted(experts.tolist())
-    tokens = plan.rows.source_P[received.pairs.source_P]
-    want = [(e, t) for e in range(4) for t in range(11) if routing[t, e]]
-    assert list(zip(experts.tolist(), tokens.tolist(), strict=True)) == want
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_copies_and_sums_are_each_others_gradients(dtype):
-    source = torch.tensor([2, 0, 2, 4, 2, 0])
-    fanout = fan_out(source, num_sources=5)
-    rows = torch.randn(5, 3, dtype=torch.float64).to(dtype).requires_grad_()
-    copies = torch.randn(6, 3, dtype=torch.float64).to(dtype).requires_grad_()
-    want_sum = torch.zeros(5, 3, dtype=torch.float64).index_add_(
-        0, source, copies.detach().double()
+def plans(ops: Any, routing_map: Tensor, num_ranks: int) -> tuple[Tensor, SendPlan, ReceivePlan]:
+    """All that is planned for one rank's tokens, as if it received them all itself."""
+    counts = ops.count_sends(routing_map, num_ranks=num_ranks)
+    num_rows, num_pairs = int(counts[:num_ranks].sum()), int(counts[num_ranks:].sum())
+    send = ops.plan_send(routing_map, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs)
+    receive = ops.plan_receive(
+        send.codes_P, num_rows=num_rows, num_experts=routing_map.shape[1] // num_ranks
     )
-    got_copies, got_sum = copy_rows(rows, fanout=fanout), sum_rows(copies, fanout=fanout)
-    assert torch.equal(got_copies, rows.detach()[source])
-    torch.testing.assert_close(
-        got_sum.double(), want_sum, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0
-    )
-    assert torch.equal(got_sum[1], torch.zeros(3, dtype=dtype))
-    # <sum(c), r> = <c, copy(r)>: each is the other's transpose, so backward of one is forward of the other
-    got_sum.backward(rows.detach())
-    got_copies.backward(copies.detach())
-    assert torch.equal(copies.grad, got_copies.detach())
-    assert torch.equal(rows.grad, got_sum.detach())
+    return counts, send, receive
 
 
-def test_bf16_sums_are_rounded_once():
+def tensors(counts: Tensor, send: SendPlan, receive: ReceivePlan) -> dict[str, Tensor]:
+    """By name."""
+    found = {"counts": counts, "places": send.places_P, "codes": send.codes_P}
+    found["order"] = receive.order_P
+    for name, fanout in (("rows", send.rows), ("pairs", receive.pairs)):
+        for part in ("source_P", "copies_P", "bounds_N"):
+            found[f"{name}.{part}"] = getattr(fanout, part)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_token_is_sent_to_a_rank_once(name: str) -> None:
+    case, routing = CASES[name], CASES[name].routing_map()
+    counts, send, receive = plans(reference_dispatch, routing, case.ranks)
+    here = case.experts // case.ranks
+    tokens, places, codes, rows = [], [], [], []
+    for rank in range(case.ranks):
+        rows.append(0)
+        for token in range(case.tokens):
+            experts = routing[token, rank * here : (rank + 1) * here].nonzero()[:, 0].tolist()
+            tokens += [token] * bool(experts)
+            rows[-1] += bool(experts)
+            places += [token * case.experts + rank * here + expert for expert in experts]
+            codes += [2 * expert + (i == 0) for i, expert in enumerate(experts)]
+    assert counts.tolist() == [*rows, *routing.sum(0).tolist()]
+    assert send.rows.source_P.tolist() == tokens
+    assert send.places_P.tolist() == places
+    assert send.codes_P.tolist() == codes
+
+    row_of_pair = [sum(code & 1 for code in codes[: i + 1]) - 1 for i in range(len(codes))]
+    by_expert = sorted(range(len(codes)), key=lambda i: (codes[i] >> 1, row_of_pair[i]))
+    assert receive.order_P.tolist() == by_expert
+    assert receive.pairs.source_P.tolist() == [row_of_pair[i] for i in by_expert]
+    for fanout in (send.rows, receive.pairs):
+        source, bounds = fanout.source_P.tolist(), fanout.bounds_N.tolist()
+        for row, (begin, end) in enumerate(pairwise(bounds)):
+            want = [copy for copy, its_row in enumerate(source) if its_row == row]
+            assert fanout.copies_P[begin:end].tolist() == want
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_plans(compiled: Compiled, name: str) -> None:
+    case, routing = CASES[name], CASES[name].routing_map()
+    want = tensors(*plans(reference_dispatch, routing, case.ranks))
+    got = tensors(*plans(compiled.ops, routing.to(compiled.device), case.ranks))
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype
+        assert_equal(key, got[key].cpu(), value)
+
+
+def random_fanout(num_copies: int, num_rows: int) -> Fanout:
+    generator = torch.Generator().manual_seed(1)
+    source_P = torch.randint(0, num_rows, (num_copies,), generator=generator)
+    # the second row has no copy
+    return fan_out(source_P.masked_fill(source_P == 1, 0), num_sources=num_rows)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 8, 40, 128, 300])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_compiled_copies_and_sums(
+    compiled: Compiled, dtype: torch.dtype, width: int, offset: int
+) -> None:
+    fanout = random_fanout(60, 21)
+    parts = {"copies_P": fanout.copies_P, "bounds_N": fanout.bounds_N}
+    on_device = {name: part.to(compiled.device) for name, part in parts.items()}
+    generator = torch.Generator().manual_seed(2)
+
+    def numbers(rows: int) -> tuple[Tensor, Tensor]:
+        """Beginning where a vector of sixteen bytes may not."""
+        flat = (torch.randn(rows * width + offset, generator=generator) * 3).to(dtype)
+        flat[offset + 1 :: 7] = -0.0
+        on_device = flat.to(compiled.device)[offset:].view(rows, width)
+        return flat[offset:].view(rows, width), on_device
+
+    rows_NH, given_NH = numbers(21)
+    want = reference_dispatch.copy_rows(rows_NH, source_P=fanout.source_P)
+    got = compiled.ops.copy_rows(given_NH, source_P=fanout.source_P.to(compiled.device))
+    assert_equal("copies", got.cpu(), want)
+    copies_PH, given_PH = numbers(60)
+    want = reference_dispatch.sum_rows(copies_PH, **parts)
+    got = compiled.ops.sum_rows(given_PH, **on_device)
+    assert not want[1].any()
+    assert got.dtype == dtype
+    assert_equal("sums", got.cpu(), want)
+
+
+def test_nothing_to_copy_or_sum(compiled: Compiled) -> None:
+    none = torch.empty(0, dtype=torch.int64, device=compiled.device)
+    rows_NH = torch.ones(4, 5, device=compiled.device)
+    assert compiled.ops.copy_rows(rows_NH, source_P=none).shape == (0, 5)
+    bounds_N = torch.zeros(4, dtype=torch.int64, device=compiled.device)
+    sums_NH = compiled.ops.sum_rows(rows_NH[:0], copies_P=none, bounds_N=bounds_N)
+    assert_equal("sums", sums_NH.cpu(), torch.zeros(3, 5))
+    assert compiled.ops.sum_rows(rows_NH[:0], copies_P=none, bounds_N=bounds_N[:1]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_copies_and_sums_are_each_others_gradients(backend: dispatch.Backend) -> None:
+    fanout = random_fanout(17, 6)
+    for function, rows in ((dispatch.copy_rows, 6), (dispatch.sum_rows, 17)):
+        numbers = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda x, function=function: function(x, fanout=fanout, backend=backend), (numbers,)
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_low_precision_sums_are_rounded_once(backend: dispatch.Backend) -> None:
     copies = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     fanout = fan_out(torch.zeros(3, dtype=torch.int64), num_sources=1)
-    assert sum_rows(copies, fanout=fanout).item() == 258
+    assert dispatch.sum_rows(copies, fanout=fanout, backend=backend).item() == 258
 
 
-def test_ranks_must_hold_equally_many_experts():
-    with pytest.raises(ValueError, match="got 6 experts, 4 ranks"):
-        count_sends(_routing(3, 6, 2), num_ranks=4)
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_the_same_for_any_number_of_threads(num_threads: int) -> None:
+    case = CASES["many"]
+    fanout = random_fanout(3000, 500)
+    copies_PH = torch.randn(3000, 300, generator=torch.Generator().manual_seed(3))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, num_threads):
+            torch.set_num_threads(threads)
+            found.append(tensors(*plans(host_ops(), case.routing_map(), case.ranks)))
+            found[-1]["sums"] = host_ops().sum_rows(
+                copies_PH, copies_P=fanout.copies_P, bounds_N=fanout.bounds_N
+            )
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found[0].items():
+        assert_equal(name, found[1][name], value)
+
+
+def test_the_same_for_any_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, case = load_compiled("cuda"), CASES["many"]
+    want = tensors(*plans(ops, case.routing_map(), case.ranks))
+    for seed in range(1, 5):
+        monkeypatch.setenv("EMO_EMULATOR_SEED", str(seed))
+        for name, value in tensors(*plans(ops, case.routing_map(), case.ranks)).items():
+            assert_equal(name, value, want[name])
+
+
+def test_operators_keep_the_rules_of_torch(compiled: Compiled) -> None:
+    operators = getattr(torch.ops, compiled.ops.namespace)
+    routing = CASES["small"].routing_map().to(compiled.device)
+    _, send, receive = plans(compiled.ops, routing, 2)
+    rows_NH = torch.randn(7, 4, device=compiled.device)
+    copies_PH = compiled.ops.copy_rows(rows_NH, source_P=send.rows.source_P)
+    num_rows, num_pairs = len(send.rows.source_P), len(send.codes_P)
+    for operator, arguments in (
+        (operators.count_sends, (routing, 2)),
+        (operators.plan_send, (routing, 2, num_rows, num_pairs)),
+        (operators.plan_receive, (send.codes_P, num_rows, 4)),
+        (operators.copy_rows, (rows_NH, send.rows.source_P)),
+        (operators.sum_rows, (copies_PH, send.rows.copies_P, send.rows.bounds_N)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+    assert len(receive.order_P) == num_pairs
+
+
+def test_torch_compile_sees_through() -> None:
+    fanout = random_fanout(17, 6)
+
+    def step(rows_NH: Tensor) -> Tensor:
+        copies_PH = dispatch.copy_rows(rows_NH * 2, fanout=fanout)
+        return dispatch.sum_rows(copies_PH.tanh(), fanout=fanout).square().sum()
+
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        rows_NH = torch.linspace(-1, 1, 18).view(6, 3).requires_grad_()
+        function(rows_NH).backward()
+        grads.append(rows_NH.grad)
+    assert_equal("gradient", grads[1], grads[0])
+
+
+def test_what_cannot_be_is_named() -> None:
+    ops, routing = native.load_native(), CASES["small"].routing_map()
+    for implementation in (ops, reference_dispatch):
+        with pytest.raises((RuntimeError, ValueError), match="got 8 experts, 3 ranks"):
+            implementation.count_sends(routing, num_ranks=3)
+    with pytest.raises(RuntimeError, match="must be those of count_sends; got 3 and 21"):
+        ops.plan_send(routing, num_ranks=2, num_rows=3, num_pairs=21)
+    codes_P = plans(ops, routing, 2)[1].codes_P
+    with pytest.raises(RuntimeError, match="codes must name experts below 2"):
+        ops.plan_receive(codes_P, num_rows=12, num_experts=2)
+    with pytest.raises(RuntimeError, match="codes must begin 1 rows"):
+        ops.plan_receive(codes_P & ~1, num_rows=1, num_experts=4)
+    with pytest.raises(RuntimeError, match=r"sources must lie in \[0, 2\); got 2"):
+        ops.copy_rows(torch.zeros(2, 3), source_P=torch.tensor([0, 2]))
+    with pytest.raises(RuntimeError, match="sources has the wrong dtype"):
+        ops.copy_rows(torch.zeros(2, 3), source_P=torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="rows must be float64"):
+        ops.copy_rows(torch.zeros(2, 3, dtype=torch.int64), source_P=torch.tensor([0]))
+    with pytest.raises(RuntimeError, match=r"order must lie in \[0, 2\); got -1"):
+        ops.sum_rows(
+            torch.zeros(2, 3), copies_P=torch.tensor([0, -1]), bounds_N=torch.tensor([0, 2])
+        )
+
+
+@pytest.mark.gpu
+def test_gpu_graphs() -> None:
+    """Nothing waits for the device: all of it can be captured."""
+    ops, case = native.load_native(), CASES["many"]
+    routing = case.routing_map().cuda()
+    counts, send, _ = plans(ops, routing, case.ranks)
+    num_rows = len(send.rows.source_P)
+    num_pairs = int(counts[case.ranks :].sum())
+    rows_NH = torch.randn(case.tokens, 64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            again = ops.plan_send(
+                routing, num_ranks=case.ranks, num_rows=num_rows, num_pairs=num_pairs
+            )
+            ops.plan_receive(again.codes_P, num_rows=num_rows, num_experts=10)
+            copies = ops.copy_rows(rows_NH, source_P=again.rows.source_P)
+            sums = ops.sum_rows(copies, copies_P=again.rows.copies_P, bounds_N=again.rows.bounds_N)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_equal("codes", again.codes_P, send.codes_P)
+    times_T1 = (routing.view(case.tokens, case.ranks, -1).any(-1)).sum(1, keepdim=True)
+    torch.testing.assert_close(sums, rows_NH * times_T1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import pytest
 import torch
-from support.emulator import CSRC_VARIABLE, load_compiled
+from support.emulator import Compiled, host_ops, load_compiled
 from support.routing import Options, assert_close, assert_equal, naive_token, random_logits
 from torch import Tensor
 
@@ -28,32 +26,7 @@ RTOL = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Weights and gradients, of the largest entry; the coarser dtypes round their last bit."""
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One compiled implementation, and where its tensors live."""
-
-    ops: NativeOps
-    device: torch.device
-
-
-@pytest.fixture(
-    scope="module", params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
-)
-def compiled(request: pytest.FixtureRequest) -> Compiled:
-    if request.param == "emulated":
-        return Compiled(load_compiled("cuda"), torch.device("cpu"))
-    if CSRC_VARIABLE in os.environ:
-        return Compiled(load_compiled("cpu"), torch.device(request.param))
-    return Compiled(native.load_native(), torch.device(request.param))
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Outputs hold NaN (floats), the largest integer or True until a kernel writes them."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,8 +317,7 @@ def test_ids_past_the_last_document_reach_nothing(compiled: Compiled) -> None:
     logits_TE = random_logits(40, 20).to(compiled.device)
     ids_T = torch.arange(40, device=compiled.device) // 10
     pool_DE = torch.ones(3, 20, dtype=torch.bool, device=compiled.device)
-    is_checked = compiled.device.type == "cpu" and compiled.ops is not load_compiled("cuda")
-    if is_checked:
+    if compiled.is_checked:
         message = "document_ids must be below the number of documents, 3; got 3"
         with pytest.raises(RuntimeError, match=message):
             compiled.ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=3)
@@ -470,8 +442,7 @@ def everything(compiled: Compiled, case: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 def test_the_same_bits_for_any_number_of_threads(num_threads: int) -> None:
-    own = load_compiled("cpu") if CSRC_VARIABLE in os.environ else native.load_native()
-    compiled = Compiled(own, torch.device("cpu"))
+    compiled = Compiled(host_ops(), torch.device("cpu"))
     case = Case(lengths=(700, 1, 900, 1, 1, 333), num_experts=70, top_k=5)
     before = torch.get_num_threads()
     try:

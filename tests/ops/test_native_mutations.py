@@ -86,6 +86,37 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         " + dz * soft[c] * inverse",
         "",
     ),
+    "a row begins with every pair": ("dispatch.cu", "      is_first = false;", ""),
+    "a token counts among those below itself": (
+        "dispatch.cu",
+        "__popc(senders & lanes_below())",
+        "__popc(senders & (lanes_below() * 2 + 1))",
+    ),
+    "chunks do not see those before the last 32 lines": (
+        "dispatch.cu",
+        "    long long before = total + warp_prefix(mine);\n    total = __shfl_sync(kAllLanes, before + mine, 31);\n#pragma",
+        "    long long before = warp_prefix(mine);\n    total = __shfl_sync(kAllLanes, before + mine, 31);\n#pragma",
+    ),
+    "lanes count pairs before the others have looked": (
+        "dispatch.cu",
+        "    __syncwarp();\n    if (expert >= 0 && rank == 0)",
+        "    if (expert >= 0 && rank == 0)",
+    ),
+    "a row's first pair belongs to the row before": (
+        "dispatch.cu",
+        "__popc(firsts & lanes_below()) + is_first - 1",
+        "__popc(firsts & lanes_below()) - 1",
+    ),
+    "the last columns are not added up": (
+        "dispatch.cu",
+        "const long long packs = args.width / kCount;",
+        "const long long packs = args.width / kCount - (args.width > 200);",
+    ),
+    "any address may hold a vector": (
+        "dispatch.cu",
+        "reinterpret_cast<uintptr_t>(b)) % 16 == 0",
+        "reinterpret_cast<uintptr_t>(b)) % 1 == 0",
+    ),
 }
 CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
     "nothing: the copy itself passes": ("routing_cpu.cpp", "", ""),
@@ -115,6 +146,27 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "out.f[e] = fill;",
         "out.f[e] = 0.0f;",
     ),
+    "experts past the last eight are not seen": (
+        "dispatch_cpu.cpp",
+        "    if (flags[e]) visit(e);",
+        "    if (flags[e] && num_experts < 8) visit(e);",
+    ),
+    "columns begin where those of other groups end": (
+        "dispatch_cpu.cpp",
+        "if (c % table.group == 0) before = 0;",
+        "",
+    ),
+    "a row begins with every pair": ("dispatch_cpu.cpp", "rank != last;\n      if", "true;\n      if"),
+    "the last columns are not added up": (
+        "dispatch_cpu.cpp",
+        "for (int h = 0; h < length; ++h) sums[h] +=",
+        "for (int h = 0; h < length - 1; ++h) sums[h] +=",
+    ),
+    "sums are rounded as they grow": (
+        "dispatch_cpu.cpp",
+        "sum_range<uint16_t, float, DType::kBFloat16>",
+        "sum_range<uint16_t, uint16_t, DType::kBFloat16>",
+    ),
 }
 WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"
 """Cases that take long on the emulator and find nothing that narrower ones do not."""
@@ -133,10 +185,13 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
     chosen = (
         f"({'emulated or schedule' if kernels == 'cuda' else '[cpu or threads'}) and not ({WIDE})"
     )
+    tests = [f"tests/ops/test_{name}.py" for name in ("native", "dispatch")]
+    if before:
+        tests = tests[file.startswith("dispatch") :][:1]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *("tests/ops/test_native.py", "-k", chosen),
+            *(*tests, "-k", chosen),
         ],
         cwd=ROOT,
         env={**os.environ, CSRC_VARIABLE: str(csrc)},
@@ -151,5 +206,5 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
         return
     # a test failed on what the kernels gave; not the build, not the collection
     assert done.returncode == 1, told
-    assert "FAILED tests/ops/test_native.py" in done.stdout, told
+    assert f"FAILED {tests[0]}" in done.stdout, told
     assert " error" not in done.stdout.splitlines()[-1], told

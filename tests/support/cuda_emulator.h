@@ -18,6 +18,7 @@
 #include <functional>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -29,12 +30,15 @@
 struct dim3 {
   unsigned x, y, z;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 
 namespace emulator {
 
 constexpr int kStackBytes = 1 << 16;
-enum Kind { kNone, kShuffle, kBallot, kReduce };
+enum Kind { kNone, kShuffle, kBallot, kReduce, kMatch, kSync };
 
 struct Warp {
   uint64_t arriving[32], results[32];
@@ -126,7 +130,6 @@ inline void launch(unsigned num_blocks, unsigned num_threads, std::function<void
   Machine& m = machine();
   const char* seed = std::getenv("EMO_EMULATOR_SEED");
   m.random.seed((unsigned)std::atoi(seed != nullptr ? seed : "0"));
-  m.error = 0;
   m.num_threads = num_threads;
   m.kernel = kernel;
   m.fibers.resize(num_threads);
@@ -191,7 +194,7 @@ static emulator::BlockIndex blockIdx;
 using cudaError_t = int;
 inline int cudaSetDevice(int) { return 0; }
 inline const char* cudaGetErrorString(int) { return "emulated launch failed"; }
-inline int cudaGetLastError() { return emulator::machine().error; }
+inline int cudaGetLastError() { return std::exchange(emulator::machine().error, 0); }
 
 inline void __syncthreads() { emulator::barrier(true); }
 inline int __syncthreads_and(int predicate) { return emulator::barrier(predicate != 0); }
@@ -211,6 +214,15 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   for (int lane = 0; lane < 32; ++lane) set |= (unsigned)all[lane] << lane;
   return set;
 }
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+  const uint64_t mine = emulator::to_bits(value);
+  const uint64_t* all = emulator::exchange(emulator::kMatch, mine);
+  unsigned set = 0;
+  for (int lane = 0; lane < 32; ++lane) set |= (unsigned)(all[lane] == mine) << lane;
+  return set;
+}
+inline void __syncwarp() { emulator::exchange(emulator::kSync, 0); }
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const uint64_t* all = emulator::exchange(emulator::kReduce, value);
   return (unsigned)*std::max_element(all, all + 32);

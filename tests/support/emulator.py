@@ -8,12 +8,13 @@ import os
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from emo_megatron.ops.native import NativeOps
+from emo_megatron.ops.native import NativeOps, load_native
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).with_name("cuda_emulator.h")
@@ -21,6 +22,21 @@ CSRC_VARIABLE = "EMO_TEST_CSRC"
 """Environment variable: compile the kernels in this folder instead of csrc/."""
 
 Kernels = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled implementation, and where its tensors live."""
+
+    ops: NativeOps
+    device: torch.device
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether it can look at ids and indices: on a GPU that would mean waiting."""
+        return self.device.type == "cpu" and self.ops is not _loaded.get("cuda")
+
+
 _loaded: dict[Kernels, NativeOps] = {}
 
 
@@ -42,6 +58,11 @@ def load_compiled(kernels: Kernels) -> NativeOps:
                 _build(csrc, kernels, Path(scratch) / target.name).replace(target)
         _loaded[kernels] = NativeOps(target, namespace=namespace_of(kernels))
     return _loaded[kernels]
+
+
+def host_ops() -> NativeOps:
+    """The package's own CPU kernels, or those of the sources under test."""
+    return load_compiled("cpu") if CSRC_VARIABLE in os.environ else load_native()
 
 
 def namespace_of(kernels: Kernels) -> str:
@@ -72,7 +93,7 @@ def _build(csrc: Path, kernels: Kernels, target: Path) -> Path:
         *(f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"),
     ]
     wanted = setup.CUDA_SOURCES if kernels == "cuda" else setup.CPU_SOURCES
-    sources = [csrc / Path(source).name for source in (*wanted, setup.BINDING)]
+    sources = [csrc / Path(source).name for source in (*wanted, *setup.BINDINGS)]
     objects = [target.with_suffix(f".{source.name}.o") for source in sources]
     jobs = [
         [*common, "-x", "c++", "-c", str(source), "-o", str(made)]

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "pool_ops.h"
+#include "dispatch_ops.h"
 
 static uint64_t state = 1;
 static float random_normal() {
@@ -77,5 +77,22 @@ int main() {
       hash("entropy", entropy);
       hash("gradient", grad);
     }
+  }
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
+    const int64_t num_rows = 50, num_copies = 90, width = 133;
+    std::vector<uint8_t> copies(num_copies * width * 8), rows(num_rows * width * 8);
+    // numbers of any size, some subnormal; no infinities or NaN, whose bits are the machine's
+    const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    for (size_t i = 0; i < copies.size(); ++i) {
+      random_normal();
+      copies[i] = (uint8_t)(state >> 40) & ((int)(i % bytes) == bytes - 1 ? 0xbf : 0xff);
+    }
+    std::vector<int64_t> order(num_copies), bounds(num_rows + 1);
+    for (int64_t i = 0; i < num_copies; ++i) order[i] = i * 37 % num_copies;
+    for (int64_t n = 0; n <= num_rows; ++n) bounds[n] = n * num_copies / num_rows;
+    cpu::sum_rows({copies.data(), dtype, order.data(), bounds.data(), rows.data(), num_rows,
+                   num_copies, width},
+                  0, num_rows);
+    hash("sums", rows);
   }
 }

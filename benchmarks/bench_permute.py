@@ -1,0 +1,293 @@
+"""What do the permutation of tokens to experts and its inverse cost, without any ranks in between?
+
+Megatron's unfused permute and unpermute against the compiled layout, copies and sums, and against their definition in
+plain PyTorch, in turns in one process, forward and backward. Nothing is timed before tokens, probabilities, outputs and
+gradients are equal.
+
+    python benchmarks/bench_permute.py --quick     # two sizes, seconds
+    python benchmarks/bench_permute.py             # all sizes, some two minutes on two cores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from timing import (
+    RESULTS,
+    Device,
+    Rounds,
+    Samples,
+    Step,
+    describe_machine,
+    estimate,
+    interleave,
+    judge,
+    markdown_table,
+    pick_device,
+    ratio,
+    result_name,
+    run_script,
+    write_results,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron import ops
+from emo_megatron.ops import dispatch
+
+NATIVE, REFERENCE, STOCK = "native ops", "reference ops", "Megatron, unfused"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-6}
+"""Of a tensor's norm; in bfloat16 Megatron rounds after every addition."""
+Mode = Literal["forward", "total"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time the permutation of tokens to experts and back."""
+
+    quick: bool = False
+    """Two sizes, few rounds."""
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = 2
+    """CPU threads."""
+    seconds: float = 1.0
+    """Time to spend on each size, at least five rounds."""
+    output: Path = field(default=RESULTS)
+    """Folder of the results, a CSV and a page named after the hardware."""
+
+    def sizes(self) -> Iterator[Size]:
+        """Every size to run."""
+        if self.quick:
+            yield Size(tokens=1024, experts=32, top_k=4, width=256, dtype="float32")
+            yield Size(tokens=512, experts=64, top_k=8, width=128, dtype="bfloat16")
+            return
+        shapes = [(64, 2), (64, 8), (128, 8), (512, 8)]
+        for dtype, tokens, (experts, top_k), width in product(
+            DTYPES, (512, 4096), shapes, (128, 1024)
+        ):
+            yield Size(tokens=tokens, experts=experts, top_k=top_k, width=width, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of one case."""
+
+    tokens: int
+    experts: int
+    top_k: int
+    width: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} E={self.experts} K={self.top_k} H={self.width} {self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Input of one step, the same for all."""
+
+    size: Size
+    tokens_TH: Tensor
+    probs_TE: Tensor
+    routing_map_TE: Tensor
+    upstream_TH: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permuted:
+    """What a permutation and its inverse give."""
+
+    leaves: tuple[Tensor, Tensor]
+    """Tokens and probabilities."""
+    rows_PH: Tensor
+    probs_P: Tensor
+    output_TH: Tensor
+
+
+Permute = Callable[[Tensor, Tensor, Case], tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]
+
+
+def main(options: Options) -> list[Path]:
+    """Check, time, write; returns the files.
+
+    Raises:
+        ValueError: the compiled ops are missing, or they do not permute as Megatron does.
+    """
+    device = pick_device(options.device)
+    if reason := ops.why_not_native(device.type):
+        raise ValueError(f"there are no compiled ops to time: {reason}")
+    torch.set_num_threads(options.threads)
+    facts = describe_machine(device, threads=options.threads)
+    contenders: dict[str, Permute] = {
+        NATIVE: _own("native"),
+        REFERENCE: _own("reference"),
+        STOCK: _stock,
+    }
+    results: dict[Size, dict[str, Samples]] = {}
+    progress = tqdm(list(options.sizes()), desc="sizes", disable=None)
+    for size in progress:
+        progress.set_postfix_str(str(size))
+        case = _make_case(size, device)
+        _check(contenders, case)
+        steps = {name: _step(permute, case) for name, permute in contenders.items()}
+        rounds = Rounds(fewest=5, most=100, seconds=0.2 if options.quick else options.seconds)
+        results[size] = interleave(steps, device=device, rounds=rounds)
+    page = _page(results, facts)
+    print(page)
+    name = result_name("permute", device=device, is_quick=options.quick)
+    return write_results(options.output, name, rows=list(_rows(results)), page=page)
+
+
+def _own(backend: ops.Backend) -> Permute:
+    def permute(tokens_TH: Tensor, probs_TE: Tensor, case: Case) -> Any:
+        num_tokens, num_experts = probs_TE.shape
+        send = dispatch.plan_send(
+            case.routing_map_TE,
+            num_ranks=1,
+            num_rows=num_tokens,
+            num_pairs=num_tokens * case.size.top_k,
+            backend=backend,
+        )
+        receive = dispatch.plan_receive(
+            send.codes_P, num_rows=num_tokens, num_experts=num_experts, backend=backend
+        )
+        rows_PH = dispatch.copy_rows(tokens_TH, fanout=receive.pairs, backend=backend)
+        probs_P = probs_TE.flatten().gather(0, send.places_P).gather(0, receive.order_P)
+        return (
+            rows_PH,
+            probs_P,
+            lambda rows_PH: dispatch.sum_rows(rows_PH, fanout=receive.pairs, backend=backend),
+        )
+
+    return permute
+
+
+def _stock(tokens_TH: Tensor, probs_TE: Tensor, case: Case) -> Any:
+    from megatron.core.transformer.moe import moe_utils
+
+    num_pairs = len(tokens_TH) * case.size.top_k
+    rows_PH, probs_P, order, *_ = moe_utils.permute(
+        tokens_TH, case.routing_map_TE, probs_TE, num_out_tokens=num_pairs
+    )
+    return rows_PH, probs_P, lambda rows_PH: moe_utils.unpermute(rows_PH, order, tokens_TH.shape)
+
+
+def _step(permute: Permute, case: Case) -> Step:
+    def forward() -> Permuted:
+        leaves = (
+            case.tokens_TH.detach().requires_grad_(),
+            case.probs_TE.detach().requires_grad_(),
+        )
+        rows_PH, probs_P, unpermute = permute(*leaves, case)
+        return Permuted(
+            leaves=leaves, rows_PH=rows_PH, probs_P=probs_P, output_TH=unpermute(rows_PH)
+        )
+
+    return Step(forward=forward, backward=lambda permuted: _gradients(permuted, case))
+
+
+def _gradients(permuted: Permuted, case: Case) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        [permuted.output_TH, permuted.probs_P],
+        permuted.leaves,
+        [case.upstream_TH, torch.ones_like(permuted.probs_P)],
+    )
+
+
+def _make_case(size: Size, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    scores_TE = torch.rand(size.tokens, size.experts, generator=generator)
+    chosen_TK = scores_TE.topk(size.top_k).indices
+    routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
+    numbers_TH, upstream_TH = (
+        torch.randn(size.tokens, size.width, generator=generator).to(DTYPES[size.dtype])
+        for _ in range(2)
+    )
+    return Case(
+        size=size,
+        tokens_TH=numbers_TH.to(device),
+        probs_TE=(scores_TE * routing_map_TE).to(device),
+        routing_map_TE=routing_map_TE.to(device),
+        upstream_TH=upstream_TH.to(device),
+    )
+
+
+def _check(contenders: dict[str, Permute], case: Case) -> None:
+    found = {}
+    for name, permute in contenders.items():
+        permuted = _step(permute, case).forward()
+        rows = [permuted.rows_PH, permuted.probs_P, permuted.output_TH]
+        found[name] = [*rows, *_gradients(permuted, case)]
+    names = ("rows", "probabilities", "output", "tokens' gradient", "probabilities' gradient")
+    for name, tensors in found.items():
+        for what, got, want in zip(names, tensors, found[STOCK], strict=True):
+            got, want = got.detach().float(), want.detach().float()
+            error = float((got - want).norm() / want.norm())
+            if not error < TOLERANCE[case.size.dtype]:
+                raise ValueError(
+                    f"{name}: {what} must equal Megatron's, they differ by {error:.1e} ({case.size}); "
+                    "nothing is reported"
+                )
+
+
+def _rows(results: dict[Size, dict[str, Samples]]) -> Iterator[dict[str, Any]]:
+    modes: tuple[Mode, ...] = ("forward", "total")
+    for (size, found), mode in product(results.items(), modes):
+        for name, samples in found.items():
+            values = getattr(samples, mode)
+            time = estimate(values).scaled(1e6)
+            times_native = ratio(values, getattr(found[NATIVE], mode))
+            yield (
+                asdict(size)
+                | {"contender": name, "mode": mode, "median_us": round(time.median, 2)}
+                | {"low_us": round(time.low, 2), "high_us": round(time.high, 2)}
+                | {f"times_native_{k}": round(v, 3) for k, v in asdict(times_native).items()}
+                | {"rounds": len(values)}
+            )
+
+
+def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str]) -> str:
+    slowest = min(results, key=lambda size: _against_stock(results[size], "total").median)
+    worst = _against_stock(results[slowest], "total")
+    parts = ["# Permutation of tokens to experts, and back\n"]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
+    parts.append(
+        "Milliseconds of the compiled ops, then how many times as long the others take: medians with 95 % intervals.\n"
+    )
+    parts.append("## Target, forward + backward\n")
+    parts.append(
+        f"- {judge(worst, at_least=1.0)}: never slower than Megatron's unfused permutation; it takes {worst} x as "
+        f"long where it comes nearest, {slowest}\n"
+    )
+    modes: tuple[tuple[Mode, str], ...] = (
+        ("forward", "Forward"),
+        ("total", "Forward + backward"),
+    )
+    for mode, title in modes:
+        head = ["size", "native ops, ms", f"{REFERENCE}, x", f"{STOCK}, x"]
+        table = []
+        for size, found in results.items():
+            native = getattr(found[NATIVE], mode)
+            ratios = [str(ratio(getattr(found[n], mode), native)) for n in (REFERENCE, STOCK)]
+            table.append([str(size), f"{estimate(native).median * 1e3:.3f}", *ratios])
+        parts.append(f"## {title}\n")
+        parts.append(markdown_table(head, table))
+    return "\n".join(parts)
+
+
+def _against_stock(found: dict[str, Samples], mode: Mode) -> Any:
+    return ratio(getattr(found[STOCK], mode), getattr(found[NATIVE], mode))
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    )

@@ -1,0 +1,81 @@
+// What the bindings share: checks of tensors, and the choice between CPU and CUDA kernels.
+//
+// torch operators on the stable ABI of torch 2.11: one library for later ones too, with or without
+// CUDA. No CUDA header is included: launchers take the stream as a pointer.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "pool_ops.h"
+
+#ifndef EMO_NAMESPACE
+#define EMO_NAMESPACE emo_megatron
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#if defined(EMO_WITH_CUDA)
+// Only a torch with CUDA has it; weak, so that the same library also loads on one without.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
+
+namespace emo {
+
+// The data of a tensor of this shape and type that lies beside `like`; null where the tensor is not
+// given.
+template <class T>
+const T* data_of(const char* name, const std::optional<Tensor>& tensor, ScalarType type,
+                 int64_t rows, int64_t columns, const Tensor& like) {
+  if (!tensor.has_value()) return nullptr;
+  const int64_t dims = columns < 0 ? 1 : 2;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(
+      tensor->dim() == dims && tensor->size(0) == rows && (dims == 1 || tensor->size(1) == columns),
+      name, " must have shape [", rows, columns < 0 ? "" : ", ...", "]");
+  STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(tensor->device() == like.device(), name,
+                  " must be on the device of the other tensors");
+  return static_cast<const T*>(tensor->const_data_ptr());
+}
+
+// Whether the CPU kernels run for such a tensor.
+inline bool is_on_host([[maybe_unused]] const Tensor& where) {
+#if defined(EMO_EMULATE)
+  return false;
+#else
+  return where.is_cpu();
+#endif
+}
+
+// Run `on_cpu` over [0, count) in parallel, pieces of at least `grain`.
+template <class OnCpu>
+void in_parallel(int64_t count, int64_t grain, OnCpu on_cpu) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain, on_cpu);
+}
+
+// Launch kernels on the current stream of the tensor's device.
+template <class OnCuda>
+void launch([[maybe_unused]] const Tensor& where, [[maybe_unused]] OnCuda on_cuda) {
+#if defined(EMO_EMULATE)
+  const int status = on_cuda(nullptr);
+  STD_TORCH_CHECK(status == 0, "emulated launch failed");
+#elif defined(EMO_WITH_CUDA)
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
+  int status = cuda::use_device(where.get_device_index());
+  if (status == 0) status = on_cuda(stream);
+  STD_TORCH_CHECK(status == 0, "the kernels cannot run on this GPU: ", cuda::error_text(status));
+#endif
+}
+
+}  // namespace emo

@@ -1,0 +1,320 @@
+// Dispatch on a GPU: a warp takes a chunk of tokens or pairs, or a row of numbers.
+//
+// Every place is computed from counts, so results are the same bits whatever the schedule.
+#include "dispatch_ops.h"
+#include "warp.cuh"
+
+namespace emo::cuda {
+namespace {
+
+__device__ __forceinline__ long long global_warp() {
+  return (long long)blockIdx.x * kWarps + warp_id();
+}
+
+// The sum of what the lanes below hold.
+template <class T>
+__device__ __forceinline__ T warp_prefix(T x) {
+  T sum = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T below = __shfl_sync(kAllLanes, sum, (lane_id() - step) & 31);
+    if (lane_id() >= step) sum += below;
+  }
+  return sum - x;
+}
+
+__device__ __forceinline__ int count_experts(const uint8_t* flags, int num_experts) {
+  int count = 0;
+  for (int e = 0; e < num_experts; ++e) count += flags[e] != 0;
+  return count;
+}
+
+// A block takes kThreads tokens: pairs an expert by columns, rows a rank by tokens.
+__global__ void __launch_bounds__(kThreads) count_sends_kernel(CountArgs args) {
+  const long long begin = (long long)blockIdx.x * kThreads;
+  const long long left = args.num_tokens - begin;
+  const int count = left < kThreads ? (int)left : kThreads;
+  const int per_rank = args.num_experts / args.num_ranks;
+  unsigned long long* counts = reinterpret_cast<unsigned long long*>(args.counts);
+  for (int e = threadIdx.x; e < args.num_experts; e += kThreads) {
+    int pairs = 0;
+    for (int i = 0; i < count; ++i) pairs += args.routing_map[(begin + i) * args.num_experts + e];
+    if (pairs != 0) atomicAdd(counts + args.num_ranks + e, (unsigned long long)pairs);
+  }
+  const long long t = begin + threadIdx.x;
+  for (int rank = 0; rank < args.num_ranks; ++rank) {
+    const uint8_t* flags = args.routing_map + t * args.num_experts + rank * per_rank;
+    const bool is_sent = (int)threadIdx.x < count && count_experts(flags, per_rank) > 0;
+    const int rows = __popc(__ballot_sync(kAllLanes, is_sent));
+    if (lane_id() == 0 && rows != 0) atomicAdd(counts + rank, (unsigned long long)rows);
+  }
+}
+
+// A lane a token. Counting fills a line of the table; planning begins where the line says.
+template <bool kPlan>
+__global__ void __launch_bounds__(kThreads) send_kernel(SendArgs args) {
+  const long long chunk = global_warp();
+  if (chunk >= args.table.num_chunks) return;
+  const int num_ranks = args.num_ranks, per_rank = args.num_experts / num_ranks;
+  const long long t = chunk * kTokensPerChunk + lane_id();
+  const bool is_token = t < args.num_tokens;
+  const uint8_t* flags = args.routing_map + t * args.num_experts;
+  int64_t* line = args.table.line(chunk);
+  const int64_t* offsets = args.table.offsets();
+
+  int rows_of_mine = 0;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    const int pairs = is_token ? count_experts(flags + rank * per_rank, per_rank) : 0;
+    rows_of_mine += pairs > 0;
+    if (kPlan) continue;
+    const int pairs_below = warp_prefix(pairs);
+    const int rows = __popc(__ballot_sync(kAllLanes, pairs > 0));
+    if (lane_id() == 31) {
+      line[rank] = rows;
+      line[num_ranks + rank] = pairs_below + pairs;
+    }
+  }
+  const int rows_below = warp_prefix(rows_of_mine);
+  if (!kPlan) {
+    if (lane_id() == 31) line[2 * num_ranks] = rows_below + rows_of_mine;
+    return;
+  }
+
+  long long next_row = line[2 * num_ranks] + rows_below;
+  if (is_token) args.bounds[t] = next_row;
+  if (t == args.num_tokens - 1) args.bounds[args.num_tokens] = args.num_rows;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    const int pairs = is_token ? count_experts(flags + rank * per_rank, per_rank) : 0;
+    const unsigned senders = __ballot_sync(kAllLanes, pairs > 0);
+    long long pair = offsets[num_ranks + rank] + line[num_ranks + rank] + warp_prefix(pairs);
+    if (pairs == 0) continue;
+    const long long row = offsets[rank] + line[rank] + __popc(senders & lanes_below());
+    // fewer rows or pairs than the caller said would leave the tensors
+    if (row < args.num_rows && next_row < args.num_rows) {
+      args.tokens[row] = t;
+      args.rows[next_row++] = row;
+    }
+    bool is_first = true;
+    for (int e = 0; e < per_rank; ++e) {
+      if (!flags[rank * per_rank + e] || pair >= args.num_pairs) continue;
+      args.places[pair] = t * args.num_experts + rank * per_rank + e;
+      args.codes[pair++] = e * 2 + is_first;
+      is_first = false;
+    }
+  }
+}
+
+// A warp takes 32 pairs after the other, and keeps where the next pair of each expert goes.
+template <bool kPlan>
+__global__ void __launch_bounds__(kThreads) receive_kernel(ReceiveArgs args) {
+  __shared__ unsigned next_of_warp[kWarps][kMaxExperts];
+  const long long chunk = global_warp();
+  if (chunk >= args.table.num_chunks) return;
+  unsigned* next = next_of_warp[warp_id()];
+  int64_t* line = args.table.line(chunk);
+  const int64_t* offsets = args.table.offsets();
+  for (int e = lane_id(); e < args.num_experts; e += 32)
+    next[e] = kPlan ? (unsigned)(offsets[e] + line[e]) : 0;
+  long long next_row = kPlan ? line[args.num_experts] : 0;
+  __syncwarp();
+
+#pragma unroll 1
+  for (int done = 0; done < kPairsPerChunk; done += 32) {
+    const long long p = chunk * kPairsPerChunk + done + lane_id();
+    const int code = p < args.num_pairs ? args.codes[p] : -1;
+    const int expert = code < 0 || code >> 1 >= args.num_experts ? -1 : code >> 1;
+    const bool is_first = expert >= 0 && (code & 1);
+    const unsigned firsts = __ballot_sync(kAllLanes, is_first);
+    const unsigned equals = __match_any_sync(kAllLanes, expert);
+    const int rank = __popc(equals & lanes_below());
+    if (kPlan && expert >= 0) {
+      const long long row = next_row + __popc(firsts & lanes_below()) + is_first - 1;
+      const long long place = next[expert] + rank;
+      // codes that do not belong to the sizes would leave the tensors
+      if (place < args.num_pairs && row >= 0 && row < args.num_rows) {
+        if (is_first) args.bounds[row] = p;
+        args.rows[place] = row;
+        args.received[place] = p;
+        args.sorted[p] = place;
+      }
+    }
+    __syncwarp();
+    if (expert >= 0 && rank == 0) next[expert] += __popc(equals);
+    next_row += __popc(firsts);
+    __syncwarp();
+  }
+  if (kPlan) {
+    if (chunk == args.table.num_chunks - 1 && lane_id() == 0)
+      args.bounds[args.num_rows] = args.num_pairs;
+  } else {
+    for (int e = lane_id(); e < args.num_experts; e += 32) line[e] = next[e];
+    if (lane_id() == 0) line[args.num_experts] = next_row;
+  }
+}
+
+// A warp a column: counts become where each chunk's share begins, the offsets' line the totals.
+constexpr int kLinesPerLane = 4;
+__global__ void __launch_bounds__(kThreads) scan_kernel(Table table) {
+  const long long column = global_warp();
+  if (column >= table.num_columns) return;
+  long long total = 0;
+#pragma unroll 1
+  for (long long from = 0; from < table.num_chunks; from += 32 * kLinesPerLane) {
+    long long counts[kLinesPerLane], mine = 0;
+#pragma unroll
+    for (int i = 0; i < kLinesPerLane; ++i) {
+      const long long chunk = from + lane_id() * kLinesPerLane + i;
+      counts[i] = chunk < table.num_chunks ? table.line(chunk)[column] : 0;
+      mine += counts[i];
+    }
+    long long before = total + warp_prefix(mine);
+    total = __shfl_sync(kAllLanes, before + mine, 31);
+#pragma unroll
+    for (int i = 0; i < kLinesPerLane; ++i) {
+      const long long chunk = from + lane_id() * kLinesPerLane + i;
+      if (chunk < table.num_chunks) table.line(chunk)[column] = before;
+      before += counts[i];
+    }
+  }
+  if (lane_id() == 0) table.offsets()[column] = total;
+}
+
+// A warp a group: its columns' totals become where each column begins.
+__global__ void __launch_bounds__(kThreads) offsets_kernel(Table table) {
+  const long long begin = global_warp() * table.group;
+  if (begin >= table.num_columns) return;
+  long long total = 0;
+#pragma unroll 1
+  for (int from = 0; from < table.group; from += 32) {
+    const long long column = begin + from + lane_id();
+    const bool is_column = from + lane_id() < table.group && column < table.num_columns;
+    const long long mine = is_column ? table.offsets()[column] : 0;
+    const long long before = total + warp_prefix(mine);
+    total = __shfl_sync(kAllLanes, before + mine, 31);
+    if (is_column) table.offsets()[column] = before;
+  }
+}
+
+template <class Unit>
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(CopyArgs args, long long units) {
+  const long long p = global_warp();
+  if (p >= args.num_copies) return;
+  const long long source = args.sources[p];
+  if (source < 0 || source >= args.num_rows) return;
+  const Unit* from = static_cast<const Unit*>(args.rows) + source * units;
+  Unit* to = static_cast<Unit*>(args.copies) + p * units;
+  for (long long i = lane_id(); i < units; i += 32) to[i] = from[i];
+}
+
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Pack {
+  T x[kCount];
+};
+
+// A lane adds up kCount neighbouring columns of all copies, in their order, and rounds once.
+template <class T, class Sum, int kCount>
+__global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumArgs args) {
+  using Packed = Pack<T, kCount>;
+  const long long n = global_warp();
+  if (n >= args.num_rows) return;
+  const long long packs = args.width / kCount;
+  const Packed* copies = static_cast<const Packed*>(args.copies);
+  Packed* row = static_cast<Packed*>(args.rows) + n * packs;
+  const long long begin = args.bounds[n], end = args.bounds[n + 1];
+  for (long long i = lane_id(); i < packs; i += 32) {
+    Sum sums[kCount] = {};
+    for (long long j = begin; j < end && j < args.num_copies; ++j) {
+      const long long copy = args.order[j];
+      if (copy < 0 || copy >= args.num_copies) continue;
+      const Packed pack = copies[copy * packs + i];
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sums[c] += to_float(pack.x[c]);
+    }
+    Packed out;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) from_float(sums[c], &out.x[c]);
+    row[i] = out;
+  }
+}
+
+bool is_aligned(const void* a, const void* b) {
+  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+}
+
+template <class T, class Sum>
+void launch_sum(const SumArgs& args, cudaStream_t stream) {
+  constexpr int kCount = 16 / sizeof(T);
+  const unsigned blocks = blocks_for(args.num_rows, 1);
+  if (args.width % kCount == 0 && is_aligned(args.copies, args.rows))
+    EMO_LAUNCH((sum_rows_kernel<T, Sum, kCount>), blocks, kThreads, stream, args);
+  else
+    EMO_LAUNCH((sum_rows_kernel<T, Sum, 1>), blocks, kThreads, stream, args);
+}
+
+void launch_scan(const Table& table, cudaStream_t stream) {
+  EMO_LAUNCH(scan_kernel, blocks_for(table.num_columns, 1), kThreads, stream, table);
+  const int groups = (table.num_columns + table.group - 1) / table.group;
+  EMO_LAUNCH(offsets_kernel, blocks_for(groups, 1), kThreads, stream, table);
+}
+
+}  // namespace
+
+int count_sends(const CountArgs& args, void* stream) {
+  if (args.num_tokens == 0) return 0;
+  EMO_LAUNCH(count_sends_kernel, (unsigned)((args.num_tokens + kThreads - 1) / kThreads), kThreads,
+             static_cast<cudaStream_t>(stream), args);
+  return (int)cudaGetLastError();
+}
+
+int plan_send(const SendArgs& args, void* opaque) {
+  if (args.num_tokens == 0) return 0;
+  const cudaStream_t stream = static_cast<cudaStream_t>(opaque);
+  const unsigned blocks = blocks_for(args.table.num_chunks, 1);
+  EMO_LAUNCH(send_kernel<false>, blocks, kThreads, stream, args);
+  launch_scan(args.table, stream);
+  EMO_LAUNCH(send_kernel<true>, blocks, kThreads, stream, args);
+  return (int)cudaGetLastError();
+}
+
+int plan_receive(const ReceiveArgs& args, void* opaque) {
+  if (args.num_pairs == 0) return 0;
+  const cudaStream_t stream = static_cast<cudaStream_t>(opaque);
+  const unsigned blocks = blocks_for(args.table.num_chunks, 1);
+  EMO_LAUNCH(receive_kernel<false>, blocks, kThreads, stream, args);
+  launch_scan(args.table, stream);
+  EMO_LAUNCH(receive_kernel<true>, blocks, kThreads, stream, args);
+  return (int)cudaGetLastError();
+}
+
+int copy_rows(const CopyArgs& args, void* opaque) {
+  if (args.num_copies == 0 || args.row_bytes == 0) return 0;
+  const cudaStream_t stream = static_cast<cudaStream_t>(opaque);
+  const unsigned blocks = blocks_for(args.num_copies, 1);
+  if (args.row_bytes % 16 == 0 && is_aligned(args.rows, args.copies))
+    EMO_LAUNCH(copy_rows_kernel<uint4>, blocks, kThreads, stream, args, args.row_bytes / 16);
+  else
+    EMO_LAUNCH(copy_rows_kernel<uint16_t>, blocks, kThreads, stream, args, args.row_bytes / 2);
+  return (int)cudaGetLastError();
+}
+
+int sum_rows(const SumArgs& args, void* opaque) {
+  if (args.num_rows == 0 || args.width == 0) return 0;
+  const cudaStream_t stream = static_cast<cudaStream_t>(opaque);
+  switch (args.dtype) {
+    case DType::kFloat32:
+      launch_sum<float, float>(args, stream);
+      break;
+    case DType::kBFloat16:
+      launch_sum<__nv_bfloat16, float>(args, stream);
+      break;
+    case DType::kFloat16:
+      launch_sum<__half, float>(args, stream);
+      break;
+    case DType::kFloat64:
+      launch_sum<double, double>(args, stream);
+      break;
+  }
+  return (int)cudaGetLastError();
+}
+
+}  // namespace emo::cuda

@@ -1,0 +1,110 @@
+"""What torch must know of the compiled operators beside their kernels: the shapes they return, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register(namespace: str) -> None:
+    """Register both for the operators of one loaded library."""
+    _register_routing_shapes(namespace)
+    _register_dispatch_shapes(namespace)
+    _register_gradients(namespace)
+
+
+def _register_routing_shapes(namespace: str) -> None:
+    """Tell torch what the operators return, for tracing."""
+
+    @torch.library.register_fake(f"{namespace}::document_scores")
+    def _(logits: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
+        return logits.new_empty((num_documents, logits.shape[1]), dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::select_pool")
+    def _(scores: Tensor, pool_sizes: Tensor, num_forced: int) -> Tensor:
+        return torch.empty_like(scores, dtype=torch.bool)
+
+    @torch.library.register_fake(f"{namespace}::pool_topk")
+    def _(logits: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+        num_tokens, num_experts = logits.shape
+        return (
+            torch.empty_like(logits),
+            torch.empty_like(logits, dtype=torch.bool),
+            logits.new_empty(num_experts, dtype=torch.int64),
+            logits.new_empty(num_experts, dtype=torch.float32),
+            logits.new_empty(num_tokens, dtype=torch.float32),
+            logits.new_empty(num_tokens, dtype=torch.float32),
+        )
+
+    @torch.library.register_fake(f"{namespace}::pool_topk_backward")
+    def _(
+        grad_probs: Tensor | None,
+        grad_score_sums: Tensor | None,
+        grad_z: Tensor | None,
+        logits: Tensor,
+        *_rest: Any,
+    ) -> Tensor:
+        return torch.empty_like(logits)
+
+
+def _register_dispatch_shapes(namespace: str) -> None:
+    def integers(like: Tensor, size: int) -> Tensor:
+        return like.new_empty(size, dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::count_sends")
+    def _(routing_map: Tensor, num_ranks: int) -> Tensor:
+        return integers(routing_map, num_ranks + routing_map.shape[1])
+
+    @torch.library.register_fake(f"{namespace}::plan_send")
+    def _(routing_map: Tensor, num_ranks: int, num_rows: int, num_pairs: int) -> tuple[Tensor, ...]:
+        sizes = (num_rows, num_rows, routing_map.shape[0] + 1, num_pairs)
+        codes = routing_map.new_empty(num_pairs, dtype=torch.int32)
+        return (*(integers(routing_map, size) for size in sizes), codes)
+
+    @torch.library.register_fake(f"{namespace}::plan_receive")
+    def _(codes: Tensor, num_rows: int, num_experts: int) -> tuple[Tensor, ...]:
+        sizes = (len(codes), len(codes), num_rows + 1, len(codes))
+        return tuple(integers(codes, size) for size in sizes)
+
+    @torch.library.register_fake(f"{namespace}::copy_rows")
+    def _(rows: Tensor, sources: Tensor) -> Tensor:
+        return rows.new_empty(len(sources), rows.shape[1])
+
+    @torch.library.register_fake(f"{namespace}::sum_rows")
+    def _(copies: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
+        return copies.new_empty(len(bounds) - 1, copies.shape[1])
+
+
+def _register_gradients(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, document_ids, pool, _, *ctx.options = inputs
+        _, routing_map, tokens_per_expert, _, _, entropy = output
+        # of size [T, E] the logits and a byte an expert: backward computes the scores again
+        ctx.save_for_backward(logits, routing_map, document_ids, pool)
+        ctx.mark_non_differentiable(routing_map, tokens_per_expert, entropy)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_probs, _, _, grad_score_sums, grad_z, _ = (
+            None if grad is None else grad.contiguous() for grad in grads
+        )
+        logits, routing_map, document_ids, pool = ctx.saved_tensors
+        grad_logits = ops.pool_topk_backward(
+            grad_probs,
+            grad_score_sums,
+            grad_z,
+            logits,
+            routing_map,
+            document_ids,
+            pool,
+            *ctx.options,
+        )
+        return (grad_logits, *(None,) * 7)
+
+    torch.library.register_autograd(
+        f"{namespace}::pool_topk", backward, setup_context=setup_context
+    )
