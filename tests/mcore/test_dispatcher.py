@@ -8,6 +8,7 @@ from support import shards, tiny
 TOLERANCE = 1e-6
 """Of a tensor's norm; float32."""
 LAYOUTS = {
+    "one rank": {},
     "EP2": {"expert_model_parallel_size": 2},
     "TP2 + SP, EP2": {
         "tensor_model_parallel_size": 2,
@@ -22,7 +23,7 @@ LAYOUTS = {
         "expert_tensor_parallel_size": 2,
     },
 }
-WORLD = {"EP2": 2, "TP2 + SP, EP2": 2, "ETP2": 2, "EP4": 4, "EP2 x ETP2": 4}
+WORLD = {"one rank": 1, "EP2": 2, "TP2 + SP, EP2": 2, "ETP2": 2, "EP4": 4, "EP2 x ETP2": 4}
 SLOW = pytest.mark.slow
 """Four processes take a while to start; the parity table has such layouts too."""
 

@@ -48,6 +48,7 @@ CASES = {
     "tokens without experts": Case(tokens=200, experts=24, ranks=3, top_k=3, is_even=False),
     "many": Case(tokens=700, experts=40, ranks=4, top_k=8),
     "many on one rank": Case(tokens=650, experts=100, ranks=1, top_k=7),
+    "thousands": Case(tokens=4200, experts=8, ranks=2, top_k=1),
     "widest": Case(tokens=70, experts=1024, ranks=1, top_k=32),
     "more ranks than lanes": Case(tokens=300, experts=80, ranks=40, top_k=5, is_even=False),
 }

@@ -92,10 +92,10 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "__popc(senders & lanes_below())",
         "__popc(senders & (lanes_below() * 2 + 1))",
     ),
-    "chunks do not see those before the last 32 lines": (
+    "chunks do not see those before the last 128": (
         "dispatch.cu",
-        "    long long before = total + warp_prefix(mine);\n    total = __shfl_sync(kAllLanes, before + mine, 31);\n#pragma",
-        "    long long before = warp_prefix(mine);\n    total = __shfl_sync(kAllLanes, before + mine, 31);\n#pragma",
+        "total + warp_prefix(mine);\n    total = __shfl_sync(kAllLanes, before + mine, 31);\n#pragma",
+        "warp_prefix(mine);\n    total = __shfl_sync(kAllLanes, before + mine, 31);\n#pragma",
     ),
     "lanes count pairs before the others have looked": (
         "dispatch.cu",
@@ -151,21 +151,21 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "    if (flags[e]) visit(e);",
         "    if (flags[e] && num_experts < 8) visit(e);",
     ),
-    "columns begin where those of other groups end": (
+    "pairs for earlier ranks are not counted": (
         "dispatch_cpu.cpp",
         "if (c % table.group == 0) before = 0;",
-        "",
+        "if (c % table.group < 2) before = 0;",
     ),
-    "a row begins with every pair": ("dispatch_cpu.cpp", "rank != last;\n      if", "true;\n      if"),
+    "a row begins with every pair": ("dispatch_cpu.cpp", "* 2 + is_first;", "* 2 + 1;"),
     "the last columns are not added up": (
         "dispatch_cpu.cpp",
         "for (int h = 0; h < length; ++h) sums[h] +=",
         "for (int h = 0; h < length - 1; ++h) sums[h] +=",
     ),
-    "sums are rounded as they grow": (
+    "sums begin with those of the row before": (
         "dispatch_cpu.cpp",
-        "sum_range<uint16_t, float, DType::kBFloat16>",
-        "sum_range<uint16_t, uint16_t, DType::kBFloat16>",
+        "Sum sums[kStretch] = {};",
+        "static thread_local Sum sums[kStretch];",
     ),
 }
 WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"

@@ -30,9 +30,6 @@
 struct dim3 {
   unsigned x, y, z;
 };
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 using cudaStream_t = void*;
 
 namespace emulator {
@@ -186,6 +183,16 @@ T from_bits(uint64_t bits) {
 inline unsigned lane() { return machine().current % 32; }
 
 }  // namespace emulator
+
+// A GPU reads and writes one only where it is aligned.
+struct uint4 {
+  unsigned x, y, z, w;
+  uint4& operator=(const uint4& from) {
+    if (((uintptr_t)this | (uintptr_t)&from) % 16 != 0) emulator::fail("a misaligned vector");
+    std::memcpy(&x, &from.x, 16);
+    return *this;
+  }
+};
 
 static emulator::ThreadIndex threadIdx;
 static emulator::BlockIndex blockIdx;
