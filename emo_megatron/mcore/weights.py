@@ -211,14 +211,16 @@ class MegatronCheckpoint:
     def _common_file(self) -> str:
         if (self.path / _OLD_COMMON_FILE).exists():
             return _OLD_COMMON_FILE
-        places = self._metadata.storage_data.items()
-        return next((p.relative_path for index, p in places if _is_common(index.fqn)), ".metadata")
+        for index, place in self._metadata.storage_data.items():
+            if index.fqn.startswith("common_state/"):
+                return str(place.relative_path)
+        return ".metadata"
 
     def _check_files(self) -> None:
-        """All that is read later lies whole in its file; said before anything is written elsewhere."""
+        """Every chunk of a weight lies whole in its file; said before anything is written elsewhere."""
         sizes: dict[str, int] = {}
         for index, place in self._metadata.storage_data.items():
-            if index.fqn not in self._stored and not _is_common(index.fqn):
+            if index.fqn not in self._stored:
                 continue
             file = place.relative_path
             if file not in sizes:
@@ -287,11 +289,6 @@ def _metadata(reader: FileSystemReader, path: Path) -> Metadata:
         return reader.read_metadata()
     except _DAMAGE as error:
         raise ValueError(f"{path} is not whole: its .metadata is damaged ({error})") from None
-
-
-def _is_common(name: str) -> bool:
-    """Whether a name in the metadata is of what Megatron keeps besides tensors."""
-    return name.startswith("common_state/")
 
 
 def _first_line(error: BaseException) -> str:
