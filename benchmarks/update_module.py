@@ -189,7 +189,9 @@ class Study:
         own: list[object] = ["--load", start, "--save", folder, "--finetune"]
         own += ["--train-only", policy, "--train-iters", steps, "--save-interval", steps]
         own += ["--lr", self.options.lr, "--min-lr", self.options.lr / 10]
-        own += ["--lr-decay-style", "linear", "--lr-warmup-iters", 4, "--log-interval", 5]
+        # four steps, and fewer than there are
+        own += ["--lr-decay-style", "linear", "--lr-warmup-iters", min(4, steps // 2)]
+        own += ["--log-interval", 5]
         if pools and "--pool-min-decay-samples" in self.flags(run_dir=folder):
             own += ["--pool-min-decay-samples", 0]
         flags = self.flags(run_dir=folder)

@@ -23,7 +23,7 @@ class Command:
     options: str
     """Name of a dataclass in the module."""
     function: str
-    """Name of a function of it there, which returns where the result lies."""
+    """Name of a function of it there, which returns where the result lies, and may say more of it in further lines."""
 
 
 COMMANDS = {

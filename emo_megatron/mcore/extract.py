@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emo_megatron.mcore.assemble import Assembly, Policies
 from emo_megatron.mcore.parts import SELECTION_FILE, check_target, open_parent
+from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.selection import load_selection
 
 
@@ -35,6 +36,7 @@ def extract(options: ExtractOptions) -> Path:
         ValueError: the Selection is of another model or cannot be a Megatron model; the checkpoint is damaged; the
             output exists.
     """
+    must_not_exist(options.output)
     selection = load_selection(options.selection)
     parent = open_parent(options.checkpoint, selection)
     check_target(selection, parent.args)

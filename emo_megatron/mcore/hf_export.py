@@ -16,10 +16,10 @@ from emo_megatron import __version__
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.hf_flags import architecture_of
 from emo_megatron.mcore.hf_names import MegatronWeights
-from emo_megatron.mcore.hf_parity import measure_parity
+from emo_megatron.mcore.hf_parity import Converted, measure_parity
 from emo_megatron.mcore.parts import SELECTION_FILE
 from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.files import whole
+from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.card import Origin, model_card
 from emo_megatron.modules.hf.folder import FORMATS, HuggingFaceFolder, write_folder
@@ -62,17 +62,15 @@ class ExportOptions:
     """Largest file of weights, in 10^9 bytes."""
 
 
-def export(options: ExportOptions) -> Path:
+def export(options: ExportOptions) -> Converted:
     """Write the folder: weights, config.json, tokenizer and model card.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: the format cannot express the model, or something that was named does not fit it; nothing was
             written.
         RuntimeError: the result does not compute what the checkpoint does; nothing was left.
     """
+    must_not_exist(options.output)
     checkpoint = MegatronCheckpoint(options.checkpoint)
     architecture = architecture_of(checkpoint)
     format = FORMATS[options.format]
@@ -110,7 +108,6 @@ def export(options: ExportOptions) -> Path:
         if options.parity_tokens:
             written = HuggingFaceFolder(folder)
             parity = measure_parity(checkpoint, written, tokens=options.parity_tokens)
-            print(f"parity with Megatron: {parity}")
         card = model_card(
             architecture,
             model_type=options.format,
@@ -122,7 +119,7 @@ def export(options: ExportOptions) -> Path:
             shared_gate_value=gate,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return options.output
+    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
 
 
 def _tokenizer(
@@ -133,7 +130,6 @@ def _tokenizer(
     path = options.tokenizer
     if path is None:
         if getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
-            print("no tokenizer: the run had no Hugging Face tokenizer, and --tokenizer names none")
             return None
         path = Path(str(args.tokenizer_model))
         if not path.is_dir():

@@ -25,6 +25,12 @@ class Requirement:
     values: tuple[Any, ...]
     reason: str
 
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is one of them; a list is if each of its items is."""
+        if isinstance(value, list) and value not in self.values:
+            return all(self.allows(item) for item in value)
+        return value in self.values
+
 
 def _only(name: str, *values: Any, reason: str) -> Requirement:
     return Requirement(name=name, values=values, reason=reason)
@@ -37,6 +43,8 @@ _ATTENTION = (
     "attention there is plain multi-head or grouped-query attention without norms of q and k"
 )
 _ROUTER = "routers there are a softmax and its top-k, without bias, groups or scaling"
+_RANDOM = "routers there read their input and score it as it is, without noise"
+_DROPLESS = "no token is dropped there"
 REQUIREMENTS = (
     _only("position_embedding_type", "rope", reason=_ROPE),
     _only("rotary_percent", 1.0, reason=_ROPE),
@@ -64,7 +72,19 @@ REQUIREMENTS = (
     _only("moe_router_enable_expert_bias", False, reason=_ROUTER),
     _only("moe_router_topk_scaling_factor", None, 1.0, reason=_ROUTER),
     _only("moe_router_num_groups", None, reason=_ROUTER),
-    _only("moe_expert_capacity_factor", None, reason="no token is dropped there"),
+    _only("moe_router_group_topk", None, reason=_ROUTER),
+    _only("moe_router_topk_limited_devices", None, 0, reason=_ROUTER),
+    _only(
+        "moe_router_load_balancing_type",
+        *("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+        reason=f"{_ROUTER}; this one balances the load by choosing other experts than those of the highest score",
+    ),
+    _only("moe_router_force_load_balancing", False, reason=_RANDOM),
+    _only("moe_router_force_biased", None, reason=_RANDOM),
+    _only("moe_input_jitter_eps", None, reason=_RANDOM),
+    _only("moe_expert_capacity_factor", None, reason=_DROPLESS),
+    _only("moe_expert_rank_capacity_factor", None, reason=_DROPLESS),
+    _only("moe_token_dropping", False, reason=_DROPLESS),
     _only("moe_apply_probs_on_input", False, reason="experts there are weighted by their output"),
     _only("moe_latent_size", None, reason="experts there work on the hidden size"),
     _only("mtp_num_layers", None, 0, reason="there is no multi-token prediction"),
@@ -94,8 +114,7 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
     problems = [
         f"{requirement.name} must be {_alternatives(requirement.values)}; got {value!r}: {requirement.reason}"
         for requirement in REQUIREMENTS
-        if (value := getattr(args, requirement.name, requirement.values[0]))
-        not in requirement.values
+        if not requirement.allows(value := getattr(args, requirement.name, requirement.values[0]))
     ]
     if not checkpoint.moe_layers:
         problems.append("there must be a layer with experts (--num-experts): this model has none")

@@ -13,10 +13,10 @@ from typing import Literal
 
 from emo_megatron.mcore.hf_flags import flags_of
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM, megatron_weights
-from emo_megatron.mcore.hf_parity import measure_parity
+from emo_megatron.mcore.hf_parity import Converted, measure_parity
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import write_checkpoint
-from emo_megatron.modules.files import whole
+from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.folder import HuggingFaceFolder
 from emo_megatron.modules.hf.formats import RECORD
 from emo_megatron.modules.hf.tokenizer import CONFIG, Tokenizer
@@ -40,16 +40,17 @@ class ImportOptions:
     """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
 
 
-def import_folder(options: ImportOptions) -> Path:
+def import_folder(options: ImportOptions) -> Converted:
     """Write the checkpoint: weights only, with the flags of its model for --use-checkpoint-args.
 
     Returns:
-        The folder; `tokenizer/` in it holds the tokenizer, if there is one.
+        Where it is; `tokenizer/` in it holds the tokenizer, if there is one.
 
     Raises:
         ValueError: the folder is damaged or holds a model that Megatron's layers do not express; nothing was written.
         RuntimeError: the result does not compute what the folder does; nothing was left.
     """
+    must_not_exist(options.output)
     source = HuggingFaceFolder(options.folder)
     tokenizer = None
     if options.tokenizer or (options.folder / CONFIG).exists():
@@ -68,11 +69,11 @@ def import_folder(options: ImportOptions) -> Path:
             tokenizer.save(unfinished / TOKENIZER_FOLDER)
         if (selection := options.folder / "selection.json").exists():
             shutil.copyfile(selection, unfinished / selection.name)
+        parity = None
         if options.parity_tokens:
             written = MegatronCheckpoint(unfinished)
             parity = measure_parity(written, source, tokens=options.parity_tokens)
-            print(f"parity with Megatron: {parity}")
-    return options.output
+    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
 
 
 def _flags(

@@ -12,6 +12,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,31 @@ TOLERANCES = {torch.float32: 1e-4}
 """Of the largest logit, by the dtype of the folder: what the order of sums may change."""
 ROUNDED_TOLERANCE = 1e-2
 """In other dtypes: rounding, and a token that chooses another expert of nearly the same score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What an export or an import made.
+
+    Attributes:
+        path: its folder.
+        parity: None where it was not measured.
+        has_tokenizer: whether a tokenizer was found and lies in the folder.
+    """
+
+    path: Path
+    parity: Parity | None
+    has_tokenizer: bool
+
+    def __str__(self) -> str:
+        lines = [str(self.path)]
+        if self.parity is not None:
+            lines.append(f"parity with Megatron: {self.parity}")
+        if not self.has_tokenizer:
+            lines.append(
+                "no tokenizer: none of Hugging Face's was found, and --tokenizer names none"
+            )
+        return "\n".join(lines)
 
 
 def measure_parity(

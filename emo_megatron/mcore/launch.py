@@ -14,7 +14,9 @@ from emo_megatron.mcore.flags import flags_of, prefixed
 from emo_megatron.mcore.ranks import ERROR_FILE, USER_ERROR
 from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
+from emo_megatron.modules.retention import check_output
 from emo_megatron.modules.retention_options import RetentionOptions
+from emo_megatron.modules.study import stats_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +33,10 @@ def run_stats(options: StatsOptions) -> Path:
     """Measure a checkpoint's experts; returns the statistics file.
 
     Raises:
-        SystemExit: what was asked for cannot be; the processes said why.
+        ValueError, SystemExit: what was asked for cannot be; where the model runs, its processes said why.
         RuntimeError: they failed.
     """
+    stats_in(options.output)
     if _is_hugging_face(options.checkpoint):
         from emo_megatron.modules import hf_commands
 
@@ -70,9 +73,10 @@ def run_retention(options: RetentionOptions) -> Path:
     """Measure a checkpoint with fewer experts; returns the file of rows.
 
     Raises:
-        SystemExit: what was asked for cannot be; the processes said why.
+        ValueError, SystemExit: what was asked for cannot be; where the model runs, its processes said why.
         RuntimeError: they failed.
     """
+    check_output(options)
     if _is_hugging_face(options.checkpoint):
         from emo_megatron.modules import hf_commands
 

@@ -86,6 +86,7 @@ def merge(options: MergeOptions) -> Path:
     Raises:
         ValueError: the parts do not fit together, modules disagree, or the output exists.
     """
+    must_not_exist(options.output)
     modules = _open(options.modules, options.selections)
     if options.weights == "all" and len(modules) > 1:
         raise ValueError(

@@ -47,7 +47,9 @@ class Opened[T: ModelOptions]:
         )
 
 
-def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]) -> Opened[T]:
+def open_study[T: ModelOptions](
+    cls: type[T], *, step: str, texts: Sequence[str], check: Callable[[T], object]
+) -> Opened[T]:
     """Start Megatron with this process's arguments: its flags, and `--STEP-` flags for the fields of `cls`.
 
     Args:
@@ -55,6 +57,7 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
         step: its name.
         texts: fields of `cls` that may name a file of texts, or a folder with one, for which the checkpoint's
             tokenizer is built.
+        check: raises ValueError for options that cannot be, an output above all; called before anything is loaded.
 
     Raises:
         ValueError: the options or the checkpoint cannot be.
@@ -63,6 +66,7 @@ def open_study[T: ModelOptions](cls: type[T], *, step: str, texts: Sequence[str]
     known = argparse.ArgumentParser(allow_abbrev=False)
     add_fields(known, cls, flag=flag)
     options = fields_of(known.parse_known_args()[0], cls, flag=flag)
+    check(options)
 
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_fields(parser.add_argument_group(step), cls, flag=flag)

@@ -10,13 +10,18 @@
 from __future__ import annotations
 
 from emo_megatron.mcore.opening import open_study, run_command
-from emo_megatron.modules.retention import measure_retention
+from emo_megatron.modules.retention import check_output, measure_retention
 from emo_megatron.modules.retention_options import RetentionOptions
 
 
 def main() -> None:
     """Load the checkpoint and write the rows."""
-    opened = open_study(RetentionOptions, step="retention", texts=("data", "held_out"))
+    opened = open_study(
+        RetentionOptions,
+        step="retention",
+        texts=("data", "held_out"),
+        check=check_output,
+    )
     measure_retention(opened.options, model=opened.model, read=opened.documents)
 
 

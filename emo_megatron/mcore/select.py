@@ -12,12 +12,18 @@ from __future__ import annotations
 from emo_megatron.mcore.opening import open_study, run_command
 from emo_megatron.modules.calibration import Calibration
 from emo_megatron.modules.choosing import select
+from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import SelectOptions
 
 
 def main() -> None:
     """Load the checkpoint and write the Selection file."""
-    opened = open_study(SelectOptions, step="select", texts=("data", "held_out"))
+    opened = open_study(
+        SelectOptions,
+        step="select",
+        texts=("data", "held_out"),
+        check=lambda options: must_not_exist(options.output),
+    )
     options = opened.options
     documents = held_out = None
     if options.needs_data and options.data is not None:

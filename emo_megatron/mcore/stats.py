@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from emo_megatron.mcore.opening import open_study, run_command
 from emo_megatron.modules.options import StatsOptions
-from emo_megatron.modules.study import collect_stats
+from emo_megatron.modules.study import collect_stats, stats_in
 
 
 def main() -> None:
     """Load the checkpoint and write the statistics file."""
-    opened = open_study(StatsOptions, step="stats", texts=("data",))
+    opened = open_study(
+        StatsOptions,
+        step="stats",
+        texts=("data",),
+        check=lambda options: stats_in(options.output),
+    )
     options = opened.options
     collect_stats(
         opened.model,

@@ -22,7 +22,7 @@ from emo_megatron.mcore.layer import PoolMoELayer
 from emo_megatron.mcore.observer import LayerObserver, check_outputs
 from emo_megatron.modules.calibration import Row, empty_row, pack_rows
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss, Setting
+from emo_megatron.modules.study import Loss, Setting, statistics_of
 
 
 class MegatronStudy:
@@ -101,17 +101,7 @@ class MegatronStudy:
             found = {o.layer.layer_number: getattr(o.sums, name) for o in observers}
             return self._over_ranks(found, is_square=name == "together_EE")
 
-        together_LEE = summed("together_EE").round().long()
-        return ExpertStatistics(
-            model=self.facts,
-            num_documents=len(documents),
-            num_tokens=sum(document.numel() for document in documents),
-            probability_LE=summed("probability_E"),
-            count_LE=together_LEE.diagonal(dim1=1, dim2=2).contiguous(),
-            together_LEE=together_LEE,
-            norm_LE=summed("norm_E") if outputs else None,
-            change_LE=summed("change_E") if outputs else None,
-        )
+        return statistics_of(documents, self.facts, summed=summed, outputs=outputs)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
         """See StudiedModel."""

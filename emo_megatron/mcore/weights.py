@@ -23,6 +23,7 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -39,6 +40,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name for a checkpoint of weights without a run: no optimizer, iteration 0."""
 
+_OLD_COMMON_FILE = "common.pt"
+"""Where earlier versions of Megatron keep what a checkpoint holds besides tensors."""
+_DAMAGE = (
+    *(AttributeError, EOFError, ImportError, IndexError, KeyError, OSError),
+    *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError),
+)
+"""What a cut or foreign file makes of its reader."""
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
 
 
@@ -92,10 +100,19 @@ class MegatronCheckpoint:
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ..."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")
-            return dict(load_common_state_dict(str(self.path)))
+        """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ...
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is")
+                return dict(load_common_state_dict(str(self.path)))
+        except (CheckpointException, *_DAMAGE) as error:
+            raise ValueError(
+                f"{self.path} is not whole: its file {self._common_file} is damaged ({_first_line(error)})"
+            ) from None
 
     @property
     def args(self) -> argparse.Namespace:
@@ -180,10 +197,24 @@ class MegatronCheckpoint:
             plan.add(piece.stored, (*piece.lead, *within), target)
 
     def _run(self, plan: _Plan) -> None:
+        items = plan.items(self._stored)
         try:
-            self._reader.read_data(LoadPlan(plan.items(self._stored)), plan).wait()
-        except (EOFError, OSError, RuntimeError) as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+            self._reader.read_data(LoadPlan(items), plan).wait()
+        except _DAMAGE as error:
+            stored = self._metadata.storage_data
+            files = sorted({stored[item.storage_index].relative_path for item in items})
+            raise ValueError(
+                f"{self.path} is not whole: its file {' or '.join(files)} is damaged ({_first_line(error)})"
+            ) from None
+
+    @property
+    def _common_file(self) -> str:
+        if (self.path / _OLD_COMMON_FILE).exists():
+            return _OLD_COMMON_FILE
+        for index, place in self._metadata.storage_data.items():
+            if index.fqn.startswith("common_state/"):
+                return str(place.relative_path)
+        return ".metadata"
 
     def _check_files(self) -> None:
         """Every chunk of a weight lies whole in its file; said before anything is written elsewhere."""
@@ -256,12 +287,15 @@ class _Plan(DefaultLoadPlanner):
 def _metadata(reader: FileSystemReader, path: Path) -> Metadata:
     try:
         return reader.read_metadata()
-    # what a cut or foreign file makes of its reader
-    except (
-        *(AttributeError, EOFError, ImportError, IndexError, KeyError),
-        *(TypeError, ValueError, pickle.UnpicklingError),
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is not whole: its .metadata is damaged ({error})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # holds what each rank failed of, and its own text is a traceback
+        error = next(iter(error.failures.values()))[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _iteration_folder(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from emo_megatron.modules.calibration import Documents
 from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import MergeStatsOptions, SelectOptions
+from emo_megatron.modules.progress import Progress, Remember, anew
 from emo_megatron.modules.select import (
     LAYERWISE,
     NEEDS_OUTPUTS,
@@ -26,7 +28,7 @@ from emo_megatron.modules.select import (
 )
 from emo_megatron.modules.selection import Selection
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
-from emo_megatron.modules.study import StudiedModel
+from emo_megatron.modules.study import StudiedModel, collect_stats
 
 
 def select(
@@ -38,6 +40,8 @@ def select(
 ) -> Selection:
     """Choose experts and write the Selection.
 
+    What takes long is kept beside the output as it comes, so that an interrupted choice goes on where it was.
+
     Args:
         options: of the command.
         model: the model in `options.checkpoint`; on several ranks all call alike and the first writes.
@@ -45,45 +49,42 @@ def select(
         held_out: what `options.held_out` names.
 
     Raises:
-        ValueError: the size is impossible, or statistics are of another model or lack what the method needs.
+        ValueError: the output exists, the size is impossible, statistics are of another model or lack what the method
+            needs, or what is kept beside the output is of another choice.
     """
-    bound = None if options.max_rise is None else MaxRise.parse(options.max_rise)
+    if model is None:
+        must_not_exist(options.output)
+    else:
+        model.from_writer(lambda: must_not_exist(options.output))
     stats = merge_stats([load_stats(path) for path in options.stats]) if options.stats else None
     facts = _facts(stats, model)
-    keep = None
-    if options.keep is not None:
-        keep = parse_keep(options.keep, facts)
-    elif options.budget_mb is not None:
-        keep = keep_for_budget(
-            options.budget_mb,
-            facts,
-            bytes_per_parameter=facts.bytes_per_parameter
-            if options.bytes_per_parameter is None
-            else options.bytes_per_parameter,
-        )
-    if stats is None and options.method not in (LAYERWISE, RANDOM):
-        assert model is not None
-        assert documents is not None
-        measured = model.statistics(documents.tokens, outputs=options.method in NEEDS_OUTPUTS)
-        stats = measured.of(documents.source)
-    choice = _chooser(options, stats=stats, model=model, documents=documents, facts=facts)
-    calibration = [documents.source] if documents else [*stats.data] if stats else []
-    if options.method == RANDOM:
-        # what was read of statistics is the number of experts
-        calibration = []
-    if held_out and held_out.source["sha256"] in [entry.get("sha256") for entry in calibration]:
-        raise ValueError(
-            f"--held-out {options.held_out} holds the documents that choose the experts: give others"
-        )
+    keep = _keep(options, facts)
+    calibration = _calibration(options, stats=stats, documents=documents, held_out=held_out)
     data: dict[str, Any] = {"calibration": calibration}
-    if bound is None:
-        assert keep is not None
-        mask_LE = choice(keep)
+    unfinished = options.output.with_name(f"{options.output.name}.partial")
+    measured = options.output.with_name(f"{options.output.name}.partial.safetensors")
+    remember: Remember = anew
+    if model is not None:
+        question = _question(
+            options, model, keep=keep, stats=stats, calibration=calibration, held_out=held_out
+        )
+        remember = Progress(unfinished, model=model, question=question).remember
+        if stats is None and options.method not in (LAYERWISE, RANDOM):
+            assert documents is not None
+            outputs = options.method in NEEDS_OUTPUTS
+            stats = collect_stats(model, documents, output=measured, outputs=outputs)
+    choose = _chooser(
+        options, facts, stats=stats, model=model, documents=documents, remember=remember
+    )
+    if keep is not None:
+        mask_LE = choose(keep)
         data |= {} if options.budget_mb is None else {"budget_mb": options.budget_mb}
     else:
         assert model is not None
         assert held_out is not None
-        found = smallest_within(model, held_out, choose=choice, bound=bound)
+        assert options.max_rise is not None
+        bound = MaxRise.parse(options.max_rise)
+        found = smallest_within(model, held_out, choose=choose, bound=bound, remember=remember)
         mask_LE = found.keep_mask_LE
         data |= {
             "held_out": held_out.source,
@@ -95,7 +96,71 @@ def select(
     selection = selection_of(mask_LE, facts, method=options.method, seed=options.seed, data=data)
     if model is None or model.is_writer:
         selection.save(options.output)
+        for path in (unfinished, measured):
+            path.unlink(missing_ok=True)
     return selection
+
+
+def _keep(options: SelectOptions, facts: ModelFacts) -> int | None:
+    """Routed experts a layer; None where losses are to tell."""
+    if options.keep is not None:
+        return parse_keep(options.keep, facts)
+    if options.budget_mb is not None:
+        return keep_for_budget(
+            options.budget_mb,
+            facts,
+            bytes_per_parameter=facts.bytes_per_parameter
+            if options.bytes_per_parameter is None
+            else options.bytes_per_parameter,
+        )
+    return None
+
+
+def _calibration(
+    options: SelectOptions,
+    *,
+    stats: ExpertStatistics | None,
+    documents: Documents | None,
+    held_out: Documents | None,
+) -> list[dict[str, Any]]:
+    """Where the documents that choose the experts came from.
+
+    Raises:
+        ValueError: the held-out documents are among them.
+    """
+    if options.method == RANDOM:
+        # what was read of statistics is the number of experts
+        return []
+    found = [documents.source] if documents else [*stats.data] if stats else []
+    if held_out and held_out.source["sha256"] in [entry.get("sha256") for entry in found]:
+        raise ValueError(
+            f"--held-out {options.held_out} holds the documents that choose the experts: give others"
+        )
+    return found
+
+
+def _question(
+    options: SelectOptions,
+    model: StudiedModel,
+    *,
+    keep: int | None,
+    stats: ExpertStatistics | None,
+    calibration: list[dict[str, Any]],
+    held_out: Documents | None,
+) -> dict[str, Any]:
+    """All that the choice depends on, as `Progress` tells one from another."""
+    return {
+        "model": model.facts.fingerprint,
+        **asdict(model.setting),
+        "method": options.method,
+        "keep": keep,
+        "max_rise": options.max_rise,
+        "seed": options.seed if options.method == RANDOM else None,
+        "stats": None if stats is None else stats.digest(),
+        # what chose the documents shows in their digest
+        "data": [entry.get("sha256") for entry in calibration],
+        "held_out": None if held_out is None else held_out.source["sha256"],
+    }
 
 
 def _facts(stats: ExpertStatistics | None, model: StudiedModel | None) -> ModelFacts:
@@ -111,17 +176,18 @@ def _facts(stats: ExpertStatistics | None, model: StudiedModel | None) -> ModelF
 
 def _chooser(
     options: SelectOptions,
+    facts: ModelFacts,
     *,
     stats: ExpertStatistics | None,
     model: StudiedModel | None,
     documents: Documents | None,
-    facts: ModelFacts,
+    remember: Remember,
 ) -> Callable[[int], Tensor]:
     """Routed experts kept -> [L, E] bool, by the method of the options."""
     if options.method == LAYERWISE:
         assert model is not None
         assert documents is not None
-        return lambda keep: select_layerwise(model, documents, keep=keep)
+        return lambda keep: select_layerwise(model, documents, keep=keep, remember=remember)
     if options.method == RANDOM:
         return lambda keep: select_random(
             num_layers=len(facts.layers),

@@ -24,8 +24,8 @@ def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: `path` is a folder that exists, or is to be new and exists.
     """
-    if path.is_dir() or (is_new and path.exists()):
-        raise ValueError(f"{path} exists; name one that does not, or remove it")
+    if is_new or path.is_dir():
+        must_not_exist(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     _remove(unfinished)
@@ -47,13 +47,13 @@ def mark_of(checkpoint: Path) -> str:
 
 
 def must_not_exist(path: Path) -> None:
-    """Refuse to write over a file, before the work that makes it.
+    """Refuse to write over a file or a folder, before the work that makes another.
 
     Raises:
         ValueError: it exists.
     """
     if path.exists():
-        raise ValueError(f"{path} exists; name another file, or remove it")
+        raise ValueError(f"{path} exists; name one that does not, or remove it")
 
 
 def _remove(path: Path) -> None:

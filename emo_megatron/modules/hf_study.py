@@ -25,7 +25,7 @@ from emo_megatron.modules.calibration import Row, pack_rows
 from emo_megatron.modules.hf_observer import BlockObserver
 from emo_megatron.modules.selection import router_fingerprint
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss, Setting
+from emo_megatron.modules.study import Loss, Setting, statistics_of
 
 MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
 """Kinds of models in config.json that this knows."""
@@ -135,17 +135,7 @@ class HuggingFaceStudy:
         def summed(name: str) -> Tensor:
             return torch.stack([getattr(observer.sums, name).cpu() for observer in observers])
 
-        together_LEE = summed("together_EE")
-        return ExpertStatistics(
-            model=self.facts,
-            num_documents=len(documents),
-            num_tokens=sum(document.numel() for document in documents),
-            probability_LE=summed("probability_E"),
-            count_LE=together_LEE.diagonal(dim1=1, dim2=2).contiguous(),
-            together_LEE=together_LEE,
-            norm_LE=summed("norm_E") if outputs else None,
-            change_LE=summed("change_E") if outputs else None,
-        )
+        return statistics_of(documents, self.facts, summed=summed, outputs=outputs)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
         """See StudiedModel."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from emo_megatron.modules.calibration import Calibration
+from emo_megatron.modules.select import MaxRise
 
 LONGEST_ROW = 4096
 """Tokens of a row where nobody says otherwise and the model could take more."""
@@ -109,7 +110,7 @@ class SelectOptions(DataOptions):
     """
 
     output: Path
-    """Selection file to write; must not exist. Interrupted, select begins again; with --stats measurements are kept."""
+    """Selection file to write; must not exist. Called again, an interrupted select goes on where it was."""
     stats: tuple[Path, ...] = ()
     """Files of `stats`; several count as one."""
     method: Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"] = (
@@ -151,6 +152,8 @@ class SelectOptions(DataOptions):
                 + (" beside --stats" if self.stats else "")
                 + "; drop it"
             )
+        if self.max_rise is not None:
+            MaxRise.parse(self.max_rise)
         if self.max_rise is not None and self.held_out is None:
             raise ValueError("--max-rise needs --held-out, documents that choose no experts")
         if self.needs_model and self.checkpoint is None:

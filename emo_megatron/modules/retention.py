@@ -140,7 +140,7 @@ def measure_retention(
         row.key: _origin(row, options, model, calibration=calibration, held_out=held_out)
         for row in rows
     }
-    done = _read_done(options.rows_file, origins)
+    done = model.from_writer(lambda: _read_done(options.rows_file, origins))
     missing = [row for row in rows if row.key not in done]
     for row in tqdm(
         missing, desc="retention", unit="row", disable=None if model.is_writer else True
@@ -160,6 +160,17 @@ def measure_retention(
             with whole(options.rows_file) as unfinished:
                 unfinished.write_text(json.dumps(done, indent=1), encoding="utf-8")
     return options.rows_file
+
+
+def check_output(options: RetentionOptions) -> None:
+    """Refuse an output that rows cannot be added to, before the model is loaded.
+
+    Raises:
+        ValueError: it is no folder, or its rows cannot be read.
+    """
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output must be a folder; {options.output} is a file")
+    _rows_in(options.rows_file)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -242,18 +253,28 @@ def _read_done(path: Path, origins: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: it is no such file, or a row that is asked for was measured on something else.
     """
-    if not path.exists():
-        return {}
-    try:
-        done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        others = [
-            key for key in origins.keys() & done.keys() if done[key]["origin"] != origins[key]
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no file of rows: {error}; remove it") from None
+    done = _rows_in(path)
+    others = [key for key in origins.keys() & done.keys() if done[key]["origin"] != origins[key]]
     if others:
         raise ValueError(
             f"{path} holds rows of another model, other text or another seed ({sorted(others)[0]}); "
             "name another folder with --output"
         )
     return done
+
+
+def _rows_in(path: Path) -> dict[str, Any]:
+    """Key -> row of a file of rows, whatever they were measured on.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = dict(json.loads(path.read_text(encoding="utf-8")))
+        for row in rows.values():
+            str(row["origin"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no file of rows: {error}; remove it") from None
+    return rows

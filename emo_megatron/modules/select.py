@@ -6,6 +6,7 @@ router probability, greedy by layer), 2504.06792 (EASY-EP), 2510.13999 (REAP).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.progress import Remember, anew
 from emo_megatron.modules.selection import Selection
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
 from emo_megatron.modules.study import StudiedModel
@@ -104,24 +106,41 @@ def select_random(*, num_layers: int, num_experts: int, keep: int, seed: int) ->
     return select_top(torch.rand(num_layers, num_experts, generator=generator), keep=keep)
 
 
-def select_layerwise(model: StudiedModel, documents: Documents, *, keep: int) -> Tensor:
+def select_layerwise(
+    model: StudiedModel, documents: Documents, *, keep: int, remember: Remember = anew
+) -> Tensor:
     """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
 
     A pass over the documents for every layer, as the authors do.
+
+    Args:
+        model: its experts are watched.
+        documents: that choose the experts.
+        keep: routed experts kept a layer.
+        remember: knows layers that were decided before.
 
     Returns:
         [L, E] bool with `keep` True a row.
     """
     facts = model.facts
     allowed_LE = torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)
+
+    def likeliest(place: int) -> list[int]:
+        stats = model.statistics(documents.tokens, outputs=False, allowed_LE=allowed_LE)
+        (kept_E,) = select_top(stats.mean_probability_LE[place : place + 1], keep=keep)
+        kept: list[int] = kept_E.nonzero().flatten().tolist()
+        return kept
+
     for place in tqdm(
         range(len(facts.layers)),
         desc="layer by layer",
         unit="layer",
         disable=None if model.is_writer else True,
     ):
-        stats = model.statistics(documents.tokens, outputs=False, allowed_LE=allowed_LE)
-        allowed_LE[place] = select_top(stats.mean_probability_LE[place : place + 1], keep=keep)[0]
+        name = f"{keep} experts: layer {facts.layers[place]}"
+        kept = remember(name, functools.partial(likeliest, place))
+        allowed_LE[place] = False
+        allowed_LE[place, kept] = True
     return allowed_LE
 
 
@@ -200,7 +219,12 @@ class Smallest:
 
 
 def smallest_within(
-    model: StudiedModel, held_out: Documents, *, choose: Callable[[int], Tensor], bound: MaxRise
+    model: StudiedModel,
+    held_out: Documents,
+    *,
+    choose: Callable[[int], Tensor],
+    bound: MaxRise,
+    remember: Remember = anew,
 ) -> Smallest:
     """Find by bisection the fewest experts a layer whose loss stays within a bound.
 
@@ -212,9 +236,14 @@ def smallest_within(
         held_out: documents that did not choose the experts.
         choose: routed experts kept a layer -> [L, E] bool.
         bound: what a module may lose.
+        remember: knows losses that were measured before.
     """
     facts = model.facts
-    full = model.loss(held_out.tokens).nats
+
+    def nats(allowed_LE: Tensor | None) -> float:
+        return model.loss(held_out.tokens, allowed_LE=allowed_LE).nats
+
+    full = remember("all experts: loss", functools.partial(nats, None))
     tried: dict[int, float] = {facts.num_experts: full}
     masks = {facts.num_experts: torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)}
     # `low` is below what can be routed or too small, `high` is within the bound
@@ -228,7 +257,7 @@ def smallest_within(
         while high - low > 1:
             keep = (low + high) // 2
             masks[keep] = choose(keep)
-            tried[keep] = model.loss(held_out.tokens, allowed_LE=masks[keep]).nats
+            tried[keep] = remember(f"{keep} experts: loss", functools.partial(nats, masks[keep]))
             if tried[keep] <= bound.highest(full):
                 high = keep
             else:

@@ -12,6 +12,7 @@ statistics of two sets of documents add up to those of both.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,6 +124,13 @@ class ExpertStatistics:
     def of(self, source: dict[str, Any]) -> ExpertStatistics:
         """The same, saying where the documents came from."""
         return dataclasses.replace(self, data=(source,))
+
+    def digest(self) -> str:
+        """sha256, in hex, of what was measured."""
+        digest = hashlib.sha256(f"{self.num_tokens}".encode())
+        for name, tensor in self.tensors().items():
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: Path | str) -> Path:
         """Write the file, whole or not at all; returns its path."""

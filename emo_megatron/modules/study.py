@@ -92,6 +92,45 @@ class StudiedModel(Protocol):
         ...
 
 
+def stats_in(output: Path) -> ExpertStatistics | None:
+    """The statistics that were written to a file before; None if there is none.
+
+    Raises:
+        ValueError: it is something else, which is not written over.
+    """
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name a file")
+    return load_stats(output) if output.exists() else None
+
+
+def statistics_of(
+    documents: Sequence[Tensor],
+    facts: ModelFacts,
+    *,
+    summed: Callable[[str], Tensor],
+    outputs: bool,
+) -> ExpertStatistics:
+    """What a `StudiedModel` answers, from its sums.
+
+    Args:
+        documents: that it ran.
+        facts: of the model.
+        summed: name of a sum of `LayerSums` -> that of all layers, [L, E] or [L, E, E]; on the CPU.
+        outputs: whether outputs were looked at.
+    """
+    together_LEE = summed("together_EE").round().long()
+    return ExpertStatistics(
+        model=facts,
+        num_documents=len(documents),
+        num_tokens=sum(document.numel() for document in documents),
+        probability_LE=summed("probability_E"),
+        count_LE=together_LEE.diagonal(dim1=1, dim2=2).contiguous(),
+        together_LEE=together_LEE,
+        norm_LE=summed("norm_E") if outputs else None,
+        change_LE=summed("change_E") if outputs else None,
+    )
+
+
 def collect_stats(
     model: StudiedModel,
     documents: Documents,
@@ -128,8 +167,8 @@ def collect_stats(
         )
 
     def find() -> ExpertStatistics | None:
-        if output.exists():
-            found = load_stats(output)
+        found = stats_in(output)
+        if found is not None:
             if is_of_this(found):
                 return found
             raise ValueError(

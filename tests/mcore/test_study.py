@@ -104,3 +104,13 @@ def test_files_are_looked_at_by_one_rank(ranks):
     first, second = ranks(2).run(studies.looks)
     assert first == {"found": 0, "raised": "of rank 0", "looked": 2}
     assert second == {"found": 0, "raised": "of rank 0", "looked": 0}
+
+
+def test_an_interrupted_select_goes_on_on_every_rank(ranks, tmp_path):
+    layout = {"pipeline_model_parallel_size": 2}
+    answers = ranks(2).run(studies.interrupted_select, folder=str(tmp_path), layout=layout)
+    for answer in answers:
+        assert answer["is same"]
+        assert answer["again"] == answer["whole"] - 5 > 0
+    assert (tmp_path / "s.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "whole.json"]

@@ -177,6 +177,47 @@ def test_damaged_metadata_is_said(saved, tmp_path):
             MegatronCheckpoint(tmp_path / "cut")
 
 
+def shortened(file, left):
+    """Cut a file after so many bytes, or so large a part of them."""
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5, -1])
+def test_a_data_file_that_was_cut_is_named(saved, tmp_path, left):
+    shutil.copytree(saved[0], tmp_path / "cut")
+    (file,) = tmp_path.rglob("*.distcp")
+    shortened(file, left)
+    with pytest.raises(ValueError, match=f"not whole: its file {file.name} was cut short"):
+        MegatronCheckpoint(tmp_path / "cut")
+
+
+def test_a_data_file_that_was_overwritten_is_named(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "cut")
+    (file,) = tmp_path.rglob("*.distcp")
+    file.write_bytes(bytes(file.stat().st_size))
+    reader = MegatronCheckpoint(tmp_path / "cut")
+    for read in (lambda: reader.read(EXPERTS), lambda: reader.args):
+        with pytest.raises(ValueError, match=f"its file {file.name} is damaged") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5, -1])
+def test_a_common_file_that_was_cut_is_named(saved, tmp_path, left):
+    """Earlier versions of Megatron keep what is no tensor in a file of its own, which is still read."""
+    folder, _ = saved
+    shutil.copytree(folder, tmp_path / "old")
+    common = MegatronCheckpoint(folder).common
+    file = tmp_path / "old" / "iter_0000007" / "common.pt"
+    torch.save(common | {"iteration": 5}, file)
+    assert MegatronCheckpoint(tmp_path / "old").common["iteration"] == 5
+    shortened(file, left)
+    with pytest.raises(ValueError, match=r"not whole: its file common\.pt is damaged") as error:
+        assert MegatronCheckpoint(tmp_path / "old").args
+    assert "\n" not in str(error.value)
+
+
 def test_no_file_is_replaced_by_a_checkpoint(saved, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file exists; name one that does not"):

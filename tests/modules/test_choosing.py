@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,10 @@ def test_random_needs_no_scores_and_tells_its_seed(files, tmp_path):
     options = SelectOptions(
         stats=files[:1], keep="50%", method="random", seed=6, output=tmp_path / "s.json"
     )
-    assert select(options).seed == 6
-    assert select(options) != select(dataclasses.replace(options, seed=7))
+    chosen = select(options)
+    assert chosen.seed == 6
+    other = dataclasses.replace(options, seed=7, output=tmp_path / "other.json")
+    assert select(other).experts != chosen.experts
 
 
 def test_a_budget_is_noted(files, tmp_path):
@@ -56,7 +59,8 @@ def test_a_budget_counts_the_bytes_that_are_stored(tmp_path):
     stats = dataclasses.replace(experts.statistics(3), model=wide).save(tmp_path / "s.safetensors")
     options = SelectOptions(stats=(stats,), budget_mb=0.236, output=tmp_path / "s.json")
     assert select(options).num_kept == (3, 3, 3)
-    assert select(dataclasses.replace(options, bytes_per_parameter=2.0)).num_kept == (8, 8, 8)
+    other = dataclasses.replace(options, bytes_per_parameter=2.0, output=tmp_path / "other.json")
+    assert select(other).num_kept == (8, 8, 8)
 
 
 def test_the_smallest_module_notes_its_losses(files, tmp_path):
@@ -109,6 +113,121 @@ def test_what_chooses_the_experts_is_not_held_out(files, tmp_path):
     assert chosen.data["calibration"] == []
 
 
+def rising(kept):
+    """A loss by which a bound of 10 % keeps four of eight experts."""
+    return 2.0 + (8 - kept) / 20
+
+
+LAYERWISE = {"method": "layerwise", "data": Path("data")}
+SMALLEST = {"max_rise": "10%", "held_out": Path("held-out")}
+
+
+def choose(options, model):
+    """The command on a made-up model, with the documents that its options name."""
+    return select(
+        options,
+        model=model,
+        documents=None if options.data is None else experts.documents(4),
+        held_out=None if options.held_out is None else experts.documents(2, name="held-out"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "stop"),
+    [
+        pytest.param(LAYERWISE | {"keep": "4"}, {"fails_at": 2}, id="layerwise"),
+        pytest.param(SMALLEST | {"stats": True}, {"loss_fails_at": 2}, id="max-rise"),
+        pytest.param(SMALLEST | {"data": Path("data")}, {"loss_fails_at": 1}, id="measured now"),
+        pytest.param(LAYERWISE | SMALLEST, {"fails_at": 4}, id="layerwise, in a layer"),
+        pytest.param(LAYERWISE | SMALLEST, {"loss_fails_at": 2}, id="layerwise, at a loss"),
+    ],
+)
+def test_an_interrupted_select_goes_on_and_gives_the_same(files, tmp_path, changes, stop):
+    changes = changes | ({"stats": files} if changes.get("stats") else {})
+    options = SelectOptions(checkpoint=CHECKPOINT, output=tmp_path / "s.json", **changes)
+    whole = experts.MadeUpModel(rising)
+    want = choose(dataclasses.replace(options, output=tmp_path / "whole.json"), whole)
+    stopped = experts.MadeUpModel(rising, **stop)
+    with pytest.raises(KeyboardInterrupt):
+        choose(options, stopped)
+    assert not options.output.exists()
+    again = experts.MadeUpModel(rising)
+    assert choose(options, again) == want
+    assert options.output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    # nothing was measured twice
+    assert len(stopped.seen) + stopped.num_losses > 0
+    assert stopped.seen + again.seen == whole.seen
+    assert stopped.num_losses + again.num_losses == whole.num_losses
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"keep": "5"}, "keep"),
+        ({"keep": None, **SMALLEST}, "held_out, keep, max_rise"),
+        ({"method": "mean_prob"}, "method"),
+        ({"documents": experts.documents(4, name="other")}, "data"),
+        ({"model": {"facts": dataclasses.replace(experts.FACTS, fingerprint="beef")}}, "model"),
+        ({"model": {"setting": dataclasses.replace(experts.SETTING, weights="x")}}, "weights"),
+        ({"stats": True}, "stats"),
+    ],
+)
+def test_the_progress_of_another_select_is_refused(files, tmp_path, changes, differs):
+    options = SelectOptions(
+        checkpoint=CHECKPOINT, output=tmp_path / "s.json", keep="4", **LAYERWISE
+    )
+    with pytest.raises(KeyboardInterrupt):
+        choose(options, experts.MadeUpModel(fails_at=2))
+    kept = tmp_path / "s.json.partial"
+    before = kept.read_bytes()
+    changes = changes | ({"stats": files} if "stats" in changes else {})
+    model = experts.MadeUpModel(rising, **changes.pop("model", {}))
+    documents = changes.pop("documents", experts.documents(4))
+    held_out = experts.documents(2, name="held-out")
+    with pytest.raises(
+        ValueError, match=f"partial is the progress .* whose {differs} differ: .*--output"
+    ):
+        select(
+            dataclasses.replace(options, **changes),
+            model=model,
+            documents=documents,
+            held_out=held_out if "held_out" in changes else None,
+        )
+    assert (model.seen, model.num_losses) == ([], 0)
+    assert kept.read_bytes() == before
+    for text in ("[1]", "{", '{"format": "f", "question": {}, "found": {}}'):
+        kept.write_text(text)
+        with pytest.raises(ValueError, match="is not the progress of a select"):
+            choose(options, model)
+
+
+def test_a_rank_is_told_what_was_found_before(tmp_path):
+    options = SelectOptions(
+        checkpoint=CHECKPOINT, output=tmp_path / "s.json", keep="4", **LAYERWISE
+    )
+    with pytest.raises(KeyboardInterrupt):
+        choose(options, experts.MadeUpModel(fails_at=2))
+    found = json.loads((tmp_path / "s.json.partial").read_text())["found"]
+    elsewhere = dataclasses.replace(options, output=tmp_path / "elsewhere" / "s.json")
+    # the output does not exist, and two layers are known
+    other = experts.OtherRank(None, found)
+    assert choose(elsewhere, other) == choose(options, experts.MadeUpModel())
+    assert len(other.seen) == 1
+    assert not elsewhere.output.parent.exists()
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_measured(tmp_path):
+    output = tmp_path / "s.json"
+    output.write_text("mine")
+    model = experts.MadeUpModel()
+    options = SelectOptions(checkpoint=CHECKPOINT, output=output, keep="4", **LAYERWISE)
+    with pytest.raises(ValueError, match=r"s\.json exists"):
+        choose(options, model)
+    assert model.seen == []
+    assert output.read_text() == "mine"
+
+
 def test_statistics_of_another_model_are_refused(files, tmp_path):
     options = SelectOptions(
         stats=files,
@@ -137,6 +256,7 @@ def test_statistics_of_another_model_are_refused(files, tmp_path):
         ({"keep": "4", "checkpoint": 1, "method": "layerwise"}, "layerwise needs calibration"),
         ({"stats": 1, "max_rise": "1%", "checkpoint": 1}, "--max-rise needs --held-out"),
         ({"stats": 1, "max_rise": "1%", "held_out": 1}, "--max-rise runs the model"),
+        ({"stats": 1, "max_rise": "some", "held_out": 1, "checkpoint": 1}, "--max-rise must be"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, what):

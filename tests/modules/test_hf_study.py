@@ -123,11 +123,10 @@ def test_the_facts_are_the_models(kind):
     assert facts.other_parameters + experts == sum(p.numel() for p in built.parameters())
 
 
-@torch.no_grad()
-def test_the_loss_is_the_models_own(kind):
-    built = model(kind).eval()
+def by_hand(built, texts):
+    """Mean loss in nats a token, piece by piece."""
     total, count = 0.0, 0
-    for document in documents():
+    for document in texts:
         if len(document) > 1:
             # a piece of 16 tokens sees nothing before it, and predicts the first token of the next one
             for start in range(0, len(document), 16):
@@ -135,9 +134,24 @@ def test_the_loss_is_the_models_own(kind):
                 logits = built(input_ids=piece[None]).logits[0, : len(labels)]
                 total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
                 count += len(labels)
+    return total / count
+
+
+def reduce_to(built, kept):
+    """Leave a model these experts, layer by layer."""
+    for block, chosen in zip(blocks(built), kept, strict=True):
+        block.gate.weight = torch.nn.Parameter(block.gate.weight[chosen])
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(block.experts, name, torch.nn.Parameter(getattr(block.experts, name)[chosen]))
+        block.experts.num_experts = len(chosen)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_models_own(kind):
+    built = model(kind).eval()
     loss = study(built).loss(documents())
-    assert loss.num_tokens == count == 46
-    assert loss.nats == pytest.approx(total / count, rel=1e-5)
+    assert loss.num_tokens == 46
+    assert loss.nats == pytest.approx(by_hand(built, documents()), rel=1e-5)
 
 
 @torch.no_grad()
@@ -155,11 +169,7 @@ def test_leaving_experts_out_is_a_model_without_them(kind):
     assert (stats.probability_LE > 0).all()
     # nothing is left behind
     assert studied.loss(documents()).nats == full
-    for block, chosen in zip(blocks(built), kept, strict=True):
-        block.gate.weight = torch.nn.Parameter(block.gate.weight[chosen])
-        for name in ("gate_up_proj", "down_proj"):
-            setattr(block.experts, name, torch.nn.Parameter(getattr(block.experts, name)[chosen]))
-        block.experts.num_experts = 3
+    reduce_to(built, kept)
     assert study(built).loss(documents()).nats == pytest.approx(restricted, rel=1e-5)
     assert abs(full - restricted) > 1e-3
 
@@ -226,6 +236,40 @@ def test_commands_on_a_folder(tmp_path, kind):
     kept = load_selection(chosen).num_kept[0]
     assert losses[str(kept)] <= 1.05 * losses["8"]
     assert cli.main(["stats", *common, "--data", data, "--output", stats, "--processes", "2"]) == 2
+
+
+@torch.no_grad()
+def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
+    from emo_megatron.modules.hf_commands import run_retention
+    from emo_megatron.modules.retention import read_rows
+    from emo_megatron.modules.retention_options import RetentionOptions
+
+    built = model(kind).eval()
+    built.save_pretrained(tmp_path / "model")
+    bounds = torch.tensor([0, *(len(d) for d in documents())]).cumsum(0)
+    save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
+    held_out = torch.arange(1, 40) * 7 % 64
+    save_file(
+        {"tokens": held_out, "cu_seqlens": torch.tensor([0, 15, 39])}, tmp_path / "h.safetensors"
+    )
+    options = RetentionOptions(
+        checkpoint=tmp_path / "model",
+        data=tmp_path / "d.safetensors",
+        held_out=tmp_path / "h.safetensors",
+        output=tmp_path / "out",
+        keep=(str(3 + SHARED[kind]),),
+        seq_length=16,
+    )
+    run_retention(options)
+    rows = {row["method"]: row for row in read_rows(options.rows_file)}
+    assert [row["num_experts_kept"] for row in rows.values()] == [8, 3, 3]
+    assert rows["full"]["loss"] == pytest.approx(by_hand(built, held_out.split([15, 24])), rel=1e-5)
+    best_LK = by_definition(built)["probability_LE"].topk(3).indices.sort(-1).values
+    reduce_to(built, best_LK)
+    want = by_hand(built, held_out.split([15, 24]))
+    assert rows["mean_prob"]["loss"] == pytest.approx(want, rel=1e-5)
+    assert rows["mean_prob"]["tokens"] == 14 + 23
+    assert abs(want - rows["random"]["loss"]) > 1e-3
 
 
 def test_routers_that_give_probabilities_as_their_logits_are_measured_alike(kind):

@@ -8,7 +8,13 @@ import json
 import pytest
 from support import experts
 
-from emo_megatron.modules.retention import FULL, conditions, measure_retention, read_rows
+from emo_megatron.modules.retention import (
+    FULL,
+    check_output,
+    conditions,
+    measure_retention,
+    read_rows,
+)
 from emo_megatron.modules.retention_options import DomainFiles, RetentionOptions, domain_files
 
 METHODS = ("mean_prob", "frequency", "layerwise", "easy_ep", "reap")
@@ -116,6 +122,32 @@ def test_an_interrupted_measurement_goes_on_and_gives_the_same(texts):
     measure_retention(more, model=again, read=read)
     assert len(again.losses) == 3 * 2 * 3
     assert again.seen == []
+
+
+def test_a_rank_is_told_which_rows_there_are(texts):
+    chosen = options(texts, keep=("5",), elsewhere=0)
+    measure_retention(chosen, model=CountingModel(), read=read)
+    rows = json.loads(chosen.rows_file.read_text())
+    missing = rows.pop("b|b|4|mean_prob")
+    elsewhere = dataclasses.replace(chosen, output=texts / "elsewhere")
+    # the rows but one, and no statistics
+    other = experts.OtherRank(rows, None)
+    measure_retention(elsewhere, model=other, read=read)
+    assert other.num_losses == 1
+    assert rows["b|b|4|mean_prob"]["domain"] == missing["domain"]
+    assert not elsewhere.output.exists()
+
+
+@pytest.mark.parametrize("stored", ["[1]", '{"a": 1}', "{"])
+def test_an_output_that_rows_cannot_be_added_to_is_refused(texts, stored):
+    chosen = options(texts)
+    chosen.output.mkdir()
+    check_output(chosen)
+    chosen.rows_file.write_text(stored)
+    with pytest.raises(ValueError, match=r"rows\.json is no file of rows"):
+        check_output(chosen)
+    with pytest.raises(ValueError, match=r"--output must be a folder; .*rows\.json is a file"):
+        check_output(dataclasses.replace(chosen, output=chosen.rows_file))
 
 
 def test_rows_of_something_else_are_refused(texts):

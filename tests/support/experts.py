@@ -37,6 +37,7 @@ class MadeUpModel:
         loss: experts kept in the first layer -> nats.
         facts: what it is.
         fails_at: the call of `statistics`, from 0, that is interrupted.
+        loss_fails_at: the call of `loss`, from 0, that is interrupted.
         setting: what measurements of it depend on.
     """
 
@@ -48,11 +49,14 @@ class MadeUpModel:
         *,
         facts: ModelFacts = FACTS,
         fails_at: int | None = None,
+        loss_fails_at: int | None = None,
         setting: Setting = SETTING,
     ) -> None:
         self.setting = setting
         self.facts, self._loss, self._fails_at = facts, loss, fails_at
+        self._loss_fails_at = loss_fails_at
         self.seen: list[tuple[int, list[list[bool]] | None]] = []
+        self.num_losses = 0
 
     def from_writer(self, read: Callable[[], Any]) -> Any:
         return read()
@@ -84,8 +88,29 @@ class MadeUpModel:
         )
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
+        if self.num_losses == self._loss_fails_at:
+            raise KeyboardInterrupt
+        self.num_losses += 1
         kept = self.facts.num_experts if allowed_LE is None else int(allowed_LE[0].sum())
         return Loss(nats=self._loss(kept), num_tokens=10)
+
+
+class OtherRank(MadeUpModel):
+    """On a rank that writes nothing and whose own files are not looked at: it is told what the writer found.
+
+    Args:
+        told: what the writer finds, in order.
+        options: of MadeUpModel.
+    """
+
+    is_writer = False
+
+    def __init__(self, *told: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self._told = list(told)
+
+    def from_writer(self, read: Callable[[], Any]) -> Any:
+        return self._told.pop(0)
 
 
 def statistics(count: int = 3, *, outputs: bool = True, **changes: Any) -> ExpertStatistics:

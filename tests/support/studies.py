@@ -138,3 +138,50 @@ def looks() -> dict[str, Any]:
     except ValueError as error:
         return {"found": found, "raised": str(error), "looked": len(looked)}
     return {}
+
+
+def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
+    """The smallest module, layer by layer: chosen at once, and stopped in its fifth pass and chosen again."""
+    from pathlib import Path
+
+    from emo_megatron.modules.calibration import Documents
+    from emo_megatron.modules.choosing import select
+    from emo_megatron.modules.options import SelectOptions
+
+    studied = study(layout)
+    run, passes = studied._run, []
+
+    def choose(name: str, *, stop_at: int | None = None) -> Any:
+        passes.clear()
+
+        def counted(*arguments: Any) -> Any:
+            if len(passes) == stop_at:
+                raise KeyboardInterrupt
+            passes.append(arguments)
+            return run(*arguments)
+
+        studied._run = counted
+        options = SelectOptions(
+            output=Path(folder) / name,
+            checkpoint=Path("checkpoint"),
+            method="layerwise",
+            data=Path("data"),
+            max_rise="1%",
+            held_out=Path("held-out"),
+        )
+        texts = {
+            kind: Documents(
+                tokens=tuple(documents(9, seed=seed)), source={"file": kind, "sha256": kind}
+            )
+            for kind, seed in (("data", 3), ("held-out", 4))
+        }
+        return select(options, model=studied, documents=texts["data"], held_out=texts["held-out"])
+
+    whole = choose("whole.json")
+    num_whole = len(passes)
+    try:
+        choose("s.json", stop_at=5)
+    except KeyboardInterrupt:
+        again = choose("s.json")
+        return {"is same": again == whole, "whole": num_whole, "again": len(passes)}
+    return {}

@@ -1,0 +1,76 @@
+"""Commands refuse to write over what exists before they read anything: what they are given here does not exist."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from emo_megatron import cli
+
+WRITERS = {
+    "extract": ("--checkpoint", "--selection"),
+    "merge": ("--parent", "--modules"),
+    "compose": ("--parent", "--modules"),
+    "export": ("--checkpoint",),
+    "import": ("--folder",),
+    "select": ("--checkpoint", "--data"),
+}
+SIZE = {"select": ("--keep", "4")}
+STEPS = {
+    "select": ("checkpoint", "data"),
+    "stats": ("checkpoint", "data"),
+    "retention": ("checkpoint", "data", "held-out"),
+}
+
+
+REFUSED = [
+    (step, kind)
+    for step in STEPS
+    for kind in ("file", "folder")
+    # rows are added to a folder
+    if (step, kind) != ("retention", "folder")
+]
+
+
+@pytest.fixture
+def existing(kind, tmp_path):
+    """A file or a folder that somebody has."""
+    path = tmp_path / "mine"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("mine")
+    yield path
+    assert path.is_dir() or path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_commands_write_over_nothing(command, existing, capsys):
+    inputs = [part for flag in WRITERS[command] for part in (flag, "nowhere")]
+    arguments = [command, *inputs, *SIZE.get(command, ()), "--output", str(existing)]
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: {existing} exists; name one that does not, or remove it\n"
+
+
+@pytest.mark.parametrize(("step", "kind"), REFUSED)
+def test_commands_that_go_on_refuse_what_they_cannot_add_to(step, existing, capsys):
+    inputs = [part for name in STEPS[step] for part in (f"--{name}", f"no-{name}")]
+    arguments = [step, *inputs, *SIZE.get(step, ()), "--output", str(existing)]
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert str(existing) in told
+
+
+@pytest.mark.parametrize(("step", "kind"), REFUSED)
+def test_steps_that_are_started_by_themselves_refuse_it_too(step, existing, monkeypatch):
+    inputs = [part for name in STEPS[step] for part in (f"--{step}-{name}", f"no-{name}")]
+    size = ("--select-keep", "4") if step == "select" else ()
+    argv = [step, "--load", "nowhere", *inputs, *size, f"--{step}-output", str(existing)]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(ValueError, match=str(existing)):
+        importlib.import_module(f"emo_megatron.mcore.{step}").main()
