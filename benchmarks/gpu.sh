@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh [RESULTS]          default: benchmarks/results
 #
-# Builds the compiled ops and a wheel from source, runs every test marked gpu and the tests of the routing ops and both
+# Builds the compiled ops and a wheel from source, runs every test marked gpu and the tests of the ops and their
 # benchmarks on the GPU, and records the kernels' registers and, where ncu, nsys or compute-sanitizer exist, what they say.
 # Files are named after the GPU; gpu-NAME.md has one line a step: ok, FAILED, or "not run" with the reason.
 #
@@ -106,6 +106,7 @@ else
     not_run "routing tests" "as above"
 fi
 step "routing benchmark" "$PYTHON" benchmarks/bench_routing.py --device cuda --output "$RESULTS"
+step "permutation benchmark" "$PYTHON" benchmarks/bench_permute.py --device cuda --output "$RESULTS"
 step "layer benchmark" "$PYTHON" benchmarks/bench_layer.py --device cuda --output "$RESULTS"
 
 if have cuobjdump; then

@@ -371,6 +371,31 @@ def _dispatch(folder: Path, *flags: str) -> Path:
     return table
 
 
+@needs_native
+def test_permutation_is_compared_and_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("megatron.core")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_permute
+
+    options = bench_permute.Options(
+        quick=True, device="cpu", threads=torch.get_num_threads(), output=tmp_path
+    )
+    sizes = [
+        bench_permute.Size(tokens=40, experts=8, top_k=2, width=24, dtype=dtype)
+        for dtype in bench_permute.DTYPES
+    ]
+    monkeypatch.setattr(bench_permute.Options, "sizes", lambda _: iter(sizes))
+    table, page = bench_permute.main(options)
+    assert len(_rows(table)) == 2 * 3 * 2
+    assert "never slower than Megatron's unfused permutation" in page.read_text()
+
+    monkeypatch.setattr(bench_permute.dispatch, "sum_rows", lambda rows, **_: rows[:40].clone())
+    with pytest.raises(ValueError, match=r"output must equal Megatron's.*nothing is reported"):
+        bench_permute.main(options)
+
+
 def test_dispatch_refuses_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from bench_dispatch import QUICK, Options
