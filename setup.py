@@ -33,7 +33,7 @@ CPP = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CPU_KERNELS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 CPU_SOURCES = ["csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp", "csrc/dispatch_cpu.cpp"]
-CUDA_SOURCES = ["csrc/dispatch.cu", "csrc/scores.cu", "csrc/routing.cu"]
+CUDA_SOURCES = ["csrc/rows.cu", "csrc/dispatch.cu", "csrc/scores.cu", "csrc/routing.cu"]
 BINDINGS = ["csrc/routing_binding.cpp", "csrc/dispatch_binding.cpp"]
 HEADERS = [
     *("csrc/pool_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),

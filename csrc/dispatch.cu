@@ -1,15 +1,11 @@
-// Dispatch on a GPU: a warp takes a chunk of tokens or pairs, or a row of numbers.
+// Where rows go, on a GPU: a warp takes a chunk of tokens or pairs.
 //
-// Every place is computed from counts, so results are the same bits whatever the schedule.
+// Every place is computed from counts, so results are the same whatever the schedule.
 #include "dispatch_ops.h"
 #include "warp.cuh"
 
 namespace emo::cuda {
 namespace {
-
-__device__ __forceinline__ long long global_warp() {
-  return (long long)blockIdx.x * kWarps + warp_id();
-}
 
 // The sum of what the lanes below hold.
 template <class T>
@@ -23,17 +19,24 @@ __device__ __forceinline__ T warp_prefix(T x) {
   return sum - x;
 }
 
+// Flags are bytes of 0 or 1; eight at a time where they lie so.
 __device__ __forceinline__ int count_experts(const uint8_t* flags, int num_experts) {
   int count = 0;
-  for (int e = 0; e < num_experts; ++e) count += flags[e] != 0;
+  if ((reinterpret_cast<uintptr_t>(flags) | (unsigned)num_experts) % 8 == 0) {
+    const unsigned long long* words = reinterpret_cast<const unsigned long long*>(flags);
+    for (int i = 0; i < num_experts / 8; ++i) count += __popcll(words[i]);
+  } else {
+    for (int e = 0; e < num_experts; ++e) count += flags[e];
+  }
   return count;
 }
 
-// A block takes kThreads tokens: pairs an expert by columns, rows a rank by tokens.
+// A block takes a few tokens: pairs an expert by columns, rows a rank by tokens.
+constexpr int kTokensPerBlock = 64;
 __global__ void __launch_bounds__(kThreads) count_sends_kernel(CountArgs args) {
-  const long long begin = (long long)blockIdx.x * kThreads;
+  const long long begin = (long long)blockIdx.x * kTokensPerBlock;
   const long long left = args.num_tokens - begin;
-  const int count = left < kThreads ? (int)left : kThreads;
+  const int count = left < kTokensPerBlock ? (int)left : kTokensPerBlock;
   const int per_rank = args.num_experts / args.num_ranks;
   unsigned long long* counts = reinterpret_cast<unsigned long long*>(args.counts);
   for (int e = threadIdx.x; e < args.num_experts; e += kThreads) {
@@ -41,11 +44,14 @@ __global__ void __launch_bounds__(kThreads) count_sends_kernel(CountArgs args) {
     for (int i = 0; i < count; ++i) pairs += args.routing_map[(begin + i) * args.num_experts + e];
     if (pairs != 0) atomicAdd(counts + args.num_ranks + e, (unsigned long long)pairs);
   }
-  const long long t = begin + threadIdx.x;
-  for (int rank = 0; rank < args.num_ranks; ++rank) {
-    const uint8_t* flags = args.routing_map + t * args.num_experts + rank * per_rank;
-    const bool is_sent = (int)threadIdx.x < count && count_experts(flags, per_rank) > 0;
-    const int rows = __popc(__ballot_sync(kAllLanes, is_sent));
+  // a warp a rank
+  for (int rank = warp_id(); rank < args.num_ranks; rank += kWarps) {
+    int rows = 0;
+    for (int i = lane_id(); i < kTokensPerBlock; i += 32) {
+      const uint8_t* flags = args.routing_map + (begin + i) * args.num_experts + rank * per_rank;
+      const bool is_sent = i < count && count_experts(flags, per_rank) > 0;
+      rows += __popc(__ballot_sync(kAllLanes, is_sent));
+    }
     if (lane_id() == 0 && rows != 0) atomicAdd(counts + rank, (unsigned long long)rows);
   }
 }
@@ -91,8 +97,8 @@ __global__ void __launch_bounds__(kThreads) send_kernel(SendArgs args) {
     const long long row = offsets[rank] + line[rank] + __popc(senders & lanes_below());
     // fewer rows or pairs than the caller said would leave the tensors
     if (row < args.num_rows && next_row < args.num_rows) {
-      args.tokens[row] = t;
-      args.rows[next_row++] = row;
+      args.sources[row] = t;
+      args.copies[next_row++] = row;
     }
     bool is_first = true;
     for (int e = 0; e < per_rank; ++e) {
@@ -133,9 +139,9 @@ __global__ void __launch_bounds__(kThreads) receive_kernel(ReceiveArgs args) {
       // codes that do not belong to the sizes would leave the tensors
       if (place < args.num_pairs && row >= 0 && row < args.num_rows) {
         if (is_first) args.bounds[row] = p;
-        args.rows[place] = row;
-        args.received[place] = p;
-        args.sorted[p] = place;
+        args.sources[place] = row;
+        args.order[place] = p;
+        args.copies[p] = place;
       }
     }
     __syncwarp();
@@ -195,62 +201,6 @@ __global__ void __launch_bounds__(kThreads) offsets_kernel(Table table) {
   }
 }
 
-template <class Unit>
-__global__ void __launch_bounds__(kThreads) copy_rows_kernel(CopyArgs args, long long units) {
-  const long long p = global_warp();
-  if (p >= args.num_copies) return;
-  const long long source = args.sources[p];
-  if (source < 0 || source >= args.num_rows) return;
-  const Unit* from = static_cast<const Unit*>(args.rows) + source * units;
-  Unit* to = static_cast<Unit*>(args.copies) + p * units;
-  for (long long i = lane_id(); i < units; i += 32) to[i] = from[i];
-}
-
-template <class T, int kCount>
-struct alignas(kCount * sizeof(T)) Pack {
-  T x[kCount];
-};
-
-// A lane adds up kCount neighbouring columns of all copies, in their order, and rounds once.
-template <class T, class Sum, int kCount>
-__global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumArgs args) {
-  using Packed = Pack<T, kCount>;
-  const long long n = global_warp();
-  if (n >= args.num_rows) return;
-  const long long packs = args.width / kCount;
-  const Packed* copies = static_cast<const Packed*>(args.copies);
-  Packed* row = static_cast<Packed*>(args.rows) + n * packs;
-  const long long begin = args.bounds[n], end = args.bounds[n + 1];
-  for (long long i = lane_id(); i < packs; i += 32) {
-    Sum sums[kCount] = {};
-    for (long long j = begin; j < end && j < args.num_copies; ++j) {
-      const long long copy = args.order[j];
-      if (copy < 0 || copy >= args.num_copies) continue;
-      const Packed pack = copies[copy * packs + i];
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) sums[c] += to_float(pack.x[c]);
-    }
-    Packed out;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) from_float(sums[c], &out.x[c]);
-    row[i] = out;
-  }
-}
-
-bool is_aligned(const void* a, const void* b) {
-  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
-}
-
-template <class T, class Sum>
-void launch_sum(const SumArgs& args, cudaStream_t stream) {
-  constexpr int kCount = 16 / sizeof(T);
-  const unsigned blocks = blocks_for(args.num_rows, 1);
-  if (args.width % kCount == 0 && is_aligned(args.copies, args.rows))
-    EMO_LAUNCH((sum_rows_kernel<T, Sum, kCount>), blocks, kThreads, stream, args);
-  else
-    EMO_LAUNCH((sum_rows_kernel<T, Sum, 1>), blocks, kThreads, stream, args);
-}
-
 void launch_scan(const Table& table, cudaStream_t stream) {
   EMO_LAUNCH(scan_kernel, blocks_for(table.num_columns, 1), kThreads, stream, table);
   const int groups = (table.num_columns + table.group - 1) / table.group;
@@ -261,8 +211,9 @@ void launch_scan(const Table& table, cudaStream_t stream) {
 
 int count_sends(const CountArgs& args, void* stream) {
   if (args.num_tokens == 0) return 0;
-  EMO_LAUNCH(count_sends_kernel, (unsigned)((args.num_tokens + kThreads - 1) / kThreads), kThreads,
-             static_cast<cudaStream_t>(stream), args);
+  const int64_t blocks = (args.num_tokens + kTokensPerBlock - 1) / kTokensPerBlock;
+  EMO_LAUNCH(count_sends_kernel, (unsigned)blocks, kThreads, static_cast<cudaStream_t>(stream),
+             args);
   return (int)cudaGetLastError();
 }
 
@@ -283,37 +234,6 @@ int plan_receive(const ReceiveArgs& args, void* opaque) {
   EMO_LAUNCH(receive_kernel<false>, blocks, kThreads, stream, args);
   launch_scan(args.table, stream);
   EMO_LAUNCH(receive_kernel<true>, blocks, kThreads, stream, args);
-  return (int)cudaGetLastError();
-}
-
-int copy_rows(const CopyArgs& args, void* opaque) {
-  if (args.num_copies == 0 || args.row_bytes == 0) return 0;
-  const cudaStream_t stream = static_cast<cudaStream_t>(opaque);
-  const unsigned blocks = blocks_for(args.num_copies, 1);
-  if (args.row_bytes % 16 == 0 && is_aligned(args.rows, args.copies))
-    EMO_LAUNCH(copy_rows_kernel<uint4>, blocks, kThreads, stream, args, args.row_bytes / 16);
-  else
-    EMO_LAUNCH(copy_rows_kernel<uint16_t>, blocks, kThreads, stream, args, args.row_bytes / 2);
-  return (int)cudaGetLastError();
-}
-
-int sum_rows(const SumArgs& args, void* opaque) {
-  if (args.num_rows == 0 || args.width == 0) return 0;
-  const cudaStream_t stream = static_cast<cudaStream_t>(opaque);
-  switch (args.dtype) {
-    case DType::kFloat32:
-      launch_sum<float, float>(args, stream);
-      break;
-    case DType::kBFloat16:
-      launch_sum<__nv_bfloat16, float>(args, stream);
-      break;
-    case DType::kFloat16:
-      launch_sum<__half, float>(args, stream);
-      break;
-    case DType::kFloat64:
-      launch_sum<double, double>(args, stream);
-      break;
-  }
   return (int)cudaGetLastError();
 }
 

@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_send(const Tensor& routi
   check_map(routing_map, num_ranks);
   check_sizes(num_rows, num_pairs);
   const int64_t num_tokens = routing_map.size(0);
-  Tensor tokens = new_integers(routing_map, num_rows), rows = new_integers(routing_map, num_rows);
+  Tensor sources = new_integers(routing_map, num_rows);
+  Tensor copies = new_integers(routing_map, num_rows);
   Tensor bounds = new_bounds(routing_map, num_tokens, num_tokens == 0);
   Tensor places = new_integers(routing_map, num_pairs);
   Tensor codes = torch::stable::new_empty(routing_map, {num_pairs}, ScalarType::Int);
@@ -111,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_send(const Tensor& routi
                            num_rows,
                            num_pairs,
                            made.table,
-                           tokens.mutable_data_ptr<int64_t>(),
-                           rows.mutable_data_ptr<int64_t>(),
+                           sources.mutable_data_ptr<int64_t>(),
+                           copies.mutable_data_ptr<int64_t>(),
                            bounds.mutable_data_ptr<int64_t>(),
                            places.mutable_data_ptr<int64_t>(),
                            codes.mutable_data_ptr<int32_t>()};
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_send(const Tensor& routi
   } else {
     launch(routing_map, [&](void* stream) { return emo::cuda::plan_send(args, stream); });
   }
-  return {tokens, rows, bounds, places, codes};
+  return {sources, copies, bounds, places, codes};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_receive(const Tensor& codes, int64_t num_rows,
@@ -138,9 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_receive(const Tensor& codes, int
                   emo::kMaxExperts, "; got ", num_experts);
   const int64_t num_pairs = codes.size(0);
   check_sizes(num_rows, num_pairs);
-  Tensor rows = new_integers(codes, num_pairs), sorted = new_integers(codes, num_pairs);
+  Tensor sources = new_integers(codes, num_pairs), copies = new_integers(codes, num_pairs);
   Tensor bounds = new_bounds(codes, num_rows, num_pairs == 0);
-  Tensor received = new_integers(codes, num_pairs);
+  Tensor order = new_integers(codes, num_pairs);
   const NewTable made =
       new_table(codes, num_pairs, emo::kPairsPerChunk, (int)num_experts + 1, (int)num_experts);
   const emo::ReceiveArgs args{
@@ -149,10 +150,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_receive(const Tensor& codes, int
       num_pairs,
       (int)num_experts,
       made.table,
-      rows.mutable_data_ptr<int64_t>(),
-      sorted.mutable_data_ptr<int64_t>(),
+      sources.mutable_data_ptr<int64_t>(),
+      copies.mutable_data_ptr<int64_t>(),
       bounds.mutable_data_ptr<int64_t>(),
-      received.mutable_data_ptr<int64_t>()};
+      order.mutable_data_ptr<int64_t>()};
   if (is_on_host(codes)) {
     const int64_t num_chunks = made.table.num_chunks;
     std::atomic<bool> are_experts{true};
@@ -167,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_receive(const Tensor& codes, int
   } else {
     launch(codes, [&](void* stream) { return emo::cuda::plan_receive(args, stream); });
   }
-  return {rows, sorted, bounds, received};
+  return {sources, copies, bounds, order};
 }
 
 // Indices on the host can be looked at; on a GPU that would mean waiting, so kernels leave out

@@ -110,8 +110,8 @@ void plan_send(const SendArgs& args, int64_t begin, int64_t end) {
       const bool is_first = rank != last;
       if (is_first) {
         const int64_t row = offsets[rank] + next[rank]++;
-        args.tokens[row] = t;
-        args.rows[next[2 * num_ranks]++] = row;
+        args.sources[row] = t;
+        args.copies[next[2 * num_ranks]++] = row;
         last = rank;
       }
       const int64_t pair = offsets[num_ranks + rank] + next[num_ranks + rank]++;
@@ -149,9 +149,9 @@ void plan_receive(const ReceiveArgs& args, int64_t begin, int64_t end) {
     const int32_t expert = args.codes[p] >> 1;
     if (args.codes[p] & 1) args.bounds[next[args.num_experts]++] = p;
     const int64_t place = offsets[expert] + next[expert]++;
-    args.rows[place] = next[args.num_experts] - 1;
-    args.received[place] = p;
-    args.sorted[p] = place;
+    args.sources[place] = next[args.num_experts] - 1;
+    args.order[place] = p;
+    args.copies[p] = place;
   }
 }
 

@@ -42,24 +42,26 @@ struct SendArgs {
   int num_ranks;
   int64_t num_rows;
   int64_t num_pairs;
-  Table table;      // columns: rows of each rank, pairs of each rank, rows of all; groups of R
-  int64_t* tokens;  // [N] the token of each row
-  int64_t* rows;    // [N] the rows of token 0, then those of token 1, ...
-  int64_t* bounds;  // [T + 1] where those of each token begin
-  int64_t* places;  // [P] the place of each pair in the flattened routing map
-  int32_t* codes;   // [P] its expert on that rank, times two, plus one where a row begins
+  Table table;  // columns: rows of each rank, pairs of each rank, rows of all; groups of R
+  // tokens to rows, a Fanout:
+  int64_t* sources;  // [N] the token of each row
+  int64_t* copies;   // [N] the rows of token 0, then those of token 1, ...
+  int64_t* bounds;   // [T + 1] where those of each token begin
+  int64_t* places;   // [P] the place of each pair in the flattened routing map
+  int32_t* codes;    // [P] its expert on that rank, times two, plus one where a row begins
 };
 
 struct ReceiveArgs {
   const int32_t* codes;  // [P]
   int64_t num_rows;
   int64_t num_pairs;
-  int num_experts;    // here
-  Table table;        // columns: pairs of each expert, rows of all; one group of experts
-  int64_t* rows;      // [P] the row of each pair in the order of (expert, row)
-  int64_t* sorted;    // [P] where each pair, as received, is in that order
-  int64_t* bounds;    // [N + 1] where the pairs of each row begin, as received
-  int64_t* received;  // [P] for each place in that order the pair as received
+  int num_experts;  // here
+  Table table;      // columns: pairs of each expert, rows of all; one group of experts
+  // rows to pairs in the order of (expert, row), a Fanout:
+  int64_t* sources;  // [P] the row of each
+  int64_t* copies;   // [P] where each pair, as received, is in that order
+  int64_t* bounds;   // [N + 1] where the pairs of each row begin, as received
+  int64_t* order;    // [P] for each place in that order the pair as received
 };
 
 struct CopyArgs {
@@ -74,7 +76,7 @@ struct CopyArgs {
 struct SumArgs {
   const void* copies;  // [P, H] of dtype
   DType dtype;
-  const int64_t* order;   // [P] the copies of row 0, then those of row 1, ...
+  const int64_t* order;   // [P] copies_P of a Fanout: the copies of row 0, then those of row 1, ...
   const int64_t* bounds;  // [N + 1]
   void* rows;             // [N, H]
   int64_t num_rows;

@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 #define EMO_LAUNCH(kernel, blocks, threads, stream, ...) \
   kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#define EMO_CHECK_ALIGNED(pointer, type)  // the emulator looks, a GPU traps
 #endif
 
 #include <type_traits>
@@ -32,6 +33,9 @@ constexpr unsigned kExcluded = 1;  // outside the pool: chosen only if the pool 
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+__device__ __forceinline__ long long global_warp() {
+  return (long long)blockIdx.x * kWarps + warp_id();
+}
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1u; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -1,4 +1,4 @@
-"""The routing ops: device-independent functions on tensors. This page picks the backend; ops/dispatch.py is another.
+"""The routing ops: device-independent functions on tensors. This file picks the backend; ops/dispatch.py is another.
 
 `document_scores` sums each document's router probabilities, `select_pool` turns the sums into a pool of experts, and
 `pool_topk` routes tokens inside it. `draw_pool_sizes` and `top_p_pool_sizes` say how large a pool is.

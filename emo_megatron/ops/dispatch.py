@@ -1,4 +1,4 @@
-"""The dispatch ops: where rows of tokens go, copies of rows and sums of copies. This page picks the backend.
+"""The dispatch ops: where rows of tokens go, copies of rows and sums of copies. This file picks the backend.
 
 Definitions and shapes are in ops/reference_dispatch.py; the compiled ops, from csrc/, give the same integers and the
 same sums. Everything is deterministic and nothing waits for the device: sizes are arguments. Copies and sums are each
@@ -128,7 +128,12 @@ def _parts(fanout: Fanout) -> tuple[Tensor, Tensor, Tensor]:
 
 def _choose(backend: Backend | None, tensor: Tensor, *, num_experts: int = 1) -> Backend:
     """The backend asked for, or the best one for this tensor."""
-    return best_backend(tensor.device.type, num_experts) if backend is None else backend
+    if backend is not None:
+        return backend
+    if tensor.dtype not in native.DISPATCH_DTYPES:
+        return "reference"
+    best: Backend = best_backend(tensor.device.type, num_experts)
+    return best
 
 
 def _ops(backend: Backend) -> Any:

@@ -1,11 +1,12 @@
 """The ops compiled from csrc/: those of ops/reference.py and ops/reference_dispatch.py, on CPU and CUDA tensors.
 
-They are torch operators with fake and autograd registrations, so `torch.compile` traces through them and CUDA graphs
-capture them: nothing waits for the device, and nothing but outputs and a small workspace is allocated. Integer sums
-make results the same bits for any number of threads and any split of the tokens. From the reference the routing ops
+They are torch operators with fake registrations, and with gradients (those of dispatch are in ops/dispatch.py), so
+`torch.compile` traces through them and CUDA graphs capture them: nothing waits for the device, and nothing but outputs
+and a small workspace is allocated. Integer sums make results the same bits for any number of threads and any split of
+the tokens. From the reference the routing ops
 differ by the last bits of `exp`, and in one rule: a softmax router's experts are ranked by their logits, not by
 probabilities rounded to float32, so experts that are equal there (all those below 1e-38 of the best) go by their
-logits, not by their index. The dispatch ops give its bits.
+logits, not by their index. The dispatch ops give the reference's bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DISPATCH_DTYPES = (torch.bool, torch.int32, torch.float64, *DTYPES)
+"""Of routing maps, of codes, of rows."""
 SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID = range(3)
 
 

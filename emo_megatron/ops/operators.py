@@ -49,6 +49,7 @@ def _register_routing_shapes(namespace: str) -> None:
         return torch.empty_like(logits)
 
 
+# sizes as .shape: len() would compile anew for each
 def _register_dispatch_shapes(namespace: str) -> None:
     def integers(like: Tensor, size: int) -> Tensor:
         return like.new_empty(size, dtype=torch.int64)
@@ -65,16 +66,17 @@ def _register_dispatch_shapes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::plan_receive")
     def _(codes: Tensor, num_rows: int, num_experts: int) -> tuple[Tensor, ...]:
-        sizes = (len(codes), len(codes), num_rows + 1, len(codes))
+        num_pairs = codes.shape[0]
+        sizes = (num_pairs, num_pairs, num_rows + 1, num_pairs)
         return tuple(integers(codes, size) for size in sizes)
 
     @torch.library.register_fake(f"{namespace}::copy_rows")
     def _(rows: Tensor, sources: Tensor) -> Tensor:
-        return rows.new_empty(len(sources), rows.shape[1])
+        return rows.new_empty(sources.shape[0], rows.shape[1])
 
     @torch.library.register_fake(f"{namespace}::sum_rows")
     def _(copies: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
-        return copies.new_empty(len(bounds) - 1, copies.shape[1])
+        return copies.new_empty(bounds.shape[0] - 1, copies.shape[1])
 
 
 def _register_gradients(namespace: str) -> None:

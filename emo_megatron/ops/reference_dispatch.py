@@ -81,8 +81,9 @@ def plan_send(routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pair
     visit_P = rank_P * num_tokens + token_P
     is_first_P = torch.ones_like(visit_P, dtype=torch.bool)
     is_first_P[1:] = visit_P[1:] != visit_P[:-1]
+    token_N = rank_map.any(-1).nonzero_static(size=num_rows)[:, 1].contiguous()
     return SendPlan(
-        rows=fan_out(rank_map.any(-1).nonzero_static(size=num_rows)[:, 1], num_sources=num_tokens),
+        rows=fan_out(token_N, num_sources=num_tokens),
         places_P=token_P * num_experts + rank_P * per_rank + expert_P,
         codes_P=(expert_P * 2 + is_first_P).int(),
     )

@@ -108,14 +108,25 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "__popc(firsts & lanes_below()) - 1",
     ),
     "the last columns are not added up": (
-        "dispatch.cu",
+        "rows.cu",
         "const long long packs = args.width / kCount;",
         "const long long packs = args.width / kCount - (args.width > 200);",
     ),
-    "any address may hold a vector": (
-        "dispatch.cu",
-        "reinterpret_cast<uintptr_t>(b)) % 16 == 0",
-        "reinterpret_cast<uintptr_t>(b)) % 1 == 0",
+    "any address may hold a vector to copy": (
+        "rows.cu",
+        "args.row_bytes % 16 == 0 && is_aligned(args.rows, args.copies)",
+        "args.row_bytes % 16 == 0",
+    ),
+    "any address may hold a vector to add": (
+        "rows.cu",
+        "args.width % kCount == 0 && is_aligned(args.copies, args.rows)",
+        "args.width % kCount == 0",
+    ),
+    "rows from beyond are copied": ("rows.cu", "is_row ? from[i] : Unit{}", "from[is_row ? i : 0]"),
+    "copies from beyond are added": (
+        "rows.cu",
+        "if (copy < 0 || copy >= args.num_copies) continue;",
+        "",
     ),
 }
 CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
@@ -187,7 +198,7 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
     )
     tests = [f"tests/ops/test_{name}.py" for name in ("native", "dispatch")]
     if before:
-        tests = tests[file.startswith("dispatch") :][:1]
+        tests = tests[file.startswith(("dispatch", "rows")) :][:1]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),

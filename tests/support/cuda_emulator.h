@@ -30,6 +30,9 @@
 struct dim3 {
   unsigned x, y, z;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 
 namespace emulator {
@@ -184,20 +187,12 @@ inline unsigned lane() { return machine().current % 32; }
 
 }  // namespace emulator
 
-// A GPU reads and writes one only where it is aligned.
-struct uint4 {
-  unsigned x, y, z, w;
-  uint4& operator=(const uint4& from) {
-    if (((uintptr_t)this | (uintptr_t)&from) % 16 != 0) emulator::fail("a misaligned vector");
-    std::memcpy(&x, &from.x, 16);
-    return *this;
-  }
-};
-
 static emulator::ThreadIndex threadIdx;
 static emulator::BlockIndex blockIdx;
 #define EMO_LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), emulator::launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))
+#define EMO_CHECK_ALIGNED(pointer, type) \
+  if ((uintptr_t)(pointer) % alignof(type) != 0) emulator::fail("a vector that is not aligned")
 using cudaError_t = int;
 inline int cudaSetDevice(int) { return 0; }
 inline const char* cudaGetErrorString(int) { return "emulated launch failed"; }
@@ -242,6 +237,7 @@ T atomicAdd(T* to, T value) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline unsigned __float_as_uint(float x) { return (unsigned)emulator::to_bits(x); }
 inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
