@@ -163,7 +163,6 @@ DEDUP_REFUSALS = (
 """Rows on Megatron's TransformerConfig for runs with --pool-dispatcher dedup."""
 
 _NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use relabel"
-_COPIES = "the optimizer's float32 copies have not been tried to follow placed weights; use relabel"
 
 PLACEMENT_REFUSALS = (
     Refusal(
@@ -189,8 +188,6 @@ PLACEMENT_REFUSALS = (
         allowed=(False,),
         reason="rows of quantised weights cannot change places; use relabel",
     ),
-    Refusal(field="bf16", allowed=(False,), reason=_COPIES),
-    Refusal(field="fp16", allowed=(False,), reason=_COPIES),
     Refusal(
         field="load_main_params_from_ckpt",
         allowed=(False,),
