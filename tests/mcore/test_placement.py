@@ -167,3 +167,29 @@ def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix, pre
             assert (got - want).norm() < near
             # what was loaded has been trained
             assert (before - want).norm() > 4 * near
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_with_placed_experts(tmp_path, data_prefix):
+    """Started from --pretrained-checkpoint, then again from its own: experts are placed once."""
+    pools = ("--pool-min", 3, "--save-interval", 1)
+    first = tmp_path / "first"
+    pretraining.pretrain(1, *pools, "--train-iters", 1, "--save", first, data=data_prefix)
+    orders = (*ORDER, ORDER[0])
+    placement = placement_of(first, order=orders).save(tmp_path / "p.json")
+    placed, stop = ("--expert-placement", placement), ("--exit-interval", 1)
+    saved = {}
+    for name, calls in (("stock", [()]), ("placed", [(*placed, *stop), placed])):
+        saved[name] = tmp_path / name
+        for flags in calls:
+            pretraining.pretrain(
+                *(2, *pools, "--expert-model-parallel-size", 2, "--pretrained-checkpoint", first),
+                *("--load", saved[name], "--save", saved[name], "--train-iters", 2, *flags),
+                data=data_prefix,
+            )
+        assert (saved[name] / "iter_0000002").is_dir()
+    old, new = (MegatronCheckpoint(saved[name]) for name in ("stock", "placed"))
+    for number, order in zip(old.moe_layers, orders, strict=True):
+        want = old.layer_view(number).read("mlp.router.weight", order)
+        got = new.layer_view(number).read("mlp.router.weight")
+        assert (got - want).norm() < 1e-4 * want.norm()
