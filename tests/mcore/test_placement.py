@@ -9,6 +9,7 @@ import torch
 from support import checkpoints, pretraining
 from support.checkpoints import BIASED, ORDER, placement_of
 
+from emo_megatron.config import flag
 from emo_megatron.mcore.placement import placement_hook
 from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
 from emo_megatron.mcore.relabel import RelabelOptions, relabel
@@ -118,7 +119,7 @@ def test_runs_that_cannot_place_are_refused(run, refusal):
     allowed, *_ = refusal.allowed
     assert placement_hook(_args(run, **{refusal.field: allowed})) is not None
     value = {None: "file.json", 0: 1}[allowed]
-    with pytest.raises(ValueError, match=f"--{refusal.field.replace('_', '-')} must be"):
+    with pytest.raises(ValueError, match=f"{refusal.flag or flag(refusal.field)} must be"):
         placement_hook(_args(run, **{refusal.field: value}))
 
 
