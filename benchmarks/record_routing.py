@@ -54,9 +54,14 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     from emo_megatron.mcore.facts import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.mcore.study import MegatronStudy
+    from emo_megatron.modules.files import mark_of
 
     study = MegatronStudy(
-        loaded.model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16
+        loaded.model,
+        facts=facts_of(checkpoint),
+        seq_length=stored.seq_length,
+        rows_at_once=16,
+        weights=mark_of(checkpoint.path),
     )
     layers = [m for m in loaded.model.modules() if isinstance(m, PoolMoELayer)]
     if run.pools:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from support import pretraining
 
 from emo_megatron import ops
 from emo_megatron.ops.native import NativeOps
@@ -473,3 +475,40 @@ def test_replay_rewrites_its_table_and_nothing_else(
     assert text.count("| 1.500 | 75% |") == 3
     assert (tmp_path / "page.png").stat().st_size > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "page.png"]
+
+
+def test_replay_runs_models_of_a_demo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_prefix: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import replay_routing
+    from replay_routing import ALLTOALL, BEGIN, DEDUP, END, RUNS, Options, main
+
+    runs, page = tmp_path / "demo", tmp_path / "page.md"
+    flags = ("--pool-min", 3, "--train-iters", 1, "--save-interval", 1)
+    pretraining.pretrain(1, *flags, "--save", runs / "emo" / "checkpoint", data=data_prefix)
+    (runs / "standard").symlink_to("emo")
+    (runs / "corpus" / "validation").mkdir(parents=True)
+    save_file(
+        {
+            "tokens": torch.randint(1, 500, (400,), dtype=torch.int32),
+            "cu_seqlens": torch.arange(0, 401, 50, dtype=torch.int32),
+        },
+        runs / "corpus" / "validation" / "text.safetensors",
+    )
+    page.write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr(replay_routing, "MICRO_BATCH", 64)
+    # with pools and without
+    monkeypatch.setattr(replay_routing, "RUNS", RUNS[:2])
+    main(Options(runs=runs, ranks=(2,), tokens=400, output=tmp_path / "results", page=page))
+    with (tmp_path / "results" / "traffic.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["run"], row["dispatch"]): float(row["rows_per_token"]) for row in rows}
+    assert len(found) == 8
+    for run in RUNS[:2]:
+        assert found[run.name, ALLTOALL] == 2
+        assert 1 < found[run.name, DEDUP] < 2
+    # pools change which experts tokens get
+    assert found[RUNS[0].name, DEDUP] != found[RUNS[1].name, DEDUP]
+    assert len(page.read_text().splitlines()) == 12

@@ -28,6 +28,7 @@ from emo_megatron.modules.stats import load_stats
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "modules.md").read_text()
 RETENTION_PAGE = (ROOT / "docs" / "retention.md").read_text()
+DISPATCH_PAGE = (ROOT / "docs" / "dispatch.md").read_text()
 COMMANDS = re.findall(r"```bash\n(.*?)\n```", PAGE, flags=re.DOTALL)
 RUN = Path("runs/demo")
 VOCAB = 64
@@ -95,6 +96,21 @@ def environment() -> dict[str, str]:
     }
 
 
+def call(command: str, root: Path) -> str:
+    """Run a command of a page there; what it printed."""
+    done = subprocess.run(
+        shlex.split(command),
+        cwd=root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, command + done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(ranks, tmp_path_factory):
     """What `make demo` leaves, and what the first five commands make of it; with what they printed."""
@@ -105,20 +121,7 @@ def folder(ranks, tmp_path_factory):
             write_text(root / RUN / "corpus" / split / f"{domain}.safetensors", seed=seed + place)
     checkpoint = root / RUN / "emo" / "checkpoint"
     ranks(1).run(save_checkpoint, folder=str(checkpoint), tokenizer=str(tokenizer))
-    printed = []
-    for command in COMMANDS[:5]:
-        done = subprocess.run(
-            shlex.split(command),
-            cwd=root,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, command + done.stdout + done.stderr[-3000:]
-        printed.append(done.stdout)
-    return root, printed
+    return root, [call(command, root) for command in COMMANDS[:5]]
 
 
 def test_there_are_six_commands():
@@ -138,6 +141,28 @@ def test_commands_of_the_retention_page_are_commands():
         assert options.keep
     assert options.beside == ()
     assert (ROOT / "docs" / "retention_methods.png").is_file()
+
+
+def test_commands_of_the_dispatch_page_relabel_the_experts(folder):
+    from emo_megatron.mcore.dataset import write_indexed_dataset
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.placement import load_placement
+
+    root, _ = folder
+    documents = [[2 + (7 * n + i) % (VOCAB - 2) for i in range(20 + n)] for n in range(20)]
+    write_indexed_dataset(root / RUN / "corpus" / "train", documents, vocab_size=VOCAB)
+    (block,) = re.findall(r"```bash\n(.*?)\n```", DISPATCH_PAGE, flags=re.DOTALL)
+    commands = block.splitlines()
+    assert [shlex.split(command)[3] for command in commands] == ["stats", "place", "relabel"]
+    for command in commands:
+        call(command, root)
+    order = load_placement(root / "runs/ep4/placement.json").order
+    old, new = map(
+        MegatronCheckpoint, (root / RUN / "emo/checkpoint", root / "runs/ep4/checkpoint")
+    )
+    for number, of_layer in zip(old.moe_layers, order, strict=True):
+        want = old.layer_view(number).read("mlp.router.weight", of_layer)
+        assert torch.equal(new.layer_view(number).read("mlp.router.weight"), want)
 
 
 def test_every_command_leaves_what_the_next_one_takes(folder):

@@ -192,16 +192,9 @@ def _redirect_cuda_module() -> None:
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
-    for name, dtype in {
-        "FloatTensor": torch.float32,
-        "DoubleTensor": torch.float64,
-        "HalfTensor": torch.float16,
-        "BFloat16Tensor": torch.bfloat16,
-        "LongTensor": torch.int64,
-        "IntTensor": torch.int32,
-        "ByteTensor": torch.uint8,
-    }.items():
-        setattr(cuda, name, _tensor_factory(dtype))
+    # types, for Megatron asks isinstance() of them where it casts for --bf16 and --fp16
+    for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte"):
+        setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
 
 
 class _ZeroStats(dict[str, int]):
@@ -209,10 +202,6 @@ class _ZeroStats(dict[str, int]):
 
     def __missing__(self, key: str) -> int:
         return 0
-
-
-def _tensor_factory(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    return lambda values=(): torch.tensor(values, dtype=dtype)
 
 
 def _redirect_tensors_and_modules() -> None:

@@ -41,7 +41,8 @@ def add_fields(group: argparse._ActionsContainer, cls: type, *, flag: Callable[[
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         else:
-            options["type"] = _none_or(kind)
+            # of several values each is one: a tuple that may be None is so by default
+            options["type"] = kind if "nargs" in options else _none_or(kind)
             options["metavar"] = kind.__name__.upper()
         group.add_argument(flag(field.name), **options)
 

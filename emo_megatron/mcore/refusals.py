@@ -152,8 +152,18 @@ DEDUP_REFUSALS = (
         allowed=(False,),
         reason="padding adds rows of experts that nothing routes to",
     ),
-    Refusal(field="fp8", allowed=(None,), reason="quantised experts have not been tried with it"),
-    Refusal(field="fp4", allowed=(None,), reason="quantised experts have not been tried with it"),
+    Refusal(
+        field="fp8",
+        flag="--fp8-format",
+        allowed=(None,),
+        reason="quantised experts have not been tried with it",
+    ),
+    Refusal(
+        field="fp4",
+        flag="--fp4-format",
+        allowed=(None,),
+        reason="quantised experts have not been tried with it",
+    ),
     Refusal(
         field="overlap_dispatch_backward_with_experts_wgrad",
         allowed=(False,),
@@ -163,7 +173,7 @@ DEDUP_REFUSALS = (
 """Rows on Megatron's TransformerConfig for runs with --pool-dispatcher dedup."""
 
 _NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use relabel"
-_COPIES = "the optimizer's float32 copies have not been tried to follow placed weights; use relabel"
+_SCALES = "quantised experts have scales of their own, which do not change places; use relabel"
 
 PLACEMENT_REFUSALS = (
     Refusal(
@@ -179,18 +189,8 @@ PLACEMENT_REFUSALS = (
     ),
     Refusal(field="use_torch_fsdp2", allowed=(False,), reason=_NOT_LOADED),
     Refusal(field="use_megatron_fsdp", allowed=(False,), reason=_NOT_LOADED),
-    Refusal(
-        field="fp8_param_gather",
-        allowed=(False,),
-        reason="rows of quantised weights cannot change places; use relabel",
-    ),
-    Refusal(
-        field="fp4_param_gather",
-        allowed=(False,),
-        reason="rows of quantised weights cannot change places; use relabel",
-    ),
-    Refusal(field="bf16", allowed=(False,), reason=_COPIES),
-    Refusal(field="fp16", allowed=(False,), reason=_COPIES),
+    Refusal(field="fp8", flag="--fp8-format", allowed=(None,), reason=_SCALES),
+    Refusal(field="fp4", flag="--fp4-format", allowed=(None,), reason=_SCALES),
     Refusal(
         field="load_main_params_from_ckpt",
         allowed=(False,),

@@ -3,7 +3,9 @@
 A token's row goes once to every rank that holds any of its experts, so ranks per token fall when experts that are used
 together lie together. That is balanced graph partitioning: experts are nodes, the tokens routed to both an edge's
 weight, ranks are parts of equally many experts whose load is bounded. `together` starts from several placements and
-swaps pairs of experts while that helps; `load` is the usual packing by loads alone (as EPLB's), to compare with.
+swaps pairs of experts while that helps, as Kernighan and Lin (1970) do; `load` is the usual packing by loads alone (as
+EPLB's), to compare with. Co-activation knows pairs: what lies together is exactly the rows that top-2 routing saves,
+and stands in for them with more experts a token.
 
 Shapes: L MoE layers, E routed experts, R ranks, T tokens.
 """

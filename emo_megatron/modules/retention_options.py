@@ -31,8 +31,8 @@ class RetentionOptions(DataOptions):
     output: Path
     """Folder for retention.csv, .json, .png and .txt; it may hold what an interrupted call has measured."""
     keep: tuple[str, ...] = ("50%", "25%", "12.5%")
-    """Sizes to try, each as for `select`: experts a layer, the shared ones included, or a share of all; none measures
-    the whole model alone."""
+    """Sizes to try, each as for `select`: experts a layer, the shared ones included, or a share of all; --keep without
+    a size measures the whole model alone."""
     methods: tuple[
         Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"], ...
     ] = ("mean_prob",)

@@ -93,3 +93,19 @@ def _devices():
 
 def test_cuda_devices_are_the_cpu_in_forward_and_backward(ranks):
     assert ranks(1).run(_devices)[0] == ["cpu"] * 5
+
+
+def _casts():
+    from megatron.core.transformer.module import float16_to_fp32, fp32_to_float16
+
+    inputs = (torch.ones(1), torch.ones(1, dtype=torch.int64))
+    halves = [fp32_to_float16(inputs, cast) for cast in (torch.Tensor.half, torch.Tensor.bfloat16)]
+    return [[t.dtype for t in half] for half in halves], [
+        t.dtype for half in halves for t in float16_to_fp32(half)
+    ]
+
+
+def test_megatron_casts_to_half_precision_and_back(ranks):
+    halves, back = ranks(1).run(_casts)[0]
+    assert halves == [[torch.float16, torch.int64], [torch.bfloat16, torch.int64]]
+    assert back == [torch.float32, torch.int64] * 2

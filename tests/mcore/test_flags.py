@@ -75,3 +75,5 @@ def test_help_is_the_text_under_the_field_and_what_has_no_default_is_required(ca
 def test_none_can_be_said():
     args = parser().parse_args(["--some-step-place", "/x", "--some-step-number", "none"])
     assert fields_of(args, Options, flag=FLAG).number is None
+    args = parser().parse_args(["--some-step-place", "/x", "--some-step-places", "none", "/y"])
+    assert fields_of(args, Options, flag=FLAG).places == (Path("none"), Path("/y"))

@@ -9,6 +9,7 @@ import torch
 from support import checkpoints, pretraining
 from support.checkpoints import BIASED, ORDER, placement_of
 
+from emo_megatron.config import flag
 from emo_megatron.mcore.placement import placement_hook
 from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
 from emo_megatron.mcore.relabel import RelabelOptions, relabel
@@ -118,33 +119,78 @@ def test_runs_that_cannot_place_are_refused(run, refusal):
     allowed, *_ = refusal.allowed
     assert placement_hook(_args(run, **{refusal.field: allowed})) is not None
     value = {None: "file.json", 0: 1}[allowed]
-    with pytest.raises(ValueError, match=f"--{refusal.field.replace('_', '-')} must be"):
+    with pytest.raises(ValueError, match=f"{refusal.flag or flag(refusal.field)} must be"):
         placement_hook(_args(run, **{refusal.field: value}))
 
 
 @pytest.mark.slow
-def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix):
-    """With the distributed optimizer, which must step from the placed weights."""
-    pools = ("--pool-min", 3, "--save-interval", 1)
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ((), torch.float32),
+        (("--bf16",), torch.bfloat16),
+        (("--fp16", "--loss-scale", 1024), torch.float16),
+    ],
+    ids=["fp32", "bf16", "fp16"],
+)
+def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix, precision, dtype):
+    """With the distributed optimizer, which must step from the placed weights, or from its float32 copies of them."""
+    flags = (*precision, "--pool-min", 3, "--save-interval", 1)
     first = tmp_path / "first"
-    pretraining.pretrain(1, *pools, "--train-iters", 1, "--save", first, data=data_prefix)
-    placement = placement_of(first, order=(*ORDER, ORDER[0])).save(tmp_path / "p.json")
+    pretraining.pretrain(1, *flags, "--train-iters", 1, "--save", first, data=data_prefix)
+    orders = (*ORDER, ORDER[0])
+    placement = placement_of(first, order=orders).save(tmp_path / "p.json")
     going_on = (
-        *(*pools, "--train-iters", 2, "--load", first, "--finetune"),
+        *(*flags, "--train-iters", 3, "--load", first, "--finetune"),
         *("--use-distributed-optimizer", "--expert-model-parallel-size", 2),
     )
-    losses, saved = {}, {}
-    for name, flags in {
+    losses, saved, eps = {}, {}, torch.finfo(dtype).eps
+    for name, others in {
         "stock": (),
         "placed": ("--expert-placement", placement, "--pool-dispatcher", "dedup"),
     }.items():
         saved[name] = tmp_path / name
-        output = pretraining.pretrain(2, *going_on, "--save", saved[name], *flags, data=data_prefix)
+        output = pretraining.pretrain(
+            2, *going_on, "--save", saved[name], *others, data=data_prefix
+        )
         losses[name] = pretraining.logged(output)
-    assert len(losses["stock"]) == 2
-    assert losses["placed"] == pytest.approx(losses["stock"], rel=1e-5)
+    assert len(losses["stock"]) == 3
+    assert losses["placed"] == pytest.approx(losses["stock"], rel=max(eps / 16, 1e-5))
+    start, old, new = map(MegatronCheckpoint, (first, saved["stock"], saved["placed"]))
+    for number, order in zip(old.moe_layers, orders, strict=True):
+        for weight in ("router.weight", "experts.experts.linear_fc1.weight"):
+            before, want = (
+                model.layer_view(number).read(f"mlp.{weight}", order).float()
+                for model in (start, old)
+            )
+            got = new.layer_view(number).read(f"mlp.{weight}").float()
+            near = max(eps, 1e-4) * want.norm()
+            assert (got - want).norm() < near
+            # what was loaded has been trained
+            assert (before - want).norm() > 4 * near
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_with_placed_experts(tmp_path, data_prefix):
+    """Started from --pretrained-checkpoint, then again from its own: experts are placed once."""
+    pools = ("--pool-min", 3, "--save-interval", 1)
+    first = tmp_path / "first"
+    pretraining.pretrain(1, *pools, "--train-iters", 1, "--save", first, data=data_prefix)
+    orders = (*ORDER, ORDER[0])
+    placement = placement_of(first, order=orders).save(tmp_path / "p.json")
+    placed, stop = ("--expert-placement", placement), ("--exit-interval", 1)
+    saved = {}
+    for name, calls in (("stock", [()]), ("placed", [(*placed, *stop), placed])):
+        saved[name] = tmp_path / name
+        for flags in calls:
+            pretraining.pretrain(
+                *(2, *pools, "--expert-model-parallel-size", 2, "--pretrained-checkpoint", first),
+                *("--load", saved[name], "--save", saved[name], "--train-iters", 2, *flags),
+                data=data_prefix,
+            )
+        assert (saved[name] / "iter_0000002").is_dir()
     old, new = (MegatronCheckpoint(saved[name]) for name in ("stock", "placed"))
-    for number, order in zip(old.moe_layers, (*ORDER, ORDER[0]), strict=True):
+    for number, order in zip(old.moe_layers, orders, strict=True):
         want = old.layer_view(number).read("mlp.router.weight", order)
         got = new.layer_view(number).read("mlp.router.weight")
         assert (got - want).norm() < 1e-4 * want.norm()
