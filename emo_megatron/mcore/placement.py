@@ -58,6 +58,8 @@ def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]
             "this run cannot place experts:\n" + "\n".join(f"  - {p}" for p in problems)
         )
     source = args.load if args.finetune else args.pretrained_checkpoint
+    if source and args.finetune and args.ckpt_step:
+        source = Path(source) / f"iter_{args.ckpt_step:07d}"
     if source is None:
         raise ValueError(
             "--expert-placement needs weights of another run: --load with --finetune, or --pretrained-checkpoint. "

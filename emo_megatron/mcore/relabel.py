@@ -15,6 +15,7 @@ from emo_megatron.mcore.parts import open_parent
 from emo_megatron.mcore.weight_names import ROUTER, is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import LazyWeight, write_checkpoint
+from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.placement import Placement, load_placement
 from emo_megatron.modules.selection import router_fingerprint
 
@@ -44,6 +45,7 @@ def relabel(options: RelabelOptions) -> Path:
         ValueError: the placement is of another model, or experts' numbers mean something to this one; the checkpoint
             is damaged; the output exists.
     """
+    must_not_exist(options.output)
     placement = load_placement(options.placement)
     parent = open_parent(options.checkpoint, None)
     check_placement(parent, placement=placement)

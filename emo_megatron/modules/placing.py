@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.placement import Method, place
 from emo_megatron.modules.stats import load_stats, merge_stats
 
@@ -18,7 +19,7 @@ class PlaceOptions:
     ranks: int
     """Expert-parallel ranks (--expert-model-parallel-size)."""
     output: Path
-    """Placement file to write."""
+    """Placement file to write; must not exist."""
     method: Method = "together"
     """together: experts used by the same tokens share a rank. load: loads alone are balanced."""
     max_imbalance: float = 1.1
@@ -32,8 +33,10 @@ def place_files(options: PlaceOptions) -> Path:
 
     Raises:
         FileNotFoundError: there is no such statistics file.
-        ValueError: a file is damaged, statistics do not go together, or the ranks do not divide the experts.
+        ValueError: a file is damaged, statistics do not go together, the ranks do not divide the experts, or the
+            output exists.
     """
+    must_not_exist(options.output)
     stats = merge_stats([load_stats(path) for path in options.stats])
     placement = place(
         stats,

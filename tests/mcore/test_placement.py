@@ -92,6 +92,7 @@ def _args(run, **changes):
         "expert_placement": run[1],
         "load": str(run[0]),
         "finetune": True,
+        "ckpt_step": None,
         "pretrained_checkpoint": None,
         "expert_model_parallel_size": 2,
     }
@@ -102,6 +103,8 @@ def test_only_a_run_that_starts_from_weights_places(run):
     assert placement_hook(_args(run, expert_placement=None)) is None
     assert placement_hook(_args(run)) is not None
     assert placement_hook(_args(run, finetune=False, pretrained_checkpoint=str(run[0]))) is not None
+    with pytest.raises(ValueError, match="iter_0000009"):
+        placement_hook(_args(run, ckpt_step=9))
     with pytest.raises(ValueError, match="--finetune"):
         placement_hook(_args(run, finetune=False))
     with pytest.raises(ValueError, match="is for 2 ranks; got --expert-model-parallel-size 4"):

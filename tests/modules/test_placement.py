@@ -147,7 +147,9 @@ def test_the_command_merges_statistics_and_writes_a_placement(tmp_path, capsys):
     assert main([*command, "4"]) == 0
     merged = _stats(torch.cat([_routing(seed=seed)[0] for seed in (0, 1)]))
     assert load_placement(tmp_path / "p.json").order == place(merged, num_ranks=4).order
-    capsys.readouterr()
+    assert main([*command, "2"]) == 2
+    assert "p.json exists" in capsys.readouterr().err
+    (tmp_path / "p.json").unlink()
     assert main([*command, "5"]) == 2
     assert "16 do not divide into 5" in capsys.readouterr().err
 
