@@ -68,6 +68,16 @@ def test_a_whole_file_is_not_measured_again_and_another_is_not_replaced(tmp_path
     assert output.read_bytes() == before
 
 
+def test_a_file_that_does_not_tell_flags_is_of_none(tmp_path):
+    output = tmp_path / "s.safetensors"
+    stats = collect(experts.MadeUpModel(), output)
+    source = {name: value for name, value in stats.data[0].items() if name != "megatron"}
+    stats.of(source).save(output)
+    idle = experts.MadeUpModel()
+    collect(idle, output)
+    assert idle.seen == []
+
+
 def test_what_is_left_of_another_pass_is_not_gone_on_with(tmp_path):
     output = tmp_path / "s.safetensors"
     with pytest.raises(KeyboardInterrupt):
