@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{arguments[0]} needs {error.name}, which is not installed: "
             "pip install 'emo_megatron[demo]'"
         )
-    except (FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -45,7 +45,7 @@ def test_demo_help_lists_its_options(
     assert "--steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, ImportError])
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, ImportError, PermissionError])
 def test_errors_of_the_user_are_one_line(
     kind: type[Exception], fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,9 +26,9 @@ class Requirement:
     reason: str
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` is one of them; a list is if each of its items is."""
+        """Whether `value` is one of them; a list is if it has items and each of them is."""
         if isinstance(value, list) and value not in self.values:
-            return all(self.allows(item) for item in value)
+            return bool(value) and all(self.allows(item) for item in value)
         return value in self.values
 
 

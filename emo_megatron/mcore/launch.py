@@ -110,24 +110,44 @@ def step_arguments(step: str, options: ModelOptions, *, checkpoint: Path) -> tup
 
 
 def _run(step: str, options: ModelOptions, *, checkpoint: Path, log: Path) -> None:
-    """Run a step's command; Megatron's own output goes to the log file."""
+    """Run a step's command; Megatron's own output goes to the log file.
+
+    A step that has said what the user can mend did nothing: an earlier log stays, and no new folder does.
+    """
     arguments = step_arguments(step, options, checkpoint=checkpoint)
+    made = [folder for folder in log.absolute().parents if not folder.exists()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as megatron_says:
-        code = subprocess.run(
-            _command(arguments, processes=options.processes),
-            env=_environment(processes=options.processes),
-            stdout=megatron_says,
-            check=False,
-        ).returncode
+    unfinished = log.with_name(f"{log.name}.unfinished")
+    code: int | None = None
+    try:
+        with unfinished.open("wb") as megatron_says:
+            code = subprocess.run(
+                _command(arguments, processes=options.processes),
+                env=_environment(processes=options.processes),
+                stdout=megatron_says,
+                check=False,
+            ).returncode
+    finally:
+        if code == USER_ERROR:
+            unfinished.unlink()
+            _remove_empty(made)
+        elif unfinished.exists():
+            # an interrupted step's, too: it may tell what the user did not wait for
+            unfinished.replace(log)
     if code == USER_ERROR:
-        # the step has said what is wrong, and did nothing
-        log.unlink()
         sys.exit(code)
     if code != 0:
         raise RuntimeError(
             f"{step} stopped with exit code {code}; Megatron's own output is in {log}"
         )
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, up to the first that something was written to."""
+    for folder in folders:
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def _layout(options: ModelOptions) -> tuple[str, ...]:

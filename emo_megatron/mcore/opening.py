@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def open_study[T: ModelOptions](
         seq_length=options.seq_length or min(loaded.args.seq_length, LONGEST_ROW),
         rows_at_once=options.rows,
         weights=mark_of(checkpoint.path),
+        megatron=shlex.join(shlex.split(options.megatron)),
     )
     return Opened(options=options, model=model, args=loaded.args)
 
@@ -109,7 +111,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` in this rank; what the user can mend is told in one line."""
     try:
         main()
-    except (FileNotFoundError, ImportError, NotImplementedError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
         say_error(error)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:

@@ -35,6 +35,7 @@ class MegatronStudy:
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
         weights: `mark_of` the checkpoint.
+        megatron: more of Megatron's flags, which the user gave.
 
     Raises:
         NotImplementedError: there is context parallelism.
@@ -48,6 +49,7 @@ class MegatronStudy:
         seq_length: int,
         rows_at_once: int,
         weights: str,
+        megatron: str = "",
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
             raise NotImplementedError(
@@ -59,7 +61,9 @@ class MegatronStudy:
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         parameter = next(model.parameters())
         self._device = parameter.device
-        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=str(parameter.dtype))
+        self.setting = Setting(
+            weights=weights, seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron
+        )
 
     @property
     def is_writer(self) -> bool:

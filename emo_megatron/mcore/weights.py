@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -34,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from emo_megatron.mcore.damage import damage_of
 from emo_megatron.mcore.weight_names import in_order, pieces_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -42,11 +41,6 @@ RELEASE = "release"
 
 _OLD_COMMON_FILE = "common.pt"
 """Where earlier versions of Megatron keep what a checkpoint holds besides tensors."""
-_DAMAGE = (
-    *(AttributeError, EOFError, ImportError, IndexError, KeyError, OSError),
-    *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError),
-)
-"""What a cut or foreign file makes of its reader."""
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
 
 
@@ -75,7 +69,8 @@ class MegatronCheckpoint:
     def __init__(self, path: Path | str) -> None:
         self.path = _iteration_folder(Path(path))
         self._reader = FileSystemReader(str(self.path))
-        self._metadata: Metadata = _metadata(self._reader, self.path)
+        with damage_of([".metadata"], folder=self.path, is_unpickled=True):
+            self._metadata: Metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             name: entry
@@ -103,16 +98,14 @@ class MegatronCheckpoint:
         """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ...
 
         Raises:
-            ValueError: its file is damaged.
+            ValueError: its file is damaged, or holds what this Megatron does not have.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is")
-                return dict(load_common_state_dict(str(self.path)))
-        except (CheckpointException, *_DAMAGE) as error:
-            raise ValueError(
-                f"{self.path} is not whole: its file {self._common_file} is damaged ({_first_line(error)})"
-            ) from None
+        with (
+            damage_of([self._common_file], folder=self.path, is_unpickled=True),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            return dict(load_common_state_dict(str(self.path)))
 
     @property
     def args(self) -> argparse.Namespace:
@@ -198,14 +191,10 @@ class MegatronCheckpoint:
 
     def _run(self, plan: _Plan) -> None:
         items = plan.items(self._stored)
-        try:
+        stored = self._metadata.storage_data
+        files = {stored[item.storage_index].relative_path for item in items}
+        with damage_of(files, folder=self.path):
             self._reader.read_data(LoadPlan(items), plan).wait()
-        except _DAMAGE as error:
-            stored = self._metadata.storage_data
-            files = sorted({stored[item.storage_index].relative_path for item in items})
-            raise ValueError(
-                f"{self.path} is not whole: its file {' or '.join(files)} is damaged ({_first_line(error)})"
-            ) from None
 
     @property
     def _common_file(self) -> str:
@@ -282,20 +271,6 @@ class _Plan(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: the target is the caller's tensor."""
-
-
-def _metadata(reader: FileSystemReader, path: Path) -> Metadata:
-    try:
-        return reader.read_metadata()
-    except _DAMAGE as error:
-        raise ValueError(f"{path} is not whole: its .metadata is damaged ({error})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        # holds what each rank failed of, and its own text is a traceback
-        error = next(iter(error.failures.values()))[0]
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _iteration_folder(path: Path) -> Path:

@@ -17,12 +17,13 @@ from emo_megatron.modules.select import (
     LAYERWISE,
     NEEDS_OUTPUTS,
     RANDOM,
+    SCORES,
     MaxRise,
     keep_for_budget,
     parse_keep,
-    select_by_stats,
     select_layerwise,
     select_random,
+    select_top,
     selection_of,
     smallest_within,
 )
@@ -60,22 +61,50 @@ def select(
     facts = _facts(stats, model)
     keep = _keep(options, facts)
     calibration = _calibration(options, stats=stats, documents=documents, held_out=held_out)
-    data: dict[str, Any] = {"calibration": calibration}
-    unfinished = options.output.with_name(f"{options.output.name}.partial")
-    measured = options.output.with_name(f"{options.output.name}.partial.safetensors")
-    remember: Remember = anew
-    if model is not None:
-        question = _question(
-            options, model, keep=keep, stats=stats, calibration=calibration, held_out=held_out
-        )
-        remember = Progress(unfinished, model=model, question=question).remember
+    if model is None:
+        choose = _chooser(options, facts, stats=stats)
+        return _selected(options, facts, choose=choose, keep=keep, calibration=calibration)
+    question = _question(
+        options, model, keep=keep, stats=stats, calibration=calibration, held_out=held_out
+    )
+    with Progress(options.output, model=model, question=question) as progress:
         if stats is None and options.method not in (LAYERWISE, RANDOM):
             assert documents is not None
             outputs = options.method in NEEDS_OUTPUTS
-            stats = collect_stats(model, documents, output=measured, outputs=outputs)
-    choose = _chooser(
-        options, facts, stats=stats, model=model, documents=documents, remember=remember
-    )
+            stats = collect_stats(model, documents, output=progress.statistics, outputs=outputs)
+        choose = _chooser(
+            options,
+            facts,
+            stats=stats,
+            model=model,
+            documents=documents,
+            remember=progress.remember,
+        )
+        return _selected(
+            options,
+            facts,
+            choose=choose,
+            keep=keep,
+            calibration=calibration,
+            model=model,
+            held_out=held_out,
+            remember=progress.remember,
+        )
+
+
+def _selected(
+    options: SelectOptions,
+    facts: ModelFacts,
+    *,
+    choose: Callable[[int], Tensor],
+    keep: int | None,
+    calibration: list[dict[str, Any]],
+    model: StudiedModel | None = None,
+    held_out: Documents | None = None,
+    remember: Remember = anew,
+) -> Selection:
+    """Choose as many experts as are asked for, or as losses allow, and write the Selection."""
+    data: dict[str, Any] = {"calibration": calibration}
     if keep is not None:
         mask_LE = choose(keep)
         data |= {} if options.budget_mb is None else {"budget_mb": options.budget_mb}
@@ -96,8 +125,6 @@ def select(
     selection = selection_of(mask_LE, facts, method=options.method, seed=options.seed, data=data)
     if model is None or model.is_writer:
         selection.save(options.output)
-        for path in (unfinished, measured):
-            path.unlink(missing_ok=True)
     return selection
 
 
@@ -179,9 +206,9 @@ def _chooser(
     facts: ModelFacts,
     *,
     stats: ExpertStatistics | None,
-    model: StudiedModel | None,
-    documents: Documents | None,
-    remember: Remember,
+    model: StudiedModel | None = None,
+    documents: Documents | None = None,
+    remember: Remember = anew,
 ) -> Callable[[int], Tensor]:
     """Routed experts kept -> [L, E] bool, by the method of the options."""
     if options.method == LAYERWISE:
@@ -196,8 +223,9 @@ def _chooser(
             seed=options.seed,
         )
     assert stats is not None
-    known = stats
-    return lambda keep: select_by_stats(known, method=options.method, keep=keep)
+    # now: that statistics lack what the method needs is said before a loss is measured
+    scores_LE = SCORES[options.method](stats)
+    return lambda keep: select_top(scores_LE, keep=keep)
 
 
 def merge_files(options: MergeStatsOptions) -> Path:

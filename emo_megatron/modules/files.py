@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,13 +48,34 @@ def mark_of(checkpoint: Path) -> str:
 
 
 def must_not_exist(path: Path) -> None:
-    """Refuse to write over a file or a folder, before the work that makes another.
+    """Refuse to write over a file or a folder, or where none can be, before the work that makes another.
 
     Raises:
-        ValueError: it exists.
+        ValueError: it exists, or its folder can neither be made nor written to.
     """
     if path.exists():
         raise ValueError(f"{path} exists; name one that does not, or remove it")
+    must_be_writable(path)
+
+
+def must_be_writable(path: Path) -> None:
+    """Refuse a name whose folder, or the first one above it that exists, cannot be written to.
+
+    Raises:
+        ValueError: it is a file, or may not be written to.
+    """
+    folder = next(above for above in path.absolute().parents if os.path.lexists(above))
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is no folder; name another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{path} cannot be written: this user may not write to {folder}; name another place"
+        )
+
+
+def partial_of(path: Path) -> Path:
+    """Where what is known of a file so far is kept, beside it, until it is whole."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def _remove(path: Path) -> None:

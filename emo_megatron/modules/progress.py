@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
-from emo_megatron.modules.files import whole
+from emo_megatron.modules.files import partial_of, whole
 from emo_megatron.modules.study import StudiedModel
 
 FORMAT = "emo_megatron.selecting.1"
@@ -29,18 +30,41 @@ def anew[T](name: str, find: Callable[[], T]) -> T:
 class Progress:
     """Findings in a file, each written when it is found. Every rank makes the same calls; the first reads and writes.
 
+    The file tells the question from the start, so that nobody asks another one in the same place. As a context it is
+    gone when the block ends well; when it fails, it stays if there is something to go on with.
+
     Args:
-        path: JSON file.
+        output: what the findings are for; they are kept beside it.
         model: the one that is asked.
         question: all that the findings depend on, by names for the user; any JSON.
+
+    Attributes:
+        statistics: statistics file for statistics that belong to the findings.
 
     Raises:
         ValueError: the file holds findings of another question, or something else.
     """
 
-    def __init__(self, path: Path, *, model: StudiedModel, question: dict[str, Any]) -> None:
-        self._path, self._model, self._question = path, model, question
-        self._found: dict[str, Any] = model.from_writer(self._read)
+    def __init__(self, output: Path, *, model: StudiedModel, question: dict[str, Any]) -> None:
+        self._path, self._model, self._question = partial_of(output), model, question
+        self.statistics = self._path.with_name(f"{self._path.name}.safetensors")
+        self._found: dict[str, Any] = {}
+        self._found = model.from_writer(self._open)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._model.is_writer:
+            return
+        if kind is None or not (self._found or self._measured):
+            for path in (self._path, *self._measured):
+                path.unlink(missing_ok=True)
 
     def remember[T](self, name: str, find: Callable[[], T]) -> T:
         """See Remember."""
@@ -51,14 +75,27 @@ class Progress:
         answer: T = self._found[name]
         return answer
 
+    @property
+    def _measured(self) -> list[Path]:
+        """Files of statistics, whole or not, that there are."""
+        files = (self.statistics, partial_of(self.statistics))
+        return [path for path in files if path.exists()]
+
+    def _open(self) -> dict[str, Any]:
+        if self._path.exists():
+            return self._read()
+        # the user removed the file that told what they are of
+        for path in self._measured:
+            path.unlink()
+        self._write()
+        return {}
+
     def _write(self) -> None:
         stored = {"format": FORMAT, "question": self._question, "found": self._found}
         with whole(self._path) as unfinished:
             unfinished.write_text(json.dumps(stored, indent=1), encoding="utf-8")
 
     def _read(self) -> dict[str, Any]:
-        if not self._path.exists():
-            return {}
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
             asked, found = dict(stored["question"]), dict(stored["found"])
@@ -67,12 +104,13 @@ class Progress:
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._path} is not the progress of a select ({error}): remove it"
-            ) from None
+            ) from error
         names = asked.keys() | self._question.keys()
         others = sorted(name for name in names if asked.get(name) != self._question.get(name))
         if others:
+            files = " and ".join(map(str, (self._path, *self._measured)))
             raise ValueError(
                 f"{self._path} is the progress of another select, whose {', '.join(others)} differ: give the options "
-                "of that one to finish it, another --output, or remove the file"
+                f"of that one to finish it, another --output, or remove {files}"
             )
         return found

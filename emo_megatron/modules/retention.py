@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Calibration, Documents
-from emo_megatron.modules.files import whole
+from emo_megatron.modules.files import must_be_writable, whole
 from emo_megatron.modules.retention_options import RetentionOptions, domain_files
 from emo_megatron.modules.select import (
     LAYERWISE,
@@ -166,10 +166,11 @@ def check_output(options: RetentionOptions) -> None:
     """Refuse an output that rows cannot be added to, before the model is loaded.
 
     Raises:
-        ValueError: it is no folder, or its rows cannot be read.
+        ValueError: it is no folder, its rows cannot be read, or none can be written.
     """
     if options.output.exists() and not options.output.is_dir():
         raise ValueError(f"--output must be a folder; {options.output} is a file")
+    must_be_writable(options.rows_file)
     _rows_in(options.rows_file)
 
 
@@ -240,6 +241,8 @@ def _origin(
         str(options.seq_length),
         held_out[row.evaluated_on].source["sha256"],
     ]
+    if model.setting.megatron:
+        facts.append(model.setting.megatron)
     if row.method == RANDOM:
         facts.append(str(options.seed))
     elif row.method != FULL:
@@ -257,8 +260,8 @@ def _read_done(path: Path, origins: Mapping[str, str]) -> dict[str, Any]:
     others = [key for key in origins.keys() & done.keys() if done[key]["origin"] != origins[key]]
     if others:
         raise ValueError(
-            f"{path} holds rows of another model, other text or another seed ({sorted(others)[0]}); "
-            "name another folder with --output"
+            f"{path} holds rows of another model, other text, another seed or other --megatron flags "
+            f"({sorted(others)[0]}); name another folder with --output"
         )
     return done
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.files import must_be_writable, partial_of
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
 
 
@@ -51,6 +52,8 @@ class Setting:
     """Tokens a row."""
     dtype: str
     """Of the weights as they are run."""
+    megatron: str = ""
+    """More of Megatron's flags, which the user gave."""
 
 
 class StudiedModel(Protocol):
@@ -96,11 +99,14 @@ def stats_in(output: Path) -> ExpertStatistics | None:
     """The statistics that were written to a file before; None if there is none.
 
     Raises:
-        ValueError: it is something else, which is not written over.
+        ValueError: it is something else, which is not written over, or nothing can be written there.
     """
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name a file")
-    return load_stats(output) if output.exists() else None
+    if output.exists():
+        return load_stats(output)
+    must_be_writable(output)
+    return None
 
 
 def statistics_of(
@@ -153,14 +159,15 @@ def collect_stats(
     Raises:
         ValueError: `output` holds other statistics.
     """
-    unfinished = output.with_name(f"{output.name}.partial")
+    unfinished = partial_of(output)
     source = documents.source | asdict(model.setting)
 
     def is_of_this(stats: ExpertStatistics) -> bool:
         # JSON has no tuples, and what chose the documents shows in their digest
         names = ("sha256", *asdict(model.setting))
         return (
-            [[entry.get(name) for name in names] for entry in stats.data]
+            # files that were written before this was noted lack --megatron
+            [[entry.get(name, "") for name in names] for entry in stats.data]
             == [[source[name] for name in names]]
             and stats.model.is_same(model.facts)
             and ("norm_LE" in stats.tensors()) == outputs
@@ -172,8 +179,8 @@ def collect_stats(
             if is_of_this(found):
                 return found
             raise ValueError(
-                f"{output} holds the statistics of something else: other weights, --data, --seq-length, dtype or "
-                "--outputs; name another file"
+                f"{output} holds the statistics of something else: other weights, --data, --seq-length, dtype, "
+                "--outputs or --megatron; name another file"
             )
         if unfinished.exists():
             # what is of something else is nothing to go on with, and it is replaced

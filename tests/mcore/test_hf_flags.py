@@ -56,6 +56,7 @@ def test_the_flags_of_an_architecture_are_its_own():
         ("moe_router_load_balancing_type", "sinkhorn", "choosing other experts"),
         ("moe_router_load_balancing_type", "quantile_balancing", "choosing other experts"),
         ("moe_router_load_balancing_type", ["aux_loss", "sinkhorn"], "choosing other experts"),
+        ("moe_router_load_balancing_type", [], "choosing other experts"),
         ("moe_router_score_function", "sqrtsoftplus", "a softmax and its top-k"),
         ("moe_router_group_topk", 2, "without bias, groups or scaling"),
         ("moe_router_topk_limited_devices", 2, "without bias, groups or scaling"),

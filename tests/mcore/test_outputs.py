@@ -15,6 +15,17 @@ WRITERS = {
     "export": ("--checkpoint",),
     "import": ("--folder",),
     "select": ("--checkpoint", "--data"),
+    "merge-stats": ("--stats",),
+}
+"""Commands that make what they are told to write: their inputs."""
+ELSEWHERE = {
+    # goes on with what it finds in its folder
+    "demo",
+    # adds to a folder, see tests/modules/hf/test_evaluation_task.py
+    "eval-task",
+    # commands of placements are not listed yet
+    "place",
+    "relabel",
 }
 SIZE = {"select": ("--keep", "4")}
 STEPS = {
@@ -31,6 +42,16 @@ REFUSED = [
     # rows are added to a folder
     if (step, kind) != ("retention", "folder")
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported() -> None:
+    """What torch says when Megatron is first imported is not what a command says."""
+    importlib.import_module("emo_megatron.mcore.merge")
+
+
+def test_every_command_that_writes_is_tested():
+    assert set(cli.COMMANDS) == {*WRITERS, *STEPS, *ELSEWHERE}
 
 
 @pytest.fixture
@@ -54,6 +75,20 @@ def test_commands_write_over_nothing(command, existing, capsys):
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
     assert told == f"error: {existing} exists; name one that does not, or remove it\n"
+
+
+@pytest.mark.parametrize("command", sorted({*WRITERS, *STEPS}))
+def test_commands_write_nothing_below_a_file(command, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    inputs = WRITERS.get(command, [f"--{name}" for name in STEPS.get(command, ())])
+    arguments = [command, *(part for flag in inputs for part in (flag, f"no{flag}"))]
+    output = mine / "new" / "output"
+    assert cli.main([*arguments, *SIZE.get(command, ()), "--output", str(output)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"cannot be written: {mine} is no folder" in told
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 @pytest.mark.parametrize(("step", "kind"), REFUSED)

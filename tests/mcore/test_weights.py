@@ -173,7 +173,7 @@ def test_damaged_metadata_is_said(saved, tmp_path):
     whole = metadata.read_bytes()
     for left in (0, 2, len(whole) // 2):
         metadata.write_bytes(whole[:left])
-        with pytest.raises(ValueError, match=r"not whole: its \.metadata is damaged"):
+        with pytest.raises(ValueError, match=r"not whole: its file \.metadata is damaged"):
             MegatronCheckpoint(tmp_path / "cut")
 
 

@@ -170,6 +170,7 @@ def test_an_interrupted_select_goes_on_and_gives_the_same(files, tmp_path, chang
         ({"documents": experts.documents(4, name="other")}, "data"),
         ({"model": {"facts": dataclasses.replace(experts.FACTS, fingerprint="beef")}}, "model"),
         ({"model": {"setting": dataclasses.replace(experts.SETTING, weights="x")}}, "weights"),
+        ({"model": {"setting": dataclasses.replace(experts.SETTING, megatron="-x")}}, "megatron"),
         ({"stats": True}, "stats"),
     ],
 )
@@ -200,6 +201,66 @@ def test_the_progress_of_another_select_is_refused(files, tmp_path, changes, dif
         kept.write_text(text)
         with pytest.raises(ValueError, match="is not the progress of a select"):
             choose(options, model)
+
+
+def test_what_was_measured_is_of_the_select_that_was_interrupted(tmp_path):
+    options = SelectOptions(
+        checkpoint=CHECKPOINT, output=tmp_path / "s.json", data=Path("data"), **SMALLEST
+    )
+    with pytest.raises(KeyboardInterrupt):
+        choose(options, experts.MadeUpModel(rising, loss_fails_at=0))
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(kept) == ["s.json.partial", "s.json.partial.safetensors"]
+    texts = {
+        "documents": experts.documents(3, name="other"),
+        "held_out": experts.documents(2, name="held-out"),
+    }
+    with pytest.raises(ValueError, match="whose data differ: ") as refused:
+        select(options, model=experts.MadeUpModel(rising), **texts)
+    for name in kept:
+        assert str(tmp_path / name) in str(refused.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    # without the file that tells what they are of, statistics are nobody's
+    (tmp_path / "s.json.partial").unlink()
+    model = experts.MadeUpModel(rising)
+    assert select(options, model=model, **texts).data["calibration"][0]["file"] == "other"
+    assert [count for count, _ in model.seen] == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_another_select_leaves_statistics_alone_that_are_being_measured(tmp_path):
+    options = SelectOptions(
+        checkpoint=CHECKPOINT, output=tmp_path / "s.json", data=Path("data"), keep="4"
+    )
+    # statistics are saved every 256 documents
+    documents, other = experts.documents(260), experts.documents(3, name="other")
+    with pytest.raises(KeyboardInterrupt):
+        select(options, model=experts.MadeUpModel(fails_at=1), documents=documents)
+    with pytest.raises(ValueError, match=r"whose data differ: .*partial\.safetensors\.partial$"):
+        select(options, model=experts.MadeUpModel(), documents=other)
+    again = experts.MadeUpModel()
+    select(options, model=again, documents=documents)
+    assert [count for count, _ in again.seen] == [4]
+    assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stop", "raised"),
+    [
+        ({"data": Path("data")}, {"fails_at": 0}, KeyboardInterrupt),
+        # what reap needs is not in these statistics, which is said before a loss is measured
+        ({"method": "reap", "stats": True, "keep": None, **SMALLEST}, {}, ValueError),
+    ],
+)
+def test_a_select_that_found_nothing_leaves_nothing(tmp_path, changes, stop, raised):
+    stats = experts.statistics(3, outputs=False).save(tmp_path / "in" / "stats.safetensors")
+    changes = {"keep": "4"} | changes | ({"stats": (stats,)} if "stats" in changes else {})
+    options = SelectOptions(checkpoint=CHECKPOINT, output=tmp_path / "s.json", **changes)
+    model = experts.MadeUpModel(**stop)
+    with pytest.raises(raised):
+        choose(options, model)
+    assert (model.seen, model.num_losses) == ([], 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_rank_is_told_what_was_found_before(tmp_path):

@@ -160,9 +160,10 @@ def test_rows_of_something_else_are_refused(texts):
         ({"seed": 1}, CountingModel()),
         ({"seq_length": 7}, CountingModel()),
         ({"checkpoint": texts / "tuned"}, CountingModel()),
+        ({}, CountingModel(setting=dataclasses.replace(experts.SETTING, megatron="--x 1"))),
     ):
         with pytest.raises(
-            ValueError, match=r"another model, other text or another seed.*--output"
+            ValueError, match=r"another model, other text, another seed or .*--output"
         ):
             measure_retention(dataclasses.replace(first, **changes), model=model, read=read)
         assert model.losses == []

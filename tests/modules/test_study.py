@@ -55,12 +55,27 @@ def test_a_whole_file_is_not_measured_again_and_another_is_not_replaced(tmp_path
         *(
             # routers may be the same after the experts were trained
             {"model": experts.MadeUpModel(setting=dataclasses.replace(experts.SETTING, **change))}
-            for change in ({"weights": "x"}, {"seq_length": 8}, {"dtype": "torch.bfloat16"})
+            for change in (
+                {"weights": "x"},
+                {"seq_length": 8},
+                {"dtype": "torch.bfloat16"},
+                {"megatron": "--x 1"},
+            )
         ),
     ):
         with pytest.raises(ValueError, match="something else"):
             collect(options.pop("model", experts.MadeUpModel()), output, **options)
     assert output.read_bytes() == before
+
+
+def test_a_file_that_does_not_tell_flags_is_of_none(tmp_path):
+    output = tmp_path / "s.safetensors"
+    stats = collect(experts.MadeUpModel(), output)
+    source = {name: value for name, value in stats.data[0].items() if name != "megatron"}
+    stats.of(source).save(output)
+    idle = experts.MadeUpModel()
+    collect(idle, output)
+    assert idle.seen == []
 
 
 def test_what_is_left_of_another_pass_is_not_gone_on_with(tmp_path):

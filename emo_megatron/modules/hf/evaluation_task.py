@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.modules.calibration import Calibration, load_documents
-from emo_megatron.modules.files import whole
+from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.tokenizer import Tokenizer
 
 _TASK = """\
@@ -53,7 +53,7 @@ class EvaluationTaskOptions:
     model: Path
     """An exported model, whose tokenizer reads or writes the documents."""
     output: Path
-    """Folder for lm-eval's --include_path; it may hold other tasks."""
+    """Folder for lm-eval's --include_path; it may hold other tasks, but none of this name."""
     num_tokens: int | None = None
     """Take documents, in order, until there are so many tokens; all by default."""
 
@@ -66,10 +66,15 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
 
     Raises:
         FileNotFoundError: there are no such documents.
-        ValueError: the name is no name, or the documents or the tokenizer cannot be read.
+        ValueError: the name is no name, a task of this name exists, or the documents or the tokenizer cannot be read.
     """
     if not re.fullmatch(r"[\w-]+", options.name):
         raise ValueError(f"--name must be letters, digits, - and _; got {options.name!r}")
+    data = (options.output / f"{options.name}.jsonl").resolve()
+    task = options.output / f"{options.name}.yaml"
+    # the folder may be that of the documents, and they may have this name
+    for path in (data, task):
+        must_not_exist(path)
     tokenizer = Tokenizer(options.model)
     found = load_documents(
         options.documents,
@@ -78,12 +83,10 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
         vocab_size=len(tokenizer),
     )
     texts = [tokenizer.decode(document.tolist()) for document in found.tokens]
-    data = (options.output / f"{options.name}.jsonl").resolve()
-    with whole(data) as unfinished:
+    with whole(data, is_new=True) as unfinished:
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts if text)
         unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    task = options.output / f"{options.name}.yaml"
-    with whole(task) as unfinished:
+    with whole(task, is_new=True) as unfinished:
         # a JSON string is a YAML string
         text = _TASK.format(name=json.dumps(options.name), file=json.dumps(str(data)))
         unfinished.write_text(text, encoding="utf-8")

@@ -117,3 +117,17 @@ def test_what_is_no_name_is_refused(exported: Path, tmp_path: Path) -> None:
             )
         )
     assert not list(tmp_path.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["french.jsonl", "french.yaml"])
+def test_no_task_and_no_documents_are_written_over(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    mine.write_text("mine")
+    # refused before documents or tokenizer are looked at: neither is there
+    options = EvaluationTaskOptions(
+        documents=tmp_path / "no.jsonl", name="french", model=tmp_path / "no", output=tmp_path
+    )
+    with pytest.raises(ValueError, match=f"{name} exists; name one that does not"):
+        write_evaluation_task(options)
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine]
