@@ -59,7 +59,7 @@ class Options:
     threads: int = 2
     """CPU threads."""
     seconds: float = 1.0
-    """Time to spend on each size, at least five rounds."""
+    """Time to spend on each size, at least 21 rounds."""
     output: Path = field(default=RESULTS)
     """Folder of the results, a CSV and a page named after the hardware."""
 
@@ -138,7 +138,8 @@ def main(options: Options) -> list[Path]:
         case = _make_case(size, device)
         _check(contenders, case)
         steps = {name: _step(permute, case) for name, permute in contenders.items()}
-        rounds = Rounds(fewest=5, most=100, seconds=0.2 if options.quick else options.seconds)
+        fewest, seconds = (5, 0.2) if options.quick else (21, options.seconds)
+        rounds = Rounds(fewest=fewest, most=100, seconds=seconds)
         results[size] = interleave(steps, device=device, rounds=rounds)
     page = _page(results, facts)
     print(page)

@@ -16,6 +16,8 @@ WRITERS = {
     "import": ("--folder",),
     "select": ("--checkpoint", "--data"),
     "merge-stats": ("--stats",),
+    "place": ("--stats",),
+    "relabel": ("--checkpoint", "--placement"),
 }
 """Commands that make what they are told to write: their inputs."""
 ELSEWHERE = {
@@ -23,11 +25,8 @@ ELSEWHERE = {
     "demo",
     # adds to a folder, see tests/modules/hf/test_evaluation_task.py
     "eval-task",
-    # commands of placements are not listed yet
-    "place",
-    "relabel",
 }
-SIZE = {"select": ("--keep", "4")}
+SIZE = {"select": ("--keep", "4"), "place": ("--ranks", "2")}
 STEPS = {
     "select": ("checkpoint", "data"),
     "stats": ("checkpoint", "data"),
