@@ -37,12 +37,14 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumArgs args) {
   Packed* row = static_cast<Packed*>(args.rows) + n * packs;
   EMO_CHECK_ALIGNED(row, Packed);
   EMO_CHECK_ALIGNED(copies, Packed);
-  const long long begin = args.bounds[n] < 0 ? 0 : args.bounds[n], end = args.bounds[n + 1];
+  const long long begin = args.bounds[n] < 0 ? 0 : args.bounds[n];
+  const long long end = args.bounds[n + 1] > args.num_copies ? args.num_copies : args.bounds[n + 1];
   for (long long i = lane_id(); i < packs; i += 32) {
     Sum sums[kCount] = {};
-    for (long long j = begin; j < end && j < args.num_copies; ++j) {
-      const long long copy = args.order[j];
-      if (copy < 0 || copy >= args.num_copies) continue;
+#pragma unroll 2
+    for (long long j = begin; j < end; ++j) {
+      const unsigned long long copy = args.order[j];
+      if (copy >= (unsigned long long)args.num_copies) continue;  // negative ones too
       const Packed pack = copies[copy * packs + i];
 #pragma unroll
       for (int c = 0; c < kCount; ++c) sums[c] += to_float(pack.x[c]);

@@ -125,7 +125,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     "rows from beyond are copied": ("rows.cu", "is_row ? from[i] : Unit{}", "from[is_row ? i : 0]"),
     "copies from beyond are added": (
         "rows.cu",
-        "if (copy < 0 || copy >= args.num_copies) continue;",
+        "if (copy >= (unsigned long long)args.num_copies) continue;",
         "",
     ),
 }
