@@ -46,6 +46,22 @@ const T* data_of(const char* name, const std::optional<Tensor>& tensor, ScalarTy
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
+// The kernels' name of a floating-point type; none where they do not know it.
+inline std::optional<DType> float_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
 // Whether the CPU kernels run for such a tensor.
 inline bool is_on_host([[maybe_unused]] const Tensor& where) {
 #if defined(EMO_EMULATE)

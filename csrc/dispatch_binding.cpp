@@ -12,18 +12,9 @@ using emo::launch;
 namespace {
 
 emo::DType dtype_of(const Tensor& numbers) {
-  switch (numbers.scalar_type()) {
-    case ScalarType::Float:
-      return emo::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return emo::DType::kBFloat16;
-    case ScalarType::Half:
-      return emo::DType::kFloat16;
-    case ScalarType::Double:
-      return emo::DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "rows must be float64, float32, bfloat16 or float16");
-  }
+  const std::optional<emo::DType> dtype = emo::float_type(numbers);
+  STD_TORCH_CHECK(dtype.has_value(), "rows must be float64, float32, bfloat16 or float16");
+  return *dtype;
 }
 
 int64_t bytes_of(emo::DType dtype) {

@@ -23,16 +23,10 @@ void run(const Tensor& where, int64_t count, int64_t grain, OnCpu on_cpu, OnCuda
 }
 
 emo::DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return emo::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return emo::DType::kBFloat16;
-    case ScalarType::Half:
-      return emo::DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
+  const std::optional<emo::DType> dtype = emo::float_type(logits);
+  STD_TORCH_CHECK(dtype.has_value() && *dtype != emo::DType::kFloat64,
+                  "logits must be float32, bfloat16 or float16");
+  return *dtype;
 }
 
 void check_logits(const Tensor& logits) {
