@@ -16,36 +16,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenCounts:
-    """Choices and valid tokens of one micro-batch, summed over the ranks of a group."""
+    """Choices and valid tokens of a population: a micro-batch, or several, over the ranks of a group."""
 
     tokens_per_expert_E: Tensor
     """[E] int64."""
     num_tokens: Tensor
-    """[] int64, tokens that are not padding."""
+    """[] int64, valid tokens: neither padding nor with logits that are not finite."""
 
-    def plus(self, other: TokenCounts) -> TokenCounts:
-        """The counts of both populations together."""
-        return TokenCounts(
-            tokens_per_expert_E=self.tokens_per_expert_E + other.tokens_per_expert_E,
-            num_tokens=self.num_tokens + other.num_tokens,
-        )
+    @classmethod
+    def of(cls, counts_X: Tensor, *, num_experts: int) -> TokenCounts:
+        """Views of [X] int64 counts that begin with the choices of every expert, then the valid tokens."""
+        return cls(tokens_per_expert_E=counts_X[:num_experts], num_tokens=counts_X[num_experts])
 
 
-def reduce_counts(
-    tokens_per_expert_E: Tensor, *, num_tokens: Tensor, group: dist.ProcessGroup | None
-) -> TokenCounts:
+def reduce_counts(counts_X: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum a rank's counts over `group` with one collective (none when the group is one rank).
 
     Args:
-        tokens_per_expert_E: [E] int64 of this rank.
-        num_tokens: [] int64, this rank's tokens that are not padding.
+        counts_X: [X] int64 of this rank, `ops.Routing.counts_X` or any other counts; left as it is.
         group: every rank that routes a part of the same population (tensor x data x context parallel).
+
+    Returns:
+        [X] int64, equal on every rank of the group.
     """
     if group is None or group.size() == 1:
-        return TokenCounts(tokens_per_expert_E=tokens_per_expert_E, num_tokens=num_tokens)
-    packed = torch.cat([tokens_per_expert_E, num_tokens.reshape(1)])
-    dist.all_reduce(packed, group=group)
-    return TokenCounts(tokens_per_expert_E=packed[:-1], num_tokens=packed[-1])
+        return counts_X
+    summed_X = counts_X.clone()
+    dist.all_reduce(summed_X, group=group)
+    return summed_X
 
 
 def load_balancing_loss(
@@ -62,9 +60,10 @@ def load_balancing_loss(
     Returns:
         [] float32. The shares of all ranks sum to the loss, which is 1 for a perfectly balanced router.
     """
-    num_experts = score_sums_E.shape[0]
-    f_E = fraction.tokens_per_expert_E / (fraction.num_tokens * top_k).clamp(min=1)
-    return num_experts * torch.dot(f_E, score_sums_E) / population.num_tokens.clamp(min=1)
+    # every constant in one vector, so that forward and backward are few operations
+    scale = score_sums_E.shape[0] / top_k
+    num_tokens = (fraction.num_tokens * population.num_tokens).clamp(min=1)
+    return torch.dot(fraction.tokens_per_expert_E * scale / num_tokens, score_sums_E)
 
 
 def z_loss(z_T: Tensor, *, population: TokenCounts) -> Tensor:
@@ -74,10 +73,4 @@ def z_loss(z_T: Tensor, *, population: TokenCounts) -> Tensor:
         z_T: [T] float32, 0 for padding; differentiable.
         population: the micro-batch over all ranks.
     """
-    return z_T.square().sum() / population.num_tokens.clamp(min=1)
-
-
-def load_imbalance(counts: TokenCounts) -> Tensor:
-    """Largest load over mean load of the experts, [] float32; 1 is perfect balance."""
-    load_E = counts.tokens_per_expert_E.float()
-    return load_E.max() / load_E.mean().clamp(min=1e-9)
+    return torch.dot(z_T, z_T) / population.num_tokens.clamp(min=1)

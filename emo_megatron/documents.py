@@ -7,7 +7,9 @@ vectorised and, unless a docstring says otherwise, never waits for the device.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,14 +52,14 @@ class DocumentSegments:
         """D, empty documents included; from the shape."""
         return self.starts_D.shape[0]
 
-    @property
+    @cached_property
     def rows_D(self) -> Tensor:
         """[D] int64 in [0, B): the sample each document lies in."""
         # an empty document may start at T, one past the last sample
         last_row = max(self.num_tokens // self.tokens_per_sample - 1, 0)
         return (self.starts_D // self.tokens_per_sample).clamp(max=last_row)
 
-    @property
+    @cached_property
     def offsets_D(self) -> Tensor:
         """[D] int64 in [0, S): first token within the sample; S if an empty document ends it."""
         return self.starts_D - self.rows_D * self.tokens_per_sample
@@ -101,14 +103,15 @@ class DocumentSegments:
             _check_samples(bounds.cpu(), tokens_per_sample=tokens_per_sample)
 
         index_T = torch.arange(num_tokens, device=cu.device)
-        # right=True: of several documents that start here the last, the only one to hold the token
-        owner_T = torch.searchsorted(bounds, index_T, right=True) - 1
-        is_real_T = owner_T < cu.shape[0] - 1
+        # how many documents end before the token; right=True: an empty one that ends where it begins is none of them
+        num_documents = cu.shape[0] - 1
+        owner_T = torch.searchsorted(bounds[1:], index_T, right=True)
+        is_padding_T = owner_T == num_documents
         if cu_seqlens_padded is not None:
-            safe_T = owner_T.clamp(min=0, max=cu.shape[0] - 2)
-            is_real_T &= index_T - bounds[safe_T] < cu.diff()[safe_T]
+            safe_T = owner_T.clamp(max=num_documents - 1)
+            is_padding_T |= index_T - bounds[safe_T] >= cu.diff()[safe_T]
         return cls(
-            document_ids_T=torch.where(is_real_T, owner_T, -1),
+            document_ids_T=owner_T.masked_fill(is_padding_T, -1),
             starts_D=bounds[:-1],
             tokens_per_sample=tokens_per_sample,
         )
@@ -190,6 +193,20 @@ class DocumentSegments:
             document_ids_T=torch.where(self.document_ids_T < 0, -1, row_T),
             starts_D=index_T[:: self.tokens_per_sample],
             tokens_per_sample=self.tokens_per_sample,
+        )
+
+    def without_tails(self, num_padding_B: Tensor) -> DocumentSegments:
+        """Take padding at the end of samples out of the documents that it was counted to.
+
+        Args:
+            num_padding_B: [B] int64, tokens of padding at the end of each sample.
+        """
+        index_T = torch.arange(self.num_tokens, device=self.document_ids_T.device)
+        row_T = index_T // self.tokens_per_sample
+        left_T = (row_T + 1) * self.tokens_per_sample - index_T
+        is_padding_T = left_T <= num_padding_B[row_T]
+        return dataclasses.replace(
+            self, document_ids_T=self.document_ids_T.masked_fill(is_padding_T, -1)
         )
 
     def take(self, token_indices: Tensor) -> Tensor:

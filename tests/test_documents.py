@@ -127,6 +127,28 @@ def test_golden_from_cu_seqlens() -> None:
     assert segments.take(torch.tensor([[7, 0], [4, 1]])).tolist() == [[4, 0], [3, 2]]
 
 
+@examples
+@given(packed_lengths(), st.data())
+def test_padding_at_the_end_of_samples_leaves_their_documents(
+    packed: tuple[list[list[int]], int], data: st.DataObject
+) -> None:
+    samples, tokens_per_sample = packed
+    num_padding = [data.draw(st.integers(0, tokens_per_sample)) for _ in samples]
+    lengths = [length for sample in samples for length in sample]
+    num_tokens = tokens_per_sample * len(samples)
+    segments = DocumentSegments.from_cu_seqlens(
+        cumulative(lengths), num_tokens=num_tokens, tokens_per_sample=tokens_per_sample
+    )
+    without = segments.without_tails(torch.tensor(num_padding))
+    want = naive_ids(lengths, num_tokens=num_tokens)
+    for sample, padding in enumerate(num_padding):
+        end = (sample + 1) * tokens_per_sample
+        want[end - padding : end] = [-1] * padding
+    assert without.document_ids_T.tolist() == want
+    assert torch.equal(without.starts_D, segments.starts_D)
+    assert without.tokens_per_sample == tokens_per_sample
+
+
 def test_no_tokens() -> None:
     segments = DocumentSegments.from_cu_seqlens(torch.tensor([0, 0]), num_tokens=0)
     assert (segments.num_tokens, segments.num_documents) == (0, 1)

@@ -19,12 +19,17 @@ from emo_megatron.balance import TokenCounts
 from emo_megatron.config import PoolConfig, PoolCpPartition
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
+from emo_megatron.ops import Backend
 from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
     "Pools need document boundaries and this forward pass got none (packed_seq_params is None). Train with "
     "--dataloader-inter-document-masking, or pass PackedSeqParams to the model."
 )
+
+TRAILING_PADDING = "emo_num_padding_B"
+"""Attribute of packed_seq_params, optional: [B] int64, tokens of padding at the end of each sample. Boundaries count
+them to the last document, where attention does no harm by them; in the choice of a pool they would have a vote."""
 
 
 class SampleClock:
@@ -93,6 +98,8 @@ class PoolScope:
     """Layer number -> [D, E] bool, the pools of this micro-batch."""
     counts: dict[int, tuple[TokenCounts, TokenCounts]] = field(default_factory=dict)
     """Layer number -> (counts behind the balance fraction, counts of this micro-batch), over all ranks."""
+    backends: dict[int, Backend] = field(default_factory=dict)
+    """Layer number -> the routing ops that chose its pools."""
     layers_seen: set[int] = field(default_factory=set)
 
 
@@ -147,9 +154,33 @@ def _make_scope(
     )
     if pool.pool_scope == "sample":
         segments = segments.whole_samples()
+    num_padding_B = getattr(packed, TRAILING_PADDING, None)
+    if num_padding_B is not None:
+        segments = segments.without_tails(num_padding_B)
+    samples = num_tokens // segments.tokens_per_sample
+    first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
+    return PoolScope(
+        segments=segments,
+        document_ids_T=_local_ids(packed, segments, hidden_shape[1], shard=shard, pool=pool),
+        sample_positions_D=segments.rows_D + first,
+        consumed_samples=CLOCK.consumed_samples,
+    )
+
+
+def _local_ids(
+    packed: PackedSeqParams,
+    segments: DocumentSegments,
+    batch_size: int,
+    *,
+    shard: Shard,
+    pool: PoolConfig,
+) -> Tensor:
+    """[T] int64, the document of each token that this rank routes."""
+    if shard.tp_size == shard.cp_size == batch_size == 1:
+        return segments.document_ids_T
     indices_T = local_token_indices(
-        num_tokens=num_tokens,
-        batch_size=hidden_shape[1],
+        num_tokens=segments.num_tokens,
+        batch_size=batch_size,
         tp_rank=shard.tp_rank,
         tp_size=shard.tp_size,
         cp_rank=shard.cp_rank,
@@ -157,14 +188,7 @@ def _make_scope(
         document_bounds=partition_bounds(packed, pool.pool_cp_partition),
         device=packed.cu_seqlens_q.device,
     )
-    samples = num_tokens // segments.tokens_per_sample
-    first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
-    return PoolScope(
-        segments=segments,
-        document_ids_T=segments.take(indices_T),
-        sample_positions_D=segments.rows_D + first,
-        consumed_samples=CLOCK.consumed_samples,
-    )
+    return segments.take(indices_T)
 
 
 def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from emo_megatron.mcore.context import PoolScope, Shard, scope_of
 from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
+from emo_megatron.mcore.flex import follow_routing_map
 from emo_megatron.mcore.router import PoolRouter
 
 
@@ -39,6 +40,8 @@ class PoolMoELayer(MoELayer):
             self.token_dispatcher = PoolAlltoAllDispatcher(
                 self.num_local_experts, config=self.config, pg_collection=pg_collection
             )
+        else:
+            follow_routing_map(self.token_dispatcher, self.config)
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
         if self.recomputes_itself and (self.config.fp8 or self.config.fp4):
@@ -99,14 +102,16 @@ class PoolTransformerLayer(TransformerLayer):
         return hidden_states, padding_mask, None
 
     def _shard(self) -> Shard:
-        groups = self.pg_collection
+        groups, router = self.pg_collection, self.mlp.pool_router
         splits_sequence = self.config.sequence_parallel
+        # not every host's collection has `dp`; in the router's group data-parallel ranks count slowest
+        sharing, all_ranks = router.tp_cp_group, router.tp_dp_cp_group
         return Shard(
             tp_rank=groups.tp.rank() if splits_sequence else 0,
             tp_size=groups.tp.size() if splits_sequence else 1,
             cp_rank=groups.cp.rank(),
             cp_size=groups.cp.size(),
-            dp_rank=groups.dp.rank(),
-            dp_size=groups.dp.size(),
+            dp_rank=all_ranks.rank() // sharing.size(),
+            dp_size=all_ranks.size() // sharing.size(),
             microbatch=getattr(self, "current_microbatch", 0) or 0,
         )

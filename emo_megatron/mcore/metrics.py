@@ -1,20 +1,50 @@
-"""Pool metrics in Megatron's own MoE tracker, so that TensorBoard, W&B and the console show them."""
+"""Pool metrics in Megatron's own MoE tracker, so that TensorBoard, W&B and the console show them.
+
+Forward passes only keep integers: what the routing ops count anyway is added up over the micro-batches of a step.
+Ratios, and the collectives behind them, are made once a step, when Megatron reports. They are ratios of sums over all
+documents, or all tokens, of the step, so they are the same numbers under every layout.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from emo_megatron import balance, ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.ops.reference import SCORE_FRACTION_BITS
 
-TOKEN_METRICS = ("token_entropy", "load_imbalance")
-"""Mean entropy of the scores a token (nats); largest over mean expert load."""
+TOKEN_METRICS = ("token_entropy", "load_imbalance", "nonfinite_tokens")
+"""Mean entropy of the scores of a token (nats); largest over mean expert load of the step; tokens per layer whose
+logits were not finite, which count nowhere."""
 DOCUMENT_METRICS = ("experts_per_document",)
-"""Distinct experts a document uses (on a rank: of the document's tokens that the rank routes)."""
+"""Mean number of distinct experts that the tokens of a document use."""
 POOL_METRICS = ("pool_size", "document_entropy")
 """Mean pool size (routed experts); mean entropy of a document's summed probabilities (nats)."""
+MAX_HELD = 1 << 16
+"""Micro-batches x layers whose used experts wait for a report. A host that never reports forgets the oldest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """Who shares what a router counts; None: one rank."""
+
+    tp_cp: dist.ProcessGroup | None
+    """Ranks that hold tokens of the same documents."""
+    tp_dp_cp: dist.ProcessGroup | None
+    """All ranks that route this layer."""
 
 
 class PoolMetricsTracker(MoEMetricsTracker):
@@ -22,18 +52,149 @@ class PoolMetricsTracker(MoEMetricsTracker):
 
     Args:
         names: metrics to add; every rank must add the same ones, since reporting reduces each over all ranks.
+        num_layers: of the whole model, all pipeline stages.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], *, num_layers: int) -> None:
         super().__init__()
         self.names = names
+        self.num_layers = num_layers
+        self._groups: Groups | None = None
+        self._local_X: dict[int, Tensor] = {}
+        self._global_X: dict[int, Tensor] = {}
+        self._documents: dict[int, Tensor] = {}
+        self._used: defaultdict[int, list[Tensor]] = defaultdict(list)
 
-    def report(self, *args: Any, track_names: Any = None, **kwargs: Any) -> str:
+    def add_counts(
+        self, layer_number: int, counts_X: Tensor, *, groups: Groups, is_reduced: bool
+    ) -> None:
+        """Add a micro-batch's `Routing.counts_X`, [E + 3] int64, of this rank or, if reduced, of all ranks."""
+        self._groups = groups
+        _add(self._global_X if is_reduced else self._local_X, layer_number, counts_X)
+
+    def add_documents(self, layer_number: int, statistics: Tensor, *, groups: Groups) -> None:
+        """Add a micro-batch's `ops.document_statistics`, [5] int64, equal on the ranks of groups.tp_cp."""
+        self._groups = groups
+        _add(self._documents, layer_number, statistics)
+
+    def hold_used(self, layer_number: int, used_DW: Tensor) -> None:
+        """Keep a micro-batch's `ops.experts_used` of this rank, to be joined with those of groups.tp_cp in a report."""
+        held = self._used[layer_number]
+        held.append(used_DW)
+        if len(held) * len(self._used) > MAX_HELD:
+            del held[0]
+
+    def report(self, loss_scale: float, *args: Any, track_names: Any = None, **kwargs: Any) -> str:
         """As MoEMetricsTracker.report, with the pool metrics added to the names asked for."""
+        self._make_ratios(loss_scale)
         if track_names is not None:
             asked = [track_names] if isinstance(track_names, str) else list(track_names)
             track_names = asked + [name for name in self.names if name not in asked]
-        return super().report(*args, track_names=track_names, **kwargs)
+        return super().report(loss_scale, *args, track_names=track_names, **kwargs)
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        super().clear()
+        for kept in (self._local_X, self._global_X, self._documents, self._used):
+            kept.clear()
+
+    def _make_ratios(self, loss_scale: float) -> None:
+        """Turn what this stage's layers counted into the entries that the parent sums over pipeline stages.
+
+        Ranks of one stage have the same layers, so they enter the same collectives.
+        """
+        found = self._token_ratios() | self._document_ratios()
+        for name in self.names:
+            layers, ratios_L = found.get(name, ([], None))
+            self.ensure_initialized(
+                name, self.num_layers, None if ratios_L is None else ratios_L.device
+            )
+            self._metrics[name].needs_dp_avg = False
+            if ratios_L is not None:
+                # the parent multiplies by loss_scale, to average over micro-batches
+                rows = [layer - 1 for layer in layers]
+                self._metrics[name].values[rows] = (ratios_L / loss_scale).float()
+
+    def _token_ratios(self) -> dict[str, tuple[list[int], Tensor]]:
+        counts = dict(self._global_X)
+        if self._local_X:
+            assert self._groups is not None
+            stacked_LX = torch.stack(list(self._local_X.values()))
+            summed_LX = balance.reduce_counts(stacked_LX, group=self._groups.tp_dp_cp)
+            counts |= dict(zip(self._local_X, summed_LX, strict=True))
+        if not counts:
+            return {}
+        layers = sorted(counts)
+        counts_LX = torch.stack([counts[layer] for layer in layers])
+        self._warn_of_nonfinite(layers, counts_LX)
+        load_LE, totals_L3 = counts_LX.double().split([counts_LX.shape[1] - 3, 3], dim=1)
+        tokens_L, nonfinite_L, entropy_L = totals_L3.unbind(1)
+        return {
+            "token_entropy": (layers, _nats(entropy_L) / tokens_L.clamp(min=1)),
+            "load_imbalance": (layers, load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-9)),
+            "nonfinite_tokens": (layers, nonfinite_L),
+        }
+
+    def _document_ratios(self) -> dict[str, tuple[list[int], Tensor]]:
+        if not self._documents:
+            return {}
+        assert self._groups is not None
+        layers = sorted(self._documents)
+        own_L5 = torch.stack([self._documents[layer] for layer in layers])
+        if self._used:
+            own_L5 = own_L5 + self._joined_statistics(layers, self._groups)
+        documents, sizes, entropy, users, used = (
+            balance.reduce_counts(own_L5, group=self._groups.tp_dp_cp).double().unbind(1)
+        )
+        return {
+            "pool_size": (layers, sizes / documents.clamp(min=1)),
+            "document_entropy": (layers, _nats(entropy) / documents.clamp(min=1)),
+            "experts_per_document": (layers, used / users.clamp(min=1)),
+        }
+
+    def _joined_statistics(self, layers: list[int], groups: Groups) -> Tensor:
+        """[L, 5] int64, of the experts that documents use on any rank that holds a part of them."""
+        words = [torch.cat(self._used[layer]) for layer in layers]
+        mine_RW = torch.cat(words)
+        parts = [
+            torch.empty_like(mine_RW)
+            for _ in range(1 if groups.tp_cp is None else groups.tp_cp.size())
+        ]
+        dist.all_gather(parts, mine_RW, group=groups.tp_cp)
+        joined_RW = parts[0]
+        for part_RW in parts[1:]:
+            joined_RW = joined_RW | part_RW
+        sizes = [len(layer_words) for layer_words in words]
+        return torch.stack(
+            [ops.document_statistics(None, used_DW=used_DW) for used_DW in joined_RW.split(sizes)]
+        )
+
+    def _warn_of_nonfinite(self, layers: list[int], counts_LX: Tensor) -> None:
+        group = None if self._groups is None else self._groups.tp_dp_cp
+        if group is not None and group.rank() != 0:
+            return
+        for layer, count in zip(layers, counts_LX[:, -2].tolist(), strict=True):
+            if count:
+                warnings.warn(
+                    f"layer {layer}: the router's logits of {count} tokens of this step are NaN or infinite; "
+                    "these tokens count in no pool and no balance loss, and their outputs are NaN",
+                    stacklevel=2,
+                )
+
+
+def _add(sums: dict[int, Tensor], layer_number: int, values: Tensor) -> None:
+    before = sums.get(layer_number)
+    sums[layer_number] = values if before is None else before + values
+
+
+def _nats(fixed_L: Tensor) -> Tensor:
+    return fixed_L / 2.0**SCORE_FRACTION_BITS
+
+
+def pool_metrics() -> PoolMetricsTracker | None:
+    """The tracker of pool metrics; None where none is installed, and then routers count nothing for it."""
+    tracker = get_moe_metrics_tracker()
+    return tracker if isinstance(tracker, PoolMetricsTracker) else None
 
 
 def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_documents: bool) -> None:
@@ -44,11 +205,6 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
         config: Megatron's configuration of the model.
         has_documents: whether training batches carry document boundaries.
     """
-    types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    if isinstance(types, str):
-        types, coefficients = [types], [coefficients]
-    balance = dict(zip(types, coefficients, strict=True)).get("global_aux_loss", 0.0)
-    names: tuple[str, ...] = POOL_METRICS if pool.is_on else ()
-    if balance > 0 or config.moe_z_loss_coeff:
-        names += TOKEN_METRICS + (DOCUMENT_METRICS if has_documents else ())
-    set_moe_metrics_tracker(PoolMetricsTracker(names))
+    names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)
+    names += DOCUMENT_METRICS if has_documents else ()
+    set_moe_metrics_tracker(PoolMetricsTracker(names, num_layers=config.num_layers))

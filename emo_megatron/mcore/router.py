@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from emo_megatron import balance, ops
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.context import NO_BOUNDARIES, PoolScope
+from emo_megatron.mcore.flex import leaves_padding_out
+from emo_megatron.mcore.metrics import Groups, pool_metrics
 
 
 class PoolRouter(TopKRouter):
@@ -36,7 +39,7 @@ class PoolRouter(TopKRouter):
     def __init__(self, *args: Any, pool: PoolConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pool = pool
-        self._step_counts: balance.TokenCounts | None = None
+        self._step_counts_X: Tensor | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -54,8 +57,8 @@ class PoolRouter(TopKRouter):
             self.observe_logits(logits_TE.detach().float(), ids_T)
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
-        backend = self.backend(logits_TE)
-        pool_DE = self._pool(logits_TE, ids_T, backend)
+        backend = self._backend_of_scope(logits_TE)
+        pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)
         if self.allowed_experts is not None:
             # -inf alone would not keep them out: a bias, or an underflow to equal zeros, can pick them
             allowed_1E = self.allowed_experts[None]
@@ -74,16 +77,14 @@ class PoolRouter(TopKRouter):
         )
         probs_TE = routed.probs_TE
         if self.training:
-            probs_TE = self._with_losses(probs_TE, routed, ids_T)
-        self._apply_expert_bias(
-            routed.routing_map_TE, padding_mask=None if ids_T is None else (ids_T < 0)[:, None]
-        )
-        return probs_TE, routed.routing_map_TE
+            probs_TE = self._with_losses(probs_TE, routed, scores_DE)
+        self._count_for_bias(routed)
+        return probs_TE, self._dispatched_map(routed.routing_map_TE, ids_T)
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Start a new step; Megatron calls it when gradients are final."""
         super().reset_global_aux_loss_tracker()
-        self._step_counts = None
+        self._step_counts_X = None
 
     def _document_ids(self, logits_TE: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         ids_T = None if self.scope is None else self.scope.document_ids_T
@@ -104,33 +105,45 @@ class PoolRouter(TopKRouter):
             dtype=logits_TE.dtype,
         )
 
-    def _pool(self, logits_TE: Tensor, ids_T: Tensor | None, backend: ops.Backend) -> Tensor | None:
-        """[D, E] bool, this layer's pools of the micro-batch, chosen once and kept for recompute; None: all."""
+    def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
+        """The backend of this micro-batch: recompute takes that of the first pass, whose bits it must repeat."""
+        scope = self.scope
+        if scope is None:
+            return self.backend(logits_TE)
+        if self.layer_number not in scope.backends:
+            scope.backends[self.layer_number] = self.backend(logits_TE)
+        return scope.backends[self.layer_number]
+
+    def _pool(
+        self, logits_TE: Tensor, ids_T: Tensor | None, backend: ops.Backend
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """This layer's pools of the micro-batch, [D, E] bool, chosen once and kept for recompute; None: all experts.
+
+        Beside them, where they were chosen just now, the scores they were chosen by, [D, E] int64.
+        """
         if not self.pool.is_on or (not self.training and self.pool.pool_eval is None):
-            return None
+            return None, None
         scope = self.scope
         if scope is None or ids_T is None:
             raise ValueError(NO_BOUNDARIES)
-        if self.layer_number not in scope.pools:
-            scores_DE = ops.document_scores(
-                logits_TE,
-                document_ids_T=ids_T,
-                num_documents=scope.segments.num_documents,
-                backend=backend,
-            )
-            if self.tp_cp_group.size() > 1:
-                torch.distributed.all_reduce(scores_DE, group=self.tp_cp_group)
-            sizes_D = self._pool_sizes(scores_DE, scope)
-            pool_DE = ops.select_pool(
-                scores_DE,
-                pool_sizes_D=sizes_D,
-                num_forced=self.pool.pool_forced,
-                backend=backend,
-            )
-            scope.pools[self.layer_number] = pool_DE
-            if self.training:
-                self._record_documents(scores_DE, pool_DE)
-        return scope.pools[self.layer_number]
+        if self.layer_number in scope.pools:
+            return scope.pools[self.layer_number], None
+        scores_DE = ops.document_scores(
+            logits_TE,
+            document_ids_T=ids_T,
+            num_documents=scope.segments.num_documents,
+            backend=backend,
+        )
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(scores_DE, group=self.tp_cp_group)
+        pool_DE = ops.select_pool(
+            scores_DE,
+            pool_sizes_D=self._pool_sizes(scores_DE, scope),
+            num_forced=self.pool.pool_forced,
+            backend=backend,
+        )
+        scope.pools[self.layer_number] = pool_DE
+        return pool_DE, scores_DE
 
     def _pool_sizes(self, scores_DE: Tensor, scope: PoolScope) -> Tensor:
         num_experts = scores_DE.shape[1]
@@ -143,11 +156,10 @@ class PoolRouter(TopKRouter):
             assert self.pool.pool_top_p is not None
             return ops.top_p_pool_sizes(scores_DE, top_p=self.pool.pool_top_p, low=low, high=high)
         if scope.sizes_LD is None:
-            layers_L = torch.arange(1, self.config.num_layers + 1, device=scores_DE.device)
             scope.sizes_LD = ops.draw_pool_sizes(
                 scope.sample_positions_D,
                 offsets_D=scope.segments.offsets_D,
-                layer_number=layers_L[:, None],
+                layer_number=range(1, self.config.num_layers + 1),
                 seed=self.pool.pool_seed,
                 low=low,
                 high=high,
@@ -156,14 +168,22 @@ class PoolRouter(TopKRouter):
             )
         return scope.sizes_LD[self.layer_number - 1]
 
-    def _with_losses(self, probs_TE: Tensor, routed: ops.Routing, ids_T: Tensor | None) -> Tensor:
-        """Attach this rank's share of the balance and z losses to the gradient of `probs_TE`."""
+    def _with_losses(
+        self, probs_TE: Tensor, routed: ops.Routing, scores_DE: Tensor | None
+    ) -> Tensor:
+        """Record what is counted, and attach this rank's share of the balance and z losses to `probs_TE`'s gradient."""
         lb_coeff = self.get_aux_loss_coeff("global_aux_loss")
         z_coeff = self.config.moe_z_loss_coeff or 0.0
-        if lb_coeff == 0.0 and z_coeff == 0.0:
-            return probs_TE
-        fraction, population = self._counts(routed, ids_T)
-        if not torch.is_grad_enabled():
+        has_losses = lb_coeff > 0.0 or z_coeff > 0.0
+        # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
+        scope = self.scope
+        is_first = (
+            torch.is_grad_enabled() if scope is None else self.layer_number not in scope.counts
+        )
+        fraction, population = self._counts(routed, is_reduced=has_losses, is_first=is_first)
+        if is_first:
+            self._record(routed.routing_map_TE, scores_DE)
+        if not has_losses or not torch.is_grad_enabled():
             return probs_TE
         # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
         scale = (
@@ -171,42 +191,63 @@ class PoolRouter(TopKRouter):
             if self.calculate_per_token_loss
             else self.tp_dp_cp_group.size() // self.tp_cp_group.size()
         )
+        attached = []
         if lb_coeff > 0.0:
             loss = balance.load_balancing_loss(
                 routed.score_sums_E, fraction=fraction, population=population, top_k=self.topk
             )
-            probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss * (lb_coeff * scale))
+            attached.append(loss * (lb_coeff * scale))
             self._record_share("global_load_balancing_loss", loss)
         if z_coeff > 0.0:
             loss = balance.z_loss(routed.z_T, population=population)
-            probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss * (z_coeff * scale))
+            attached.append(loss * (z_coeff * scale))
             self._record_share("z_loss", loss)
-        self._record_tokens(routed, population)
-        return probs_TE
+        return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(operator.add, attached))
 
     def _counts(
-        self, routed: ops.Routing, ids_T: Tensor | None
+        self, routed: ops.Routing, *, is_reduced: bool, is_first: bool
     ) -> tuple[balance.TokenCounts, balance.TokenCounts]:
         """Counts behind the balance fraction and of this micro-batch, reduced once and kept for recompute."""
         scope = self.scope
-        if scope is not None and self.layer_number in scope.counts:
+        if scope is not None and not is_first:
             return scope.counts[self.layer_number]
-        num_tokens = (
-            torch.full((), routed.z_T.shape[0], dtype=torch.int64, device=routed.z_T.device)
-            if ids_T is None
-            else (ids_T >= 0).sum()
-        )
-        population = balance.reduce_counts(
-            routed.tokens_per_expert_E, num_tokens=num_tokens, group=self.tp_dp_cp_group
-        )
-        fraction = population
+        counts_X = routed.counts_X
+        if is_reduced:
+            counts_X = balance.reduce_counts(counts_X, group=self.tp_dp_cp_group)
+        num_experts = routed.routing_map_TE.shape[1]
+        population = fraction = balance.TokenCounts.of(counts_X, num_experts=num_experts)
         if self.pool.pool_balance == "running":
-            if self._step_counts is not None:
-                fraction = population.plus(self._step_counts)
-            self._step_counts = fraction
-        if scope is not None:
+            so_far_X = counts_X if self._step_counts_X is None else counts_X + self._step_counts_X
+            fraction = balance.TokenCounts.of(so_far_X, num_experts=num_experts)
+            if is_first:
+                self._step_counts_X = so_far_X
+        if is_first and scope is not None:
             scope.counts[self.layer_number] = (fraction, population)
+        if is_first and (tracker := pool_metrics()) is not None:
+            tracker.add_counts(
+                self.layer_number, counts_X, groups=self._groups, is_reduced=is_reduced
+            )
         return fraction, population
+
+    def _record(self, routing_map_TE: Tensor, scores_DE: Tensor | None) -> None:
+        """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
+        tracker, scope = pool_metrics(), self.scope
+        if tracker is None or scope is None:
+            return
+        used_DW = ops.experts_used(
+            routing_map_TE,
+            document_ids_T=scope.document_ids_T,
+            num_documents=scope.segments.num_documents,
+        )
+        is_split = self.tp_cp_group.size() > 1
+        if is_split:
+            tracker.hold_used(self.layer_number, used_DW)
+        statistics = ops.document_statistics(
+            scores_DE,
+            pool_DE=None if scores_DE is None else scope.pools[self.layer_number],
+            used_DW=None if is_split else used_DW,
+        )
+        tracker.add_documents(self.layer_number, statistics, groups=self._groups)
 
     def _record_share(self, name: str, share: Tensor) -> None:
         """Log a value of which every rank holds a share: summed when Megatron reports, not here."""
@@ -219,47 +260,38 @@ class PoolRouter(TopKRouter):
             needs_dp_avg=False,
         )
 
-    def _record_mean(self, name: str, value: Tensor) -> None:
-        get_moe_metrics_tracker().record(
-            name,
-            value,
-            self.layer_number,
-            self.config.num_layers,
-            avg_group=self.tp_dp_cp_group,
-            needs_dp_avg=False,
-        )
+    @property
+    def _groups(self) -> Groups:
+        return Groups(tp_cp=self.tp_cp_group, tp_dp_cp=self.tp_dp_cp_group)
 
-    def _record_documents(self, scores_DE: Tensor, pool_DE: Tensor) -> None:
-        is_real_D = scores_DE.sum(dim=-1) > 0
-        num_real = is_real_D.sum().clamp(min=1)
-        self._record_mean("pool_size", (pool_DE.sum(dim=-1) * is_real_D).sum() / num_real)
-        mass_DE = scores_DE.double() / scores_DE.sum(dim=-1, keepdim=True).clamp(min=1)
-        entropy_D = -torch.xlogy(mass_DE, mass_DE).sum(dim=-1)
-        self._record_mean("document_entropy", (entropy_D.sum() / num_real).float())
+    def _count_for_bias(self, routed: ops.Routing) -> None:
+        """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.local_tokens_per_expert += routed.tokens_per_expert_E
 
-    def _record_tokens(self, routed: ops.Routing, population: balance.TokenCounts) -> None:
-        num_tokens = population.num_tokens.clamp(min=1)
-        self._record_share("token_entropy", routed.entropy_T.sum() / num_tokens)
-        self._record_mean("load_imbalance", balance.load_imbalance(population))
-        if self.scope is not None:
-            self._record_mean(
-                "experts_per_document",
-                ops.experts_per_document(
-                    routed.routing_map_TE,
-                    document_ids_T=self.scope.document_ids_T,
-                    num_documents=self.scope.segments.num_documents,
-                ),
-            )
+    def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
+        """The map without padding for dispatchers that take any number of experts a token; see mcore/flex.py."""
+        if ids_T is None or not leaves_padding_out(self.config):
+            return routing_map_TE
+        return routing_map_TE & (ids_T >= 0)[:, None]
 
 
-@cache
 def choose_backend(
     device_type: str, *, num_experts: int, top_k: int, dtype: torch.dtype
 ) -> ops.Backend:
-    """The best backend for such logits. Rank 0 says once why it is not the compiled one."""
-    reason = ops.why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
-    if not reason:
-        return "native"
+    """The best backend for such logits. Rank 0 says, once a reason, why it is not the compiled one.
+
+    Raises:
+        RuntimeError: EMO_OPS=native asks for the compiled ops, and they cannot run.
+    """
+    backend = ops.best_backend(device_type, num_experts, top_k, dtype)
+    if backend == "reference":
+        _tell(ops.why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype))
+    return backend
+
+
+@functools.cache
+def _tell(reason: str) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(f"emo_megatron: routing runs in plain PyTorch, which is slower: {reason}", flush=True)
-    return "reference"

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
     get_gpt_layer_local_spec,
 )
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -57,13 +58,14 @@ def pool_block_spec(
             "HybridModel with emo_megatron.mcore.spec.pool_hybrid_spec"
         )
     uses_te = _check(config, pool)
-    block = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=uses_te,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
+    options = {
+        "use_transformer_engine": uses_te,
+        "normalization": config.normalization,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
+    # of all stages: one may have dense layers only
+    _require_places(get_gpt_decoder_layer_specs(config, **options))
+    block = get_gpt_decoder_block_spec(config, **options, vp_stage=vp_stage)
     layers = [_with_pools(layer, pool) for layer in block.layer_specs]
     if uses_te:
         return dataclasses.replace(block, layer_specs=layers)
@@ -84,6 +86,7 @@ def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSp
     """
     if _check(config, pool):
         stack = hybrid_stack_spec.submodules
+        _require_places([stack.moe_layer])
         moe_layer = _with_pools(stack.moe_layer, pool)
         return dataclasses.replace(
             hybrid_stack_spec, submodules=dataclasses.replace(stack, moe_layer=moe_layer)
@@ -149,6 +152,7 @@ def _local_stack(config: TransformerConfig, pool: PoolConfig) -> HybridStackSubm
         )
         for layer in (sparse, dense)
     )
+    _require_places([moe])
     layers = {
         field.name: _NeedsTransformerEngine
         for field in dataclasses.fields(HybridStackSubmodules)
@@ -258,15 +262,32 @@ def _with_pools(layer: ModuleSpec, pool: PoolConfig) -> ModuleSpec:
             "Use a spec of TransformerLayer."
         )
     submodules = layer.submodules
-    mlp = submodules.mlp
-    if isinstance(mlp, functools.partial) and mlp.func is MoELayer:
+    if _takes_pools(layer):
         moe = dataclasses.replace(
-            mlp.keywords["submodules"], router=functools.partial(PoolRouter, pool=pool)
+            submodules.mlp.keywords["submodules"], router=functools.partial(PoolRouter, pool=pool)
         )
         submodules = dataclasses.replace(
             submodules, mlp=functools.partial(PoolMoELayer, submodules=moe)
         )
     return dataclasses.replace(layer, module=PoolTransformerLayer, submodules=submodules)
+
+
+def _takes_pools(layer: ModuleSpec) -> bool:
+    """Whether this is an MoE layer in the form that Megatron's builders give it."""
+    mlp = layer.submodules.mlp
+    return isinstance(mlp, functools.partial) and mlp.func is MoELayer
+
+
+def _require_places(layers: list[ModuleSpec]) -> None:
+    """Refuse a model in which pools have no place: it would be a standard one, silently."""
+    if any(_takes_pools(layer) for layer in layers):
+        return
+    kinds = sorted({repr(getattr(layer.submodules, "mlp", None)) for layer in layers})
+    raise NotImplementedError(
+        "no layer of this model can be given pools: pools go into layers whose mlp is a functools.partial of "
+        f"Megatron's MoELayer; here mlp is {' or '.join(kinds)}. Check --num-experts and --moe-layer-freq, or use a "
+        "supported megatron-core."
+    )
 
 
 def _with_documents(layer: ModuleSpec, pool: PoolConfig) -> ModuleSpec:

@@ -32,29 +32,36 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
+from emo_megatron.mcore.context import TRAILING_PADDING
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
+NUM_PADDING = "num_padding"
+"""Key of a sample, and of a micro-batch with document boundaries: tokens of padding at the end, [mbs] int64."""
 
 
 def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict[str, Any]:
     """This stage's part of the next micro-batch.
 
     Returns:
-        BATCH_KEYS -> tensor or None. Token tensors are [1, mbs * s] with document boundaries and [mbs, s] without;
-        middle stages get the boundaries only.
+        BATCH_KEYS -> tensor or None, and NUM_PADDING with document boundaries. Token tensors are [1, mbs * s] with
+        boundaries and [mbs, s] without; middle stages get the boundaries and the padding only.
     """
     args = get_args()
     has_documents = args.dataloader_inter_document_masking
     if not has_documents and not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
+    num_padding_B = None
+    if has_documents:
+        num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None, "the dataset is built on every stage"
         loaded = next(data_iterator)
         if has_documents:
             _check_documents(loaded["cu_seqlens"], seq_length=args.seq_length)
+            num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
         batch = {
             key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
             for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
@@ -75,7 +82,13 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return flatten_batch_for_packed_sequences(batch)
+    if num_padding_B is not None and mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            num_padding_B,
+            mpu.get_tensor_model_parallel_src_rank(),
+            group=mpu.get_tensor_model_parallel_group(),
+        )
+    return flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
 
 
 def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
@@ -105,7 +118,7 @@ def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
     cu_seqlens = batch["cu_seqlens"].squeeze(0)
     longest = int(batch["max_seqlen"].item())
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)
-    return PackedSeqParams(
+    packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
@@ -113,6 +126,8 @@ def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
         max_seqlen_kv=longest,
         tokens_per_sample=get_args().seq_length,
     )
+    setattr(packed, TRAILING_PADDING, batch[NUM_PADDING])
+    return packed
 
 
 def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -163,6 +178,34 @@ def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tenso
     return output, functools.partial(loss_func, batch["loss_mask"])
 
 
+class _TellsPadding:
+    """Of a GPTDataset: samples with boundaries also say how many tokens at their end are padding.
+
+    Megatron counts those to the last document.
+    """
+
+    _num_fetched = 0
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
+        self._num_fetched = sum(lengths)
+        return text, documents, lengths
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(idx)  # type: ignore[misc]
+        num_tokens = len(sample["tokens"])
+        num_real = 0 if idx is None else min(self._num_fetched, num_tokens)
+        return sample | {NUM_PADDING: num_tokens - num_real}
+
+
+class PoolGPTDataset(_TellsPadding, GPTDataset):
+    """Megatron's dataset, whose samples tell their padding."""
+
+
+class PoolMockGPTDataset(_TellsPadding, MockGPTDataset):
+    """Megatron's made-up dataset, whose samples tell their padding."""
+
+
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Train, validation and test datasets, on tensor-parallel rank 0 of every stage that needs tokens or boundaries."""
     args = get_args()
@@ -175,7 +218,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
     print_rank_0("> building train, validation, and test datasets ...")
     builder = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        PoolMockGPTDataset if args.mock_data else PoolGPTDataset,
         num_samples,
         is_built_here,
         dataset_config(args),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -73,14 +74,14 @@ def _transformer_engine_spec():
         asked.append(options["use_transformer_engine"])
         return block
 
-    original, spec.get_gpt_decoder_block_spec = spec.get_gpt_decoder_block_spec, builder
-    has_te, spec.HAVE_TE = spec.HAVE_TE, True
     config = tiny.transformer_config()
     config.transformer_impl = "transformer_engine"
-    try:
+    with (
+        mock.patch.object(spec, "get_gpt_decoder_block_spec", builder),
+        mock.patch.object(spec, "get_gpt_decoder_layer_specs", return_value=[layer]),
+        mock.patch.object(spec, "HAVE_TE", True),
+    ):
         made = spec.pool_block_spec(config, pool=POOLS)
-    finally:
-        spec.get_gpt_decoder_block_spec, spec.HAVE_TE = original, has_te
     new = made.layer_specs[0]
     return (
         asked,
@@ -156,3 +157,80 @@ def test_a_missing_transformer_engine_is_named(ranks):
     pytest.importorskip("megatron.core")
     message = ranks(1).run(_without_transformer_engine)[0]
     assert "--transformer-impl local" in message
+
+
+def _no_place_for_pools(**overrides):
+    """What comes of a megatron-core whose spec names its MoE layer in a form that is not known."""
+    import dataclasses
+
+    from support import tiny
+
+    from emo_megatron.mcore import spec
+
+    tiny.setup()
+    stock = spec.get_gpt_decoder_layer_specs
+
+    def other_form(*args, **options):
+        return [
+            dataclasses.replace(
+                layer,
+                submodules=dataclasses.replace(
+                    layer.submodules, mlp=functools.partial(lambda mlp: mlp(), layer.submodules.mlp)
+                ),
+            )
+            for layer in stock(*args, **options)
+        ]
+
+    outcomes = []
+    config = tiny.transformer_config(**overrides)
+    for builder in (stock, other_form):
+        with mock.patch.object(spec, "get_gpt_decoder_layer_specs", builder):
+            try:
+                spec.pool_block_spec(config, pool=POOLS)
+            except NotImplementedError as error:
+                outcomes.append(str(error))
+            else:
+                outcomes.append("built")
+    return outcomes
+
+
+def test_a_model_without_a_place_for_pools_is_refused(ranks):
+    built, refused = ranks(1).run(_no_place_for_pools)[0]
+    assert built == "built"
+    assert "--num-experts" in refused
+    (all_dense, _) = ranks(1).run(_no_place_for_pools, moe_layer_freq=[0, 0])[0]
+    assert "--moe-layer-freq" in all_dense
+
+
+def _stages_of_dense_layers():
+    from support import tiny
+
+    tiny.setup(pipeline_model_parallel_size=2)
+    model = tiny.model(POOLS, moe_layer_freq=[0, 1])
+    return [type(layer.mlp).__name__ for layer in model.decoder.layers]
+
+
+def test_a_pipeline_stage_may_be_all_dense(ranks):
+    assert ranks(2).run(_stages_of_dense_layers) == [["MLP"], ["PoolMoELayer"]]
+
+
+def _without_data_parallel_group():
+    """Ranks as the scope sees them, from a collection without `dp` as some hosts hand over, and the true ones."""
+    from megatron.core import parallel_state
+    from support import tiny
+
+    tiny.setup(tensor_model_parallel_size=2)
+    model = tiny.model(POOLS)
+    layer = model.decoder.layers[0]
+    del layer.pg_collection.dp
+    shard = layer._shard()
+    return (shard.dp_rank, shard.dp_size), (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+@pytest.mark.slow
+def test_a_host_without_data_parallel_group_is_served(ranks):
+    for found, true in ranks(4).run(_without_data_parallel_group):
+        assert found == true

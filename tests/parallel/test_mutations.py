@@ -45,7 +45,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "load is counted without the other data-parallel ranks": (
         "mcore/router.py",
-        [("num_tokens=num_tokens, group=self.tp_dp_cp_group", "num_tokens=num_tokens, group=None")],
+        [
+            (
+                "reduce_counts(counts_X, group=self.tp_dp_cp_group)",
+                "reduce_counts(counts_X, group=None)",
+            )
+        ],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "the balance loss is averaged over data-parallel ranks, as Megatron's is": (
@@ -55,7 +60,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "recomputation counts the load of a micro-batch twice": (
         "mcore/router.py",
-        [("if scope is not None and self.layer_number in scope.counts:", "if False:")],
+        [("else self.layer_number not in scope.counts", "else True")],
         "PP2-recompute-full-mbs1-ga4-running",
     ),
     "recomputation reads what the module saw last": (
@@ -75,6 +80,21 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "mcore/layer.py",
         [('getattr(self, "current_microbatch", 0) or 0', "0")],
         "PP2-recompute-full-mbs1-ga4-running",
+    ),
+    "experts of a document are counted on every rank that holds a part of it": (
+        "mcore/router.py",
+        [("is_split = self.tp_cp_group.size() > 1", "is_split = False")],
+        "TP2 + SP-recompute-full-mbs1-ga1",
+    ),
+    "documents are logged without those of other data-parallel ranks": (
+        "mcore/metrics.py",
+        [
+            (
+                "reduce_counts(own_L5, group=self._groups.tp_dp_cp)",
+                "reduce_counts(own_L5, group=None)",
+            )
+        ],
+        "DP2-recompute-none-mbs1-ga1-running",
     ),
     "the router sees samples in Megatron's order": (
         "mcore/layer.py",

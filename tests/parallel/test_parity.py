@@ -13,6 +13,10 @@ MARGIN = 1e-5
 """Smallest gap in probability a decision may be made by: a closer one could flip with the order of a sum."""
 TOLERANCE = 1e-5
 """Of a tensor's norm; float32."""
+LOGGED = (
+    *("global_load_balancing_loss", "z_loss", "pool_size", "document_entropy"),
+    *("experts_per_document", "token_entropy", "load_imbalance", "nonfinite_tokens"),
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYOUTS = {
@@ -129,6 +133,7 @@ def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
         ),
         "gradients": _deviation(want["gradients"], [answer["gradients"] for answer in got]),
         "weights": _deviation(want["weights"], [answer["weights"] for answer in got]),
+        "metrics": max(_metrics_deviation(want["metrics"], answer["metrics"]) for answer in got),
     }
     decisions = {}
     for answer in got:
@@ -160,17 +165,26 @@ def _deviation(want, parts):
     )
 
 
+def _metrics_deviation(want, got):
+    """Largest relative difference of what is logged; all ranks log the same."""
+    assert got.keys() == want.keys() == set(LOGGED)
+    return max(
+        abs(got[name] - value) / max(abs(value), 1e-12) if value else abs(got[name])
+        for name, value in want.items()
+    )
+
+
 def _lines(rows):
     lines = [
         "| layout | processes | recompute | micro-batch x accumulation | loss over | balance | loss | gradients | "
-        "weights | decisions, all equal |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "weights | metrics | decisions, all equal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, seen, decisions in rows.values():
         lines.append(
             f"| {case.name} | {case.world_size} | {case.recompute} | {case.mbs} x {case.accumulation} | "
             f"{'tokens' if case.per_token else 'micro-batches'} | {case.balance} | {seen['loss']:.0e} | "
-            f"{seen['gradients']:.0e} | {seen['weights']:.0e} | {decisions} |"
+            f"{seen['gradients']:.0e} | {seen['weights']:.0e} | {seen['metrics']:.0e} | {decisions} |"
         )
     return lines
 

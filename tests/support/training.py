@@ -125,13 +125,16 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
     Returns:
         losses (on the last stage: sum and count of every step), gradients of step 1, weights at the end (shards.Parts),
         decisions of step 1: {(layer, "pools"): {(sample, offset): experts}, (layer, "experts"): {place: experts}},
-        margin: smallest gap a decision was made by (only where one rank sees all).
+        margin: smallest gap a decision was made by (only where one rank sees all),
+        metrics: what Megatron would log of step 1, by name.
     """
     from emo_megatron.mcore.context import CLOCK
+    from emo_megatron.mcore.metrics import install_metrics
 
     from . import shards
 
     chunks, optimizer = build(case, seed=seed)
+    install_metrics(pool_config(case), chunks[0].config, has_documents=True)
     recorder = Recorder(chunks)
     answer: dict[str, Any] = {"losses": []}
     consumed = 0
@@ -142,7 +145,9 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
         optimizer.zero_grad()
         recorder.is_on = step == 0
         loss = forward_backward(case, chunks, consumed=consumed, recorder=recorder)
+        metrics = report_metrics(case)
         if step == 0:
+            answer["metrics"] = metrics
             answer["gradients"] = shards.parts(_gathered(chunks, case), gradients=True)
         optimizer.step()
         consumed += case.accumulation * case.mbs * case.dp
@@ -180,6 +185,29 @@ def forward_backward(
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(total, group=group)
     return float(total[0] / total[1])
+
+
+def report_metrics(case: Case) -> dict[str, float]:
+    """What Megatron's training loop logs of a step, for which it asks by the losses' names."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    logged: dict[str, float] = {}
+
+    class Writer:
+        def add_scalar(self, name: str, value: Any, _: int) -> None:
+            logged[name] = float(value)
+
+    options = _options(case)
+    get_moe_metrics_tracker().report(
+        loss_scale=1 / case.accumulation,
+        iteration=1,
+        writer=Writer(),
+        force_initialize=True,
+        track_names=["global_load_balancing_loss", "z_loss"],
+        num_layers=options["num_layers"],
+        moe_layer_freq=options["moe_layer_freq"],
+    )
+    return logged
 
 
 def break_cycles(chunks: list[Any]) -> None:

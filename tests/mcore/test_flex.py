@@ -1,0 +1,126 @@
+"""Flex dispatchers send what the pool router routes: padding nowhere, a saturated token to its own experts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from emo_megatron import ops
+from emo_megatron.config import PoolConfig
+
+T, E, K = 96, 16, 4
+
+
+def _routed():
+    """Half of the tokens are padding; one token's weights underflow at all experts of its pool but one."""
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0))
+    logits[1] = -200.0
+    logits[1, 13] = 0.0
+    ids = torch.arange(T) // (T // 4)
+    ids[torch.arange(T) % 8 >= 4] = -1
+    pool = torch.zeros(4, E, dtype=torch.bool)
+    for document in range(4):
+        pool[document, document * 2 : document * 2 + 8] = True
+    pool[0, 8:] = True
+    pool[0, :8] = False
+    return ids, ops.pool_topk(logits, document_ids_T=ids, pool_DE=pool, top_k=K)
+
+
+@pytest.mark.parametrize("kind", ["_DeepepManager", "_NCCLEPManager"])
+def test_managers_follow_the_map(kind):
+    dispatchers = pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
+    from emo_megatron.mcore.flex import follow_routing_map
+
+    ids, routed = _routed()
+    manager = object.__new__(getattr(dispatchers, kind))
+    vars(manager).update(num_experts=E, router_topk=K, capacity_factor=None)
+    dispatcher = SimpleNamespace(_comm_manager=manager)
+    backend = {"_DeepepManager": "deepep", "_NCCLEPManager": "ncclep"}[kind]
+    config = SimpleNamespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend=backend)
+    sent_map = routed.routing_map_TE & (ids >= 0)[:, None]
+
+    def sent():
+        probs = routed.probs_TE.clone().requires_grad_()
+        manager.setup_metadata(sent_map, probs)
+        return probs, [set(row.tolist()) - {-1} for row in manager.token_indices]
+
+    want = [set(row.nonzero().flatten().tolist()) for row in sent_map]
+    _, stock = sent()
+    assert stock != want, "what Megatron does alone; if it is right, the wrapper can go"
+
+    follow_routing_map(dispatcher, config)
+    probs, found = sent()
+    assert found == want
+    assert all(
+        len(experts) == (K if document >= 0 else 0)
+        for document, experts in zip(ids, found, strict=True)
+    )
+    weights = torch.zeros(T, E).scatter_add_(
+        1, manager.token_indices.clamp(min=0), manager.token_probs.detach()
+    )
+    assert torch.equal(weights, routed.probs_TE * sent_map)
+    (gradient,) = torch.autograd.grad(manager.token_probs.sum(), [probs])
+    assert torch.equal(gradient[ids >= 0], sent_map[ids >= 0].float())
+
+
+def _maps(dispatcher, backend):
+    """How many experts the layer's router sends a real token and a padded one to."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from support import tiny
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    config = tiny.transformer_config()
+    config.moe_token_dispatcher_type = dispatcher
+    config.moe_flex_dispatcher_backend = backend
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
+    router.set_layer_number(1)
+    padding = torch.zeros(32, 1, dtype=torch.bool)
+    padding[20:] = True
+    _, routing_map = router.routing(torch.randn(32, 1, 8), padding)
+    sums = routing_map.sum(1)
+    return set(sums[:20].tolist()), set(sums[20:].tolist())
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "backend", "padded"),
+    [
+        ("alltoall", "deepep", 2),
+        ("allgather", "deepep", 2),
+        ("flex", "deepep", 0),
+        ("flex", "hybridep", 0),
+        ("flex", "ncclep", 2),
+    ],
+)
+def test_padding_is_sent_where_a_dispatcher_needs_it(ranks, dispatcher, backend, padded):
+    assert ranks(1).run(_maps, dispatcher=dispatcher, backend=backend)[0] == ({2}, {padded})
+
+
+def _layer_of_ranks():
+    """A layer with Megatron's DeepEP dispatcher, DeepEP's library stood in for: what its manager would send."""
+    from megatron.core.transformer.moe import token_dispatcher
+    from support import tiny
+
+    tiny.setup(expert_model_parallel_size=2)
+    library = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")
+    with mock.patch.multiple(token_dispatcher, **dict.fromkeys(library, mock.Mock())):
+        model = tiny.model(
+            PoolConfig(pool_min=3),
+            moe_token_dispatcher_type="flex",
+            moe_flex_dispatcher_backend="deepep",
+        )
+    layer = model.decoder.layers[0].mlp
+    routing_map = torch.arange(8).expand(6, 8) % 4 == 1
+    hidden = torch.zeros(6, 1, 32)
+    layer.token_dispatcher.dispatch_preprocess(hidden, routing_map, routing_map * 0.0)
+    return layer.token_dispatcher._comm_manager.token_indices.tolist()
+
+
+def test_a_layer_sends_by_the_map(ranks):
+    for found in ranks(2).run(_layer_of_ranks):
+        assert [sorted(row) for row in found] == [[1, 5]] * 6

@@ -1,0 +1,246 @@
+"""Pool metrics: cheap in the passes, right in the log. Layouts are compared by tests/parallel/test_parity.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emo_megatron import documents, ops
+from emo_megatron.config import PoolConfig
+
+POOLS = PoolConfig(pool_min=3)
+LAYERS, MICRO_BATCHES = 4, 3
+KERNELS = {
+    "document_scores": 2,
+    "select_pool": 1,
+    "pool_topk": 3,
+    "experts_used": 2,
+    "document_statistics": 2,
+}
+"""Kernels and fills of a compiled operator on a GPU; any other operation counts as one."""
+FREE = {
+    *("view", "_unsafe_view", "reshape", "expand", "slice", "select", "unsqueeze", "squeeze"),
+    *("t", "transpose", "detach", "alias", "permute", "unbind", "split_with_sizes", "as_strided"),
+    *("empty", "new_empty", "empty_like", "empty_strided", "split"),
+}
+"""Neither computes."""
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute: each is at least one launch on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name not in FREE:
+            self.seen[name] += KERNELS.get(name, 1)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def count(self):
+        return sum(self.seen.values())
+
+
+def _step(pool):
+    """Operations of every (micro-batch, layer), of the end of the step and of the report; pool None: stock routers."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe import moe_logging
+    from megatron.core.transformer.moe.router import TopKRouter
+    from support import tiny
+
+    from emo_megatron.mcore.context import CLOCK, Shard, scope_of
+    from emo_megatron.mcore.metrics import install_metrics
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    config = tiny.transformer_config(num_layers=LAYERS)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if pool is None:
+        moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
+        routers = [TopKRouter(config=config, pg_collection=groups) for _ in range(LAYERS)]
+    else:
+        install_metrics(pool, config, has_documents=True)
+        routers = [
+            PoolRouter(config=config, pg_collection=groups, pool=pool) for _ in range(LAYERS)
+        ]
+    for number, router in enumerate(routers, start=1):
+        router.set_layer_number(number)
+        router.train()
+    CLOCK.consumed_samples = 0
+    logits = torch.randn(32, 1, 8, requires_grad=True)
+    upstream = torch.randn(32, 8)
+    passes = {}
+    # boundaries are looked at on the host only: on a GPU that would mean waiting
+    on_device = mock.patch.multiple(
+        documents, _check_offsets_values=mock.Mock(), _check_samples=mock.Mock()
+    )
+    for micro_batch in range(MICRO_BATCHES + 1):
+        if micro_batch == 1:
+            # the first one made the buffers
+            moe_logging.get_moe_metrics_tracker().clear()
+            for router in routers:
+                router.reset_global_aux_loss_tracker()
+        packed = tiny.packed([0, 5, 16, 28])
+        shard = Shard(
+            **dict.fromkeys(("tp_rank", "cp_rank", "dp_rank"), 0),
+            **dict.fromkeys(("tp_size", "cp_size", "dp_size"), 1),
+            microbatch=micro_batch,
+        )
+        for router in routers:
+            with Operations() as operations, on_device:
+                if pool is not None:
+                    router.scope = scope_of(
+                        packed,
+                        hidden_shape=torch.Size((32, 1, 32)),
+                        shard=shard,
+                        pool=pool,
+                        layer_number=router.layer_number,
+                    )
+                probs, _ = router.routing(logits)
+                torch.autograd.grad([probs], [logits], [upstream])
+            if micro_batch > 0:
+                passes[micro_batch, router.layer_number] = operations.seen
+    with Operations() as end:
+        for router in routers:
+            router.reset_global_aux_loss_tracker()
+    with Operations() as report:
+        moe_logging.get_moe_metrics_tracker().report(
+            loss_scale=1 / MICRO_BATCHES,
+            iteration=1,
+            track_names=["global_load_balancing_loss", "z_loss"],
+            num_layers=LAYERS,
+            moe_layer_freq=1,
+            force_initialize=True,
+        )
+    CLOCK.consumed_samples = None
+    return passes, end.count, report.count
+
+
+@pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
+def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks):
+    (stock, stock_end, stock_report), (ours, our_end, our_report) = (
+        ranks(1).run(_step, pool=pool)[0] for pool in (None, POOLS)
+    )
+    assert len(stock) == len(ours) == LAYERS * MICRO_BATCHES
+    counts = {key: sum(seen.values()) for key, seen in ours.items()}
+    stock_counts = {key: sum(seen.values()) for key, seen in stock.items()}
+    assert max(counts.values()) <= max(stock_counts.values())
+    total, stock_total = sum(counts.values()) + our_end, sum(stock_counts.values()) + stock_end
+    assert total <= stock_total
+    assert total + our_report <= stock_total + stock_report
+
+
+def _reported(logits_TE, pool):
+    """What is logged of one micro-batch with these logits, the warnings, and the attached weights."""
+    import warnings
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from support import tiny
+
+    from emo_megatron.mcore.context import Shard, scope_of
+    from emo_megatron.mcore.metrics import install_metrics
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    config = tiny.transformer_config(num_layers=1)
+    install_metrics(pool, config, has_documents=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = PoolRouter(config=config, pg_collection=groups, pool=pool)
+    router.set_layer_number(1)
+    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
+    router.scope = scope_of(
+        tiny.packed([0, 5, 16, 28]),
+        hidden_shape=torch.Size((32, 1, 32)),
+        shard=shard,
+        pool=pool,
+        layer_number=1,
+    )
+    logits = logits_TE[:, None].clone().requires_grad_()
+    probs, routing_map = router.routing(logits)
+    (gradient,) = torch.autograd.grad([probs], [logits], [torch.zeros_like(probs)])
+    logged = {}
+
+    class Writer:
+        def add_scalar(self, name, value, _):
+            logged[name] = float(value)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        get_moe_metrics_tracker().report(
+            loss_scale=1.0,
+            iteration=1,
+            writer=Writer(),
+            track_names=["global_load_balancing_loss", "z_loss"],
+            num_layers=1,
+            moe_layer_freq=1,
+            force_initialize=True,
+        )
+    messages = [str(warning.message) for warning in told]
+    scope = router.scope
+    pools = scope.pools.get(1)
+    return logged, messages, probs.detach(), routing_map, gradient, pools, scope.document_ids_T
+
+
+def _logits():
+    return torch.randn(32, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("pool", [POOLS, PoolConfig()], ids=["pools", "standard"])
+def test_metrics_are_their_definition(ranks, pool):
+    logged, messages, _, routing_map, _, pools, ids = ranks(1).run(
+        _reported, logits_TE=_logits(), pool=pool
+    )[0]
+    assert not [message for message in messages if "router" in message]
+    valid = ids >= 0
+    assert int(valid.sum()) == 28
+    allowed = torch.ones(3, 8, dtype=torch.bool) if pools is None else pools
+    logits = _logits().double()
+    scores = logits.masked_fill(~allowed[ids.clamp(min=0)], -torch.inf).softmax(-1)[valid]
+    load = routing_map[valid].sum(0).double()
+    want = {
+        "token_entropy": float(-torch.xlogy(scores, scores).sum(-1).mean()),
+        "load_imbalance": float(load.max() / load.mean()),
+        "nonfinite_tokens": 0.0,
+        "experts_per_document": sum(
+            int(routing_map[ids == document].any(0).sum()) for document in range(3)
+        )
+        / 3,
+    }
+    if pools is not None:
+        sums = torch.stack([logits.softmax(-1)[ids == document].sum(0) for document in range(3)])
+        shares = sums / sums.sum(-1, keepdim=True)
+        want["pool_size"] = float(pools.sum() / 3)
+        want["document_entropy"] = float(-torch.xlogy(shares, shares).sum(-1).mean())
+    losses = {"global_load_balancing_loss", "z_loss"}
+    assert logged.keys() == want.keys() | losses
+    for name, value in want.items():
+        assert logged[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_reported_and_reach_the_loss(ranks, bad):
+    logits = _logits()
+    clean = ranks(1).run(_reported, logits_TE=logits, pool=POOLS)[0]
+    # outside and inside its pool, in padding, and both in one document
+    logits[7, int((~clean[5][1]).nonzero()[0])] = bad
+    logits[8, int(clean[5][1].nonzero()[0])] = bad
+    logits[30, 2] = bad
+    logged, messages, probs, routing_map, gradient, _, _ = ranks(1).run(
+        _reported, logits_TE=logits, pool=POOLS
+    )[0]
+    assert logged["nonfinite_tokens"] == 2.0
+    assert [message for message in messages if "layer 1" in message]
+    assert all(value == value and abs(value) < 1e6 for value in logged.values())
+    assert routing_map.sum(1).tolist() == [2] * 32
+    is_nan = probs.isnan().any(1)
+    assert is_nan.nonzero().flatten().tolist() == [7, 8]
+    assert not probs[28:].any()
+    assert gradient.isfinite().all()
