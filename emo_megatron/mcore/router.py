@@ -15,6 +15,7 @@ from torch import Tensor
 from emo_megatron import balance, ops
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.context import NO_BOUNDARIES, PoolScope
+from emo_megatron.ops.reference import SCORE_FRACTION_BITS
 
 
 class PoolRouter(TopKRouter):
@@ -239,7 +240,8 @@ class PoolRouter(TopKRouter):
 
     def _record_tokens(self, routed: ops.Routing, population: balance.TokenCounts) -> None:
         num_tokens = population.num_tokens.clamp(min=1)
-        self._record_share("token_entropy", routed.entropy_T.sum() / num_tokens)
+        entropy_sum = routed.entropy_sum * 2.0**-SCORE_FRACTION_BITS
+        self._record_share("token_entropy", entropy_sum / num_tokens)
         self._record_mean("load_imbalance", balance.load_imbalance(population))
         if self.scope is not None:
             self._record_mean(
