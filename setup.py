@@ -32,11 +32,17 @@ CPP = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # every operation rounds once and in order: the same bits on every CPU
 CPU_KERNELS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
-CPU_SOURCES = ["csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp", "csrc/dispatch_cpu.cpp"]
-CUDA_SOURCES = ["csrc/rows.cu", "csrc/dispatch.cu", "csrc/scores.cu", "csrc/routing.cu"]
-BINDINGS = ["csrc/routing_binding.cpp", "csrc/dispatch_binding.cpp"]
+CPU_SOURCES = [
+    *("csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp"),
+    *("csrc/documents_cpu.cpp", "csrc/dispatch_cpu.cpp"),
+]
+CUDA_SOURCES = [
+    *("csrc/rows.cu", "csrc/dispatch.cu", "csrc/documents.cu"),
+    *("csrc/scores.cu", "csrc/routing.cu"),
+]
+BINDINGS = ["csrc/routing_binding.cpp", "csrc/documents_binding.cpp", "csrc/dispatch_binding.cpp"]
 HEADERS = [
-    *("csrc/pool_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),
+    *("csrc/pool_ops.h", "csrc/document_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),
     *("csrc/vectors.h", "csrc/warp.cuh"),
 ]
 

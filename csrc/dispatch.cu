@@ -86,13 +86,15 @@ __global__ void __launch_bounds__(kThreads) send_kernel(SendArgs args) {
     return;
   }
 
-  long long next_row = line[2 * num_ranks] + rows_below;
+  long long next_row = line[2 * num_ranks] + rows_below, pairs_end = 0;
+  const long long rows_end = next_row + rows_of_mine;
   if (is_token) args.bounds[t] = next_row;
   if (t == args.num_tokens - 1) args.bounds[args.num_tokens] = args.num_rows;
   for (int rank = 0; rank < num_ranks; ++rank) {
     const int pairs = is_token ? count_experts(flags + rank * per_rank, per_rank) : 0;
     const unsigned senders = __ballot_sync(kAllLanes, pairs > 0);
     long long pair = offsets[num_ranks + rank] + line[num_ranks + rank] + warp_prefix(pairs);
+    pairs_end = pair + pairs;
     if (pairs == 0) continue;
     const long long row = offsets[rank] + line[rank] + __popc(senders & lanes_below());
     // fewer rows or pairs than the caller said would leave the tensors
@@ -107,6 +109,16 @@ __global__ void __launch_bounds__(kThreads) send_kernel(SendArgs args) {
       args.codes[pair++] = e * 2 + is_first;
       is_first = false;
     }
+  }
+  if (chunk != args.table.num_chunks - 1) return;
+  // sizes beyond what is there: the last lane knows where rows and, of the last rank, pairs end
+  const long long first_row = __shfl_sync(kAllLanes, rows_end, 31);
+  const long long first_pair = __shfl_sync(kAllLanes, pairs_end, 31);
+  for (long long row = first_row + lane_id(); row < args.num_rows; row += 32)
+    args.sources[row] = args.copies[row] = -1;
+  for (long long pair = first_pair + lane_id(); pair < args.num_pairs; pair += 32) {
+    args.places[pair] = 0;
+    args.codes[pair] = 0;
   }
 }
 

@@ -1,5 +1,6 @@
 // The dispatch ops as torch operators. Shapes and meaning: emo_megatron/ops/reference_dispatch.py.
 #include <atomic>
+#include <vector>
 
 #include "binding.h"
 #include "dispatch_ops.h"
@@ -51,10 +52,11 @@ Tensor new_integers(const Tensor& like, int64_t size) {
   return torch::stable::new_empty(like, {size}, ScalarType::Long);
 }
 
-// Without chunks nobody writes the bounds.
-Tensor new_bounds(const Tensor& like, int64_t num_rows, bool is_empty) {
-  return is_empty ? torch::stable::new_zeros(like, {num_rows + 1}, ScalarType::Long)
-                  : new_integers(like, num_rows + 1);
+// What the chunks write; without chunks, where nobody does, zeros.
+Tensor new_integers(const Tensor& like, int64_t size, bool is_empty,
+                    ScalarType type = ScalarType::Long) {
+  return is_empty ? torch::stable::new_zeros(like, {size}, type)
+                  : torch::stable::new_empty(like, {size}, type);
 }
 
 struct NewTable {
@@ -89,11 +91,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan_send(const Tensor& routi
   check_map(routing_map, num_ranks);
   check_sizes(num_rows, num_pairs);
   const int64_t num_tokens = routing_map.size(0);
-  Tensor sources = new_integers(routing_map, num_rows);
-  Tensor copies = new_integers(routing_map, num_rows);
-  Tensor bounds = new_bounds(routing_map, num_tokens, num_tokens == 0);
-  Tensor places = new_integers(routing_map, num_pairs);
-  Tensor codes = torch::stable::new_empty(routing_map, {num_pairs}, ScalarType::Int);
+  const bool is_empty = num_tokens == 0;
+  Tensor sources = new_integers(routing_map, num_rows, is_empty);
+  Tensor copies = new_integers(routing_map, num_rows, is_empty);
+  Tensor bounds = new_integers(routing_map, num_tokens + 1, is_empty);
+  Tensor places = new_integers(routing_map, num_pairs, is_empty);
+  Tensor codes = new_integers(routing_map, num_pairs, is_empty, ScalarType::Int);
   const NewTable made = new_table(routing_map, num_tokens, emo::kTokensPerChunk,
                                   (int)(2 * num_ranks + 1), (int)num_ranks);
   const emo::SendArgs args{flags_of(routing_map),
@@ -130,9 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_receive(const Tensor& codes, int
                   emo::kMaxExperts, "; got ", num_experts);
   const int64_t num_pairs = codes.size(0);
   check_sizes(num_rows, num_pairs);
-  Tensor sources = new_integers(codes, num_pairs), copies = new_integers(codes, num_pairs);
-  Tensor bounds = new_bounds(codes, num_rows, num_pairs == 0);
-  Tensor order = new_integers(codes, num_pairs);
+  const bool is_empty = num_pairs == 0;
+  Tensor sources = new_integers(codes, num_pairs, is_empty);
+  Tensor copies = new_integers(codes, num_pairs, is_empty);
+  Tensor bounds = new_integers(codes, num_rows + 1, is_empty);
+  Tensor order = new_integers(codes, num_pairs, is_empty);
   const NewTable made =
       new_table(codes, num_pairs, emo::kPairsPerChunk, (int)num_experts + 1, (int)num_experts);
   const emo::ReceiveArgs args{
@@ -172,21 +177,45 @@ void check_below([[maybe_unused]] const char* name, const Tensor& where, const i
                     "); got ", indices[i]);
 }
 
-Tensor copy_rows(const Tensor& rows, const Tensor& sources) {
+// The parts of a Fanout say one thing: every copy is named once, by the row that is its source.
+void check_relation(const emo::CopyArgs& args) {
+  std::vector<bool> is_named(args.num_copies);
+  int64_t num_named = 0;
+  for (int64_t n = 0; n < args.num_rows; ++n) {
+    for (int64_t j = args.bounds[n]; j < args.bounds[n + 1]; ++j) {
+      const int64_t copy = args.order[j];
+      STD_TORCH_CHECK(args.sources[copy] == n && !is_named[copy], "copy ", copy, " is of row ",
+                      args.sources[copy], ", but order and bounds name it for row ", n);
+      is_named[copy] = true;
+      ++num_named;
+    }
+  }
+  STD_TORCH_CHECK(num_named == args.num_copies, "order and bounds must name all ", args.num_copies,
+                  " copies; they name ", num_named);
+}
+
+Tensor copy_rows(const Tensor& rows, const Tensor& sources, const Tensor& order,
+                 const Tensor& bounds) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous(), "rows must be a contiguous [N, H]");
   STD_TORCH_CHECK(sources.dim() == 1, "sources must be [P]; got ", sources.dim(), " dimensions");
-  const int64_t num_copies = sources.size(0), width = rows.size(1);
+  const int64_t num_rows = rows.size(0), num_copies = sources.size(0), width = rows.size(1);
   Tensor copies = torch::stable::new_empty(rows, {num_copies, width});
   const emo::CopyArgs args{
       rows.const_data_ptr(),
       data_of<int64_t>("sources", sources, ScalarType::Long, num_copies, -1, rows),
+      data_of<int64_t>("order", order, ScalarType::Long, num_copies, -1, rows),
+      data_of<int64_t>("bounds", bounds, ScalarType::Long, num_rows + 1, -1, rows),
       copies.mutable_data_ptr(),
-      rows.size(0),
+      num_rows,
       num_copies,
       width * bytes_of(dtype_of(rows))};
-  check_below("sources", rows, args.sources, num_copies, args.num_rows);
+  check_below("sources", rows, args.sources, num_copies, num_rows);
+  check_below("order", rows, args.order, num_copies, num_copies);
+  check_below("bounds", rows, args.bounds, num_rows + 1, num_copies + 1);
   if (is_on_host(rows)) {
-    in_parallel(num_copies, rows_per_task(args.row_bytes),
+    check_relation(args);
+    const int64_t mean = num_rows > 0 ? num_copies / num_rows + 1 : 1;
+    in_parallel(num_rows, rows_per_task(args.row_bytes * mean),
                 [&](int64_t begin, int64_t end) { emo::cpu::copy_rows(args, begin, end); });
   } else {
     launch(rows, [&](void* stream) { return emo::cuda::copy_rows(args, stream); });
@@ -231,7 +260,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EMO_NAMESPACE, m) {
   m.def(
       "plan_receive(Tensor codes, int num_rows, int num_experts) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
-  m.def("copy_rows(Tensor rows, Tensor sources) -> Tensor");
+  m.def("copy_rows(Tensor rows, Tensor sources, Tensor order, Tensor bounds) -> Tensor");
   m.def("sum_rows(Tensor copies, Tensor order, Tensor bounds) -> Tensor");
 }
 

@@ -158,9 +158,10 @@ void plan_receive(const ReceiveArgs& args, int64_t begin, int64_t end) {
 void copy_rows(const CopyArgs& args, int64_t begin, int64_t end) {
   const char* rows = static_cast<const char*>(args.rows);
   char* copies = static_cast<char*>(args.copies);
-  for (int64_t p = begin; p < end; ++p)
-    std::memcpy(copies + p * args.row_bytes, rows + args.sources[p] * args.row_bytes,
-                args.row_bytes);
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t j = args.bounds[n]; j < args.bounds[n + 1]; ++j)
+      std::memcpy(copies + args.order[j] * args.row_bytes, rows + n * args.row_bytes,
+                  args.row_bytes);
 }
 
 namespace {

@@ -43,7 +43,8 @@ struct SendArgs {
   int64_t num_rows;
   int64_t num_pairs;
   Table table;  // columns: rows of each rank, pairs of each rank, rows of all; groups of R
-  // tokens to rows, a Fanout:
+  // If there are fewer rows or pairs than the caller said, -1 in sources and copies and 0 in places
+  // and codes beyond them. Tokens to rows, a Fanout:
   int64_t* sources;  // [N] the token of each row
   int64_t* copies;   // [N] the rows of token 0, then those of token 1, ...
   int64_t* bounds;   // [T + 1] where those of each token begin
@@ -66,7 +67,9 @@ struct ReceiveArgs {
 
 struct CopyArgs {
   const void* rows;        // [N, H]
-  const int64_t* sources;  // [P], each in [0, N)
+  const int64_t* sources;  // [P], each in [0, N): the parts of a Fanout
+  const int64_t* order;    // [P] the copies of row 0, then those of row 1, ...
+  const int64_t* bounds;   // [N + 1]
   void* copies;            // [P, H]
   int64_t num_rows;
   int64_t num_copies;

@@ -16,8 +16,8 @@ namespace emo {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
-// Document scores and column sums are in units of 2^-27: integer sums do not depend on the order of
-// the tokens.
+// Document scores, column sums and entropies are in units of 2^-27: integer sums do not depend on
+// the order of the tokens.
 constexpr int kFractionBits = 27;
 constexpr float kOne = 1 << kFractionBits;
 constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
@@ -73,14 +73,19 @@ EMO_HOST_DEVICE inline int64_t pool_row(const RoutingArgs& args, int64_t documen
   return document < 0 ? -1 : document;
 }
 
+// What is counted beside the choices of each expert, in this order behind them.
+constexpr int kNumFacts = 3;  // valid tokens, non-finite tokens, their entropies in 2^-27 nats
+
+// A token counts if it is not padding and finite: no logit is NaN or +inf, and one at least of
+// those that carry weight is above -inf. A non-finite token gets the first K experts that it may
+// choose, with weights that are NaN; in all that is summed up it is missing.
 struct RoutingOutputs {
   void* probs;           // [T, E] of dtype
   uint8_t* routing_map;  // [T, E], exactly K a token
-  int64_t* sums;         // [2, E] workspace, zeroed by the caller: choices, then scores in 2^-27
-  int64_t* tokens_per_expert;  // [E]
-  float* score_sums;           // [E]
-  float* z;                    // [T], 0 for padding
-  float* entropy;              // [T], 0 for padding
+  int64_t* counts;       // [E + kNumFacts] zeroed by the caller: choices, then the facts
+  int64_t* score_units;  // [E] workspace zeroed by the caller: scores in 2^-27
+  float* score_sums;     // [E]
+  float* z;              // [T], 0 for tokens that do not count
 };
 
 struct RoutingGradients {
@@ -105,6 +110,8 @@ namespace cuda {
 // The library carries a CUDA runtime of its own, which does not know the device that torch has set.
 int use_device(int device);
 const char* error_text(int status);
+// Whether the error says that the kernels were not built for this GPU or driver.
+bool is_unsupported(int status);
 // Each launches on `stream` (a cudaStream_t) and returns a cudaError_t as an int, 0 for success.
 int document_scores(const ScoreArgs& args, void* stream);
 int select_pool(const SelectArgs& args, void* stream);

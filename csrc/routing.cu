@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ unsigned choices[kChunks * 32];
   for (int e = threadIdx.x; e < kChunks * 32; e += kThreads) choices[e] = 0;
   __syncthreads();
-  // each lane its own places: registers are scarcer
+  // each warp its own places: registers are scarcer
+  __shared__ unsigned long long facts[kWarps][kNumFacts];
+  if (lane_id() < kNumFacts) facts[warp_id()][lane_id()] = 0;
   __shared__ unsigned score_sums[kWarps][kChunks * 32];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) score_sums[warp_id()][c * 32 + lane_id()] = 0;
@@ -61,6 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
 
     const Softmax soft = softmax(x, carrying, scores);
+    const bool is_padding = document < 0, is_counted = !is_padding && soft.is_finite();
     float total = soft.total;
     const float z = soft.max + logf(soft.total);
     if (is_sigmoid) {
@@ -77,14 +80,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       float score = is_sigmoid ? scores[c] : x[c];
       if (args.expert_bias != nullptr && has(pool.inside, c))
         score += args.expert_bias[c * 32 + lane_id()];
-      const unsigned key = order_key(score);
+      const unsigned key = soft.is_finite() ? order_key(score) : kExcluded;
       keys[c] = has(pool.allowed, c) ? (key > kExcluded ? key : kExcluded + 1)
                                      : (has(pool.inside, c) ? kExcluded : kBeyond);
     }
     const unsigned chosen = top_k(keys, args.top_k);
 
-    const bool is_padding = document < 0;
-    if (!is_padding) {
+    if (is_counted) {
       const float unit = kOne / total;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
@@ -99,32 +101,36 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (is_sigmoid) {
       divisor = args.top_k > 1 ? sum_of(scores, chosen) + kTiny : 1.0f;
     }
-    const float factor = is_padding ? 0.0f : args.scaling / divisor;
+    const float factor = args.scaling / divisor, uncounted = is_padding ? 0.0f : NAN;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (!has(pool.inside, c)) continue;
       const long long at = row + c * 32 + lane_id();
-      from_float(has(chosen, c) ? scores[c] * factor : 0.0f, static_cast<T*>(out.probs) + at);
+      const float weight = is_counted ? scores[c] * factor : uncounted;
+      from_float(has(chosen, c) ? weight : 0.0f, static_cast<T*>(out.probs) + at);
       out.routing_map[at] = has(chosen, c);
     }
     if (lane_id() == 0) {
-      out.z[tokens.begin + i] = is_padding ? 0.0f : z;
-      out.entropy[tokens.begin + i] = is_padding ? 0.0f : entropy;
+      out.z[tokens.begin + i] = is_counted ? z : 0.0f;
+      facts[warp_id()][0] += is_counted;
+      facts[warp_id()][1] += !is_padding && !is_counted;
+      // of one expert that has all the weight it may round to less than none
+      facts[warp_id()][2] += is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u;
     }
   }
   __syncthreads();
-  add_over_warps(score_sums, args.num_experts, out.sums + args.num_experts);
+  add_over_warps(score_sums, args.num_experts, out.score_units);
+  add_over_warps(facts, kNumFacts, out.counts + args.num_experts);
   for (int e = threadIdx.x; e < args.num_experts; e += kThreads)
     if (choices[e] != 0)
-      atomicAdd(reinterpret_cast<unsigned long long*>(out.sums) + e,
+      atomicAdd(reinterpret_cast<unsigned long long*>(out.counts) + e,
                 (unsigned long long)choices[e]);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, int num_experts) {
   const int e = blockIdx.x * kThreads + threadIdx.x;
   if (e >= num_experts) return;
-  out.tokens_per_expert[e] = out.sums[e];
-  out.score_sums[e] = (float)((double)out.sums[num_experts + e] / kOne);
+  out.score_sums[e] = (float)((double)out.score_units[e] / kOne);
 }
 
 // The formulas are at emo::cpu::pool_topk_backward.
@@ -145,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const long long document = tokens.document(i);
     const long long row = (tokens.begin + i) * args.num_experts;
     float dx[kChunks] = {};
-    if (document >= 0) {
+    bool is_counted = document >= 0;
+    if (is_counted) {
       pool.set(args, document);
       const unsigned carrying = pool.carrying(args);
       float x[kChunks], soft[kChunks], weight_grads[kChunks];
@@ -161,7 +168,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                               : 0.0f;
       }
       const float dz = grads.grad_z != nullptr ? grads.grad_z[tokens.begin + i] : 0.0f;
-      const float inverse = 1.0f / softmax(x, carrying, soft).total;
+      const Softmax whole = softmax(x, carrying, soft);
+      is_counted = whole.is_finite();
+      const float inverse = 1.0f / whole.total;
       if (args.scoring == Scoring::kSigmoid) {
         float gates[kChunks];
 #pragma unroll
@@ -212,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
       if (has(pool.inside, c))
-        from_float(dx[c], static_cast<T*>(grads.grad_logits) + row + c * 32 + lane_id());
+        from_float(is_counted ? dx[c] : 0.0f,
+                   static_cast<T*>(grads.grad_logits) + row + c * 32 + lane_id());
   }
 }
 

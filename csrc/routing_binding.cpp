@@ -4,23 +4,16 @@
 // and calls the kernels. Shapes and meaning: emo_megatron/ops/reference.py.
 #include "binding.h"
 
+using emo::check_ids;
 using emo::data_of;
 using emo::is_on_host;
+using emo::run;
 
 namespace {
 
 // A token's work is some microseconds; smaller pieces are not worth a thread.
 constexpr int64_t kTokensPerTask = 128;
 constexpr int64_t kDocumentsPerTask = 16;
-
-template <class OnCpu, class OnCuda>
-void run(const Tensor& where, int64_t count, int64_t grain, OnCpu on_cpu, OnCuda on_cuda) {
-  if (is_on_host(where)) {
-    emo::in_parallel(count, grain, on_cpu);
-  } else {
-    emo::launch(where, on_cuda);
-  }
-}
 
 emo::DType dtype_of(const Tensor& logits) {
   const std::optional<emo::DType> dtype = emo::float_type(logits);
@@ -34,16 +27,6 @@ void check_logits(const Tensor& logits) {
   STD_TORCH_CHECK(logits.is_contiguous(), "logits must be contiguous");
   STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= emo::kMaxExperts,
                   "logits must have 1 to ", emo::kMaxExperts, " experts; got ", logits.size(1));
-}
-
-// Ids on the host can be looked at; on a GPU that would mean waiting, so kernels take those beyond
-// for padding.
-void check_ids(const Tensor& logits, const int64_t* ids, int64_t num_documents) {
-  if (!is_on_host(logits) || ids == nullptr) return;
-  int64_t largest = -1;
-  for (int64_t t = 0; t < logits.size(0); ++t) largest = ids[t] > largest ? ids[t] : largest;
-  STD_TORCH_CHECK(largest < num_documents, "document_ids must be below the number of documents, ",
-                  num_documents, "; got ", largest);
 }
 
 Tensor document_scores(const Tensor& logits, const Tensor& document_ids, int64_t num_documents) {
@@ -115,7 +98,7 @@ emo::RoutingArgs routing_args(const Tensor& logits, const std::optional<Tensor>&
           (float)scaling};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_topk(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pool_topk(
     const Tensor& logits, const std::optional<Tensor>& document_ids,
     const std::optional<Tensor>& pool, const std::optional<Tensor>& expert_bias, int64_t top_k,
     int64_t scoring, bool mask_logits, double scaling) {
@@ -125,24 +108,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_topk(
   Tensor probs = torch::stable::empty_like(logits);
   Tensor routing_map =
       torch::stable::new_empty(logits, {num_tokens, num_experts}, ScalarType::Bool);
-  Tensor sums = torch::stable::new_zeros(logits, {2, num_experts}, ScalarType::Long);
-  Tensor tokens_per_expert = torch::stable::new_empty(logits, {num_experts}, ScalarType::Long);
+  // one tensor to fill with zeros; what is returned of it is its beginning
+  const int64_t num_counts = num_experts + emo::kNumFacts;
+  Tensor sums = torch::stable::new_zeros(logits, {num_counts + num_experts}, ScalarType::Long);
   Tensor score_sums = torch::stable::new_empty(logits, {num_experts}, ScalarType::Float);
   Tensor z = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Float);
-  Tensor entropy = torch::stable::new_empty(logits, {num_tokens}, ScalarType::Float);
   const emo::RoutingOutputs out{probs.mutable_data_ptr(),
                                 static_cast<uint8_t*>(routing_map.mutable_data_ptr()),
                                 sums.mutable_data_ptr<int64_t>(),
-                                tokens_per_expert.mutable_data_ptr<int64_t>(),
+                                sums.mutable_data_ptr<int64_t>() + num_counts,
                                 score_sums.mutable_data_ptr<float>(),
-                                z.mutable_data_ptr<float>(),
-                                entropy.mutable_data_ptr<float>()};
+                                z.mutable_data_ptr<float>()};
   run(
       logits, num_tokens, kTokensPerTask,
       [&](int64_t begin, int64_t end) { emo::cpu::pool_topk(args, out, begin, end); },
       [&](void* stream) { return emo::cuda::pool_topk(args, out, stream); });
   if (is_on_host(logits)) emo::cpu::pool_topk_finish(args, out);
-  return {probs, routing_map, tokens_per_expert, score_sums, z, entropy};
+  return {probs, routing_map, torch::stable::narrow(sums, 0, 0, num_counts), score_sums, z};
 }
 
 Tensor pool_topk_backward(const std::optional<Tensor>& grad_probs,
@@ -179,7 +161,7 @@ STABLE_TORCH_LIBRARY(EMO_NAMESPACE, m) {
   m.def(
       "pool_topk(Tensor logits, Tensor? document_ids, Tensor? pool, Tensor? expert_bias, int "
       "top_k, int scoring, "
-      "bool mask_logits, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool mask_logits, float scaling) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "pool_topk_backward(Tensor? grad_probs, Tensor? grad_score_sums, Tensor? grad_z, Tensor "
       "logits, "

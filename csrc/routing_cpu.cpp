@@ -43,11 +43,15 @@ struct Pool {
 // Log-sum-exp over the experts that carry weight; `exps` receives e^(x - max), 0 for the others.
 struct Softmax {
   float max, total, mean_shift;  // mean_shift: sum of e^s * s over total
+  bool is_finite;  // no logit at all is NaN or +inf, and one that carries weight is above -inf
 };
 EMO_INLINE Softmax softmax(const Row& logits, const Row& carrying, int blocks, Row& exps) {
   Floats top = splat(-INFINITY);
-  for (int b = 0; b < blocks; ++b)
+  Ints is_bad = splat(0);
+  for (int b = 0; b < blocks; ++b) {
     top = max(top, where(carrying.ints[b], logits.floats[b], splat(-INFINITY)));
+    is_bad |= is_nan_or_inf(logits.floats[b]);
+  }
   const float shift = largest(top);
   Floats total = splat(0.0f), weighted = splat(0.0f);
   for (int b = 0; b < blocks; ++b) {
@@ -59,7 +63,8 @@ EMO_INLINE Softmax softmax(const Row& logits, const Row& carrying, int blocks, R
     weighted += where(e > 0.0f, e * shifted, splat(0.0f));
   }
   const float sum_exps = sum(total);
-  return {shift, sum_exps, sum(weighted) / sum_exps};
+  const bool is_finite = shift > -INFINITY && largest(-is_bad) == 0;
+  return {shift, sum_exps, sum(weighted) / sum_exps, is_finite};
 }
 
 EMO_INLINE Floats sigmoid(Floats x) {
@@ -159,7 +164,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
   const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
   Pool pool(num_experts);
   Row logits, scores, gates, keys, chosen, scratch, bias;
-  int64_t choice_sums[kMaxExperts] = {}, score_sums[kMaxExperts] = {};
+  int64_t choice_sums[kMaxExperts] = {}, score_sums[kMaxExperts] = {}, facts[kNumFacts] = {};
   for (int e = 0; e < blocks * kLanes; ++e)
     bias.f[e] = args.expert_bias != nullptr && e < num_experts ? args.expert_bias[e] : 0.0f;
 
@@ -182,14 +187,25 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
 
     for (int b = 0; b < blocks; ++b) {
       const Ints key = order_keys(is_sigmoid ? gates.floats[b] + bias.floats[b] : logits.floats[b]);
-      keys.ints[b] = where(pool.allowed.ints[b], max(key, splat(kExcluded + 1)),
+      keys.ints[b] = where(pool.allowed.ints[b],
+                           soft.is_finite ? max(key, splat(kExcluded + 1)) : splat(kExcluded + 1),
                            where(pool.inside.ints[b], splat(kExcluded), splat(kBeyond)));
     }
     const int32_t threshold = top_k_threshold(keys, blocks, num_experts, args.top_k);
     for (int b = 0; b < blocks; ++b) chosen.ints[b] = keys.ints[b] >= threshold;
 
-    const bool is_padding = document < 0;
-    const float scaling = is_padding ? 0.0f : args.scaling;
+    const bool is_padding = document < 0, is_counted = !is_padding && soft.is_finite;
+    out.z[t] = is_counted ? z : 0.0f;
+    facts[0] += is_counted;
+    facts[1] += !is_padding && !is_counted;
+    if (!is_counted) {
+      for (int b = 0; b < blocks; ++b) gates.floats[b] = splat(is_padding ? 0.0f : NAN);
+      write_choice(args, out, t, gates, 1.0f, chosen, scratch);
+      continue;
+    }
+    // of one expert that has all the weight it may round to less than none
+    facts[2] += entropy > 0.0f ? (int64_t)std::nearbyint(entropy * kOne) : 0;
+    const float scaling = args.scaling;
     if (args.scoring == Scoring::kSoftmaxThenTopK) {
       write_choice(args, out, t, scores, scaling / total, chosen, scratch);
     } else if (args.scoring == Scoring::kTopKThenSoftmax) {
@@ -199,9 +215,6 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
       const float divisor = args.top_k > 1 ? sum_chosen(gates, chosen, blocks) + kTiny : 1.0f;
       write_choice(args, out, t, gates, scaling / divisor, chosen, scratch);
     }
-    out.z[t] = is_padding ? 0.0f : z;
-    out.entropy[t] = is_padding ? 0.0f : entropy;
-    if (is_padding) continue;
     const float unit = kOne / total;
     for (int b = 0; b < blocks; ++b)
       scratch.ints[b] = __builtin_convertvector(scores.floats[b] * unit + 0.5f, Ints);
@@ -211,16 +224,15 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
     }
   }
   for (int e = 0; e < num_experts; ++e) {
-    add_shared(out.sums + e, choice_sums[e]);
-    add_shared(out.sums + num_experts + e, score_sums[e]);
+    add_shared(out.counts + e, choice_sums[e]);
+    add_shared(out.score_units + e, score_sums[e]);
   }
+  for (int i = 0; i < kNumFacts; ++i) add_shared(out.counts + num_experts + i, facts[i]);
 }
 
 void pool_topk_finish(const RoutingArgs& args, const RoutingOutputs& out) {
-  for (int e = 0; e < args.num_experts; ++e) {
-    out.tokens_per_expert[e] = out.sums[e];
-    out.score_sums[e] = (float)((double)out.sums[args.num_experts + e] / kOne);
-  }
+  for (int e = 0; e < args.num_experts; ++e)
+    out.score_sums[e] = (float)((double)out.score_units[e] / kOne);
 }
 
 // With s the scores, w the weights and upstream gradients dS (of the score sums), dW (of the
@@ -239,14 +251,15 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
 
   for (int64_t t = begin; t < end; ++t) {
     const int64_t document = args.document_ids != nullptr ? args.document_ids[t] : 0;
-    if (document < 0) {
+    pool.set(args, document);
+    const Row& carrying = pool.carrying(args);
+    load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
+    const Softmax whole = softmax(logits, carrying, blocks, soft);
+    if (document < 0 || !whole.is_finite) {
       for (int b = 0; b < blocks; ++b) out.floats[b] = splat(0.0f);
       store_row(out, args.dtype, t, num_experts, grads.grad_logits);
       continue;
     }
-    pool.set(args, document);
-    const Row& carrying = pool.carrying(args);
-    load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
     const uint8_t* map = grads.routing_map + t * num_experts;
     for (int e = 0; e < num_experts; ++e) chosen.i[e] = map[e] ? -1 : 0;
     for (int e = num_experts; e < blocks * kLanes; ++e) chosen.i[e] = 0;
@@ -260,7 +273,7 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
               : where(chosen.ints[b], upstream.floats[b] * args.scaling, splat(0.0f));
 
     const float dz = grads.grad_z != nullptr ? grads.grad_z[t] : 0.0f;
-    const float inverse = 1.0f / softmax(logits, carrying, blocks, soft).total;
+    const float inverse = 1.0f / whole.total;
     for (int b = 0; b < blocks; ++b) soft.floats[b] *= inverse;
     if (args.scoring == Scoring::kSigmoid) {
       const float total = sigmoid_gates(logits, carrying, blocks, gates).total + kTiny;

@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(kThreads) document_scores_kernel(ScoreArgs arg
     if (document < 0) continue;
     float x[kChunks], exps[kChunks];
     load_row(logits + (tokens.begin + i) * args.num_experts, inside, x);
-    const float unit = kOne / softmax(x, inside, exps).total;
+    const Softmax soft = softmax(x, inside, exps);
+    if (!soft.is_finite()) continue;
+    const float unit = kOne / soft.total;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) run[c] += __float2uint_rn(exps[c] * unit);
   }
@@ -65,20 +67,26 @@ __global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) 
   long long wanted = args.pool_sizes[document] - args.num_forced;
   wanted = wanted < 0 ? 0 : (wanted > num_free ? num_free : wanted);
 
-  // one more than the score, so that every expert in the running is above 0
+  // unsigned integers in the order of the scores; forced experts are not in the running
   unsigned long long keys[kChunks];
-  unsigned long long top = 0;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int e = c * 32 + lane_id();
-    keys[c] =
-        e < num_free ? (unsigned long long)args.scores[document * args.num_experts + e] + 1 : 0;
-    top = keys[c] > top ? keys[c] : top;
+    keys[c] = e < num_free ? (unsigned long long)args.scores[document * args.num_experts + e] ^
+                                 0x8000000000000000ull
+                           : 0;
   }
-  const unsigned high = __reduce_max_sync(kAllLanes, (unsigned)(top >> 32));
-  const unsigned low = __reduce_max_sync(kAllLanes, (unsigned)top);
-  unsigned long long threshold = 0;
-  for (int bit = high != 0 ? 63 - __clz((int)high) : 31 - __clz((int)(low | 1u)); bit >= 0; --bit) {
+  // above the highest bit in which two of them differ, all are as the first
+  const unsigned long long first = __shfl_sync(kAllLanes, keys[0], 0);
+  unsigned long long differing = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    if (c * 32 + lane_id() < num_free) differing |= keys[c] ^ first;
+  const unsigned high = __reduce_or_sync(kAllLanes, (unsigned)(differing >> 32));
+  const unsigned low = __reduce_or_sync(kAllLanes, (unsigned)differing);
+  const int num_bits = high != 0 ? 64 - __clz((int)high) : 32 - __clz((int)low);
+  unsigned long long threshold = num_bits < 64 ? first >> num_bits << num_bits : 0;
+  for (int bit = num_bits - 1; bit >= 0; --bit) {
     const unsigned long long candidate = threshold | (1ull << bit);
     int reached = 0;
 #pragma unroll
@@ -94,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) 
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int e = c * 32 + lane_id();
-    const bool is_equal = keys[c] == threshold && keys[c] != 0;
+    const bool is_equal = keys[c] == threshold && e < num_free;
     const unsigned equal = __ballot_sync(kAllLanes, is_equal);
     const bool is_tied_in = is_equal && rank + __popc(equal & lanes_below()) < equal_wanted;
     const bool is_in = e >= num_free || (wanted > 0 && (keys[c] > threshold || is_tied_in));
@@ -107,6 +115,10 @@ __global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) 
 
 int use_device(int device) { return (int)cudaSetDevice(device); }
 const char* error_text(int status) { return cudaGetErrorString((cudaError_t)status); }
+bool is_unsupported(int status) {
+  return status == cudaErrorNoKernelImageForDevice || status == cudaErrorInsufficientDriver ||
+         status == cudaErrorNoDevice;
+}
 
 int document_scores(const ScoreArgs& args, void* stream) {
   if (args.num_tokens == 0) return 0;

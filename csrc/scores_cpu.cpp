@@ -27,8 +27,13 @@ EMO_CLONES void document_scores(const ScoreArgs& args, int64_t begin, int64_t en
     if (document < 0) continue;
     load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
     Floats top = splat(-INFINITY);
-    for (int b = 0; b < blocks; ++b) top = max(top, logits.floats[b]);
+    Ints is_bad = splat(0);
+    for (int b = 0; b < blocks; ++b) {
+      top = max(top, logits.floats[b]);
+      is_bad |= is_nan_or_inf(logits.floats[b]);
+    }
     const float shift = largest(top);
+    if (!(shift > -INFINITY) || largest(-is_bad) != 0) continue;
     Floats total = splat(0.0f);
     for (int b = 0; b < blocks; ++b) {
       logits.floats[b] = exp_nonpositive(logits.floats[b] - shift);

@@ -113,6 +113,9 @@ static EMO_INLINE float log_of_sum(float x) {
   return (float)(exponent - 1) * 0.69314718056f + log;
 }
 
+// NaN or +inf: -1, other numbers and -inf: 0.
+static EMO_INLINE Ints is_nan_or_inf(Floats x) { return ~(Ints)(x < INFINITY); }
+
 // Integers in the order of the floats, so that -inf and ties compare exactly and NaN is the
 // largest; -0 equals 0.
 static EMO_INLINE Ints order_keys(Floats x) {

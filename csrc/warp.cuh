@@ -156,17 +156,23 @@ inline unsigned blocks_for(int64_t num_tokens, int per_warp) {
   return (unsigned)((num_tokens + per_block - 1) / per_block);
 }
 
-// e^(x - max) over a set of experts, 0 elsewhere, and what belongs to it.
+// e^(x - max) over a set of experts, 0 elsewhere, and what belongs to it. A row that holds NaN or
+// +inf, in the set or not, has the maximum +inf; one without a number above -inf in the set has
+// -inf.
 struct Softmax {
   float max, total;
+
+  __device__ __forceinline__ bool is_finite() const { return fabsf(max) < INFINITY; }
 };
 template <int kChunks>
 __device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned set,
                                            float (&exps)[kChunks]) {
   float top = -INFINITY;
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c)
+  for (int c = 0; c < kChunks; ++c) {
     if (has(set, c)) top = fmaxf(top, x[c]);
+    if (!(x[c] < INFINITY)) top = INFINITY;
+  }
   top = warp_max(top);
   float total = 0.0f;
 #pragma unroll
@@ -231,8 +237,8 @@ __device__ __forceinline__ unsigned top_k(const unsigned (&keys)[kChunks], int k
 }
 
 // Add up what the warps of a block counted and add it to `to`: one atomic an expert and block.
-template <int kExperts>
-__device__ __forceinline__ void add_over_warps(const unsigned (&of_warp)[kWarps][kExperts],
+template <class Count, int kExperts>
+__device__ __forceinline__ void add_over_warps(const Count (&of_warp)[kWarps][kExperts],
                                                int num_experts, int64_t* to) {
   for (int e = threadIdx.x; e < num_experts; e += kThreads) {
     unsigned long long total = 0;

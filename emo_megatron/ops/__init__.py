@@ -1,21 +1,24 @@
 """The routing ops: device-independent functions on tensors. This file picks the backend; ops/dispatch.py is another.
 
 `document_scores` sums each document's router probabilities, `select_pool` turns the sums into a pool of experts, and
-`pool_topk` routes tokens inside it. `draw_pool_sizes` and `top_p_pool_sizes` say how large a pool is.
+`pool_topk` routes tokens inside it. `draw_pool_sizes`, from `draw_bits`, and `top_p_pool_sizes` say how large a pool
+is. `experts_used` and `document_statistics` are for metrics.
 
-Two backends compute the first three: `reference`, plain PyTorch and the definition, and `native`, compiled from csrc/.
-The native one is taken where it can be; `EMO_OPS=reference` in the environment, or `backend=`, says otherwise.
+Two backends compute all but `top_p_pool_sizes`: `reference`, plain PyTorch and the definition, and `native`, compiled
+from csrc/. The native one is taken where it can be; `EMO_OPS=reference` in the environment, or `backend=`, says
+otherwise, and `EMO_OPS=native` makes it an error if the native one cannot run.
 """
 
 import os
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from emo_megatron.ops import native, reference
+from emo_megatron.ops import native, reference, sizes
 from emo_megatron.ops.reference import Routing, experts_per_document
-from emo_megatron.ops.sizes import draw_pool_sizes, top_p_pool_sizes
+from emo_megatron.ops.sizes import top_p_pool_sizes
 
 __all__ = [
     "Backend",
@@ -23,8 +26,11 @@ __all__ = [
     "available_backends",
     "best_backend",
     "document_scores",
+    "document_statistics",
+    "draw_bits",
     "draw_pool_sizes",
     "experts_per_document",
+    "experts_used",
     "pool_topk",
     "select_pool",
     "top_p_pool_sizes",
@@ -42,7 +48,7 @@ def document_scores(
     backend: Backend | None = None,
 ) -> Tensor:
     """Sum each document's router probabilities, exactly; see reference.document_scores."""
-    ops = _implementation(backend, logits_TE, dtype=logits_TE.dtype)
+    ops = _implementation(backend, logits_TE, logits_TE.shape[-1], dtype=logits_TE.dtype)
     scores_DE: Tensor = ops.document_scores(
         logits_TE, document_ids_T=document_ids_T, num_documents=num_documents
     )
@@ -53,7 +59,7 @@ def select_pool(
     scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0, backend: Backend | None = None
 ) -> Tensor:
     """Choose each document's pool: its best-scored experts; see reference.select_pool."""
-    ops = _implementation(backend, scores_DE)
+    ops = _implementation(backend, scores_DE, scores_DE.shape[-1])
     pool_DE: Tensor = ops.select_pool(scores_DE, pool_sizes_D=pool_sizes_D, num_forced=num_forced)
     return pool_DE
 
@@ -72,7 +78,7 @@ def pool_topk(
     backend: Backend | None = None,
 ) -> Routing:
     """Route each token to the top-k experts of its document's pool; see reference.pool_topk."""
-    ops = _implementation(backend, logits_TE, dtype=logits_TE.dtype, top_k=top_k)
+    ops = _implementation(backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k)
     routing: Routing = ops.pool_topk(
         logits_TE,
         document_ids_T=document_ids_T,
@@ -85,6 +91,78 @@ def pool_topk(
         mask=mask,
     )
     return routing
+
+
+def experts_used(
+    routing_map_TE: Tensor,
+    *,
+    document_ids_T: Tensor,
+    num_documents: int,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Which experts each document's tokens chose, [D, ceil(E / 32)] int32 bit words; see reference.experts_used."""
+    ops = _implementation(backend, routing_map_TE, routing_map_TE.shape[-1])
+    used_DW: Tensor = ops.experts_used(
+        routing_map_TE, document_ids_T=document_ids_T, num_documents=num_documents
+    )
+    return used_DW
+
+
+def document_statistics(
+    scores_DE: Tensor | None,
+    *,
+    pool_DE: Tensor | None = None,
+    used_DW: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Sums over documents for metrics, [5] int64; see reference.document_statistics."""
+    ops = _implementation(backend, reference.given_statistics(scores_DE, pool_DE, used_DW))
+    statistics: Tensor = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW)
+    return statistics
+
+
+def draw_bits(
+    sample_positions_D: Tensor,
+    *,
+    offsets_D: Tensor,
+    layers: range | Tensor,
+    seed: int,
+    stream: int = 0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Random bits for every layer and document, [L, D] int64; see sizes.draw_bits."""
+    ops = _implementation(backend, sample_positions_D)
+    draw = sizes.draw_bits if ops is reference else ops.draw_bits
+    bits_LD: Tensor = draw(
+        sample_positions_D, offsets_D=offsets_D, layers=layers, seed=seed, stream=stream
+    )
+    return bits_LD
+
+
+def draw_pool_sizes(
+    sample_positions_D: Tensor,
+    *,
+    offsets_D: Tensor,
+    layer_number: int | range | Tensor,
+    seed: int,
+    low: int,
+    high: int,
+    unrestricted_share: float = 0.0,
+    num_experts: int,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Draw each document's pool size, of one layer or of several at once; see sizes.draw_pool_sizes."""
+    return sizes.draw_pool_sizes(
+        sample_positions_D,
+        offsets_D=offsets_D,
+        layer_number=layer_number,
+        seed=seed,
+        low=low,
+        high=high,
+        unrestricted_share=unrestricted_share,
+        num_experts=num_experts,
+        draw=partial(draw_bits, backend=backend),
+    )
 
 
 def why_not_native(
@@ -120,8 +198,17 @@ def best_backend(
     top_k: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Backend:
-    """The compiled ops where they run for such tensors, else the reference."""
+    """The compiled ops where they run for such tensors, else the reference.
+
+    Raises:
+        RuntimeError: the compiled ops cannot run, and EMO_OPS=native asks for them.
+    """
     reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
+    if reason and _wanted() == "native":
+        raise RuntimeError(
+            f"EMO_OPS=native asks for the compiled ops, which cannot run here: {reason}. "
+            "Unset EMO_OPS to run plain PyTorch there."
+        )
     return "reference" if reason else "native"
 
 
@@ -133,20 +220,20 @@ def available_backends() -> dict[str, str]:
 
 def _implementation(
     backend: Backend | None,
-    tensor_XE: Tensor,
-    *,
+    tensor: Tensor,
+    num_experts: int = 1,
     dtype: torch.dtype = torch.float32,
     top_k: int = 1,
 ) -> Any:
     """The backend asked for, or the best one for this tensor."""
     if backend is None:
-        backend = best_backend(tensor_XE.device.type, tensor_XE.shape[-1], top_k, dtype)
+        backend = best_backend(tensor.device.type, num_experts, top_k, dtype)
     return native.load_native() if backend == "native" else reference
 
 
-def _wanted() -> str:
-    """EMO_OPS, checked."""
-    wanted = os.environ.get("EMO_OPS", "native")
-    if wanted not in get_args(Backend):
+def _wanted() -> str | None:
+    """EMO_OPS, checked; None where nothing is asked for."""
+    wanted = os.environ.get("EMO_OPS")
+    if wanted is not None and wanted not in get_args(Backend):
         raise ValueError(f"EMO_OPS must be one of {get_args(Backend)}; got {wanted!r}")
     return wanted

@@ -87,16 +87,14 @@ class _CopyRows(torch.autograd.Function):
         copies_P: Tensor,
         bounds_N: Tensor,
     ) -> Tensor:
-        ctx.backend = backend
-        ctx.save_for_backward(copies_P, bounds_N)
-        copies_PH: Tensor = _ops(backend).copy_rows(rows_NH, source_P=source_P)
+        fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
+        copies_PH: Tensor = _ops(backend).copy_rows(rows_NH, fanout=fanout)
         return copies_PH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_PH: Tensor) -> Any:
-        copies_P, bounds_N = ctx.saved_tensors
-        gradient_NH = _ops(ctx.backend).sum_rows(gradient_PH, copies_P=copies_P, bounds_N=bounds_N)
+        gradient_NH = _ops(ctx.backend).sum_rows(gradient_PH, fanout=_kept(ctx))
         return None, gradient_NH, None, None, None
 
 
@@ -110,20 +108,32 @@ class _SumRows(torch.autograd.Function):
         copies_P: Tensor,
         bounds_N: Tensor,
     ) -> Tensor:
-        ctx.backend = backend
-        ctx.save_for_backward(source_P)
-        rows_NH: Tensor = _ops(backend).sum_rows(copies_PH, copies_P=copies_P, bounds_N=bounds_N)
+        fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
+        rows_NH: Tensor = _ops(backend).sum_rows(copies_PH, fanout=fanout)
         return rows_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NH: Tensor) -> Any:
-        (source_P,) = ctx.saved_tensors
-        return None, _ops(ctx.backend).copy_rows(gradient_NH, source_P=source_P), None, None, None
+        gradient_PH = _ops(ctx.backend).copy_rows(gradient_NH, fanout=_kept(ctx))
+        return None, gradient_PH, None, None, None
 
 
 def _parts(fanout: Fanout) -> tuple[Tensor, Tensor, Tensor]:
     return fanout.source_P, fanout.copies_P, fanout.bounds_N
+
+
+def _keep(
+    ctx: Any, backend: Backend, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
+) -> Fanout:
+    ctx.backend = backend
+    ctx.save_for_backward(source_P, copies_P, bounds_N)
+    return Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
+
+
+def _kept(ctx: Any) -> Fanout:
+    source_P, copies_P, bounds_N = ctx.saved_tensors
+    return Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
 
 
 def _choose(backend: Backend | None, tensor: Tensor, *, num_experts: int = 1) -> Backend:

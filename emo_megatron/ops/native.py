@@ -11,7 +11,6 @@ logits, not by their index. The dispatch ops give the reference's bits.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from emo_megatron.ops.operators import register
-from emo_megatron.ops.reference import Routing
+from emo_megatron.ops.reference import Routing, given_statistics
 from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan
+from emo_megatron.ops.sizes import first_state
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 MAX_EXPERTS = 1024
@@ -81,28 +81,73 @@ class NativeOps:
         scoring = SOFTMAX if pre_softmax else SOFTMAX_OF_CHOSEN
         if score_function == "sigmoid":
             scoring = SIGMOID
-        probs_TE, routing_map_TE, tokens_per_expert_E, score_sums_E, z_T, entropy_T = (
-            self._ops.pool_topk(
-                logits_TE.contiguous(),
-                None if document_ids_T is None else document_ids_T.contiguous(),
-                None if pool_DE is None else pool_DE.contiguous(),
-                expert_bias_E.float().contiguous()
-                if expert_bias_E is not None and scoring == SIGMOID
-                else None,
-                top_k,
-                scoring,
-                mask == "logits",
-                scaling_factor or 1.0,
-            )
+        probs_TE, routing_map_TE, counts_X, score_sums_E, z_T = self._ops.pool_topk(
+            logits_TE.contiguous(),
+            _contiguous(document_ids_T),
+            _contiguous(pool_DE),
+            expert_bias_E.float().contiguous()
+            if expert_bias_E is not None and scoring == SIGMOID
+            else None,
+            top_k,
+            scoring,
+            mask == "logits",
+            scaling_factor or 1.0,
         )
         return Routing(
             probs_TE=probs_TE,
             routing_map_TE=routing_map_TE,
-            tokens_per_expert_E=tokens_per_expert_E,
+            counts_X=counts_X,
             score_sums_E=score_sums_E,
             z_T=z_T,
-            entropy_T=entropy_T,
         )
+
+    def experts_used(
+        self, routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
+    ) -> Tensor:
+        """As reference.experts_used."""
+        found = self._ops.experts_used(
+            routing_map_TE.contiguous(), document_ids_T.contiguous(), num_documents
+        )
+        return cast(Tensor, found)
+
+    def document_statistics(
+        self,
+        scores_DE: Tensor | None,
+        *,
+        pool_DE: Tensor | None = None,
+        used_DW: Tensor | None = None,
+    ) -> Tensor:
+        """As reference.document_statistics."""
+        given_statistics(scores_DE, pool_DE, used_DW)
+        found = self._ops.document_statistics(
+            _contiguous(scores_DE), _contiguous(pool_DE), _contiguous(used_DW)
+        )
+        return cast(Tensor, found)
+
+    def draw_bits(
+        self,
+        sample_positions_D: Tensor,
+        *,
+        offsets_D: Tensor,
+        layers: range | Tensor,
+        seed: int,
+        stream: int,
+    ) -> Tensor:
+        """As sizes.draw_bits."""
+        layers_L, first, count = None, 0, 0
+        if isinstance(layers, range):
+            first, count = layers.start, len(layers)
+        else:
+            layers_L = layers.contiguous()
+        found = self._ops.draw_bits(
+            sample_positions_D.contiguous(),
+            offsets_D.contiguous(),
+            layers_L,
+            first,
+            count,
+            first_state(seed, stream=stream),
+        )
+        return cast(Tensor, found)
 
     def count_sends(self, routing_map_TE: Tensor, *, num_ranks: int) -> Tensor:
         """As reference_dispatch.count_sends."""
@@ -126,13 +171,21 @@ class NativeOps:
         pairs = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
         return ReceivePlan(pairs=pairs, order_P=order_P)
 
-    def copy_rows(self, rows_NH: Tensor, *, source_P: Tensor) -> Tensor:
-        """As reference_dispatch.copy_rows."""
-        return cast(Tensor, self._ops.copy_rows(rows_NH.contiguous(), source_P))
+    def copy_rows(self, rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
+        """As reference_dispatch.copy_rows; every row is read once."""
+        found = self._ops.copy_rows(
+            rows_NH.contiguous(), fanout.source_P, fanout.copies_P, fanout.bounds_N
+        )
+        return cast(Tensor, found)
 
-    def sum_rows(self, copies_PH: Tensor, *, copies_P: Tensor, bounds_N: Tensor) -> Tensor:
+    def sum_rows(self, copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
         """As reference_dispatch.sum_rows."""
-        return cast(Tensor, self._ops.sum_rows(copies_PH.contiguous(), copies_P, bounds_N))
+        found = self._ops.sum_rows(copies_PH.contiguous(), fanout.copies_P, fanout.bounds_N)
+        return cast(Tensor, found)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 # no functools.cache: torch.compile traces through that, but reads a global
@@ -161,9 +214,17 @@ def load_native() -> NativeOps:
     return _own
 
 
-@cache
+# devices on which an op has run
+_proven: set[str] = set()
+
+
 def why_no_kernels(device_type: str) -> str:
-    """Why the loaded ops cannot run on such a device; empty where they can. Tries the smallest op once."""
+    """Why the loaded ops cannot run on such a device; empty where they can.
+
+    Tries the smallest op until it has run once: a failure may pass, for instance one of memory.
+    """
+    if device_type in _proven:
+        return ""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(
         "emo_megatron::document_scores", key
@@ -176,6 +237,7 @@ def why_no_kernels(device_type: str) -> str:
             num_documents=1,
         )
     except RuntimeError as error:
-        # a GPU or a driver that they were not built for
+        # for instance a GPU or a driver that they were not built for
         return str(error).partition("\n")[0]
+    _proven.add(device_type)
     return ""

@@ -11,6 +11,7 @@ from torch import Tensor
 def register(namespace: str) -> None:
     """Register both for the operators of one loaded library."""
     _register_routing_shapes(namespace)
+    _register_document_shapes(namespace)
     _register_dispatch_shapes(namespace)
     _register_gradients(namespace)
 
@@ -32,9 +33,8 @@ def _register_routing_shapes(namespace: str) -> None:
         return (
             torch.empty_like(logits),
             torch.empty_like(logits, dtype=torch.bool),
-            logits.new_empty(num_experts, dtype=torch.int64),
+            logits.new_empty(num_experts + 3, dtype=torch.int64),
             logits.new_empty(num_experts, dtype=torch.float32),
-            logits.new_empty(num_tokens, dtype=torch.float32),
             logits.new_empty(num_tokens, dtype=torch.float32),
         )
 
@@ -47,6 +47,31 @@ def _register_routing_shapes(namespace: str) -> None:
         *_rest: Any,
     ) -> Tensor:
         return torch.empty_like(logits)
+
+
+def _register_document_shapes(namespace: str) -> None:
+    @torch.library.register_fake(f"{namespace}::experts_used")
+    def _(routing_map: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
+        num_words = (routing_map.shape[1] + 31) // 32
+        return routing_map.new_empty((num_documents, num_words), dtype=torch.int32)
+
+    @torch.library.register_fake(f"{namespace}::document_statistics")
+    def _(scores: Tensor | None, pool: Tensor | None, used: Tensor | None) -> Tensor:
+        like = scores if scores is not None else used
+        assert like is not None
+        return like.new_empty(5, dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::draw_bits")
+    def _(
+        positions: Tensor,
+        offsets: Tensor,
+        layers: Tensor | None,
+        first_layer: int,
+        num_layers: int,
+        start: int,
+    ) -> Tensor:
+        count = num_layers if layers is None else layers.shape[0]
+        return positions.new_empty((count, positions.shape[0]))
 
 
 # sizes as .shape: len() would compile anew for each
@@ -71,7 +96,7 @@ def _register_dispatch_shapes(namespace: str) -> None:
         return tuple(integers(codes, size) for size in sizes)
 
     @torch.library.register_fake(f"{namespace}::copy_rows")
-    def _(rows: Tensor, sources: Tensor) -> Tensor:
+    def _(rows: Tensor, sources: Tensor, order: Tensor, bounds: Tensor) -> Tensor:
         return rows.new_empty(sources.shape[0], rows.shape[1])
 
     @torch.library.register_fake(f"{namespace}::sum_rows")
@@ -84,14 +109,14 @@ def _register_gradients(namespace: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, document_ids, pool, _, *ctx.options = inputs
-        _, routing_map, tokens_per_expert, _, _, entropy = output
+        _, routing_map, counts, _, _ = output
         # of size [T, E] the logits and a byte an expert: backward computes the scores again
         ctx.save_for_backward(logits, routing_map, document_ids, pool)
-        ctx.mark_non_differentiable(routing_map, tokens_per_expert, entropy)
+        ctx.mark_non_differentiable(routing_map, counts)
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_probs, _, _, grad_score_sums, grad_z, _ = (
+        grad_probs, _, _, grad_score_sums, grad_z = (
             None if grad is None else grad.contiguous() for grad in grads
         )
         logits, routing_map, document_ids, pool = ctx.saved_tensors

@@ -73,6 +73,10 @@ def plan_send(routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pair
         num_ranks: R, a divisor of E.
         num_rows: N, the sum of the first R of `count_sends`.
         num_pairs: P, the sum of the others.
+
+    Returns:
+        The plan. If there are fewer pairs than `num_pairs`, places and codes beyond them are 0; the compiled ops on a
+        CPU refuse sizes that do not fit.
     """
     num_tokens, num_experts = routing_map_TE.shape
     per_rank = num_experts // num_ranks
@@ -81,11 +85,13 @@ def plan_send(routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pair
     visit_P = rank_P * num_tokens + token_P
     is_first_P = torch.ones_like(visit_P, dtype=torch.bool)
     is_first_P[1:] = visit_P[1:] != visit_P[:-1]
+    places_P = token_P * num_experts + rank_P * per_rank + expert_P
+    is_pair_P = rank_P >= 0
     token_N = rank_map.any(-1).nonzero_static(size=num_rows)[:, 1].contiguous()
     return SendPlan(
         rows=fan_out(token_N, num_sources=num_tokens),
-        places_P=token_P * num_experts + rank_P * per_rank + expert_P,
-        codes_P=(expert_P * 2 + is_first_P).int(),
+        places_P=places_P * is_pair_P,
+        codes_P=((expert_P * 2 + is_first_P) * is_pair_P).int(),
     )
 
 
@@ -115,17 +121,19 @@ def fan_out(source_P: Tensor, *, num_sources: int) -> Fanout:
     )
 
 
-def copy_rows(rows_NH: Tensor, *, source_P: Tensor) -> Tensor:
+def copy_rows(rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
     """[P, H]: every copy of every row."""
-    return rows_NH[source_P]
+    return rows_NH[fanout.source_P]
 
 
-def sum_rows(copies_PH: Tensor, *, copies_P: Tensor, bounds_N: Tensor) -> Tensor:
-    """[N, H]: the sum of every row's copies, see Fanout, in their order and in float32 or better, rounded once."""
+def sum_rows(copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
+    """[N, H]: the sum of every row's copies in their order and in float32 or better, rounded once."""
     # a bag gathers and adds in the order given; of half precision it rounds every sum, so it gets none
     is_half = copies_PH.dtype.itemsize < 4
     wide_PH = copies_PH.float() if is_half else copies_PH.contiguous()
-    sums_NH = embedding_bag(copies_P, wide_PH, bounds_N, mode="sum", include_last_offset=True)
+    sums_NH = embedding_bag(
+        fanout.copies_P, wide_PH, fanout.bounds_N, mode="sum", include_last_offset=True
+    )
     return sums_NH.to(copies_PH.dtype)
 
 

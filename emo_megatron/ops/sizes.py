@@ -6,6 +6,8 @@ differs between ranks, pipeline stages or a resumed run. All integer arithmetic 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,34 +20,77 @@ def draw_pool_sizes(
     sample_positions_D: Tensor,
     *,
     offsets_D: Tensor,
-    layer_number: int | Tensor,
+    layer_number: int | range | Tensor,
     seed: int,
     low: int,
     high: int,
     unrestricted_share: float = 0.0,
     num_experts: int,
+    draw: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Draw each document's pool size uniformly from the integers in [low, high].
 
     Args:
         sample_positions_D: [D] int64, global index of the training sample that holds the document.
         offsets_D: [D] int64, first token of the document within its sample.
-        layer_number: 1-based global layer number; [L, 1] int64 draws for several layers at once.
+        layer_number: 1-based global layer number; a range of them, or [L, 1] int64, draws for several layers at once.
         seed: of the draw.
         low, high: bounds, inclusive.
         unrestricted_share: fraction of documents that get all `num_experts` instead.
         num_experts: E.
+        draw: a backend's `draw_bits`; the one below by default.
 
     Returns:
         [D] int64 sizes, [L, D] for several layers.
     """
-    bits_D = _hash(sample_positions_D, offsets_D, layer_number, seed, stream=0)
-    sizes_D = low + _scale(bits_D, high - low + 1)
+    if isinstance(layer_number, Tensor):
+        layers: range | Tensor = layer_number.reshape(-1)
+    elif isinstance(layer_number, range):
+        layers = layer_number
+    else:
+        layers = range(layer_number, layer_number + 1)
+
+    def bits(stream: int) -> Tensor:
+        return (draw or draw_bits)(
+            sample_positions_D, offsets_D=offsets_D, layers=layers, seed=seed, stream=stream
+        )
+
+    sizes_LD = low + _scale(bits(0), high - low + 1)
     if unrestricted_share > 0.0:
-        coin_D = _hash(sample_positions_D, offsets_D, layer_number, seed, stream=1)
-        is_free_D = _scale(coin_D, 1 << 24) < round(unrestricted_share * (1 << 24))
-        sizes_D = torch.where(is_free_D, num_experts, sizes_D)
-    return sizes_D
+        is_free_LD = _scale(bits(1), 1 << 24) < round(unrestricted_share * (1 << 24))
+        sizes_LD = torch.where(is_free_LD, num_experts, sizes_LD)
+    return sizes_LD[0] if isinstance(layer_number, int) else sizes_LD
+
+
+def draw_bits(
+    sample_positions_D: Tensor, *, offsets_D: Tensor, layers: range | Tensor, seed: int, stream: int
+) -> Tensor:
+    """Random bits for every layer and document: splitmix64's finaliser, chained over the counters.
+
+    Args:
+        sample_positions_D: [D] int64, see `draw_pool_sizes`.
+        offsets_D: [D] int64, likewise.
+        layers: L layer numbers, in steps of one; or [L] int64 of any.
+        seed: of the draw.
+        stream: 0 to 3, draws of the same seed that are independent.
+
+    Returns:
+        [L, D] int64, all 64 bits random.
+    """
+    if isinstance(layers, range):
+        layers_L = torch.arange(layers.start, layers.stop, device=sample_positions_D.device)
+    else:
+        layers_L = layers
+    state_D = torch.full_like(sample_positions_D, first_state(seed, stream=stream))
+    # int64 multiplication wraps on every device
+    for counter_D in (sample_positions_D, offsets_D):
+        state_D = _mix(state_D + _GOLDEN_GAMMA + counter_D)
+    return _mix(state_D + _GOLDEN_GAMMA + layers_L[:, None])
+
+
+def first_state(seed: int, *, stream: int) -> int:
+    """The hash before the first counter, as an int64."""
+    return _wrap(seed * 4 + stream + 1)
 
 
 def top_p_pool_sizes(scores_DE: Tensor, *, top_p: float, low: int, high: int) -> Tensor:
@@ -59,19 +104,10 @@ def top_p_pool_sizes(scores_DE: Tensor, *, top_p: float, low: int, high: int) ->
     Returns:
         [D] int64 sizes.
     """
-    mass_DE = scores_DE.sort(dim=-1, descending=True).values.to(torch.float64).cumsum(dim=-1)
+    # summed up as integers: exact, and deterministic on a GPU, where a cumsum of floats is not
+    mass_DE = scores_DE.sort(dim=-1, descending=True).values.cumsum(dim=-1).to(torch.float64)
     is_short_DE = mass_DE < top_p * mass_DE[:, -1:]
     return (is_short_DE.sum(dim=-1) + 1).clamp(min=low, max=high)
-
-
-def _hash(
-    position_D: Tensor, offset_D: Tensor, layer_number: int | Tensor, seed: int, *, stream: int
-) -> Tensor:
-    """Chain splitmix64's finaliser over the counters; int64 multiplication wraps on every device."""
-    state_D = torch.full_like(position_D, _wrap(seed * 4 + stream + 1))
-    for counter in (position_D, offset_D, layer_number):
-        state_D = _mix(state_D + _GOLDEN_GAMMA + counter)
-    return state_D
 
 
 def _mix(x: Tensor) -> Tensor:

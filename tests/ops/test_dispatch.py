@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -142,6 +142,12 @@ def random_fanout(num_copies: int, num_rows: int) -> Fanout:
     return fan_out(source_P.masked_fill(source_P == 1, 0), num_sources=num_rows)
 
 
+def to_device(fanout: Fanout, device: torch.device) -> Fanout:
+    return Fanout(
+        **{field.name: getattr(fanout, field.name).to(device) for field in fields(Fanout)}
+    )
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -153,8 +159,7 @@ def test_compiled_copies_and_sums(
     compiled: Compiled, dtype: torch.dtype, width: int, offset: int
 ) -> None:
     fanout = random_fanout(60, 21)
-    parts = {"copies_P": fanout.copies_P, "bounds_N": fanout.bounds_N}
-    on_device = {name: part.to(compiled.device) for name, part in parts.items()}
+    on_device = to_device(fanout, compiled.device)
     generator = torch.Generator().manual_seed(2)
 
     def numbers(rows: int) -> tuple[Tensor, Tensor]:
@@ -165,24 +170,27 @@ def test_compiled_copies_and_sums(
         return flat[offset:].view(rows, width), on_device
 
     rows_NH, given_NH = numbers(21)
-    want = reference_dispatch.copy_rows(rows_NH, source_P=fanout.source_P)
-    got = compiled.ops.copy_rows(given_NH, source_P=fanout.source_P.to(compiled.device))
+    want = reference_dispatch.copy_rows(rows_NH, fanout=fanout)
+    got = compiled.ops.copy_rows(given_NH, fanout=on_device)
     assert_same_bits("copies", got.cpu(), want)
     copies_PH, given_PH = numbers(60)
-    want = reference_dispatch.sum_rows(copies_PH, **parts)
-    got = compiled.ops.sum_rows(given_PH, **on_device)
+    want = reference_dispatch.sum_rows(copies_PH, fanout=fanout)
+    got = compiled.ops.sum_rows(given_PH, fanout=on_device)
     assert not want[1].any()
     assert_same_bits("sums", got.cpu(), want)
 
 
 def test_nothing_to_copy_or_sum(compiled: Compiled) -> None:
-    none = torch.empty(0, dtype=torch.int64, device=compiled.device)
+    def nothing_of(num_rows: int) -> Fanout:
+        no_copies = torch.empty(0, dtype=torch.int64)
+        return to_device(fan_out(no_copies, num_sources=num_rows), compiled.device)
+
     rows_NH = torch.ones(4, 5, device=compiled.device)
-    assert compiled.ops.copy_rows(rows_NH, source_P=none).shape == (0, 5)
-    bounds_N = torch.zeros(4, dtype=torch.int64, device=compiled.device)
-    sums_NH = compiled.ops.sum_rows(rows_NH[:0], copies_P=none, bounds_N=bounds_N)
+    assert compiled.ops.copy_rows(rows_NH, fanout=nothing_of(4)).shape == (0, 5)
+    assert compiled.ops.copy_rows(rows_NH[:0], fanout=nothing_of(0)).shape == (0, 5)
+    sums_NH = compiled.ops.sum_rows(rows_NH[:0], fanout=nothing_of(3))
     assert_equal("sums", sums_NH.cpu(), torch.zeros(3, 5))
-    assert compiled.ops.sum_rows(rows_NH[:0], copies_P=none, bounds_N=bounds_N[:1]).shape == (0, 5)
+    assert compiled.ops.sum_rows(rows_NH[:0], fanout=nothing_of(0)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
@@ -213,9 +221,8 @@ def test_the_same_for_any_number_of_threads(num_threads: int) -> None:
         for threads in (1, num_threads):
             torch.set_num_threads(threads)
             found.append(tensors(*plans(host_ops(), case.routing_map(), case.ranks)))
-            found[-1]["sums"] = host_ops().sum_rows(
-                copies_PH, copies_P=fanout.copies_P, bounds_N=fanout.bounds_N
-            )
+            found[-1]["sums"] = host_ops().sum_rows(copies_PH, fanout=fanout)
+            found[-1]["copies"] = host_ops().copy_rows(copies_PH[:500], fanout=fanout)
     finally:
         torch.set_num_threads(before)
     for name, value in found[0].items():
@@ -236,14 +243,15 @@ def test_operators_keep_the_rules_of_torch(compiled: Compiled) -> None:
     routing = CASES["small"].routing_map().to(compiled.device)
     _, send, receive = plans(compiled.ops, routing, 2)
     rows_NH = torch.randn(7, 4, device=compiled.device)
-    copies_PH = compiled.ops.copy_rows(rows_NH, source_P=send.rows.source_P)
+    rows = (send.rows.source_P, send.rows.copies_P, send.rows.bounds_N)
+    copies_PH = compiled.ops.copy_rows(rows_NH, fanout=send.rows)
     num_rows, num_pairs = len(send.rows.source_P), len(send.codes_P)
     for operator, arguments in (
         (operators.count_sends, (routing, 2)),
         (operators.plan_send, (routing, 2, num_rows, num_pairs)),
         (operators.plan_receive, (send.codes_P, num_rows, 4)),
-        (operators.copy_rows, (rows_NH, send.rows.source_P)),
-        (operators.sum_rows, (copies_PH, send.rows.copies_P, send.rows.bounds_N)),
+        (operators.copy_rows, (rows_NH, *rows)),
+        (operators.sum_rows, (copies_PH, *rows[1:])),
     ):
         torch.library.opcheck(operator.default, arguments)
     assert len(receive.order_P) == num_pairs
@@ -276,16 +284,23 @@ def test_what_cannot_be_is_named() -> None:
         ops.plan_receive(codes_P, num_rows=12, num_experts=2)
     with pytest.raises(RuntimeError, match="codes must begin 1 rows"):
         ops.plan_receive(codes_P & ~1, num_rows=1, num_experts=4)
-    with pytest.raises(RuntimeError, match=r"sources must lie in \[0, 2\); got 2"):
-        ops.copy_rows(torch.zeros(2, 3), source_P=torch.tensor([0, 2]))
-    with pytest.raises(RuntimeError, match="sources has the wrong dtype"):
-        ops.copy_rows(torch.zeros(2, 3), source_P=torch.tensor([0, 1], dtype=torch.int32))
+    fanout = fan_out(torch.tensor([1, 0]), num_sources=2)
+    for changed, message in (
+        ({"source_P": torch.tensor([0, 2])}, r"sources must lie in \[0, 2\); got 2"),
+        ({"source_P": torch.tensor([0, 1])}, "copy 1 is of row 1, but .* name it for row 0"),
+        ({"source_P": fanout.source_P.int()}, "sources has the wrong dtype"),
+        ({"copies_P": torch.tensor([1, 2])}, r"order must lie in \[0, 2\); got 2"),
+        ({"copies_P": torch.tensor([1, 1])}, "copy 1 is of row 0, but .* name it for row 1"),
+        ({"bounds_N": torch.tensor([0, 1, 3])}, r"bounds must lie in \[0, 3\); got 3"),
+        ({"bounds_N": torch.tensor([0, 1, 1])}, "must name all 2 copies; they name 1"),
+        ({"bounds_N": torch.tensor([0, 1])}, "bounds must have shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.copy_rows(torch.zeros(2, 3), fanout=replace(fanout, **changed))
     with pytest.raises(RuntimeError, match="rows must be float64"):
-        ops.copy_rows(torch.zeros(2, 3, dtype=torch.int64), source_P=torch.tensor([0]))
+        ops.copy_rows(torch.zeros(2, 3, dtype=torch.int64), fanout=fanout)
     with pytest.raises(RuntimeError, match=r"order must lie in \[0, 2\); got -1"):
-        ops.sum_rows(
-            torch.zeros(2, 3), copies_P=torch.tensor([0, -1]), bounds_N=torch.tensor([0, 2])
-        )
+        ops.sum_rows(torch.zeros(2, 3), fanout=replace(fanout, copies_P=torch.tensor([0, -1])))
 
 
 def test_what_the_host_cannot_look_at_stays_inside(compiled: Compiled) -> None:
@@ -293,18 +308,20 @@ def test_what_the_host_cannot_look_at_stays_inside(compiled: Compiled) -> None:
     device = compiled.device
     # ones lie before and after, so what is read from there shows
     rows_NH = torch.ones(30, 8, device=device)[10:13]
-    source_P = torch.tensor([2, 3, -1, 0], device=device)
+    fanout = Fanout(
+        source_P=torch.tensor([0, 3, -1, 1], device=device),
+        copies_P=torch.tensor([0, 9, -2, 3], device=device),
+        bounds_N=torch.tensor([-5, 3, 99, 2**60], device=device),
+    )
     if compiled.is_checked:
         with pytest.raises(RuntimeError, match=r"sources must lie in \[0, 3\); got 3"):
-            compiled.ops.copy_rows(rows_NH, source_P=source_P)
+            compiled.ops.copy_rows(rows_NH, fanout=fanout)
         return
-    copies_PH = compiled.ops.copy_rows(rows_NH, source_P=source_P)
+    copies_PH = compiled.ops.copy_rows(rows_NH, fanout=fanout)
     assert copies_PH[:, 0].tolist() == [1, 0, 0, 1]
-    order_P = torch.tensor([0, 9, -2, 1], device=device)
-    bounds_N = torch.tensor([-5, 3, 99, 2**60], device=device)
-    sums_NH = compiled.ops.sum_rows(
-        torch.ones(30, 8, device=device)[10:14], copies_P=order_P, bounds_N=bounds_N
-    )
+    of_no_row = replace(fanout, bounds_N=fanout.bounds_N[:1])
+    assert not compiled.ops.copy_rows(rows_NH[:0], fanout=of_no_row).any()
+    sums_NH = compiled.ops.sum_rows(torch.ones(30, 8, device=device)[10:14], fanout=fanout)
     assert sums_NH[:, 0].tolist() == [1, 1, 0]
 
     routing = CASES["small"].routing_map().to(device)
@@ -338,11 +355,13 @@ def test_one_graph_serves_every_size() -> None:
         return graph.forward
 
     @torch.compile(fullgraph=True, dynamic=True, backend=backend)
-    def step(rows_NH: Tensor, source_P: Tensor) -> Tensor:
-        return ops.copy_rows(rows_NH, source_P=source_P) * 2
+    def step(rows_NH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor) -> Tensor:
+        fanout = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
+        return ops.copy_rows(rows_NH, fanout=fanout) * 2
 
     for copies in (3, 5, 8):
-        step(torch.ones(4, 6), torch.arange(copies) % 4)
+        fanout = fan_out(torch.arange(copies) % 4, num_sources=4)
+        step(torch.ones(4, 6), fanout.source_P, fanout.copies_P, fanout.bounds_N)
     assert len(graphs) == 1
 
 
@@ -364,8 +383,8 @@ def test_gpu_graphs() -> None:
                 routing, num_ranks=case.ranks, num_rows=num_rows, num_pairs=num_pairs
             )
             ops.plan_receive(again.codes_P, num_rows=num_rows, num_experts=10)
-            copies = ops.copy_rows(rows_NH, source_P=again.rows.source_P)
-            sums = ops.sum_rows(copies, copies_P=again.rows.copies_P, bounds_N=again.rows.bounds_N)
+            copies = ops.copy_rows(rows_NH, fanout=again.rows)
+            sums = ops.sum_rows(copies, fanout=again.rows)
         graph.replay()
     torch.cuda.synchronize()
     assert_equal("codes", again.codes_P, send.codes_P)

@@ -265,14 +265,15 @@ def test_routing_and_gradients(
         rtol=case.grad_rtol or rtol,
     )
     assert_close("z", got.z_T.cpu(), want.z_T, rtol=1e-6)
-    assert (got.entropy_T.cpu() - want.entropy_T).abs().max() <= 2e-6 * math.log(
-        case.num_experts + 1
-    )
+    num_tokens = int(is_real_T1.sum())
+    assert (got.num_tokens, got.num_nonfinite) == (num_tokens, 0)
+    bound = num_tokens * 2e-6 * math.log(case.num_experts + 1) * 2**SCORE_FRACTION_BITS
+    assert abs(got.entropy_sum.item() - want.entropy_sum.item()) <= bound
     # a column is a sum of units of 2**-27, each rounded to the nearest
     unit = len(ids_T) * 2.0 ** -(SCORE_FRACTION_BITS + 1)
     difference_E = (got.score_sums_E.cpu() - want.score_sums_E).abs()
     assert (difference_E <= want.score_sums_E * 1e-6 + unit).all()
-    assert not got.entropy_T.requires_grad
+    assert not got.counts_X.requires_grad
     assert not grad_TE.cpu()[~is_real_T1[:, 0]].any()
     assert not got.probs_TE.cpu()[~got.routing_map_TE.cpu()].any()
 
@@ -415,19 +416,6 @@ def test_a_pool_smaller_than_top_k_still_gives_k_experts(compiled: Compiled) -> 
     assert got.probs_TE[:, :2].eq(0).all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_no_numbers_stay_in_their_row(compiled: Compiled, value: float) -> None:
-    logits_TE = random_logits(6, 40)
-    logits_TE[2, 7] = value
-    got = compiled.ops.pool_topk(logits_TE.to(compiled.device), top_k=4)
-    want = reference.pool_topk(logits_TE, top_k=4)
-    assert got.routing_map_TE.sum(dim=1).eq(4).all()
-    rows = torch.arange(6) != 2
-    assert_close("probs", got.probs_TE.cpu()[rows], want.probs_TE[rows], rtol=1e-6)
-    is_finite = got.probs_TE[2].isfinite().all().item()
-    assert is_finite == want.probs_TE[2].isfinite().all().item() == (value == -torch.inf)
-
-
 def everything(compiled: Compiled, case: Case) -> list[Tensor]:
     """All the ops give for a case, as one list."""
     device, ids_T = compiled.device, case.document_ids().to(compiled.device)
@@ -472,7 +460,7 @@ def test_the_same_bits_for_any_split_of_the_tokens(compiled: Compiled) -> None:
     scores_DE, pool_DE, _, *_ = everything(compiled, case)
     whole = compiled.ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=5)
     order = torch.randperm(len(ids_T), generator=torch.Generator().manual_seed(1)).to(device)
-    parts_DE, counts_E = [], []
+    parts_DE, counts_X = [], []
     for rows in order.tensor_split([5, 6, 40]):
         parts_DE.append(
             compiled.ops.document_scores(
@@ -482,11 +470,11 @@ def test_the_same_bits_for_any_split_of_the_tokens(compiled: Compiled) -> None:
         part = compiled.ops.pool_topk(
             logits_TE[rows], document_ids_T=ids_T[rows], pool_DE=pool_DE, top_k=5
         )
-        counts_E.append(part.tokens_per_expert_E)
-        for name in ("probs_TE", "routing_map_TE", "z_T", "entropy_T"):
+        counts_X.append(part.counts_X)
+        for name in ("probs_TE", "routing_map_TE", "z_T"):
             assert_equal(name, getattr(part, name), getattr(whole, name)[rows])
     assert_equal("scores", sum(parts_DE), scores_DE)
-    assert_equal("tokens", sum(counts_E), whole.tokens_per_expert_E)
+    assert_equal("counts", sum(counts_X), whole.counts_X)
 
 
 def test_no_tokens_no_documents(compiled: Compiled) -> None:

@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -194,8 +195,16 @@ static emulator::BlockIndex blockIdx;
 #define EMO_CHECK_ALIGNED(pointer, type) \
   if ((uintptr_t)(pointer) % alignof(type) != 0) emulator::fail("a vector that is not aligned")
 using cudaError_t = int;
-inline int cudaSetDevice(int) { return 0; }
-inline const char* cudaGetErrorString(int) { return "emulated launch failed"; }
+constexpr int cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
+              cudaErrorNoKernelImageForDevice = 209;
+// EMO_EMULATOR_ERROR: the error that CUDA reports
+inline int cudaSetDevice(int) {
+  const char* error = std::getenv("EMO_EMULATOR_ERROR");
+  return error != nullptr ? std::atoi(error) : 0;
+}
+inline const char* cudaGetErrorString(int error) {
+  return error == 1 ? "emulated launch failed" : "emulated error";
+}
 inline int cudaGetLastError() { return std::exchange(emulator::machine().error, 0); }
 
 inline void __syncthreads() { emulator::barrier(true); }
@@ -229,6 +238,16 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const uint64_t* all = emulator::exchange(emulator::kReduce, value);
   return (unsigned)*std::max_element(all, all + 32);
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  const uint64_t* all = emulator::exchange(emulator::kReduce, value);
+  return (unsigned)std::accumulate(all, all + 32, uint64_t{0}, std::bit_or<uint64_t>());
+}
+template <class T>
+T atomicOr(T* to, T value) {
+  const T before = *to;
+  *to = before | value;
+  return before;
+}
 template <class T>
 T atomicAdd(T* to, T value) {
   const T before = *to;
@@ -241,6 +260,7 @@ inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline unsigned __float_as_uint(float x) { return (unsigned)emulator::to_bits(x); }
 inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
+inline long long __double2ll_rn(double x) { return llrint(x); }
 inline unsigned __float2uint_rn(float x) { return x > 0.0f ? (unsigned)llrintf(x) : 0u; }
 
 struct __nv_bfloat16 {

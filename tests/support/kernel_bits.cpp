@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dispatch_ops.h"
+#include "document_ops.h"
 
 static uint64_t state = 1;
 static float random_normal() {
@@ -58,12 +59,13 @@ int main() {
                              scoring,
                              true,
                              1.5f};
-      std::vector<float> probs(size), score_sums(num_experts), z(num_tokens), entropy(num_tokens),
-          grad(size);
+      std::vector<float> probs(size), score_sums(num_experts), z(num_tokens), grad(size);
       std::vector<uint8_t> map(size);
-      std::vector<int64_t> sums(2 * num_experts), tokens(num_experts);
-      const RoutingOutputs out{probs.data(),      map.data(), sums.data(),   tokens.data(),
-                               score_sums.data(), z.data(),   entropy.data()};
+      std::vector<int64_t> counts(num_experts + kNumFacts), units(num_experts),
+          statistics(kNumStatistics);
+      std::vector<int32_t> used(num_documents * num_words(num_experts));
+      const RoutingOutputs out{probs.data(), map.data(),        counts.data(),
+                               units.data(), score_sums.data(), z.data()};
       cpu::pool_topk(args, out, 0, num_tokens);
       cpu::pool_topk_finish(args, out);
       cpu::pool_topk_backward(
@@ -71,11 +73,18 @@ int main() {
           num_tokens);
       hash("probs", probs);
       hash("map", map);
-      hash("tokens", tokens);
+      hash("counts", counts);
       hash("score sums", score_sums);
       hash("z", z);
-      hash("entropy", entropy);
       hash("gradient", grad);
+      cpu::experts_used(
+          {map.data(), ids.data(), used.data(), num_tokens, num_documents, num_experts}, 0,
+          num_tokens);
+      cpu::document_statistics({scores.data(), pool.data(), used.data(), statistics.data(),
+                                num_documents, num_experts, num_words(num_experts)},
+                               0, num_documents);
+      hash("used", used);
+      hash("statistics", statistics);
     }
   }
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
