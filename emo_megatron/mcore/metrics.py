@@ -7,6 +7,7 @@ documents, or all tokens, of the step, so they are the same numbers under every 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ class PoolMetricsTracker(MoEMetricsTracker):
         self._groups = groups
         _add(self._documents, layer_number, statistics)
 
-    def hold_used(self, layer_number: int, used_DW: Tensor) -> None:
+    def hold_used(self, layer_number: int, used_DW: Tensor, *, groups: Groups) -> None:
         """Keep a micro-batch's `ops.experts_used` of this rank, to be joined with those of groups.tp_cp in a report."""
+        self._groups = groups
         held = self._used[layer_number]
         held.append(used_DW)
         if len(held) * len(self._used) > MAX_HELD:
@@ -136,13 +138,16 @@ class PoolMetricsTracker(MoEMetricsTracker):
         }
 
     def _document_ratios(self) -> dict[str, tuple[list[int], Tensor]]:
-        if not self._documents:
+        layers = sorted(self._documents.keys() | self._used.keys())
+        if not layers:
             return {}
         assert self._groups is not None
-        layers = sorted(self._documents)
-        own_L5 = torch.stack([self._documents[layer] for layer in layers])
+        sums = dict(self._documents)
         if self._used:
-            own_L5 = own_L5 + self._joined_statistics(layers, self._groups)
+            joined = self._joined_statistics(self._groups)
+            for layer, statistics in joined.items():
+                _add(sums, layer, statistics)
+        own_L5 = torch.stack([sums[layer] for layer in layers])
         documents, sizes, entropy, users, used = (
             balance.reduce_counts(own_L5, group=self._groups.tp_dp_cp).double().unbind(1)
         )
@@ -152,22 +157,18 @@ class PoolMetricsTracker(MoEMetricsTracker):
             "experts_per_document": (layers, used / users.clamp(min=1)),
         }
 
-    def _joined_statistics(self, layers: list[int], groups: Groups) -> Tensor:
-        """[L, 5] int64, of the experts that documents use on any rank that holds a part of them."""
-        words = [torch.cat(self._used[layer]) for layer in layers]
-        mine_RW = torch.cat(words)
-        parts = [
-            torch.empty_like(mine_RW)
-            for _ in range(1 if groups.tp_cp is None else groups.tp_cp.size())
-        ]
+    def _joined_statistics(self, groups: Groups) -> dict[int, Tensor]:
+        """Layer -> [5] int64, of the experts that documents use on any rank that holds a part of them."""
+        words = {layer: torch.cat(self._used[layer]) for layer in sorted(self._used)}
+        mine_RW = torch.cat(list(words.values()))
+        num_ranks = 1 if groups.tp_cp is None else groups.tp_cp.size()
+        parts = [torch.empty_like(mine_RW) for _ in range(num_ranks)]
         dist.all_gather(parts, mine_RW, group=groups.tp_cp)
-        joined_RW = parts[0]
-        for part_RW in parts[1:]:
-            joined_RW = joined_RW | part_RW
-        sizes = [len(layer_words) for layer_words in words]
-        return torch.stack(
-            [ops.document_statistics(None, used_DW=used_DW) for used_DW in joined_RW.split(sizes)]
-        )
+        joined = functools.reduce(torch.bitwise_or, parts).split([len(w) for w in words.values()])
+        return {
+            layer: ops.document_statistics(None, used_DW=used_DW)
+            for layer, used_DW in zip(words, joined, strict=True)
+        }
 
     def _warn_of_nonfinite(self, layers: list[int], counts_LX: Tensor) -> None:
         group = None if self._groups is None else self._groups.tp_dp_cp

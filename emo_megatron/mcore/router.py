@@ -241,13 +241,14 @@ class PoolRouter(TopKRouter):
         )
         is_split = self.tp_cp_group.size() > 1
         if is_split:
-            tracker.hold_used(self.layer_number, used_DW)
-        statistics = ops.document_statistics(
-            scores_DE,
-            pool_DE=None if scores_DE is None else scope.pools[self.layer_number],
-            used_DW=None if is_split else used_DW,
-        )
-        tracker.add_documents(self.layer_number, statistics, groups=self._groups)
+            tracker.hold_used(self.layer_number, used_DW, groups=self._groups)
+        if scores_DE is not None or not is_split:
+            statistics = ops.document_statistics(
+                scores_DE,
+                pool_DE=None if scores_DE is None else scope.pools[self.layer_number],
+                used_DW=None if is_split else used_DW,
+            )
+            tracker.add_documents(self.layer_number, statistics, groups=self._groups)
 
     def _record_share(self, name: str, share: Tensor) -> None:
         """Log a value of which every rank holds a share: summed when Megatron reports, not here."""

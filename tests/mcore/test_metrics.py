@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support import training
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emo_megatron import documents, ops
@@ -244,3 +245,19 @@ def test_logits_that_are_not_finite_are_reported_and_reach_the_loss(ranks, bad):
     assert is_nan.nonzero().flatten().tolist() == [7, 8]
     assert not probs[28:].any()
     assert gradient.isfinite().all()
+
+
+def _logged(case):
+    from support import training
+
+    return training.train(case, seed=1)["metrics"]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"dp": 2}], ids=["TP2", "DP2"])
+def test_the_standard_model_logs_the_same_in_every_layout(ranks, layout):
+    case = training.Case(pools=False, accumulation=2, **layout)
+    (want,) = ranks(1).run(_logged, case=case.reference)
+    assert {"experts_per_document", "token_entropy", "load_imbalance"} < want.keys()
+    assert "pool_size" not in want
+    for got in ranks(2).run(_logged, case=case):
+        assert got == pytest.approx(want, rel=1e-5)
