@@ -393,6 +393,35 @@ def test_losses_are_their_definition(ranks, per_token):
         assert recorded[name] == pytest.approx(value, rel=1e-5), name
 
 
+def _counted_for_the_bias():
+    """What aux-loss-free balancing counts of a micro-batch with padding, and the map's own count."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from support import tiny
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    config = tiny.transformer_config(
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
+    router.set_layer_number(1)
+    padding = torch.zeros(32, 1, dtype=torch.bool)
+    padding[20:] = True
+    _, routing_map = router.routing(torch.randn(32, 1, 8), padding)
+    counted = router.local_tokens_per_expert.clone()
+    with torch.no_grad():
+        router.routing(torch.randn(32, 1, 8), padding)
+    return counted, router.local_tokens_per_expert, routing_map[:20].sum(0).float()
+
+
+def test_padding_does_not_count_for_the_expert_bias(ranks):
+    counted, after_no_grad, want = ranks(1).run(_counted_for_the_bias)[0]
+    assert torch.equal(counted, want)
+    assert torch.equal(after_no_grad, want)
+
+
 def _running_counts():
     """What the running balance divides by in the second micro-batch of a step and in the next step."""
     from support import tiny
