@@ -37,8 +37,13 @@ __device__ __forceinline__ float weighted_log(const float (&x)[kChunks],
   return warp_sum(total);
 }
 
+// Blocks that shall fit on a multiprocessor: as many as leave enough registers on every GPU.
+constexpr int blocks_of(int chunks, int most_chunks_of_two) {
+  return chunks <= 4 ? 4 : chunks <= most_chunks_of_two ? 2 : 1;
+}
+
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
@@ -120,7 +125,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   add_over_warps(score_sums, args.num_experts, out.score_units);
-  add_over_warps(facts, kNumFacts, out.counts + args.num_experts);
+  if (threadIdx.x < kNumFacts) {
+    unsigned long long total = 0;
+#pragma unroll 1  // eight sums of 64 bits at once would take registers from everything above
+    for (int w = 0; w < kWarps; ++w) total += facts[w][threadIdx.x];
+    if (total != 0)
+      atomicAdd(reinterpret_cast<unsigned long long*>(out.counts) + args.num_experts + threadIdx.x,
+                total);
+  }
   for (int e = threadIdx.x; e < args.num_experts; e += kThreads)
     if (choices[e] != 0)
       atomicAdd(reinterpret_cast<unsigned long long*>(out.counts) + e,
@@ -135,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, in
 
 // The formulas are at emo::cpu::pool_topk_backward.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
     pool_topk_backward_kernel(RoutingArgs args, RoutingGradients grads, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);

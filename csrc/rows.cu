@@ -30,9 +30,8 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(CopyArgs args, long
     for (long long i = lane_id(); begin < end && i < units; i += 32) {
       const Unit unit = rows[n * units + i];
       for (long long j = begin; j < end; ++j) {
-        const unsigned long long copy = args.order[j];
-        if (copy >= (unsigned long long)args.num_copies) continue;  // negative ones too
-        copies[copy * units + i] = unit;
+        const unsigned long long copy = args.order[j];  // negative ones lie beyond too
+        if (copy < (unsigned long long)args.num_copies) copies[copy * units + i] = unit;
       }
     }
   }

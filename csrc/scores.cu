@@ -7,8 +7,11 @@
 namespace emo::cuda {
 namespace {
 
+// At least four blocks shall fit on a multiprocessor: no GPU spills registers for that up to 512
+// experts.
 template <class T, int kChunks>
-__global__ void __launch_bounds__(kThreads) document_scores_kernel(ScoreArgs args, int per_warp) {
+__global__ void __launch_bounds__(kThreads, kChunks <= 16 ? 4 : 1)
+    document_scores_kernel(ScoreArgs args, int per_warp) {
   const unsigned inside = lanes_inside<kChunks>(args.num_experts);
   const Tokens tokens(args.document_ids, args.num_tokens, args.num_documents, per_warp);
   const T* logits = static_cast<const T*>(args.logits);

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.emulator import load_compiled
 from support.routing import assert_equal, random_logits
 
 from emo_megatron import ops
-from emo_megatron.ops import native, reference
+from emo_megatron.ops import dispatch, native, reference
 
 
 def _probs(**options: object) -> torch.Tensor:
@@ -57,6 +58,55 @@ def test_what_they_cannot_do_the_reference_does() -> None:
     ids_T = torch.zeros(4, dtype=torch.int64)
     scores_DE = ops.document_scores(logits_TE.double(), document_ids_T=ids_T, num_documents=1)
     assert ops.select_pool(scores_DE, pool_sizes_D=torch.tensor([7])).sum() == 7
+
+
+def test_compiled_ops_asked_for_by_name_do_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMO_OPS", "native")
+    assert_equal("native", _probs(), _probs(backend="native"))
+    with pytest.raises(RuntimeError, match=r"EMO_OPS=native .* top-32"):
+        ops.pool_topk(random_logits(4, 1100), top_k=40)
+    monkeypatch.setattr(native, "_own", None)
+    monkeypatch.setattr(native, "LIBRARY", Path("nowhere"))
+    for op in (_probs, lambda: dispatch.count_sends(torch.ones(2, 4).bool(), num_ranks=2)):
+        with pytest.raises(RuntimeError, match=r"EMO_OPS=native .* not built"):
+            op()
+    # one that is named where it is called is the caller's choice
+    assert _probs(backend="reference").shape == (50, 40)
+
+
+def test_a_probe_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(*_: object, **__: object) -> None:
+        calls.append("failed")
+        raise RuntimeError("out of memory\nand where")
+
+    monkeypatch.setattr(native, "_proven", set())
+    with monkeypatch.context() as broken:
+        broken.setattr(native.NativeOps, "document_scores", fail)
+        assert ops.why_not_native("cpu") == ops.why_not_native("cpu") == "out of memory"
+        assert calls == ["failed"] * 2
+    assert ops.why_not_native("cpu") == ""
+    # what has run once is not tried again
+    with monkeypatch.context() as broken:
+        broken.setattr(native.NativeOps, "document_scores", fail)
+        assert ops.why_not_native("cpu") == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_this_gpu"), [(209, True), (35, True), (100, True), (2, False), (700, False)]
+)
+def test_an_error_of_cuda_is_told_as_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: int, is_of_this_gpu: bool
+) -> None:
+    emulated = load_compiled("cuda")
+    ids_T = torch.zeros(3, dtype=torch.int64)
+    monkeypatch.setenv("EMO_EMULATOR_ERROR", str(error))
+    with pytest.raises(RuntimeError, match="emulated error") as caught:
+        emulated.document_scores(random_logits(3, 4), document_ids_T=ids_T, num_documents=1)
+    assert ("cannot run on this GPU" in str(caught.value)) == is_of_this_gpu
+    monkeypatch.delenv("EMO_EMULATOR_ERROR")
+    emulated.document_scores(random_logits(3, 4), document_ids_T=ids_T, num_documents=1)
 
 
 @pytest.mark.parametrize("content", [None, "not a library"])

@@ -335,6 +335,33 @@ def test_what_the_host_cannot_look_at_stays_inside(compiled: Compiled) -> None:
     assert none.pairs.bounds_N.shape == (1,)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", ["small", "many", "no tokens", "nobody chosen"])
+def test_sizes_that_are_too_large_leave_nothing_unwritten(compiled: Compiled, name: str) -> None:
+    """A CPU refuses them; elsewhere places and codes beyond what there is are 0, so that a gather stays inside."""
+    case, routing = CASES[name], CASES[name].routing_map()
+    _, want, _ = plans(reference_dispatch, routing, case.ranks)
+    num_rows, num_pairs = len(want.rows.source_P), len(want.codes_P)
+    sizes = {"num_ranks": case.ranks, "num_rows": num_rows + 40, "num_pairs": num_pairs + 70}
+    implementations: list[tuple[Any, torch.device]] = [(reference_dispatch, torch.device("cpu"))]
+    if compiled.is_checked:
+        with pytest.raises(RuntimeError, match="must be those of count_sends"):
+            compiled.ops.plan_send(routing, **sizes)
+    else:
+        implementations.append((compiled.ops, compiled.device))
+    for ops, device in implementations:
+        got = ops.plan_send(routing.to(device), **sizes)
+        for part, wanted in ((got.places_P, want.places_P), (got.codes_P, want.codes_P)):
+            assert_equal("written", part[:num_pairs].cpu(), wanted)
+            assert not part[num_pairs:].any()
+    if not compiled.is_checked:
+        # rows that nobody sends are copied as zeros
+        rows_TH = torch.ones(case.tokens, 4, device=compiled.device)
+        copies_PH = compiled.ops.copy_rows(rows_TH, fanout=got.rows)
+        assert copies_PH[:num_rows].eq(1).all()
+        assert not copies_PH[num_rows:].any()
+
+
 def test_backends_mix() -> None:
     routing = CASES["small"].routing_map()
     rows_TH = torch.randn(7, 4)

@@ -177,6 +177,30 @@ def reference_of_ties(case: Case) -> Tensor:
     )
 
 
+@pytest.mark.parametrize("num_forced", [0, 2])
+@pytest.mark.parametrize("num_experts", [4, 70, 1024])
+def test_pools_of_any_scores(compiled: Compiled, num_experts: int, num_forced: int) -> None:
+    """Negative ones too, and the ends of what an int64 holds."""
+    generator = torch.Generator().manual_seed(8)
+    low, high = -(2**63), 2**63 - 1
+    scores_DE = torch.randint(low, high, (12, num_experts), generator=generator)
+    scores_DE[0, :4] = torch.tensor([-5, 3, 2, -1])
+    scores_DE[1] = low
+    scores_DE[2] = high
+    scores_DE[3] = -1
+    scores_DE[4, 1:3] = torch.tensor([low, high])
+    scores_DE[5] = torch.arange(num_experts) % 3 - 1
+    scores_DE[6] = 2**60 - torch.arange(num_experts)
+    sizes_D = torch.tensor([2, 3, 3, 3, 3, num_experts // 2, 3, 0, 1, -4, num_experts, 10**6])
+    want_DE = reference.select_pool(scores_DE, pool_sizes_D=sizes_D, num_forced=num_forced)
+    got_DE = compiled.ops.select_pool(
+        scores_DE.to(compiled.device),
+        pool_sizes_D=sizes_D.to(compiled.device),
+        num_forced=num_forced,
+    )
+    assert_equal("pool", got_DE.cpu(), want_DE)
+
+
 def upstream(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the weights, the score sums and z."""
     generator = torch.Generator().manual_seed(9)

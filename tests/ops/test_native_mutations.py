@@ -53,8 +53,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "padding weighs as any token": (
         "routing.cu",
-        "is_padding ? 0.0f : args.scaling / divisor",
-        "args.scaling / divisor",
+        "is_counted ? scores[c] * factor : uncounted",
+        "scores[c] * factor",
     ),
     "the bias counts the other way": (
         "routing.cu",
@@ -114,15 +114,90 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "any address may hold a vector to copy": (
         "rows.cu",
-        "args.row_bytes % 16 == 0 && is_aligned(args.rows, args.copies)",
-        "args.row_bytes % 16 == 0",
+        "!is_aligned(args.rows, args.copies, sizeof(Unit))",
+        "false",
     ),
     "any address may hold a vector to add": (
         "rows.cu",
-        "args.width % kCount == 0 && is_aligned(args.copies, args.rows)",
+        "args.width % kCount == 0 && is_aligned(args.copies, args.rows, 16)",
         "args.width % kCount == 0",
     ),
-    "rows from beyond are copied": ("rows.cu", "is_row ? from[i] : Unit{}", "from[is_row ? i : 0]"),
+    "copies of rows from beyond are not written": (
+        "rows.cu",
+        "copies[p * units + i] = Unit{};",
+        "continue;",
+    ),
+    "copies beyond the tensor are written": (
+        "rows.cu",
+        "if (copy < (unsigned long long)args.num_copies) copies[copy * units + i] = unit;",
+        "copies[copy % args.num_copies * units + i] = unit;",
+    ),
+    "copies lie in the order of their rows": (
+        "rows.cu",
+        "copies[copy * units + i] = unit;",
+        "copies[j * units + i] = unit;",
+    ),
+    "pairs that are not there have a place": ("dispatch.cu", "    args.places[pair] = 0;\n", ""),
+    "pairs that are not there have a code": ("dispatch.cu", "    args.codes[pair] = 0;\n", ""),
+    "rows that are not there have a token": (
+        "dispatch.cu",
+        "args.sources[row] = args.copies[row] = -1;",
+        "args.sources[row] = args.copies[row] = 0;",
+    ),
+    "negative scores are the largest": ("scores.cu", "0x8000000000000000ull", "0ull"),
+    "experts that are forced are in the running": (
+        "scores.cu",
+        "keys[c] == threshold && e < num_free",
+        "keys[c] == threshold",
+    ),
+    "a non-finite token counts": (
+        "routing.cu",
+        "is_counted = !is_padding && soft.is_finite()",
+        "is_counted = !is_padding",
+    ),
+    "a non-finite token adds to its document": (
+        "scores.cu",
+        "if (!soft.is_finite()) continue;",
+        "",
+    ),
+    "a non-finite token has a gradient": ("routing.cu", "is_counted ? dx[c] : 0.0f", "dx[c]"),
+    "a non-finite token goes by its logits": (
+        "routing.cu",
+        "soft.is_finite() ? order_key(score) : kExcluded",
+        "order_key(score)",
+    ),
+    "NaN outside the pool is not seen": (
+        "warp.cuh",
+        "if (!(x[c] < INFINITY)) top = INFINITY;",
+        "if (has(set, c) && !(x[c] < INFINITY)) top = INFINITY;",
+    ),
+    "padding is a non-finite token": (
+        "routing.cu",
+        "facts[warp_id()][1] += !is_padding && !is_counted;",
+        "facts[warp_id()][1] += !is_counted;",
+    ),
+    "the entropy of padding counts": (
+        "routing.cu",
+        "is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u",
+        "__float2uint_rn(fmaxf(entropy, 0.0f) * kOne)",
+    ),
+    "experts used go to the next document": (
+        "documents.cu",
+        "      flush();\n      document = next;",
+        "      document = next;\n      flush();",
+    ),
+    "experts used by padding count": (
+        "documents.cu",
+        "if (document >= 0 && word != 0)",
+        "if (word != 0)",
+    ),
+    "experts used go on into the next document": ("documents.cu", "    used = 0;\n", ""),
+    "pools of documents without tokens count": (
+        "documents.cu",
+        "total > 0 ? pool_size : 0",
+        "pool_size",
+    ),
+    "a draw's second step shifts by 26": ("document_ops.h", "x >> 27", "x >> 26"),
     "copies from beyond are added": (
         "rows.cu",
         "if (copy >= (unsigned long long)args.num_copies) continue;",
@@ -173,15 +248,58 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "for (int h = 0; h < length; ++h) sums[h] +=",
         "for (int h = 0; h < length - 1; ++h) sums[h] +=",
     ),
+    "copies lie in the order of their rows": (
+        "dispatch_cpu.cpp",
+        "copies + args.order[j] * args.row_bytes",
+        "copies + j * args.row_bytes",
+    ),
+    "a non-finite token counts": (
+        "routing_cpu.cpp",
+        "is_counted = !is_padding && soft.is_finite",
+        "is_counted = !is_padding",
+    ),
+    "a non-finite token adds to its document": (
+        "scores_cpu.cpp",
+        "if (!(shift > -INFINITY) || largest(-is_bad) != 0) continue;",
+        "",
+    ),
+    "a non-finite token has a gradient": (
+        "routing_cpu.cpp",
+        "document < 0 || !whole.is_finite",
+        "document < 0",
+    ),
+    "experts used go to the next document": (
+        "documents_cpu.cpp",
+        "      flush();\n      document = args.document_ids[t];",
+        "      document = args.document_ids[t];\n      flush();",
+    ),
+    "threads overwrite each other's experts": (
+        "documents_cpu.cpp",
+        "__atomic_fetch_or(args.used + document * words + w, (int32_t)used[w], __ATOMIC_RELAXED);",
+        "args.used[document * words + w] = (int32_t)used[w];",
+    ),
     "sums begin with those of the row before": (
         "dispatch_cpu.cpp",
         "Sum sums[kStretch] = {};",
         "static thread_local Sum sums[kStretch];",
     ),
 }
+NONFINITE = ("non-finite", "NaN")
+"""Words of the names of mutations that test_nonfinite.py must see."""
 WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"
 """Cases that take long on the emulator and find nothing that narrower ones do not."""
 CASES = [("cuda", name) for name in CUDA_MUTATIONS] + [("cpu", name) for name in CPU_MUTATIONS]
+
+
+def tests_of(name: str, file: str, *, is_whole: bool) -> list[str]:
+    """The test files that must see a mutation."""
+    if is_whole:
+        return ["native", "nonfinite", "documents", "dispatch"]
+    if any(word in name for word in NONFINITE):
+        return ["nonfinite"]
+    if file.startswith("document"):
+        return ["documents"]
+    return ["dispatch" if file.startswith(("dispatch", "rows")) else "native"]
 
 
 @pytest.mark.slow
@@ -196,9 +314,7 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
     chosen = (
         f"({'emulated or schedule' if kernels == 'cuda' else '[cpu or threads'}) and not ({WIDE})"
     )
-    tests = [f"tests/ops/test_{name}.py" for name in ("native", "dispatch")]
-    if before:
-        tests = tests[file.startswith(("dispatch", "rows")) :][:1]
+    tests = [f"tests/ops/test_{which}.py" for which in tests_of(name, file, is_whole=not before)]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),

@@ -87,3 +87,13 @@ def test_top_p_takes_the_fewest_experts_that_hold_the_mass():
     scores = torch.tensor([[50, 30, 15, 5], [25, 25, 25, 25], [100, 0, 0, 0]])
     assert top_p_pool_sizes(scores, top_p=0.8, low=1, high=4).tolist() == [2, 4, 1]
     assert top_p_pool_sizes(scores, top_p=0.8, low=2, high=3).tolist() == [2, 3, 2]
+
+
+def test_top_p_sums_up_integers():
+    # beyond 2**53 a sum of float64 numbers loses the ones
+    scores = torch.tensor([[2**53, 1, 1, 0]])
+    assert top_p_pool_sizes(scores, top_p=1.0, low=1, high=4).tolist() == [3]
+    few = torch.randint(0, 2**30, (50, 40), generator=torch.Generator().manual_seed(0))
+    mass = few.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    want = ((mass < 0.7 * mass[:, -1:]).sum(-1) + 1).clamp(2, 30)
+    assert torch.equal(top_p_pool_sizes(few, top_p=0.7, low=2, high=30), want)
