@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from emo_megatron.ops import native, reference, sizes
-from emo_megatron.ops.reference import Routing, experts_per_document
+from emo_megatron.ops.reference import Routing
 from emo_megatron.ops.sizes import top_p_pool_sizes
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "document_statistics",
     "draw_bits",
     "draw_pool_sizes",
-    "experts_per_document",
     "experts_used",
     "pool_topk",
     "select_pool",

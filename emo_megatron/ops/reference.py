@@ -312,22 +312,3 @@ def document_statistics(
         used_D = ((used_DW[:, :, None] >> bits_B) & 1).sum(dim=(1, 2))
         num_users, num_used = (used_D > 0).sum(), used_D.sum()
     return torch.stack([num_scored, pool_sizes, entropies, num_users, num_used])
-
-
-def experts_per_document(
-    routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
-) -> Tensor:
-    """Distinct experts a document's tokens chose, averaged over documents with tokens here.
-
-    Args:
-        routing_map_TE: [T, E] bool.
-        document_ids_T: [T] int64, -1 padding.
-        num_documents: D.
-
-    Returns:
-        [] float32.
-    """
-    row_T = torch.where(document_ids_T < 0, num_documents, document_ids_T)
-    used = torch.zeros(num_documents + 1, routing_map_TE.shape[1], device=row_T.device)
-    used_DE = used.index_add_(0, row_T, routing_map_TE.float())[:num_documents] > 0
-    return used_DE.sum() / used_DE.any(dim=-1).sum().clamp(min=1)

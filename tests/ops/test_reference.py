@@ -22,7 +22,6 @@ from emo_megatron.ops.reference import (
     SCORE_FRACTION_BITS,
     Routing,
     document_scores,
-    experts_per_document,
     pool_topk,
     select_pool,
 )
@@ -375,15 +374,3 @@ def test_entropy_of_even_scores() -> None:
     routing = pool_topk(torch.zeros(2, 12), pool_DE=pool_DE, top_k=2)
     assert routing.entropy_sum.item() / ONE == pytest.approx(2 * math.log(5))
     assert routing.z_T.tolist() == pytest.approx([math.log(5)] * 2)
-
-
-def test_experts_per_document() -> None:
-    chosen = [[0, 1], [1, 2], [0, 1], [3, 4], [0, 5]]
-    routing_map_TE = torch.zeros(5, 6).bool().scatter(1, torch.tensor(chosen), True)
-    # document 0 uses 3 experts, document 2 uses 2, document 1 is empty, the last token is padding
-    ids_T = torch.tensor([0, 0, 2, 2, -1])
-    routing_map_TE[3] = routing_map_TE[2]
-    got = experts_per_document(routing_map_TE, document_ids_T=ids_T, num_documents=3)
-    assert got.item() == 2.5
-    nothing = experts_per_document(routing_map_TE[:0], document_ids_T=ids_T[:0], num_documents=3)
-    assert nothing.item() == 0
