@@ -150,11 +150,6 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "is_counted = !is_padding && soft.is_finite()",
         "is_counted = !is_padding",
     ),
-    "a non-finite token adds to its document": (
-        "scores.cu",
-        "if (!soft.is_finite()) continue;",
-        "",
-    ),
     "a non-finite token has a gradient": ("routing.cu", "is_counted ? dx[c] : 0.0f", "dx[c]"),
     "a non-finite token goes by its logits": (
         "routing.cu",
