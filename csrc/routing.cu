@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
   __shared__ unsigned choices[kChunks * 32];
   for (int e = threadIdx.x; e < kChunks * 32; e += kThreads) choices[e] = 0;
-  // each warp its own places: registers are scarcer. Lane 0 adds to what others set to zero
+  // of each warp its own; of the score sums each lane its own: registers are scarcer
   __shared__ unsigned long long facts[kWarps][kNumFacts];
-  if (lane_id() < kNumFacts) facts[warp_id()][lane_id()] = 0;
+  if (threadIdx.x < kWarps * kNumFacts) facts[threadIdx.x / kNumFacts][threadIdx.x % kNumFacts] = 0;
   __syncthreads();
   __shared__ unsigned score_sums[kWarps][kChunks * 32];
 #pragma unroll

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) select_pool_kernel(SelectArgs args) 
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int e = c * 32 + lane_id();
-    const bool is_equal = keys[c] == threshold && e < num_free;
+    const bool is_equal = keys[c] == threshold;  // forced ones too, but they come last and are in
     const unsigned equal = __ballot_sync(kAllLanes, is_equal);
     const bool is_tied_in = is_equal && rank + __popc(equal & lanes_below()) < equal_wanted;
     const bool is_in = e >= num_free || (wanted > 0 && (keys[c] > threshold || is_tied_in));

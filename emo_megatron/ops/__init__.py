@@ -108,22 +108,22 @@ def experts_used(
 
 
 def document_statistics(
-    scores_DE: Tensor | None,
-    *,
+    scores_DE: Tensor | None = None,
     pool_DE: Tensor | None = None,
     used_DW: Tensor | None = None,
+    *,
     backend: Backend | None = None,
 ) -> Tensor:
     """Sums over documents for metrics, [5] int64; see reference.document_statistics."""
     ops = _implementation(backend, reference.given_statistics(scores_DE, pool_DE, used_DW))
-    statistics: Tensor = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW)
+    statistics: Tensor = ops.document_statistics(scores_DE, pool_DE, used_DW)
     return statistics
 
 
 def draw_bits(
     sample_positions_D: Tensor,
-    *,
     offsets_D: Tensor,
+    *,
     layers: range | Tensor,
     seed: int,
     stream: int = 0,
@@ -132,9 +132,7 @@ def draw_bits(
     """Random bits for every layer and document, [L, D] int64; see sizes.draw_bits."""
     ops = _implementation(backend, sample_positions_D)
     draw = sizes.draw_bits if ops is reference else ops.draw_bits
-    bits_LD: Tensor = draw(
-        sample_positions_D, offsets_D=offsets_D, layers=layers, seed=seed, stream=stream
-    )
+    bits_LD: Tensor = draw(sample_positions_D, offsets_D, layers=layers, seed=seed, stream=stream)
     return bits_LD
 
 

@@ -112,8 +112,7 @@ class NativeOps:
 
     def document_statistics(
         self,
-        scores_DE: Tensor | None,
-        *,
+        scores_DE: Tensor | None = None,
         pool_DE: Tensor | None = None,
         used_DW: Tensor | None = None,
     ) -> Tensor:
@@ -127,8 +126,8 @@ class NativeOps:
     def draw_bits(
         self,
         sample_positions_D: Tensor,
-        *,
         offsets_D: Tensor,
+        *,
         layers: range | Tensor,
         seed: int,
         stream: int,

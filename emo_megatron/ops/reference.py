@@ -280,7 +280,7 @@ def given_statistics(
 
 
 def document_statistics(
-    scores_DE: Tensor | None, *, pool_DE: Tensor | None = None, used_DW: Tensor | None = None
+    scores_DE: Tensor | None = None, pool_DE: Tensor | None = None, used_DW: Tensor | None = None
 ) -> Tensor:
     """Sums over documents for metrics, exact whatever the order of the documents.
 

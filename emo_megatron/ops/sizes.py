@@ -52,7 +52,7 @@ def draw_pool_sizes(
 
     def bits(stream: int) -> Tensor:
         return (draw or draw_bits)(
-            sample_positions_D, offsets_D=offsets_D, layers=layers, seed=seed, stream=stream
+            sample_positions_D, offsets_D, layers=layers, seed=seed, stream=stream
         )
 
     sizes_LD = low + _scale(bits(0), high - low + 1)
@@ -63,7 +63,7 @@ def draw_pool_sizes(
 
 
 def draw_bits(
-    sample_positions_D: Tensor, *, offsets_D: Tensor, layers: range | Tensor, seed: int, stream: int
+    sample_positions_D: Tensor, offsets_D: Tensor, *, layers: range | Tensor, seed: int, stream: int
 ) -> Tensor:
     """Random bits for every layer and document: splitmix64's finaliser, chained over the counters.
 

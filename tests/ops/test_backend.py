@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from support.emulator import load_compiled
+from support.emulator import ROOT, load_compiled, setup_module
 from support.routing import assert_equal, random_logits
 
 from emo_megatron import ops
@@ -123,3 +127,22 @@ def test_without_a_library_that_loads_the_reference_runs(
     assert_equal("default", _probs(), _probs(backend="reference"))
     with pytest.raises(RuntimeError, match=r"not built|do not load"):
         _probs(backend="native")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_a_library_for_gpus_loads_where_a_stream_getter_is_missing(tmp_path: Path) -> None:
+    """Either of two getters serves; as weak symbols neither is needed to load."""
+    setup, torch_dir = setup_module(), Path(torch.__file__).parent
+    includes = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
+    target = tmp_path / "binding.o"
+    subprocess.run(
+        [
+            *(os.environ.get("CXX", "c++"), *setup.CPP, *includes, "-O0", "-DEMO_WITH_CUDA"),
+            *(f"-DTORCH_TARGET_VERSION={setup.STABLE_ABI}", "-c"),
+            *(str(ROOT / "csrc" / "documents_binding.cpp"), "-o", str(target)),
+        ],
+        check=True,
+    )
+    told = subprocess.run(["nm", target], capture_output=True, text=True, check=True).stdout
+    for getter in ("aoti_torch_get_current_cuda_stream", "torch_stream_native_handle"):
+        assert re.search(rf"^ +w {getter}$", told, re.MULTILINE)

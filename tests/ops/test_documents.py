@@ -182,7 +182,7 @@ def test_what_the_statistics_need_is_named() -> None:
     for implementation in (reference, native.load_native(), ops):
         for arguments in ({}, {"pool_DE": pool_DE}):
             with pytest.raises(ValueError, match="needs scores"):
-                implementation.document_statistics(None, **arguments)
+                implementation.document_statistics(**arguments)
     scores_DE = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="pool must have shape"):
         ops.document_statistics(scores_DE, pool_DE=pool_DE[:, :2])
@@ -196,10 +196,10 @@ def test_draws_are_bit_equal(compiled: Compiled, seed: int, stream: int) -> None
     layers = torch.tensor([1, 48, 7])
     for chosen in (range(1, 4), range(5, 6), range(0), layers):
         options = {"seed": seed, "stream": stream}
-        want_LD = sizes.draw_bits(positions_D, offsets_D=offsets_D, layers=chosen, **options)
+        want_LD = sizes.draw_bits(positions_D, offsets_D, layers=chosen, **options)
         got_LD = compiled.ops.draw_bits(
             positions_D.to(compiled.device),
-            offsets_D=offsets_D.to(compiled.device),
+            offsets_D.to(compiled.device),
             layers=chosen.to(compiled.device) if isinstance(chosen, Tensor) else chosen,
             **options,
         )

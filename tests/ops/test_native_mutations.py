@@ -145,20 +145,10 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "args.sources[row] = args.copies[row] = 0;",
     ),
     "negative scores are the largest": ("scores.cu", "0x8000000000000000ull", "0ull"),
-    "experts that are forced are in the running": (
-        "scores.cu",
-        "keys[c] == threshold && e < num_free",
-        "keys[c] == threshold",
-    ),
     "a non-finite token counts": (
         "routing.cu",
         "is_counted = !is_padding && soft.is_finite()",
         "is_counted = !is_padding",
-    ),
-    "a non-finite token adds to its document": (
-        "scores.cu",
-        "if (!soft.is_finite()) continue;",
-        "",
     ),
     "a non-finite token has a gradient": ("routing.cu", "is_counted ? dx[c] : 0.0f", "dx[c]"),
     "a non-finite token goes by its logits": (
