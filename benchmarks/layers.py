@@ -186,7 +186,8 @@ def start_megatron(device: torch.device) -> bool:
     on_gpu = device.type == "cuda"
     store = dist.FileStore(str(Path(_meeting_place().name) / "store"), 1)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    # a group over gloo would look for a network, which the one rank does not need
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)
