@@ -226,8 +226,8 @@ def _head(facts: dict[str, str], size: ModelSize) -> str:
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     return (
         f"# Training steps of a whole model\n\n{lines}\n\nThe model: {size}. Megatron's local spec, bf16, Adam with "
-        "fp32 main weights, one rank; experts run one after the other (SequentialMLP). Medians with 95 % intervals, "
-        "rounds in pairs.\n\n"
+        "fp32 main weights, one rank; learned positions, experts one after the other (SequentialMLP). Medians with "
+        "95 % intervals, rounds in pairs.\n\n"
     )
 
 

@@ -254,12 +254,13 @@ def _model(config: Any, size: ModelSize, pool: PoolConfig | None) -> Any:
             config, use_transformer_engine=False, normalization=config.normalization
         )
         spec = _with_attention_of(stock, spec)
+    # not rotary: without Transformer Engine it goes through the documents one by one, launches that hide all others
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=size.vocab,
         max_sequence_length=size.seq_length,
-        position_embedding_type="rope",
+        position_embedding_type="learned_absolute",
         share_embeddings_and_output_weights=False,
     )
 
@@ -321,14 +322,16 @@ def _batch(size: ModelSize, device: torch.device, seed: int) -> Batch:
         cuts.append(row * size.seq_length + ends)
     bounds = torch.cat(cuts).int()
     tokens_1T = torch.randint(size.vocab, (1, size.tokens), generator=generator)
+    lengths = bounds.diff()
+    starts_1T = bounds[:-1].repeat_interleave(lengths)[None]
     tensors = {
         "input_ids": tokens_1T,
         "labels": tokens_1T.roll(-1, dims=1),
-        "position_ids": torch.arange(size.seq_length).repeat(size.rows)[None],
+        "position_ids": torch.arange(size.tokens) - starts_1T,
     }
     return Batch(
         tokens={name: tensor.to(device) for name, tensor in tensors.items()},
         bounds=bounds.to(device),
-        longest=int(bounds.diff().max()),
+        longest=int(lengths.max()),
         seq_length=size.seq_length,
     )

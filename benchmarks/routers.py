@@ -251,6 +251,14 @@ def check(name: str, router: Router, case: Case, *, has_pools: bool) -> None:
         )
 
 
+def is_clear_choice(logits_TE: Tensor, *, top_k: int) -> Tensor:
+    """[T] bool: the K-th and the next logit of the token, -inf outside its pool, are more than CLEAR_GAP apart."""
+    if top_k == logits_TE.shape[1]:
+        return torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
+    best_TK = logits_TE.topk(top_k + 1).values
+    return best_TK[:, -2] - best_TK[:, -1] > CLEAR_GAP
+
+
 def _is_clear(case: Case, *, has_pools: bool) -> Tensor:
     """[T] bool: the K-th and the next logit of the token are apart, so every exact router chooses the same."""
     logits_TE = case.logits_TE
@@ -258,14 +266,6 @@ def _is_clear(case: Case, *, has_pools: bool) -> Tensor:
         is_in_pool_TE = pools_of(case, "reference")[case.document_ids_T]
         logits_TE = logits_TE.masked_fill(~is_in_pool_TE, float("-inf"))
     return is_clear_choice(logits_TE, top_k=case.shape.top_k)
-
-
-def is_clear_choice(logits_TE: Tensor, *, top_k: int) -> Tensor:
-    """[T] bool: the K-th and the next logit of the token, -inf outside its pool, are more than CLEAR_GAP apart."""
-    if top_k == logits_TE.shape[1]:
-        return torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
-    best_TK = logits_TE.topk(top_k + 1).values
-    return best_TK[:, -2] - best_TK[:, -1] > CLEAR_GAP
 
 
 def bytes_moved(shape: Shape, *, with_backward: bool) -> int:

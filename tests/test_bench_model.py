@@ -169,6 +169,8 @@ def test_documents_of_a_batch_fill_its_rows():
     assert {0, 32, 64, 96} <= set(bounds)
     assert batch.longest == max(b - a for a, b in pairwise(bounds))
     assert size.tokens == batch.tokens["labels"].numel() == 96
+    positions = batch.tokens["position_ids"][0].tolist()
+    assert positions == [i for a, b in pairwise(bounds) for i in range(b - a)]
 
 
 def test_operations_of_a_step_are_those_counted_by_torch():
