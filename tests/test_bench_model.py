@@ -248,6 +248,16 @@ def test_gaps_lie_where_nothing_runs():
     assert (found.count, found.total_us, found.longest_us, found.span_us) == (2, 7, 4, 30)
 
 
+def test_a_profiler_that_sees_no_kernels_leaves_its_row_empty():
+    from bench_model import _summary
+    from traces import Operation
+
+    assert _summary("EMO", [], on_gpu=True) == ["EMO", "0", "", "", "", ""]
+    kernels = [Operation(name="k", start_us=a, end_us=a + 2000) for a in (0, 6000)]
+    found = _summary("EMO", kernels, on_gpu=True)
+    assert found == ["EMO", "2", "50.0%", "1", "4.00", "4.00"]
+
+
 def test_operations_are_kernels_on_a_gpu_and_leaves_on_a_cpu():
     from traces import _operations, most_of
 
