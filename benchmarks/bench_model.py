@@ -25,7 +25,15 @@ import torch
 import tyro
 from model_check import check_models
 from model_cost import peak_flops, step_flops
-from models import EMO, METRICS_OFF, STANDARD, ModelSize, Training, build_training
+from model_traces import trace_models
+from models import (
+    METRICS_OFF,
+    STANDARD,
+    ModelSize,
+    Training,
+    batches_of,
+    build_training,
+)
 from timing import (
     RESULTS,
     Device,
@@ -41,7 +49,6 @@ from timing import (
     run_script,
     write_results,
 )
-from traces import Operation, gaps_of, most_of, short, trace_step
 
 from emo_megatron import ops
 
@@ -81,8 +88,6 @@ GPU = ModelSize(
     rows=16,
     document_tokens=512,
 )
-TRACED = {STANDARD: "standard", EMO: "emo"}
-"""Contender -> its part of a file's name."""
 Memory = dict[str, tuple[int, int]]
 """Contender -> peak bytes allocated and reserved."""
 
@@ -154,10 +159,10 @@ def main(options: Options) -> list[Path]:
     question = "model" if options.dispatcher == "megatron" else f"model-{options.dispatcher}"
     name = result_name(question, device=device, is_quick=options.quick)
     training = build_training(size, device=device, dispatcher=options.dispatcher)
-    check_models(training)
+    training, size = _checked(training, size, device)
     head = _head(facts, size)
     if options.trace is not None:
-        return _trace(training, options.trace, name, head=head, device=device)
+        return trace_models(training, options.trace, name, head=head, device=device)
 
     seconds = options.seconds or (1.0 if options.quick else 60.0)
     samples = interleave(
@@ -171,6 +176,25 @@ def main(options: Options) -> list[Path]:
     page = head + _page(rows, samples, gpu_name=gpu_name, flops=flops)
     print(page)
     return write_results(options.output, name, rows=rows, page=page)
+
+
+def _checked(
+    training: Training, size: ModelSize, device: torch.device
+) -> tuple[Training, ModelSize]:
+    """The models after their check, with half the rows as often as the memory of the GPU asks for it."""
+    while True:
+        try:
+            check_models(training)
+        except torch.OutOfMemoryError:
+            if size.rows == 1:
+                raise
+        else:
+            return training, size
+        size = dataclasses.replace(size, rows=size.rows // 2)
+        print(f"out of memory: going on with --rows {size.rows}", flush=True)
+        training = dataclasses.replace(training, batches=batches_of(size, device))
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _peak_memory(training: Training) -> Memory:
@@ -266,56 +290,6 @@ def _page(
     else:
         parts.append("Times and memory: not measured (no GPU).")
     return "\n".join(parts) + "\n"
-
-
-def _trace(
-    training: Training, folder: Path, name: str, *, head: str, device: torch.device
-) -> list[Path]:
-    """Trace a step of the standard model and of EMO; returns the traces and the tables."""
-    on_gpu = device.type == "cuda"
-    folder.mkdir(parents=True, exist_ok=True)
-    traces, rows, summary = [], [], []
-    steps = training.steps()
-    for contender, slug in TRACED.items():
-        path = folder / f"{name}-trace-{slug}.json.gz"
-        operations = trace_step(steps[contender], path, device=device)
-        traces.append(path)
-        summary.append(_summary(contender, operations, on_gpu=on_gpu))
-        rows += [
-            {
-                "contender": contender,
-                "operation": operation,
-                "count": count,
-                "device_us": round(spent, 1) if on_gpu else "",
-            }
-            for operation, count, spent in most_of(operations, on_gpu=on_gpu)
-        ]
-    kind = "kernels and copies" if on_gpu else "operations of the CPU"
-    columns = ["contender", kind, "busy, %", "gaps", "gaps, ms", "longest gap, ms"]
-    parts = [f"{head}## One step under the profiler\n", markdown_table(columns, summary)]
-    if not on_gpu:
-        parts.append("Gaps: not measured (no GPU).\n")
-    for contender in TRACED:
-        parts.append(f"## Most of it, {contender}\n")
-        table = [
-            [short(row["operation"]), str(row["count"]), str(row["device_us"])]
-            for row in rows
-            if row["contender"] == contender
-        ]
-        parts.append(markdown_table(["operation", "count", "device, us"], table))
-    page = "\n".join(parts)
-    print(page)
-    return [*traces, *write_results(folder, f"{name}-trace", rows=rows, page=page)]
-
-
-def _summary(contender: str, operations: list[Operation], *, on_gpu: bool) -> list[str]:
-    # a driver may keep the profiler from seeing kernels
-    if not on_gpu or not operations:
-        return [contender, str(len(operations)), "", "", "", ""]
-    gaps = gaps_of(operations)
-    busy = 1 - gaps.total_us / gaps.span_us
-    times = [f"{value / 1e3:.2f}" for value in (gaps.total_us, gaps.longest_us)]
-    return [contender, str(len(operations)), f"{busy:.1%}", str(gaps.count), *times]
 
 
 if __name__ == "__main__":

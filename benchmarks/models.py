@@ -200,7 +200,7 @@ def build_training(size: ModelSize, *, device: torch.device, dispatcher: str) ->
         trackers={name: _tracker(name, pool, config) for name, pool in pools.items()},
         distributed=distributed,
         optimizer=optimizer,
-        batches=[_batch(size, device, seed) for seed in range(NUM_BATCHES)],
+        batches=batches_of(size, device),
         num_layers=size.layers,
     )
 
@@ -309,6 +309,11 @@ def _tracker(name: str, pool: PoolConfig | None, config: Any) -> Any:
         return MoEMetricsTracker()
     install_metrics(pool, config, has_documents=True)
     return get_moe_metrics_tracker()
+
+
+def batches_of(size: ModelSize, device: torch.device) -> list[Batch]:
+    """The micro-batches that every contender goes through again and again."""
+    return [_batch(size, device, seed) for seed in range(NUM_BATCHES)]
 
 
 def _batch(size: ModelSize, device: torch.device, seed: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from itertools import pairwise
@@ -76,6 +77,7 @@ def test_a_trace_is_of_the_standard_model_and_of_emo(tmp_path):
         *("standard MoE", "EMO, pools of top-k to all experts")
     }
     assert all(int(row["count"]) > 0 and row["device_us"] == "" for row in rows)
+    assert [row["operation"] for row in rows].count("all") == 2
 
 
 def test_a_broken_router_is_refused(tmp_path):
@@ -152,8 +154,6 @@ def test_the_gate_names_what_differs():
 
 
 def _small_batch(**changes):
-    import dataclasses
-
     from bench_model import QUICK
     from models import _batch
 
@@ -249,12 +249,12 @@ def test_gaps_lie_where_nothing_runs():
 
 
 def test_a_profiler_that_sees_no_kernels_leaves_its_row_empty():
-    from bench_model import _summary
+    from model_traces import summary_of
     from traces import Operation
 
-    assert _summary("EMO", [], on_gpu=True) == ["EMO", "0", "", "", "", ""]
+    assert summary_of("EMO", [], on_gpu=True) == ["EMO", "0", "", "", "", ""]
     kernels = [Operation(name="k", start_us=a, end_us=a + 2000) for a in (0, 6000)]
-    found = _summary("EMO", kernels, on_gpu=True)
+    found = summary_of("EMO", kernels, on_gpu=True)
     assert found == ["EMO", "2", "50.0%", "1", "4.00", "4.00"]
 
 
@@ -275,6 +275,33 @@ def test_operations_are_kernels_on_a_gpu_and_leaves_on_a_cpu():
     on_gpu = list(_operations(events, on_gpu=True))
     assert most_of(on_gpu, on_gpu=True) == [("long", 1, 9), ("copy", 2, 2)]
     assert most_of(on_gpu, on_gpu=False)[0] == ("copy", 2, 2)
+
+
+def test_rows_that_do_not_fit_are_halved(monkeypatch):
+    import bench_model
+    from models import Training, batches_of
+
+    def check(training):
+        if training.batches[0].tokens["labels"].numel() > fits:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_model, "check_models", check)
+    size, cpu = dataclasses.replace(bench_model.QUICK, rows=7), torch.device("cpu")
+    whole = Training(
+        models={},
+        trackers={},
+        distributed=None,
+        optimizer=None,
+        batches=batches_of(size, cpu),
+        num_layers=1,
+    )
+    fits = 3 * size.seq_length
+    training, found = bench_model._checked(whole, size, cpu)
+    assert found == dataclasses.replace(size, rows=3)
+    assert {batch.tokens["labels"].numel() for batch in training.batches} == {fits}
+    fits = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        bench_model._checked(whole, size, cpu)
 
 
 @pytest.mark.parametrize(
