@@ -2,10 +2,11 @@
 
 Megatron's unfused permute and unpermute against the compiled layout, copies and sums, and against their definition in
 plain PyTorch, in turns in one process, forward and backward. Nothing is timed before tokens, probabilities, outputs and
-gradients are equal.
+gradients are equal. The floor of a size is what its bytes take at the copy bandwidth of the same run.
 
     python benchmarks/bench_permute.py --quick     # two sizes, seconds
     python benchmarks/bench_permute.py             # all sizes, some two minutes on two cores
+    python benchmarks/bench_permute.py --device cuda --width 2048 --tokens 16384 65536
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from timing import (
     Rounds,
     Samples,
     Step,
+    copy_bandwidth,
     describe_machine,
     estimate,
     interleave,
@@ -58,20 +60,30 @@ class Options:
     """auto takes a GPU where there is one."""
     threads: int = 2
     """CPU threads."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of a micro-batch. Default: 512 4096. Sizes given here or by --width have 128 experts, top-8."""
+    width: tuple[int, ...] = ()
+    """Width of the model. Default: 128 1024."""
     seconds: float = 1.0
     """Time to spend on each size, at least 21 rounds."""
     output: Path = field(default=RESULTS)
     """Folder of the results, a CSV and a page named after the hardware."""
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "width"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(f"--{name} must be at least 1; got {getattr(self, name)}")
+
     def sizes(self) -> Iterator[Size]:
         """Every size to run."""
-        if self.quick:
+        is_given = bool(self.tokens or self.width)
+        if self.quick and not is_given:
             yield Size(tokens=1024, experts=32, top_k=4, width=256, dtype="float32")
             yield Size(tokens=512, experts=64, top_k=8, width=128, dtype="bfloat16")
             return
-        shapes = [(64, 2), (64, 8), (128, 8), (512, 8)]
+        shapes = [(128, 8)] if is_given else [(64, 2), (64, 8), (128, 8), (512, 8)]
         for dtype, tokens, (experts, top_k), width in product(
-            DTYPES, (512, 4096), shapes, (128, 1024)
+            DTYPES, self.tokens or (512, 4096), shapes, self.width or (128, 1024)
         ):
             yield Size(tokens=tokens, experts=experts, top_k=top_k, width=width, dtype=dtype)
 
@@ -88,6 +100,15 @@ class Size:
 
     def __str__(self) -> str:
         return f"T={self.tokens} E={self.experts} K={self.top_k} H={self.width} {self.dtype}"
+
+    def bytes_moved(self, mode: Mode) -> int:
+        """What must be read and written if every tensor moves once each way; backward is the same way back."""
+        pairs = self.tokens * self.top_k
+        places = self.tokens * self.experts
+        rows = 2 * DTYPES[self.dtype].itemsize * self.width * (self.tokens + pairs)
+        # the map and the probabilities of the pairs; their gradients go into a whole [T, E]
+        forward = rows + places + 2 * 4 * pairs
+        return forward if mode == "forward" else forward + rows + 4 * pairs + 4 * places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +147,8 @@ def main(options: Options) -> list[Path]:
         raise ValueError(f"there are no compiled ops to time: {reason}")
     torch.set_num_threads(options.threads)
     facts = describe_machine(device, threads=options.threads)
+    bandwidth = copy_bandwidth(device)
+    facts["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s"
     contenders: dict[str, Permute] = {
         NATIVE: _own("native"),
         REFERENCE: _own("reference"),
@@ -141,10 +164,10 @@ def main(options: Options) -> list[Path]:
         fewest, seconds = (5, 0.2) if options.quick else (21, options.seconds)
         rounds = Rounds(fewest=fewest, most=100, seconds=seconds)
         results[size] = interleave(steps, device=device, rounds=rounds)
-    page = _page(results, facts)
+    page = _page(results, facts, bandwidth)
     print(page)
     name = result_name("permute", device=device, is_quick=options.quick)
-    return write_results(options.output, name, rows=list(_rows(results)), page=page)
+    return write_results(options.output, name, rows=list(_rows(results, bandwidth)), page=page)
 
 
 def _own(backend: ops.Backend) -> Permute:
@@ -225,16 +248,12 @@ def _make_case(size: Size, device: torch.device) -> Case:
 
 
 def _check(contenders: dict[str, Permute], case: Case) -> None:
-    found = {}
+    wanted = _results(contenders[STOCK], case)
     for name, permute in contenders.items():
-        permuted = _step(permute, case).forward()
-        rows = [permuted.rows_PH, permuted.probs_P, permuted.output_TH]
-        found[name] = [*rows, *_gradients(permuted, case)]
-    names = ("rows", "probabilities", "output", "tokens' gradient", "probabilities' gradient")
-    for name, tensors in found.items():
-        for what, got, want in zip(names, tensors, found[STOCK], strict=True):
-            got, want = got.detach().float(), want.detach().float()
-            error = float((got - want).norm() / want.norm())
+        # one at a time: rows are large
+        for what, got in _results(permute, case).items():
+            want = wanted[what].float()
+            error = float((got.float() - want).norm() / want.norm())
             if not error < TOLERANCE[case.size.dtype]:
                 raise ValueError(
                     f"{name}: {what} must equal Megatron's, they differ by {error:.1e} ({case.size}); "
@@ -242,7 +261,19 @@ def _check(contenders: dict[str, Permute], case: Case) -> None:
                 )
 
 
-def _rows(results: dict[Size, dict[str, Samples]]) -> Iterator[dict[str, Any]]:
+def _results(permute: Permute, case: Case) -> dict[str, Tensor]:
+    permuted = _step(permute, case).forward()
+    tokens_gradient, probs_gradient = _gradients(permuted, case)
+    return {
+        "rows": permuted.rows_PH.detach(),
+        "probabilities": permuted.probs_P.detach(),
+        "output": permuted.output_TH.detach(),
+        "tokens' gradient": tokens_gradient,
+        "probabilities' gradient": probs_gradient,
+    }
+
+
+def _rows(results: dict[Size, dict[str, Samples]], bandwidth: float) -> Iterator[dict[str, Any]]:
     modes: tuple[Mode, ...] = ("forward", "total")
     for (size, found), mode in product(results.items(), modes):
         for name, samples in found.items():
@@ -254,11 +285,12 @@ def _rows(results: dict[Size, dict[str, Samples]]) -> Iterator[dict[str, Any]]:
                 | {"contender": name, "mode": mode, "median_us": round(time.median, 2)}
                 | {"low_us": round(time.low, 2), "high_us": round(time.high, 2)}
                 | {f"times_native_{k}": round(v, 3) for k, v in asdict(times_native).items()}
+                | {"native_floor_us": round(size.bytes_moved(mode) / bandwidth * 1e6, 2)}
                 | {"rounds": len(values)}
             )
 
 
-def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str]) -> str:
+def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str], bandwidth: float) -> str:
     modes: tuple[tuple[Mode, str], ...] = (
         ("forward", "Forward"),
         ("total", "Forward + backward"),
@@ -266,17 +298,20 @@ def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str]) -> str
     parts = ["# Permutation of tokens to experts, and back\n"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
     parts.append(
-        "Milliseconds of the compiled ops, then how many times as long the others take: medians with 95 % intervals.\n"
+        "Milliseconds of the compiled ops, then how many times as long the others take: medians with 95 % intervals. "
+        "Floor: what the bytes that must move take at the copy bandwidth; what fits a cache can be faster.\n"
     )
     parts.append("## Target\n")
     parts.append("\n".join(f"- {_verdict(results, mode, title)}" for mode, title in modes) + "\n")
     for mode, title in modes:
-        head = ["size", "native ops, ms", f"{REFERENCE}, x", f"{STOCK}, x"]
+        head = ["size", "native ops, ms", f"{REFERENCE}, x", f"{STOCK}, x", "floor, ms", "floors"]
         table = []
         for size, found in results.items():
             native = getattr(found[NATIVE], mode)
             ratios = [str(ratio(getattr(found[n], mode), native)) for n in (REFERENCE, STOCK)]
-            table.append([str(size), f"{estimate(native).median * 1e3:.3f}", *ratios])
+            floor = size.bytes_moved(mode) / bandwidth
+            floors = [f"{floor * 1e3:.3f}", str(estimate(native).scaled(1 / floor))]
+            table.append([str(size), f"{estimate(native).median * 1e3:.3f}", *ratios, *floors])
         parts.append(f"## {title}\n")
         parts.append(markdown_table(head, table))
     return "\n".join(parts)

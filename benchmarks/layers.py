@@ -5,15 +5,19 @@ T tokens, H width of the model, E routed experts, D documents.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+from experts import GROUPED, SEQUENTIAL, TE_EXPERTS, GroupedExperts
 from timing import Step
 from torch import Tensor
 
@@ -62,6 +66,8 @@ class Layers:
     upstream_T1H: Tensor
     packed: Any
     """PackedSeqParams of the micro-batch, as the layers of a model get it."""
+    expert_kind: str
+    """Which module the experts are."""
     steps: Iterator[int]
     """Counts micro-batches: every scope draws other pools."""
 
@@ -87,7 +93,7 @@ class Layers:
         A model makes the scope once a micro-batch for all its layers, so a layer's own cost is a little less.
         """
         return {
-            name: self._step(layer, router_only=False, get_scope=self.new_scope)
+            name: self.step(layer, router_only=False, get_scope=self.new_scope)
             for name, layer in self.layers.items()
         }
 
@@ -102,11 +108,12 @@ class Layers:
 
         get_scope = self.new_scope if is_first_layer else used_scope
         return {
-            name: self._step(layer, router_only=True, get_scope=get_scope)
+            name: self.step(layer, router_only=True, get_scope=get_scope)
             for name, layer in self.layers.items()
         }
 
-    def _step(self, layer: Any, *, router_only: bool, get_scope: Callable[[], Any]) -> Step:
+    def step(self, layer: Any, *, router_only: bool, get_scope: Callable[[], Any]) -> Step:
+        """Forward and backward of a layer or its router; gradients come back in the order of the parameters."""
         weights = list(layer.router.parameters() if router_only else layer.parameters())
         has_pools = layer is not self.layers[STOCK]
 
@@ -127,114 +134,88 @@ class Layers:
 
         return Step(forward=forward, backward=backward)
 
-    def check(self) -> None:
-        """Compare pools of all experts with the standard layer, and real pools with the reference ops.
 
-        Raises:
-            ValueError: they differ, or a token left its document's pool: there is nothing to time.
-        """
-        self._compare(
-            self._results(SAME_CHOICES),
-            self._results(STOCK),
-            name=SAME_CHOICES,
-            model="the standard layer",
-        )
-        found, map_TE = self._results(POOLS), self._pooled_map()
-        with mock.patch.object(self.layers[POOLS].router, "backend", return_value="reference"):
-            want, want_map_TE = self._results(POOLS), self._pooled_map()
-        if not torch.equal(map_TE, want_map_TE):
-            raise ValueError(
-                f"{POOLS} chooses other experts than with the reference ops, so nothing is reported"
-            )
-        self._compare(found, want, name=POOLS, model="the same layer with the reference ops")
+def build_layers(size: LayerSize, *, device: torch.device) -> list[Layers]:
+    """Start Megatron in this process, one rank, and build the layers and a random packed micro-batch.
 
-    def _results(self, name: str) -> dict[str, Tensor | None]:
-        """The output and all gradients of a layer's first micro-batch."""
-        layer = self.layers[name]
-        step = self._step(layer, router_only=False, get_scope=lambda: self.new_scope(0))
-        state = step.forward()
-        weights = [f"gradient of {weight}" for weight, _ in layer.named_parameters()]
-        values = [state[1], *step.backward(state)]
-        return dict(zip(["output", "gradient of the input", *weights], values, strict=True))
-
-    def _pooled_map(self) -> Tensor:
-        """[T, E] bool, the experts of the first micro-batch's tokens."""
-        router, scope = self.layers[POOLS].router, self.new_scope(0)
-        router.scope = scope
-        routing_map_TE: Tensor = router(self.hidden_T1H)[1]
-        if (routing_map_TE & ~scope.pools[LAYER_NUMBER][scope.document_ids_T]).any():
-            raise ValueError("tokens leave the pool of their document, so nothing is reported")
-        return routing_map_TE
-
-    def _compare(
-        self,
-        found: dict[str, Tensor | None],
-        wanted: dict[str, Tensor | None],
-        *,
-        name: str,
-        model: str,
-    ) -> None:
-        tolerance = 1e-4 if self.hidden_T1H.dtype == torch.float32 else 3e-2
-        for what, want in wanted.items():
-            got = found[what]
-            if got is None or want is None:
-                error = 0.0 if got is want else math.inf
-            else:
-                # an expert without tokens has a gradient of zeros
-                largest = want.abs().max().clamp(min=1e-30)
-                error = ((got - want).abs().max() / largest).item()
-            if not error < tolerance:  # NaN is not below
-                raise ValueError(
-                    f"the layer with {name} does not compute what {model} does, so nothing is reported: "
-                    f"its {what} differs by {error:.1e} of the largest"
-                )
-
-
-def build_layers(size: LayerSize, *, device: torch.device) -> Layers:
-    """Start Megatron in this process, one rank, and build the layers and a random packed micro-batch."""
-    from emo_megatron.mcore import cpu
-
-    cpu.activate()
-    from megatron.core import parallel_state
-    from megatron.core.extensions.transformer_engine import HAVE_TE
+    Returns:
+        Transformer Engine's grouped experts where a GPU has them; else SequentialMLP's, then the same weights over
+        grouped_mm. Everything but the experts is equal, weights included.
+    """
+    uses_te = start_megatron(device)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from emo_megatron.mcore.metrics import install_metrics
     from emo_megatron.mcore.spec import pool_block_spec
 
-    on_gpu = device.type == "cuda"
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    torch.manual_seed(1)
-    model_parallel_cuda_manual_seed(1)
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)
-
-    config = _config(size, on_gpu=on_gpu, uses_te=on_gpu and HAVE_TE)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
+    config = _config(size, on_gpu=device.type == "cuda", uses_te=uses_te)
     pools = {
         SAME_CHOICES: PoolConfig(pool_min=size.experts),
         POOLS: PoolConfig(pool_min=size.top_k),
     }
     install_metrics(pools[POOLS], config, has_documents=True)
     stock_spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=on_gpu and HAVE_TE, normalization="RMSNorm"
+        config, use_transformer_engine=uses_te, normalization="RMSNorm"
     )
     specs = {STOCK: stock_spec}
     specs |= {name: pool_block_spec(config, pool=pool) for name, pool in pools.items()}
+    mlps = {name: spec.layer_specs[0].submodules.mlp for name, spec in specs.items()}
+    first = _build_all(mlps, config, device)
+    kind = TE_EXPERTS if uses_te else SEQUENTIAL
+    found = [_with_batch(first, size, config.params_dtype, device, expert_kind=kind)]
+    if not uses_te:
+        second = _build_all(mlps, config, device, like=first[STOCK])
+        experts = GroupedExperts(first[STOCK].experts)
+        for layer in second.values():
+            layer.experts = experts
+        found.append(dataclasses.replace(found[0], layers=second, expert_kind=GROUPED))
+    return found
+
+
+def start_megatron(device: torch.device) -> bool:
+    """Make this process Megatron's only rank, on this device; returns whether Transformer Engine can be used."""
+    from emo_megatron.mcore import cpu
+
+    os.environ["EMO_DEVICE"] = device.type
+    cpu.activate()
+    from megatron.core import parallel_state
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    on_gpu = device.type == "cuda"
+    store = dist.FileStore(str(Path(_meeting_place().name) / "store"), 1)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+    # a group over gloo would look for a network, which the one rank does not need
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)
+    return on_gpu and HAVE_TE
+
+
+@cache
+def _meeting_place() -> tempfile.TemporaryDirectory[str]:
+    """Kept for the life of the process: NCCL meets at its first collective."""
+    return tempfile.TemporaryDirectory()
+
+
+def _build_all(
+    mlps: dict[str, Any], config: Any, device: torch.device, *, like: Any = None
+) -> dict[str, Any]:
+    """One layer of each spec, all with the weights of `like`, or else of the first."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     layers: dict[str, Any] = {}
-    for name, spec in specs.items():
-        build = spec.layer_specs[0].submodules.mlp
+    for name, build in mlps.items():
         layer = build(config=config, layer_number=LAYER_NUMBER, pg_collection=groups).to(device)
         layer.set_layer_number(LAYER_NUMBER)
-        if name != STOCK:
-            layer.experts = layers[STOCK].experts
-            layer.router.weight = layers[STOCK].router.weight
+        like = like or layer
+        layer.experts = like.experts
+        layer.router.weight = like.router.weight
         layers[name] = layer
-    return _with_batch(layers, size, config.params_dtype, device)
+    return layers
 
 
 def _config(size: LayerSize, *, on_gpu: bool, uses_te: bool) -> Any:
@@ -275,7 +256,12 @@ def _config(size: LayerSize, *, on_gpu: bool, uses_te: bool) -> Any:
 
 
 def _with_batch(
-    layers: dict[str, Any], size: LayerSize, dtype: torch.dtype, device: torch.device
+    layers: dict[str, Any],
+    size: LayerSize,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    expert_kind: str,
 ) -> Layers:
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -289,6 +275,7 @@ def _with_batch(
     bounds = bounds.int().to(device)
     return Layers(
         layers=layers,
+        expert_kind=expert_kind,
         hidden_T1H=hidden,
         upstream_T1H=upstream,
         packed=PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds),

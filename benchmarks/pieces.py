@@ -17,7 +17,7 @@ from emo_megatron import balance, ops
 
 
 def router_pieces(layers: Layers, *, rounds: int) -> dict[str, Estimate]:
-    """Seconds a forward pass spends in each piece; a piece with `of which` lies inside the one above it.
+    """Seconds a forward pass spends in each piece.
 
     On a GPU every piece waits for the device before and after, so small ones show their launches.
     """
@@ -34,9 +34,6 @@ def router_pieces(layers: Layers, *, rounds: int) -> dict[str, Estimate]:
         "pool_topk": (ops, "pool_topk"),
         "balance loss": (balance, "load_balancing_loss"),
         "z loss": (balance, "z_loss"),
-        "pool metrics": (PoolRouter, "_record_documents"),
-        "token metrics": (PoolRouter, "_record_tokens"),
-        "of which experts_per_document": (ops, "experts_per_document"),
         "Megatron's metrics tracker, all records": (type(get_moe_metrics_tracker()), "record"),
     }
     spent: dict[str, list[float]] = {name: [] for name in pieces}

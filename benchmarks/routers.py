@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from timing import Step
@@ -252,16 +251,21 @@ def check(name: str, router: Router, case: Case, *, has_pools: bool) -> None:
         )
 
 
+def is_clear_choice(logits_TE: Tensor, *, top_k: int) -> Tensor:
+    """[T] bool: the K-th and the next logit of the token, -inf outside its pool, are more than CLEAR_GAP apart."""
+    if top_k == logits_TE.shape[1]:
+        return torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
+    best_TK = logits_TE.topk(top_k + 1).values
+    return best_TK[:, -2] - best_TK[:, -1] > CLEAR_GAP
+
+
 def _is_clear(case: Case, *, has_pools: bool) -> Tensor:
     """[T] bool: the K-th and the next logit of the token are apart, so every exact router chooses the same."""
     logits_TE = case.logits_TE
     if has_pools:
         is_in_pool_TE = pools_of(case, "reference")[case.document_ids_T]
         logits_TE = logits_TE.masked_fill(~is_in_pool_TE, float("-inf"))
-    if case.shape.top_k == case.shape.num_experts:
-        return torch.ones_like(case.document_ids_T, dtype=torch.bool)
-    best: Any = logits_TE.topk(case.shape.top_k + 1).values
-    return best[:, -2] - best[:, -1] > CLEAR_GAP
+    return is_clear_choice(logits_TE, top_k=case.shape.top_k)
 
 
 def bytes_moved(shape: Shape, *, with_backward: bool) -> int:

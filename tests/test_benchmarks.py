@@ -204,9 +204,19 @@ def test_layer_leaves_layers_routers_and_pieces(tmp_path: Path) -> None:
     assert [table.suffix, page.suffix] == [".csv", ".md"]
     rows = _rows(table)
     assert {"layer", "router", "forward: pool_topk"} <= {row["part"] for row in rows}
-    times = {row["variant"]: float(row["times_stock"]) for row in rows if row["times_stock"]}
-    assert len(times) == 3
-    assert times["standard router"] == 1.0
+    times = {
+        (row["part"], row["expert_kind"], row["variant"]): float(row["times_stock"])
+        for row in rows
+        if row["times_stock"]
+    }
+    kinds = {
+        ("layer", "SequentialMLP"),
+        ("layer", "torch.nn.functional.grouped_mm"),
+        ("router", ""),
+    }
+    assert {key[:2] for key in times} == kinds
+    assert len(times) == 9
+    assert all(times[*kind, "standard router"] == 1.0 for kind in kinds)
     assert "not judged: pools cost at most 2%" in page.read_text()
     assert "layer with pools is the whole method" in page.read_text()
 
