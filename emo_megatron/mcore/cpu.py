@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from emo_megatron.mcore.local import local_flags
+
 # kept for the life of the process: leaving the mode would hand cuda devices back to Megatron
 _mode: TorchFunctionMode | None = None
 
@@ -305,15 +307,8 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
 
 CPU_FLAGS = (
     *("--distributed-backend", "gloo"),
-    *("--transformer-impl", "local"),
-    *("--attention-backend", "unfused"),
+    *local_flags(),
     "--use-cpu-initialization",
-    "--no-gradient-accumulation-fusion",
-    "--no-masked-softmax-fusion",
-    "--no-bias-dropout-fusion",
-    "--no-bias-swiglu-fusion",
     "--no-bias-gelu-fusion",
-    "--no-rope-fusion",
-    "--no-persist-layer-norm",
 )
-"""Megatron flags that choose its kernels in plain PyTorch."""
+"""Megatron's flags for a CPU."""
