@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 from fidelity_page import page
-from fidelity_plan import LIMITS, QUICK_LIMITS, Limits
+from fidelity_plan import LIMITS, PASSES, QUICK_LIMITS, Limits, planned_steps
 from fidelity_results import MODELS, PREFIX, Partner, Result, find_partners
 from fidelity_stages import EARLY, Run, settings_of
 from fidelity_text import hash_corpus, open_corpus
@@ -109,7 +109,8 @@ def main(options: Options) -> list[Path]:
     try:
         wanted = corpus_config(None, seed=options.seed, quick=options.quick)
         corpus = given or prepare_corpus(work / "corpus", wanted)
-        size, partner = _planned(options, corpus_hash := hash_corpus(corpus))
+        corpus_hash = hash_corpus(corpus)
+        size, partner = _planned(options, corpus, corpus_hash=corpus_hash)
         result = Result(
             model=options.model,
             settings=settings_of(size, seed=options.seed, corpus_hash=corpus_hash),
@@ -117,7 +118,7 @@ def main(options: Options) -> list[Path]:
             corpus=_facts(corpus),
             plan={
                 "planned_steps": size.steps,
-                "by": partner or "the size",
+                "by": partner or f"the size and at most {PASSES} passes over the text",
                 "seconds": options.seconds,
                 "early": EARLY,
             },
@@ -146,7 +147,7 @@ def main(options: Options) -> list[Path]:
     return sorted(options.output.glob(f"{options.base.name}.*"))
 
 
-def _planned(options: Options, corpus_hash: str) -> tuple[Size, str]:
+def _planned(options: Options, corpus: Corpus, *, corpus_hash: str) -> tuple[Size, str]:
     """The size, with the steps of a partner if one was trained on this text at this size; and that partner."""
     size = ON_GPU_QUICK if options.quick else ON_GPU
     settings = settings_of(size, seed=options.seed, corpus_hash=corpus_hash)
@@ -158,7 +159,8 @@ def _planned(options: Options, corpus_hash: str) -> tuple[Size, str]:
         if model in partners and not partners[model].differing:
             steps = partners[model].result.settings["size"]["steps"]
             return replace(size, steps=steps), f"the partner {model}"
-    return size, ""
+    steps = planned_steps(size, train_tokens=corpus.train_tokens, limits=options.limits)
+    return replace(size, steps=steps), ""
 
 
 def _facts(corpus: Corpus) -> dict[str, object]:
@@ -190,6 +192,8 @@ def _draw(result: Result, options: Options) -> None:
 
 
 def _stop(signal_number: int, frame: object) -> None:
+    # a second one must not interrupt the last writing
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(STOPPED)
 
 

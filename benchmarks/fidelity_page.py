@@ -119,9 +119,11 @@ def _training(result: Result) -> str:
         f"text: {len(result.corpus['domains'])} domains, {result.corpus['train_tokens']:,} training tokens, "
         f"vocabulary {result.corpus['vocab_size']}, hash {result.settings['corpus']}",
     ]
-    if result.curve:
-        iteration, loss = result.curve[-1]
-        lines.append(f"training loss at step {iteration}: {loss:.3f}")
+    lines += [
+        f"training loss at step {iteration}: {loss:.3f}"
+        for iteration, loss in result.curve[-1:]
+        if loss is not None
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from emo_megatron.demo.recipe import Size
 
+PASSES = 5
+"""How often the text is read at most: more often, models learn it by heart, and the larger ones sooner."""
 RESERVE = 0.08
 """Share of the training time kept back where this call chooses the steps: the partner that takes over the number may
 be slower."""
@@ -55,17 +57,24 @@ def read_log(log: Path) -> list[LogLine]:
     if not log.exists():
         return []
     return [
-        LogLine(iteration=int(number), seconds=float(milliseconds) / 1e3, loss=float(loss or "nan"))
+        LogLine(
+            iteration=int(number),
+            seconds=float(milliseconds) / 1e3,
+            loss=float(loss) if loss else None,
+        )
         for number, milliseconds, loss in LINE.findall(log.read_text(errors="replace"))
     ]
 
 
 def step_seconds(lines: list[LogLine]) -> float | None:
-    """Mean seconds of a step, the first line left out, which holds what is done once; None before the second."""
-    if len(lines) < 2:
+    """Mean seconds of a step; None before the third line.
+
+    The first two lines are left out: Megatron's second one counts the first step again, which holds what is done once.
+    """
+    if len(lines) < 3:
         return None
-    counts = [b.iteration - a.iteration for a, b in itertools.pairwise(lines)]
-    total = sum(n * line.seconds for n, line in zip(counts, lines[1:], strict=True))
+    counts = [b.iteration - a.iteration for a, b in itertools.pairwise(lines[1:])]
+    total = sum(n * line.seconds for n, line in zip(counts, lines[2:], strict=True))
     return total / sum(counts)
 
 
@@ -95,9 +104,15 @@ def evaluation_seconds(
     tokens = num_domains * passes * size.evaluation_tokens
     if fractions:
         tokens += num_domains * size.calibration_tokens
-    # a forward pass is a third of a step; a half leaves room for rows that documents do not fill
-    per_token = speed.step_seconds / (size.rows * size.seq_length) / 2
+    # a forward pass is a third of a step; the rest is for rows and micro-batches that documents do not fill
+    per_token = speed.step_seconds / (size.rows * size.seq_length)
     return 2 * speed.startup_seconds + tokens * per_token
+
+
+def planned_steps(size: Size, *, train_tokens: int, limits: Limits) -> int:
+    """The steps of the size, or as many as `PASSES` over the training text have, but never fewer than are allowed."""
+    of_text = PASSES * train_tokens // (size.rows * size.seq_length)
+    return max(limits.fewest_steps, min(size.steps, of_text))
 
 
 def choose_steps(

@@ -42,7 +42,7 @@ class Result:
     """Mean of the whole training."""
     tokens_per_second: float | None = None
     """Of training, on a GPU."""
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    curve: list[tuple[int, float | None]] = field(default_factory=list)
     """Iteration, training loss."""
     document_tokens: Documents = field(default_factory=dict)
     """Predicted tokens."""

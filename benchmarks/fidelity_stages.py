@@ -148,7 +148,7 @@ class Run:
         self._done("begun")
 
     def _train(self, judge: Callable[[list[LogLine], float], int | None]) -> int | None:
-        """Train to the end, or stop where `judge`, asked from the second line of the log on, says how many steps.
+        """Train to the end, or stop where `judge`, asked as soon as the log tells a speed, says how many steps.
 
         Raises:
             RuntimeError: training failed.
@@ -161,7 +161,7 @@ class Run:
                 lines = read_log(self._log)
                 if lines and startup is None:
                     startup = time.monotonic() - began
-                if len(lines) > 1 and startup is not None:
+                if startup is not None and step_seconds(lines) is not None:
                     self.result.curve = [(line.iteration, line.loss) for line in lines]
                     if (steps := judge(lines, startup)) is not None:
                         return steps
@@ -174,7 +174,7 @@ class Run:
     def _judge(self, lines: list[LogLine], startup: float) -> int | None:
         """Whether the run is too slow: fewer steps, or None to go on."""
         done, step = lines[-1].iteration, step_seconds(lines)
-        assert step is not None, "there are two lines"
+        assert step is not None, "asked when it is known"
         is_seen = (
             done >= min(self.limits.probe_steps, self.size.steps)
             or done * step > self.limits.probe_share * self.result.plan["seconds"]

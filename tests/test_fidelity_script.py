@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support import made_up
 
 from emo_megatron.demo.corpus import CorpusConfig, prepare_corpus
@@ -28,7 +29,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SCRIPT = BENCHMARKS / "fidelity.py"
 QUARTER = 2
 """Of the 8 routed experts of the quick size."""
-SLOW = {"step_ms": 2500.0, "wait": 0.25}
+SLOW = {"step_ms": 1500.0, "wait": 0.25}
 """By the log too slow for the seconds that `made` gives; and slow enough to be stopped before its end."""
 
 
@@ -137,6 +138,23 @@ def test_three_calls_compare_themselves_in_any_order(
     assert total < 1 << 20
 
 
+def test_every_stage_is_kept_when_it_is_done(
+    made: Any, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[list[str]] = []
+    save = scripts.results.Result.save
+
+    def watch(result: Any, path: Path) -> None:
+        save(result, path)
+        kept.append(json.loads(path.read_text())["stages"])
+
+    monkeypatch.setattr(scripts.results.Result, "save", watch)
+    stages = made("standard", wait=0.5).stored["stages"]
+    assert len(stages) == 6
+    for number in range(1, 7):
+        assert stages[:number] in kept
+
+
 def test_slow_first_steps_mean_fewer_steps_and_shorter_schedules(made: Any) -> None:
     fast = made("emo")
     assert fast.stored["settings"]["size"]["steps"] == fast.stored["plan"]["planned_steps"] == 24
@@ -148,7 +166,7 @@ def test_slow_first_steps_mean_fewer_steps_and_shorter_schedules(made: Any) -> N
     assert slow.flags["--train-iters"] == str(steps)
     assert slow.flags["--save-interval"] == str(round(0.6 * steps))
     assert slow.flags["--pool-min-decay-samples"] == str(round(0.6 * steps * 8))
-    assert slow.stored["step_seconds"] == pytest.approx(2.5)
+    assert slow.stored["step_seconds"] == pytest.approx(1.5)
     assert slow.stored["tokens_per_second"] is None
     # a partner takes over the number, and is comparable
     other = made("standard", partners=slow.output)
@@ -208,6 +226,63 @@ def test_what_is_no_result_is_passed_over(made: Any, tmp_path: Path) -> None:
     assert "±" in standard.page
 
 
+def test_the_comparable_partner_with_most_stages_is_taken(
+    made: Any, scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    found = made("emo")
+    parse, folder = scripts.results.Result.parse, tmp_path / "several"
+    stored = next(found.output.glob("*.json")).read_bytes()
+    good, partial, other = parse(stored), parse(stored), parse(stored)
+    partial.stages, partial.nats = ["begun"], {}
+    other.settings["seed"] += 1
+    other.stages.append("one more")
+    for place, result in {"a": other, "b": good, "c": partial, "d": other}.items():
+        result.save(folder / place / "fidelity-emo.json")
+
+    def find() -> Any:
+        return scripts.results.find_partners(
+            folder, model="standard", settings=found.stored["settings"]
+        )["emo"]
+
+    assert find().place == str(folder / "b" / "fidelity-emo.json")
+    (folder / "b" / "fidelity-emo.json").unlink()
+    assert find().place == str(folder / "c" / "fidelity-emo.json")
+    (folder / "c" / "fidelity-emo.json").unlink()
+    seed = found.stored["settings"]["seed"]
+    assert find().differing == (f"seed is {seed + 1} there and {seed} here",)
+    assert scripts.results.find_partners(folder, model="emo", settings=good.settings) == {}
+    assert scripts.results.find_partners(None, model="small", settings=good.settings) == {}
+
+
+def test_a_partner_that_was_stopped_is_compared_in_what_it_has(
+    made: Any, scripts: SimpleNamespace
+) -> None:
+    emo, small = (
+        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes())
+        for model in ("emo", "small")
+    )
+    emo.rows = [row for row in emo.rows if row.method == "full"]
+    emo.nats = {name: nats for name, nats in emo.nats.items() if name.startswith("full")}
+    partner = scripts.results.Partner(result=emo, place="there", differing=())
+    page = scripts.page.page(small, {"emo": partner})
+    assert "not measured yet" in page
+    assert "±" not in page
+
+
+def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) -> None:
+    from fidelity_measure import DocumentLosses
+
+    study = SimpleNamespace(
+        facts="facts",
+        document_nats=lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double(),
+    )
+    losses = DocumentLosses(study)
+    assert losses.facts == "facts"
+    found = losses.loss([torch.zeros(4), torch.zeros(1), torch.zeros(7)])
+    assert (found.nats, found.num_tokens) == (1.0, 9)
+    assert losses.told == [([6.0, 0.0, 3.0], [3, 0, 6])]
+
+
 def test_sigterm_leaves_what_is_known_in_whole_files(
     made: Any, corpus: Path, tmp_path: Path
 ) -> None:
@@ -225,8 +300,8 @@ def test_sigterm_leaves_what_is_known_in_whole_files(
     process = subprocess.Popen(
         [sys.executable, "-c", driver, *map(str, command)],
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MADE_UP_WAIT": "1.5"}
-        | {"MADE_UP_MS": "1500", "MADE_UP_FLAGS": str(tmp_path / "flags")},
+        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MADE_UP_WAIT": "0.6"}
+        | {"MADE_UP_MS": "600", "MADE_UP_FLAGS": str(tmp_path / "flags")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -354,13 +429,30 @@ def test_an_evaluation_is_longer_with_more_to_measure(scripts: SimpleNamespace) 
 def test_the_log_is_read_as_megatron_writes_it(scripts: SimpleNamespace, tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert scripts.plan.read_log(log) == []
-    log.write_text("\n".join(made_up.LINE.format(n, 24, n, 100.0 * n, 2.5) for n in (1, 6, 8)))
+    log.write_text("\n".join(made_up.LINE.format(n, 24, n, 100.0 * n, 2.5) for n in (1, 6, 8, 9)))
     lines = scripts.plan.read_log(log)
-    assert [line.iteration for line in lines] == [1, 6, 8]
-    assert lines[2].loss == 2.5
-    assert scripts.plan.step_seconds(lines[:1]) is None
-    # five steps of .6 s and two of .8 s; the first, which starts everything, is left out
-    assert scripts.plan.step_seconds(lines) == pytest.approx((5 * 0.6 + 2 * 0.8) / 7)
+    assert [line.iteration for line in lines] == [1, 6, 8, 9]
+    assert [line.loss for line in lines] == [2.5] * 4
+    assert scripts.plan.step_seconds(lines[:2]) is None
+    # two steps of .8 s and one of .9 s; the line of step 6 holds the first step, too
+    assert scripts.plan.step_seconds(lines) == pytest.approx((2 * 0.8 + 0.9) / 3)
+    log.write_text(made_up.LINE.format(1, 24, 1, 100.0, 2.5).replace("lm loss", "other"))
+    assert scripts.plan.read_log(log)[0].loss is None
+
+
+def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
+    from emo_megatron.demo.recipe import ON_GPU
+
+    def steps(train_tokens: int) -> int:
+        return int(
+            scripts.plan.planned_steps(
+                ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS
+            )
+        )
+
+    assert steps(100_000_000) == 915
+    assert steps(9_000_000) == scripts.plan.PASSES * 9_000_000 // (128 * 1024) < 915
+    assert steps(1000) == scripts.plan.LIMITS.fewest_steps
 
 
 def test_the_gap_is_paired_over_documents(scripts: SimpleNamespace) -> None:

@@ -1,7 +1,7 @@
 """Stands in for both processes of benchmarks/fidelity.py: a training that only writes a log, a measurement of nothing.
 
-The training takes MADE_UP_MS milliseconds a step by its log and MADE_UP_WAIT seconds by the clock, and leaves its flags
-in MADE_UP_FLAGS. The measurement's losses depend on the model's name and the document alone.
+The training takes MADE_UP_MS milliseconds a step by its log, and leaves its flags in MADE_UP_FLAGS. The measurement's
+losses depend on the model's name and the document alone. Both wait MADE_UP_WAIT seconds after each step, or each size.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def measure(arguments: list[str]) -> None:
         part = output.with_suffix(".part")
         part.write_text(json.dumps(rows))
         part.replace(output)
+        time.sleep(float(os.environ.get("MADE_UP_WAIT", "0")))
 
 
 def row(
