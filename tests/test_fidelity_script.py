@@ -300,7 +300,12 @@ def test_sigterm_leaves_what_is_known_in_whole_files(
     process = subprocess.Popen(
         [sys.executable, "-c", driver, *map(str, command)],
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MADE_UP_WAIT": "0.6"}
+        | {
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(temporary),
+            "MADE_UP_WAIT": "0.3",
+            "MADE_UP_HANG": "12",
+        }
         | {"MADE_UP_MS": "600", "MADE_UP_FLAGS": str(tmp_path / "flags")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

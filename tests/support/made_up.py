@@ -1,7 +1,8 @@
 """Stands in for both processes of benchmarks/fidelity.py: a training that only writes a log, a measurement of nothing.
 
 The training takes MADE_UP_MS milliseconds a step by its log, and leaves its flags in MADE_UP_FLAGS. The measurement's
-losses depend on the model's name and the document alone. Both wait MADE_UP_WAIT seconds after each step, or each size.
+losses depend on the model's name and the document alone. Both wait MADE_UP_WAIT
+seconds after each step, or each size; the training hangs after step MADE_UP_HANG.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def train(arguments: list[str]) -> None:
         milliseconds = float(os.environ["MADE_UP_MS"])
         print(LINE.format(step, steps, 8 * step, milliseconds, 8 / step), flush=True)
         time.sleep(float(os.environ.get("MADE_UP_WAIT", "0")))
+        if step == int(os.environ.get("MADE_UP_HANG", "0")):
+            time.sleep(100)
 
 
 def measure(arguments: list[str]) -> None:
