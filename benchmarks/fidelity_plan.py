@@ -17,7 +17,7 @@ be slower."""
 PARTNER_RESERVE = 0.01
 """The same where a partner has chosen them."""
 OTHER_SECONDS = 8.0
-"""For what is not seen in the log: imports before the clock starts, hashes, pages."""
+"""For what is not seen in the log: the last checkpoint, files, pages."""
 LINE = re.compile(
     r"iteration\s+(\d+)/\s*\d+ \|.*?elapsed time per iteration \(ms\): ([\d.]+)"
     r"(?:.*? lm loss: ([\d.E+-]+))?"

@@ -88,7 +88,8 @@ def made(
         output = tmp_path / "results" / f"{model}{len(list(tmp_path.glob('results/*')))}"
         given = {"partners": tmp_path, "corpus": corpus, "seconds": 100.0} | options
         scripts.main.main(
-            scripts.main.Options(model=model, output=output, quick=True, device="cpu", **given)
+            scripts.main.Options(model=model, output=output, quick=True, device="cpu", **given),
+            started=time.monotonic(),
         )
         stored = json.loads((output / f"fidelity-{model}-quick.json").read_text())
         flags = (tmp_path / "flags").read_text().splitlines()
@@ -372,7 +373,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         "cannot be written": {"output": Path("full/file/out")},
     }.items():
         with pytest.raises(ValueError, match=word) as raised:
-            scripts.main.main(scripts.main.Options(**good | change))
+            scripts.main.main(scripts.main.Options(**good | change), started=0.0)
         assert "\n" not in str(raised.value)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "huge", "--seconds", "100", "--output", "out"],
