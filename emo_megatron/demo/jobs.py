@@ -84,7 +84,9 @@ def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
                 item.bar.close()
                 running.remove(item)
                 if item.process.returncode != 0:
-                    raise RuntimeError(_failure(item.job, item.process.returncode))
+                    raise RuntimeError(
+                        failure(item.job.title, item.job.log, item.process.returncode)
+                    )
                 if item.rest:
                     # last in line: evaluations fill the gaps beside the next training
                     waiting.append(item.rest)
@@ -117,9 +119,10 @@ def _start(job: Job, rest: list[Job], root: Path) -> _Running:
     return _Running(process=process, job=job, rest=rest, bar=bar)
 
 
-def _failure(job: Job, code: int) -> str:
-    lines = job.log.read_text(errors="replace").splitlines()
+def failure(title: str, log: Path, code: int) -> str:
+    """What to say of a job that failed: its exit code, its log, and how that ends."""
+    lines = log.read_text(errors="replace").splitlines()
     # a rank's own traceback says more than torchrun's summary of it
     lines = [line for line in lines if line.startswith("[rank")] or lines
     tail = "\n".join(lines[-15:])
-    return f"{job.title} failed with exit code {code}; the end of {job.log}:\n{tail}"
+    return f"{title} failed with exit code {code}; the end of {log}:\n{tail}"

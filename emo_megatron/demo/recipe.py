@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from emo_megatron.mcore.local import local_flags
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large the demo is. The full size is what the README's figure shows."""
+    """How large the models are and how long they train."""
 
     steps: int = 800
     """Optimizer steps."""
     rows: int = 16
-    """Packed samples a step, all in one micro-batch: the population of the balance loss."""
+    """Packed samples a step: the population of the balance loss."""
+    micro_rows: int | None = None
+    """Of them, those of a micro-batch; None: all. With several micro-batches the balance runs over those so far."""
     seq_length: int = 256
     """Tokens a sample."""
     layers: int = 4
@@ -22,6 +26,8 @@ class Size:
     experts: int = 32
     """Routed experts; one shared expert comes on top."""
     expert_hidden: int = 64
+    shared_hidden: int = 64
+    """Width of the shared expert."""
     top_k: int = 2
     pool_min: int = 6
     pool_decay: float = 0.6
@@ -32,6 +38,22 @@ class Size:
     """Validation tokens a domain."""
     calibration_tokens: int = 8192
     """Calibration tokens a domain, which choose its experts."""
+    lr: float = 3e-3
+    """Largest learning rate; it falls to a tenth."""
+    warmup: int = 40
+    """Steps in which the learning rate rises, a quarter of all at most."""
+    flags: tuple[str, ...] = ()
+    """More of Megatron's flags, for training and evaluation alike."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch."""
+        return self.micro_rows or self.rows
+
+    @property
+    def num_shared(self) -> int:
+        """Shared experts as --keep counts them: how many routed ones are as wide."""
+        return -(-self.shared_hidden // self.expert_hidden)
 
     @property
     def tokens(self) -> int:
@@ -40,6 +62,7 @@ class Size:
 
 
 FULL = Size()
+"""What the README's figure shows."""
 QUICK = Size(
     steps=16,
     rows=8,
@@ -48,11 +71,37 @@ QUICK = Size(
     hidden=64,
     experts=8,
     expert_hidden=32,
+    shared_hidden=32,
     pool_min=2,
     fractions=(0.5, 0.25),
     evaluation_tokens=2048,
     calibration_tokens=2048,
 )
+ON_GPU = Size(
+    steps=915,
+    rows=128,
+    micro_rows=64,
+    seq_length=1024,
+    layers=8,
+    hidden=512,
+    heads=8,
+    experts=64,
+    expert_hidden=256,
+    shared_hidden=512,
+    top_k=4,
+    pool_min=12,
+    fractions=(0.5, 0.25, 0.125),
+    evaluation_tokens=65536,
+    calibration_tokens=32768,
+    lr=1.5e-3,
+    warmup=80,
+    flags=("--bf16", *local_flags()),
+)
+"""120 million tokens for a GPU without Transformer Engine: benchmarks/fidelity.py."""
+ON_GPU_QUICK = replace(
+    QUICK, steps=24, micro_rows=4, shared_hidden=64, warmup=4, flags=ON_GPU.flags
+)
+"""All that `ON_GPU` does, in seconds on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +145,9 @@ def _experts(number: int) -> tuple[str, ...]:
 def _pools(size: Size, *, rows: int | None = None) -> tuple[str, ...]:
     # the lower bound of the pool starts at all experts: more than half of the gap to the standard model closes
     decay = round(size.pool_decay * size.steps * (rows or size.rows))
-    return ("--pool-min", str(size.pool_min), "--pool-min-decay-samples", str(decay))
+    flags = ("--pool-min", str(size.pool_min), "--pool-min-decay-samples", str(decay))
+    # as Megatron balances the standard model, so that both see one population
+    return flags if size.micro_rows is None else (*flags, "--pool-balance", "running")
 
 
 def _long_samples(size: Size, times: int) -> tuple[str, ...]:
@@ -128,20 +179,20 @@ def megatron_flags(
         "--attention-dropout": 0,
         "--hidden-dropout": 0,
         "--moe-ffn-hidden-size": size.expert_hidden,
-        "--moe-shared-expert-intermediate-size": size.expert_hidden,
+        "--moe-shared-expert-intermediate-size": size.shared_hidden,
         "--moe-router-topk": size.top_k,
         "--moe-router-dtype": "fp32",
         "--moe-router-load-balancing-type": "global_aux_loss",
         "--moe-aux-loss-coeff": 0.1 / size.layers,
         "--moe-z-loss-coeff": 1e-3 / size.layers,
         "--moe-token-dispatcher-type": "alltoall",
-        "--micro-batch-size": size.rows,
+        "--micro-batch-size": size.rows_at_once,
         "--global-batch-size": size.rows,
         "--train-iters": size.steps,
-        "--lr": 3e-3,
-        "--min-lr": 3e-4,
+        "--lr": size.lr,
+        "--min-lr": size.lr / 10,
         "--lr-decay-style": "cosine",
-        "--lr-warmup-iters": min(40, size.steps // 4),
+        "--lr-warmup-iters": min(size.warmup, size.steps // 4),
         "--weight-decay": 0.1,
         "--adam-beta2": 0.95,
         "--clip-grad": 1.0,
@@ -167,4 +218,5 @@ def megatron_flags(
         "--untie-embeddings-and-output-weights",
         "--dataloader-inter-document-masking",
     ]
-    return [str(item) for pair in flags.items() for item in pair] + switches + list(model.flags)
+    values = [str(item) for pair in flags.items() for item in pair]
+    return [*values, *switches, *size.flags, *model.flags]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,9 @@ def run_demo(config: DemoConfig) -> Path:
     source = str(config.corpus.resolve()) if config.corpus else None
     settings = {"size": dataclasses.asdict(size), "seed": config.seed, "corpus": source}
     _claim(output, settings | {m.name: " ".join(m.flags) for m in models})
-    corpus = corpora.prepare_corpus(output / "corpus", _corpus_config(config))
+    corpus = corpora.prepare_corpus(
+        output / "corpus", corpus_config(config.corpus, seed=config.seed, quick=config.quick)
+    )
     _claim(output, {"text": corpus.manifest["fingerprint"]})
     print(corpora.describe(corpus), flush=True)
     if config.extra:
@@ -114,7 +117,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     path = output / "demo.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     differing = [
-        f"{name} is {was} there and {now} here" for name, was, now in _differences(found, settings)
+        f"{name} is {was} there and {now} here" for name, was, now in differences(found, settings)
     ]
     if differing:
         raise ValueError(
@@ -127,24 +130,29 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _differences(
+def differences(
     found: dict[str, Any], wanted: dict[str, Any]
 ) -> Iterator[tuple[str, object, object]]:
-    for name in wanted.keys() & found.keys():
+    """Name, value found and value wanted of the settings that both have and that differ, in the order of `wanted`."""
+    for name in (name for name in wanted if name in found):
         if isinstance(wanted[name], dict) and isinstance(found[name], dict):
-            yield from _differences(found[name], wanted[name])
+            yield from differences(found[name], wanted[name])
         elif found[name] != wanted[name]:
             yield name, found[name], wanted[name]
 
 
-def _corpus_config(config: DemoConfig) -> corpora.CorpusConfig:
-    full = corpora.CorpusConfig(corpus_dir=config.corpus, seed=config.seed)
-    if not config.quick:
+def corpus_config(folder: Path | None, *, seed: int, quick: bool) -> corpora.CorpusConfig:
+    """What the corpus is made of, from a folder with one folder of text files a domain or from this machine's text."""
+    full = corpora.CorpusConfig(corpus_dir=folder, seed=seed)
+    if not quick:
         return full
     return dataclasses.replace(full, max_domains=4, bytes_per_domain=300_000, min_documents=60)
 
 
-def _flags(model: Model, size: Size, *, corpus: corpora.Corpus, run_dir: Path) -> list[str]:
+def pretraining_flags(
+    model: Model, size: Size, *, corpus: corpora.Corpus, run_dir: Path
+) -> list[str]:
+    """What examples/pretrain_emo.py is started with; the checkpoint goes to `run_dir`/checkpoint."""
     return megatron_flags(
         size,
         model,
@@ -157,7 +165,7 @@ def _flags(model: Model, size: Size, *, corpus: corpora.Corpus, run_dir: Path) -
 def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
     run_dir = output / model.name
     log = run_dir / "train.log"
-    flags = _flags(model, size, corpus=corpus, run_dir=run_dir)
+    flags = pretraining_flags(model, size, corpus=corpus, run_dir=run_dir)
     tracker = run_dir / "checkpoint" / "latest_checkpointed_iteration.txt"
     return Job(
         title=f"pretraining {model.name}",
@@ -170,15 +178,15 @@ def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path)
 
 
 def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
-    options = _retention_options(model, size, corpus=corpus, output=output)
+    options = retention_options(model, size, corpus=corpus, output=output)
     # the small model is compared whole: it is what a quarter of the experts competes with
-    kept = [] if model.name == "small" else [int(text) - 1 for text in options.keep]
+    kept = [] if model.name == "small" else [int(text) - size.num_shared for text in options.keep]
     wanted = conditions(
         corpus.domains,
         num_experts=size.experts,
         methods=options.chosen_methods,
         kept=kept,
-        crossed=[int(text) - 1 for text in options.crossed],
+        crossed=[int(text) - size.num_shared for text in options.crossed],
     )
     total = len(wanted)
     return Job(
@@ -191,11 +199,12 @@ def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Pat
     )
 
 
-def _retention_options(
+def retention_options(
     model: Model, size: Size, *, corpus: corpora.Corpus, output: Path
 ) -> RetentionOptions:
+    """How the model in `output`/NAME/checkpoint is measured."""
     # the shared expert counts where sizes are named
-    keep = {fraction: str(round(fraction * size.experts) + 1) for fraction in size.fractions}
+    keep = {f: str(round(f * size.experts) + size.num_shared) for f in size.fractions}
     is_small = model.name == "small"
     return RetentionOptions(
         checkpoint=output / model.name / "checkpoint",
@@ -206,7 +215,8 @@ def _retention_options(
         cross=() if is_small else (keep[CROSS],),
         tokens=size.calibration_tokens,
         held_out_tokens=size.evaluation_tokens,
-        rows=size.rows,
+        rows=size.rows_at_once,
+        megatron=shlex.join(size.flags),
         seed=model.seed,
         name=model.name,
     )
@@ -216,7 +226,7 @@ def _rows(
     model: Model, size: Size, *, corpus: corpora.Corpus, output: Path
 ) -> list[retention.RetentionRow]:
     """The model's evaluation as rows of the report."""
-    options = _retention_options(model, size, corpus=corpus, output=output)
+    options = retention_options(model, size, corpus=corpus, output=output)
     return retention.rows_of(
         read_rows(options.rows_file), model=model.name, seed=model.seed, versions=versions()
     )

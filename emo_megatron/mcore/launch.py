@@ -123,7 +123,7 @@ def _run(step: str, options: ModelOptions, *, checkpoint: Path, log: Path) -> No
         with unfinished.open("wb") as megatron_says:
             code = subprocess.run(
                 _command(arguments, processes=options.processes),
-                env=_environment(processes=options.processes),
+                env=process_environment(processes=options.processes),
                 stdout=megatron_says,
                 check=False,
             ).returncode
@@ -169,7 +169,8 @@ def _command(arguments: Sequence[str], *, processes: int) -> list[str]:
     return torchrun(*arguments, processes=processes, module="emo_megatron.mcore.ranks")
 
 
-def _environment(*, processes: int) -> dict[str, str]:
+def process_environment(*, processes: int) -> dict[str, str]:
+    """The environment of a step: of a single process, which is rank 0 without torchrun, or of torchrun."""
     defaults = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",

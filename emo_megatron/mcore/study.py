@@ -118,6 +118,22 @@ class MegatronStudy:
         dist.all_reduce(totals, group=dist.group.WORLD)
         return Loss.mean(float(totals[0]), num_tokens=int(totals[1]))
 
+    def document_nats(
+        self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None
+    ) -> Tensor:
+        """[D] float64 on the CPU: cross entropy of each document, summed over all its tokens but the first.
+
+        Raises:
+            NotImplementedError: several ranks share the documents.
+        """
+        if dist.get_world_size() > 1:
+            raise NotImplementedError("losses of single documents are measured in one process")
+        entries = self._run(documents, allowed_LE)
+        nats_T = torch.cat([entry["token_nats"] for entry in entries]).cpu()
+        # rows hold the documents in their order, whole or cut
+        parts = nats_T.split([max(document.numel() - 1, 0) for document in documents])
+        return torch.stack([part.sum() for part in parts])
+
     @torch.no_grad()
     def _run(
         self, documents: Sequence[Tensor], allowed_LE: Tensor | None
@@ -232,5 +248,7 @@ def _forward_step(batches: Iterator[_Batch], model: Any) -> tuple[Tensor, Any]:
 
 
 def _loss(is_predicted_T: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    total = losses.reshape(-1)[is_predicted_T].double().sum()
-    return total.float(), {"nats": torch.stack([total, is_predicted_T.sum().to(total)])}
+    token_nats_T = losses.reshape(-1)[is_predicted_T].double()
+    total = token_nats_T.sum()
+    nats = torch.stack([total, is_predicted_T.sum().to(total)])
+    return total.float(), {"nats": nats, "token_nats": token_nats_T}

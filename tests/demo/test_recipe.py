@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.demo import jobs, recipe
+from emo_megatron.demo import jobs, recipe, run
+from emo_megatron.demo.corpus import Corpus
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
+from emo_megatron.mcore.facts import num_shared_experts
+from emo_megatron.modules.select import parse_keep
+from emo_megatron.modules.stats import ModelFacts
 
 
 def _flags(model, size=recipe.FULL):
@@ -34,7 +40,7 @@ def test_the_three_models_differ_in_experts_and_pools_only():
     assert len({m.seed for m in models.values()}) == 1
 
 
-@pytest.mark.parametrize("size", [recipe.FULL, recipe.QUICK])
+@pytest.mark.parametrize("size", [recipe.FULL, recipe.QUICK, recipe.ON_GPU, recipe.ON_GPU_QUICK])
 def test_every_pool_configuration_is_valid(size):
     everything = [*recipe.main_models(size, seed=1), *recipe.extra_models(size, seed=1)]
     pools = {m.name: _pool(m, size) for m in everything}
@@ -46,6 +52,54 @@ def test_every_pool_configuration_is_valid(size):
         num_experts=size.experts, consumed_samples=size.steps * size.rows
     ) == (size.pool_min, size.experts)
     assert pools["emo-ignores-boundaries"].pool_scope == "sample"
+
+
+@pytest.mark.parametrize("size", [recipe.ON_GPU, recipe.ON_GPU_QUICK])
+def test_a_step_of_several_micro_batches_balances_over_them(size):
+    assert size.rows % size.rows_at_once == 0 < size.rows - size.rows_at_once
+    emo, *others = recipe.main_models(size, seed=1)
+    assert _pool(emo, size).pool_balance == "running"
+    for model in (emo, *others):
+        flags = _flags(model, size)
+        given = dict(itertools.pairwise(flags))
+        assert given["--micro-batch-size"] == str(size.rows_at_once)
+        assert given["--global-batch-size"] == str(size.rows)
+        assert given["--transformer-impl"] == "local"
+        assert "--bf16" in flags
+
+
+def test_fewer_steps_shorten_every_schedule():
+    size = dataclasses.replace(recipe.ON_GPU, steps=200)
+    emo = recipe.main_models(size, seed=1)[0]
+    flags = dict(itertools.pairwise(_flags(emo, size)))
+    assert flags["--train-iters"] == "200"
+    assert int(flags["--lr-warmup-iters"]) == 50 < recipe.ON_GPU.warmup
+    assert _pool(emo, size).pool_min_decay_samples == 120 * size.rows
+    assert size.tokens == 200 * 128 * 1024
+
+
+@pytest.mark.parametrize("size", [recipe.FULL, recipe.ON_GPU])
+def test_modules_keep_the_fractions_of_the_routed_experts(size, tmp_path):
+    model = recipe.main_models(size, seed=1)[0]
+    corpus = Corpus(path=tmp_path, manifest={})
+    options = run.retention_options(model, size, corpus=corpus, output=tmp_path)
+    facts = ModelFacts(
+        fingerprint="f00d",
+        num_experts=size.experts,
+        num_shared=num_shared_experts(
+            argparse.Namespace(
+                moe_ffn_hidden_size=size.expert_hidden,
+                moe_shared_expert_intermediate_size=size.shared_hidden,
+            )
+        ),
+        top_k=size.top_k,
+        layers=(1,),
+        expert_parameters=1,
+        other_parameters=1,
+    )
+    kept = [parse_keep(text, facts) for text in options.keep]
+    assert kept == [size.experts * fraction for fraction in size.fractions]
+    assert options.megatron.split() == list(size.flags)
 
 
 def test_ablations_see_as_many_tokens_a_step():

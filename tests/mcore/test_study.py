@@ -114,3 +114,12 @@ def test_an_interrupted_select_goes_on_on_every_rank(ranks, tmp_path):
         assert answer["again"] == answer["whole"] - 5 > 0
     assert (tmp_path / "s.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "whole.json"]
+
+
+@pytest.mark.parametrize("allowed", [None, KEPT], ids=["all", "some"])
+def test_losses_of_documents_are_those_of_each_alone(ranks, allowed):
+    found = ranks(1).run(studies.losses_of_documents, allowed=allowed)[0]
+    at_once = found["at once"]
+    torch.testing.assert_close(at_once.float(), found["alone"], rtol=1e-5, atol=1e-5)
+    assert at_once.unique().numel() == at_once.numel()
+    assert at_once.sum().item() == pytest.approx(found["all"].nats * found["all"].num_tokens)

@@ -185,3 +185,18 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
         again = choose("s.json")
         return {"is same": again == whole, "whole": num_whole, "again": len(passes)}
     return {}
+
+
+def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
+    """Losses of the test documents in one call, of each of them alone, and of all together."""
+    studied = study({})
+    allowed_LE = None if allowed is None else torch.tensor(allowed)
+    alone = [
+        studied.loss([document], allowed_LE=allowed_LE) if document.numel() > 1 else None
+        for document in documents()
+    ]
+    return {
+        "at once": studied.document_nats(documents(), allowed_LE=allowed_LE),
+        "alone": torch.tensor([loss.nats * loss.num_tokens if loss else 0.0 for loss in alone]),
+        "all": studied.loss(documents(), allowed_LE=allowed_LE),
+    }

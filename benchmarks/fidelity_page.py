@@ -1,0 +1,259 @@
+"""The page of fidelity.py: one model's numbers, and its comparison with those of its partners that were found.
+
+Losses are nats a token. A difference of two models is paired over the held-out documents, which both read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from fidelity_results import MODELS, Documents, Partner, Result, condition
+from timing import markdown_table
+
+from emo_megatron.report import retention
+from emo_megatron.report.cells import MISSING, share, signed
+from emo_megatron.report.retention_rows import (
+    CHOSEN,
+    EMO,
+    FULL,
+    QUARTER,
+    RANDOM,
+    SMALL,
+    STANDARD,
+    find_summary,
+    summarise,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much larger one loss is than another on the same documents."""
+
+    nats: float
+    """A token."""
+    error: float
+    """Standard error over documents; nan with fewer than two documents."""
+
+    def __str__(self) -> str:
+        return f"{signed(self.nats)} ± {self.error:.3f}"
+
+
+def paired(first: Documents, second: Documents, tokens: Documents) -> dict[str, Difference]:
+    """The first loss less the second, by domain.
+
+    Args:
+        first: summed nats of the documents of every domain.
+        second: the same, of the same documents.
+        tokens: theirs.
+
+    Raises:
+        ValueError: the domains or the numbers of documents differ.
+    """
+    if not first.keys() == second.keys() == tokens.keys():
+        raise ValueError(f"domains differ: {sorted(first)}, {sorted(second)}, {sorted(tokens)}")
+    return {domain: _difference(first[domain], second[domain], tokens[domain]) for domain in tokens}
+
+
+def _difference(first: list[float], second: list[float], tokens: list[float]) -> Difference:
+    """The mean over tokens and, since documents and not tokens are drawn, the error of a ratio of two sums."""
+    apart = [a - b for a, b in zip(first, second, strict=True)]
+    total = sum(tokens)
+    nats = sum(apart) / total
+    rest = [d - nats * n for d, n in zip(apart, tokens, strict=True)]
+    number = len(rest)
+    variance = number / (number - 1) * sum(r * r for r in rest) if number > 1 else math.nan
+    return Difference(nats=nats, error=math.sqrt(variance) / total)
+
+
+def mean_of(differences: Mapping[str, Difference]) -> Difference:
+    """Every domain counts the same."""
+    return Difference(
+        nats=fmean(d.nats for d in differences.values()),
+        error=math.hypot(*(d.error for d in differences.values())) / len(differences),
+    )
+
+
+def page(result: Result, partners: Mapping[str, Partner]) -> str:
+    """All of it, in Markdown."""
+    parts = [
+        f"# Fidelity: {result.model}",
+        _status(result),
+        "\n".join(f"- {name}: {value}" for name, value in result.machine.items()),
+        "## Training\n\n" + _training(result),
+    ]
+    if result.nats:
+        parts.append("## Validation loss\n\n" + _losses(result))
+    if any(row.method == CHOSEN for row in result.rows):
+        parts.append("## With fewer experts\n\n" + _fewer(result))
+    parts.append("## Compared\n\n" + _compared(result, partners))
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _status(result: Result) -> str:
+    done = ", ".join(result.stages) or "nothing"
+    text = f"Finished: {done}." if result.is_finished else f"**Not finished.** Done so far: {done}."
+    return "\n\n".join([text, *(f"Note: {note}" for note in result.notes)])
+
+
+def _training(result: Result) -> str:
+    size, plan = result.settings["size"], result.plan
+    speed = (
+        f"{result.tokens_per_second:,.0f} tokens/s"
+        if result.tokens_per_second
+        else "tokens/s: not measured (told of a GPU's training only, when it is over)"
+    )
+    experts = size["experts"] // (4 if result.model == SMALL else 1)
+    lines = [
+        f"{size['layers']} layers of width {size['hidden']}, {size['heads']} heads; {experts} routed experts of "
+        f"{size['expert_hidden']} and a shared one of {size['shared_hidden']}, top-{size['top_k']}; seed "
+        f"{result.settings['seed']}",
+        f"{size['steps']} steps of {size['rows']} x {size['seq_length']} tokens, "
+        f"{result.settings['tokens']:,} tokens, {result.corpus['epochs']:.2f} times the text; "
+        f"planned by {plan['by']}: {plan['planned_steps']} steps",
+        f"{plan['seconds']:.0f} s were given; a step took {plan['step_seconds']:.3f} s after a start of "
+        f"{plan['startup_seconds']:.0f} s ({plan['probe_steps']} steps were looked at)",
+        speed,
+        f"text: {len(result.corpus['domains'])} domains, {result.corpus['train_tokens']:,} training tokens, "
+        f"vocabulary {result.corpus['vocab_size']}, hash {result.settings['corpus']}",
+    ]
+    lines += [
+        f"training loss at step {iteration}: {loss:.3f}"
+        for iteration, loss in result.curve[-1:]
+        if loss is not None
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def losses_of(result: Result, name: str) -> dict[str, float]:
+    """Domain -> loss of a condition."""
+    return {
+        domain: sum(nats) / sum(result.document_tokens[domain])
+        for domain, nats in result.nats[name].items()
+    }
+
+
+def full_condition(result: Result) -> str:
+    """The condition with all experts."""
+    experts = next(row.num_experts_kept for row in result.rows if row.method == FULL)
+    return condition(FULL, experts)
+
+
+def _losses(result: Result) -> str:
+    full = losses_of(result, full_condition(result))
+    rows = [
+        [
+            domain,
+            str(len(result.document_tokens[domain])),
+            f"{sum(result.document_tokens[domain]):,.0f}",
+            f"{result.early[domain]:.4f}" if result.early else MISSING,
+            f"{loss:.4f}",
+        ]
+        for domain, loss in full.items()
+    ]
+    early = f"{fmean(result.early.values()):.4f}" if result.early else MISSING
+    rows.append(["mean", "", "", early, f"{fmean(full.values()):.4f}"])
+    head = [
+        "domain",
+        "documents",
+        "tokens",
+        f"at {result.plan['early']:.0%} of the steps",
+        "at the end",
+    ]
+    return markdown_table(head, rows)
+
+
+def _fewer(result: Result) -> str:
+    summaries = summarise(result.rows)
+    lines = []
+    for chosen in (s for s in summaries if s.method == CHOSEN):
+        chance = find_summary(
+            summaries, model=result.model, method=RANDOM, keep_fraction=chosen.keep_fraction
+        )
+        elsewhere = chosen.rise_elsewhere
+        lines.append(
+            [
+                f"{chosen.num_experts_kept} ({share(chosen.keep_fraction)})",
+                f"{chosen.loss:.4f} ({signed(chosen.rise)})",
+                f"{chance.loss:.4f} ({signed(chance.rise)})" if chance else MISSING,
+                MISSING if elsewhere is None else signed(elsewhere),
+            ]
+        )
+    head = ["experts kept", "chosen for the domain", "random", "increase on other domains"]
+    return (
+        "Loss, and in brackets its increase over all experts; means over domains.\n\n"
+        + markdown_table(head, lines)
+    )
+
+
+def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
+    """What can be said of the models together, and why the others are left out."""
+    lines, together = [], {result.model: result}
+    for model in MODELS:
+        if model == result.model:
+            continue
+        partner = partners.get(model)
+        if partner is None:
+            lines.append(f"- {model}: partner not found: run gpu.sh C {model}")
+        elif partner.differing:
+            lines.append(
+                f"- {model}: not compared with {partner.place}: {'; '.join(partner.differing)}"
+            )
+        elif not partner.result.nats:
+            lines.append(f"- {model}: not compared: {partner.place} ended before its losses")
+        else:
+            size = partner.result.settings["size"]
+            lines.append(
+                f"- {model}: {partner.place}, {size['steps']} steps, "
+                f"{partner.result.settings['tokens']:,} tokens, as here"
+            )
+            together[model] = partner.result
+    parts = ["\n".join(lines)]
+    if result.nats and len(together) > 1:
+        parts += [_gap(together), _quarter(together), _table(together)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _gap(together: Mapping[str, Result]) -> str:
+    """EMO's full model against the standard one."""
+    if not {EMO, STANDARD} <= together.keys():
+        return ""
+    emo, standard = together[EMO], together[STANDARD]
+    gaps = paired(
+        emo.nats[full_condition(emo)],
+        standard.nats[full_condition(standard)],
+        emo.document_tokens,
+    )
+    rows = [[domain, str(gap)] for domain, gap in gaps.items()]
+    rows.append(["mean", str(mean_of(gaps))])
+    head = ["domain", "EMO less standard"]
+    return (
+        "All experts, nats a token, paired over documents, with the standard error:\n\n"
+        + markdown_table(head, rows)
+    )
+
+
+def _quarter(together: Mapping[str, Result]) -> str:
+    """EMO's quarter against the small model."""
+    if not {EMO, SMALL} <= together.keys():
+        return ""
+    emo, small = together[EMO], together[SMALL]
+    kept = next((row.num_experts_kept for row in emo.rows if row.keep_fraction == QUARTER), None)
+    if kept is None or condition(CHOSEN, kept) not in emo.nats:
+        return "EMO's quarter against the small model: the quarter is not measured yet."
+    found = mean_of(
+        paired(
+            emo.nats[condition(CHOSEN, kept)],
+            small.nats[full_condition(small)],
+            emo.document_tokens,
+        )
+    )
+    return f"EMO's quarter, {kept} experts chosen for the domain, less the small model trained from scratch: {found}."
+
+
+def _table(together: Mapping[str, Result]) -> str:
+    """The demo's table of all that were measured."""
+    rows = [row for result in together.values() for row in result.rows]
+    return f"```\n{retention.table(rows)}\n```"
