@@ -1,0 +1,538 @@
+"""benchmarks/gpu.sh, rehearsed without a GPU: every step runs, and what fails is said and ends nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from support.device import BROUGHT, DeviceMachine, make_machine, write_tool
+
+from emo_megatron import ops
+from emo_megatron.ops import dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = ROOT / "benchmarks" / "gpu"
+REHEARSED = ["A"]
+"""Stages, with their models, whose scripts are there."""
+pytestmark = pytest.mark.skipif(
+    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
+)
+
+# the runner with another table: {table} assigns it
+DRIVER = """
+import sys
+sys.path.insert(0, {gpu!r})
+import machine, steps
+from steps import Step
+
+def python(name, code, seconds=20, **options):
+    return Step(name=name, command=("{{python}}", "-c", code), seconds=seconds, **options)
+
+{table}
+import run
+sys.exit(run.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> DeviceMachine:
+    pytest.importorskip("megatron.core")
+    return make_machine(tmp_path_factory.mktemp("machine"), python=sys.executable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What a run left and said."""
+
+    status: int
+    out: str
+    error: str
+    output: Path
+
+    @property
+    def rows(self) -> dict[str, tuple[str, str]]:
+        """Step to status and last line, of the summary."""
+        lines = (self.output / "summary.md").read_text().splitlines()
+        cells = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"
+        ]
+        return {row[0]: (row[1], row[3]) for row in cells[2:] if len(row) == 4}
+
+    @property
+    def archive(self) -> dict[str, bytes]:
+        """Its files."""
+        with tarfile.open(self.output / "results.tgz") as tar:
+            return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def _start(
+    machine: DeviceMachine, table: str, *arguments: str, **environment: str
+) -> subprocess.Popen[str]:
+    driver = DRIVER.format(gpu=str(GPU), table=table)
+    return subprocess.Popen(
+        [sys.executable, "-c", driver, *arguments],
+        env=machine.environment | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _run(
+    machine: DeviceMachine, output: Path, table: str, *arguments: str, **environment: str
+) -> Left:
+    process = _start(machine, table, *(arguments or ("B",)), "--output", str(output), **environment)
+    out, error = process.communicate(timeout=300)
+    return Left(status=process.returncode, out=out, error=error, output=output)
+
+
+@pytest.mark.parametrize("stage", REHEARSED)
+def test_every_step_runs_on_a_bare_image_with_four_wheels(
+    machine: DeviceMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import steps
+
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    scratch.mkdir()
+    command = ["bash", "benchmarks/gpu.sh", *stage.split(), "--rehearse", "--output", str(output)]
+    done = subprocess.run(
+        [*command, "--wheels", str(machine.wheels), "--commit", "abc123"],
+        cwd=ROOT,
+        env=machine.environment | {"TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    left = Left(status=done.returncode, out=done.stdout, error=done.stderr, output=output)
+    names = [step.name for step in steps.STAGES[stage[0]]]
+    assert {name: left.rows[name] for name in names if left.rows[name][0] != "ok"} == {}
+    assert (list(left.rows), left.status) == (names, 0)
+    assert sorted(path.name for path in output.iterdir()) == ["results.tgz", "summary.md"]
+    assert "commit: abc123" in (output / "summary.md").read_text()
+    assert not list(scratch.iterdir())
+    # a line each, when it ended
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[:-1]] == names
+    for name in names:
+        assert f"## {name}\n" in (output / "summary.md").read_text()
+    if stage == "A":
+        _look_at_stage_a(left.archive)
+
+
+def _look_at_stage_a(archive: dict[str, bytes]) -> None:
+    by_name = {name.partition("/")[2]: text.decode() for name, text in archive.items()}
+    rows = list(csv.DictReader(io.StringIO(by_name["kernels.csv"])))
+    kernels = {"document_scores", "select_pool", "pool_topk", "pool_topk backward"}
+    assert kernels | {"copy_rows", "sum_rows"} <= {row["kernel"] for row in rows}
+    for row in rows:
+        times_floor = float(row["median_us"]) / float(row["floor_us"])
+        assert float(row["times_floor"]) == pytest.approx(times_floor, rel=0.05, abs=0.02)
+        assert "CPU" in row["how"]
+    compared = by_name["builds.md"].splitlines()[2]
+    assert "brought" in compared
+    assert "default" in compared
+    # built meanwhile for this GPU, and ptxas is asked for registers
+    assert "-Xptxas -v" in by_name["default.txt"]
+    assert "code=sm_90" in by_name["default.txt"]
+    assert "commit: abc123" in next(text for name, text in by_name.items() if "routing-" in name)
+    packages = by_name["packages.txt"].split()
+    assert "torch" in packages
+    assert "mypy" not in packages
+
+
+def test_budgets_of_a_stage_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import steps
+
+    assert not steps.over_budget()
+    for stage in steps.STAGES.values():
+        assert sum(step.seconds for step in stage) + steps.BUNDLE_SECONDS <= 540
+        assert len({step.slug for step in stage}) == len(stage)
+    longer = (*steps.STAGE_A, steps.STAGE_A[3])
+    monkeypatch.setitem(steps.STAGES, "A", longer)
+    assert steps.over_budget() == ["A"]
+
+
+FAILURES = """
+steps.STAGES["B"] = (
+    python("fails", "print('wrong'); raise SystemExit(1)"),
+    python("hangs", "import time; print('begun', flush=True); time.sleep(60)", seconds=1),
+    python("lacks wheels", "", needs=("wheels",)),
+    python("lacks a tool", "", needs=("no-such-tool",)),
+    Step(name="is no command", command=("/no/such/command",), seconds=5),
+    python("runs", "import os; print(os.environ['EMO_COMMIT'], os.environ['NCCL_SOCKET_IFNAME'])"),
+)
+"""
+
+
+def test_a_failure_is_a_row_and_the_rest_runs(machine: DeviceMachine, tmp_path: Path) -> None:
+    left = _run(machine, tmp_path / "output", FAILURES, EMO_COMMIT="def456")
+    assert left.status == 1
+    found = {name: status for name, (status, _) in left.rows.items()}
+    assert found == {
+        "fails": "FAILED",
+        "hangs": "timed out",
+        "lacks wheels": "not run",
+        "lacks a tool": "not run",
+        "is no command": "FAILED",
+        "runs": "ok",
+    }
+    says = {name: text for name, (_, text) in left.rows.items()}
+    assert "wrong" in says["fails"]
+    assert "begun" in says["hangs"]
+    assert all(name in says["lacks wheels"] for name in BROUGHT)
+    assert says["runs"] == "def456 lo"
+    assert left.archive["01-fails.log"] == b"wrong\n"
+
+
+def test_what_does_not_fit_the_budget_is_not_run(machine: DeviceMachine, tmp_path: Path) -> None:
+    table = """
+steps.STAGES["B"] = (
+    python("first", "", seconds=20), python("long", "", seconds=200), python("short", "", seconds=5),
+    python("rest", "import sys; print(sys.argv[1])", seconds=10, is_elastic=True, on_gpu=("{seconds}",)),
+)
+"""
+    left = _run(machine, tmp_path / "output", table, "B", "--budget", "60")
+    assert left.status == 0
+    assert [status for status, _ in left.rows.values()] == ["ok", "not run", "ok", "ok"]
+    assert "needs 200 s" in left.rows["long"][1]
+    assert 10 < int(left.rows["rest"][1]) < 40
+
+
+LARGE = """
+write = "import os, sys; open(sys.argv[1] + '/' + sys.argv[2], 'wb').write(os.urandom(int(sys.argv[3])))"
+steps.STAGES["B"] = (
+    python("large", write, on_gpu=("{output}", "large.bin", "400000")),
+    python("larger", write, on_gpu=("{output}", "larger.bin", "500000")),
+    python("small", "print('small')"),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mib", "kept"), [("2", ["large", "larger"]), ("0.7", ["large"]), ("0.2", [])]
+)
+def test_the_largest_files_go_to_keep_within_the_limit(
+    machine: DeviceMachine, tmp_path: Path, mib: str, kept: list[str]
+) -> None:
+    left = _run(machine, tmp_path / "output", LARGE, "B", "--max-mib", mib)
+    assert left.status == 0
+    found = [
+        name for name in ("large", "larger") if any(f"/{name}.bin" in key for key in left.archive)
+    ]
+    assert found == kept
+    assert left.archive["03-small.log"] == b"small\n"
+    summary = (left.output / "summary.md").read_text()
+    for name in ("large", "larger"):
+        assert (f"/{name}.bin (" in summary) == (name not in kept)
+    size = sum(path.stat().st_size for path in left.output.iterdir())
+    assert size <= float(mib) * (1 << 20)
+
+
+def test_one_file_is_the_summary(machine: DeviceMachine, tmp_path: Path) -> None:
+    left = _run(machine, tmp_path / "output", LARGE, "B", "--max-files", "1")
+    assert [path.name for path in left.output.iterdir()] == ["summary.md"]
+    assert len(left.rows) == 3
+
+
+KILLED = """
+steps.STAGES["B"] = (
+    python("first", "print('done')"),
+    python("second", \"\"\"import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+print(child.pid, flush=True)
+open(sys.argv[1], "w").write(str(child.pid))
+time.sleep(300)\"\"\", seconds=100, on_gpu=({pid!r},)),
+    python("third", ""),
+)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_its_bundle(
+    machine: DeviceMachine, tmp_path: Path, number: signal.Signals
+) -> None:
+    pid, output = tmp_path / "pid", tmp_path / "output"
+    process = _start(machine, KILLED.format(pid=str(pid)), "B", "--output", str(output))
+    _wait_for(lambda: pid.exists() and pid.read_text())
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    left = Left(status=process.returncode, out=out, error=error, output=output)
+    child = int(pid.read_text())
+    try:
+        assert sorted(path.name for path in output.iterdir()) == ["results.tgz", "summary.md"]
+        assert left.rows["first"] == ("ok", "done")
+        assert left.archive["01-first.log"] == b"done\n"
+        if number == signal.SIGKILL:
+            assert left.status == -number
+            assert list(left.rows) == ["first"]
+            return
+        assert left.status == 128 + number
+        assert [status for status, _ in left.rows.values()] == ["ok", "FAILED", "not run"]
+        assert number.name in left.rows["second"][1]
+        assert str(child) in left.archive["02-second.log"].decode()
+        _wait_for(lambda: not _runs(child))
+    finally:
+        if _runs(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def _wait_for(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+NO_NVCC = 'machine.LIBRARY = machine.ROOT / "missing.so"\nmachine.tool_path = lambda: "/usr/bin"'
+BAD_TABLE = 'steps.STAGES["B"] += steps.STAGES["A"]'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "table", "says"),
+    [
+        (["B", "--budget", "30"], "", ["30", "40"]),
+        (["B", "--budget", "nan"], "", ["nan"]),
+        (["B", "--budget", "soon"], "", ["soon"]),
+        (["D"], "", ["D"]),
+        ([], "", ["stage"]),
+        (["C"], "", ["standard, emo, small"]),
+        (["A", "emo"], "", ["standard, emo, small"]),
+        (["C", "large"], "", ["large"]),
+        (["B", "--max-files", "0"], "", ["--max-files"]),
+        (["B", "--max-mib", "0"], "", ["--max-mib"]),
+        (["B", "--partners", "/no/such/folder"], "", ["--partners /no/such/folder"]),
+        (["B", "--wheels", "/no/such/folder"], "", ["--wheels /no/such/folder"]),
+        (["B"], NO_NVCC, ["nvcc", "missing.so"]),
+        (["B"], BAD_TABLE, ["stage B", "540"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    machine: DeviceMachine, tmp_path: Path, arguments: list[str], table: str, says: list[str]
+) -> None:
+    _refused(_run(machine, tmp_path / "output", table, *arguments or ["--rehearse"]), says)
+    assert not (tmp_path / "output").exists()
+
+
+def _refused(left: Left, says: list[str]) -> None:
+    assert left.status == 2
+    assert left.out == ""
+    (line,) = left.error.splitlines()
+    assert line.startswith("error: ")
+    assert [text for text in says if text not in line] == []
+
+
+@pytest.mark.parametrize("smi", [None, "exit 0", "echo No devices were found; exit 6"])
+def test_without_a_gpu_nothing_begins(
+    machine: DeviceMachine, tmp_path: Path, smi: str | None
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if smi:
+        write_tool(tools / "nvidia-smi", smi)
+    left = _run(machine, tmp_path / "output", "", PATH=f"{tools}:/usr/bin:/bin")
+    if smi is None and shutil.which("nvidia-smi", path="/usr/bin:/bin"):
+        pytest.skip("this machine has a GPU")
+    _refused(left, ["GPU", "--rehearse"])
+    assert not (tmp_path / "output").exists()
+
+
+def test_wheels_that_are_missing_or_broken_are_named(
+    machine: DeviceMachine, tmp_path: Path
+) -> None:
+    wheels, output = tmp_path / "wheels", tmp_path / "output"
+    shutil.copytree(machine.wheels, wheels)
+    next(wheels.glob("typeguard*")).unlink()
+    next(wheels.glob("docstring_parser*")).unlink()
+    left = _run(machine, output, "", "B", "--wheels", str(wheels))
+    _refused(left, ["lacks typeguard, docstring-parser,"])
+    shutil.rmtree(wheels)
+    shutil.copytree(machine.wheels, wheels)
+    broken = next(wheels.glob("tyro*"))
+    broken.write_bytes(b"half of")
+    _refused(_run(machine, output, "", "B", "--wheels", str(wheels)), [broken.name])
+    assert not output.exists()
+    # a Python that has them needs none
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    plain = {"PYTHONPATH": str(ROOT)}
+    table = 'steps.STAGES["B"] = (python("runs", "", needs=("wheels",)),)'
+    assert _run(machine, output, table, "B", "--wheels", str(empty), **plain).status == 0
+
+
+def test_an_output_folder_must_be_new_and_open_to_writing(
+    machine: DeviceMachine, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    _refused(_run(machine, tmp_path, ""), ["not an empty folder", str(tmp_path)])
+    _refused(_run(machine, file, ""), [str(file)])
+    _refused(_run(machine, file / "output", ""), ["cannot be written", str(file)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "mine"
+
+
+def test_the_script_wants_a_python_with_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "A", "--output", str(tmp_path / "output")],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    _refused(
+        Left(status=done.returncode, out=done.stdout, error=done.stderr, output=tmp_path),
+        ["/bin/false", "torch"],
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The steps' modules can be imported, and are on a CPU."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(GPU))
+    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu"])
+    return monkeypatch
+
+
+def test_smoke_has_every_public_op(scripts: pytest.MonkeyPatch) -> None:
+    import smoke
+
+    asks = {"available_backends", "best_backend", "why_not_native"}
+    public = [
+        name
+        for module in (ops, dispatch)
+        for name in module.__all__
+        if name.islower() and name not in asks
+    ]
+    assert set(public) == set(smoke.OPERATORS)
+
+
+def _rolled(routing: ops.Routing) -> ops.Routing:
+    from dataclasses import replace
+
+    return replace(routing, routing_map_TE=routing.routing_map_TE.roll(1, dims=1))
+
+
+def test_smoke_tells_a_wrong_op_and_goes_on(
+    scripts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import smoke
+
+    real = smoke.route
+    scripts.setattr(sys, "argv", ["smoke", "--device", "cpu", "--tokens", "256"])
+    assert smoke.main() == 0
+    scripts.setattr(smoke, "route", lambda *arguments: _rolled(real(*arguments)))
+    assert smoke.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    wrong = {line.split(",")[0] for line in lines if "other experts" in line}
+    assert wrong == {"pool_topk"}
+    scripts.setattr(smoke, "scores_of", lambda *_: 1 / 0)
+    assert smoke.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("ZeroDivisionError" in line for line in lines)
+    assert any(line.startswith("sum_rows") for line in lines)
+
+
+@pytest.mark.parametrize("check", ["first-capture", "other-stream", "equal-bits", "decisions"])
+def test_checks_see_a_route_that_changes(scripts: pytest.MonkeyPatch, check: str) -> None:
+    import checks
+
+    scripts.setattr(sys, "argv", ["checks", check, "--device", "cpu", "--tokens", "256"])
+    assert checks.main() == 0
+    real, calls = checks.route, iter(range(1000))
+
+    def changing(*arguments: object) -> ops.Routing:
+        routing = real(*arguments)
+        return _rolled(routing) if next(calls) % 2 else routing
+
+    scripts.setattr(checks, "route", changing)
+    assert checks.main() == 1
+
+
+def test_a_check_that_fails_leaves_the_others_their_turn(
+    scripts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import checks
+
+    def broken(_: object) -> str:
+        raise RuntimeError("out of memory")
+
+    scripts.setattr(
+        sys, "argv", ["checks", "decisions", "equal-bits", "--device", "cpu", "--tokens", "256"]
+    )
+    scripts.setitem(checks.CHECKS, "decisions", broken)
+    assert checks.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("decisions: RuntimeError") for line in lines)
+    assert any(line.startswith("equal-bits: 20 runs") for line in lines)
+    assert lines[-1].endswith("wrong: decisions")
+
+
+def test_sanitized_cases_are_compared_with_the_cpu(scripts: pytest.MonkeyPatch) -> None:
+    import sanitize
+
+    assert sanitize.main() == 0
+    real, calls = sanitize.dispatch.sum_rows, iter(range(10000))
+
+    def changing(copies_PH: torch.Tensor, **options: object) -> torch.Tensor:
+        return real(copies_PH, **options) + next(calls)
+
+    scripts.setattr(sanitize.dispatch, "sum_rows", changing)
+    assert sanitize.main() == 1
+
+
+def test_the_kernels_target_is_judged_on_a_gpu(scripts: pytest.MonkeyPatch) -> None:
+    import kernels
+
+    def page(factor: float, device: str) -> str:
+        # a byte a second: the floor is one second a kernel
+        timed = [
+            kernels.Timed(
+                kernel=name,
+                tokens=65536,
+                experts=128,
+                dtype="float32",
+                layout="packed",
+                how="graph replay",
+                seconds=[factor + random.Random(i).uniform(0, 0.01) for i in range(5)],
+                num_bytes=1,
+            )
+            for name in kernels.ROUTING
+        ]
+        return kernels.page_of(timed, 1.0, torch.device(device), [])
+
+    assert "- met: " in page(1.9, "cuda")
+    assert "- MISSED: " in page(2.1, "cuda")
+    assert "- not measured: " in page(1.9, "cpu")
+    assert "- not judged: " in kernels.page_of([], 1.0, torch.device("cuda"), [])
+
+
+def test_the_commit_comes_from_the_caller(scripts: pytest.MonkeyPatch) -> None:
+    import timing
+
+    scripts.setenv("EMO_COMMIT", "abc123")
+    assert timing._commit() == "abc123"
+    scripts.delenv("EMO_COMMIT")
+    assert timing._commit() != "abc123"
