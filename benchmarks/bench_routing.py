@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import tyro
+from clocks import Replay, Step, replay_of
 from routers import (
     Case,
     Router,
@@ -47,16 +48,13 @@ from targets import (
 from timing import (
     RESULTS,
     Device,
-    Replay,
     Rounds,
-    Step,
     copy_bandwidth,
     describe_machine,
     estimate,
     interleave,
     markdown_table,
     pick_device,
-    replay_of,
     result_name,
     run_script,
     write_results,

@@ -5,97 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from support.device import BROUGHT, DeviceMachine, make_machine, write_tool
+from support.gpu_script import GPU, Left, run_driver, start_driver
 
 from emo_megatron import ops
-from emo_megatron.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU = ROOT / "benchmarks" / "gpu"
 REHEARSED = ["A"]
 """Stages, with their models, whose scripts are there."""
 pytestmark = pytest.mark.skipif(
     bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
 )
 
-# the runner with another table: {table} assigns it
-DRIVER = """
-import sys
-sys.path.insert(0, {gpu!r})
-import machine, steps
-from steps import Step
-
-def python(name, code, seconds=20, **options):
-    return Step(name=name, command=("{{python}}", "-c", code), seconds=seconds, **options)
-
-{table}
-import run
-sys.exit(run.main())
-"""
-
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> DeviceMachine:
     pytest.importorskip("megatron.core")
     return make_machine(tmp_path_factory.mktemp("machine"), python=sys.executable)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Left:
-    """What a run left and said."""
-
-    status: int
-    out: str
-    error: str
-    output: Path
-
-    @property
-    def rows(self) -> dict[str, tuple[str, str]]:
-        """Step to status and last line, of the summary."""
-        lines = (self.output / "summary.md").read_text().splitlines()
-        cells = [
-            [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"
-        ]
-        return {row[0]: (row[1], row[3]) for row in cells[2:] if len(row) == 4}
-
-    @property
-    def archive(self) -> dict[str, bytes]:
-        """Its files."""
-        with tarfile.open(self.output / "results.tgz") as tar:
-            return {member.name: tar.extractfile(member).read() for member in tar}
-
-
-def _start(
-    machine: DeviceMachine, table: str, *arguments: str, **environment: str
-) -> subprocess.Popen[str]:
-    driver = DRIVER.format(gpu=str(GPU), table=table)
-    return subprocess.Popen(
-        [sys.executable, "-c", driver, *arguments],
-        env=machine.environment | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _run(
-    machine: DeviceMachine, output: Path, table: str, *arguments: str, **environment: str
-) -> Left:
-    process = _start(machine, table, *(arguments or ("B",)), "--output", str(output), **environment)
-    out, error = process.communicate(timeout=300)
-    return Left(status=process.returncode, out=out, error=error, output=output)
 
 
 @pytest.mark.parametrize("stage", REHEARSED)
@@ -147,7 +81,8 @@ def _look_at_stage_a(archive: dict[str, bytes]) -> None:
     # built meanwhile for this GPU, and ptxas is asked for registers
     assert "-Xptxas -v" in by_name["default.txt"]
     assert "code=sm_90" in by_name["default.txt"]
-    assert "commit: abc123" in next(text for name, text in by_name.items() if "routing-" in name)
+    (page,) = (name for name in by_name if name.startswith("routing-") and name.endswith(".md"))
+    assert "commit: abc123" in by_name[page]
     packages = by_name["packages.txt"].split()
     assert "torch" in packages
     assert "mypy" not in packages
@@ -179,7 +114,7 @@ steps.STAGES["B"] = (
 
 
 def test_a_failure_is_a_row_and_the_rest_runs(machine: DeviceMachine, tmp_path: Path) -> None:
-    left = _run(machine, tmp_path / "output", FAILURES, EMO_COMMIT="def456")
+    left = run_driver(machine, tmp_path / "output", FAILURES, EMO_COMMIT="def456")
     assert left.status == 1
     found = {name: status for name, (status, _) in left.rows.items()}
     assert found == {
@@ -205,7 +140,7 @@ steps.STAGES["B"] = (
     python("rest", "import sys; print(sys.argv[1])", seconds=10, is_elastic=True, on_gpu=("{seconds}",)),
 )
 """
-    left = _run(machine, tmp_path / "output", table, "B", "--budget", "60")
+    left = run_driver(machine, tmp_path / "output", table, "B", "--budget", "60")
     assert left.status == 0
     assert [status for status, _ in left.rows.values()] == ["ok", "not run", "ok", "ok"]
     assert "needs 200 s" in left.rows["long"][1]
@@ -228,7 +163,7 @@ steps.STAGES["B"] = (
 def test_the_largest_files_go_to_keep_within_the_limit(
     machine: DeviceMachine, tmp_path: Path, mib: str, kept: list[str]
 ) -> None:
-    left = _run(machine, tmp_path / "output", LARGE, "B", "--max-mib", mib)
+    left = run_driver(machine, tmp_path / "output", LARGE, "B", "--max-mib", mib)
     assert left.status == 0
     found = [
         name for name in ("large", "larger") if any(f"/{name}.bin" in key for key in left.archive)
@@ -243,7 +178,7 @@ def test_the_largest_files_go_to_keep_within_the_limit(
 
 
 def test_one_file_is_the_summary(machine: DeviceMachine, tmp_path: Path) -> None:
-    left = _run(machine, tmp_path / "output", LARGE, "B", "--max-files", "1")
+    left = run_driver(machine, tmp_path / "output", LARGE, "B", "--max-files", "1")
     assert [path.name for path in left.output.iterdir()] == ["summary.md"]
     assert len(left.rows) == 3
 
@@ -266,7 +201,7 @@ def test_a_killed_run_leaves_its_bundle(
     machine: DeviceMachine, tmp_path: Path, number: signal.Signals
 ) -> None:
     pid, output = tmp_path / "pid", tmp_path / "output"
-    process = _start(machine, KILLED.format(pid=str(pid)), "B", "--output", str(output))
+    process = start_driver(machine, KILLED.format(pid=str(pid)), "B", "--output", str(output))
     _wait_for(lambda: pid.exists() and pid.read_text())
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
@@ -284,6 +219,7 @@ def test_a_killed_run_leaves_its_bundle(
         assert [status for status, _ in left.rows.values()] == ["ok", "FAILED", "not run"]
         assert number.name in left.rows["second"][1]
         assert str(child) in left.archive["02-second.log"].decode()
+        assert f"## second\n\n```text\n{child}\n" in (output / "summary.md").read_text()
         _wait_for(lambda: not _runs(child))
     finally:
         if _runs(child):
@@ -305,13 +241,14 @@ def _runs(pid: int) -> bool:
 
 
 NO_NVCC = 'machine.LIBRARY = machine.ROOT / "missing.so"\nmachine.tool_path = lambda: "/usr/bin"'
+SMALLEST = 'steps.STAGES["B"] = (python("one", "", seconds=25), python("two", "", seconds=30))'
 BAD_TABLE = 'steps.STAGES["B"] += steps.STAGES["A"]'
 
 
 @pytest.mark.parametrize(
     ("arguments", "table", "says"),
     [
-        (["B", "--budget", "30"], "", ["30", "40"]),
+        (["B", "--budget", "30"], SMALLEST, ["--budget 30", "40 s"]),
         (["B", "--budget", "nan"], "", ["nan"]),
         (["B", "--budget", "soon"], "", ["soon"]),
         (["D"], "", ["D"]),
@@ -330,7 +267,7 @@ BAD_TABLE = 'steps.STAGES["B"] += steps.STAGES["A"]'
 def test_bad_input_is_one_line(
     machine: DeviceMachine, tmp_path: Path, arguments: list[str], table: str, says: list[str]
 ) -> None:
-    _refused(_run(machine, tmp_path / "output", table, *arguments or ["--rehearse"]), says)
+    _refused(run_driver(machine, tmp_path / "output", table, *arguments or ["--rehearse"]), says)
     assert not (tmp_path / "output").exists()
 
 
@@ -350,7 +287,7 @@ def test_without_a_gpu_nothing_begins(
     tools.mkdir()
     if smi:
         write_tool(tools / "nvidia-smi", smi)
-    left = _run(machine, tmp_path / "output", "", PATH=f"{tools}:/usr/bin:/bin")
+    left = run_driver(machine, tmp_path / "output", "", PATH=f"{tools}:/usr/bin:/bin")
     if smi is None and shutil.which("nvidia-smi", path="/usr/bin:/bin"):
         pytest.skip("this machine has a GPU")
     _refused(left, ["GPU", "--rehearse"])
@@ -364,20 +301,20 @@ def test_wheels_that_are_missing_or_broken_are_named(
     shutil.copytree(machine.wheels, wheels)
     next(wheels.glob("typeguard*")).unlink()
     next(wheels.glob("docstring_parser*")).unlink()
-    left = _run(machine, output, "", "B", "--wheels", str(wheels))
+    left = run_driver(machine, output, "", "B", "--wheels", str(wheels))
     _refused(left, ["lacks typeguard, docstring-parser,"])
     shutil.rmtree(wheels)
     shutil.copytree(machine.wheels, wheels)
     broken = next(wheels.glob("tyro*"))
     broken.write_bytes(b"half of")
-    _refused(_run(machine, output, "", "B", "--wheels", str(wheels)), [broken.name])
+    _refused(run_driver(machine, output, "", "B", "--wheels", str(wheels)), [broken.name])
     assert not output.exists()
     # a Python that has them needs none
     empty = tmp_path / "empty"
     empty.mkdir()
     plain = {"PYTHONPATH": str(ROOT)}
     table = 'steps.STAGES["B"] = (python("runs", "", needs=("wheels",)),)'
-    assert _run(machine, output, table, "B", "--wheels", str(empty), **plain).status == 0
+    assert run_driver(machine, output, table, "B", "--wheels", str(empty), **plain).status == 0
 
 
 def test_an_output_folder_must_be_new_and_open_to_writing(
@@ -385,9 +322,9 @@ def test_an_output_folder_must_be_new_and_open_to_writing(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    _refused(_run(machine, tmp_path, ""), ["not an empty folder", str(tmp_path)])
-    _refused(_run(machine, file, ""), [str(file)])
-    _refused(_run(machine, file / "output", ""), ["cannot be written", str(file)])
+    _refused(run_driver(machine, tmp_path, ""), ["not an empty folder", str(tmp_path)])
+    _refused(run_driver(machine, file, ""), [str(file)])
+    _refused(run_driver(machine, file / "output", ""), ["cannot be written", str(file)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "mine"
 
@@ -405,134 +342,3 @@ def test_the_script_wants_a_python_with_torch(tmp_path: Path) -> None:
         ["/bin/false", "torch"],
     )
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The steps' modules can be imported, and are on a CPU."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.syspath_prepend(str(GPU))
-    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu"])
-    return monkeypatch
-
-
-def test_smoke_has_every_public_op(scripts: pytest.MonkeyPatch) -> None:
-    import smoke
-
-    asks = {"available_backends", "best_backend", "why_not_native"}
-    public = [
-        name
-        for module in (ops, dispatch)
-        for name in module.__all__
-        if name.islower() and name not in asks
-    ]
-    assert set(public) == set(smoke.OPERATORS)
-
-
-def _rolled(routing: ops.Routing) -> ops.Routing:
-    from dataclasses import replace
-
-    return replace(routing, routing_map_TE=routing.routing_map_TE.roll(1, dims=1))
-
-
-def test_smoke_tells_a_wrong_op_and_goes_on(
-    scripts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import smoke
-
-    real = smoke.route
-    scripts.setattr(sys, "argv", ["smoke", "--device", "cpu", "--tokens", "256"])
-    assert smoke.main() == 0
-    scripts.setattr(smoke, "route", lambda *arguments: _rolled(real(*arguments)))
-    assert smoke.main() == 1
-    lines = capsys.readouterr().out.splitlines()
-    wrong = {line.split(",")[0] for line in lines if "other experts" in line}
-    assert wrong == {"pool_topk"}
-    scripts.setattr(smoke, "scores_of", lambda *_: 1 / 0)
-    assert smoke.main() == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any("ZeroDivisionError" in line for line in lines)
-    assert any(line.startswith("sum_rows") for line in lines)
-
-
-@pytest.mark.parametrize("check", ["first-capture", "other-stream", "equal-bits", "decisions"])
-def test_checks_see_a_route_that_changes(scripts: pytest.MonkeyPatch, check: str) -> None:
-    import checks
-
-    scripts.setattr(sys, "argv", ["checks", check, "--device", "cpu", "--tokens", "256"])
-    assert checks.main() == 0
-    real, calls = checks.route, iter(range(1000))
-
-    def changing(*arguments: object) -> ops.Routing:
-        routing = real(*arguments)
-        return _rolled(routing) if next(calls) % 2 else routing
-
-    scripts.setattr(checks, "route", changing)
-    assert checks.main() == 1
-
-
-def test_a_check_that_fails_leaves_the_others_their_turn(
-    scripts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import checks
-
-    def broken(_: object) -> str:
-        raise RuntimeError("out of memory")
-
-    scripts.setattr(
-        sys, "argv", ["checks", "decisions", "equal-bits", "--device", "cpu", "--tokens", "256"]
-    )
-    scripts.setitem(checks.CHECKS, "decisions", broken)
-    assert checks.main() == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("decisions: RuntimeError") for line in lines)
-    assert any(line.startswith("equal-bits: 20 runs") for line in lines)
-    assert lines[-1].endswith("wrong: decisions")
-
-
-def test_sanitized_cases_are_compared_with_the_cpu(scripts: pytest.MonkeyPatch) -> None:
-    import sanitize
-
-    assert sanitize.main() == 0
-    real, calls = sanitize.dispatch.sum_rows, iter(range(10000))
-
-    def changing(copies_PH: torch.Tensor, **options: object) -> torch.Tensor:
-        return real(copies_PH, **options) + next(calls)
-
-    scripts.setattr(sanitize.dispatch, "sum_rows", changing)
-    assert sanitize.main() == 1
-
-
-def test_the_kernels_target_is_judged_on_a_gpu(scripts: pytest.MonkeyPatch) -> None:
-    import kernels
-
-    def page(factor: float, device: str) -> str:
-        # a byte a second: the floor is one second a kernel
-        timed = [
-            kernels.Timed(
-                kernel=name,
-                tokens=65536,
-                experts=128,
-                dtype="float32",
-                layout="packed",
-                how="graph replay",
-                seconds=[factor + random.Random(i).uniform(0, 0.01) for i in range(5)],
-                num_bytes=1,
-            )
-            for name in kernels.ROUTING
-        ]
-        return kernels.page_of(timed, 1.0, torch.device(device), [])
-
-    assert "- met: " in page(1.9, "cuda")
-    assert "- MISSED: " in page(2.1, "cuda")
-    assert "- not measured: " in page(1.9, "cpu")
-    assert "- not judged: " in kernels.page_of([], 1.0, torch.device("cuda"), [])
-
-
-def test_the_commit_comes_from_the_caller(scripts: pytest.MonkeyPatch) -> None:
-    import timing
-
-    scripts.setenv("EMO_COMMIT", "abc123")
-    assert timing._commit() == "abc123"
-    scripts.delenv("EMO_COMMIT")
-    assert timing._commit() != "abc123"

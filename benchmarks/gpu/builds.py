@@ -19,11 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {"default": ""} | {
-    f"warps-{warps}": f"-DEMO_WARPS_WANTED={warps}" for warps in (2048, 4096, 8192)
+    f"warps-{warps}": f"-DEMO_WARPS_WANTED={warps}" for warps in (4096, 8192, 2048)
 }
 """What nvcc gets beside this GPU's architecture."""
 NEEDED = ("csrc", "emo_megatron", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BROUGHT = "brought"
+SIZES = ["--tokens", "8192", "32768", "65536", "--experts", "128"]
+"""Where the number of warps matters."""
 
 
 def make(folder: Path, *, logs: Path, variants: list[str]) -> None:
@@ -89,7 +91,7 @@ def compare(folder: Path, *, device: str, output: Path, is_quick: bool) -> None:
     missing = [path.stem for path in folder.glob("*.failed")]
     if len(libraries) == 1:
         sys.exit("nothing was compiled in time to compare with; see builds/ in the archive")
-    sizes = ["--quick"] if is_quick else ["--tokens", "8192", "65536", "--experts", "128", "512"]
+    sizes = ["--quick"] if is_quick else SIZES
     rows = []
     for name, library in libraries.items():
         place = output / name
@@ -102,7 +104,8 @@ def compare(folder: Path, *, device: str, output: Path, is_quick: bool) -> None:
             continue
         with (place / "kernels.csv").open(newline="") as file:
             rows += [row | {"library": name} for row in csv.DictReader(file)]
-    (output / "builds.md").write_text(_page(rows, missing))
+        # whole after every library: the step may be ended
+        (output / "builds.md").write_text(_page(rows, missing))
     print(f"{len(libraries)} libraries; failed: {', '.join(missing) or 'none'}")
     sys.exit(1 if missing else 0)
 

@@ -111,6 +111,8 @@ def log_of(folder: Path) -> Path:
 
 def last_lines(log: Path, count: int) -> list[str]:
     """Of a log that may be long or not text."""
+    if not log.exists():
+        return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 200 * count))
         text = file.read().decode(errors="replace")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clocks import capture, time_call
 from inputs import (
     DTYPES,
     Inputs,
@@ -33,7 +34,12 @@ from inputs import (
 )
 from routers import kernel_bytes
 from targets import KERNELS, kernels_verdict
-from timing import capture, copy_bandwidth, estimate, markdown_table, time_call, write_results
+from timing import (
+    copy_bandwidth,
+    estimate,
+    markdown_table,
+    write_results,
+)
 from torch import Tensor
 
 from emo_megatron import ops

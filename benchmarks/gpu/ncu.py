@@ -5,11 +5,10 @@ Clocks are left as they are: to lock them needs rights, and it would disturb wha
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
-
-from inputs import parser
 
 KERNELS = "document_scores|select_pool|pool_topk|copy_rows|sum_rows|send_kernel"
 LAUNCHES = 8
@@ -17,7 +16,11 @@ LAUNCHES = 8
 
 def main() -> int:
     """Profile, then print the report; returns the exit status."""
-    options = parser(__doc__, tokens=65536).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--output", type=Path, default=Path())
+    parser.add_argument("--tokens", type=int, default=65536)
+    options = parser.parse_args()
     report = options.output / "profile"
     script = str(Path(__file__).with_name("launches.py"))
     profiled = [sys.executable, script, "--device", options.device, "--tokens", str(options.tokens)]

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -96,8 +97,10 @@ class Stage:
                 signal.signal(number, signal.SIG_IGN)
             self._end_all()
             for step in steps[len(rows) :]:
-                status = FAILED if step is self._current else NOT_RUN
-                self._add(Row(name=step.name, status=status, says=str(stopped)))
+                row = Row(name=step.name, status=NOT_RUN, says=str(stopped))
+                if step is self._current:
+                    row = replace(row, status=FAILED, folder=self._folder_of(step))
+                self._add(row)
             raise
         finally:
             self._end_all()
@@ -111,7 +114,7 @@ class Stage:
         if reason:
             return Row(name=step.name, status=NOT_RUN, says=reason)
         seconds = (left if step.is_elastic else step.seconds) * self._pace
-        folder = self._bundle.results / f"{len(self._bundle.rows) + 1:02}-{step.slug}"
+        folder = self._folder_of(step)
         folder.mkdir()
         self._current = step
         command = self._command(step, folder=folder, seconds=seconds)
@@ -129,6 +132,10 @@ class Stage:
             says = f"exit status {status}: {says}"
         name = TIMED_OUT if status is None else FAILED if status else OK
         return Row(name=step.name, status=name, seconds=took, says=says, folder=folder)
+
+    def _folder_of(self, step: Step) -> Path:
+        """Of the step whose row is the next."""
+        return self._bundle.results / f"{len(self._bundle.rows) + 1:02}-{step.slug}"
 
     def _command(self, step: Step, *, folder: Path, seconds: float) -> list[str]:
         options = self._options

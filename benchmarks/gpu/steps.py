@@ -77,7 +77,7 @@ def _routing(*sizes: str) -> tuple[str, ...]:
 _TINY_ROUTING = ("--tokens", "256", "--experts", "16", "--top-k", "2", "--seconds", "0.02")
 _START = (
     Step(name="facts", command=_gpu("facts", "--output", "{output}"), seconds=25),
-    Step(name="library", command=_gpu("builds", "wait", "{builds}"), seconds=25),
+    Step(name="library", command=_gpu("builds", "wait", "{builds}"), seconds=20),
 )
 
 STAGE_A = (
@@ -90,7 +90,7 @@ STAGE_A = (
             *("-m", "pytest", "-q", "-m", "gpu"),
             *("tests/ops", "-p", "no:cacheprovider"),
         ),
-        seconds=70,
+        seconds=65,
         needs=("pytest",),
     ),
     _check("first call in a capture", "first-capture", seconds=12),
@@ -110,7 +110,7 @@ STAGE_A = (
     Step(
         name="builds",
         command=_gpu("builds", "compare", "{builds}", "--output", "{output}"),
-        seconds=40,
+        seconds=50,
         needs=("nvcc",),
         rehearsal=("--quick",),
     ),
