@@ -3,7 +3,8 @@
 Four routers take turns in one process: the compiled ops, the reference ops, the standard router's maths from Megatron's
 own functions (no pools), and the paper's equations as a loop over documents; on a GPU also Transformer Engine's fused
 router where it is installed. All compute the balance and z losses. None is timed before it has routed the same input as
-the reference does, gradients included; otherwise nothing is written.
+the reference does, gradients included; otherwise nothing is written. On a GPU steps are replays of CUDA graphs, and
+once more without graphs, which there is the time of the host.
 
     python benchmarks/bench_routing.py --quick       # the sizes with a CPU target, in about half a minute
     python benchmarks/bench_routing.py               # all 56 sizes, some twenty minutes on two cores
@@ -12,6 +13,7 @@ the reference does, gradients included; otherwise nothing is written.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 import tyro
+from clocks import Replay, Step, replay_of
 from routers import (
     Case,
     Router,
@@ -60,6 +63,8 @@ from tqdm import tqdm
 
 from emo_megatron import ops
 
+MOST_CAPTURED = 256
+"""Documents: a graph of the loop over more has too many nodes to make."""
 LARGE = 8192
 """Above so many tokens only the largest top-k is run, unless sizes are given."""
 
@@ -169,13 +174,32 @@ def _measure(case: Case, routers: dict[str, Router], *, seconds: float) -> Resul
         check(name, router, case, has_pools=name not in (STOCK, FUSED))
     steps = {name: step_of(router, case) for name, router in routers.items()}
     rounds = Rounds(fewest=3, most=60, seconds=seconds)
-    samples = interleave(steps, device=case.logits_TE.device, rounds=rounds)
-    return Result(shape=case.shape, samples=samples)
+    device = case.logits_TE.device
+    samples = interleave(steps, device=device, rounds=rounds)
+    if device.type != "cuda":
+        return Result(shape=case.shape, samples=samples)
+    if case.shape.num_documents > MOST_CAPTURED:
+        del steps[LOOP]
+    replays = interleave(_replays(steps), device=device, rounds=rounds)
+    return Result(shape=case.shape, samples=replays, eager=samples)
+
+
+def _replays(steps: dict[str, Step]) -> dict[str, Replay]:
+    """Of those that can be captured; the compiled ops must be."""
+    found = {}
+    for name, step in steps.items():
+        try:
+            found[name] = replay_of(step)
+        except RuntimeError as error:
+            if name == NATIVE:
+                raise
+            print(f"{name} cannot be captured: {error}", file=sys.stderr)
+    return found
 
 
 def _rows(result: Result, not_run: dict[str, str], bandwidth: float) -> Iterator[dict[str, Any]]:
     """The CSV: one row a size, router and mode, times in microseconds."""
-    for router, mode in product([*result.samples, *not_run], MODES):
+    for router, mode in product([*(result.eager or result.samples), *not_run], MODES):
         row: dict[str, Any] = {
             "tokens": result.shape.num_tokens,
             "experts": result.shape.num_experts,
@@ -183,7 +207,9 @@ def _rows(result: Result, not_run: dict[str, str], bandwidth: float) -> Iterator
             "documents": result.shape.num_documents,
             "router": router,
             "mode": mode,
-            "status": not_run.get(router, "measured"),
+            "status": not_run.get(
+                router, "measured" if router in result.samples else "not captured as a graph"
+            ),
         }
         numbers: dict[str, float | int] = {}
         if router in result.samples:
@@ -201,10 +227,14 @@ def _rows(result: Result, not_run: dict[str, str], bandwidth: float) -> Iterator
                 "native_floor_us": floor,
                 "rounds": len(values),
             }
-            numbers = {key: round(value, 3) for key, value in numbers.items()}
+        if router in result.eager:
+            eager = result.values(router, mode, is_eager=True)
+            numbers["eager_us"] = estimate(eager).median * 1e6
+        numbers = {key: round(value, 3) for key, value in numbers.items()}
         columns = (
             *("median_us", "low_us", "high_us", "fastest_us"),
             *("times_native", "times_native_low", "times_native_high", "native_floor_us", "rounds"),
+            "eager_us",
         )
         yield row | {column: numbers.get(column, "") for column in columns}
 
@@ -226,26 +256,43 @@ def _page(
         "select_pool, pool_topk, losses), then how many times as long the others take: medians with 95 % intervals. "
         "Floor: bytes the compiled ops cannot but move, at the copy bandwidth; what fits a cache can be faster.\n"
     )
+    if device.type == "cuda":
+        parts.append(
+            "Steps are replays of CUDA graphs. Eager: the compiled ops without graphs, which is the time of the host "
+            "where it is slower than the GPU.\n"
+        )
     if options.is_all:
         top_k = max(result.shape.top_k for result in results)
         parts.append(f"Above {LARGE} tokens only K={top_k} is run, unless sizes are given.\n")
-    lines = verdicts(results, device=device, threads=options.threads, bandwidth=bandwidth)
+    lines = verdicts(results, device=device, threads=options.threads)
     parts.append("## Targets, forward + backward\n")
     parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     for mode in MODES:
-        others = [name for name in results[0].samples if name != NATIVE]
-        head = ["T", "E", "K", "documents", "native ops, ms", *(f"{o}, x" for o in others)]
-        table = []
-        for result in results:
-            shape = result.shape
-            sizes = (shape.num_tokens, shape.num_experts, shape.top_k, shape.num_documents)
-            native = estimate(result.values(NATIVE, mode)).scaled(1e3)
-            floor = result.floor(mode, bandwidth) * 1e3
-            ratios = (str(result.times_native(other, mode)) for other in others)
-            table.append([*map(str, sizes), f"{native.median:.3f}", *ratios, f"{floor:.3f}"])
         parts.append(f"## {mode.capitalize()}\n")
-        parts.append(markdown_table([*head, "floor, ms"], table))
+        parts.append(_table(results, mode, bandwidth=bandwidth))
     return "\n".join(parts)
+
+
+def _table(results: list[Result], mode: str, *, bandwidth: float) -> str:
+    """One row a size."""
+    others = [name for name in results[0].eager or results[0].samples if name != NATIVE]
+    eager = ["eager, ms"] if results[0].eager else []
+    head = ["T", "E", "K", "documents", "native ops, ms", *(f"{o}, x" for o in others)]
+    table = []
+    for result in results:
+        shape = result.shape
+        sizes = (shape.num_tokens, shape.num_experts, shape.top_k, shape.num_documents)
+        row = [*map(str, sizes), f"{estimate(result.values(NATIVE, mode)).median * 1e3:.3f}"]
+        row += [
+            str(result.times_native(other, mode)) if other in result.samples else "-"
+            for other in others
+        ]
+        row.append(f"{result.floor(mode, bandwidth) * 1e3:.3f}")
+        if eager:
+            values = result.values(NATIVE, mode, is_eager=True)
+            row.append(f"{estimate(values).median * 1e3:.3f}")
+        table.append(row)
+    return markdown_table([*head, "floor, ms", *eager], table)
 
 
 if __name__ == "__main__":

@@ -268,14 +268,32 @@ def _is_clear(case: Case, *, has_pools: bool) -> Tensor:
     return is_clear_choice(logits_TE, top_k=case.shape.top_k)
 
 
+def kernel_bytes(
+    *, num_tokens: int, num_experts: int, num_documents: int, logit_bytes: int = 4
+) -> dict[str, int]:
+    """Bytes that each compiled op must read and write if every tensor moves once: the floor of its time.
+
+    Args:
+        num_tokens, num_experts, num_documents: T, E, D.
+        logit_bytes: of a logit, and so of a weight and of a gradient.
+    """
+    entries, pool_entries = num_tokens * num_experts, num_documents * num_experts
+    ids, logits, routing_map, z = 8 * num_tokens, logit_bytes * entries, entries, 4 * num_tokens
+    return {
+        "document_scores": logits + ids + 8 * pool_entries,
+        "select_pool": 8 * pool_entries + 8 * num_documents + pool_entries,
+        # logits, ids and pools in; weights, map and log-sum-exp out
+        "pool_topk": logits + ids + pool_entries + logits + routing_map + z,
+        # the gradients of weights and log-sum-exp, logits, map and ids in; the gradient of the logits out
+        "pool_topk backward": logits + z + logits + routing_map + ids + logits,
+    }
+
+
 def bytes_moved(shape: Shape, *, with_backward: bool) -> int:
-    """Bytes the compiled ops must read and write if every tensor moves once an op: the floor of their time."""
-    tokens, entries = shape.num_tokens, shape.num_tokens * shape.num_experts
-    pool_entries = shape.num_documents * shape.num_experts
-    scores = 4 * entries + 8 * tokens + 8 * pool_entries
-    select = 8 * pool_entries + 8 * shape.num_documents + pool_entries
-    # logits and ids in; weights, map, log-sum-exp and entropy out
-    topk = 4 * entries + 8 * tokens + pool_entries + 4 * entries + entries + 8 * tokens
-    # the gradients of weights and log-sum-exp, logits, map and ids in; the gradient of the logits out
-    backward = 4 * entries + 4 * tokens + 4 * entries + entries + 8 * tokens + 4 * entries
-    return scores + select + topk + (backward if with_backward else 0)
+    """The floor of the compiled ops together, with float32 logits."""
+    found = kernel_bytes(
+        num_tokens=shape.num_tokens,
+        num_experts=shape.num_experts,
+        num_documents=shape.num_documents,
+    )
+    return sum(found.values()) - (0 if with_backward else found["pool_topk backward"])

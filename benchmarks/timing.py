@@ -23,22 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from clocks import L2_BYTES, Replay, Step, time_on_cpu, time_on_gpu
 
 from emo_megatron.environment import collect_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-L2_BYTES = 256 << 20
-"""Written before every timed step on a GPU: more than any level 2 cache, so inputs come from memory as in training."""
-
 Device = Literal["auto", "cpu", "cuda"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of a contender: a forward pass and the backward pass of what it returned."""
-
-    forward: Callable[[], Any]
-    backward: Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +80,16 @@ def pick_device(wish: Device) -> torch.device:
 
 
 def interleave(
-    steps: Mapping[str, Step],
+    steps: Mapping[str, Step | Replay],
     *,
     device: torch.device,
     rounds: Rounds,
     on_round: Callable[[], Any] = lambda: None,
 ) -> dict[str, Samples]:
     """Time all contenders in turns, another one first in every round; one round before that warms up."""
-    clock = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    clock: Callable[[Any], tuple[float, float]] = (
+        time_on_gpu if device.type == "cuda" else time_on_cpu
+    )
     found = {name: Samples(forward=[], total=[]) for name in steps}
     names = list(steps)
     for name in names:
@@ -147,27 +139,6 @@ def copy_bandwidth(device: torch.device) -> float:
         {"copy": step}, device=device, rounds=Rounds(fewest=5, most=20, seconds=0.5)
     )
     return 2 * L2_BYTES / min(seconds["copy"].forward)
-
-
-def _time_on_cpu(step: Step) -> tuple[float, float]:
-    start = time.perf_counter()
-    state = step.forward()
-    middle = time.perf_counter()
-    step.backward(state)
-    return middle - start, time.perf_counter() - start
-
-
-def _time_on_gpu(step: Step) -> tuple[float, float]:
-    # also keeps the GPU busy while the first launches are queued
-    torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
-    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    start.record()
-    state = step.forward()
-    middle.record()
-    step.backward(state)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(middle) / 1e3, start.elapsed_time(end) / 1e3
 
 
 @contextmanager
@@ -255,6 +226,9 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
+    if commit := os.environ.get("EMO_COMMIT"):
+        # a tree without a history
+        return commit
     root = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(root)]
     try:
