@@ -279,6 +279,7 @@ def kernel_bytes(
     """
     entries, pool_entries = num_tokens * num_experts, num_documents * num_experts
     ids, logits, routing_map, z = 8 * num_tokens, logit_bytes * entries, entries, 4 * num_tokens
+    used = 4 * num_documents * -(-num_experts // 32)
     return {
         "document_scores": logits + ids + 8 * pool_entries,
         "select_pool": 8 * pool_entries + 8 * num_documents + pool_entries,
@@ -286,6 +287,9 @@ def kernel_bytes(
         "pool_topk": logits + ids + pool_entries + logits + routing_map + z,
         # the gradients of weights and log-sum-exp, logits, map and ids in; the gradient of the logits out
         "pool_topk backward": logits + z + logits + routing_map + ids + logits,
+        # for metrics
+        "experts_used": routing_map + ids + used,
+        "document_statistics": 8 * pool_entries + pool_entries + used,
     }
 
 
@@ -296,4 +300,5 @@ def bytes_moved(shape: Shape, *, with_backward: bool) -> int:
         num_experts=shape.num_experts,
         num_documents=shape.num_documents,
     )
-    return sum(found.values()) - (0 if with_backward else found["pool_topk backward"])
+    kernels = ["document_scores", "select_pool", "pool_topk"]
+    return sum(found[name] for name in kernels + ["pool_topk backward"] * with_backward)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -18,18 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calls import Call, nothing, routing_calls
 from clocks import capture, time_call
 from inputs import (
     DTYPES,
-    Inputs,
-    differentiable,
     make_inputs,
     parser,
-    pools_of,
     random_map,
-    route,
-    scores_of,
-    upstream,
     use_library,
 )
 from routers import kernel_bytes
@@ -40,9 +35,7 @@ from timing import (
     markdown_table,
     write_results,
 )
-from torch import Tensor
 
-from emo_megatron import ops
 from emo_megatron.ops import dispatch
 
 TOKENS = (65536, 8192, 262144)
@@ -56,7 +49,8 @@ DISPATCH = ((16384, 1), (16384, 8), (65536, 1), (65536, 8))
 ROTATED_BYTES, MOST_COPIES = 256 << 20, 8
 ROUNDS = 15
 ROUTING = ("document_scores", "select_pool", "pool_topk", "pool_topk backward")
-Call = Callable[[], Any]
+METRICS = ("experts_used", "document_statistics")
+"""Not in the sum of the routing ops: a run without metrics has none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,36 +102,6 @@ def time_calls(calls: list[Call], *, device: torch.device, prepare: Call) -> lis
         replay, rounds = all_calls, 3
     replay()
     return [time_call(replay, device=device) / len(calls) for _ in range(rounds)]
-
-
-def routing_calls(inputs: list[Inputs]) -> Iterator[tuple[str, list[Call], Call]]:
-    """Of every op: its name, a call for each input, and what must have run before."""
-    scores = [scores_of(x) for x in inputs]
-    pools = [pools_of(x) for x in inputs]
-    pairs = list(zip(inputs, pools, strict=True))
-    yield "document_scores", [partial(scores_of, x) for x in inputs], _nothing
-    select = partial(ops.select_pool, backend="native")
-    sizes = [x.sizes_D for x in inputs]
-    selects = [
-        partial(select, scores_DE, pool_sizes_D=sizes_D)
-        for scores_DE, sizes_D in zip(scores, sizes, strict=True)
-    ]
-    yield "select_pool", selects, _nothing
-    yield "pool_topk", [partial(route, x, pool_DE) for x, pool_DE in pairs], _nothing
-    states: list[tuple[Tensor, tuple[Tensor, ...], list[Tensor]]] = []
-
-    def forward() -> None:
-        for x, pool_DE in pairs:
-            x.logits_TE.requires_grad_()
-            found = differentiable(route(x, pool_DE))
-            states.append((x.logits_TE, found, [upstream(output_X) for output_X in found]))
-
-    def backward(index: int) -> Any:
-        leaf_TE, found, gradients = states[index]
-        return torch.autograd.grad(found, [leaf_TE], gradients, retain_graph=True)
-
-    backwards = [partial(backward, index) for index in range(len(pairs))]
-    yield "pool_topk backward", backwards, forward
 
 
 def time_routing(
@@ -218,13 +182,9 @@ def time_dispatch(
             dtype="bfloat16",
             layout=f"{num_ranks} ranks",
             how=_how(device),
-            seconds=time_calls([call], device=device, prepare=_nothing),
+            seconds=time_calls([call], device=device, prepare=nothing),
             num_bytes=num_bytes,
         )
-
-
-def _nothing() -> None:
-    pass
 
 
 def _how(device: torch.device) -> str:
@@ -264,9 +224,12 @@ def page_of(timed: list[Timed], bandwidth: float, device: torch.device, failed: 
     sums, head = [], ("T", "E", "dtype", "ids or ranks")
     at_target = None
     for size in dict.fromkeys((x.tokens, x.experts, x.dtype, x.layout) for x in timed):
-        here = [x for x in timed if (x.tokens, x.experts, x.dtype, x.layout) == size]
-        if {x.kernel for x in here} != set(ROUTING):
+        found_here = {
+            x.kernel: x for x in timed if (x.tokens, x.experts, x.dtype, x.layout) == size
+        }
+        if not set(ROUTING) <= found_here.keys():
             continue
+        here = [found_here[name] for name in ROUTING]
         floor = sum(x.num_bytes for x in here) / bandwidth
         total = estimate([sum(times) for times in zip(*(x.seconds for x in here), strict=True)])
         found = total.scaled(1 / floor)
@@ -278,12 +241,16 @@ def page_of(timed: list[Timed], bandwidth: float, device: torch.device, failed: 
     if sums:
         parts.append("## Routing\n")
         parts.append(markdown_table([*head, *ROUTING, "sum, us", "x floor"], sums))
-    others = [x for x in timed if x.kernel not in ROUTING]
-    if others:
-        rows = [x.row(bandwidth) for x in others]
-        keys = ("kernel", "tokens", "layout", "median_us", "floor_us", "times_floor")
-        parts.append("## Dispatch, bfloat16, K=8\n")
-        parts.append(markdown_table(keys, [[str(row[key]) for key in keys] for row in rows]))
+    others = {
+        "Metrics": [x for x in timed if x.kernel in METRICS],
+        "Dispatch, bfloat16, K=8": [x for x in timed if x.kernel not in ROUTING + METRICS],
+    }
+    keys = ("kernel", "tokens", "experts", "layout", "median_us", "floor_us", "times_floor")
+    for title, found_there in others.items():
+        rows = [x.row(bandwidth) for x in found_there]
+        if rows:
+            parts.append(f"## {title}\n")
+            parts.append(markdown_table(keys, [[str(row[key]) for key in keys] for row in rows]))
     return "\n".join(parts)
 
 

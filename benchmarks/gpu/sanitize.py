@@ -24,6 +24,7 @@ from inputs import (
 )
 from torch import Tensor
 
+from emo_megatron import ops
 from emo_megatron.ops import dispatch
 from emo_megatron.ops.reference import SCORE_FRACTION_BITS
 
@@ -47,7 +48,11 @@ def main() -> int:
             num_rows=rows,
             padding=tokens // 10,
         )
-        problems = [*_routing(here, options.device), *_dispatch(here, options.device)]
+        problems = [
+            *_routing(here, options.device),
+            *_documents(here, options.device),
+            *_dispatch(here, options.device),
+        ]
         wrong += bool(problems)
         print(f"T={tokens} E={experts} {name}: {', '.join(problems) or 'ok'}", flush=True)
     print(f"{2 * len(SIZES)} cases, {wrong} differ from the CPU")
@@ -83,6 +88,35 @@ def _routing(here: Inputs, device: str) -> list[str]:
         for name, want_X in want.items()
         if not torch.allclose(got[name], want_X, rtol=tolerance, atol=tolerance)
     ]
+
+
+def _documents(here: Inputs, device: str) -> list[str]:
+    """Names of what differs: only a sum of entropies may, in its last digits."""
+    num_tokens, num_experts = here.logits_TE.shape
+    map_TE = random_map(num_tokens, num_experts, here.top_k, "cpu")
+    scores_DE, pool_DE = scores_of(here), pools_of(here)
+    found: list[dict[str, Tensor]] = []
+    for where in ("cpu", device):
+        inputs = here.to(where)
+        used_DW = ops.experts_used(
+            map_TE.to(where),
+            document_ids_T=inputs.document_ids_T,
+            num_documents=inputs.num_documents,
+            backend="native",
+        )
+        statistics = ops.document_statistics(
+            scores_DE.to(where), pool_DE=pool_DE.to(where), used_DW=used_DW, backend="native"
+        )
+        positions_D = torch.arange(inputs.num_documents, device=where)
+        bits_LD = ops.draw_bits(
+            positions_D, positions_D * 3, layers=range(1, 4), seed=1, backend="native"
+        )
+        named = {"experts used": used_DW, "statistics": statistics, "bits": bits_LD}
+        found.append({name: x.cpu() for name, x in named.items()})
+    want, got = found
+    is_near = torch.allclose(got["statistics"].double(), want["statistics"].double(), rtol=1e-5)
+    equal = {name: torch.equal(got[name], want[name]) for name in ("experts used", "bits")}
+    return [name for name, is_right in (equal | {"statistics": is_near}).items() if not is_right]
 
 
 def _dispatch(here: Inputs, device: str) -> list[str]:

@@ -172,6 +172,40 @@ def check_definition(call: Callable[..., Any], *arguments: Tensor) -> Callable[.
     return check
 
 
+def check_against_reference(
+    call: Callable[..., Tensor], *arguments: Tensor
+) -> Callable[..., Iterator[Case]]:
+    """An op of integers: the compiled one gives the definition's."""
+
+    def check(_: int, device: str) -> Iterator[Case]:
+        there = call(*(x.to(device) for x in arguments), backend="native")
+        yield "int64", _unequal(there, call(*arguments, backend="reference"))
+
+    return check
+
+
+def check_statistics(tokens: int, device: str) -> Iterator[Case]:
+    """Counts are the definition's; the summed entropy is its to rounding."""
+    inputs = make_inputs(num_tokens=tokens, num_experts=EXPERTS, padding=PADDING)
+    scores_DE = scores_of(inputs)
+    pool_DE = pools_by_loop(scores_DE, inputs.sizes_D)
+    used_DW = ops.experts_used(
+        random_map(tokens, EXPERTS, inputs.top_k, "cpu"),
+        document_ids_T=inputs.document_ids_T,
+        num_documents=inputs.num_documents,
+        backend="reference",
+    )
+    want = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW, backend="reference")
+    got = ops.document_statistics(
+        scores_DE.to(device),
+        pool_DE=pool_DE.to(device),
+        used_DW=used_DW.to(device),
+        backend="native",
+    ).cpu()
+    yield "counts", _unequal(got[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
+    yield "entropy", _far(got[2:3], want[2:3].double(), 1e-5)
+
+
 def _differs_from_definition(
     call: Callable[..., Any], arguments: tuple[Tensor, ...], device: str
 ) -> str:
@@ -218,13 +252,20 @@ OPERATORS: dict[str, Callable[[int, str], Iterator[Case]]] = {
     "top_p_pool_sizes": check_definition(
         lambda scores_DE: ops.top_p_pool_sizes(scores_DE, top_p=0.7, low=8, high=128), _SCORES_DE
     ),
-    "experts_per_document": check_definition(
-        lambda map_TE, ids_T: ops.experts_per_document(
-            map_TE, document_ids_T=ids_T, num_documents=10
+    "draw_bits": check_against_reference(
+        lambda positions_D, backend: ops.draw_bits(
+            positions_D, positions_D * 7, layers=range(1, 9), seed=5, backend=backend
+        ),
+        _POSITIONS_D,
+    ),
+    "experts_used": check_against_reference(
+        lambda map_TE, ids_T, backend: ops.experts_used(
+            map_TE, document_ids_T=ids_T, num_documents=10, backend=backend
         ),
         random_map(300, EXPERTS, 8, "cpu"),
         _POSITIONS_D // 30,
     ),
+    "document_statistics": check_statistics,
 }
 
 
