@@ -39,7 +39,9 @@ class Left:
     @property
     def rows(self) -> dict[str, tuple[str, str]]:
         """Step to status and last line, of the summary."""
-        lines = (self.output / "summary.md").read_text().splitlines()
+        # the pages of steps, with tables of their own, follow under headings
+        head, _, _ = (self.output / "summary.md").read_text().partition("\n## ")
+        lines = head.splitlines()
         cells = [
             [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"
         ]
