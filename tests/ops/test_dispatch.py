@@ -303,14 +303,15 @@ def test_what_cannot_be_is_named() -> None:
         ops.sum_rows(torch.zeros(2, 3), fanout=replace(fanout, copies_P=torch.tensor([0, -1])))
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_what_the_host_cannot_look_at_stays_inside(compiled: Compiled) -> None:
     """A CPU refuses these; a GPU copies zeros for indices beyond, adds nothing, and writes nothing beyond."""
     device = compiled.device
     # ones lie before and after, so what is read from there shows
     rows_NH = torch.ones(30, 8, device=device)[10:13]
     fanout = Fanout(
-        source_P=torch.tensor([0, 3, -1, 1], device=device),
-        copies_P=torch.tensor([0, 9, -2, 3], device=device),
+        source_P=torch.tensor([0, 3, -1, 1, 2], device=device),
+        copies_P=torch.tensor([0, 9, -2, 3, -1], device=device),
         bounds_N=torch.tensor([-5, 3, 99, 2**60], device=device),
     )
     if compiled.is_checked:
@@ -318,10 +319,12 @@ def test_what_the_host_cannot_look_at_stays_inside(compiled: Compiled) -> None:
             compiled.ops.copy_rows(rows_NH, fanout=fanout)
         return
     copies_PH = compiled.ops.copy_rows(rows_NH, fanout=fanout)
-    assert copies_PH[:, 0].tolist() == [1, 0, 0, 1]
+    assert copies_PH[:4, 0].tolist() == [1, 0, 0, 1]
+    # the last one is named by no row, so nobody writes it
+    assert copies_PH[4].isnan().all()
     of_no_row = replace(fanout, bounds_N=fanout.bounds_N[:1])
     assert not compiled.ops.copy_rows(rows_NH[:0], fanout=of_no_row).any()
-    sums_NH = compiled.ops.sum_rows(torch.ones(30, 8, device=device)[10:14], fanout=fanout)
+    sums_NH = compiled.ops.sum_rows(torch.ones(30, 8, device=device)[10:15], fanout=fanout)
     assert sums_NH[:, 0].tolist() == [1, 1, 0]
 
     routing = CASES["small"].routing_map().to(device)

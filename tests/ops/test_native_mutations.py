@@ -178,8 +178,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "experts used by padding count": (
         "documents.cu",
-        "if (document >= 0 && word != 0)",
-        "if (word != 0)",
+        "    if (document >= 0 && word != 0)\n      atomicOr(reinterpret_cast<unsigned*>(args.used) + document",
+        "    if (word != 0)\n      atomicOr((unsigned*)args.used + (document < 0 ? 0 : document)",
     ),
     "experts used go on into the next document": ("documents.cu", "    used = 0;\n", ""),
     "pools of documents without tokens count": (
