@@ -20,8 +20,8 @@ from steps import Step
 from work import Work
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-REHEARSAL_SECONDS = 40
-"""What an elastic step is told to take in a rehearsal."""
+REHEARSAL_SECONDS = 300
+"""What an elastic step may take in a rehearsal."""
 REHEARSAL_PACE = 10
 """Budgets are a GPU machine's; a rehearsal, on a CPU that may be busy with other work, gets so many times as much."""
 

@@ -5,6 +5,7 @@ Nothing is simulated but what is absent: the steps' own Python runs, the compile
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -125,7 +126,7 @@ def write_tool(path: Path, script: str) -> None:
 
 
 def _hook() -> str:
-    image = set(PACKAGES.read_text().split())
+    image = _with_dependencies(PACKAGES.read_text().split())
     installed = importlib.metadata.packages_distributions()
     modules = {
         module for module, names in installed.items() if not {_normal(n) for n in names} & image
@@ -135,6 +136,24 @@ def _hook() -> str:
     # as Python itself spells them, whichever link it was started by
     folders |= {os.path.realpath(folder) for folder in folders}
     return HIDE.format(modules=modules - {"sitecustomize"}, names=names, folders=folders)
+
+
+def _with_dependencies(names: list[str]) -> set[str]:
+    """Of the releases that are here, which may ask for others than the image's do."""
+    found: set[str] = set()
+    while names:
+        name = names.pop()
+        if name in found or name in BROUGHT:
+            continue
+        found.add(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            needed = importlib.metadata.requires(name) or []
+            names += [
+                _normal(match.group())
+                for line in needed
+                if (match := re.match(r"[\w.-]+", line)) and "extra ==" not in line
+            ]
+    return found
 
 
 def _pack(name: str, folder: Path) -> None:
