@@ -22,6 +22,7 @@ import tyro
 from timing import (
     RESULTS,
     Device,
+    Ended,
     Rounds,
     Samples,
     Step,
@@ -155,15 +156,21 @@ def main(options: Options) -> list[Path]:
         STOCK: _stock,
     }
     results: dict[Size, dict[str, Samples]] = {}
-    progress = tqdm(list(options.sizes()), desc="sizes", disable=None)
-    for size in progress:
-        progress.set_postfix_str(str(size))
-        case = _make_case(size, device)
-        _check(contenders, case)
-        steps = {name: _step(permute, case) for name, permute in contenders.items()}
-        fewest, seconds = (5, 0.2) if options.quick else (21, options.seconds)
-        rounds = Rounds(fewest=fewest, most=100, seconds=seconds)
-        results[size] = interleave(steps, device=device, rounds=rounds)
+    sizes = list(options.sizes())
+    fewest, seconds = (5, 0.2) if options.quick else (21, options.seconds)
+    rounds = Rounds(fewest=fewest, most=100, seconds=seconds)
+    progress = tqdm(sizes, desc="sizes", disable=None)
+    try:
+        for size in progress:
+            progress.set_postfix_str(str(size))
+            case = _make_case(size, device)
+            _check(contenders, case)
+            steps = {name: _step(permute, case) for name, permute in contenders.items()}
+            results[size] = interleave(steps, device=device, rounds=rounds)
+    except Ended:
+        if not results:
+            raise
+        facts["ended"] = f"after {len(results)} of {len(sizes)} sizes"
     page = _page(results, facts, bandwidth)
     print(page)
     name = result_name("permute", device=device, is_quick=options.quick)

@@ -48,6 +48,7 @@ from targets import (
 from timing import (
     RESULTS,
     Device,
+    Ended,
     Rounds,
     copy_bandwidth,
     describe_machine,
@@ -136,11 +137,16 @@ def main(options: Options) -> list[Path]:
     seconds = options.seconds or (1.0 if options.quick else 2.0)
     results = []
     progress = tqdm(shapes, desc="sizes", disable=None)
-    for shape in progress:
-        progress.set_postfix_str(str(shape))
-        case = make_case(shape, device=device)
-        results.append(_measure(case, routers, seconds=seconds))
-        del case
+    try:
+        for shape in progress:
+            progress.set_postfix_str(str(shape))
+            case = make_case(shape, device=device)
+            results.append(_measure(case, routers, seconds=seconds))
+            del case
+    except Ended:
+        if not results:
+            raise
+        facts["ended"] = f"after {len(results)} of {len(shapes)} sizes"
 
     rows = [row for result in results for row in _rows(result, not_run, bandwidth)]
     page = _page(results, not_run, facts, bandwidth=bandwidth, device=device, options=options)

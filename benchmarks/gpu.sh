@@ -13,5 +13,5 @@ for python in ${PYTHON:-"$here/../.venv/bin/python" python3 python python3.12 py
         exec "$python" "$here/gpu/run.py" "$@"
     fi
 done
-echo "error: ${PYTHON:-no python3, python, python3.12 or python3.13} ${PYTHON:+is not }a Python of at least 3.12 with torch: install torch, or set PYTHON to one that has it" >&2
+echo "error: ${PYTHON:-none of .venv, python3, python, python3.12 and python3.13} is ${PYTHON:+not }a Python of at least 3.12 with torch: install torch, or set PYTHON to one that has it" >&2
 exit 2

@@ -107,7 +107,7 @@ def kernels_verdict(floors: Estimate | None, *, device: torch.device) -> str:
     if device.type != "cuda":
         return f"not measured: {target} (a GPU's target)"
     if floors is None:
-        return f"not judged: {target} (not run)"
+        return f"not judged: {target} (gpu/kernels.py times the kernels one by one)"
     return f"{judge(floors, at_most=KERNELS_FACTOR)}: {target}; {floors}"
 
 

@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -205,15 +206,27 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+class Ended(Exception):
+    """SIGTERM came: a benchmark of several sizes writes those it has, and leaves the others out."""
+
+
 def run_script(main: Callable[[], Sequence[Path]]) -> None:
     """Run a benchmark, name its files, and tell a refusal in one line, with exit status 2."""
+    signal.signal(signal.SIGTERM, _raise_ended)
     try:
         written = main()
+    except Ended:
+        print("error: ended before anything was measured", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except (ValueError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     for path in written:
         print(path)
+
+
+def _raise_ended(_number: int, _frame: object) -> None:
+    raise Ended
 
 
 def _cpu_model() -> str:

@@ -98,10 +98,9 @@ __global__ void __launch_bounds__(kThreads) send_kernel(SendArgs args) {
     if (pairs == 0) continue;
     const long long row = offsets[rank] + line[rank] + __popc(senders & lanes_below());
     // fewer rows or pairs than the caller said would leave the tensors
-    if (row < args.num_rows && next_row < args.num_rows) {
-      args.sources[row] = t;
-      args.copies[next_row++] = row;
-    }
+    if (row < args.num_rows) args.sources[row] = t;
+    if (next_row < args.num_rows) args.copies[next_row] = row;
+    ++next_row;
     bool is_first = true;
     for (int e = 0; e < per_rank; ++e) {
       if (!flags[rank * per_rank + e] || pair >= args.num_pairs) continue;

@@ -120,6 +120,7 @@ int use_device(int device) { return (int)cudaSetDevice(device); }
 const char* error_text(int status) { return cudaGetErrorString((cudaError_t)status); }
 bool is_unsupported(int status) {
   return status == cudaErrorNoKernelImageForDevice || status == cudaErrorInsufficientDriver ||
+         status == cudaErrorUnsupportedPtxVersion || status == cudaErrorInvalidDeviceFunction ||
          status == cudaErrorNoDevice;
 }
 

@@ -167,11 +167,14 @@ def test_the_floor_is_the_bytes_of_the_tensors(monkeypatch: pytest.MonkeyPatch) 
         return sum(tensor.nbytes for tensor in tensors)
 
     probs_TE, map_TE, z_T = routing.probs_TE, routing.routing_map_TE, routing.z_T
+    used_DW = ops.experts_used(map_TE, document_ids_T=ids_T, num_documents=D)
     assert kernel_bytes(num_tokens=T, num_experts=E, num_documents=D) == {
         "document_scores": size(logits_TE, ids_T, scores_DE),
         "select_pool": size(scores_DE, sizes_D, pool_DE),
         "pool_topk": size(logits_TE, ids_T, pool_DE, probs_TE, map_TE, z_T),
         "pool_topk backward": size(probs_TE, z_T, logits_TE, map_TE, ids_T, logits_TE),
+        "experts_used": size(map_TE, ids_T, used_DW),
+        "document_statistics": size(scores_DE, pool_DE, used_DW),
     }
     shape = Shape(num_tokens=T, num_experts=E, top_k=2, num_documents=D)
     backward = bytes_moved(shape, with_backward=True) - bytes_moved(shape, with_backward=False)
@@ -221,6 +224,35 @@ def test_routing_refuses_to_time_a_broken_op(
     with pytest.raises(ValueError, match=f"native ops does not route .*{says}"):
         routing()
     assert not (tmp_path / "results").exists()
+
+
+@needs_native
+def test_an_ended_run_keeps_the_sizes_it_has(
+    routing: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import bench_routing
+    from timing import Ended
+
+    real = bench_routing._measure
+    for finished in (0, 1):
+        left = iter([True] * finished + [False])
+
+        def measure(*arguments: Any, left: Any = left, **options: Any) -> Any:
+            if not next(left):
+                raise Ended
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(bench_routing, "_measure", measure)
+        shapes = list(bench_routing.Options(tokens=(96, 48), experts=(16,), top_k=(2,)).shapes())
+        monkeypatch.setattr(bench_routing.Options, "shapes", lambda _, shapes=shapes: iter(shapes))
+        if finished:
+            table, page = routing()
+            assert {row["tokens"] for row in _rows(table)} == {"96"}
+            assert "ended: after 1 of" in page.read_text()
+        else:
+            with pytest.raises(Ended):
+                routing()
+            assert not (tmp_path / "results").exists()
 
 
 def test_routing_needs_the_compiled_ops(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from support.device import ROOT
-from support.gpu_script import GPU
+from support.device import ROOT, make_machine
+from support.gpu_script import GPU, run_driver
 
 from emo_megatron import ops
-from emo_megatron.ops import dispatch
+from emo_megatron.ops import dispatch, native
 
 pytestmark = pytest.mark.skipif(
     bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
@@ -146,3 +149,84 @@ def test_the_commit_comes_from_the_caller(scripts: pytest.MonkeyPatch) -> None:
     assert timing._commit() == "abc123"
     scripts.delenv("EMO_COMMIT")
     assert timing._commit() != "abc123"
+
+
+@pytest.fixture
+def package(
+    scripts: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], tuple[Path, list[list[str]]]]:
+    """Gives the package a library that does not work, for a reason; what is compiled is a file, which then works."""
+
+    def prepare(reason: str) -> tuple[Path, list[list[str]]]:
+        import builds
+
+        library, compiled = tmp_path / "_native.so", []
+        library.write_text("for CPUs")
+
+        def make(folder: Path, *, logs: Path, variants: list[str]) -> None:
+            compiled.append(variants)
+            folder.mkdir(exist_ok=True)
+            (folder / "default.so").write_text("for this GPU")
+
+        scripts.setattr(native, "LIBRARY", library)
+        scripts.setattr(ops, "why_not_native", lambda _: reason)
+        scripts.setattr(builds, "make", make)
+        # the new process that looks again
+        scripts.setattr(builds.subprocess, "run", lambda *_, **__: None)
+        return library, compiled
+
+    return prepare
+
+
+def test_a_library_that_does_not_work_is_compiled_even_if_one_was_brought(
+    package: Callable[[str], tuple[Path, list[list[str]]]], tmp_path: Path
+) -> None:
+    library, compiled = package("built without kernels for cuda")
+    import builds
+
+    builds.wait(tmp_path / "builds", logs=tmp_path, device="cuda")
+    assert compiled == [["default"]]
+    assert library.read_text() == "for this GPU"
+
+    library, compiled = package("")
+    builds.wait(tmp_path / "builds", logs=tmp_path, device="cuda")
+    assert compiled == []
+    assert library.read_text() == "for CPUs"
+
+
+def test_builds_are_compared_in_the_order_of_the_question(
+    scripts: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import builds
+
+    folder, output = tmp_path / "builds", tmp_path / "output"
+    folder.mkdir(), output.mkdir()
+    for name in (*builds.VARIANTS, "other"):
+        (folder / f"{name}.so").touch()
+    asked = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        asked.append(Path(command[command.index("--library") + 1]).stem)
+        return subprocess.CompletedProcess(command, 1)
+
+    scripts.setattr(builds.subprocess, "run", run)
+    with pytest.raises(SystemExit):
+        builds.compare(folder, device="cuda", output=output, is_quick=True)
+    assert asked == [*builds.VARIANTS, "_native"]
+
+
+def test_a_step_may_take_longer_where_nothing_works_without_it(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("megatron.core")
+    machine = make_machine(tmp_path / "machine", python=sys.executable)
+    table = """
+import stage
+stage.REHEARSAL_PACE = 1
+steps.STAGES["B"] = (
+    python("compiler", "import time; time.sleep(2)", seconds=1, most_seconds=60),
+    python("slow", "import time; time.sleep(2)", seconds=1),
+)
+"""
+    left = run_driver(machine, tmp_path / "output", table, "B", "--rehearse")
+    assert [left.rows[name][0] for name in ("compiler", "slow")] == ["ok", "timed out"]

@@ -1,7 +1,7 @@
 """The library of kernels: compile it for this GPU in several ways, wait for a usable one, compare the kernels' times.
 
 builds.py make FOLDER --logs LOGS [--variants default ...]     FOLDER/VARIANT.so, in the order given
-builds.py wait FOLDER                                          until the package has a library that works
+builds.py wait FOLDER --logs LOGS                              until the package has a library that works
 builds.py compare FOLDER --output FOLDER                       kernels.py with each, in turns
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {"default": ""} | {
-    f"warps-{warps}": f"-DEMO_WARPS_WANTED={warps}" for warps in (4096, 8192, 2048)
+    f"warps-{warps}": f"-DEMO_WARPS_WANTED={warps}" for warps in (4096, 8192)
 }
-"""What nvcc gets beside this GPU's architecture."""
+"""What nvcc gets beside this GPU's architecture; by default 2048 warps are wanted."""
 NEEDED = ("csrc", "emo_megatron", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BROUGHT = "brought"
 SIZES = ["--tokens", "8192", "32768", "65536", "--experts", "128"]
@@ -58,7 +58,7 @@ def make(folder: Path, *, logs: Path, variants: list[str]) -> None:
         print(f"{variant}: compiled in {took}")
 
 
-def wait(folder: Path, *, device: str) -> None:
+def wait(folder: Path, *, logs: Path, device: str) -> None:
     """Until the package's own library works here; one that is missing or does not is replaced by what is compiled."""
     from emo_megatron import ops
     from emo_megatron.ops import native
@@ -67,13 +67,14 @@ def wait(folder: Path, *, device: str) -> None:
     if not reason:
         print(f"{native.LIBRARY.name} as brought, {native.LIBRARY.stat().st_size} bytes, works")
         return
+    print(f"waiting for the compiler: {reason}", flush=True)
     if not folder.exists():
-        sys.exit(f"the library does not work here, and none is being compiled: {reason}")
-    print(f"waiting for the compiler: {reason}")
+        # a library was brought, so nothing is being compiled, but not one for this device
+        make(folder, logs=logs, variants=["default"])
     made = folder / "default.so"
     while not made.exists():
         if made.with_suffix(".failed").exists():
-            sys.exit("it does not compile: see builds/default.txt in the archive")
+            sys.exit("it does not compile: see default.txt in the archive")
         time.sleep(0.2)
     part = native.LIBRARY.with_suffix(".part")
     shutil.copy2(made, part)
@@ -86,8 +87,10 @@ def wait(folder: Path, *, device: str) -> None:
 
 def compare(folder: Path, *, device: str, output: Path, is_quick: bool) -> None:
     """Time the routing kernels of every library at a few sizes, each in a process of its own."""
-    libraries = {BROUGHT: ROOT / "emo_megatron" / "_native.so"}
-    libraries |= {path.stem: path for path in sorted(folder.glob("*.so"))}
+    # the most telling first: the step may be ended
+    paths = {name: folder / f"{name}.so" for name in VARIANTS}
+    libraries = {name: path for name, path in paths.items() if path.exists()}
+    libraries |= {BROUGHT: ROOT / "emo_megatron" / "_native.so"}
     missing = [path.stem for path in folder.glob("*.failed")]
     if len(libraries) == 1:
         sys.exit("nothing was compiled in time to compare with; see builds/ in the archive")
@@ -141,7 +144,7 @@ def main() -> None:
     if options.task == "make":
         make(options.folder, logs=options.logs, variants=options.variants)
     elif options.task == "wait":
-        wait(options.folder, device=options.device)
+        wait(options.folder, logs=options.logs, device=options.device)
     else:
         compare(
             options.folder, device=options.device, output=options.output, is_quick=options.quick

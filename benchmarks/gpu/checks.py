@@ -73,6 +73,8 @@ def other_stream(options: argparse.Namespace) -> str:
     for _ in range(1 if is_cpu else 10):
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             if stream is not None:
+                # the map is another stream's
+                stream.wait_stream(torch.cuda.default_stream())
                 large = torch.ones(1 << 27, device=options.device)
                 for _ in range(20):
                     large.mul_(1.0)

@@ -145,7 +145,9 @@ def _dispatch(here: Inputs, device: str) -> list[str]:
             names = ("counts", "places", "codes", "order", "sources")
             values = (counts_X, plan.places_P, plan.codes_P, received.order_P, plan.rows.source_P)
             for width in WIDTHS:
-                rows_NH = here.logits_TE[:, :1].expand(-1, width).contiguous().to(where)
+                generator = torch.Generator().manual_seed(width)
+                numbers_TH = torch.randn(num_tokens, width, generator=generator)
+                rows_NH = numbers_TH.to(here.logits_TE.dtype).to(where)
                 sent_NH = dispatch.copy_rows(rows_NH, fanout=plan.rows, backend="native")
                 copies_PH = dispatch.copy_rows(sent_NH, fanout=received.pairs, backend="native")
                 back_NH = dispatch.sum_rows(copies_PH, fanout=received.pairs, backend="native")

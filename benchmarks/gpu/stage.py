@@ -113,7 +113,8 @@ class Stage:
             reason = f"{max(left, 0):.0f} s left, needs {step.seconds} s"
         if reason:
             return Row(name=step.name, status=NOT_RUN, says=reason)
-        seconds = (left if step.is_elastic else step.seconds) * self._pace
+        most = left if step.is_elastic else min(step.most_seconds or step.seconds, left)
+        seconds = most * self._pace
         folder = self._folder_of(step)
         folder.mkdir()
         self._current = step

@@ -7,6 +7,7 @@ would be swapped for another one, perhaps outside the pool. Here both follow the
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -35,17 +36,17 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
     if config.moe_token_dispatcher_type != "flex" or _backend(config) == "hybridep":
         return
     manager = dispatcher._comm_manager
-    setup = manager.setup_metadata
+    # bound, not closed over the manager: a copy of the layer has a manager of its own
+    manager.setup_metadata = types.MethodType(_setup_metadata, manager)
 
-    def setup_metadata(routing_map: Tensor, probs: Tensor) -> None:
-        setup(routing_map, probs)
-        manager.token_indices, manager.token_probs = indices_of_map(
-            routing_map.reshape(len(routing_map), -1),
-            probs.reshape(len(probs), -1),
-            top_k=manager.router_topk,
-        )
 
-    manager.setup_metadata = setup_metadata
+def _setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
+    type(manager).setup_metadata(manager, routing_map, probs)
+    manager.token_indices, manager.token_probs = indices_of_map(
+        routing_map.reshape(len(routing_map), -1),
+        probs.reshape(len(probs), -1),
+        top_k=manager.router_topk,
+    )
 
 
 def indices_of_map(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from emo_megatron import balance, ops
 from emo_megatron.config import PoolConfig
-from emo_megatron.ops.reference import SCORE_FRACTION_BITS
+from emo_megatron.ops.reference import NUM_TOTALS, SCORE_FRACTION_BITS
 
 TOKEN_METRICS = ("token_entropy", "load_imbalance", "nonfinite_tokens")
 """Mean entropy of the scores of a token (nats); largest over mean expert load of the step; tokens per layer whose
@@ -73,10 +73,10 @@ class PoolMetricsTracker(MoEMetricsTracker):
         self._groups = groups
         _add(self._global_X if is_reduced else self._local_X, layer_number, counts_X)
 
-    def add_documents(self, layer_number: int, statistics: Tensor, *, groups: Groups) -> None:
+    def add_documents(self, layer_number: int, statistics_S: Tensor, *, groups: Groups) -> None:
         """Add a micro-batch's `ops.document_statistics`, [5] int64, equal on the ranks of groups.tp_cp."""
         self._groups = groups
-        _add(self._documents, layer_number, statistics)
+        _add(self._documents, layer_number, statistics_S)
 
     def hold_used(self, layer_number: int, used_DW: Tensor, *, groups: Groups) -> None:
         """Keep a micro-batch's `ops.experts_used` of this rank, to be joined with those of groups.tp_cp in a report."""
@@ -121,16 +121,18 @@ class PoolMetricsTracker(MoEMetricsTracker):
         counts = dict(self._global_X)
         if self._local_X:
             assert self._groups is not None
-            stacked_LX = torch.stack(list(self._local_X.values()))
+            local = sorted(self._local_X)
+            stacked_LX = torch.stack([self._local_X[layer] for layer in local])
             summed_LX = balance.reduce_counts(stacked_LX, group=self._groups.tp_dp_cp)
-            counts |= dict(zip(self._local_X, summed_LX, strict=True))
+            counts |= dict(zip(local, summed_LX, strict=True))
         if not counts:
             return {}
         layers = sorted(counts)
         counts_LX = torch.stack([counts[layer] for layer in layers])
-        self._warn_of_nonfinite(layers, counts_LX)
-        load_LE, totals_L3 = counts_LX.double().split([counts_LX.shape[1] - 3, 3], dim=1)
+        num_experts = counts_LX.shape[1] - NUM_TOTALS
+        load_LE, totals_L3 = counts_LX.double().split([num_experts, NUM_TOTALS], dim=1)
         tokens_L, nonfinite_L, entropy_L = totals_L3.unbind(1)
+        self._warn_of_nonfinite(layers, nonfinite_L)
         return {
             "token_entropy": (layers, _nats(entropy_L) / tokens_L.clamp(min=1)),
             "load_imbalance": (layers, load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-9)),
@@ -145,11 +147,11 @@ class PoolMetricsTracker(MoEMetricsTracker):
         sums = dict(self._documents)
         if self._used:
             joined = self._joined_statistics(self._groups)
-            for layer, statistics in joined.items():
-                _add(sums, layer, statistics)
-        own_L5 = torch.stack([sums[layer] for layer in layers])
+            for layer, statistics_S in joined.items():
+                _add(sums, layer, statistics_S)
+        own_LS = torch.stack([sums[layer] for layer in layers])
         documents, sizes, entropy, users, used = (
-            balance.reduce_counts(own_L5, group=self._groups.tp_dp_cp).double().unbind(1)
+            balance.reduce_counts(own_LS, group=self._groups.tp_dp_cp).double().unbind(1)
         )
         return {
             "pool_size": (layers, sizes / documents.clamp(min=1)),
@@ -170,22 +172,22 @@ class PoolMetricsTracker(MoEMetricsTracker):
             for layer, used_DW in zip(words, joined, strict=True)
         }
 
-    def _warn_of_nonfinite(self, layers: list[int], counts_LX: Tensor) -> None:
+    def _warn_of_nonfinite(self, layers: list[int], nonfinite_L: Tensor) -> None:
         group = None if self._groups is None else self._groups.tp_dp_cp
         if group is not None and group.rank() != 0:
             return
-        for layer, count in zip(layers, counts_LX[:, -2].tolist(), strict=True):
+        for layer, count in zip(layers, nonfinite_L.tolist(), strict=True):
             if count:
                 warnings.warn(
-                    f"layer {layer}: the router's logits of {count} tokens of this step are NaN or infinite; "
+                    f"layer {layer}: the router's logits of {count:.0f} tokens of this step are NaN or infinite; "
                     "these tokens count in no pool and no balance loss, and their outputs are NaN",
                     stacklevel=2,
                 )
 
 
-def _add(sums: dict[int, Tensor], layer_number: int, values: Tensor) -> None:
-    before = sums.get(layer_number)
-    sums[layer_number] = values if before is None else before + values
+def _add(sums: dict[int, Tensor], layer_number: int, values_X: Tensor) -> None:
+    before_X = sums.get(layer_number)
+    sums[layer_number] = values_X if before_X is None else before_X + values_X
 
 
 def _nats(fixed_L: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class PoolRouter(TopKRouter):
         )
         probs_TE = routed.probs_TE
         if self.training:
-            probs_TE = self._with_losses(probs_TE, routed, scores_DE)
+            probs_TE = self._with_losses(probs_TE, routed, ids_T, scores_DE)
         self._count_for_bias(routed)
         return probs_TE, self._dispatched_map(routed.routing_map_TE, ids_T)
 
@@ -169,7 +169,11 @@ class PoolRouter(TopKRouter):
         return scope.sizes_LD[self.layer_number - 1]
 
     def _with_losses(
-        self, probs_TE: Tensor, routed: ops.Routing, scores_DE: Tensor | None
+        self,
+        probs_TE: Tensor,
+        routed: ops.Routing,
+        ids_T: Tensor | None,
+        scores_DE: Tensor | None,
     ) -> Tensor:
         """Record what is counted, and attach this rank's share of the balance and z losses to `probs_TE`'s gradient."""
         lb_coeff = self.get_aux_loss_coeff("global_aux_loss")
@@ -182,7 +186,7 @@ class PoolRouter(TopKRouter):
         )
         fraction, population = self._counts(routed, is_reduced=has_losses, is_first=is_first)
         if is_first:
-            self._record(routed.routing_map_TE, scores_DE)
+            self._record(routed.routing_map_TE, ids_T, scores_DE)
         if not has_losses or not torch.is_grad_enabled():
             return probs_TE
         # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
@@ -229,26 +233,28 @@ class PoolRouter(TopKRouter):
             )
         return fraction, population
 
-    def _record(self, routing_map_TE: Tensor, scores_DE: Tensor | None) -> None:
+    def _record(
+        self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None
+    ) -> None:
         """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
         tracker, scope = pool_metrics(), self.scope
-        if tracker is None or scope is None:
+        if tracker is None or scope is None or ids_T is None:
             return
         used_DW = ops.experts_used(
             routing_map_TE,
-            document_ids_T=scope.document_ids_T,
+            document_ids_T=ids_T,
             num_documents=scope.segments.num_documents,
         )
         is_split = self.tp_cp_group.size() > 1
         if is_split:
             tracker.hold_used(self.layer_number, used_DW, groups=self._groups)
         if scores_DE is not None or not is_split:
-            statistics = ops.document_statistics(
+            statistics_S = ops.document_statistics(
                 scores_DE,
                 pool_DE=None if scores_DE is None else scope.pools[self.layer_number],
                 used_DW=None if is_split else used_DW,
             )
-            tracker.add_documents(self.layer_number, statistics, groups=self._groups)
+            tracker.add_documents(self.layer_number, statistics_S, groups=self._groups)
 
     def _record_share(self, name: str, share: Tensor) -> None:
         """Log a value of which every rank holds a share: summed when Megatron reports, not here."""

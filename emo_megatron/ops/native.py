@@ -3,10 +3,11 @@
 They are torch operators with fake registrations, and with gradients (those of dispatch are in ops/dispatch.py), so
 `torch.compile` traces through them and CUDA graphs capture them: nothing waits for the device, and nothing but outputs
 and a small workspace is allocated. Integer sums make results the same bits for any number of threads and any split of
-the tokens. From the reference the routing ops
-differ by the last bits of `exp`, and in one rule: a softmax router's experts are ranked by their logits, not by
-probabilities rounded to float32, so experts that are equal there (all those below 1e-38 of the best) go by their
-logits, not by their index. The dispatch ops give the reference's bits.
+the tokens.
+
+The routing ops differ from the reference by the last bits of `exp`, and in one rule: a softmax router's experts are
+ranked by their logits, not by probabilities rounded to float32, so experts that are equal there (all those below 1e-38
+of the best) go by their logits, not by their index. The dispatch ops give the reference's bits.
 """
 
 from __future__ import annotations

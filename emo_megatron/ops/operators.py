@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emo_megatron.ops.reference import NUM_STATISTICS, NUM_TOTALS
+
 
 def register(namespace: str) -> None:
     """Register both for the operators of one loaded library."""
@@ -33,7 +35,7 @@ def _register_routing_shapes(namespace: str) -> None:
         return (
             torch.empty_like(logits),
             torch.empty_like(logits, dtype=torch.bool),
-            logits.new_empty(num_experts + 3, dtype=torch.int64),
+            logits.new_empty(num_experts + NUM_TOTALS, dtype=torch.int64),
             logits.new_empty(num_experts, dtype=torch.float32),
             logits.new_empty(num_tokens, dtype=torch.float32),
         )
@@ -59,7 +61,7 @@ def _register_document_shapes(namespace: str) -> None:
     def _(scores: Tensor | None, pool: Tensor | None, used: Tensor | None) -> Tensor:
         like = scores if scores is not None else used
         assert like is not None
-        return like.new_empty(5, dtype=torch.int64)
+        return like.new_empty(NUM_STATISTICS, dtype=torch.int64)
 
     @torch.library.register_fake(f"{namespace}::draw_bits")
     def _(

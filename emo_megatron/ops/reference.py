@@ -17,6 +17,12 @@ SCORE_FRACTION_BITS = 27
 """Document scores are probabilities in fixed point with so many fractional bits: sums of 2**36 tokens fit in int64."""
 
 
+NUM_TOTALS = 3
+"""Entries of `Routing.counts_X` behind those of the experts."""
+NUM_STATISTICS = 5
+"""Entries of `document_statistics`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
     """Where every token goes, and what the losses and metrics need. Differentiable: probs, score_sums, z."""
@@ -37,7 +43,7 @@ class Routing:
     @property
     def tokens_per_expert_E(self) -> Tensor:
         """[E] int64: valid tokens that chose the expert."""
-        return self.counts_X[:-3]
+        return self.counts_X[:-NUM_TOTALS]
 
     @property
     def num_tokens(self) -> Tensor:
@@ -260,11 +266,11 @@ def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_document
     num_experts = routing_map_TE.shape[1]
     num_words = -(-num_experts // 32)
     row_T = torch.where(document_ids_T < 0, num_documents, document_ids_T)
-    times = routing_map_TE.new_zeros(num_documents + 1, 32 * num_words, dtype=torch.int32)
-    times[:, :num_experts].index_add_(0, row_T, routing_map_TE.int())
-    is_used = (times[:num_documents] > 0).view(num_documents, num_words, 32)
-    bits_B = 1 << torch.arange(32, device=is_used.device)
-    return (is_used * bits_B).sum(dim=-1).to(torch.int32)
+    times_DE = routing_map_TE.new_zeros(num_documents + 1, 32 * num_words, dtype=torch.int32)
+    times_DE[:, :num_experts].index_add_(0, row_T, routing_map_TE.int())
+    is_used_DWB = (times_DE[:num_documents] > 0).view(num_documents, num_words, 32)
+    bits_B = 1 << torch.arange(32, device=times_DE.device)
+    return (is_used_DWB * bits_B).sum(dim=-1).to(torch.int32)
 
 
 def given_statistics(
@@ -299,7 +305,7 @@ def document_statistics(
     """
     given_DX = given_statistics(scores_DE, pool_DE, used_DW)
     nothing = given_DX.new_zeros((), dtype=torch.int64)
-    num_scored, pool_sizes, entropies, num_users, num_used = [nothing] * 5
+    num_scored, pool_sizes, entropies, num_users, num_used = [nothing] * NUM_STATISTICS
     if scores_DE is not None:
         totals_D = scores_DE.sum(dim=-1)
         num_scored = (totals_D > 0).sum()

@@ -49,14 +49,13 @@ class Operations(TorchDispatchMode):
         return sum(self.seen.values())
 
 
-def _step(pool):
-    """Operations of every (micro-batch, layer), of the end of the step and of the report; pool None: stock routers."""
+def _routers(pool):
+    """Of every layer, with their metrics installed; pool None: stock routers."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe import moe_logging
     from megatron.core.transformer.moe.router import TopKRouter
     from support import tiny
 
-    from emo_megatron.mcore.context import CLOCK, Shard, scope_of
     from emo_megatron.mcore.metrics import install_metrics
     from emo_megatron.mcore.router import PoolRouter
 
@@ -74,6 +73,17 @@ def _step(pool):
     for number, router in enumerate(routers, start=1):
         router.set_layer_number(number)
         router.train()
+    return routers
+
+
+def _step(pool):
+    """Operations of every (micro-batch, layer), of the end of the step and of the report; pool None: stock routers."""
+    from megatron.core.transformer.moe import moe_logging
+    from support import tiny
+
+    from emo_megatron.mcore.context import CLOCK, Shard, scope_of
+
+    routers = _routers(pool)
     CLOCK.consumed_samples = 0
     logits = torch.randn(32, 1, 8, requires_grad=True)
     upstream = torch.randn(32, 8)
@@ -138,8 +148,11 @@ def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks
     assert total + our_report <= stock_total + stock_report
 
 
-def _reported(logits_TE, pool):
-    """What is logged of one micro-batch with these logits, the warnings, and the attached weights."""
+def _reported(logits_TE, pool, padded=()):
+    """What is logged of one micro-batch with these logits, the warnings, and the attached weights.
+
+    Tokens `padded` are padding by Megatron's mask, those from 28 on by the boundaries.
+    """
     import warnings
 
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -165,7 +178,9 @@ def _reported(logits_TE, pool):
         layer_number=1,
     )
     logits = logits_TE[:, None].clone().requires_grad_()
-    probs, routing_map = router.routing(logits)
+    padding_mask = torch.zeros(32, 1, dtype=torch.bool)
+    padding_mask[list(padded)] = True
+    probs, routing_map = router.routing(logits, padding_mask)
     (gradient,) = torch.autograd.grad([probs], [logits], [torch.zeros_like(probs)])
     logged = {}
 
@@ -185,9 +200,9 @@ def _reported(logits_TE, pool):
             force_initialize=True,
         )
     messages = [str(warning.message) for warning in told]
-    scope = router.scope
-    pools = scope.pools.get(1)
-    return logged, messages, probs.detach(), routing_map, gradient, pools, scope.document_ids_T
+    ids = router.scope.document_ids_T.masked_fill(padding_mask[:, 0], -1)
+    pools = router.scope.pools.get(1)
+    return logged, messages, probs.detach(), routing_map, gradient, pools, ids
 
 
 def _logits():
@@ -197,11 +212,11 @@ def _logits():
 @pytest.mark.parametrize("pool", [POOLS, PoolConfig()], ids=["pools", "standard"])
 def test_metrics_are_their_definition(ranks, pool):
     logged, messages, _, routing_map, _, pools, ids = ranks(1).run(
-        _reported, logits_TE=_logits(), pool=pool
+        _reported, logits_TE=_logits(), pool=pool, padded=(3, 17, 18)
     )[0]
     assert not [message for message in messages if "router" in message]
     valid = ids >= 0
-    assert int(valid.sum()) == 28
+    assert int(valid.sum()) == 25
     allowed = torch.ones(3, 8, dtype=torch.bool) if pools is None else pools
     logits = _logits().double()
     scores = logits.masked_fill(~allowed[ids.clamp(min=0)], -torch.inf).softmax(-1)[valid]

@@ -281,7 +281,7 @@ WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"
 CASES = [("cuda", name) for name in CUDA_MUTATIONS] + [("cpu", name) for name in CPU_MUTATIONS]
 
 
-def tests_of(name: str, file: str, *, is_whole: bool) -> list[str]:
+def suites_of(name: str, file: str, *, is_whole: bool) -> list[str]:
     """The test files that must see a mutation."""
     if is_whole:
         return ["native", "nonfinite", "documents", "dispatch"]
@@ -304,7 +304,7 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
     chosen = (
         f"({'emulated or schedule' if kernels == 'cuda' else '[cpu or threads'}) and not ({WIDE})"
     )
-    tests = [f"tests/ops/test_{which}.py" for which in tests_of(name, file, is_whole=not before)]
+    tests = [f"tests/ops/test_{which}.py" for which in suites_of(name, file, is_whole=not before)]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),

@@ -90,8 +90,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "mcore/metrics.py",
         [
             (
-                "reduce_counts(own_L5, group=self._groups.tp_dp_cp)",
-                "reduce_counts(own_L5, group=None)",
+                "reduce_counts(own_LS, group=self._groups.tp_dp_cp)",
+                "reduce_counts(own_LS, group=None)",
             )
         ],
         "DP2-recompute-none-mbs1-ga1-running",

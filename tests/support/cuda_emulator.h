@@ -195,6 +195,7 @@ static emulator::BlockIndex blockIdx;
 #define EMO_CHECK_ALIGNED(pointer, type) \
   if ((uintptr_t)(pointer) % alignof(type) != 0) emulator::fail("a vector that is not aligned")
 using cudaError_t = int;
+constexpr int cudaErrorInvalidDeviceFunction = 98, cudaErrorUnsupportedPtxVersion = 222;
 constexpr int cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
               cudaErrorNoKernelImageForDevice = 209;
 // EMO_EMULATOR_ERROR: the error that CUDA reports

@@ -46,7 +46,7 @@ case "$*" in
 *) echo "as asked: $*" ;;
 esac
 """
-# what they are given must be what the page of the tool says a shared machine allows
+# these refuse what needs rights on a machine that others use too, or what would hide errors
 NCU = """
 case "$*" in
 *--import*) [ -f "$2" ] && echo "details of $2" && exit ;;
