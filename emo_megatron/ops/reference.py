@@ -142,7 +142,6 @@ def pool_topk(
         the loss; z is 0, no sum holds it, and no gradient comes from it. Padding stays padding whatever its logits.
     """
     is_allowed_TE, is_padding_T = _allowed(logits_TE, document_ids_T, pool_DE)
-    excluded = float("-inf")
     logits_f_TE = logits_TE.float()
     is_masked_TE = None if is_allowed_TE is None or mask != "logits" else ~is_allowed_TE
     is_nonfinite_T = _nonfinite(logits_f_TE.detach(), is_masked_TE)
@@ -150,7 +149,9 @@ def pool_topk(
     logits_f_TE = logits_f_TE.masked_fill(is_nonfinite_T[:, None], 0.0)
     carrying_TE = logits_f_TE
     if is_masked_TE is not None:
-        carrying_TE = logits_f_TE.masked_fill(is_masked_TE & ~is_nonfinite_T[:, None], excluded)
+        carrying_TE = logits_f_TE.masked_fill(
+            is_masked_TE & ~is_nonfinite_T[:, None], float("-inf")
+        )
 
     if score_function == "softmax":
         scores_TE = torch.softmax(carrying_TE, dim=-1)
@@ -160,17 +161,9 @@ def pool_topk(
         keys_TE = gates_TE if expert_bias_E is None else gates_TE + expert_bias_E.float()
         counted_TE = gates_TE if is_masked_TE is None else gates_TE * ~is_masked_TE
         scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
-    # the mask goes onto the keys last: a bias, or an underflowed probability, must not let an excluded expert win,
-    # and a logit of -inf not let it tie
-    keys_TE = keys_TE.detach().clamp(min=torch.finfo(torch.float32).min)
-    keys_TE = keys_TE.masked_fill(is_nonfinite_T[:, None], 0.0)
-    if is_allowed_TE is not None:
-        keys_TE = keys_TE.masked_fill(~is_allowed_TE, excluded)
-    expert_ids_TK = keys_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-
+    expert_ids_TK = _best(keys_TE.detach(), is_allowed_TE, is_nonfinite_T, top_k)
     if score_function == "softmax":
-        chosen_TE = scores_TE if pre_softmax else logits_f_TE
-        weights_TK = chosen_TE.gather(1, expert_ids_TK)
+        weights_TK = (scores_TE if pre_softmax else logits_f_TE).gather(1, expert_ids_TK)
         if not pre_softmax:
             weights_TK = torch.softmax(weights_TK, dim=-1)
     else:
@@ -185,6 +178,19 @@ def pool_topk(
     return _assemble(
         logits_TE, expert_ids_TK, weights_TK, scores_TE, z_T, is_padding_T, is_nonfinite_T
     )
+
+
+def _best(
+    keys_TE: Tensor, is_allowed_TE: Tensor | None, is_nonfinite_T: Tensor, top_k: int
+) -> Tensor:
+    """[T, K] int64, the experts with the largest keys; of a non-finite token the first ones of its pool."""
+    # the mask goes onto the keys last: a bias, or an underflowed probability, must not let an excluded expert win,
+    # and a logit of -inf not let it tie
+    keys_TE = keys_TE.clamp(min=torch.finfo(torch.float32).min)
+    keys_TE = keys_TE.masked_fill(is_nonfinite_T[:, None], 0.0)
+    if is_allowed_TE is not None:
+        keys_TE = keys_TE.masked_fill(~is_allowed_TE, float("-inf"))
+    return keys_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def _allowed(
