@@ -152,3 +152,18 @@ def test_a_file_that_says_nothing_of_the_module_is_refused(
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
         read_retention(tmp_path / "rows.json", kept=5)
+
+
+@pytest.mark.parametrize("dense_layers", [(), (0,)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_card_names_the_engines_that_run_the_model_and_what_they_cast(
+    dense_layers: tuple[int, ...], dtype: str
+) -> None:
+    dense = {"dense_layers": dense_layers, "dense_hidden": 32} if dense_layers else {}
+    model = decoder.architecture(num_layers=2, **dense)
+    card = model_card(model, model_type="qwen2_moe", dtype=dtype, origin=Origin(name="x", pools={}))
+    assert "vLLM 0.32.0" in card
+    # SGLang reads no mlp_only_layers
+    assert ("mlp_only_layers" in card) == bool(dense_layers)
+    assert ("SGLang run this model" in card) == (not dense_layers)
+    assert ("--dtype float32" in card) == (dtype == "float32")
