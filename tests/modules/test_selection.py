@@ -83,8 +83,8 @@ def test_what_cannot_be_is_refused_in_memory_and_on_disk(tmp_path, changes, what
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ('{"format": "emo_megatron.sel', "not JSON"),
-        ("[1, 2]", "lacks"),
+        ('{"format": "emo_megatron.sel', "not readable JSON"),
+        ("[1, 2]", "must hold an object"),
         ('{"experts": []}', "lacks"),
         ('{"format": "emo_megatron.selection.1", "experts": []}', "lacks .*layers"),
     ],
