@@ -102,16 +102,25 @@ def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     if is_new or path.is_dir():
         must_not_exist(path)
     unfinished = _unfinished(path)
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    with gone_on_failure(unfinished), writing(path, under=unfinished):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(unfinished)
+        yield unfinished
+        unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def gone_on_failure(*paths: Path) -> Iterator[None]:
+    """If the block fails, remove these files and folders, and what it made of the folders above them, if empty."""
+    above = (folder for path in paths for folder in path.absolute().parents)
+    made = [folder for folder in dict.fromkeys(above) if not folder.exists()]
     try:
-        with writing(path, under=unfinished):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(unfinished)
-            yield unfinished
-            unfinished.replace(path)
+        yield
     except BaseException:
+        # what failed is to be told, not that it cannot be removed either
         with contextlib.suppress(OSError):
-            _remove(unfinished)
+            for path in paths:
+                _remove(path)
             for folder in made:
                 folder.rmdir()
         raise
