@@ -102,7 +102,8 @@ COMMANDS = {
     "merge": "merge --parent megatron --modules french-module perl-module --output OUT --conflict average",
     "compose": "compose --modules french-module perl-module --parent megatron --stats french.safetensors "
     "perl.safetensors --output OUT",
-    "compose files": "compose --selections french.json perl.json --stats french.safetensors perl.safetensors --output OUT",
+    "compose files": "compose --selections french.json perl.json --stats french.safetensors "
+    "perl.safetensors --output OUT",
     "relabel": "relabel --checkpoint megatron --placement place.json --output OUT",
     "place": "place --stats french.safetensors --ranks 3 --output OUT",
     "stats": "stats --checkpoint hf --data data/perl.safetensors --output OUT",

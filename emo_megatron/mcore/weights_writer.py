@@ -103,6 +103,7 @@ def write_checkpoint(
 
 
 def _save(folder: Path, planner: _Writer) -> None:
+    failed: BaseException | None = None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")
@@ -111,8 +112,10 @@ def _save(folder: Path, planner: _Writer) -> None:
             save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         # wraps everything, also what is no error of the checkpoint, and is no Exception itself
-        cause, _ = next(iter(error.failures.values()))
-        raise cause from None
+        failed, _ = next(iter(error.failures.values()))
+    if failed is not None:
+        # out here it keeps its own context, where torch's writer has the machine's error
+        raise failed
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Bytes(io.BytesIO):
-    """Gives its bytes as a copy: a view that a failed write leaves behind crashes Python 3.12.1 when it is collected."""
+    """Gives its bytes as a copy: collecting a view that a failed write left behind crashes Python 3.12.1."""
 
     def getbuffer(self) -> Any:
         return self.getvalue()

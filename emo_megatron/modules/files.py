@@ -22,8 +22,8 @@ _REASONS = {
     errno.EFBIG: "the limit of a file's size is reached, see ulimit -f",
     errno.EMFILE: "this process may not open more files, see ulimit -n",
 }
-_IN_WORDS = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust tell an error of the machine, by its number."""
+_IN_WORDS = re.compile(r"\((?:os error )?(\d+)\)")
+"""How libraries in Rust and torch tell an error of the machine: its text, and then its number."""
 
 
 def message_of(error: BaseException) -> str:
@@ -52,9 +52,15 @@ def machine_error(error: BaseException) -> OSError | None:
     """The operating system's error that `error` is or, as a library's own exception, tells of; None for others."""
     if isinstance(error, OSError):
         return None if error.errno is None else error
-    if isinstance(error, ValueError) or (found := _IN_WORDS.search(str(error))) is None:
+    if isinstance(error, ValueError):
         return None
-    return OSError(int(found[1]), os.strerror(int(found[1])))
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        # torch's writer finds the file shorter than it must be after the write that failed
+        return machine_error(error.__context__)
+    for number in map(int, _IN_WORDS.findall(str(error))):
+        if number and os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number))
+    return None
 
 
 @contextlib.contextmanager

@@ -108,10 +108,15 @@ def load_placement(path: Path) -> Placement:
     kinds = {"layers": list, "order": list, "model": str, "method": str, "max_imbalance": float}
     checked(stored, kinds, where=str(path))
     try:
+        for order in stored["order"]:
+            if not isinstance(order, list):
+                raise ValueError(
+                    f"order must have a list for each layer; got {reprlib.repr(order)}"
+                )
         stored["layers"] = tuple(stored["layers"])
-        stored["order"] = tuple(tuple(order) for order in stored["order"])
+        stored["order"] = tuple(map(tuple, stored["order"]))
         return Placement(**stored)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is a damaged placement file: {error}") from None
 
 

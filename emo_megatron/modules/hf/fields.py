@@ -44,15 +44,20 @@ def whole_numbers(config: Mapping[str, Any], name: str, *, default: list[int]) -
     return value
 
 
-def number(config: Mapping[str, Any], name: str) -> float:
+def number(config: Mapping[str, Any], name: str, *, of: str = "") -> float:
     """A number above 0.
+
+    Args:
+        config: of the file, or an object in it.
+        name: of the field.
+        of: the field with that object, for the error.
 
     Raises:
         ValueError: it is missing or something else.
     """
     value = _given(config, name, None)
     if not is_a(value, float) or value <= 0:
-        raise _wrong(name, "a number above 0", value)
+        raise _wrong(f"{of}.{name}".lstrip("."), "a number above 0", value)
     return float(value)
 
 

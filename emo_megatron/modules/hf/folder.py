@@ -242,7 +242,7 @@ def _names(handle: Any) -> list[str]:
 def _reading(path: Path, *, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if refused := machine_error(error):
             raise OSError(refused.errno, refused.strerror, str(path)) from error
         raise ValueError(f"{path}{what}: {error}") from None

@@ -107,7 +107,9 @@ def rope_theta(config: Mapping[str, Any]) -> float:
         raise ValueError(
             f"rotary positions must not be scaled; config.json has rope_type {reprlib.repr(kind)}"
         )
-    return number(parameters if "rope_theta" in parameters else config, "rope_theta")
+    if "rope_theta" not in parameters:
+        return number(config, "rope_theta")
+    return number(parameters, "rope_theta", of="rope_parameters")
 
 
 def common_config(architecture: Architecture) -> dict[str, Any]:
