@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print where its result lies."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from emo_megatron.environment import collect_environment, format_json, format_text
+from emo_megatron.modules.files import message_of, write_any_name
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -126,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 after a user error or a missing optional package, told in one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    write_any_name()
     try:
         _run(arguments)
     except ModuleNotFoundError as error:
@@ -135,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{arguments[0]} needs {error.name}, which is not installed: "
             "pip install 'emo_megatron[demo]'"
         )
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        return _fail(str(error))
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        return _fail(message_of(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -156,10 +159,21 @@ def _run(arguments: list[str]) -> None:
     if isinstance(options, EnvOptions):
         report = collect_environment()
         print(format_json(report) if options.json else format_text(report))
+        _flush()
         return
     command = COMMANDS[chosen]
     function = getattr(importlib.import_module(command.module), command.function)
     print(f"results: {function(options)}")
+    _flush()
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would fail again with what is left in the buffer when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:

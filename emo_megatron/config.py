@@ -209,12 +209,23 @@ def load_pool_config(path: Path) -> PoolConfig:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"pool configuration {path}: there is no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"pool configuration {path} is not readable JSON: {error}") from error
+    return pool_config_of(stored, where=f"pool configuration {path}")
+
+
+def pool_config_of(stored: object, *, where: str) -> PoolConfig:
+    """The PoolConfig of an object with any of its fields, as JSON holds it.
+
+    Args:
+        stored: what was read.
+        where: its file and place, for the error.
+
+    Raises:
+        ValueError: it is no such object; names every problem in it.
+    """
     if not isinstance(stored, dict):
-        raise ValueError(
-            f'pool configuration {path} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}'
-        )
+        raise ValueError(f'{where} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}')
     kinds = get_type_hints(PoolConfig)
     problems = [
         f"{name} must be {kinds[name]}; got {value!r}"
@@ -225,11 +236,11 @@ def load_pool_config(path: Path) -> PoolConfig:
     if unknown:
         problems.append(f"unknown: {unknown}; the fields are {', '.join(kinds)}")
     if problems:
-        raise ValueError(f"pool configuration {path}:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise ValueError(f"{where}:\n" + "\n".join(f"  - {p}" for p in problems))
     try:
         return PoolConfig(**stored)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -25,23 +25,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+from emo_megatron.demo.prepared import HELD_OUT_SPLITS, MANIFEST, Corpus, load_corpus
 from emo_megatron.demo.sources import MACHINE_SOURCES, Machine, folder_sources
+from emo_megatron.modules.files import gone_on_failure, whole, writing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOD = "<|endoftext|>"
 EOD_TOKEN = 0
-HELD_OUT_SPLITS = ("calibration", "validation")
 SPLITS = ("train", *HELD_OUT_SPLITS)
 MIN_DOMAINS = 3
 MIN_HELD_OUT = 60
 TOKENIZER_CHARS = 600_000
 FORMAT = 1
+_FILES = ("tokenizer", "train.bin", "train.idx", *HELD_OUT_SPLITS)
 # control characters, and halves of surrogate pairs, which have no UTF-8
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\ufffd\ud800-\udfff]")
 
@@ -87,60 +88,6 @@ class CorpusConfig:
             raise ValueError("; ".join(problems) + f"; got {self}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """A corpus on disk."""
-
-    path: Path
-    manifest: dict[str, Any]
-    """The content of corpus.json."""
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the domains, in order of preference."""
-        return list(self.manifest["domains"])
-
-    @property
-    def train_prefix(self) -> Path:
-        """Path of the indexed dataset without .bin or .idx."""
-        return self.path / "train"
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """Folder to load with `AutoTokenizer.from_pretrained`."""
-        return self.path / "tokenizer"
-
-    @property
-    def eod_token(self) -> int:
-        """Id of the token that ends every document."""
-        return int(self.manifest["eod_token"])
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer, the end-of-document token included."""
-        return int(self.manifest["vocab_size"])
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens of the training split over all domains."""
-        return sum(row["tokens"]["train"] for row in self.manifest["domains"].values())
-
-    def documents(self, split: str, domain: str) -> tuple[Tensor, Tensor]:
-        """Load one domain of a held-out split, "calibration" or "validation".
-
-        Returns:
-            tokens: [num_tokens] int32, all documents one after the other.
-            cu_seqlens: [num_documents + 1] int32, where each document starts, and the end.
-        """
-        if split not in HELD_OUT_SPLITS or domain not in self.domains:
-            raise ValueError(
-                f"split must be one of {HELD_OUT_SPLITS} and domain one of {self.domains}; "
-                f"got {split!r}, {domain!r}. Training documents are at {self.train_prefix}."
-            )
-        tensors = load_file(self.path / split / f"{domain}.safetensors")
-        return tensors["tokens"], tensors["cu_seqlens"]
-
-
 type _Texts = dict[str, list[str]]
 type _Tokens = dict[str, list[array[int]]]
 
@@ -156,13 +103,13 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
     Raises:
         ValueError: if fewer than three domains have enough documents.
     """
-    path = output / "corpus.json"
+    path = output / MANIFEST
     corpus_dir = None if config.corpus_dir is None else str(config.corpus_dir.resolve())
     wanted = dataclasses.asdict(config) | {"corpus_dir": corpus_dir, "format": FORMAT}
     if path.exists():
-        manifest = json.loads(path.read_text())
-        if manifest["config"] == wanted:
-            return Corpus(path=output, manifest=manifest)
+        corpus = load_corpus(output)
+        if corpus.manifest["config"] == wanted:
+            return corpus
         path.unlink()
     descriptions, documents = _collect(config, machine=machine or Machine())
     texts = {name: _split(documents[name], config=config) for name in documents}
@@ -170,16 +117,17 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
     tokens = _tokenize(texts, tokenizer=tokenizer)
     _balance(tokens)
     rows = {name: _summarise(texts[name], tokens[name]) for name in texts}
+    with gone_on_failure(*(output / name for name in _FILES)), writing(output):
+        fingerprint = _write(output, tokens, tokenizer=tokenizer, seed=config.seed)
     manifest = {
         "config": wanted,
-        "fingerprint": _write(output, tokens, tokenizer=tokenizer, seed=config.seed),
+        "fingerprint": fingerprint,
         "vocab_size": tokenizer.get_vocab_size(),
         "eod_token": EOD_TOKEN,
         "domains": {name: {"source": descriptions[name], **rows[name]} for name in rows},
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    partial.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Corpus(path=output, manifest=manifest)
 
 

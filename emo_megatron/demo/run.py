@@ -16,6 +16,7 @@ from typing import Any
 
 from emo_megatron.demo import corpus as corpora
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
+from emo_megatron.demo.prepared import Corpus
 from emo_megatron.demo.recipe import (
     FULL,
     QUICK,
@@ -26,6 +27,8 @@ from emo_megatron.demo.recipe import (
     megatron_flags,
 )
 from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.modules.files import whole
+from emo_megatron.modules.json_files import read_object
 from emo_megatron.modules.retention import conditions, read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report import retention
@@ -115,7 +118,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Note what the run in this folder is made of; refuse a folder whose run is made of something else."""
     settings = json.loads(json.dumps(settings))
     path = output / "demo.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_object(path, kind="the settings of a run") if path.exists() else {}
     differing = [
         f"{name} is {was} there and {now} here" for name, was, now in differences(found, settings)
     ]
@@ -124,10 +127,8 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
             f"{output} holds a run with other settings: {'; '.join(differing)}. "
             "Give another folder with --output, or delete that one."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found | settings, indent=1))
-    temporary.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(found | settings, indent=1), encoding="utf-8")
 
 
 def differences(
@@ -149,9 +150,7 @@ def corpus_config(folder: Path | None, *, seed: int, quick: bool) -> corpora.Cor
     return dataclasses.replace(full, max_domains=4, bytes_per_domain=300_000, min_documents=60)
 
 
-def pretraining_flags(
-    model: Model, size: Size, *, corpus: corpora.Corpus, run_dir: Path
-) -> list[str]:
+def pretraining_flags(model: Model, size: Size, *, corpus: Corpus, run_dir: Path) -> list[str]:
     """What examples/pretrain_emo.py is started with; the checkpoint goes to `run_dir`/checkpoint."""
     return megatron_flags(
         size,
@@ -162,7 +161,7 @@ def pretraining_flags(
     )
 
 
-def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
+def _training(model: Model, size: Size, *, corpus: Corpus, output: Path) -> Job:
     run_dir = output / model.name
     log = run_dir / "train.log"
     flags = pretraining_flags(model, size, corpus=corpus, run_dir=run_dir)
@@ -177,7 +176,7 @@ def _training(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path)
     )
 
 
-def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Path) -> Job:
+def _evaluation(model: Model, size: Size, *, corpus: Corpus, output: Path) -> Job:
     options = retention_options(model, size, corpus=corpus, output=output)
     # the small model is compared whole: it is what a quarter of the experts competes with
     kept = [] if model.name == "small" else [int(text) - size.num_shared for text in options.keep]
@@ -200,7 +199,7 @@ def _evaluation(model: Model, size: Size, *, corpus: corpora.Corpus, output: Pat
 
 
 def retention_options(
-    model: Model, size: Size, *, corpus: corpora.Corpus, output: Path
+    model: Model, size: Size, *, corpus: Corpus, output: Path
 ) -> RetentionOptions:
     """How the model in `output`/NAME/checkpoint is measured."""
     # the shared expert counts where sizes are named
@@ -223,7 +222,7 @@ def retention_options(
 
 
 def _rows(
-    model: Model, size: Size, *, corpus: corpora.Corpus, output: Path
+    model: Model, size: Size, *, corpus: Corpus, output: Path
 ) -> list[retention.RetentionRow]:
     """The model's evaluation as rows of the report."""
     options = retention_options(model, size, corpus=corpus, output=output)
@@ -233,7 +232,7 @@ def _rows(
 
 
 def _report(
-    rows: list[retention.RetentionRow], *, output: Path, corpus: corpora.Corpus, size: Size
+    rows: list[retention.RetentionRow], *, output: Path, corpus: Corpus, size: Size
 ) -> None:
     retention.save_rows(rows, output / "retention")
     caption = (

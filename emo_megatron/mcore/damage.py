@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import pickle
+import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 _DAMAGE = (
-    *(EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError),
-    pickle.UnpicklingError,
+    *(ArithmeticError, AssertionError, EOFError, LookupError, OSError, RuntimeError, ValueError),
+    *(pickle.UnpicklingError, struct.error),
 )
 """What a file that was cut or overwritten makes of its reader."""
 _FOREIGN = (AttributeError, ImportError, TypeError)
 """What unpickling makes of names that are not there."""
 _NO_MEMORY = ("not enough memory", "out of memory")
 """In the texts of torch's allocators, whose errors are RuntimeErrors."""
+_OF_THE_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _MOST_NAMES = 3
 
 
@@ -65,7 +67,7 @@ def _cause(error: BaseException) -> BaseException:
 def _is_of_the_machine(error: BaseException) -> bool:
     """Whether reading a whole file would have failed, too."""
     if isinstance(error, OSError):
-        return isinstance(error, PermissionError) or error.errno == errno.ENOMEM
+        return isinstance(error, PermissionError) or error.errno in _OF_THE_MACHINE
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 

@@ -1,5 +1,6 @@
 """Write token documents as the indexed dataset Megatron trains on, and read them."""
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from emo_megatron.modules.files import whole
 
 with warnings.catch_warnings():
     # Megatron warns of each library for GPUs that is missing; writing tokens needs none of them
@@ -24,8 +27,8 @@ def write_indexed_dataset(
 ) -> None:
     """Write `prefix`.bin and `prefix`.idx, one sequence a document, in the order given.
 
-    Both files are written under temporary names and renamed, the index last, so an interrupted
-    call never leaves an index without its data.
+    Both files appear whole or not at all, the index last, so an interrupted call never leaves an index without its
+    data.
 
     Args:
         prefix: path without ending; its folder is made if missing.
@@ -33,31 +36,27 @@ def write_indexed_dataset(
         vocab_size: decides the width of a token on disk.
 
     Raises:
+        OSError: the disk is full, or another error of the machine.
         ValueError: if a document is empty or holds an id outside [0, vocab_size), or there is none.
     """
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     data, index = (Path(f"{prefix}.{ending}") for ending in ("bin", "idx"))
-    partial_data, partial_index = (Path(f"{path}.partial") for path in (data, index))
-    builder = IndexedDatasetBuilder(str(partial_data), dtype=DType.optimal_dtype(vocab_size))
-    try:
-        for position, document in enumerate(documents):
-            tokens = np.asarray(document, dtype=np.int64)
-            if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(
-                    f"every document must hold ids in [0, {vocab_size}); document {position} has "
-                    + (f"{tokens.min()} to {tokens.max()}" if tokens.size else "no token")
-                )
-            builder.add_document(tokens, [tokens.size])
-        if len(builder.sequence_lengths) == 0:
-            raise ValueError(f"nothing to write to {prefix}: there are no documents")
-        builder.finalize(str(partial_index))
+    # what is renamed first is the inner one
+    with whole(index) as new_index, whole(data) as new_data:
+        builder = IndexedDatasetBuilder(str(new_data), dtype=DType.optimal_dtype(vocab_size))
+        with contextlib.closing(builder.data_file):
+            for position, document in enumerate(documents):
+                tokens = np.asarray(document, dtype=np.int64)
+                if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocab_size:
+                    raise ValueError(
+                        f"every document must hold ids in [0, {vocab_size}); document {position} has "
+                        + (f"{tokens.min()} to {tokens.max()}" if tokens.size else "no token")
+                    )
+                builder.add_document(tokens, [tokens.size])
+            if len(builder.sequence_lengths) == 0:
+                raise ValueError(f"nothing to write to {prefix}: there are no documents")
+            builder.finalize(str(new_index))
+        # an older one is of other data
         index.unlink(missing_ok=True)
-        partial_data.replace(data)
-        partial_index.replace(index)
-    finally:
-        builder.data_file.close()
-        partial_data.unlink(missing_ok=True)
-        partial_index.unlink(missing_ok=True)
 
 
 class IndexedDocuments(Sequence[Tensor]):

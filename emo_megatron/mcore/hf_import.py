@@ -6,20 +6,25 @@ python -m emo_megatron import --folder exported/french --output runs/french
 from __future__ import annotations
 
 import argparse
-import shutil
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from emo_megatron.config import pool_config_of
 from emo_megatron.mcore.hf_flags import flags_of
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM, megatron_weights
 from emo_megatron.mcore.hf_parity import Converted, measure_parity
+from emo_megatron.mcore.parts import SELECTION_FILE
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import write_checkpoint
 from emo_megatron.modules.files import must_not_exist, whole
+from emo_megatron.modules.hf.fields import record
+from emo_megatron.modules.hf.folder import CONFIG as CONFIG_FILE
 from emo_megatron.modules.hf.folder import HuggingFaceFolder
 from emo_megatron.modules.hf.formats import RECORD
 from emo_megatron.modules.hf.tokenizer import CONFIG, Tokenizer
+from emo_megatron.modules.selection import load_selection
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -57,6 +62,8 @@ def import_folder(options: ImportOptions) -> Converted:
         tokenizer = Tokenizer(options.tokenizer or options.folder)
         tokenizer.check(vocab_size=source.architecture.vocab_size)
     args = _flags(source, options, has_tokenizer=tokenizer is not None)
+    file = options.folder / SELECTION_FILE
+    selection = load_selection(file) if file.exists() else None
     with whole(options.output, is_new=True) as unfinished:
         weights = megatron_weights(
             source.architecture,
@@ -67,8 +74,8 @@ def import_folder(options: ImportOptions) -> Converted:
         write_checkpoint(unfinished, weights, args=args)
         if tokenizer:
             tokenizer.save(unfinished / TOKENIZER_FOLDER)
-        if (selection := options.folder / "selection.json").exists():
-            shutil.copyfile(selection, unfinished / selection.name)
+        if selection:
+            selection.save(unfinished / SELECTION_FILE)
         parity = None
         if options.parity_tokens:
             written = MegatronCheckpoint(unfinished)
@@ -79,11 +86,12 @@ def import_folder(options: ImportOptions) -> Converted:
 def _flags(
     source: HuggingFaceFolder, options: ImportOptions, *, has_tokenizer: bool
 ) -> argparse.Namespace:
-    record = source.config.get(RECORD) or {}
+    where = f"{source.path / CONFIG_FILE}, {RECORD}"
+    pools = record(source.config, RECORD).get("pools") or {}
     return flags_of(
         source.architecture,
         dtype=source.dtype,
         moe_norm=OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM,
-        pools=record.get("pools") or {},
+        pools=dataclasses.asdict(pool_config_of(pools, where=f"{where}.pools")),
         tokenizer=str(options.output.resolve() / TOKENIZER_FOLDER) if has_tokenizer else None,
     )

@@ -8,7 +8,6 @@ the refusal table.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.context import TRAILING_PADDING
+from emo_megatron.modules.json_files import read_object
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
@@ -236,7 +236,9 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
-        sequences_per_dataset = json.loads(Path(args.per_dataset_sequences_path).read_text())
+        sequences_per_dataset = read_object(
+            Path(args.per_dataset_sequences_path), kind="sequences of each dataset"
+        )
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,11 @@ class MegatronCheckpoint:
         self._reader = FileSystemReader(str(self.path))
         with damage_of([".metadata"], folder=self.path, is_unpickled=True):
             self._metadata: Metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            if not isinstance(self._metadata, Metadata) or not isinstance(
+                self._metadata.storage_data, dict
+            ):
+                raise TypeError("it holds something else")
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -112,11 +117,17 @@ class MegatronCheckpoint:
         """The flags of the run that wrote it.
 
         Raises:
-            ValueError: it holds none.
+            ValueError: it holds none, or lacks some that every run has.
         """
         args = self.common.get("args")
         if not isinstance(args, argparse.Namespace):
             raise ValueError(f"{self.path} does not hold the flags of its run: save it again")
+        lacking = [name for name in ("num_experts", "moe_router_topk") if not hasattr(args, name)]
+        if lacking:
+            raise ValueError(
+                f"the flags in {self.path} lack {', '.join(lacking)}: it was written by a version of Megatron that is "
+                "not supported; load it in a supported one and save it again"
+            )
         return args
 
     @cached_property
@@ -281,13 +292,18 @@ def _iteration_folder(path: Path) -> Path:
     """
     tracker = path / TRACKER
     if tracker.exists():
-        said = tracker.read_text().strip()
-        folder = path / (RELEASE if said == RELEASE else f"iter_{int(said):07d}")
+        said = tracker.read_text(errors="replace").strip()
+        if said != RELEASE and not (said.isascii() and said.isdigit()):
+            raise ValueError(
+                f"{tracker} must hold the number of an iteration, or {RELEASE}; got {reprlib.repr(said)}"
+            )
+        folder = path / (RELEASE if said == RELEASE else f"iter_{said:>07}")
     else:
         folder = path
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
-    config = maybe_load_config(str(folder))
+    with damage_of(["metadata.json"], folder=folder, is_unpickled=True):
+        config = maybe_load_config(str(folder))
     if config is None or config.sharded_backend != "torch_dist":
         raise ValueError(
             f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, and convert "

@@ -103,6 +103,7 @@ def write_checkpoint(
 
 
 def _save(folder: Path, planner: _Writer) -> None:
+    failed: BaseException | None = None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")
@@ -111,8 +112,10 @@ def _save(folder: Path, planner: _Writer) -> None:
             save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         # wraps everything, also what is no error of the checkpoint, and is no Exception itself
-        cause, _ = next(iter(error.failures.values()))
-        raise cause from None
+        failed, _ = next(iter(error.failures.values()))
+    if failed is not None:
+        # out here it keeps its own context, where torch's writer has the machine's error
+        raise failed
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,6 +134,13 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
     for name, value in fresh.items():
         setattr(args, name, value)
     return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": CONTENT}
+
+
+class _Bytes(io.BytesIO):
+    """Gives its bytes as a copy: collecting a view that a failed write left behind crashes Python 3.12.1."""
+
+    def getbuffer(self) -> Any:
+        return self.getvalue()
 
 
 class _Writer(DefaultSavePlanner):
@@ -162,7 +172,7 @@ class _Writer(DefaultSavePlanner):
         name = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
             # as Megatron's writer does: a list of the ranks' objects
-            buffer = io.BytesIO()
+            buffer = _Bytes()
             torch.save([self._objects[name]], buffer)
             return buffer
         assert write_item.tensor_data is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from emo_megatron.modules.calibration import Calibration, Documents, load_docume
 from emo_megatron.modules.choosing import select
 from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
+from emo_megatron.modules.json_files import checked, read_json
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import measure_retention
 from emo_megatron.modules.retention_options import RetentionOptions
@@ -75,7 +75,10 @@ def _documents(
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return [*tokenizer.encode(text, add_special_tokens=False), *end]
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = folder / "config.json"
+    described = checked(
+        read_json(config, kind="a model's configuration"), {"vocab_size": int}, where=str(config)
+    )
     return load_documents(
-        path, calibration=calibration, tokenize=tokenize, vocab_size=config["vocab_size"]
+        path, calibration=calibration, tokenize=tokenize, vocab_size=described["vocab_size"]
     )

@@ -8,7 +8,6 @@ Shapes: B rows, S positions, T = B * S tokens, E routed experts, K experts a tok
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from emo_megatron.modules.calibration import Row, pack_rows
+from emo_megatron.modules.files import writing
 from emo_megatron.modules.hf_observer import BlockObserver
+from emo_megatron.modules.json_files import read_object
 from emo_megatron.modules.selection import router_fingerprint
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
 from emo_megatron.modules.study import Loss, Setting, statistics_of
@@ -39,7 +40,7 @@ def load_hugging_face(path: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(
             f"experts are studied in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
@@ -65,14 +66,15 @@ def _as_stock(path: Path, kind: str) -> Iterator[Path]:
 
     stored = HuggingFaceFolder(path)
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(
-            Path(folder),
-            format=QWEN2_MOE,
-            architecture=stored.architecture,
-            read=stored.weight,
-            dtype=stored.dtype,
-            extra_config={},
-        )
+        with writing(Path(folder)):
+            write_folder(
+                Path(folder),
+                format=QWEN2_MOE,
+                architecture=stored.architecture,
+                read=stored.weight,
+                dtype=stored.dtype,
+                extra_config={},
+            )
         yield Path(folder)
 
 

@@ -13,16 +13,19 @@ Shapes: L MoE layers, E routed experts, R ranks, T tokens.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.json_files import checked, is_a, read_own
+from emo_megatron.modules.selection import MOST_EXPERTS
 from emo_megatron.modules.stats import ExpertStatistics
 
 FORMAT = "emo_megatron.placement.1"
@@ -53,15 +56,24 @@ class Placement:
     """Load of the fullest rank over the mean that was aimed at, at most."""
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "num_ranks"):
+            if not is_a(getattr(self, name), int) or not 1 <= getattr(self, name) <= MOST_EXPERTS:
+                raise ValueError(
+                    f"{name} must be a number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}"
+                )
         _check_ranks(self.num_experts, self.num_ranks)
+        numbers = self.layers
+        if not all(is_a(n, int) for n in numbers) or list(numbers) != sorted({*numbers} - {0}):
+            raise ValueError(f"layers must be ascending numbers from 1; got {numbers}")
         if len(self.order) != len(self.layers):
             raise ValueError(
                 f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}"
             )
         for layer, order in zip(self.layers, self.order, strict=True):
-            if sorted(order) != list(range(self.num_experts)):
+            if not all(is_a(e, int) for e in order) or sorted(order) != [*range(self.num_experts)]:
                 raise ValueError(
-                    f"layer {layer}: the order must hold each of {self.num_experts} experts once; got {order}"
+                    f"layer {layer}: the order must hold each of {self.num_experts} experts once; got "
+                    f"{reprlib.repr(order)}"
                 )
 
     def check_model(self, fingerprint: str, *, layers: Sequence[int]) -> None:
@@ -89,17 +101,23 @@ def load_placement(path: Path) -> Placement:
         FileNotFoundError: there is none.
         ValueError: it is no placement file, or a damaged one; names the file and what is wrong.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no placement file {path}; write one with place")
+    names = [f.name for f in fields(Placement)]
+    stored = read_own(path, kind="a placement file", format=FORMAT, fields=names)
+    kinds = {"layers": list, "order": list, "model": str, "method": str, "max_imbalance": float}
+    checked(stored, kinds, where=str(path))
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if stored.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
+        for order in stored["order"]:
+            if not isinstance(order, list):
+                raise ValueError(
+                    f"order must have a list for each layer; got {reprlib.repr(order)}"
+                )
         stored["layers"] = tuple(stored["layers"])
-        stored["order"] = tuple(tuple(order) for order in stored["order"])
+        stored["order"] = tuple(map(tuple, stored["order"]))
         return Placement(**stored)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no placement file, or a damaged one: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is a damaged placement file: {error}") from None
 
 
 def place(

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from emo_megatron.modules.files import partial_of, whole
+from emo_megatron.modules.json_files import checked, read_own
 from emo_megatron.modules.study import StudiedModel
 
 FORMAT = "emo_megatron.selecting.1"
@@ -96,15 +97,16 @@ class Progress:
             unfinished.write_text(json.dumps(stored, indent=1), encoding="utf-8")
 
     def _read(self) -> dict[str, Any]:
+        kinds = {"question": dict, "found": dict}
         try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            asked, found = dict(stored["question"]), dict(stored["found"])
-            if stored["format"] != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self._path} is not the progress of a select ({error}): remove it"
-            ) from error
+            stored = read_own(
+                self._path, kind="the progress of a select", format=FORMAT, fields=kinds
+            )
+            checked(stored, kinds, where=str(self._path))
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it") from None
+        asked: dict[str, Any] = stored["question"]
+        found: dict[str, Any] = stored["found"]
         names = asked.keys() | self._question.keys()
         others = sorted(name for name in names if asked.get(name) != self._question.get(name))
         if others:

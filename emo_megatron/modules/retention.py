@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Calibration, Documents
 from emo_megatron.modules.files import must_be_writable, whole
+from emo_megatron.modules.json_files import checked, read_object
 from emo_megatron.modules.retention_options import RetentionOptions, domain_files
 from emo_megatron.modules.select import (
     LAYERWISE,
@@ -32,6 +34,12 @@ from emo_megatron.modules.study import StudiedModel, collect_stats
 
 FULL = "full"
 """The method of the rows with all experts."""
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("domain", "evaluated_on", "method", "origin"), str),
+    **dict.fromkeys(("num_experts_kept", "tokens"), int),
+    **dict.fromkeys(("keep_fraction", "loss"), float),
+}
+"""Of a row in the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +184,7 @@ def check_output(options: RetentionOptions) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows that `measure_retention` has kept so far, none if there is no file."""
-    return [] if not path.exists() else list(json.loads(path.read_text(encoding="utf-8")).values())
+    return list(_rows_in(path).values())
 
 
 class _Modules:
@@ -247,7 +255,7 @@ def _origin(
         facts.append(str(options.seed))
     elif row.method != FULL:
         facts.append(calibration[row.domain].source["sha256"])
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
 
 
 def _read_done(path: Path, origins: Mapping[str, str]) -> dict[str, Any]:
@@ -275,9 +283,9 @@ def _rows_in(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        rows = dict(json.loads(path.read_text(encoding="utf-8")))
-        for row in rows.values():
-            str(row["origin"])
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no file of rows: {error}; remove it") from None
+        rows = read_object(path, kind="a file of rows")
+        for name, row in rows.items():
+            checked(row, _KINDS, where=f"{path}, {name}")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it") from None
     return rows

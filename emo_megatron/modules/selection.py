@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from emo_megatron import __version__
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.json_files import is_a, read_own
 
 FORMAT = "emo_megatron.selection.1"
 """First entry of the file, so that another file is told apart from a damaged one."""
+MOST_EXPERTS = 2**20
+"""Of a layer; a file that says more is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,16 +153,8 @@ def load_selection(path: Path | str) -> Selection:
         ValueError: it is no Selection, or a damaged one; names the file and what is wrong.
     """
     path = Path(path)
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no Selection: not JSON ({error})") from None
-    if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
-        raise ValueError(f'{path} is no Selection: it lacks "format": "{FORMAT}"')
-    wanted = {f.name for f in fields(Selection)}
-    if set(stored) != wanted:
-        lacking, unknown = sorted(wanted - set(stored)), sorted(set(stored) - wanted)
-        raise ValueError(f"{path} is no Selection: it lacks {lacking} and has unknown {unknown}")
+    names = [f.name for f in fields(Selection)]
+    stored = read_own(path, kind="a Selection", format=FORMAT, fields=names)
     try:
         experts = tuple(tuple(layer) for layer in stored.pop("experts"))
         return Selection(experts=experts, layers=tuple(stored.pop("layers")), **stored)
@@ -182,8 +178,10 @@ def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
 def _problems(selection: Selection) -> list[str]:
     problems = []
     num_experts = selection.num_experts
-    if not _is_int(num_experts) or num_experts < 1:
-        return [f"num_experts must be a positive number; got {num_experts!r}"]
+    if not _is_int(num_experts) or not 1 <= num_experts <= MOST_EXPERTS:
+        return [
+            f"num_experts must be a positive number, {MOST_EXPERTS} at most; got {num_experts!r}"
+        ]
     layers = selection.layers
     if not layers or not all(map(_is_int, layers)) or list(layers) != sorted({*layers} - {0}):
         problems.append(f"layers must be ascending numbers from 1; got {_short(layers)}")
@@ -202,21 +200,21 @@ def _problems(selection: Selection) -> list[str]:
     for name in ("method", "model", "created_by"):
         value: Any = getattr(selection, name)
         if not isinstance(value, str) or not value:
-            problems.append(f"{name} must be a text; got {value!r}")
+            problems.append(f"{name} must be a text; got {reprlib.repr(value)}")
     if selection.seed is not None and not _is_int(selection.seed):
-        problems.append(f"seed must be a number or null; got {selection.seed!r}")
+        problems.append(f"seed must be a number or null; got {reprlib.repr(selection.seed)}")
     data: Any = selection.data
     if not isinstance(data, dict):
-        problems.append(f"data must be an object; got {data!r}")
+        problems.append(f"data must be an object; got {reprlib.repr(data)}")
     return problems
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return is_a(value, int)
 
 
 def _short(numbers: Sequence[object]) -> str:
-    head = ", ".join(map(repr, numbers[:8]))
+    head = ", ".join(map(reprlib.repr, numbers[:8]))
     return f"[{head}, ... {len(numbers)} in all]" if len(numbers) > 8 else f"[{head}]"
 
 

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.json_files import checked, read_json
 
 EMO = "emo"
 STANDARD = "standard"
@@ -151,26 +152,43 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
     """Read the rows of one of the files that `save_rows` wrote; the suffix says which form it has.
 
     Raises:
-        ValueError: another suffix, or a row with missing or unknown columns.
+        OSError: the file cannot be opened.
+        ValueError: another suffix, no such file, or a row with missing or unknown columns, or values of other types.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"rows are read from .csv or .json; got {path}. Add the suffix.")
-    text = path.read_text(encoding="utf-8")
-    is_json = path.suffix == ".json"
-    records = json.loads(text) if is_json else csv.DictReader(io.StringIO(text))
-    wanted = {f.name: f.type for f in fields(RetentionRow)}
+    kinds = {f.name: f.type for f in fields(RetentionRow) if isinstance(f.type, type)}
     rows = []
-    for record in records:
-        if set(record) != set(wanted):
+    for place, record in enumerate(_records(path), start=1):
+        where = f"{path}, row {place}"
+        if isinstance(record, dict) and set(record) != set(kinds):
             raise ValueError(
-                f"a row must have the columns {sorted(wanted)}; got {sorted(map(str, record))} in "
-                f"{path}. Write the file with save_rows."
+                f"{where} must have the columns {sorted(kinds)}; got {sorted(map(str, record))}. "
+                "Write the file with save_rows."
             )
-        # csv holds text only; the annotations of the row are the types to read
-        typed = {name: kind(record[name]) for name, kind in wanted.items() if callable(kind)}
-        rows.append(RetentionRow(**typed))
+        if path.suffix == ".json":
+            checked(record, kinds, where=where)
+        try:
+            # csv holds text only; the annotations of the row are the types to read
+            rows.append(RetentionRow(**{n: kind(record[n]) for n, kind in kinds.items()}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
     return rows
+
+
+def _records(path: Path) -> list[Any]:
+    kind = "rows of `retention`"
+    if path.suffix == ".json":
+        stored = read_json(path, kind=kind)
+        if not isinstance(stored, list):
+            raise ValueError(f"{path} is not {kind}: it must hold a list; name retention.json")
+        return stored
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not {kind}: {error}") from None
 
 
 def summarise(rows: Iterable[RetentionRow]) -> list[RetentionSummary]:

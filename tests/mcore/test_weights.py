@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import gc
+import pickle
+import resource
 import shutil
 
 import pytest
 import torch
 from support import checkpoints
 from support.checkpoints import ARGS, UNEQUAL
+from torch.distributed.checkpoint.metadata import Metadata
 
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import LazyWeight, write_checkpoint
@@ -223,3 +229,63 @@ def test_no_file_is_replaced_by_a_checkpoint(saved, tmp_path):
     with pytest.raises(ValueError, match="file exists; name one that does not"):
         write_checkpoint(tmp_path / "file", {}, args=MegatronCheckpoint(saved[0]).args)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("limit", [0, 5_000, 300_000])
+def test_a_full_disk_names_the_folder_and_leaves_nothing(limit, tmp_path):
+    """Of chunks that are larger than a buffer torch's own writer tells an unexpected position."""
+    names = ("decoder.layers.0.mlp.experts.experts.linear_fc1.weight", "output_layer.weight")
+    weights = {name: torch.zeros(8, 100, 100) for name in names}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as told:
+            write_checkpoint(tmp_path / "new" / "out", weights, args=argparse.Namespace())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(tmp_path / "new" / "out"))
+    assert list(tmp_path.iterdir()) == []
+    # what the failed write left behind is collected without harm
+    del told
+    gc.collect()
+
+
+@pytest.mark.parametrize("said", ["", "seven", "7.5", "-1", "\u0667", "7 8", b"\xff\xfe7"])
+def test_a_tracker_that_names_no_iteration_is_named(said, tmp_path):
+    file = tmp_path / "latest_checkpointed_iteration.txt"
+    file.write_bytes(said if isinstance(said, bytes) else said.encode())
+    with pytest.raises(ValueError, match=f"{file.name} must hold the number"):
+        MegatronCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", "[" * 10_000, '{"new": 1}', "{}"])
+def test_a_description_that_is_no_description_is_named(saved, text, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "cut")
+    (file,) = tmp_path.rglob("metadata.json")
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"iter_0000007") as told:
+        MegatronCheckpoint(tmp_path / "cut")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("held", [None, 1, {}, [1], argparse.Namespace(), Metadata({})])
+def test_metadata_of_something_else_is_named(saved, held, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "cut")
+    (file,) = tmp_path.rglob(".metadata")
+    file.write_bytes(pickle.dumps(held))
+    with pytest.raises(
+        ValueError, match=r"its file \.metadata is damaged|\.metadata is damaged"
+    ) as told:
+        MegatronCheckpoint(tmp_path / "cut")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "held", [None, 1, [], {}, {"args": None}, {"args": argparse.Namespace(a=1)}]
+)
+def test_a_common_file_without_flags_is_named(saved, held, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "old")
+    torch.save(held, tmp_path / "old" / "iter_0000007" / "common.pt")
+    with pytest.raises(ValueError, match=r"iter_0000007") as told:
+        assert MegatronCheckpoint(tmp_path / "old").args
+    assert "\n" not in str(told.value)

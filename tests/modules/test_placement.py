@@ -190,3 +190,24 @@ def test_placement_rejects_experts_that_do_not_divide():
             method="load",
             max_imbalance=1.0,
         )
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("num_experts", ("16", 16.0, True, None, 0, -16, 10**15, 10**30)),
+        ("num_ranks", ("2", 2.5, None, 0, -2, 10**15)),
+        ("layers", (1, None, "1", [1.0], ["1"], [None], [0], [2, 1], [[1]], {})),
+        ("order", (1, None, [1], ["0123456789abcdef"], [[*range(15), "15"]], [[[0]] * 16], [{}])),
+        ("model", (None, 1, [])),
+        ("method", (None, {})),
+        ("max_imbalance", ("1.1", None, [1.1])),
+    ],
+)
+def test_a_field_of_another_type_is_refused_with_the_file(field, values, tmp_path):
+    path = place(_stats(_routing()[0]), num_ranks=2).save(tmp_path / "p.json")
+    stored = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps(stored | {field: value}))
+        with pytest.raises(ValueError, match=rf"p\.json.*({field.rstrip('s')}|do not divide)"):
+            load_placement(path)

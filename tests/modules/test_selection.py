@@ -83,8 +83,8 @@ def test_what_cannot_be_is_refused_in_memory_and_on_disk(tmp_path, changes, what
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ('{"format": "emo_megatron.sel', "not JSON"),
-        ("[1, 2]", "lacks"),
+        ('{"format": "emo_megatron.sel', "not readable JSON"),
+        ("[1, 2]", "must hold an object"),
         ('{"experts": []}', "lacks"),
         ('{"format": "emo_megatron.selection.1", "experts": []}', "lacks .*layers"),
     ],
@@ -139,3 +139,24 @@ def test_a_failing_write_leaves_what_was_there(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="exists"), whole(tmp_path / "folder"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("num_experts", (8.0, True, None, [], -8, 10**15, 10**30)),
+        ("experts", (1, None, "ab", [1], [None], [[0.0]], [[True]], [[[0]], [1]], {"a": 1})),
+        ("layers", (1, None, "ab", [2.0, 3.0], [None, 3], [[2], [3]], [2, 10**30])),
+        ("seed", ("1", True, [])),
+        ("data", (None, 1, "text")),
+        ("created_by", (None, 1, [])),
+    ],
+)
+def test_a_field_of_another_type_is_refused_with_the_file(field, values, tmp_path):
+    path = selection().save(tmp_path / "s.json")
+    stored = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps(stored | {field: value}))
+        with pytest.raises(ValueError, match=r"s\.json") as told:
+            load_selection(path)
+        assert "\n" not in str(told.value)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.entries import Entry
+from emo_megatron.modules.hf.fields import whole_number, whole_numbers
 from emo_megatron.modules.hf.formats import (
     RECORD,
     Format,
@@ -112,21 +114,26 @@ def _architecture(stored: Stored) -> Architecture:
     problems = expect(config, hidden_act="silu", attention_bias=False, dense_mlp_bias=False)
     if config.get("always_active_experts") or config.get("always_active_experts_per_layer"):
         problems.append("always_active_experts must not be given: their weight is a probability")
-    num_shared = config.get("num_shared_experts", 0)
-    if num_shared not in (0, 1):
+    num_shared = whole_number(config, "num_shared_experts", least=0, default=0)
+    if num_shared > 1:
         problems.append(
             f"num_shared_experts must be 0 or 1; got {num_shared}: more weigh 1 in total here and 1 each "
             "in training"
         )
-    num_layers, num_all = config.get("num_hidden_layers", 0), config.get("num_experts", 0)
-    counts = config.get("num_experts_per_layer") or [num_all] * num_layers
+    num_layers, num_all = (
+        whole_number(config, "num_hidden_layers"),
+        whole_number(config, "num_experts"),
+    )
+    counts = _per_layer(config, "num_experts", num_layers=num_layers, otherwise=num_all)
     sparse = {count for count in counts if count}
     if len(sparse) > 1:
         problems.append(
             f"every sparse layer must have as many experts (Megatron has one --num-experts); got {counts}"
         )
-    shared_counts = config.get("num_shared_experts_per_layer") or [num_shared] * num_layers
-    if {n for n, all_of in zip(shared_counts, counts, strict=False) if all_of} - {num_shared}:
+    shared_counts = _per_layer(
+        config, "num_shared_experts", num_layers=num_layers, otherwise=num_shared
+    )
+    if {n for n, all_of in zip(shared_counts, counts, strict=True) if all_of} - {num_shared}:
         problems.append(
             f"every sparse layer must have num_shared_experts {num_shared}; got {shared_counts}"
         )
@@ -136,12 +143,23 @@ def _architecture(stored: Stored) -> Architecture:
     return Architecture(
         **common_sizes(config),
         num_experts=max(sparse, default=num_shared) - num_shared,
-        top_k=config["num_experts_per_tok"] - num_shared,
-        expert_hidden=config["intermediate_size"],
-        shared_hidden=config["intermediate_size"] if num_shared else 0,
+        top_k=whole_number(config, "num_experts_per_tok") - num_shared,
+        expert_hidden=whole_number(config, "intermediate_size"),
+        shared_hidden=whole_number(config, "intermediate_size") if num_shared else 0,
         dense_layers=dense,
-        dense_hidden=config["dense_intermediate_size"] if dense else 0,
+        dense_hidden=whole_number(config, "dense_intermediate_size") if dense else 0,
     )
+
+
+def _per_layer(
+    config: Mapping[str, Any], name: str, *, num_layers: int, otherwise: int
+) -> list[int]:
+    counts = whole_numbers(config, f"{name}_per_layer", default=[]) or [otherwise] * num_layers
+    if len(counts) != num_layers:
+        raise ValueError(
+            f"{name}_per_layer must have an entry for each of {num_layers} layers; got {len(counts)}"
+        )
+    return counts
 
 
 EMO = Format(

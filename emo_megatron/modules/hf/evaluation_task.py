@@ -83,11 +83,11 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
         vocab_size=len(tokenizer),
     )
     texts = [tokenizer.decode(document.tolist()) for document in found.tokens]
-    with whole(data, is_new=True) as unfinished:
+    # the inner one appears first: a task has its documents, and they do not stay where it cannot be written
+    with whole(task, is_new=True) as new_task, whole(data, is_new=True) as new_data:
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts if text)
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with whole(task, is_new=True) as unfinished:
+        new_data.write_text("\n".join(lines) + "\n", encoding="utf-8")
         # a JSON string is a YAML string
         text = _TASK.format(name=json.dumps(options.name), file=json.dumps(str(data)))
-        unfinished.write_text(text, encoding="utf-8")
+        new_task.write_text(text, encoding="utf-8")
     return task

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from emo_megatron.modules.files import machine_error
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.emo import EMO
 from emo_megatron.modules.hf.entries import Entry, from_file, to_file
 from emo_megatron.modules.hf.formats import Format
 from emo_megatron.modules.hf.qwen2_moe import QWEN2_MOE
+from emo_megatron.modules.json_files import checked, is_a, read_object
 
 FORMATS: dict[str, Format] = {format.model_type: format for format in (QWEN2_MOE, EMO)}
 """By model_type."""
@@ -50,11 +54,16 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.config: Mapping[str, Any] = _read_json(self.path / CONFIG)
+        if not (self.path / CONFIG).exists():
+            raise ValueError(f"{self.path} is no Hugging Face checkpoint: it has no {CONFIG}")
+        self.config: Mapping[str, Any] = read_object(
+            self.path / CONFIG, kind="a model's configuration"
+        )
         model_type = self.config.get("model_type")
-        if model_type not in FORMATS:
+        if not isinstance(model_type, str) or model_type not in FORMATS:
             raise ValueError(
-                f"{self.path / CONFIG}: model_type must be one of {', '.join(FORMATS)}; got {model_type!r}"
+                f"{self.path / CONFIG}: model_type must be one of {', '.join(FORMATS)}; got "
+                f"{reprlib.repr(model_type)}"
             )
         self.format = FORMATS[model_type]
         self._files = _files(self.path)
@@ -67,15 +76,22 @@ class HuggingFaceFolder:
         if len(dtypes) != 1 or not dtypes <= _FLOATS.keys():
             raise ValueError(
                 f"{self.path}: every tensor must have the same dtype of {', '.join(_FLOATS)}; got "
-                f"{', '.join(sorted(dtypes))}. Save it unquantised, in one dtype."
+                f"{', '.join(sorted(dtypes)) or 'no tensor'}. Save it unquantised, in one dtype."
             )
         self.dtype = _FLOATS[dtypes.pop()]
+        for name in ("num_hidden_layers", "num_experts"):
+            # every layer and every expert has tensors of its own
+            if is_a(self.config.get(name), int) and self.config[name] > len(self.shapes):
+                raise ValueError(
+                    f"{self.path / CONFIG}: {name} cannot be {self.config[name]}; the folder holds "
+                    f"{len(self.shapes)} tensors"
+                )
         try:
             self.architecture: Architecture = self.format.architecture(self)
-        except KeyError as error:
-            raise ValueError(f"{self.path / CONFIG} must give {error}; it does not") from None
         except ValueError as error:
-            raise ValueError(f"{self.path}: this model cannot be imported: {error}") from None
+            raise ValueError(
+                f"{self.path / CONFIG}: this model cannot be imported: {error}"
+            ) from None
         self._check_tensors()
 
     @cached_property
@@ -85,10 +101,8 @@ class HuggingFaceFolder:
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
-        try:
+        with _reading(self.path, what=f": {name} cannot be read"):
             tensor: Tensor = self._files[name].get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path}: {name} cannot be read: {error}") from None
         return tensor
 
     def weight(self, weight: str) -> Tensor:
@@ -184,9 +198,17 @@ def state_dict(
 def _files(path: Path) -> dict[str, Any]:
     """Tensor name -> the open file that holds it."""
     if (path / INDEX).exists():
-        weight_map: dict[str, str] | None = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{path / INDEX} lacks its weight_map")
+        kind = "an index of files with weights"
+        described = read_object(path / INDEX, kind=kind)
+        weight_map = checked(described, {"weight_map": dict}, where=str(path / INDEX))["weight_map"]
+        for name, file in weight_map.items():
+            # a name, and no way out of the folder
+            if not is_a(file, str) or Path(file).name != file:
+                raise ValueError(
+                    f"{path / INDEX}: weight_map must name a file of the folder for {name}; got {reprlib.repr(file)}"
+                )
+        if not weight_map:
+            raise ValueError(f"{path / INDEX}: weight_map names no tensor")
         files = sorted(set(weight_map.values()))
     else:
         weight_map, files = None, [SINGLE]
@@ -198,11 +220,9 @@ def _files(path: Path) -> dict[str, Any]:
         )
     opened = {}
     for file in files:
-        try:
+        with _reading(path / file, what=" is damaged or was cut short"):
             # memory-mapped, and closed with the last reference
             opened[file] = safe_open(path / file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path / file} is damaged or was cut short: {error}") from None
     held = {name: file for file, handle in opened.items() for name in _names(handle)}
     if weight_map is not None and held != weight_map:
         differing = sorted(
@@ -218,18 +238,14 @@ def _names(handle: Any) -> list[str]:
     return list(handle.keys())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _reading(path: Path, *, what: str) -> Iterator[None]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.parent} is no Hugging Face checkpoint: it has no {path.name}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} must hold an object")
-    return stored
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if refused := machine_error(error):
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
+        raise ValueError(f"{path}{what}: {error}") from None
 
 
 def _write_json(path: Path, value: object) -> None:

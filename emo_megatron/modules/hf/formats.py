@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from emo_megatron.modules.hf.architecture import ATTENTION, MLP, Architecture, weight_shapes
 from emo_megatron.modules.hf.entries import Entry
+from emo_megatron.modules.hf.fields import number, record, switch, whole_number
 
 RECORD = "emo_megatron"
 """Key of config.json under which an export keeps what only Megatron knows; every loader ignores it."""
@@ -87,7 +89,7 @@ def renamer(layer_names: Mapping[str, str]) -> Callable[[str], str]:
 def expect(config: Mapping[str, Any], **wanted: Any) -> list[str]:
     """A sentence for every field that is given and is not what this package's models have."""
     return [
-        f"{name} must be {value!r}; got {config[name]!r}"
+        f"{name} must be {value!r}; got {reprlib.repr(config[name])}"
         for name, value in wanted.items()
         if config.get(name) not in (None, value)
     ]
@@ -97,16 +99,17 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     """The base of the rotary positions, where transformers 4 or 5 keeps it.
 
     Raises:
-        ValueError: positions are scaled.
+        ValueError: positions are scaled, or the base is no number.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = record(config, "rope_parameters") or record(config, "rope_scaling")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"rotary positions must not be scaled; config.json has rope_type {kind!r}")
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise ValueError("config.json must give rope_theta; it does not")
-    return float(theta)
+        raise ValueError(
+            f"rotary positions must not be scaled; config.json has rope_type {reprlib.repr(kind)}"
+        )
+    if "rope_theta" not in parameters:
+        return number(config, "rope_theta")
+    return number(parameters, "rope_theta", of="rope_parameters")
 
 
 def common_config(architecture: Architecture) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """`Architecture` fields that both formats name alike.
 
     Raises:
-        ValueError: naming every field that config.json lacks.
+        ValueError: naming every field that config.json lacks, or one that is not what it should be.
     """
     fields = {
         "vocab_size": "vocab_size",
@@ -141,20 +144,30 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads",
         "max_positions": "max_position_embeddings",
-        "norm_eps": "rms_norm_eps",
-        "renormalise": "norm_topk_prob",
     }
-    missing = [name for name in fields.values() if name not in config]
+    needed = (*fields.values(), "rms_norm_eps", "norm_topk_prob")
+    missing = [name for name in needed if name not in config]
     if missing:
         raise ValueError(f"config.json must give {', '.join(missing)}; it does not")
-    sizes = {field: config[name] for field, name in fields.items()}
-    heads = config["num_attention_heads"]
+    sizes = {field: whole_number(config, name) for field, name in fields.items()}
+    _check_layer_types(config, num_layers=sizes["num_layers"])
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     return sizes | {
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "num_kv_heads": whole_number(config, "num_key_value_heads", default=heads),
+        "head_dim": whole_number(config, "head_dim", default=max(hidden // heads, 1)),
+        "norm_eps": number(config, "rms_norm_eps"),
+        "renormalise": switch(config, "norm_topk_prob", default=False),
         "rope_theta": rope_theta(config),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "tied": switch(config, "tie_word_embeddings", default=False),
     }
+
+
+def _check_layer_types(config: Mapping[str, Any], *, num_layers: int) -> None:
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * num_layers:
+        raise ValueError(
+            f"layer_types must be full_attention for each of {num_layers} layers; got {reprlib.repr(kinds)}"
+        )
 
 
 def head_dim_problems(architecture: Architecture) -> list[str]:

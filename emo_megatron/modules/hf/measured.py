@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from emo_megatron.modules.json_files import checked, read_json
+
+_KINDS = dict.fromkeys(("domain", "evaluated_on", "method"), str) | {
+    "num_experts_kept": int,
+    "loss": float,
+}
+"""Of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +90,10 @@ def measured_domains(path: Path) -> set[str]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--retention {path} is not readable JSON: {error}") from None
-    rows = list(stored.values()) if isinstance(stored, dict) else stored
-    fields = ("domain", "evaluated_on", "method", "num_experts_kept", "loss")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and all(field in row for field in fields) for row in rows
-    ):
-        raise ValueError(f"--retention {path} must hold rows with {', '.join(fields)}")
-    return rows
+    where = f"--retention {path}"
+    rows = read_json(path, kind="rows of an evaluation (--retention)")
+    if isinstance(rows, list):
+        rows = {f"row {place}": row for place, row in enumerate(rows, start=1)}
+    if not isinstance(rows, dict):
+        raise ValueError(f"{where} must hold rows with {', '.join(_KINDS)}")
+    return [checked(row, _KINDS, where=f"{where}, {name}") for name, row in rows.items()]

@@ -19,6 +19,7 @@ import torch
 
 from emo_megatron.modules.hf.architecture import ATTENTION, MLP, Architecture
 from emo_megatron.modules.hf.entries import Entry
+from emo_megatron.modules.hf.fields import record, switch, whole_number, whole_numbers
 from emo_megatron.modules.hf.formats import (
     RECORD,
     Format,
@@ -119,26 +120,27 @@ def _architecture(stored: Stored) -> Architecture:
     if problems:
         raise ValueError("; ".join(problems))
     sizes = common_sizes(config)
-    step = config.get("decoder_sparse_step", 1)
+    step = whole_number(config, "decoder_sparse_step", default=1)
     dense = {layer for layer in range(sizes["num_layers"]) if (layer + 1) % step}
-    dense |= set(config.get("mlp_only_layers") or [])
-    record = config.get(RECORD) or {}
-    has_shared = record.get("shared_expert", False) or not _is_constant(
+    dense |= set(whole_numbers(config, "mlp_only_layers", default=[]))
+    noted = record(config, RECORD)
+    has_shared = switch(noted, "shared_expert", default=False) or not _is_constant(
         stored, "shared_expert.", {0.0}
     )
     has_gate = has_shared and (
-        record.get("shared_gate", False)
+        switch(noted, "shared_gate", default=False)
         or not _is_constant(stored, "shared_expert_gate.", {0.0, TINY_GATE})
     )
     return Architecture(
         **sizes,
-        num_experts=config["num_experts"],
-        top_k=config["num_experts_per_tok"],
-        expert_hidden=config["moe_intermediate_size"],
-        shared_hidden=config["shared_expert_intermediate_size"] if has_shared else 0,
+        num_experts=whole_number(config, "num_experts"),
+        top_k=whole_number(config, "num_experts_per_tok"),
+        expert_hidden=whole_number(config, "moe_intermediate_size"),
+        shared_hidden=whole_number(config, "shared_expert_intermediate_size") if has_shared else 0,
         dense_layers=tuple(sorted(dense)),
-        dense_hidden=config["intermediate_size"] if dense else 0,
-        qkv_bias=record.get("qkv_bias", False) or not _is_constant(stored, "_proj.bias", {0.0}),
+        dense_hidden=whole_number(config, "intermediate_size") if dense else 0,
+        qkv_bias=switch(noted, "qkv_bias", default=False)
+        or not _is_constant(stored, "_proj.bias", {0.0}),
         shared_gate=has_gate,
     )
 

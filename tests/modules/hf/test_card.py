@@ -139,7 +139,7 @@ def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> 
     ("text", "reason"),
     [
         ("{", "not readable JSON"),
-        ('[{"loss": 3}]', "must hold rows with domain"),
+        ('[{"loss": 3}]', "row 1 lacks domain"),
         (
             json.dumps(ROWS),
             "no row of a module of 5 routed experts for any domain .*french, python",

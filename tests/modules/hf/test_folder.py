@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,60 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
         ValueError, match=r"model\.safetensors of 1 files .*\.bin files are not read"
     ):
         HuggingFaceFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        *(None, [], "text", 1, {}, {"a": 1}, {"a": None}, {"a": ["b"]}, {"a": {}}),
+        *({"a": ".."}, {"a": "../out/config.json"}, {"a": "/etc/passwd"}, {"a": ""}, {"a": "b\0"}),
+    ],
+)
+def test_an_index_that_names_no_files_of_its_folder_is_refused(
+    weight_map: object, sharded: Path
+) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=str(sharded)) as told:
+        HuggingFaceFolder(sharded)
+    assert "\n" not in str(told.value)
+
+
+def header(text: str | bytes) -> bytes:
+    text = text.encode() if isinstance(text, str) else text
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"1234567", (2**63).to_bytes(8, "little"), b"PK\3\4" + bytes(100), header("{")),
+        *(header("[]"), header("[" * 10_000), header(b"\xff\xfe"), header("{}")),
+        header('{"a": 1}'),
+        header('{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
+        header('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}') + bytes(4),
+        header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}') + bytes(4),
+        header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}') + bytes(8),
+        header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 40]}}') + bytes(4),
+    ],
+)
+def test_a_file_whose_header_lies_is_refused_by_name(content: bytes, sharded: Path) -> None:
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    victim.write_bytes(content)
+    # an index that does not fit its files names the file of a tensor or the tensor
+    with pytest.raises(ValueError, match=f"{victim.name}|{INDEX} does not match"):
+        HuggingFaceFolder(sharded)
+
+
+def test_too_many_open_files_are_no_damage(sharded: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
+    try:
+        with pytest.raises(OSError, match=r"\.safetensors") as told:
+            HuggingFaceFolder(sharded)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert told.value.errno == errno.EMFILE

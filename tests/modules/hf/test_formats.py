@@ -313,3 +313,65 @@ def test_a_configuration_that_cannot_be_imported_says_why(
     file.write_text(json.dumps({name: v for name, v in config.items() if v is not None}))
     with pytest.raises(ValueError, match=reason):
         HuggingFaceFolder(tmp_path / "out")
+
+
+COUNTS = ("4", -1, 0, 2.5, True, 10**9, 10**30, [4], {})
+NUMBERS = ("1e-6", -1.0, 0, True, 10**400, [1.0], {})
+SWITCHES = ("false", 0, 1, [], {})
+LISTS = (1, "ab", [0.5], ["0"], [[0]], [-1], [10**9], {"0": 1})
+FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "both": {
+        "num_hidden_layers": COUNTS,
+        "num_attention_heads": COUNTS,
+        "num_key_value_heads": COUNTS,
+        "hidden_size": COUNTS,
+        "vocab_size": COUNTS,
+        "num_experts": COUNTS,
+        "num_experts_per_tok": COUNTS,
+        "intermediate_size": COUNTS,
+        "head_dim": COUNTS,
+        "max_position_embeddings": ("48", -1, 0, 2.5, True, 10**30, [4], {}),
+        "rms_norm_eps": NUMBERS,
+        "rope_theta": NUMBERS,
+        "rope_parameters": (1, "default", [1], {"rope_theta": "x"}),
+        "norm_topk_prob": SWITCHES,
+        "tie_word_embeddings": SWITCHES,
+        "hidden_act": ("gelu", 1, [], {}),
+        "model_type": (1, [], {}, ["qwen2_moe"]),
+        "layer_types": (
+            *(1, "full_attention", [], {}, [None] * 3),
+            ["full_attention"] * 2,
+            ["full_attention", "sliding_attention", "full_attention"],
+        ),
+    },
+    "qwen2_moe": {
+        "moe_intermediate_size": COUNTS,
+        "shared_expert_intermediate_size": COUNTS,
+        "decoder_sparse_step": ("1", -1, 0, 2.5, True, 10**30, []),
+        "mlp_only_layers": LISTS,
+        "emo_megatron": (1, "a", [1], {"shared_expert": 1}, {"qkv_bias": "no"}),
+    },
+    "emo": {
+        "num_shared_experts": ("1", -1, 2, 0.5, True, []),
+        "num_experts_per_layer": (*LISTS, [7, 7]),
+        "num_shared_experts_per_layer": (*LISTS, [1, 1]),
+        "dense_intermediate_size": COUNTS,
+    },
+}
+
+
+@pytest.mark.parametrize("format", ["qwen2_moe", "emo"])
+def test_a_field_of_another_type_or_size_is_told_with_the_file(format: str, tmp_path: Path) -> None:
+    model = decoder.architecture(dense_layers=(1,), dense_hidden=20)
+    write(tmp_path / "out", format, model, decoder.random_weights(model))
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    for field, values in (FIELDS["both"] | FIELDS[format]).items():
+        for value in values:
+            file.write_text(json.dumps(config | {field: value}))
+            with pytest.raises(ValueError, match=str(tmp_path / "out")) as told:
+                HuggingFaceFolder(tmp_path / "out")
+            assert "\n" not in str(told.value), (field, value)
+            # sizes that could be are told by the tensors that have others
+            is_size = type(value) is int and 0 < value <= 2**31
+            assert is_size or field in str(told.value), (field, value, str(told.value))

@@ -1,0 +1,128 @@
+"""JSON files that people may have changed: read strictly, and refused in one line with the file and the place."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"} | {
+    dict: "an object",
+    list: "a list",
+}
+
+
+def read_json(path: Path, *, kind: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        kind: what it should be, with its article, for the error.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is not JSON in UTF-8, a name stands twice in an object, a number is not finite.
+    """
+    stored = path.read_bytes()
+    try:
+        return json.loads(
+            stored.decode(),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error) if stored.strip() else "it is empty"
+    raise ValueError(f"{path} is not {kind}: not readable JSON ({reason})")
+
+
+def read_object(path: Path, *, kind: str) -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object."""
+    stored = read_json(path, kind=kind)
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"{path} is not {kind}: it must hold an object; got {reprlib.repr(stored)}"
+        )
+    return stored
+
+
+def read_own(path: Path, *, kind: str, format: str, fields: Collection[str]) -> dict[str, Any]:
+    """The fields of a file that this package wrote; their types are the caller's to check.
+
+    Args:
+        path: of the file.
+        kind: what it should be, with its article, for the error.
+        format: its "format", which ends in the number of its version.
+        fields: names of all others.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is another file, of another version, lacks a field or has one more.
+    """
+    stored = read_object(path, kind=kind)
+    found = stored.pop("format", None)
+    name, _, version = format.rpartition(".")
+    if found != format and isinstance(found, str) and found.rpartition(".")[0] == name:
+        raise ValueError(
+            f"{path} has the format {found}, which another version of emo_megatron wrote; this one reads version "
+            f"{version}: write the file again"
+        )
+    if found != format:
+        raise ValueError(f'{path} is not {kind}: it lacks "format": "{format}"')
+    if stored.keys() != set(fields):
+        lacking, unknown = sorted(set(fields) - stored.keys()), sorted(stored.keys() - set(fields))
+        raise ValueError(f"{path} is not {kind}: it lacks {lacking} and has unknown {unknown}")
+    return stored
+
+
+def checked(value: object, kinds: Mapping[str, type], *, where: str) -> dict[str, Any]:
+    """`value`, if it is an object with these fields, each of its type; it may have more.
+
+    Args:
+        value: as JSON gives it.
+        kinds: field -> str, int, float (which an int is, too), bool, list or dict.
+        where: its file and place, for the error.
+
+    Raises:
+        ValueError: naming the first field that is not.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object; got {reprlib.repr(value)}")
+    lacking = [name for name in kinds if name not in value]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    for name, kind in kinds.items():
+        if not is_a(value[name], kind):
+            raise ValueError(
+                f"{where}: {name} must be {_WORDS[kind]}; got {reprlib.repr(value[name])}"
+            )
+    return value
+
+
+def is_a(value: object, kind: type) -> bool:
+    """Whether a JSON value has a type; no bool passes for a number, and an int passes for a float."""
+    if type(value) is int and kind in (int, float):
+        # others are no sizes, and do not fit a tensor or a float
+        return -(2**63) <= value < 2**63
+    return type(value) is kind
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{reprlib.repr(twice)} stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{reprlib.repr(text)} is not a finite number")
+    return value

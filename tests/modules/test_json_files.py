@@ -1,0 +1,159 @@
+"""JSON that people or other programs changed: every reader of a file refuses it in one line with its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emo_megatron.demo.prepared import load_corpus
+from emo_megatron.modules.hf.folder import HuggingFaceFolder
+from emo_megatron.modules.hf.measured import read_retention
+from emo_megatron.modules.json_files import read_json
+from emo_megatron.modules.placement import load_placement
+from emo_megatron.modules.retention import read_rows
+from emo_megatron.modules.selection import load_selection
+from emo_megatron.report.retention_rows import load_rows
+
+NOT_JSON = {
+    "empty": b"",
+    "blank": b" \n",
+    "cut": b'{"format": "emo',
+    "binary": bytes(range(256)),
+    "not UTF-8": '{"method": "é"}'.encode("latin-1"),
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "not a number": b'{"loss": NaN}',
+    "infinite": b"[-Infinity]",
+    "too large": b"[1e999]",
+    "too many digits": b"[" + b"9" * 5000 + b"]",
+    "nested": b"[" * 100_000,
+    "nested objects": b'{"a":' * 100_000,
+    "twice": b'{"keep": 1, "keep": 2}',
+}
+OTHERS = ("null", "true", "1", '"text"', "[[]]", "[1]", '{"a": null}', '{"a": []}')
+
+
+def corpus(path: Path) -> object:
+    return load_corpus(path.rename(path.with_name("corpus.json")).parent)
+
+
+def hugging_face(path: Path) -> object:
+    return HuggingFaceFolder(path.rename(path.with_name("config.json")).parent)
+
+
+READERS = {
+    "selection": load_selection,
+    "placement": load_placement,
+    "rows as measured": read_rows,
+    "rows of the report": load_rows,
+    "rows for the card": read_retention,
+    "corpus": corpus,
+    "config": hugging_face,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", [*NOT_JSON.values(), *map(str.encode, OTHERS)])
+def test_no_reader_takes_or_chokes_on_what_is_not_its_file(reader, text, tmp_path):
+    file = tmp_path / "file.json"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=r"(file|corpus|config)\.json") as told:
+        READERS[reader](file)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (NOT_JSON["empty"], "empty"),
+        (NOT_JSON["cut"], "line 1 column 12"),
+        (NOT_JSON["not a number"], "'NaN' is not a finite number"),
+        (NOT_JSON["nested"], "nested too deeply"),
+        (NOT_JSON["twice"], "'keep' stands twice"),
+    ],
+)
+def test_the_place_is_told(text, place, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"a\.json is not a list of cats: .*{place}"):
+        read_json(tmp_path / "a.json", kind="a list of cats")
+
+
+@pytest.mark.parametrize("reader", [load_selection, load_placement, load_rows])
+def test_a_folder_and_a_missing_file_are_told_by_the_machine(reader, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(OSError, match=r"folder\.json"):
+        reader(tmp_path / "folder.json")
+    with pytest.raises(FileNotFoundError, match=r"gone\.json"):
+        reader(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("reader", [load_selection, load_placement])
+@pytest.mark.parametrize("version", ["0", "2", "10"])
+def test_another_version_is_told_from_another_file(reader, version, tmp_path):
+    kind = reader.__name__.removeprefix("load_")
+    stored = {"format": f"emo_megatron.{kind}.{version}", "new": 1}
+    (tmp_path / "a.json").write_text(json.dumps(stored))
+    with pytest.raises(
+        ValueError, match=rf"a\.json has the format .*{kind}\.{version}.* reads version 1"
+    ):
+        reader(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(stored | {"format": "other.selection.1"}))
+    with pytest.raises(ValueError, match=rf'lacks "format": "emo_megatron\.{kind}\.1"'):
+        reader(tmp_path / "a.json")
+
+
+ROW = {
+    "model": "emo",
+    "domain": "french",
+    "evaluated_on": "french",
+    "keep_fraction": 0.25,
+    "num_experts_kept": 4,
+    "method": "mean_prob",
+    "loss": 2.5,
+    "rise": 0.5,
+    "tokens": 100,
+    "seed": 1,
+    "versions": "some",
+    "origin": "ab",
+}
+BAD = {
+    "loss": ("2.5", None, True, [2.5], {}, 10**400),
+    "num_experts_kept": ("4", 4.5, True, None, 10**30),
+    "domain": (4, None, ["french"]),
+    "evaluated_on": (0.5, {}),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
+def test_a_row_of_other_types_is_told_with_its_place(field, value, tmp_path):
+    report = {name: v for name, v in ROW.items() if name != "origin"}
+    for name, reader, rows, place in (
+        ("report.json", load_rows, [report, report | {field: value}], "row 2"),
+        ("list.json", read_retention, [ROW, ROW | {field: value}], "row 2"),
+        ("rows.json", read_rows, {"a|b": ROW, "c|d": ROW | {field: value}}, r"c\|d"),
+    ):
+        (tmp_path / name).write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match=rf"{name}, {place}: {field} must be"):
+            reader(tmp_path / name)
+        (tmp_path / name).write_text(json.dumps(rows).replace(f'"{field}"', '"other"'))
+        with pytest.raises(ValueError, match=rf"{name}, .*{field}"):
+            reader(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("emo,french,french,0.25,4.5,mean_prob,2.5,0.5,100,1,some", "4.5"),
+        ("emo,french,french,,4,mean_prob,2.5,0.5,100,1,some", "float"),
+        ("emo,french,french,0.25,4", "row 1"),
+        ("emo,french,french,7,4,mean_prob,2.5,0.5,100,1,some", "keep_fraction"),
+        ('emo,"french', "end of data"),
+        ("emo,french,french,0.25,4,mean_prob,2.5,0.5,100,1,some,more", "None"),
+    ],
+)
+def test_a_line_of_csv_is_told_with_its_place(line, what, tmp_path):
+    header = ",".join(name for name in ROW if name != "origin")
+    (tmp_path / "a.csv").write_text(f"{header}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"a\.csv.*{what}"):
+        load_rows(tmp_path / "a.csv")

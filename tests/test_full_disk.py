@@ -1,0 +1,148 @@
+"""A disk that fills, in every command that writes: one line with the file, exit status 2, and nothing half written.
+
+The limit of a file's size stands in for the disk: the system refuses the very write that goes beyond it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import decoder, words
+
+from emo_megatron import cli
+
+DOMAINS = ("french", "perl")
+RESUMABLE = ("stats", "retention", "select layerwise")
+"""They keep what they have measured, in whole files."""
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def run(command: str, *arguments: object) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cli.main([command, *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model, its Megatron checkpoint, two modules of it, and the files that go with them."""
+    from emo_megatron.modules.hf.folder import FORMATS, write_folder
+    from emo_megatron.modules.hf.tokenizer import Tokenizer
+
+    root = tmp_path_factory.mktemp("disk")
+    model = decoder.architecture()
+    (root / "hf").mkdir()
+    tokenizer = Tokenizer(words.write_tokenizer(root / "tokenizer"))
+    write_folder(
+        root / "hf",
+        format=FORMATS["qwen2_moe"],
+        architecture=model,
+        read=decoder.random_weights(model).__getitem__,
+        dtype=torch.float32,
+        extra_config=tokenizer.ids,
+    )
+    tokenizer.save(root / "hf")
+    for kind, first in (("data", 1), ("held_out", 7)):
+        (root / kind).mkdir()
+        for place, domain in enumerate(DOMAINS):
+            tokens = (torch.arange(24) * (first + place) % 40).int()
+            boundaries = torch.tensor([0, 10, 24], dtype=torch.int32)
+            save_file(
+                {"tokens": tokens, "cu_seqlens": boundaries},
+                root / kind / f"{domain}.safetensors",
+            )
+    texts = ("the experts route the token", "the module keeps the experts")
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    assert run("import", "--folder", root / "hf", "--output", root / "megatron", *NO_PARITY) == 0
+    for domain in DOMAINS:
+        stats, kept = root / f"{domain}.safetensors", root / f"{domain}.json"
+        data = root / "data" / f"{domain}.safetensors"
+        assert run("stats", "--checkpoint", root / "hf", "--data", data, "--output", stats) == 0
+        assert run("select", "--stats", stats, "--keep", "4", "--output", kept) == 0
+        module = ("--checkpoint", root / "megatron", "--selection", kept)
+        assert run("extract", *module, "--output", root / f"{domain}-module") == 0
+    stats = root / "french.safetensors"
+    assert run("place", "--stats", stats, "--ranks", "2", "--output", root / "place.json") == 0
+    for folder in DOMAINS:
+        write_texts(root / "corpus" / folder, folder)
+    write_texts(root / "corpus" / "third", "third")
+    return root
+
+
+def write_texts(folder: Path, word: str) -> None:
+    folder.mkdir(parents=True)
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"{word} {number} " * 20)
+
+
+NO_PARITY = ("--parity-tokens", "0")
+COMMANDS = {
+    "import": "import --folder hf --output OUT --parity-tokens 0",
+    "export": "export --checkpoint megatron --tokenizer tokenizer --output OUT --parity-tokens 0",
+    "export a module": "export --checkpoint french-module --output OUT --parity-tokens 0",
+    "extract": "extract --checkpoint megatron --selection french.json --output OUT",
+    "merge": "merge --parent megatron --modules french-module perl-module --output OUT --conflict average",
+    "compose": "compose --modules french-module perl-module --parent megatron --stats french.safetensors "
+    "perl.safetensors --output OUT",
+    "compose files": "compose --selections french.json perl.json --stats french.safetensors "
+    "perl.safetensors --output OUT",
+    "relabel": "relabel --checkpoint megatron --placement place.json --output OUT",
+    "place": "place --stats french.safetensors --ranks 3 --output OUT",
+    "stats": "stats --checkpoint hf --data data/perl.safetensors --output OUT",
+    "merge-stats": "merge-stats --stats french.safetensors perl.safetensors --output OUT",
+    "select": "select --stats french.safetensors --keep 3 --output OUT",
+    "select layerwise": "select --method layerwise --checkpoint hf --data data/perl.safetensors --keep 3 --output OUT",
+    "retention": "retention --checkpoint hf --data data --held-out held_out --keep 4 --output OUT",
+    "eval-task": "eval-task --documents texts.jsonl --name task --model hf --output OUT",
+}
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    name: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.chdir(here)
+    output = tmp_path / "new" / "out"
+    command = [word.replace("OUT", str(output)) for word in COMMANDS[name].split()]
+    assert run(*command) == 0
+    sizes = files_in(tmp_path)
+    assert sizes
+    # the first write fails, and then that of the largest file
+    for limit in (0, max(sizes.values()) - 1):
+        shutil.rmtree(tmp_path / "new")
+        capsys.readouterr()
+        with largest_file(limit):
+            assert run(*command) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        told = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1, said
+        assert "limit of a file's size" in told[0]
+        assert str(output) in told[0]
+        left = files_in(tmp_path)
+        assert not [file for file in left if "unfinished" in file]
+        if name not in RESUMABLE:
+            assert list(tmp_path.iterdir()) == []
+        output.mkdir(parents=True, exist_ok=True)
