@@ -12,7 +12,6 @@ Shapes: L MoE layers, E routed experts, R ranks, T tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import finite_number, from_json, to_json
 from emo_megatron.modules.stats import ExpertStatistics
 
 FORMAT = "emo_megatron.placement.1"
@@ -37,7 +37,8 @@ class Placement:
     """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R).
 
     Raises:
-        ValueError: on construction, when a layer's order is no permutation or ranks do not divide the experts.
+        ValueError: on construction, when a layer's order is no permutation, ranks do not divide the experts, or the
+            bound is no finite number of 1 or more.
     """
 
     num_experts: int
@@ -54,6 +55,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         _check_ranks(self.num_experts, self.num_ranks)
+        _check_bound(self.max_imbalance)
         if len(self.order) != len(self.layers):
             raise ValueError(
                 f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}"
@@ -78,7 +80,7 @@ class Placement:
     def save(self, path: Path) -> Path:
         """Write the file, whole or not at all; returns its path."""
         with whole(path) as unfinished:
-            unfinished.write_text(json.dumps({"format": FORMAT} | asdict(self)) + "\n")
+            unfinished.write_text(to_json({"format": FORMAT} | asdict(self)) + "\n")
         return path
 
 
@@ -92,7 +94,7 @@ def load_placement(path: Path) -> Placement:
     if not path.is_file():
         raise FileNotFoundError(f"there is no placement file {path}; write one with place")
     try:
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = from_json(path.read_text(encoding="utf-8"))
         if stored.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         stored["layers"] = tuple(stored["layers"])
@@ -121,13 +123,12 @@ def place(
         seed: of the order in which swaps are tried.
 
     Raises:
-        ValueError: ranks do not divide the experts, or the bound is below 1.
+        ValueError: ranks do not divide the experts, or the bound is below 1 or not finite.
     """
     _check_ranks(stats.model.num_experts, num_ranks)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
-    if max_imbalance < 1:
-        raise ValueError(f"max_imbalance must be at least 1; got {max_imbalance}")
+    _check_bound(max_imbalance)
     orders = []
     for together_EE in stats.together_LEE.double().numpy():
         load_E = together_EE.diagonal().copy()
@@ -296,6 +297,11 @@ def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -
         pair_imbalance=float(pairs_R.max() / pairs_R.mean()),
         row_imbalance=float(rows_R.max() / rows_R.mean()),
     )
+
+
+def _check_bound(max_imbalance: float) -> None:
+    if finite_number(max_imbalance, what="--max-imbalance") < 1:
+        raise ValueError(f"--max-imbalance must be at least 1; got {max_imbalance}")
 
 
 def _check_ranks(num_experts: int, num_ranks: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from emo_megatron.modules.files import partial_of, whole
+from emo_megatron.modules.finite import from_json, to_json
 from emo_megatron.modules.study import StudiedModel
 
 FORMAT = "emo_megatron.selecting.1"
@@ -93,11 +93,11 @@ class Progress:
     def _write(self) -> None:
         stored = {"format": FORMAT, "question": self._question, "found": self._found}
         with whole(self._path) as unfinished:
-            unfinished.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+            unfinished.write_text(to_json(stored, indent=1), encoding="utf-8")
 
     def _read(self) -> dict[str, Any]:
         try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            stored = from_json(self._path.read_text(encoding="utf-8"))
             asked, found = dict(stored["question"]), dict(stored["found"])
             if stored["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Calibration, Documents
 from emo_megatron.modules.files import must_be_writable, whole
+from emo_megatron.modules.finite import check_numbers, to_json
 from emo_megatron.modules.retention_options import RetentionOptions, domain_files
 from emo_megatron.modules.select import (
     LAYERWISE,
@@ -30,6 +31,8 @@ from emo_megatron.modules.select import (
 from emo_megatron.modules.stats import ExpertStatistics
 from emo_megatron.modules.study import StudiedModel, collect_stats
 
+NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "tokens")
+"""Of a row."""
 FULL = "full"
 """The method of the rows with all experts."""
 
@@ -116,7 +119,8 @@ def measure_retention(
         hold rows of earlier calls, too.
 
     Raises:
-        ValueError: a size cannot be, documents cannot be read, or the file holds rows of another model or text.
+        ValueError: a size cannot be, documents cannot be read, the file holds rows of another model or text, or what
+            is measured is not finite.
     """
     facts = model.facts
     kept = {size: parse_keep(size, facts) for size in options.keep}
@@ -158,7 +162,7 @@ def measure_retention(
         }
         if model.is_writer:
             with whole(options.rows_file) as unfinished:
-                unfinished.write_text(json.dumps(done, indent=1), encoding="utf-8")
+                unfinished.write_text(to_json(done, indent=1), encoding="utf-8")
     return options.rows_file
 
 
@@ -175,8 +179,12 @@ def check_output(options: RetentionOptions) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that `measure_retention` has kept so far, none if there is no file."""
-    return [] if not path.exists() else list(json.loads(path.read_text(encoding="utf-8")).values())
+    """The rows that `measure_retention` has kept so far, none if there is no file.
+
+    Raises:
+        ValueError: it is no such file, or a number in it is missing, no number or not finite; names the row.
+    """
+    return list(_rows_in(path).values())
 
 
 class _Modules:
@@ -270,14 +278,16 @@ def _rows_in(path: Path) -> dict[str, Any]:
     """Key -> row of a file of rows, whatever they were measured on.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no such file, or a number in it is missing, no number or not finite; names the row.
     """
     if not path.exists():
         return {}
     try:
         rows = dict(json.loads(path.read_text(encoding="utf-8")))
-        for row in rows.values():
-            str(row["origin"])
+        for key, row in rows.items():
+            for name in ("domain", "evaluated_on", "method", "origin"):
+                str(row[name])
+            check_numbers(row, NUMBERS, what=f"row {key}")
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no file of rows: {error}; remove it") from None
     return rows

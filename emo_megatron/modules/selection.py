@@ -6,7 +6,6 @@ Shapes: L MoE layers in model order, E routed experts of the parent. Shared expe
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from emo_megatron import __version__
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import from_json, to_json
 
 FORMAT = "emo_megatron.selection.1"
 """First entry of the file, so that another file is told apart from a damaged one."""
@@ -134,7 +134,7 @@ class Selection:
     def save(self, path: Path | str) -> Path:
         """Write the file, whole or not at all; returns its path."""
         path = Path(path)
-        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
+        text = to_json({"format": FORMAT} | asdict(self), indent=1)
         # a layer's experts on one line: the file is read by people
         with whole(path) as unfinished:
             unfinished.write_text(_one_line_lists(text) + "\n", encoding="utf-8")
@@ -150,8 +150,8 @@ def load_selection(path: Path | str) -> Selection:
     """
     path = Path(path)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        stored = from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no Selection: not JSON ({error})") from None
     if not isinstance(stored, dict) or stored.pop("format", None) != FORMAT:
         raise ValueError(f'{path} is no Selection: it lacks "format": "{FORMAT}"')

@@ -4,6 +4,7 @@ Losses are means in nats per token on held-out text. A row is one evaluation: th
 that `method` chose for `domain`, measured on `evaluated_on`.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -15,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import check_numbers, finite_number, to_json
 
 EMO = "emo"
 STANDARD = "standard"
@@ -25,6 +27,8 @@ CHOSEN = "mean_prob"
 RANDOM = "random"
 
 QUARTER = 1 / 4
+NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "rise", "tokens", "seed")
+"""Columns of a row that are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +36,7 @@ class RetentionRow:
     """One evaluation of one subset of experts on one domain.
 
     Raises:
-        ValueError: on construction, when `keep_fraction` is not in (0, 1].
+        ValueError: on construction, when a number is not finite or `keep_fraction` is not in (0, 1].
     """
 
     model: str
@@ -64,6 +68,7 @@ class RetentionRow:
                 f"keep_fraction must lie in (0, 1]; got {self.keep_fraction}. Divide the experts "
                 "kept by the experts of the full model."
             )
+        check_numbers({name: getattr(self, name) for name in NUMBERS}, NUMBERS, what="a row")
 
     @property
     def is_own(self) -> bool:
@@ -140,7 +145,7 @@ def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Pat
     base = Path(path)
     csv_path = base.with_name(base.name + ".csv")
     json_path = base.with_name(base.name + ".json")
-    contents = {csv_path: text.getvalue(), json_path: json.dumps(records, indent=1) + "\n"}
+    contents = {csv_path: text.getvalue(), json_path: to_json(records, indent=1) + "\n"}
     for file, content in contents.items():
         with whole(file) as unfinished:
             unfinished.write_text(content, encoding="utf-8", newline="")
@@ -151,26 +156,43 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
     """Read the rows of one of the files that `save_rows` wrote; the suffix says which form it has.
 
     Raises:
-        ValueError: another suffix, or a row with missing or unknown columns.
+        ValueError: another suffix, no such file, or a row with missing or unknown columns, or with a number that is
+            none or not finite; names the file and the row.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"rows are read from .csv or .json; got {path}. Add the suffix.")
-    text = path.read_text(encoding="utf-8")
     is_json = path.suffix == ".json"
-    records = json.loads(text) if is_json else csv.DictReader(io.StringIO(text))
-    wanted = {f.name: f.type for f in fields(RetentionRow)}
-    rows = []
-    for record in records:
-        if set(record) != set(wanted):
-            raise ValueError(
-                f"a row must have the columns {sorted(wanted)}; got {sorted(map(str, record))} in "
-                f"{path}. Write the file with save_rows."
-            )
+    try:
+        text = path.read_text(encoding="utf-8")
+        records = json.loads(text) if is_json else list(csv.DictReader(io.StringIO(text)))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no rows: {error}") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} must hold a list of rows; write the file with save_rows")
+    try:
+        return [
+            _row(record, is_text=not is_json, what=f"row {number}")
+            for number, record in enumerate(records, start=1)
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+
+
+def _row(record: Mapping[str, Any], *, is_text: bool, what: str) -> RetentionRow:
+    wanted: dict[str, Any] = {f.name: f.type for f in fields(RetentionRow)}
+    if set(record) != set(wanted):
+        raise ValueError(
+            f"{what}: a row must have the columns {sorted(wanted)}; got {sorted(map(str, record))}. "
+            "Write the file with save_rows."
+        )
+    typed: dict[str, Any] = dict(record)
+    for name in NUMBERS:
         # csv holds text only; the annotations of the row are the types to read
-        typed = {name: kind(record[name]) for name, kind in wanted.items() if callable(kind)}
-        rows.append(RetentionRow(**typed))
-    return rows
+        with contextlib.suppress(TypeError, ValueError):
+            typed[name] = wanted[name](record[name]) if is_text else record[name]
+        finite_number(typed[name], what=f"{what}: {name}")
+    return RetentionRow(**typed)
 
 
 def summarise(rows: Iterable[RetentionRow]) -> list[RetentionSummary]:

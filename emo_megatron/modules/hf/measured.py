@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.modules.finite import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredLoss:
@@ -43,7 +45,7 @@ def read_retention(
         chosen_for: the domain of a module: its rows on every text, its own first; None: every domain on its own text.
 
     Raises:
-        ValueError: it is no such file, or has no such row.
+        ValueError: it is no such file, has no such row, or a number in it is no number or not finite.
     """
     rows = _read(path)
     full, random = (
@@ -93,4 +95,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         isinstance(row, dict) and all(field in row for field in fields) for row in rows
     ):
         raise ValueError(f"--retention {path} must hold rows with {', '.join(fields)}")
+    for number, row in enumerate(rows, start=1):
+        check_numbers(row, ("num_experts_kept", "loss"), what=f"--retention {path}, row {number}")
     return rows
