@@ -56,7 +56,7 @@ def check_weight(
     numbers = (("layer", layer), ("expert", expert))
     place = ", ".join(f"{word} {number}" for word, number in numbers if number is not None)
     raise NotFiniteError(
-        f"the weight {name}{f' ({place})' if place else ''} holds {float(weight[bad])}, and weights must be finite: "
+        f"the weight {name}{f' ({place})' if place else ''} holds {weight[bad].item()}, and weights must be finite: "
         "take a checkpoint from before they became so"
     )
 
