@@ -9,7 +9,6 @@ anew after every size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from emo_megatron.mcore.opening import open_study, run_command
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import to_json
 from emo_megatron.modules.retention import check_output, measure_retention, read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.study import Loss
@@ -76,7 +76,7 @@ def _write(
         for row, (nats, tokens) in zip(rows, told, strict=True)
     ]
     with whole(path) as unfinished:
-        unfinished.write_text(json.dumps(measured), encoding="utf-8")
+        unfinished.write_text(to_json(measured), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Difference:
     """Standard error over documents; nan with fewer than two documents."""
 
     def __str__(self) -> str:
+        if math.isnan(self.error):
+            return f"{signed(self.nats)} (no error of one document)"
         return f"{signed(self.nats)} ± {self.error:.3f}"
 
 

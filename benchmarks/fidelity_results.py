@@ -12,6 +12,7 @@ from typing import Any
 
 from emo_megatron.demo.run import differences
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import from_json, to_json
 from emo_megatron.report.retention_rows import EMO, SMALL, STANDARD, RetentionRow
 
 FORMAT = "emo_megatron.fidelity.1"
@@ -54,8 +55,12 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
-        text = json.dumps({"format": FORMAT} | asdict(self))
+        """Write the file whole or not at all.
+
+        Raises:
+            ValueError: a number in it is not finite.
+        """
+        text = to_json({"format": FORMAT} | asdict(self))
         with whole(path) as unfinished:
             unfinished.write_text(text + "\n", encoding="utf-8")
 
@@ -64,10 +69,10 @@ class Result:
         """The result in a file.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is none, or holds a number that is not finite.
         """
         try:
-            stored = dict(json.loads(text))
+            stored = dict(from_json(text.decode()))
             if stored.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             if stored.keys() != {f.name for f in fields(cls)} or stored["model"] not in MODELS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -34,6 +33,7 @@ from emo_megatron.demo.jobs import failure
 from emo_megatron.demo.recipe import Model, Size, main_models
 from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
 from emo_megatron.mcore.launch import process_environment, step_arguments
+from emo_megatron.modules.finite import from_json
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report.cells import share
 from emo_megatron.report.retention_rows import FULL, SMALL, rows_of
@@ -221,7 +221,7 @@ class Run:
         with self._started([str(MEASURE), *arguments], log) as process:
             while not is_over:
                 is_over = process.poll() is not None
-                rows = json.loads(measured.read_text()) if measured.exists() else []
+                rows = from_json(measured.read_text()) if measured.exists() else []
                 if len(rows) > known:
                     known = len(rows)
                     take(rows)

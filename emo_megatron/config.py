@@ -95,7 +95,17 @@ class PoolConfig:
                 found.append(
                     f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}"
                 )
-        for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval"):
+        sizes = ("pool_min", "pool_max", "pool_min_start", "pool_eval")
+        counts = ("pool_forced", "pool_min_decay_samples", "pool_seed")
+        # no comparison below refuses NaN
+        wrong = [
+            f"{flag(name)} must be a whole number; got {getattr(self, name)!r}"
+            for name in (*sizes, *counts)
+            if not _is_whole(getattr(self, name), can_lack=name in sizes)
+        ]
+        if wrong:
+            return found + wrong
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"{flag(name)} must be at least 1; got {value}")
@@ -241,6 +251,10 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
         return PoolConfig(**stored)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _is_whole(value: Any, *, can_lack: bool) -> bool:
+    return (value is None and can_lack) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -40,6 +40,14 @@ def test_default_is_off():
         ),
         ({"pool_mask": "selection", "pool_scope": "sample"}, ["--pool-mask", "--pool-scope"]),
         ({"pool_min": 4, "pool_max": 3, "pool_forced": -1}, ["--pool-max", "--pool-forced"]),
+        ({"pool_min": 4, "pool_unrestricted": float("nan")}, ["--pool-unrestricted"]),
+        ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": float("nan")}, ["--pool-top-p"]),
+        *(
+            ({"pool_min": 4} | {name: value}, [f"--{name.replace('_', '-')}"])
+            for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval", "pool_forced")
+            for value in (float("nan"), float("inf"), 2.5, True)
+        ),
+        ({"pool_min_decay_samples": float("inf"), "pool_seed": None}, ["-decay-", "--pool-seed"]),
     ],
 )
 def test_problems_name_their_flags_together(fields, names):

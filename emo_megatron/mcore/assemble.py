@@ -11,8 +11,7 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from emo_megatron.mcore.weight_names import ROUTER, is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import LazyWeight, Note, write_checkpoint
 from emo_megatron.modules.compose import AVERAGE, OWNER, PARENT, REFUSE, blended, value_of
+from emo_megatron.modules.finite import check_weight
+from emo_megatron.modules.json_files import to_json
 from emo_megatron.modules.selection import Selection
 
 REPORT_FILE = "report.json"
@@ -114,7 +115,8 @@ class Assembly:
             of_experts = is_of_experts(name)
             shape = (self.num_experts, *info.shape[1:]) if of_experts else info.shape
             rows = functools.partial(self._expert_rows if of_experts else self._shared, name)
-            result[name] = LazyWeight(shape=shape, dtype=info.dtype, rows=rows)
+            experts = self._experts[split_name(name)[0]] if of_experts else ()
+            result[name] = LazyWeight(shape=shape, dtype=info.dtype, rows=rows, experts=experts)
         return result
 
     def args(self) -> argparse.Namespace:
@@ -135,7 +137,7 @@ class Assembly:
                 "modules": [m.name for m in self.modules],
                 "has_parent": self.parent is not None,
             }
-            text = json.dumps(described | dataclasses.asdict(self.report), indent=1)
+            text = to_json(described | dataclasses.asdict(self.report), indent=1)
             path.write_text(text + "\n", encoding="utf-8")
 
         if self.modules:
@@ -147,23 +149,30 @@ class Assembly:
         experts = self._experts[layer][start:stop]
         if not self.modules:
             assert self.parent is not None
-            return self.parent.read(name, experts)
+            return _read(self.parent, name, experts, experts=experts)
         policy = self.policies.router if rest.startswith(ROUTER) else OWNER
         return torch.stack([self._row(name, layer, expert, policy=policy) for expert in experts])
 
     def _row(self, name: str, layer: int, expert: int, *, policy: str) -> Tensor:
         candidates = {
-            module.name: module.checkpoint.read(name, self._rows[module.name][layer][expert])
+            module.name: self._row_of(module, name, layer, expert)
             for module in self.modules
             if expert in self._rows[module.name][layer]
         }
-        parent = None if self.parent is None else self.parent.read(name, expert)
+        parent = self._row_of_parent(name, expert)
         return self._decide(name, expert, candidates=candidates, parent=parent, policy=policy)
+
+    def _row_of(self, module: Module, name: str, layer: int, expert: int) -> Tensor:
+        row = self._rows[module.name][layer][expert]
+        return _read(module.checkpoint, name, row, experts=expert)
+
+    def _row_of_parent(self, name: str, expert: int) -> Tensor | None:
+        return None if self.parent is None else _read(self.parent, name, expert, experts=expert)
 
     def _shared(self, name: str, start: int, stop: int) -> Tensor:
         part = slice(start, stop)
-        candidates = {m.name: m.checkpoint.read(name, part) for m in self.modules}
-        parent = None if self.parent is None else self.parent.read(name, part)
+        candidates = {m.name: _read(m.checkpoint, name, part) for m in self.modules}
+        parent = None if self.parent is None else _read(self.parent, name, part)
         policy = self.policies.shared
         return self._decide(name, None, candidates=candidates, parent=parent, policy=policy)
 
@@ -187,7 +196,8 @@ class Assembly:
         where: dict[str, Any] = {"weight": name} | ({} if expert is None else {"expert": expert})
         where |= {"modules": list(changed), "taken": taken.source}
         if disagree:
-            spread = max(float((c - value).abs().max()) for c in changed.values())
+            # two halves of a narrow range may be further apart than it is wide
+            spread = max(float((c.float() - value.float()).abs().max()) for c in changed.values())
             self.report.conflicts.append(where | {"max_difference": spread})
         elif changed and taken.source == PARENT:
             self.report.left_out.append(where)
@@ -251,13 +261,10 @@ class Assembly:
                 continue
             for expert in self._experts[layer]:
                 owners = [m for m in self.modules if expert in self._rows[m.name][layer]]
-                values = {
-                    m.name: m.checkpoint.read(name, self._rows[m.name][layer][expert])
-                    for m in owners
-                }
+                values = {m.name: self._row_of(m, name, layer, expert) for m in owners}
                 if len(owners) < 2:
                     continue
-                parent = None if self.parent is None else self.parent.read(name, expert)
+                parent = self._row_of_parent(name, expert)
                 changed = _changed(values, parent)
                 if conflict in changed or not _disagree(changed):
                     continue
@@ -270,6 +277,24 @@ class Assembly:
                 raise ValueError(
                     f"{said}, and --conflict {conflict} does not have it: give --parent, or another policy"
                 )
+
+
+def _read(
+    checkpoint: MegatronCheckpoint,
+    name: str,
+    index: int | slice | Sequence[int],
+    *,
+    experts: int | Sequence[int] = (),
+) -> Tensor:
+    """A part of a weight. `experts`: the parent's numbers of those that it is of.
+
+    Raises:
+        NotFiniteError: it is not finite; nothing could be said of what a module changed.
+    """
+    part = checkpoint.read(name, index)
+    layer = split_name(name)[0] or None
+    check_weight(f"{name} of {checkpoint.path}", part, layer=layer, experts=experts)
+    return part
 
 
 def _changed(values: Mapping[str, Tensor], parent: Tensor | None) -> dict[str, Tensor]:

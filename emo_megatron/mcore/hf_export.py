@@ -6,6 +6,7 @@ python -m emo_megatron export --checkpoint runs/french --output exported/french
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from emo_megatron import __version__
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.hf_flags import architecture_of
 from emo_megatron.mcore.hf_names import MegatronWeights
-from emo_megatron.mcore.hf_parity import Converted, measure_parity
+from emo_megatron.mcore.hf_parity import Converted, check_parity_tokens, measure_parity
 from emo_megatron.mcore.parts import SELECTION_FILE
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.files import must_not_exist, whole
@@ -60,6 +61,11 @@ class ExportOptions:
     """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
     shard_gb: float = 5.0
     """Largest file of weights, in 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shard_gb < math.inf:
+            raise ValueError(f"--shard-gb must be a finite number above 0; got {self.shard_gb}")
+        check_parity_tokens(self.parity_tokens)
 
 
 def export(options: ExportOptions) -> Converted:

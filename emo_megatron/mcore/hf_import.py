@@ -14,7 +14,7 @@ from typing import Literal
 from emo_megatron.config import pool_config_of
 from emo_megatron.mcore.hf_flags import flags_of
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM, megatron_weights
-from emo_megatron.mcore.hf_parity import Converted, measure_parity
+from emo_megatron.mcore.hf_parity import Converted, check_parity_tokens, measure_parity
 from emo_megatron.mcore.parts import SELECTION_FILE
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import write_checkpoint
@@ -43,6 +43,9 @@ class ImportOptions:
     """Folder of the tokenizer; by default `folder`, if it holds one."""
     parity_tokens: int = 64
     """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
+
+    def __post_init__(self) -> None:
+        check_parity_tokens(self.parity_tokens)
 
 
 def import_folder(options: ImportOptions) -> Converted:

@@ -27,7 +27,10 @@ from torch._C._distributed_c10d import HashStore
 
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM
+from emo_megatron.mcore.weight_names import is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.modules.finite import NotFiniteError, check_weight, first_bad
+from emo_megatron.modules.hf.architecture import weight_shapes
 from emo_megatron.modules.hf.card import Parity
 from emo_megatron.modules.hf.folder import HuggingFaceFolder, write_folder
 from emo_megatron.modules.hf.qwen2_moe import QWEN2_MOE
@@ -64,6 +67,16 @@ class Converted:
         return "\n".join(lines)
 
 
+def check_parity_tokens(tokens: int) -> None:
+    """Refuse a number of tokens below 0.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if tokens < 0:
+        raise ValueError(f"--parity-tokens must be 0 or more; got {tokens}")
+
+
 def measure_parity(
     checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int
 ) -> Parity:
@@ -72,6 +85,7 @@ def measure_parity(
     The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation.
 
     Raises:
+        NotFiniteError: a logit of one of them is not finite; names the weight that makes it so, if there is one.
         RuntimeError: they differ by more than the tolerance, so one of the two is another model.
     """
     tokens = min(tokens, folder.architecture.max_positions)
@@ -80,6 +94,13 @@ def measure_parity(
     # one model in memory at a time
     expected_TV = megatron_logits(checkpoint, tokens_T, rounded_to=folder.dtype)
     found_TV = hugging_face_logits(folder, tokens_T)
+    for which, logits_TV in (("Megatron", expected_TV), ("Hugging Face", found_TV)):
+        if first_bad(logits_TV) is not None:
+            _check_weights(checkpoint, folder)
+            raise NotFiniteError(
+                f"the {which} model has logits that are not finite, of finite weights: what they compute in float32 is "
+                "too large, and the two models cannot be compared"
+            )
     parity = Parity(
         tokens=tokens,
         max_difference=float((expected_TV - found_TV).abs().max()),
@@ -89,9 +110,19 @@ def measure_parity(
     tolerance = TOLERANCES.get(folder.dtype, ROUNDED_TOLERANCE)
     if not parity.max_difference <= tolerance * max(1.0, parity.max_logit):
         raise RuntimeError(
-            f"{checkpoint.path} and its Hugging Face form are not the same model: {parity}"
+            f"the Megatron model and the Hugging Face model are not the same: {parity}"
         )
     return parity
+
+
+def _check_weights(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder) -> None:
+    """Refuse a weight of one of them that is not finite."""
+    for name, info in checkpoint.names.items():
+        experts = range(info.shape[0]) if is_of_experts(name) else ()
+        layer = split_name(name)[0] or None
+        check_weight(name, checkpoint.read(name), layer=layer, experts=experts)
+    for name in weight_shapes(folder.architecture):
+        folder.weight(name)
 
 
 @torch.no_grad()

@@ -57,7 +57,12 @@ def relabel(options: RelabelOptions) -> Path:
         return parent.read(name, order[split_name(name)[0]][start:stop])
 
     weights = {
-        name: LazyWeight(shape=info.shape, dtype=info.dtype, rows=functools.partial(rows, name))
+        name: LazyWeight(
+            shape=info.shape,
+            dtype=info.dtype,
+            rows=functools.partial(rows, name),
+            experts=order[split_name(name)[0]] if is_of_experts(name) else (),
+        )
         for name, info in parent.names.items()
     }
     return write_checkpoint(

@@ -19,10 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from emo_megatron.mcore.layer import PoolMoELayer
+from emo_megatron.mcore.model_weights import check_weights
 from emo_megatron.mcore.observer import LayerObserver, check_outputs
 from emo_megatron.modules.calibration import Row, empty_row, pack_rows
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss, Setting, statistics_of
+from emo_megatron.modules.study import Loss, Setting, check_nats, statistics_of
 
 
 class MegatronStudy:
@@ -39,6 +40,7 @@ class MegatronStudy:
 
     Raises:
         NotImplementedError: there is context parallelism.
+        ValueError: a weight, on whichever rank, is not finite.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class MegatronStudy:
             raise NotImplementedError(
                 "experts are studied without context parallelism; drop --context-parallel-size"
             )
+        check_weights(model)
         self.facts = facts
         self._model: Any = model.eval()
         self._layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
@@ -105,7 +108,7 @@ class MegatronStudy:
             found = {o.layer.layer_number: getattr(o.sums, name) for o in observers}
             return self._over_ranks(found, is_square=name == "together_EE")
 
-        return statistics_of(documents, self.facts, summed=summed, outputs=outputs)
+        return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
         """See StudiedModel."""
@@ -116,7 +119,9 @@ class MegatronStudy:
             for entry in entries:
                 totals += entry["nats"].to(totals)
         dist.all_reduce(totals, group=dist.group.WORLD)
-        return Loss.mean(float(totals[0]), num_tokens=int(totals[1]))
+        nats, num_tokens = float(totals[0]), int(totals[1])
+        check_nats(nats, self, documents, allowed_LE=allowed_LE)
+        return Loss.mean(nats, num_tokens=num_tokens)
 
     def document_nats(
         self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None
@@ -125,6 +130,7 @@ class MegatronStudy:
 
         Raises:
             NotImplementedError: several ranks share the documents.
+            NotFiniteError: as `loss`.
         """
         if dist.get_world_size() > 1:
             raise NotImplementedError("losses of single documents are measured in one process")
@@ -132,7 +138,9 @@ class MegatronStudy:
         nats_T = torch.cat([entry["token_nats"] for entry in entries]).cpu()
         # rows hold the documents in their order, whole or cut
         parts = nats_T.split([max(document.numel() - 1, 0) for document in documents])
-        return torch.stack([part.sum() for part in parts])
+        nats_D = torch.stack([part.sum() for part in parts])
+        check_nats(float(nats_D.sum()), self, documents, allowed_LE=allowed_LE)
+        return nats_D
 
     @torch.no_grad()
     def _run(

@@ -12,7 +12,7 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
-from emo_megatron.mcore.weight_names import EXPERTS
+from emo_megatron.mcore.weight_names import EXPERTS, is_of_experts, split_name
 from emo_megatron.mcore.weights import RELEASE, TRACKER
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import check_weight
 
 CONTENT = {
     # every layer has names of its own, also in a model of equal layers
@@ -60,11 +61,13 @@ class LazyWeight:
         shape: of the whole weight.
         dtype: of what it gives.
         rows: gives the part [start, stop) along the first axis.
+        experts: numbers, in the model they come from, of the experts on the first axis; empty: their places.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: Callable[[int, int], Tensor]
+    experts: Sequence[int] = ()
 
 
 def write_checkpoint(
@@ -87,7 +90,7 @@ def write_checkpoint(
         `path`.
 
     Raises:
-        ValueError: `path` exists.
+        ValueError: `path` exists, or a weight is not finite, which leaves nothing.
     """
     path = Path(path)
     with whole(path, is_new=True) as unfinished:
@@ -180,10 +183,16 @@ class _Writer(DefaultSavePlanner):
         weight = self._weights[name]
         if not chunk.sizes:
             assert isinstance(weight, Tensor)
+            check_weight(name, weight, layer=split_name(name)[0] or None)
             return weight.detach().cpu()
         start, stop = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
         part = weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
         assert part.shape == chunk.sizes, (name, part.shape, chunk.sizes)
+        experts: Sequence[int] = ()
+        if is_of_experts(name):
+            numbers = weight.experts if isinstance(weight, LazyWeight) else ()
+            experts = (numbers or range(weight.shape[0]))[start:stop]
+        check_weight(name, part, layer=split_name(name)[0] or None, experts=experts)
         return part.detach().cpu().contiguous()
 
 

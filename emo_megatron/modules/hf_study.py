@@ -22,11 +22,12 @@ from torch import Tensor
 
 from emo_megatron.modules.calibration import Row, pack_rows
 from emo_megatron.modules.files import writing
+from emo_megatron.modules.finite import check_named_weight
 from emo_megatron.modules.hf_observer import BlockObserver
 from emo_megatron.modules.json_files import read_object
 from emo_megatron.modules.selection import router_fingerprint
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss, Setting, statistics_of
+from emo_megatron.modules.study import Loss, Setting, check_nats, statistics_of
 
 MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
 """Kinds of models in config.json that this knows."""
@@ -98,7 +99,7 @@ class HuggingFaceStudy:
         weights: `mark_of` the folder it came from.
 
     Raises:
-        ValueError: it has no layers of the known kind.
+        ValueError: it has no layers of the known kind, or a weight that is not finite.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class HuggingFaceStudy:
     ) -> None:
         self._model = model.eval()
         self._blocks = _blocks(model)
+        for name, weight in _stored_weights(model):
+            check_named_weight(name, weight)
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         self.facts = _facts(model, self._blocks)
         dtype = str(next(model.parameters()).dtype)
@@ -137,7 +140,7 @@ class HuggingFaceStudy:
         def summed(name: str) -> Tensor:
             return torch.stack([getattr(observer.sums, name).cpu() for observer in observers])
 
-        return statistics_of(documents, self.facts, summed=summed, outputs=outputs)
+        return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
         """See StudiedModel."""
@@ -153,6 +156,7 @@ class HuggingFaceStudy:
         finally:
             for observer in observers:
                 observer.remove()
+        check_nats(total, self, documents, allowed_LE=allowed_LE)
         return Loss.mean(total, num_tokens=count)
 
     def _observe(
@@ -209,6 +213,19 @@ def _blocks(model: Any) -> dict[int, Any]:
     if not found:
         raise ValueError("this model has no layers with a router `gate` and `experts`")
     return dict(sorted(found.items()))
+
+
+def _stored_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by the name that checkpoints have; transformers 5 keeps a layer's experts in two parameters."""
+    for name, parameter in model.named_parameters():
+        joined = re.fullmatch(r"(.+\.experts)\.(gate_up|down)_proj", name)
+        if joined is None:
+            yield name, parameter
+            continue
+        kinds = joined[2].split("_")
+        for expert, rows in enumerate(parameter):
+            for kind, weight in zip(kinds, rows.chunk(len(kinds)), strict=True):
+                yield f"{joined[1]}.{expert}.{kind}_proj.weight", weight
 
 
 def _facts(model: Any, blocks: dict[int, Any]) -> ModelFacts:

@@ -1,4 +1,4 @@
-"""JSON files that people may have changed: read strictly, and refused in one line with the file and the place."""
+"""JSON files: written with finite numbers, read strictly, and refused in one line with the file and the place."""
 
 from __future__ import annotations
 
@@ -102,6 +102,15 @@ def checked(value: object, kinds: Mapping[str, type], *, where: str) -> dict[str
                 f"{where}: {name} must be {_WORDS[kind]}; got {reprlib.repr(value[name])}"
             )
     return value
+
+
+def to_json(value: object, *, indent: int | None = None) -> str:
+    """JSON for a file.
+
+    Raises:
+        ValueError: it holds a number that is not finite, which JSON does not have.
+    """
+    return json.dumps(value, indent=indent, allow_nan=False)
 
 
 def is_a(value: object, kind: type) -> bool:

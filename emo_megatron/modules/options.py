@@ -145,7 +145,9 @@ class SelectOptions(DataOptions):
         for name in ("budget_mb", "bytes_per_parameter"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0; got {value}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be a finite number above 0; got {value}"
+                )
         if self.data is not None and not self.needs_data:
             raise ValueError(
                 f"--data would not be read: --method {self.method} needs none"

@@ -12,7 +12,6 @@ Shapes: L MoE layers, E routed experts, R ranks, T tokens.
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import checked, is_a, read_own
+from emo_megatron.modules.finite import finite_number
+from emo_megatron.modules.json_files import checked, is_a, read_own, to_json
 from emo_megatron.modules.selection import MOST_EXPERTS
 from emo_megatron.modules.stats import ExpertStatistics
 
@@ -40,7 +40,8 @@ class Placement:
     """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R).
 
     Raises:
-        ValueError: on construction, when a layer's order is no permutation or ranks do not divide the experts.
+        ValueError: on construction, when a layer's order is no permutation, ranks do not divide the experts, or the
+            bound is no finite number of 1 or more.
     """
 
     num_experts: int
@@ -90,7 +91,7 @@ class Placement:
     def save(self, path: Path) -> Path:
         """Write the file, whole or not at all; returns its path."""
         with whole(path) as unfinished:
-            unfinished.write_text(json.dumps({"format": FORMAT} | asdict(self)) + "\n")
+            unfinished.write_text(to_json({"format": FORMAT} | asdict(self)) + "\n")
         return path
 
 
@@ -139,13 +140,12 @@ def place(
         seed: of the order in which swaps are tried.
 
     Raises:
-        ValueError: ranks do not divide the experts, or the bound is below 1.
+        ValueError: ranks do not divide the experts, or the bound is below 1 or not finite.
     """
     _check_ranks(stats.model.num_experts, num_ranks)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
-    if max_imbalance < 1:
-        raise ValueError(f"max_imbalance must be at least 1; got {max_imbalance}")
+    _check_bound(max_imbalance)
     orders = []
     for together_EE in stats.together_LEE.double().numpy():
         load_E = together_EE.diagonal().copy()
@@ -314,6 +314,11 @@ def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -
         pair_imbalance=float(pairs_R.max() / pairs_R.mean()),
         row_imbalance=float(rows_R.max() / rows_R.mean()),
     )
+
+
+def _check_bound(max_imbalance: float) -> None:
+    if finite_number(max_imbalance, what="--max-imbalance") < 1:
+        raise ValueError(f"--max-imbalance must be at least 1; got {max_imbalance}")
 
 
 def _check_ranks(num_experts: int, num_ranks: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from emo_megatron.modules.files import partial_of, whole
-from emo_megatron.modules.json_files import checked, read_own
+from emo_megatron.modules.json_files import checked, read_own, to_json
 from emo_megatron.modules.study import StudiedModel
 
 FORMAT = "emo_megatron.selecting.1"
@@ -94,7 +93,7 @@ class Progress:
     def _write(self) -> None:
         stored = {"format": FORMAT, "question": self._question, "found": self._found}
         with whole(self._path) as unfinished:
-            unfinished.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+            unfinished.write_text(to_json(stored, indent=1), encoding="utf-8")
 
     def _read(self) -> dict[str, Any]:
         kinds = {"question": dict, "found": dict}

@@ -6,7 +6,6 @@ Shapes: L MoE layers in model order, E routed experts.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Calibration, Documents
 from emo_megatron.modules.files import must_be_writable, whole
-from emo_megatron.modules.json_files import checked, read_object
+from emo_megatron.modules.json_files import checked, read_object, to_json
 from emo_megatron.modules.retention_options import RetentionOptions, domain_files
 from emo_megatron.modules.select import (
     LAYERWISE,
@@ -124,7 +123,8 @@ def measure_retention(
         hold rows of earlier calls, too.
 
     Raises:
-        ValueError: a size cannot be, documents cannot be read, or the file holds rows of another model or text.
+        ValueError: a size cannot be, documents cannot be read, the file holds rows of another model or text, or what
+            is measured is not finite.
     """
     facts = model.facts
     kept = {size: parse_keep(size, facts) for size in options.keep}
@@ -166,7 +166,7 @@ def measure_retention(
         }
         if model.is_writer:
             with whole(options.rows_file) as unfinished:
-                unfinished.write_text(json.dumps(done, indent=1), encoding="utf-8")
+                unfinished.write_text(to_json(done, indent=1), encoding="utf-8")
     return options.rows_file
 
 
@@ -278,7 +278,7 @@ def _rows_in(path: Path) -> dict[str, Any]:
     """Key -> row of a file of rows, whatever they were measured on.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no such file, or a number in it is missing, no number or not finite; names the row.
     """
     if not path.exists():
         return {}

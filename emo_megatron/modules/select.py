@@ -7,6 +7,7 @@ router probability, greedy by layer), 2504.06792 (EASY-EP), 2510.13999 (REAP).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Documents
+from emo_megatron.modules.finite import NotFiniteError, first_bad
 from emo_megatron.modules.progress import Remember, anew
 from emo_megatron.modules.selection import Selection
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
@@ -76,14 +78,15 @@ def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter:
     """
     layer_bytes = len(facts.layers) * facts.expert_parameters * bytes_per_parameter
     fixed_bytes = facts.other_parameters * bytes_per_parameter
-    keep = min(facts.num_experts, int((budget_mb * 1e6 - fixed_bytes) // layer_bytes))
-    if keep < facts.top_k:
+    room = (budget_mb * 1e6 - fixed_bytes) / layer_bytes
+    # written so that numbers too large for their product fail too
+    if not room >= facts.top_k:
         least = (fixed_bytes + facts.top_k * layer_bytes) / 1e6
         raise ValueError(
             f"--budget-mb must be {least:.1f} or more: that is the smallest module, with {facts.top_k} routed "
             f"experts a layer; got {budget_mb:g}"
         )
-    return keep
+    return int(min(facts.num_experts, room))
 
 
 def select_top(scores_LE: Tensor, *, keep: int) -> Tensor:
@@ -95,7 +98,17 @@ def select_top(scores_LE: Tensor, *, keep: int) -> Tensor:
 
     Returns:
         [L, E] bool with `keep` True a row; ties go to the lower index.
+
+    Raises:
+        NotFiniteError: a score is not finite.
     """
+    bad = first_bad(scores_LE)
+    if bad is not None:
+        # NaN would come first
+        raise NotFiniteError(
+            f"scores that rank experts must be finite; expert {bad[1]} has {float(scores_LE[bad])} in row "
+            f"{bad[0] + 1} of {len(scores_LE)}, one a layer with experts"
+        )
     order_LE = scores_LE.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(scores_LE, dtype=torch.bool).scatter_(1, order_LE[:, :keep], True)
 
@@ -190,13 +203,13 @@ class MaxRise:
         """Read "0.05" (nats a token) or "1%" (of the whole model's loss).
 
         Raises:
-            ValueError: it is neither, or negative.
+            ValueError: it is neither, negative, or not finite.
         """
         try:
             number = float(text.strip().removesuffix("%"))
         except ValueError:
             number = -1.0
-        if not number >= 0:
+        if not 0 <= number < math.inf:
             raise ValueError(f"--max-rise must be nats like 0.05 or a share like 1%; got {text}")
         is_share = text.strip().endswith("%")
         return cls(value=number / 100 if is_share else number, is_share=is_share)

@@ -6,7 +6,6 @@ Shapes: L MoE layers in model order, E routed experts of the parent. Shared expe
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from emo_megatron import __version__
 from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import is_a, read_own
+from emo_megatron.modules.json_files import is_a, read_own, to_json
 
 FORMAT = "emo_megatron.selection.1"
 """First entry of the file, so that another file is told apart from a damaged one."""
@@ -138,7 +137,7 @@ class Selection:
     def save(self, path: Path | str) -> Path:
         """Write the file, whole or not at all; returns its path."""
         path = Path(path)
-        text = json.dumps({"format": FORMAT} | asdict(self), indent=1)
+        text = to_json({"format": FORMAT} | asdict(self), indent=1)
         # a layer's experts on one line: the file is read by people
         with whole(path) as unfinished:
             unfinished.write_text(_one_line_lists(text) + "\n", encoding="utf-8")

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from emo_megatron import __version__
 from emo_megatron.modules.files import whole
+from emo_megatron.modules.finite import NotFiniteError
+from emo_megatron.modules.json_files import to_json
 
 FORMAT = "emo_megatron.stats.1"
 
@@ -65,7 +67,8 @@ class ExpertStatistics:
     """Sums over the tokens of calibration documents, and what they were measured with.
 
     Raises:
-        ValueError: on construction, when shapes or dtypes are not the ones below.
+        ValueError: on construction, when shapes or dtypes are not the ones below, or a sum is not finite
+            (NotFiniteError, which names the layer and the expert).
     """
 
     model: ModelFacts
@@ -94,6 +97,20 @@ class ExpertStatistics:
                 raise ValueError(
                     f"{name} must be {list(shape)} {dtype}; got {list(tensor.shape)} {tensor.dtype}"
                 )
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """A layer's sums before the next layer's: what is not finite in one makes the later ones so."""
+        sums = {name: t for name, t in self.tensors().items() if t.is_floating_point()}
+        for place, layer in enumerate(self.model.layers):
+            for name, tensor_LE in sums.items():
+                bad = (~tensor_LE[place].isfinite()).nonzero().flatten().tolist()
+                if bad:
+                    others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+                    raise NotFiniteError(
+                        f"what experts do must be finite numbers; layer {layer}, expert {bad[0]}{others}: {name} is "
+                        f"{float(tensor_LE[place, bad[0]])}"
+                    )
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums that were measured, by name."""
@@ -137,10 +154,10 @@ class ExpertStatistics:
         path = Path(path)
         described = {
             "format": FORMAT,
-            "model": json.dumps(asdict(self.model)),
+            "model": to_json(asdict(self.model)),
             "num_documents": str(self.num_documents),
             "num_tokens": str(self.num_tokens),
-            "data": json.dumps(self.data),
+            "data": to_json(self.data),
             "created_by": self.created_by,
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
@@ -163,7 +180,8 @@ def load_stats(path: Path | str) -> ExpertStatistics:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no statistics file, or a damaged one; names the file and what is wrong.
+        ValueError: it is no statistics file, or a damaged one, or a sum in it is not finite; names the file and what
+            is wrong.
     """
     path = Path(path)
     if not path.is_file():
@@ -187,6 +205,8 @@ def load_stats(path: Path | str) -> ExpertStatistics:
             created_by=described["created_by"],
             **tensors,
         )
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{path} is of no use, remove it: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged statistics file: {error}") from None
 
@@ -269,17 +289,19 @@ class LayerSums:
             norms_TE: [T, E] float, gate times output length, zero elsewhere.
             change_T: [T] float, `change_of`.
         """
-        weight_T1 = is_counted_T[:, None].double()
-        self.probability_E += (probs_TE.double() * weight_T1).sum(0)
+        is_padding_T1 = ~is_counted_T[:, None]
+        # zero times what padding computes may be NaN
+        self.probability_E += probs_TE.double().masked_fill(is_padding_T1, 0.0).sum(0)
         # exact in float32 up to 2^24 tokens a call, and integers have no matrix product on a GPU
         chosen_TE = (routing_map_TE & is_counted_T[:, None]).float()
         self.together_EE += (chosen_TE.T @ chosen_TE).long()
         if self.norm_E is not None and self.change_E is not None:
             assert norms_TE is not None
             assert change_T is not None
-            norms_TE = norms_TE.double() * weight_T1
+            norms_TE = norms_TE.double().masked_fill(is_padding_T1, 0.0)
+            change_T1 = change_T.double()[:, None].masked_fill(is_padding_T1, 0.0)
             self.norm_E += norms_TE.sum(0)
-            self.change_E += (norms_TE * change_T.double()[:, None]).sum(0)
+            self.change_E += (norms_TE * change_T1).sum(0)
 
 
 def change_of(input_TH: Tensor, output_TH: Tensor) -> Tensor:

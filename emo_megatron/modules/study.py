@@ -5,6 +5,8 @@ Shapes: L MoE layers in model order, E routed experts.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +17,26 @@ from tqdm import tqdm
 
 from emo_megatron.modules.calibration import Documents
 from emo_megatron.modules.files import must_be_writable, partial_of
+from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Cross entropy on held-out documents."""
+    """Cross entropy on held-out documents.
+
+    Raises:
+        NotFiniteError: on construction, when it is not finite.
+    """
 
     nats: float
     """Mean a token."""
     num_tokens: int
     """Predicted tokens behind it: every token of a document but its first."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.nats):
+            raise NotFiniteError(f"a loss must be a finite number; got {self.nats}")
 
     @classmethod
     def mean(cls, nats: float, *, num_tokens: int) -> Loss:
@@ -87,11 +98,18 @@ class StudiedModel(Protocol):
             documents: [n] int64 token ids each.
             outputs: also what they put out, for EASY-EP and REAP; costs time and memory.
             allowed_LE: [L, E] bool, experts that may be used; None: all. Probabilities are over all experts anyway.
+
+        Raises:
+            NotFiniteError: what an expert does is not a finite number; names its layer and the expert.
         """
         ...
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """Mean loss on documents with the allowed experts, as a module cut out of the model would have it."""
+        """Mean loss on documents with the allowed experts, as a module cut out of the model would have it.
+
+        Raises:
+            NotFiniteError: it is not a finite number; names the layer and the expert that make it so, see `check_nats`.
+        """
         ...
 
 
@@ -110,30 +128,69 @@ def stats_in(output: Path) -> ExpertStatistics | None:
 
 
 def statistics_of(
+    model: StudiedModel,
     documents: Sequence[Tensor],
-    facts: ModelFacts,
     *,
     summed: Callable[[str], Tensor],
     outputs: bool,
+    allowed_LE: Tensor | None,
 ) -> ExpertStatistics:
     """What a `StudiedModel` answers, from its sums.
 
     Args:
+        model: the one that is asked.
         documents: that it ran.
-        facts: of the model.
         summed: name of a sum of `LayerSums` -> that of all layers, [L, E] or [L, E, E]; on the CPU.
         outputs: whether outputs were looked at.
+        allowed_LE: [L, E] bool, the experts that were used; None: all.
+
+    Raises:
+        NotFiniteError: a sum is not finite; names the layer and the expert.
     """
     together_LEE = summed("together_EE").round().long()
-    return ExpertStatistics(
-        model=facts,
-        num_documents=len(documents),
-        num_tokens=sum(document.numel() for document in documents),
-        probability_LE=summed("probability_E"),
-        count_LE=together_LEE.diagonal(dim1=1, dim2=2).contiguous(),
-        together_LEE=together_LEE,
-        norm_LE=summed("norm_E") if outputs else None,
-        change_LE=summed("change_E") if outputs else None,
+    try:
+        return ExpertStatistics(
+            model=model.facts,
+            num_documents=len(documents),
+            num_tokens=sum(document.numel() for document in documents),
+            probability_LE=summed("probability_E"),
+            count_LE=together_LEE.diagonal(dim1=1, dim2=2).contiguous(),
+            together_LEE=together_LEE,
+            norm_LE=summed("norm_E") if outputs else None,
+            change_LE=summed("change_E") if outputs else None,
+        )
+    except NotFiniteError:
+        # a router's scores alone show what an expert of an earlier layer did
+        if not outputs:
+            with contextlib.suppress(NotImplementedError):
+                model.statistics(documents, outputs=True, allowed_LE=allowed_LE)
+        raise
+
+
+def check_nats(
+    nats: float, model: StudiedModel, documents: Sequence[Tensor], *, allowed_LE: Tensor | None
+) -> None:
+    """Refuse a sum of losses that is not finite. All ranks call alike.
+
+    Args:
+        nats: the sum.
+        model: that was run; the documents are run once more to see where it comes from.
+        documents: behind the sum.
+        allowed_LE: [L, E] bool, the experts that were used; None: all.
+
+    Raises:
+        NotFiniteError: naming the first layer and expert whose numbers are not finite, or saying that it is the
+            logits'.
+    """
+    if math.isfinite(nats):
+        return
+    try:
+        model.statistics(documents, outputs=True, allowed_LE=allowed_LE)
+    except NotImplementedError:
+        model.statistics(documents, outputs=False, allowed_LE=allowed_LE)
+    raise NotFiniteError(
+        f"a loss must be a finite number; got {nats}. The layers with experts compute finite numbers, and the logits "
+        "that follow are none: run the model in a wider dtype, or take an earlier checkpoint"
     )
 
 

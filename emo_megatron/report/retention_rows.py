@@ -6,7 +6,6 @@ that `method` chose for `domain`, measured on `evaluated_on`.
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import checked, read_json
+from emo_megatron.modules.finite import finite_number
+from emo_megatron.modules.json_files import checked, read_json, to_json
 
 EMO = "emo"
 STANDARD = "standard"
@@ -26,6 +26,8 @@ CHOSEN = "mean_prob"
 RANDOM = "random"
 
 QUARTER = 1 / 4
+NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "rise", "tokens", "seed")
+"""Columns of a row that are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,7 @@ class RetentionRow:
     """One evaluation of one subset of experts on one domain.
 
     Raises:
-        ValueError: on construction, when `keep_fraction` is not in (0, 1].
+        ValueError: on construction, when a number is not finite or `keep_fraction` is not in (0, 1].
     """
 
     model: str
@@ -65,6 +67,8 @@ class RetentionRow:
                 f"keep_fraction must lie in (0, 1]; got {self.keep_fraction}. Divide the experts "
                 "kept by the experts of the full model."
             )
+        for name in NUMBERS:
+            finite_number(getattr(self, name), what=name)
 
     @property
     def is_own(self) -> bool:
@@ -141,7 +145,7 @@ def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Pat
     base = Path(path)
     csv_path = base.with_name(base.name + ".csv")
     json_path = base.with_name(base.name + ".json")
-    contents = {csv_path: text.getvalue(), json_path: json.dumps(records, indent=1) + "\n"}
+    contents = {csv_path: text.getvalue(), json_path: to_json(records, indent=1) + "\n"}
     for file, content in contents.items():
         with whole(file) as unfinished:
             unfinished.write_text(content, encoding="utf-8", newline="")

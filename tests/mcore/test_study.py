@@ -123,3 +123,71 @@ def test_losses_of_documents_are_those_of_each_alone(ranks, allowed):
     torch.testing.assert_close(at_once.float(), found["alone"], rtol=1e-5, atol=1e-5)
     assert at_once.unique().numel() == at_once.numel()
     assert at_once.sum().item() == pytest.approx(found["all"].nats * found["all"].num_tokens)
+
+
+NAN = float("nan")
+EXPERT = "decoder.layers.{}.mlp.experts.experts.linear_fc2.weight (layer {}, expert {})"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    ids=["ep2", "pp2"],
+)
+def test_a_weight_on_whichever_rank_is_told_to_all_by_the_models_numbers(ranks, layout):
+    places = [{"layer": 4, "expert": 6}, {"layer": 2, "expert": 1}, {"name": "output_layer.weight"}]
+    first, second = ranks(2).run(studies.said_of, layout=layout, places=places, value=NAN)
+    assert first == second
+    names = [EXPERT.format(3, 4, 6), EXPERT.format(1, 2, 1), "output_layer.weight"]
+    for answers, name in zip(first, names, strict=True):
+        assert answers.keys() == {"opened"}
+        assert f"NotFiniteError: the weight {name} holds nan" in answers["opened"]
+
+
+def test_every_kind_of_weight_is_told_by_its_name_in_the_checkpoint(ranks):
+    places = {
+        "decoder.layers.2.mlp.router.weight (layer 3, expert 5)": (3, "mlp.router.weight"),
+        "decoder.layers.2.mlp.shared_experts.linear_fc1.weight (layer 3)": (
+            3,
+            "mlp.shared_experts.linear_fc1.weight",
+        ),
+        "decoder.layers.0.self_attention.linear_qkv.weight (layer 1)": (
+            1,
+            "self_attention.linear_qkv.weight",
+        ),
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight (layer 4)": (
+            4,
+            "pre_mlp_layernorm.weight",
+        ),
+        "embedding.word_embeddings.weight": (0, "embedding.word_embeddings.weight"),
+        "decoder.final_layernorm.weight": (0, "decoder.final_layernorm.weight"),
+    }
+    (answers,) = ranks(1).run(
+        studies.said_of,
+        layout={},
+        places=[{"layer": layer, "name": name} for layer, name in places.values()],
+        value=-float("inf"),
+    )
+    for answer, name in zip(answers, places, strict=True):
+        assert f"the weight {name} holds -inf" in answer["opened"]
+
+
+def test_an_overflow_of_finite_weights_is_told_where_it_arises(ranks):
+    places = [{"layer": 3, "expert": 5}, {"layer": 4, "expert": 6}, {"name": "output_layer.weight"}]
+    (answers,) = ranks(1).run(studies.said_of, layout={}, places=places, value=3e38)
+    inside, last, logits = answers
+    assert inside.keys() == {"statistics", "outputs", "loss", "documents"}
+    for told in inside.values():
+        assert "layer 3, expert 5: norm_LE" in told
+    # the routers see nothing of what the last experts put out
+    assert last.keys() == {"outputs", "loss", "documents"}
+    for told in last.values():
+        assert "layer 4, expert 6: norm_LE" in told
+    assert logits.keys() == {"loss", "documents"}
+    for told in logits.values():
+        assert "logits" in told
+    layout = {"expert_model_parallel_size": 2}
+    of_ranks = ranks(2).run(studies.said_of, layout=layout, places=places[:2], value=3e38)
+    assert of_ranks[0] == of_ranks[1]
+    assert "layer 3, expert 5: norm_LE" in of_ranks[1][0]["loss"]
+    assert "layer 4, expert 6: norm_LE" in of_ranks[1][1]["loss"]

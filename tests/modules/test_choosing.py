@@ -308,8 +308,19 @@ def test_statistics_of_another_model_are_refused(files, tmp_path):
     [
         ({"stats": 1}, "one of --keep, --max-rise and --budget-mb.*got none"),
         ({"stats": 1, "keep": "4", "data": 1}, "--data would not be read.* beside --stats"),
-        ({"stats": 1, "budget_mb": float("inf")}, "--budget-mb must be above 0; got inf"),
-        ({"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": 0.0}, "parameter must be above 0"),
+        (
+            {"stats": 1, "budget_mb": float("inf")},
+            "--budget-mb must be a finite number above 0; got inf",
+        ),
+        (
+            {"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": 0.0},
+            "parameter must be a finite number above 0",
+        ),
+        ({"stats": 1, "budget_mb": float("nan")}, "--budget-mb must be a finite number"),
+        (
+            {"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": float("nan")},
+            "--bytes-per-parameter must be a finite number above 0; got nan",
+        ),
         ({"stats": 1, "keep": "4", "budget_mb": 3.0}, "got --keep and --budget-mb"),
         ({"keep": "4"}, "give --stats, or --checkpoint and --data"),
         ({"keep": "4", "checkpoint": 1}, "--method mean_prob needs calibration .* or --stats"),

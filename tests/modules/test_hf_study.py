@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
+from emo_megatron.modules.finite import NotFiniteError  # noqa: E402
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face  # noqa: E402
 
 SIZES = {
@@ -309,3 +310,113 @@ def test_a_folder_without_its_weights_is_said(tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="is not whole"):
         load_hugging_face(tmp_path)
+
+
+SPOILED = {
+    "model.layers.1.mlp.experts.5.gate_proj.weight": " (layer 2, expert 5)",
+    "model.layers.1.mlp.experts.5.up_proj.weight": " (layer 2, expert 5)",
+    "model.layers.2.mlp.experts.0.down_proj.weight": " (layer 3, expert 0)",
+    "model.layers.2.mlp.gate.weight": " (layer 3, expert 4)",
+    "model.layers.1.mlp.shared_expert.up_proj.weight": " (layer 2)",
+    "model.layers.0.mlp.down_proj.weight": " (layer 1)",
+    "model.layers.0.self_attn.q_proj.weight": " (layer 1)",
+    "model.embed_tokens.weight": "",
+    "model.norm.weight": "",
+    "lm_head.weight": "",
+}
+"""Of the Qwen2-MoE above, by its names in a file: where the fifth row of each lies."""
+
+
+def spoil(folder, name, value):
+    """Put a value into the fifth row of a weight of a folder."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][4, ...] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_weight_that_is_not_finite_is_told_by_its_name_in_the_file(tmp_path, name, value):
+    model("qwen2_moe").save_pretrained(tmp_path)
+    spoil(tmp_path, name, value)
+    with pytest.raises(NotFiniteError) as told:
+        study(load_hugging_face(tmp_path))
+    assert f"{name}{SPOILED[name]} holds {value}" in str(told.value)
+
+
+def test_no_command_measures_a_weight_that_is_not_finite(tmp_path, capsys):
+    from emo_megatron import cli
+
+    folder = tmp_path / "model"
+    model("qwen2_moe").save_pretrained(folder)
+    for name, tokens in (("d", documents()), ("h", documents()[2:3])):
+        bounds = torch.tensor([0, *(len(d) for d in tokens)]).cumsum(0)
+        stored = {"tokens": torch.cat(tokens), "cu_seqlens": bounds}
+        save_file(stored, tmp_path / f"{name}.safetensors")
+    spoil(folder, "model.layers.2.mlp.experts.3.down_proj.weight", float("nan"))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    data, held_out = (
+        [flag, f"{tmp_path}/{name}.safetensors"]
+        for flag, name in (("--data", "d"), ("--held-out", "h"))
+    )
+    for command in (
+        ["stats", *data],
+        ["stats", *data, "--outputs"],
+        ["select", *data, "--keep", "5"],
+        ["select", *data, "--keep", "5", "--method", "layerwise"],
+        ["select", "--keep", "5", "--method", "random"],
+        ["select", *data, *held_out, "--max-rise", "5%"],
+        ["retention", *data, *held_out, "--keep", "5"],
+    ):
+        output = tmp_path / "new" / "out"
+        assert cli.main([*command, "--checkpoint", str(folder), "--output", str(output)]) == 2
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "(layer 3, expert 3)" in told, command
+        assert (
+            sorted(
+                path.name for path in tmp_path.iterdir() if any(path.rglob("*")) or path.is_file()
+            )
+            == files
+        )
+
+
+@torch.no_grad()
+def test_an_overflow_of_finite_weights_is_told_where_it_arises(kind):
+    built = model(kind).eval()
+    studied = study(built)
+    pairs = torch.arange(1, 21).split(2)
+    uses_PE = torch.stack(
+        [studied.statistics([pair], outputs=False).count_LE[0] > 0 for pair in pairs]
+    )
+    # an expert that some of the pairs use and some do not
+    expert = int((uses_PE.sum(0) - 5).abs().argmin())
+    without = [pair for pair, uses in zip(pairs, uses_PE[:, expert], strict=True) if not uses]
+    (having, *_) = [pair for pair, uses in zip(pairs, uses_PE[:, expert], strict=True) if uses]
+    projection = blocks(built)[0].experts.down_proj
+    kept, projection[expert] = projection[expert].clone(), 3e38
+    studied = study(built)
+    where = f"layer {studied.facts.layers[0]}, expert {expert}"
+    for outputs in (True, False):
+        with pytest.raises(NotFiniteError, match=f"{where}: norm_LE"):
+            studied.statistics([having], outputs=outputs)
+    # one document of several is enough, and where none uses the expert there is nothing to tell
+    with pytest.raises(NotFiniteError, match=where):
+        studied.loss([*without, having])
+    assert studied.loss(without).nats > 0
+    keep = torch.ones(len(blocks(built)), 8, dtype=torch.bool)
+    keep[0, expert] = False
+    assert studied.loss([having], allowed_LE=keep).nats > 0
+    # no hook is left behind
+    projection[expert] = kept
+    assert studied.loss([having]).nats == study(model(kind)).loss([having]).nats
+
+
+@torch.no_grad()
+def test_logits_that_overflow_after_finite_layers_are_told_so():
+    built = model("olmoe").eval()
+    built.lm_head.weight[7] = 3e38
+    studied = study(built)
+    assert studied.statistics(documents(), outputs=True).num_tokens == 50
+    with pytest.raises(NotFiniteError, match="logits"):
+        studied.loss(documents())

@@ -160,6 +160,11 @@ def test_what_is_wrong_is_said(tmp_path):
         place(stats, num_ranks=3)
     with pytest.raises(ValueError, match=r"at least 1; got 0\.5"):
         place(stats, num_ranks=2, max_imbalance=0.5)
+    for bound in (float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=f"--max-imbalance must be a finite number; got {bound}"
+        ):
+            place(stats, num_ranks=2, max_imbalance=bound)
     placement = place(stats, num_ranks=2)
     with pytest.raises(ValueError, match="once"):
         dataclasses.replace(placement, order=((0,) * 16,))
@@ -173,6 +178,7 @@ def test_what_is_wrong_is_said(tmp_path):
         "[]",
         json.dumps({"format": "other"}),
         path.read_text().replace("order", "x"),
+        path.read_text().replace("1.1", "NaN"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"p\.json"):

@@ -8,6 +8,7 @@ import json
 import pytest
 from support import experts
 
+from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.retention import (
     FULL,
     check_output,
@@ -150,6 +151,41 @@ def test_an_output_that_rows_cannot_be_added_to_is_refused(texts, stored):
         check_output(dataclasses.replace(chosen, output=chosen.rows_file))
 
 
+@pytest.mark.parametrize("loss", ["NaN", "Infinity", "1e999", "null", '"3.2"', "true"])
+def test_rows_without_a_finite_loss_are_refused_by_name(texts, loss):
+    chosen = options(texts, elsewhere=0)
+    measure_retention(chosen, model=CountingModel(), read=read)
+    rows = json.loads(chosen.rows_file.read_text())
+    rows["b|b|8|full"]["loss"] = "HERE"
+    chosen.rows_file.write_text(json.dumps(rows).replace('"HERE"', loss))
+    for look in (
+        lambda: read_rows(chosen.rows_file),
+        lambda: check_output(chosen),
+        lambda: measure_retention(chosen, model=CountingModel(), read=read),
+    ):
+        with pytest.raises(
+            ValueError, match=r"rows\.json.*row b\|b\|8\|full: loss must be a finite"
+        ):
+            look()
+    del rows["b|b|8|full"]["loss"]
+    chosen.rows_file.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"row b\|b\|8\|full has no loss"):
+        read_rows(chosen.rows_file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_row(texts, value):
+    chosen = options(texts, elsewhere=0)
+    with pytest.raises(NotFiniteError, match=f"got {value}"):
+        measure_retention(chosen, model=experts.MadeUpModel(lambda kept: value), read=read)
+    assert not chosen.rows_file.exists()
+    # where modules alone are not finite, what was measured before stays
+    model = experts.MadeUpModel(lambda kept: 3.0 if kept > 4 else value)
+    with pytest.raises(NotFiniteError, match=f"got {value}"):
+        measure_retention(chosen, model=model, read=read)
+    assert [row["method"] for row in read_rows(chosen.rows_file)] == ["full"] * 3
+
+
 def test_rows_of_something_else_are_refused(texts):
     first = options(texts, elsewhere=0)
     measure_retention(first, model=CountingModel(), read=read)
@@ -196,6 +232,7 @@ def test_impossible_sizes_are_refused_before_anything_is_measured(texts, size):
         ({"cross": ("25%",)}, "--cross must be sizes of --keep.*25%"),
         ({"elsewhere": -1}, "--elsewhere must be 0 or more; got -1"),
         ({"max_rise": "some"}, "--max-rise must be"),
+        ({"max_rise": "nan%"}, "--max-rise must be"),
         ({"name": " "}, "--name must"),
         ({"rows": 0}, "--rows must be 1 or more"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import experts
 
+from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.select import (
     SCORES,
     MaxRise,
@@ -29,6 +30,15 @@ def test_the_best_are_kept_and_ties_go_to_the_lower_index():
         [False, True, False, True],
         [True, True, False, False],
     ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_rank_nothing(value):
+    scores = torch.rand(3, 8)
+    scores[1, 6] = value
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(NotFiniteError, match=f"expert 6 has {value} in row 2 of 3"):
+            select_top(scores.to(dtype), keep=2)
 
 
 def test_random_choices_are_seeded_and_differ_by_layer():
@@ -63,6 +73,10 @@ def test_a_budget_is_used_up_and_not_exceeded():
     assert keep_for_budget(50, facts, bytes_per_parameter=2) == 8
     with pytest.raises(ValueError, match=r"--budget-mb must be 0\.1 or more.*got 0\.05"):
         keep_for_budget(0.05, facts, bytes_per_parameter=2)
+    # numbers that are finite and whose products are not
+    assert keep_for_budget(1e308, facts, bytes_per_parameter=2) == 8
+    with pytest.raises(ValueError, match="--budget-mb must"):
+        keep_for_budget(1e308, facts, bytes_per_parameter=1e308)
 
 
 def test_every_method_ranks_by_its_own_score():
@@ -95,7 +109,7 @@ def test_a_bound_is_nats_or_a_share(text, full, highest):
     assert MaxRise.parse(text).highest(full) == pytest.approx(highest)
 
 
-@pytest.mark.parametrize("text", ["", "-1%", "a bit", "nan"])
+@pytest.mark.parametrize("text", ["", "-1%", "a bit", "nan", "nan%", "inf", "-inf%", "1e999%"])
 def test_a_bound_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="--max-rise must"):
         MaxRise.parse(text)

@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support import experts
 
+from emo_megatron.cli import main
+from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.stats import LayerSums, change_of, load_stats, merge_stats
 
 
@@ -108,3 +111,65 @@ def test_change_is_one_minus_the_cosine_and_never_negative():
     # a layer that hardly turns its input: 1 - cos(a) is a^2 / 2
     slight = change_of(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1e-5]]))
     assert slight.item() == pytest.approx(0.5e-10, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["probability_LE", "norm_LE", "change_LE"])
+def test_sums_that_are_not_finite_are_no_statistics(name, value):
+    spoiled = experts.statistics().tensors()[name].clone()
+    spoiled[1, 5] = spoiled[2, 0] = value
+    with pytest.raises(NotFiniteError, match=f"layer 3, expert 5: {name} is {value}"):
+        experts.statistics(**{name: spoiled})
+    spoiled[1, 6:] = value
+    with pytest.raises(NotFiniteError, match="layer 3, expert 5 and 2 more"):
+        experts.statistics(**{name: spoiled})
+
+
+def test_an_earlier_layers_sums_come_first():
+    stats = experts.statistics()
+    later, earlier = stats.probability_LE.clone(), stats.change_LE.clone()
+    later[1, 0] = earlier[0, 4] = float("nan")
+    with pytest.raises(NotFiniteError, match="layer 2, expert 4: change_LE"):
+        experts.statistics(probability_LE=later, change_LE=earlier)
+
+
+def test_files_of_sums_that_are_not_finite_make_nothing(tmp_path, capsys):
+    """As an earlier version has written them: no command merges, ranks or places by them."""
+    good = experts.statistics(name="good").save(tmp_path / "good.safetensors")
+    bad = tmp_path / "bad.safetensors"
+    with safe_open(good, framework="pt") as file:
+        described = file.metadata()
+    sums = load_file(good)
+    sums["probability_LE"][1, 5] = float("nan")
+    save_file(sums, bad, metadata=described)
+    selection = tmp_path / "selection.json"
+    assert main(["select", "--stats", str(good), "--keep", "4", "--output", str(selection)]) == 0
+    for command in (
+        ["merge-stats", "--stats", str(good), str(bad)],
+        *(
+            ["select", "--stats", str(bad), "--keep", "4", "--method", method]
+            for method in ("mean_prob", "reap", "random")
+        ),
+        ["place", "--stats", str(bad), "--ranks", "2"],
+        ["compose", "--selections", str(selection), "--stats", str(bad), "--keep", "4"],
+    ):
+        capsys.readouterr()
+        assert main([*command, "--output", str(tmp_path / "new")]) == 2, command
+        told = capsys.readouterr().err
+        assert "bad.safetensors" in told
+        assert "layer 3, expert 5" in told
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_padding_computes_counts_nowhere():
+    sums = LayerSums(2, outputs=True, device="cpu")
+    nan = float("nan")
+    sums.add(
+        probs_TE=torch.tensor([[0.5, 0.5], [nan, nan]]),
+        routing_map_TE=torch.tensor([[True, False], [True, True]]),
+        is_counted_T=torch.tensor([True, False]),
+        norms_TE=torch.tensor([[2.0, 0.0], [nan, nan]]),
+        change_T=torch.tensor([0.5, nan]),
+    )
+    assert sums.probability_E.tolist() == [0.5, 0.5]
+    assert (sums.norm_E.tolist(), sums.change_E.tolist()) == ([2.0, 0.0], [1.0, 0.0])

@@ -1,6 +1,7 @@
 """Tests of emo_megatron.report.retention on rows whose means can be worked out by hand."""
 
 import builtins
+import csv
 import dataclasses
 import json
 import struct
@@ -186,6 +187,44 @@ def test_load_rows_refuses_other_files(tmp_path: Path) -> None:
         (tmp_path / "broken.json").write_text(json.dumps([broken]))
         with pytest.raises(ValueError, match="must have the columns"):
             retention.load_rows(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("column", ["loss", "rise", "tokens", "seed", "keep_fraction"])
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e999", "many", ""])
+def test_rows_with_a_number_that_is_none_are_refused_by_file_and_row(
+    tmp_path: Path, suffix: str, column: str, value: str
+) -> None:
+    records = [dataclasses.asdict(row("emo", "full", 1.0, 0.0)) for _ in range(3)]
+    records[1][column] = "HERE"
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        names = {"nan": "NaN", "-inf": "-Infinity", "1e999": "1e999"}
+        path.write_text(json.dumps(records).replace('"HERE"', names.get(value, f'"{value}"')))
+    else:
+        records[1][column] = value
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    with pytest.raises(
+        ValueError, match=rf"rows\{suffix}, row 2: {column} must be a finite number"
+    ):
+        retention.load_rows(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", ["loss", "rise"])
+def test_a_row_is_of_finite_numbers(column: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{column} must be a finite number; got {value}"):
+        dataclasses.replace(row("emo", "full", 1.0, 0.0), **{column: value})
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", "3"])
+def test_files_of_something_else_hold_no_rows(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        retention.load_rows(tmp_path / "rows.json")
 
 
 BREAKS = {

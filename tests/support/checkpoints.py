@@ -218,3 +218,13 @@ def placement_of(folder: Path, **changes: Any) -> Any:
         "max_imbalance": 1.1,
     }
     return Placement(**fields | changes)
+
+
+def weights_of(layout: dict[str, int], config: dict[str, Any]) -> list[Any]:
+    """Name, layer and expert of each weight of a model, as this rank tells them."""
+    from emo_megatron.mcore.model_weights import model_weights
+
+    return [
+        (weight.name, weight.layer, weight.experts)
+        for weight in model_weights(model(config, layout=layout))
+    ]

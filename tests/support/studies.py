@@ -26,14 +26,20 @@ def documents(count: int = 23, *, seed: int = 3) -> list[Tensor]:
 def study(layout: dict[str, int], **config: Any) -> Any:
     """A MegatronStudy of the same model under any layout: three MoE layers after a dense one."""
     from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore.study import MegatronStudy
-    from emo_megatron.modules.stats import ModelFacts
     from support import shards, tiny
 
     tiny.setup(**{"expert_tensor_parallel_size": 1} | layout)
     options: dict[str, Any] = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
     model = tiny.model(PoolConfig(pool_min=3), **options | config)
     shards.initialise([model], seed=5)
+    return studied(model)
+
+
+def studied(model: Any) -> Any:
+    """A MegatronStudy of the model above, whatever its weights are now."""
+    from emo_megatron.mcore.study import MegatronStudy
+    from emo_megatron.modules.stats import ModelFacts
+
     facts = ModelFacts(
         fingerprint="f00d",
         num_experts=8,
@@ -200,3 +206,62 @@ def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
         "alone": torch.tensor([loss.nats * loss.num_tokens if loss else 0.0 for loss in alone]),
         "all": studied.loss(documents(), allowed_LE=allowed_LE),
     }
+
+
+def said_of(
+    layout: dict[str, int], places: list[dict[str, Any]], value: float, **config: Any
+) -> list[dict[str, str]]:
+    """What each rank is told of the model when weights of it hold a value, one place after the other.
+
+    Args:
+        layout: of the ranks.
+        places: "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or
+            "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
+        value: that they hold.
+        config: of the model.
+    """
+    model = study(layout, **config)._model
+    return [_said(model, value=value, **place) for place in places]
+
+
+@torch.no_grad()
+def _said(model: Any, *, value: float, layer: int = 0, expert: int = 0, name: str = "") -> Any:
+    held = _held(model, layer=layer, expert=expert, name=name)
+    kept = None if held is None else held.clone()
+    if held is not None:
+        held[...] = value
+    answers: dict[str, str] = {}
+
+    def ask(question: str, what: Any) -> Any:
+        try:
+            return what()
+        except ValueError as error:
+            answers[question] = f"{type(error).__name__}: {error}"
+
+    try:
+        opened = ask("opened", lambda: studied(model))
+        if opened is not None:
+            texts = documents()
+            ask("statistics", lambda: opened.statistics(texts, outputs=False))
+            ask("outputs", lambda: opened.statistics(texts, outputs=True))
+            ask("loss", lambda: opened.loss(texts))
+            if torch.distributed.get_world_size() == 1:
+                ask("documents", lambda: opened.document_nats(texts))
+    finally:
+        if held is not None:
+            held[...] = kept
+    return answers
+
+
+def _held(model: Any, *, layer: int, expert: int, name: str) -> Tensor | None:
+    """Where the value goes; None on a rank that has no part of it."""
+    blocks = {block.layer_number: block for block in model.decoder.layers}
+    if name:
+        owner = blocks.get(layer) if layer else model
+        weights = dict(owner.named_parameters()) if owner is not None else {}
+        return weights[name][5:6] if name in weights else None
+    own = blocks[layer].mlp.local_expert_indices if layer in blocks else []
+    if expert not in own:
+        return None
+    weight: Tensor = blocks[layer].mlp.experts.local_experts[own.index(expert)].linear_fc2.weight
+    return weight

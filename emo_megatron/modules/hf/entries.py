@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from emo_megatron.modules.finite import check_named_weight, first_bad
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
@@ -43,11 +45,12 @@ def to_file(entry: Entry, read: Callable[[str], Tensor], *, dtype: torch.dtype) 
         dtype: of the result.
 
     Raises:
-        ValueError: scaling or the dtype drives a value out of range.
+        ValueError: the weight is not finite, or scaling or the dtype drives a value out of range.
     """
     if entry.weight is None:
         return torch.full(entry.shape, entry.value, dtype=dtype)
     weight = read(entry.weight)
+    check_named_weight(entry.weight, weight, said=entry.name)
     tensor = weight.to(dtype)
     if entry.scale != 1.0:
         tensor = tensor * entry.scale
@@ -55,21 +58,23 @@ def to_file(entry: Entry, read: Callable[[str], Tensor], *, dtype: torch.dtype) 
         padding = tensor.new_zeros(entry.padding_rows, *tensor.shape[1:])
         tensor = torch.cat([tensor, padding])
     assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
-    overflows = tensor.dtype != weight.dtype or entry.scale != 1.0
-    if overflows and not tensor.is_meta and _largest(tensor) == math.inf != _largest(weight):
+    can_overflow = tensor.dtype != weight.dtype or entry.scale != 1.0
+    if can_overflow and first_bad(tensor) is not None:
         raise ValueError(
-            f"{entry.name} does not fit {dtype}: its largest value is {_largest(weight):g}; "
+            f"{entry.name} does not fit {dtype}: its largest value is {float(weight.abs().max()):g}; "
             "export with --dtype float32"
         )
     return tensor.contiguous()
 
 
 def from_file(entry: Entry, tensor: Tensor) -> Tensor:
-    """The weight that a tensor of the format holds; the inverse of `to_file`."""
+    """The weight that a tensor of the format holds; the inverse of `to_file`.
+
+    Raises:
+        ValueError: it is not finite.
+    """
     if entry.padding_rows:
         tensor = tensor[: -entry.padding_rows]
+    if entry.weight is not None:
+        check_named_weight(entry.weight, tensor, said=entry.name)
     return tensor if entry.scale == 1.0 else tensor / entry.scale
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -50,7 +50,7 @@ def read_retention(
         chosen_for: the domain of a module: its rows on every text, its own first; None: every domain on its own text.
 
     Raises:
-        ValueError: it is no such file, or has no such row.
+        ValueError: it is no such file, has no such row, or a number in it is no number or not finite.
     """
     rows = _read(path)
     full, random = (

@@ -135,6 +135,21 @@ def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> 
     assert "standard mixture" not in card
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "null", '"3.2"'])
+@pytest.mark.parametrize("place", [0, len(ROWS) - 1])
+def test_a_loss_that_is_no_finite_number_is_told_of_no_model(
+    place: int, value: str, tmp_path: Path
+) -> None:
+    rows = [dict(row) for row in ROWS]
+    rows[place]["loss"] = "HERE"
+    (tmp_path / "rows.json").write_text(json.dumps(rows).replace('"HERE"', value))
+    for read in (read_retention, measured_domains):
+        with pytest.raises(
+            ValueError, match=rf"rows\.json, row {place + 1}: loss must be a finite"
+        ):
+            read(tmp_path / "rows.json")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
