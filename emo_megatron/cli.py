@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import tyro
 
-from emo_megatron.environment import collect_environment, format_json, format_text
+from emo_megatron.environment import (
+    collect_environment,
+    format_json,
+    format_text,
+    stay_offline,
+)
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -126,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 after a user error or a missing optional package, told in one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    stay_offline()
     try:
         _run(arguments)
     except ModuleNotFoundError as error:
