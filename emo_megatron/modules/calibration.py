@@ -72,7 +72,7 @@ class Documents:
     tokens: tuple[Tensor, ...]
     """[n] int64 each, n at least 1, end of document included."""
     source: dict[str, Any]
-    """Where they came from: file, sha256 of the tokens, numbers, how they were chosen."""
+    """Where they came from: file, sha256 of the tokens, numbers, how they were chosen; of text, what ends it."""
 
     @property
     def num_tokens(self) -> int:

@@ -9,7 +9,7 @@ from emo_megatron.modules.calibration import Calibration, Documents, read_docume
 from emo_megatron.modules.choosing import select
 from emo_megatron.modules.document_files import is_text
 from emo_megatron.modules.files import mark_of
-from emo_megatron.modules.hf.tokenizer import Tokenizer
+from emo_megatron.modules.hf.tokenizer import Tokenizer, reason
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import measure_retention
@@ -70,9 +70,14 @@ def _documents(
 ) -> Documents:
     # tokens need no tokenizer, and a folder may have none
     tokenizer = Tokenizer(options.tokenizer or folder) if is_text(path) else None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vocab_size = _vocab_size(folder / "config.json")
     if tokenizer:
-        tokenizer.check(vocab_size=config["vocab_size"])
-    return read_documents(
-        path, calibration=calibration, tokenizer=tokenizer, vocab_size=config["vocab_size"]
-    )
+        tokenizer.check(vocab_size=vocab_size)
+    return read_documents(path, calibration=calibration, tokenizer=tokenizer, vocab_size=vocab_size)
+
+
+def _vocab_size(config: Path) -> int:
+    try:
+        return int(json.loads(config.read_bytes())["vocab_size"])
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{config} must give vocab_size: {reason(error)}") from None
