@@ -13,7 +13,12 @@ from emo_megatron.environment import stay_offline
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
-from emo_megatron.mcore.run_tokenizer import null_flags, text_tokenizer, tokenizer_args
+from emo_megatron.mcore.run_tokenizer import (
+    TOKENIZER_FLAGS,
+    null_flags,
+    text_tokenizer,
+    tokenizer_args,
+)
 from emo_megatron.modules.calibration import (
     NO_TOKENIZER,
     Calibration,
@@ -106,8 +111,13 @@ def _tokenizer(
     """What reads the texts, before the model is loaded; None if there are none.
 
     Raises:
-        ValueError: there is none, or none that can be read.
+        ValueError: there is none, or two, or none that can be read.
     """
+    given = {word.partition("=")[0] for word in sys.argv[1:]} & set(TOKENIZER_FLAGS)
+    if options.tokenizer is not None and given:
+        raise ValueError(
+            f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one"
+        )
     if not texts:
         return None
     args = tokenizer_args(stored, sys.argv[1:])

@@ -11,6 +11,8 @@ from emo_megatron.modules.calibration import TextTokenizer
 from emo_megatron.modules.hf.tokenizer import Tokenizer, reason
 
 HUGGING_FACE = "HuggingFaceTokenizer"
+TOKENIZER_FLAGS = ("--tokenizer-type", "--tokenizer-model")
+"""Megatron's, which name one."""
 NO_TOKENIZER = (None, "NullTokenizer", "NullMultimodalTokenizer")
 """Megatron's kinds that read no text."""
 _FILES = {

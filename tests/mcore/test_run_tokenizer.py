@@ -118,15 +118,17 @@ def opened(folder: str, models: str) -> dict[str, str]:
     data = write_texts(Path(folder) / "texts.jsonl", ("1 2 3",))
     said = {}
     with network.closed(Path(folder) / "tried") as tried:
-        for name, flags in {
-            "elsewhere": (),
-            "run": ("--tokenizer-type", "NullTokenizer", "--vocab-size", "80"),
+        null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "80")
+        for case, (name, flags) in {
+            "elsewhere": ("elsewhere", ()),
+            "none": ("run", null),
+            "two": ("run", ("--stats-tokenizer", NAME, *null)),
         }.items():
             sys.argv = ["stats", "--load", name, "--stats-checkpoint", name, *flags]
             sys.argv += ["--stats-data", str(data), "--stats-output", "s.safetensors"]
             with pytest.raises(ValueError, match="--tokenizer") as error:
                 open_study(StatsOptions, step="stats", texts=("data",), check=lambda options: None)
-            said[name] = str(error.value)
+            said[case] = str(error.value)
         return said | {"tried": str(tried())}
 
 
@@ -135,7 +137,8 @@ def test_texts_without_a_tokenizer_are_refused_at_once(
 ) -> None:
     (said,) = ranks(1).run(opened, folder=str(tmp_path), models=str(models))
     assert "another-owner/not-here" in said["elsewhere"]
-    assert "texts.jsonl" in said["run"]
+    assert "texts.jsonl" in said["none"]
+    assert "--tokenizer-type" in said["two"]
     assert said["tried"] == "[]"
 
 

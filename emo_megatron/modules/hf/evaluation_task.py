@@ -86,12 +86,12 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
         must_not_exist(path)
     file = _pattern(data)
     texts = _texts(options, Tokenizer(options.model))
-    with whole(data, is_new=True) as unfinished:
+    # the inner one appears first: a task has its documents, and they do not stay where it cannot be written
+    with whole(task, is_new=True) as new_task, whole(data, is_new=True) as new_data:
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with whole(task, is_new=True) as unfinished:
+        new_data.write_text("\n".join(lines) + "\n", encoding="utf-8")
         text = _TASK.format(name=_quoted(options.name), file=_quoted(file))
-        unfinished.write_text(text, encoding="utf-8")
+        new_task.write_text(text, encoding="utf-8")
     return task
 
 
