@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 import tyro
 
-from emo_megatron.environment import collect_environment, format_json, format_text
+from emo_megatron.environment import (
+    collect_environment,
+    format_json,
+    format_text,
+    stay_offline,
+)
 from emo_megatron.modules.files import message_of, write_any_name
 
 USAGE_ERROR = 2
@@ -129,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     write_any_name()
+    stay_offline()
     try:
         _run(arguments)
     except ModuleNotFoundError as error:

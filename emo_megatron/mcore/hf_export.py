@@ -19,6 +19,7 @@ from emo_megatron.mcore.hf_flags import architecture_of
 from emo_megatron.mcore.hf_names import MegatronWeights
 from emo_megatron.mcore.hf_parity import Converted, check_parity_tokens, measure_parity
 from emo_megatron.mcore.parts import SELECTION_FILE
+from emo_megatron.mcore.run_tokenizer import hugging_face_tokenizer
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.architecture import Architecture
@@ -27,7 +28,6 @@ from emo_megatron.modules.hf.folder import FORMATS, HuggingFaceFolder, write_fol
 from emo_megatron.modules.hf.formats import RECORD
 from emo_megatron.modules.hf.measured import MeasuredLoss, measured_domains, read_retention
 from emo_megatron.modules.hf.qwen2_moe import TINY_GATE
-from emo_megatron.modules.hf.tokenizer import Tokenizer
 from emo_megatron.modules.selection import Selection, load_selection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +86,9 @@ def export(options: ExportOptions) -> Converted:
             + "\n".join(f"  - {problem}" for problem in problems)
         )
     weights = MegatronWeights(checkpoint, architecture)
-    tokenizer = _tokenizer(options, checkpoint, vocab_size=architecture.vocab_size)
+    tokenizer = hugging_face_tokenizer(
+        checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size
+    )
     selection = _selection(options, architecture)
     retention = _retention(options, selection)
     dtype = _dtype(options, checkpoint)
@@ -126,25 +128,6 @@ def export(options: ExportOptions) -> Converted:
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
-
-
-def _tokenizer(
-    options: ExportOptions, checkpoint: MegatronCheckpoint, *, vocab_size: int
-) -> Tokenizer | None:
-    """The tokenizer that was named or that the run had; None for a run on token ids."""
-    args = checkpoint.args
-    path = options.tokenizer
-    if path is None:
-        if getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
-            return None
-        path = Path(str(args.tokenizer_model))
-        if not path.is_dir():
-            raise ValueError(
-                f"the tokenizer of the run, {path}, is not a folder here: name it with --tokenizer"
-            )
-    tokenizer = Tokenizer(path)
-    tokenizer.check(vocab_size=vocab_size)
-    return tokenizer
 
 
 def _selection(options: ExportOptions, architecture: Architecture) -> Selection | None:

@@ -9,10 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emo_megatron.environment import stay_offline
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
-from emo_megatron.modules.calibration import Calibration, Documents, load_documents
+from emo_megatron.mcore.run_tokenizer import (
+    TOKENIZER_FLAGS,
+    null_flags,
+    text_tokenizer,
+    tokenizer_args,
+)
+from emo_megatron.modules.calibration import (
+    NO_TOKENIZER,
+    Calibration,
+    Documents,
+    TextTokenizer,
+    read_documents,
+)
+from emo_megatron.modules.document_files import is_text
 from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
@@ -26,23 +40,22 @@ class Opened[T: ModelOptions]:
         options: of the command.
         model: this process's part of the model.
         args: Megatron's flags.
+        tokenizer: reads text for the model; None where none was asked for.
     """
 
     options: T
     model: StudiedModel
     args: argparse.Namespace
+    tokenizer: TextTokenizer | None
 
     def documents(self, path: Path, calibration: Calibration) -> Documents:
         """Documents of a file, in tokens of this model; the same on every rank."""
-        from megatron.training import get_tokenizer
-
         from emo_megatron.mcore.dataset import IndexedDocuments
 
-        tokenizer = get_tokenizer()
-        return load_documents(
+        return read_documents(
             path,
             calibration=calibration,
-            tokenize=lambda text: [*tokenizer.tokenize(text), tokenizer.eod],
+            tokenizer=self.tokenizer,
             read_indexed=IndexedDocuments,
             vocab_size=self.args.padded_vocab_size,
         )
@@ -56,8 +69,7 @@ def open_study[T: ModelOptions](
     Args:
         cls: options of the command.
         step: its name.
-        texts: fields of `cls` that may name a file of texts, or a folder with one, for which the checkpoint's
-            tokenizer is built.
+        texts: fields of `cls` that may name a file of texts, or a folder with one, for which there must be a tokenizer.
         check: raises ValueError for options that cannot be, an output above all; called before anything is loaded.
 
     Raises:
@@ -74,9 +86,11 @@ def open_study[T: ModelOptions](
         return parser
 
     checkpoint = checkpoint_in(sys.argv[1:])
-    has_texts = any(_is_text(getattr(options, name)) for name in texts)
-    flags = _tokenizer_flags(options, has_texts=has_texts, stored=checkpoint.args)
-    loaded = load_model(checkpoint, add_args=add_args, flags=flags)
+    named = [path for name in texts if (path := getattr(options, name)) is not None]
+    tokenizer = _tokenizer(options, checkpoint.args, texts=[p for p in named if is_text(p)])
+    # the last of a flag counts: what the command line says of the tokenizer is done with
+    sys.argv += null_flags(vocab_size=checkpoint.args.padded_vocab_size)
+    loaded = load_model(checkpoint, add_args=add_args)
     from emo_megatron.mcore.facts import facts_of
     from emo_megatron.mcore.study import MegatronStudy
 
@@ -88,27 +102,34 @@ def open_study[T: ModelOptions](
         weights=mark_of(checkpoint.path),
         megatron=shlex.join(shlex.split(options.megatron)),
     )
-    return Opened(options=options, model=model, args=loaded.args)
+    return Opened(options=options, model=model, args=loaded.args, tokenizer=tokenizer)
 
 
-def _is_text(path: Path | None) -> bool:
-    return path is not None and (path.suffix == ".jsonl" or any(path.glob("*.jsonl")))
+def _tokenizer(
+    options: ModelOptions, stored: argparse.Namespace, *, texts: Sequence[Path]
+) -> TextTokenizer | None:
+    """What reads the texts, before the model is loaded; None if there are none.
 
-
-def _tokenizer_flags(
-    options: ModelOptions, *, has_texts: bool, stored: argparse.Namespace
-) -> list[str]:
-    if options.tokenizer is not None:
-        kind = "HuggingFaceTokenizer"
-        return ["--tokenizer-type", kind, "--tokenizer-model", str(options.tokenizer)]
-    if has_texts:
-        return []
-    # tokens need no tokenizer, and the run's own may lie on another machine
-    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
+    Raises:
+        ValueError: there is none, or two, or none that can be read.
+    """
+    given = {word.partition("=")[0] for word in sys.argv[1:]} & set(TOKENIZER_FLAGS)
+    if options.tokenizer is not None and given:
+        raise ValueError(
+            f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one"
+        )
+    if not texts:
+        return None
+    args = tokenizer_args(stored, sys.argv[1:])
+    tokenizer = text_tokenizer(args, named=options.tokenizer, vocab_size=stored.padded_vocab_size)
+    if tokenizer is None:
+        raise ValueError(NO_TOKENIZER.format(texts[0]))
+    return tokenizer
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` in this rank; what the user can mend is told in one line."""
+    """Run a command's `main` in this rank, offline; what the user can mend is told in one line."""
+    stay_offline()
     try:
         main()
     except (ImportError, NotImplementedError, OSError, ValueError) as error:

@@ -6,22 +6,24 @@ what a document does does not depend on its neighbours: statistics of two files 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from emo_megatron.modules.document_files import ReadIndexed, is_text, read_file
 
 Tokenize = Callable[[str], Sequence[int]]
 """A text as token ids, end of document included."""
 SEPARATOR = "\n\n"
 """Between the shots of a text."""
+NO_TOKENIZER = "{} holds text and the run had no tokenizer: give --tokenizer"
+"""What is said of a file of texts that no tokenizer reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +72,7 @@ class Documents:
     tokens: tuple[Tensor, ...]
     """[n] int64 each, n at least 1, end of document included."""
     source: dict[str, Any]
-    """Where they came from: file, sha256 of the tokens, numbers, how they were chosen."""
+    """Where they came from: file, sha256 of the tokens, numbers, how they were chosen; of text, what ends it."""
 
     @property
     def num_tokens(self) -> int:
@@ -83,14 +85,13 @@ def load_documents(
     *,
     calibration: Calibration,
     tokenize: Tokenize | None = None,
-    read_indexed: Callable[[Path], Sequence[Tensor]] | None = None,
+    read_indexed: ReadIndexed | None = None,
     vocab_size: int | None = None,
 ) -> Documents:
-    """Read calibration documents.
+    """Read calibration documents; those without a token are left out.
 
     Args:
-        path: a .jsonl file with a "text" on every line; a .safetensors file with "tokens" [N] and "cu_seqlens" [D + 1],
-            both integers; or the prefix of Megatron's indexed dataset (.bin and .idx).
+        path: a file as `read_file` reads it.
         calibration: which documents.
         tokenize: for text.
         read_indexed: for indexed datasets.
@@ -98,10 +99,10 @@ def load_documents(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is none of these, holds no document, or tokens outside the vocabulary.
+        ValueError: it is no file of documents, or a damaged one, holds no document, or tokens outside the vocabulary.
     """
     path = Path(path)
-    documents = _read(path, read_indexed)
+    documents = read_file(path, read_indexed=read_indexed)
     examples, shots = calibration.pick(len(documents))
     chosen: list[Tensor] = []
     num_tokens = 0
@@ -109,19 +110,13 @@ def load_documents(
         parts = [documents[at] for at in (*shots, place)]
         tokens = _tokens(parts, path, tokenize)
         if tokens.numel():
+            _check(tokens, vocab_size, where=f"{path}, document {place + 1}")
             chosen.append(tokens)
             num_tokens += tokens.numel()
         if calibration.num_tokens and num_tokens >= calibration.num_tokens:
             break
     if not chosen:
         raise ValueError(f"{path} holds no document")
-    highest = max(int(document.max()) for document in chosen)
-    lowest = min(int(document.min()) for document in chosen)
-    if vocab_size is not None and (highest >= vocab_size or lowest < 0):
-        raise ValueError(
-            f"tokens must lie in [0, {vocab_size}), the model's vocabulary; {path} has {lowest} to {highest}. "
-            "Use data of the model's own tokenizer."
-        )
     source = {
         "file": path.name,
         "sha256": _digest(chosen),
@@ -131,62 +126,62 @@ def load_documents(
     return Documents(tokens=tuple(chosen), source=source | asdict(calibration))
 
 
-def _read(path: Path, read_indexed: Callable[[Path], Sequence[Tensor]] | None) -> Sequence[Any]:
-    """Texts or token tensors, one a document."""
-    is_indexed = Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
-    if not path.exists() and not is_indexed:
-        raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
-    if path.suffix == ".safetensors":
-        return _read_tokens(path)
-    if is_indexed:
-        if read_indexed is None:
-            raise ValueError(
-                f"{path} is an indexed dataset, which is read for Megatron models only"
-            )
-        return read_indexed(path)
-    raise ValueError(
-        f"{path} must be a .jsonl file of texts, a .safetensors file of tokens and cu_seqlens, or the "
-        "prefix of an indexed dataset"
+class TextTokenizer(Protocol):
+    """What reads text for a model."""
+
+    @property
+    def end(self) -> int | None:
+        """Id that ends a document; None where the model's documents end without one."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """A document's tokens without added specials, ended by `end` if there is one."""
+
+
+def read_documents(
+    path: Path,
+    *,
+    calibration: Calibration,
+    tokenizer: TextTokenizer | None,
+    vocab_size: int,
+    read_indexed: ReadIndexed | None = None,
+) -> Documents:
+    """Read documents for a model: the one way, whichever format the model is in.
+
+    Args:
+        path, calibration, vocab_size, read_indexed: as for `load_documents`.
+        tokenizer: of the model; for text, whose source also says what ends a document ("end_of_document").
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_documents`.
+    """
+    documents = load_documents(
+        path,
+        calibration=calibration,
+        tokenize=None if tokenizer is None else tokenizer.encode,
+        read_indexed=read_indexed,
+        vocab_size=vocab_size,
     )
+    if tokenizer is None or not is_text(path):
+        return documents
+    source = documents.source | {"end_of_document": tokenizer.end}
+    return dataclasses.replace(documents, source=source)
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    texts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise ValueError(f'{path}, line {number}: must be an object with a "text"')
-            texts.append(record["text"])
-    return texts
-
-
-def _read_tokens(path: Path) -> list[Tensor]:
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut short or no safetensors file: {error}") from None
-    if not {"tokens", "cu_seqlens"} <= stored.keys():
-        raise ValueError(f'{path} must hold "tokens" and "cu_seqlens"; got {sorted(stored)}')
-    tokens, bounds = stored["tokens"].long(), stored["cu_seqlens"].long()
-    lengths = bounds.diff()
-    if bounds.numel() < 1 or bounds[0] != 0 or bounds[-1] != tokens.numel() or (lengths < 0).any():
-        raise ValueError(f"{path}: cu_seqlens must rise from 0 to the {tokens.numel()} tokens")
-    return list(torch.split(tokens, lengths.tolist()))
+def _check(tokens: Tensor, vocab_size: int | None, *, where: str) -> None:
+    """Refuse tokens that the model has no rows for."""
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if vocab_size is not None and (highest >= vocab_size or lowest < 0):
+        raise ValueError(
+            f"tokens must lie in [0, {vocab_size}), the model's vocabulary; {where} has {lowest} to {highest}. "
+            "Use data of the model's own tokenizer."
+        )
 
 
 def _tokens(parts: list[Any], path: Path, tokenize: Tokenize | None) -> Tensor:
     """One document of several texts or token sequences."""
     if isinstance(parts[0], str):
         if tokenize is None:
-            raise ValueError(f"{path} holds text and there is no tokenizer: give --tokenizer")
+            raise ValueError(NO_TOKENIZER.format(path))
         return torch.tensor(tokenize(SEPARATOR.join(parts)), dtype=torch.int64)
     # all but the last lose their end of document: it would close the document in front of the example
     return torch.cat([*(part[:-1] for part in parts[:-1]), parts[-1]]).long()

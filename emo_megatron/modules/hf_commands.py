@@ -1,15 +1,16 @@
-"""The commands stats and select on a Hugging Face folder."""
+"""The commands stats, select and retention on a Hugging Face folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from emo_megatron.modules.calibration import Calibration, Documents, load_documents
+from emo_megatron.modules.calibration import Calibration, Documents, read_documents
 from emo_megatron.modules.choosing import select
+from emo_megatron.modules.document_files import is_text
 from emo_megatron.modules.files import mark_of
+from emo_megatron.modules.hf.tokenizer import Tokenizer
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
-from emo_megatron.modules.json_files import checked, read_json
+from emo_megatron.modules.json_files import checked, read_object
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import measure_retention
 from emo_megatron.modules.retention_options import RetentionOptions
@@ -18,9 +19,10 @@ from emo_megatron.modules.study import collect_stats
 
 def run_stats(options: StatsOptions) -> None:
     """As the command stats, of a Hugging Face folder."""
+    documents = _documents(options, options.checkpoint, options.data, options.calibration)
     collect_stats(
         _study(options, options.checkpoint),
-        _documents(options, options.checkpoint, options.data, options.calibration),
+        documents,
         output=options.output,
         outputs=options.outputs,
     )
@@ -66,19 +68,15 @@ def _study(options: ModelOptions, folder: Path) -> HuggingFaceStudy:
 def _documents(
     options: ModelOptions, folder: Path, path: Path, calibration: Calibration
 ) -> Documents:
-    def tokenize(text: str) -> list[int]:
-        # read when the first text is: tokens need no tokenizer
-        from transformers import AutoTokenizer
+    # tokens need no tokenizer, and a folder may have none
+    tokenizer = Tokenizer(options.tokenizer or folder) if is_text(path) else None
+    vocab_size = _vocab_size(folder / "config.json")
+    if tokenizer:
+        tokenizer.check(vocab_size=vocab_size)
+    return read_documents(path, calibration=calibration, tokenizer=tokenizer, vocab_size=vocab_size)
 
-        name = str(options.tokenizer or folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [*tokenizer.encode(text, add_special_tokens=False), *end]
 
-    config = folder / "config.json"
-    described = checked(
-        read_json(config, kind="a model's configuration"), {"vocab_size": int}, where=str(config)
-    )
-    return load_documents(
-        path, calibration=calibration, tokenize=tokenize, vocab_size=described["vocab_size"]
-    )
+def _vocab_size(config: Path) -> int:
+    described = read_object(config, kind="a model's configuration")
+    size: int = checked(described, {"vocab_size": int}, where=str(config))["vocab_size"]
+    return size

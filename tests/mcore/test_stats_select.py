@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import words
 from support.pretraining import VOCAB, pretrain
 
 from emo_megatron import cli
@@ -29,7 +30,7 @@ def checkpoint(tmp_path_factory, data_prefix):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The same documents as text and as tokens; NullTokenizer reads numbers."""
+    """The same documents as text, with a tokenizer that reads numbers, and as tokens."""
     folder = tmp_path_factory.mktemp("documents")
     documents = [[(n * 11 + i) % (VOCAB - 1) for i in range(3 + 9 * n)] for n in range(12)]
     lines = [json.dumps({"text": " ".join(map(str, tokens))}) for tokens in documents]
@@ -37,6 +38,7 @@ def data(tmp_path_factory):
     ended = [torch.tensor([*tokens, VOCAB - 1]) for tokens in documents]
     bounds = torch.tensor([0, *map(len, ended)]).cumsum(0)
     save_file({"tokens": torch.cat(ended), "cu_seqlens": bounds}, folder / "d.safetensors")
+    words.write_numbers(folder / "tokenizer", size=VOCAB)
     return folder
 
 
@@ -48,7 +50,8 @@ def run(*arguments):
 def stats(checkpoint, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("stats") / "s.safetensors"
     arguments = ("--data", data / "d.jsonl", "--output", output, "--outputs")
-    assert run("stats", "--checkpoint", checkpoint, *arguments) == 0
+    tokenizer = ("--tokenizer", data / "tokenizer")
+    assert run("stats", "--checkpoint", checkpoint, *tokenizer, *arguments) == 0
     return output
 
 
@@ -83,7 +86,8 @@ def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_pat
 
 
 def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
-    model = ("--checkpoint", checkpoint, "--processes", "2", "--pipeline-parallel", "2")
+    model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
+    model += ("--processes", "2", "--pipeline-parallel", "2")
     output = tmp_path / "layerwise.json"
     how = ("--method", "layerwise", "--data", data / "d.jsonl", "--keep", "50%")
     assert run("select", *model, *how, "--output", output) == 0
@@ -112,7 +116,8 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(
 ):
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
-    common = ("retention", "--checkpoint", checkpoint, "--data", data / "d.jsonl", "--held-out")
+    model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
+    common = ("retention", *model, "--data", data / "d.jsonl", "--held-out")
     sizes = ("--keep", "5", "3", "--methods", "mean_prob", "reap", "layerwise")
     assert run(*common, held_out, *sizes, "--output", tmp_path / "one") == 0
     printed = capfd.readouterr().out
@@ -130,7 +135,7 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(
     report = (tmp_path / "two" / "retention.txt").read_text()
     assert len(re.findall(r"^ *(?:other|model) +\d", report, re.MULTILINE)) == 2 * (1 + 2 * 3)
     output = tmp_path / "s.json"
-    bound = ("--stats", stats, "--checkpoint", checkpoint, "--max-rise", "0", "--held-out")
+    bound = ("--stats", stats, *model, "--max-rise", "0", "--held-out")
     assert run("select", *bound, held_out, "--output", output) == 0
     losses = {int(k): v for k, v in load_selection(output).data["losses"].items()}
     measured = {r.num_experts_kept: r.loss for r in one if r.method in ("full", "mean_prob")}
@@ -146,16 +151,17 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     (cut / "latest_checkpointed_iteration.txt").write_text("2")
     part = max(cut.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[:2000])
-    (tmp_path / "d.jsonl").write_text('{"text": "5 600"}')
+    save_file(
+        {"tokens": torch.tensor([5, 600]), "cu_seqlens": torch.tensor([0, 2])},
+        tmp_path / "d.safetensors",
+    )
     output = tmp_path / "out" / "s.safetensors"
     two = ("--processes", "2", "--expert-parallel", "2")
+    wrong = ("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors")
     for arguments, what in [
-        (("--checkpoint", cut, "--data", data / "d.jsonl"), "cut short"),
-        (("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl"), "vocabulary.*5 to 600"),
-        (
-            ("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl", *two),
-            "vocabulary.*5 to 600",
-        ),
+        (("--checkpoint", cut, "--data", data / "d.safetensors"), "cut short"),
+        (wrong, "vocabulary.*5 to 600"),
+        ((*wrong, *two), "vocabulary.*5 to 600"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             run("stats", *arguments, "--output", output)

@@ -114,6 +114,78 @@ def test_bad_files_are_refused_with_the_place(tmp_path):
         load_documents(tmp_path / "missing", calibration=ALL)
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b'{"text": "cut \\ud83d here"}', r"Unicode.*\\ud83d.*character 4"),
+        (b'{"text": "\xe9"}', "UTF-8"),
+        ('{"text": "a"}'.encode("utf-16"), "UTF-8"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "JSON"),
+        (b'{"text": null}', '"text"'),
+        (b"\xef\xbb\xbf" + b'{"text": "a"}', "BOM"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(tmp_path, line, what):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"text": "a"}\r\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"t\.jsonl, line 2: .*{what}") as error:
+        load_documents(path, calibration=ALL, tokenize=letters)
+    assert "\n" not in str(error.value)
+
+
+def test_texts_are_read_byte_for_byte(tmp_path):
+    path = tmp_path / "t.jsonl"
+    texts = ["a\u2028b\x85\x0c", "\0", "\U0001f600", " \r\n "]
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    path.write_bytes("\r\n\n".join(lines).encode())
+    read = load_documents(path, calibration=ALL, tokenize=letters)
+    assert [document.tolist() for document in read.tokens] == [letters(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bounds", "what"),
+    [
+        (torch.arange(4.0), torch.tensor([0, 4]), '"tokens".*float32'),
+        (torch.ones(4, dtype=torch.bool), torch.tensor([0, 4]), '"tokens".*bool'),
+        (torch.arange(4).view(2, 2), torch.tensor([0, 4]), r'"tokens".*\[2, 2\]'),
+        (torch.arange(4), torch.tensor([0.0, 1.5, 4.0]), '"cu_seqlens".*float32'),
+        (torch.arange(4), torch.tensor([[0, 4]]), r'"cu_seqlens".*\[1, 2\]'),
+        (torch.arange(4), torch.tensor([0, 3, 2, 4]), "entry 2 falls"),
+        (torch.arange(4), torch.tensor([0, 5]), "0 to 5"),
+        (torch.arange(4), torch.tensor([], dtype=torch.int64), "got none"),
+        (torch.arange(4), torch.tensor([0, 2, 9, 4], dtype=torch.uint16), "entry 3 falls"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(tmp_path, tokens, bounds, what):
+    path = tmp_path / "t.safetensors"
+    save_file({"tokens": tokens, "cu_seqlens": bounds}, path)
+    with pytest.raises(ValueError, match=rf"t\.safetensors.*{what}"):
+        load_documents(path, calibration=ALL)
+
+
+def test_tokens_outside_the_vocabulary_are_found_in_their_document(tmp_path):
+    tokens = [torch.tensor(ids) for ids in ([1, 2], [3], [4, 50])]
+    path = write_tokens(tmp_path / "t.safetensors", tokens)
+    assert load_documents(path, calibration=ALL, vocab_size=51).num_tokens == 5
+    with pytest.raises(ValueError, match=r"t\.safetensors, document 3 has 4 to 50"):
+        load_documents(path, calibration=ALL, vocab_size=50)
+
+
+def test_a_folder_is_no_file_of_documents(tmp_path):
+    for name in ("x.jsonl", "x.safetensors", "x"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=rf"{name} must be .* it is a folder"):
+            load_documents(tmp_path / name, calibration=ALL, tokenize=letters)
+
+
+def test_documents_without_a_token_are_left_out(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", ["a", "", "b"])
+    read = load_documents(path, calibration=ALL, tokenize=lambda text: [ord(c) for c in text])
+    assert [document.tolist() for document in read.tokens] == [[97], [98]]
+    assert read.source["documents"] == 2
+
+
 @pytest.mark.parametrize("lengths", [(3, 4), (8,), (9, 1), (20, 2, 5, 8), (1,) * 17])
 def test_rows_hold_every_token_once_and_know_what_comes_next(lengths):
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()

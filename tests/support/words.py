@@ -1,25 +1,65 @@
-"""A tiny tokenizer, made on the spot."""
+"""Tiny tokenizers, made on the spot."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 WORDS = ("the", "of", "experts", "route", "document", "pool", "module", "keeps", "token", "and")
+END = "<|endoftext|>"
+FIRST = "<first>"
+SPECIAL: dict[str, dict[str, Any]] = {
+    "first": {"around": f"{FIRST} $A", "bos_token": FIRST, "eos_token": END},
+    "last": {"around": f"$A {END}", "eos_token": END},
+    "both": {"around": f"{FIRST} $A {END}", "bos_token": FIRST, "eos_token": END},
+    "no end": {"around": f"{FIRST} $A", "bos_token": FIRST},
+    "nothing": {"around": "$A"},
+}
+"""Tokenizers by what they put around a text."""
 
 
-def write_tokenizer(folder: Path, *, size: int = 40) -> Path:
-    """A word-level tokenizer of `size` tokens with an end-of-text token, as transformers saves one."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def write_tokenizer(
+    folder: Path, *, size: int = 40, around: str | None = None, **special: str
+) -> Path:
+    """A word-level tokenizer of `size` tokens with an end-of-text token, as transformers saves one.
 
-    words = ["<|endoftext|>", "<unk>", *WORDS]
+    Args:
+        folder: to write.
+        size: tokens.
+        around: what is put around a text, as tokenizers' templates say it.
+        special: `eos_token` and others; an end-of-text token where nothing is put around.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [END, "<unk>", *WORDS, FIRST]
     vocabulary = {
         word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(size))][:size])
     }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
+    if around is not None:
+        known = [(word, vocabulary[word]) for word in (END, FIRST)]
+        tokenizer.add_special_tokens([END, FIRST])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=known
+        )
+    else:
+        special = {"eos_token": END}
+    return _save(tokenizer, folder, unk_token="<unk>", **special)
+
+
+def write_numbers(folder: Path, *, size: int) -> Path:
+    """A tokenizer of texts that are token ids, the last of which ends a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {str(i): i for i in range(size - 1)} | {END: size - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return _save(tokenizer, folder, eos_token=END)
+
+
+def _save(tokenizer: Any, folder: Path, **special: str) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder

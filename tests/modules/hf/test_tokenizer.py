@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,52 @@ def test_a_vocabulary_without_rows_for_it_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no tokenizer.*--tokenizer"):
         Tokenizer(tmp_path)
+
+
+DAMAGE = {
+    "tokenizer.json": ('{"version": ', "[]", '{"version": "1.0"}', "version https://git-lfs"),
+    "tokenizer_config.json": ("{", "[]", "version https://git-lfs"),
+    "special_tokens_map.json": ("{",),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, text) for name, texts in DAMAGE.items() for text in texts]
+)
+def test_a_damaged_tokenizer_is_one_line_with_its_file(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    folder = words.write_tokenizer(tmp_path / "source")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))) as error:
+        Tokenizer(folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "NoSuch"])
+def test_a_vocabulary_that_is_missing_is_no_empty_one(tmp_path: Path, kind: str) -> None:
+    folder = words.write_tokenizer(tmp_path / "source")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=str(folder)):
+        Tokenizer(folder)
+
+
+def test_code_of_a_folder_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
+    folder = words.write_tokenizer(tmp_path / "source")
+    own = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["own.X", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match=str(folder)):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", words.SPECIAL)
+def test_a_document_has_one_end_and_nothing_in_front(tmp_path: Path, name: str) -> None:
+    tokenizer = Tokenizer(words.write_tokenizer(tmp_path / "source", **words.SPECIAL[name]))
+    end = [] if name in ("no end", "nothing") else [0]
+    assert tokenizer.end == (end[0] if end else None)
+    assert tokenizer.encode("the pool") == [2, 7, *end]
+    assert tokenizer.encode("") == end
+    assert not tokenizer.has_text(tokenizer.encode(""))
+    assert tokenizer.has_text(tokenizer.encode("unheard"))
