@@ -33,11 +33,12 @@ from emo_megatron.demo.corpus import Corpus
 from emo_megatron.demo.jobs import failure
 from emo_megatron.demo.recipe import Model, Size, main_models
 from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
-from emo_megatron.mcore.launch import process_environment, step_arguments
+from emo_megatron.mcore.launch import step_arguments
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report.cells import share
 from emo_megatron.report.retention_rows import FULL, SMALL, rows_of
 from emo_megatron.retention import versions
+from emo_megatron.variables import process_environment
 
 EARLY = 0.6
 """Share of the steps after which a checkpoint is kept beside the last one."""
@@ -254,7 +255,7 @@ class Run:
     @contextlib.contextmanager
     def _started(self, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """A Python of rank 0, which ends with the block, and so does all that it started."""
-        environment = process_environment(processes=1) | {
+        environment = process_environment() | {
             "EMO_DEVICE": self.device,
             "OMP_NUM_THREADS": "1",
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tyro
 
 from emo_megatron.environment import collect_environment, format_json, format_text
+from emo_megatron.processes import stops_on_signals
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -123,11 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes the process's own.
 
     Returns:
-        0, or 2 after a user error or a missing optional package, told in one line on stderr.
+        0, or 2 after a user error or a missing optional package, told in one line on stderr, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: it was ended by another signal, or the arguments say so.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _run(arguments)
+        with stops_on_signals():
+            _run(arguments)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":
             raise

@@ -16,6 +16,7 @@ from emo_megatron.modules.calibration import Calibration, Documents, load_docume
 from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
+from emo_megatron.processes import stops_on_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,8 @@ def _tokenizer_flags(
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` in this rank; what the user can mend is told in one line."""
     try:
-        main()
+        with stops_on_signals():
+            main()
     except (ImportError, NotImplementedError, OSError, ValueError) as error:
         say_error(error)
         sys.exit(USER_ERROR)
