@@ -141,11 +141,12 @@ def _end_with(parent: int) -> None:
     if os.getppid() == parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # it may have ended before it could be followed; where another process lies between, nothing is followed
-    if os.getppid() != parent and not _is_running(parent):
+    if os.getppid() != parent and not is_running(parent):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is such a process, which has not ended (on Linux)."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:
