@@ -9,6 +9,7 @@ import tyro
 
 from emo_megatron.environment import collect_environment, format_json, format_text
 from emo_megatron.processes import stops_on_signals
+from emo_megatron.variables import as_no_other_job
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with stops_on_signals():
+        with as_no_other_job(), stops_on_signals():
             _run(arguments)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":

@@ -80,7 +80,7 @@ def without_other_jobs(variables: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def as_no_other_job() -> Iterator[None]:
-    """This process without the variables that are REMOVED, for a process group of its own; they come back."""
+    """This process without the variables that are REMOVED, for a command or a group of it alone; they come back."""
     kept = without_other_jobs(os.environ)
     removed = {name: os.environ.pop(name) for name in os.environ.keys() - kept.keys()}
     try:
