@@ -12,7 +12,7 @@ from typing import Any
 
 from emo_megatron.demo.run import differences
 from emo_megatron.modules.files import whole
-from emo_megatron.modules.finite import from_json, to_json
+from emo_megatron.modules.json_files import from_json, to_json
 from emo_megatron.report.retention_rows import EMO, SMALL, STANDARD, RetentionRow
 
 FORMAT = "emo_megatron.fidelity.1"
@@ -72,7 +72,7 @@ class Result:
             ValueError: it is none, or holds a number that is not finite.
         """
         try:
-            stored = dict(from_json(text.decode()))
+            stored = dict(from_json(text))
             if stored.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             if stored.keys() != {f.name for f in fields(cls)} or stored["model"] not in MODELS:

@@ -32,12 +32,13 @@ from emo_megatron.demo.corpus import Corpus
 from emo_megatron.demo.jobs import failure
 from emo_megatron.demo.recipe import Model, Size, main_models
 from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
-from emo_megatron.mcore.launch import process_environment, step_arguments
-from emo_megatron.modules.finite import from_json
+from emo_megatron.mcore.launch import step_arguments
+from emo_megatron.modules.json_files import read_json
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report.cells import share
 from emo_megatron.report.retention_rows import FULL, SMALL, rows_of
 from emo_megatron.retention import versions
+from emo_megatron.variables import process_environment
 
 EARLY = 0.6
 """Share of the steps after which a checkpoint is kept beside the last one."""
@@ -221,7 +222,7 @@ class Run:
         with self._started([str(MEASURE), *arguments], log) as process:
             while not is_over:
                 is_over = process.poll() is not None
-                rows = from_json(measured.read_text()) if measured.exists() else []
+                rows = read_json(measured, kind="rows") if measured.exists() else []
                 if len(rows) > known:
                     known = len(rows)
                     take(rows)
@@ -254,7 +255,7 @@ class Run:
     @contextlib.contextmanager
     def _started(self, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """A Python of rank 0, which ends with the block, and so does all that it started."""
-        environment = process_environment(processes=1) | {
+        environment = process_environment() | {
             "EMO_DEVICE": self.device,
             "OMP_NUM_THREADS": "1",
         }

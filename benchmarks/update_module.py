@@ -26,7 +26,7 @@ from emo_megatron.demo.corpus import Corpus, CorpusConfig, _clean, _split
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.recipe import FULL, main_models, megatron_flags
 from emo_megatron.demo.sources import Machine, perl
-from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.mcore.launch import python, step_arguments
 from emo_megatron.modules.retention import read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 
@@ -200,7 +200,7 @@ class Study:
         tracker = folder / "latest_checkpointed_iteration.txt"
         return self._job(
             f"training {name}",
-            [*torchrun(PRETRAIN), *flags, *own, *extra],
+            python(PRETRAIN, *flags, *own, *extra),
             done=tracker.exists,
             log=log,
             total=steps,
@@ -209,7 +209,7 @@ class Study:
 
     def _evaluation(self, variant: Variant) -> Job:
         options = self._retention(variant)
-        command = torchrun(*step_arguments("retention", options, checkpoint=variant.path))
+        command = python(*step_arguments("retention", options, checkpoint=variant.path))
         num_domains = len(json.loads((self.folder / "corpus.json").read_text())["domains"])
         return self._job(
             f"measuring {variant.name}",
@@ -275,7 +275,7 @@ def main(options: Options) -> None:
     for study in studies:
         study.output.mkdir(parents=True, exist_ok=True)
     chains = [study.jobs() for study in studies]
-    run_chains(chains, at_once=options.processes, root=ROOT)
+    run_chains(chains, at_once=options.processes)
     head = (
         f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
     )

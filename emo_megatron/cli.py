@@ -15,6 +15,8 @@ from emo_megatron.environment import (
     stay_offline,
 )
 from emo_megatron.modules.files import message_of, write_any_name
+from emo_megatron.processes import stops_on_signals
+from emo_megatron.variables import as_no_other_job
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -130,13 +132,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes the process's own.
 
     Returns:
-        0, or 2 after a user error or a missing optional package, told in one line on stderr.
+        0, or 2 after a user error or a missing optional package, told in one line on stderr, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: it was ended by another signal, or the arguments say so.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     write_any_name()
     stay_offline()
     try:
-        _run(arguments)
+        with as_no_other_job(), stops_on_signals():
+            _run(arguments)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":
             raise

@@ -13,6 +13,11 @@ from support import DECISIONS, PARITY_TABLE
 from support.pretraining import write_data
 from support.ranks import Ranks
 
+from emo_megatron.variables import PARENT
+
+# what a test starts ends with this process, even if that is killed
+os.environ[PARENT] = str(os.getpid())
+
 HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
 
 

@@ -1,6 +1,7 @@
 """emo_megatron.cli: commands reach their function, and errors are one line and status 2."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.other_jobs import OTHER_JOB
 
 from emo_megatron import cli
 
@@ -96,6 +98,18 @@ def test_an_interrupt_is_no_traceback(fake_demo: types.ModuleType) -> None:
 
     fake_demo.run_demo = run_demo
     assert cli.main(["demo"]) == 130
+
+
+def test_a_command_is_no_part_of_the_job_around_it(
+    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in OTHER_JOB.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str] = []
+    fake_demo.run_demo = lambda config: seen.extend(os.environ)
+    assert cli.main(["demo"]) == 0
+    assert seen
+    assert set(seen) & OTHER_JOB.keys() == set()
 
 
 def test_env_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

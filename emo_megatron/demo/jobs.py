@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from emo_megatron.processes import end, start
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -57,13 +59,12 @@ class _Running:
         self.bar.refresh()
 
 
-def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
+def run_chains(chains: list[list[Job]], *, at_once: int) -> None:
     """Run each chain's jobs in order and up to `at_once` chains side by side.
 
     Args:
         chains: jobs already finished are skipped.
         at_once: processes, at least 1; each computes with one thread.
-        root: put on the commands' PYTHONPATH.
 
     Raises:
         RuntimeError: a command failed; the others were stopped. Names the log and shows its end.
@@ -75,7 +76,7 @@ def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 chain = waiting.pop(0)
-                running.append(_start(chain[0], chain[1:], root))
+                running.append(_start(chain[0], chain[1:]))
             time.sleep(0.5)
             for item in list(running):
                 item.show()
@@ -92,27 +93,21 @@ def run_chains(chains: list[list[Job]], *, at_once: int, root: Path) -> None:
                     waiting.append(item.rest)
     finally:
         for item in running:
-            item.process.terminate()
             item.bar.close()
-        for item in running:
-            item.process.wait()
+        end(*(item.process for item in running))
 
 
-def _start(job: Job, rest: list[Job], root: Path) -> _Running:
+def _start(job: Job, rest: list[Job]) -> _Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    environment.update(
-        EMO_DEVICE=os.environ.get("EMO_DEVICE", "cpu"),
-        OMP_NUM_THREADS="1",
-        CUDA_DEVICE_MAX_CONNECTIONS="1",
-        PYTHONPATH=os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
-    )
+    environment = {
+        "EMO_DEVICE": os.environ.get("EMO_DEVICE", "cpu"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
     # a resumed job starts where it was, or the time left would be far too short
     begun = job.done()
     with job.log.open("wb") as log:
-        process = subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+        process = start(job.command, stdout=log, stderr=subprocess.STDOUT, environment=environment)
     bar = tqdm(total=job.total, initial=begun, desc=job.title, disable=None, leave=True)
     if bar.disable:
         print(f"{job.title} ...", flush=True)

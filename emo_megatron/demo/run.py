@@ -26,7 +26,7 @@ from emo_megatron.demo.recipe import (
     main_models,
     megatron_flags,
 )
-from emo_megatron.mcore.launch import step_arguments, torchrun
+from emo_megatron.mcore.launch import python, step_arguments
 from emo_megatron.modules.files import whole
 from emo_megatron.modules.json_files import read_object
 from emo_megatron.modules.retention import conditions, read_rows
@@ -108,7 +108,7 @@ def run_demo(config: DemoConfig) -> Path:
         ]
         for model in models
     ]
-    run_chains(chains, at_once=config.processes, root=ROOT)
+    run_chains(chains, at_once=config.processes)
     rows = [row for model in models for row in _rows(model, size, corpus=corpus, output=output)]
     _report(rows, output=output, corpus=corpus, size=size)
     return output
@@ -168,7 +168,7 @@ def _training(model: Model, size: Size, *, corpus: Corpus, output: Path) -> Job:
     tracker = run_dir / "checkpoint" / "latest_checkpointed_iteration.txt"
     return Job(
         title=f"pretraining {model.name}",
-        command=torchrun(str(PRETRAIN), *flags),
+        command=python(PRETRAIN, *flags),
         log=log,
         total=size.steps,
         done=lambda: last_iteration(log),
@@ -190,7 +190,7 @@ def _evaluation(model: Model, size: Size, *, corpus: Corpus, output: Path) -> Jo
     total = len(wanted)
     return Job(
         title=f"evaluating {model.name}",
-        command=torchrun(*step_arguments("retention", options, checkpoint=options.checkpoint)),
+        command=python(*step_arguments("retention", options, checkpoint=options.checkpoint)),
         log=output / model.name / "evaluate.log",
         total=total,
         done=lambda: len(read_rows(options.rows_file)),

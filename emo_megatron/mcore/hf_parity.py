@@ -34,6 +34,7 @@ from emo_megatron.modules.hf.architecture import weight_shapes
 from emo_megatron.modules.hf.card import Parity
 from emo_megatron.modules.hf.folder import HuggingFaceFolder, write_folder
 from emo_megatron.modules.hf.qwen2_moe import QWEN2_MOE
+from emo_megatron.variables import as_no_other_job
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 TOLERANCES = {torch.float32: 1e-4}
@@ -155,7 +156,7 @@ def megatron_logits(
 ) -> Tensor:
     """[T, V] float32 of the model in a checkpoint, through Megatron's own layers, with weights of so many bits."""
     length = tokens_T.numel()
-    with _one_process():
+    with as_no_other_job(), _one_process():
         model = _model(checkpoint)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(rounded_to))

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from emo_megatron.mcore.flags import flags_of, prefixed
-from emo_megatron.mcore.ranks import ERROR_FILE, USER_ERROR
+from emo_megatron.mcore.ranks import USER_ERROR
 from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import check_output
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.study import stats_in
+from emo_megatron.processes import run
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def torchrun(
-    *arguments: str, processes: int = 1, module: str = "torch.distributed.run"
-) -> list[str]:
-    """A torchrun command of this interpreter, on a free port."""
-    launcher = (sys.executable, "-m", module, "--standalone")
-    return [*launcher, "--nproc-per-node", str(processes), *arguments]
+def python(*arguments: object, processes: int = 1) -> list[str]:
+    """A command of this interpreter; for several processes our torchrun's, whose ranks meet at this host."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "emo_megatron.mcore.ranks", "--standalone", "--local-addr", "127.0.0.1"]
+        command += ["--nproc-per-node", str(processes)]
+    return [*command, *(str(argument) for argument in arguments)]
 
 
 def run_stats(options: StatsOptions) -> Path:
@@ -100,7 +97,7 @@ def _log_beside(output: Path) -> Path:
 
 
 def step_arguments(step: str, options: ModelOptions, *, checkpoint: Path) -> tuple[str, ...]:
-    """What a Python, or torchrun, runs a step with."""
+    """What `python` runs a step with."""
     return (
         *("-m", f"emo_megatron.mcore.{step}", "--load", str(checkpoint.absolute())),
         *flags_of(options, flag=prefixed(step)),
@@ -121,12 +118,7 @@ def _run(step: str, options: ModelOptions, *, checkpoint: Path, log: Path) -> No
     code: int | None = None
     try:
         with unfinished.open("wb") as megatron_says:
-            code = subprocess.run(
-                _command(arguments, processes=options.processes),
-                env=process_environment(processes=options.processes),
-                stdout=megatron_says,
-                check=False,
-            ).returncode
+            code = run(python(*arguments, processes=options.processes), stdout=megatron_says)
     finally:
         if code == USER_ERROR:
             unfinished.unlink()
@@ -161,29 +153,3 @@ def _layout(options: ModelOptions) -> tuple[str, ...]:
     }
     flags = [part for name, size in sizes.items() for part in (name, str(size))]
     return (*flags, *(("--sequence-parallel",) if options.tensor_parallel > 1 else ()))
-
-
-def _command(arguments: Sequence[str], *, processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable, *arguments]
-    return torchrun(*arguments, processes=processes, module="emo_megatron.mcore.ranks")
-
-
-def process_environment(*, processes: int) -> dict[str, str]:
-    """The environment of a step: of a single process, which is rank 0 without torchrun, or of torchrun."""
-    defaults = {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if processes == 1:
-        # a WORLD_SIZE from around is of other processes
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        own |= alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    around = {name: value for name, value in os.environ.items() if name != ERROR_FILE}
-    return defaults | around | own

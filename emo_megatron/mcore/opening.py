@@ -30,6 +30,7 @@ from emo_megatron.modules.document_files import is_text
 from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
+from emo_megatron.processes import stops_on_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,8 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` in this rank, offline; what the user can mend is told in one line."""
     stay_offline()
     try:
-        main()
+        with stops_on_signals():
+            main()
     except (ImportError, NotImplementedError, OSError, ValueError) as error:
         say_error(error)
         sys.exit(USER_ERROR)

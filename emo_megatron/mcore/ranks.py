@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+from emo_megatron.variables import PARENT
 
 USER_ERROR = 2
 """Exit status of a step after it has said what the user can mend."""
@@ -30,14 +33,26 @@ def say_error(error: Exception) -> None:
 
 
 def main() -> int:
-    """Run torchrun with this process's arguments and return the exit status of the step."""
+    """Run torchrun with this process's arguments and return the exit status of the step.
+
+    The ranks end with this process, which torchrun alone leaves to chance when it is killed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     # of ranks that failed and were stopped, which is told below
     logging.disable(logging.CRITICAL)
+    os.environ[PARENT] = str(os.getpid())
+    args = parse_args(sys.argv[1:])
+    # nohup's are not
+    heard = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    is_ignored = {name: signal.getsignal(getattr(signal, name)) == signal.SIG_IGN for name in heard}
+    args.signals_to_handle = ",".join(name for name in heard if not is_ignored[name])
     try:
-        run(parse_args(sys.argv[1:]))
+        run(args)
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
         for failure in error.failures.values():
             if failure.exitcode == USER_ERROR:

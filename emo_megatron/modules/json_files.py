@@ -24,9 +24,23 @@ def read_json(path: Path, *, kind: str) -> Any:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is not JSON in UTF-8, a name stands twice in an object, a number is not finite.
+        ValueError: as `from_json`; names the file.
     """
     stored = path.read_bytes()
+    try:
+        return from_json(stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {kind}: not readable JSON ({error})") from None
+
+
+def from_json(stored: bytes) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, a name stands twice in an object, a number is not finite.
+    """
+    if not stored.strip():
+        raise ValueError("it is empty")
     try:
         return json.loads(
             stored.decode(),
@@ -35,10 +49,7 @@ def read_json(path: Path, *, kind: str) -> Any:
             parse_constant=_finite,
         )
     except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:
-        reason = str(error) if stored.strip() else "it is empty"
-    raise ValueError(f"{path} is not {kind}: not readable JSON ({reason})")
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_object(path: Path, *, kind: str) -> dict[str, Any]:

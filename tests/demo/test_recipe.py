@@ -128,16 +128,24 @@ WRITE = "open('{marker}', 'w').write('x'); print('hello')"
 def test_chains_run_in_order_and_finished_jobs_are_skipped(tmp_path):
     first, second = _job(tmp_path, "first", WRITE), _job(tmp_path, "second", WRITE)
     (tmp_path / "first.done").write_text("earlier")
-    jobs.run_chains([[first, second]], at_once=2, root=tmp_path)
+    jobs.run_chains([[first, second]], at_once=2)
     assert (tmp_path / "first.done").read_text() == "earlier"
     assert (tmp_path / "second.log").read_text() == "hello\n"
 
 
-def test_a_failure_shows_the_log_and_stops_the_others(tmp_path):
+def test_a_failure_shows_the_log_and_stops_the_others(tmp_path, monkeypatch):
+    started = []
+
+    def start(*arguments, **options):
+        started.append(processes.start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(jobs, "start", start)
     slow = _job(tmp_path, "slow", "import time; time.sleep(60)")
     bad = _job(tmp_path, "bad", "raise SystemExit('it broke')")
     with pytest.raises(RuntimeError, match=r"bad failed with exit code 1(.|\n)*it broke"):
-        jobs.run_chains([[slow], [bad]], at_once=2, root=tmp_path)
+        jobs.run_chains([[slow], [bad]], at_once=2)
+    assert [process.returncode for process in started] == [-signal.SIGTERM, 1]
 
 
 def test_the_last_iteration_is_read_from_megatrons_log(tmp_path):

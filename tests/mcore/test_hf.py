@@ -244,6 +244,34 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert said["left"] == "[]"
 
 
+def variables_around_parity() -> list[str]:
+    """The variables that Megatron sees where a model's logits are computed in the middle of another job."""
+    import os
+
+    from support.other_jobs import OTHER_JOB
+
+    from emo_megatron.mcore import hf_parity
+
+    seen: list[str] = []
+
+    class Model(torch.nn.Module):
+        def forward(self, *_: Any) -> Any:
+            seen.extend(os.environ)
+            return torch.zeros(1, 2, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OTHER_JOB.items():
+            patch.setenv(name, value)
+        patch.setattr(hf_parity, "_model", lambda checkpoint: Model())
+        hf_parity.megatron_logits(None, torch.arange(2))  # type: ignore[arg-type]
+    assert seen
+    return sorted(set(seen) & OTHER_JOB.keys())
+
+
+def test_parity_is_measured_in_no_other_job(ranks):
+    assert ranks(1).run(variables_around_parity) == [[]]
+
+
 def wrong_export(folder: str) -> str:
     """A checkpoint beside an export of another one."""
     from emo_megatron.mcore.hf_parity import measure_parity

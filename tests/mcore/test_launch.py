@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -19,7 +18,7 @@ def stats(tmp_path, monkeypatch):
     def run(*, status, writes="pass"):
         output = tmp_path / "new" / "folder" / "s.safetensors"
         script = f"import sys; print('of {status}'); {writes}; sys.exit({status})"
-        monkeypatch.setattr(launch, "_command", lambda *_, **__: [sys.executable, "-c", script])
+        monkeypatch.setattr(launch, "python", lambda *_, **__: [sys.executable, "-c", script])
         options = StatsOptions(
             checkpoint=tmp_path / "checkpoint", data=tmp_path / "data", output=output
         )
@@ -61,7 +60,7 @@ def test_the_log_of_an_interrupted_step_stays(stats, tmp_path, monkeypatch):
         stdout.write(b"so far")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(launch, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stats(status=0)
     (log,) = (tmp_path / "new" / "folder").iterdir()

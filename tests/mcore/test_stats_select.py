@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support import words
+from support.other_jobs import OTHER_JOB
 from support.pretraining import VOCAB, pretrain
+from support.running import Command
 
 from emo_megatron import cli
 from emo_megatron.modules.selection import load_selection
 from emo_megatron.modules.stats import load_stats
 from emo_megatron.report.retention_rows import load_rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_the_middle_of_another_job():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OTHER_JOB.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +185,27 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
         assert "FAILED" not in told
         assert re.search(what, errors[0])
     assert not output.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "code"),
+    [
+        (1, signal.SIGTERM, 143),
+        (2, signal.SIGINT, 130),
+        (2, signal.SIGKILL, -9),
+        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_no_process_outlives_its_command(checkpoint, data, tmp_path, processes, number, code):
+    output = tmp_path / "folder" / "s.safetensors"
+    command = [sys.executable, "-m", "emo_megatron", "stats", "--checkpoint", checkpoint]
+    command += ["--data", data / "d.jsonl", "--output", output, "--processes", processes]
+    started = Command(command)
+    # with torchrun
+    num_processes = {1: 2, 2: 4}[processes]
+    started.wait_for(lambda: len(started.running()) == num_processes)
+    assert started.end(number) == code
+    log = f"{output.name}.log" + (".unfinished" if number == signal.SIGKILL else "")
+    assert [path.name for path in output.parent.iterdir()] == [log]

@@ -8,11 +8,13 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from emo_megatron.mcore.launch import python
+from emo_megatron.variables import process_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_emo.py"
@@ -46,12 +48,11 @@ def start(
 ) -> subprocess.Popen[str]:
     """A run of FLAGS and `flags`, the later of which win; without data on Megatron's mock data."""
     source = ["--data-path", data, "--data-cache-path", data.parent] if data else ["--mock-data"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, script, *FLAGS, *source, "--vocab-size", VOCAB, *flags]
+    arguments = (script, *FLAGS, *source, "--vocab-size", VOCAB, *flags)
     return subprocess.Popen(
-        [str(part) for part in command],
-        env={**os.environ, "EMO_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        python(*arguments, processes=processes),
+        env=process_environment()
+        | {"EMO_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

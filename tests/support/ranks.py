@@ -20,6 +20,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.processes import follow
+from emo_megatron.variables import process_environment
+
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -41,7 +44,9 @@ class Ranks:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, port, megatron), daemon=True
+                target=_serve,
+                args=(theirs, rank, world_size, port, megatron, os.getpid()),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -101,8 +106,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None) -> None:
+def _serve(
+    pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None, parent: int
+) -> None:
     os.setsid()
+    follow(parent)
+    own = process_environment()
+    os.environ.clear()
+    os.environ.update(own)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
