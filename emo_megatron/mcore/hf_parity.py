@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from torch._C._distributed_c10d import HashStore
 
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM
+from emo_megatron.mcore.model_flags import megatron_parser, model_flags
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.hf.card import Parity
 from emo_megatron.modules.hf.folder import HuggingFaceFolder, write_folder
@@ -136,7 +136,7 @@ def megatron_logits(
 def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    args = _plain_args(checkpoint.args)
+    args = _plain_args(checkpoint)
     config = core_transformer_config_from_args(args)
     model = GPTModel(
         config=config,
@@ -156,31 +156,17 @@ def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
     return model
 
 
-def _plain_args(stored: argparse.Namespace) -> argparse.Namespace:
-    """The flags of a run without its layout, its precision and its fusions: those of one process in float32."""
-    args = copy.copy(stored)
-    plain: dict[str, Any] = {
+def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
+    """The flags of a model on one process, in float32 and in plain PyTorch: those of its run that make the model."""
+    parser = megatron_parser()
+    args = parser.parse_args([])
+    plain = {
         "params_dtype": torch.float32,
-        "bf16": False,
-        "fp16": False,
-        "fp8": None,
-        "fp4": None,
         "transformer_impl": "local",
-        "moe_grouped_gemm": False,
         "use_cpu_initialization": True,
-        "sequence_parallel": False,
-        "recompute_granularity": None,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_shared_expert_overlap": False,
-        "moe_permute_fusion": False,
-        "moe_router_fusion": False,
-        "cuda_graph_impl": "none",
-        "virtual_pipeline_model_parallel_size": None,
-        "pipeline_model_parallel_layout": None,
         "no_persist_layer_norm": True,
     }
-    kinds = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
-    plain |= {f"{kind}_parallel_size": 1 for kind in kinds}
     fusions = (
         "masked_softmax",
         "bias_gelu",
@@ -190,7 +176,7 @@ def _plain_args(stored: argparse.Namespace) -> argparse.Namespace:
         "gradient_accumulation",
     )
     plain |= {f"{name}_fusion": False for name in fusions}
-    for name, value in plain.items():
+    for name, value in (plain | model_flags(checkpoint, parser)).items():
         setattr(args, name, value)
     return args
 
