@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import HashStore
 
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM
+from emo_megatron.mcore.loading import megatron_refusals
 from emo_megatron.mcore.model_flags import megatron_parser, model_flags
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.hf.card import Parity
@@ -133,6 +134,7 @@ def megatron_logits(
     return logits_TV.float()
 
 
+@megatron_refusals("the model whose logits are compared (--parity-tokens 0 compares none)")
 def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
     from megatron.training.argument_utils import core_transformer_config_from_args
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from emo_megatron.mcore.weights import MegatronCheckpoint
+if TYPE_CHECKING:
+    # it imports Megatron, which the CPU's stand-ins must precede
+    from emo_megatron.mcore.weights import MegatronCheckpoint
 
 UNEVEN = (
     *("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
@@ -26,52 +29,71 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
     Raises:
         ValueError: naming every option that does not fit, with its number and what it would have to divide.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for kind in ("tensor-model", "pipeline-model", "expert-model", "context"):
-        parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
-    parser.add_argument("--expert-tensor-parallel-size", type=int)
-    given, _ = parser.parse_known_args(list(argv))
-    tensor, pipeline = given.tensor_model_parallel_size, given.pipeline_model_parallel_size
-    expert, expert_tensor = given.expert_model_parallel_size, given.expert_tensor_parallel_size
-    stored = vars(checkpoint.args)
-    rows = checkpoint.names["embedding.word_embeddings.weight"].shape[0]
-    groups = stored.get("num_query_groups") if stored.get("group_query_attention") else None
-    has_dense = len(checkpoint.moe_layers) < stored.get("num_layers", 0)
-    is_even = not any(part.partition("=")[0] in UNEVEN for part in argv)
+    tensor, pipeline, expert, context, expert_tensor = _sizes_in(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    stored = vars(checkpoint.args)
+    layers, groups = stored.get("num_layers"), stored.get("num_query_groups")
+    has_dense = layers != len(checkpoint.moe_layers)
+    # fewer query groups than ranks are repeated
+    is_cut = stored.get("group_query_attention") and groups and tensor % groups
+    is_even = not any(part.partition("=")[0] in UNEVEN for part in argv)
+    vocabulary = checkpoint.names["embedding.word_embeddings.weight"].shape[0]
     by_tensor = ("--tensor-parallel", tensor)
-    by_experts = ("--expert-tensor-parallel-size", expert_tensor or tensor)
-    # what, how many, by which option, in how many parts; what the model lacks divides by anything
+    # how many of what there are, and the option by which they are cut in so many parts; None: not at all
     cuts = (
-        ("the vocabulary's rows", rows, *by_tensor),
-        ("the attention heads", stored.get("num_attention_heads"), *by_tensor),
-        # fewer query groups than ranks are repeated
-        ("the query groups", groups if groups and tensor % groups else None, *by_tensor),
-        ("--ffn-hidden-size", stored.get("ffn_hidden_size") if has_dense else None, *by_tensor),
-        ("the shared expert", stored.get("moe_shared_expert_intermediate_size"), *by_tensor),
-        ("--moe-ffn-hidden-size", stored.get("moe_ffn_hidden_size"), *by_experts),
-        ("the experts", stored.get("num_experts"), "--expert-parallel", expert),
+        (vocabulary, "rows of the vocabulary", *by_tensor),
+        (stored.get("num_attention_heads"), "attention heads", *by_tensor),
+        (groups if is_cut else None, "query groups", *by_tensor),
+        (stored.get("ffn_hidden_size") if has_dense else None, "(--ffn-hidden-size)", *by_tensor),
+        (stored.get("moe_shared_expert_intermediate_size"), "(the shared expert)", *by_tensor),
         (
-            "the layers",
-            stored.get("num_layers") if is_even else None,
-            *("--pipeline-parallel", pipeline),
+            stored.get("moe_ffn_hidden_size"),
+            "(--moe-ffn-hidden-size)",
+            *("--expert-tensor-parallel-size", expert_tensor),
         ),
+        (stored.get("num_experts"), "experts", "--expert-parallel", expert),
+        (layers if is_even else None, "layers", "--pipeline-parallel", pipeline),
         (
-            "the processes",
             processes,
-            "--tensor-parallel times --pipeline-parallel",
-            tensor * pipeline * given.context_parallel_size,
+            "processes",
+            *("--tensor-parallel times --pipeline-parallel,", tensor * pipeline * context),
         ),
         (
-            "the processes of a pipeline stage",
             processes // pipeline,
-            *("--expert-parallel", expert * by_experts[1]),
+            "processes of a pipeline stage",
+            *("--expert-parallel", expert * expert_tensor),
         ),
     )
     problems = [
-        f"{what}, {size}, do not divide by {option}, {parts}"
-        for what, size, option, parts in cuts
-        if size and parts > 1 and size % parts
+        f"{size} {what} do not divide by {option} {parts}"
+        for size, what, option, parts in cuts
+        if size and size % parts
     ]
     if problems:
         raise ValueError(f"{checkpoint.path} cannot be run so: {'; '.join(problems)}")
+
+
+def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
+    """Refuse rows of so many tokens, so many at once, that the ranks of a layer cannot share.
+
+    Raises:
+        ValueError: naming the options.
+    """
+    ranks = args.tensor_model_parallel_size
+    if seq_length * rows % ranks:
+        raise ValueError(
+            f"--seq-length {seq_length} times --rows {rows} does not divide by --tensor-parallel {ranks}"
+        )
+
+
+def _sizes_in(argv: Sequence[str]) -> tuple[int, int, int, int, int]:
+    """Ranks of the tensor, pipeline, expert, context and expert-tensor parallelism that Megatron's flags ask for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("tensor-model", "pipeline-model", "expert-model", "context"):
+        parser.add_argument(f"--{name}-parallel-size", dest=name, type=int, default=1)
+    parser.add_argument("--expert-tensor-parallel-size", dest="expert-tensor", type=int)
+    given = vars(parser.parse_known_args(list(argv))[0])
+    given["expert-tensor"] = given["expert-tensor"] or given["tensor-model"]
+    # what is no size at all, Megatron refuses
+    tensor, pipeline, expert, context, expert_tensor = (max(1, size) for size in given.values())
+    return tensor, pipeline, expert, context, expert_tensor

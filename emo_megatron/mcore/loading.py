@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ OTHER_SOURCES = (
     *("--auto-detect-ckpt-format", "--moe-use-upcycling", "--yaml-cfg", "--spec"),
 )
 """Flags with which Megatron would load another checkpoint or build another model than the one that is named."""
+LONGEST_WORDS = 400
+"""Characters of what Megatron says: it may list every tensor."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
@@ -148,8 +151,11 @@ def load_model(
 
 
 @contextlib.contextmanager
-def megatron_refusals() -> Iterator[None]:
+def megatron_refusals(model: str = "the model") -> Iterator[None]:
     """What Megatron refuses with an assertion or an exit, as one line.
+
+    Args:
+        model: which one is built.
 
     Raises:
         ValueError: with Megatron's words, or the line of its code where it has none. Those of this package stay.
@@ -166,7 +172,8 @@ def megatron_refusals() -> Iterator[None]:
             raise
         said = "" if isinstance(error, SystemExit) else " ".join(str(cause).split())
         said = said or f"{frame.line} ({frame.filename}, line {frame.lineno})"
-        raise ValueError(f"Megatron refuses to build the model so: {said}") from error
+        said = textwrap.shorten(said, LONGEST_WORDS, placeholder=" ...")
+        raise ValueError(f"Megatron refuses to build {model}: {said}") from error
 
 
 def _refuse(message: str) -> NoReturn:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import run_flags
 from support.pretraining import VOCAB, pretrain
 
 from emo_megatron import cli
+from emo_megatron.mcore import launch
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.mcore.weights_writer import write_checkpoint
+from emo_megatron.modules.options import StatsOptions
 from emo_megatron.modules.selection import load_selection
 from emo_megatron.modules.stats import load_stats
 from emo_megatron.report.retention_rows import load_rows
@@ -19,9 +25,9 @@ from emo_megatron.report.retention_rows import load_rows
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, data_prefix):
-    """Trained for two steps with its experts over two ranks and its documents in pools."""
+    """Trained for two steps with its experts over two ranks and its documents in pools; saved after each."""
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
-    flags = ("--save", folder, "--save-interval", "2", "--train-iters", "2")
+    flags = ("--save", folder, "--save-interval", "1", "--train-iters", "2")
     layout = ("--expert-model-parallel-size", "2", "--pool-min", "3", "--pool-eval", "3")
     pretrain(2, *flags, *layout, data=data_prefix)
     return folder
@@ -52,13 +58,24 @@ def stats(checkpoint, data, tmp_path_factory):
     return output
 
 
+def run_as(checkpoint, folder, flags):
+    """The same weights, in a folder of one iteration, with other flags."""
+    stored = MegatronCheckpoint(checkpoint)
+    for name, value in flags.items():
+        setattr(stored.args, name, value)
+    weights = {name: stored.read(name) for name in stored.names}
+    run = write_checkpoint(folder.parent / "run", weights, args=stored.args)
+    (run / "release").rename(folder)
+
+
 def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp_path):
     output = tmp_path / "s.safetensors"
     arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs", "--rows", "2")
     layout = ("--processes", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
     more = ("--megatron=--seed  7",)
-    # one iteration's folder is as good as the run's
-    folder = checkpoint / "iter_0000002"
+    # one iteration's folder is as good as the run's, whatever its name and however the run computed
+    folder = tmp_path / "models" / "final"
+    run_as(checkpoint, folder, run_flags.HOW_IT_RAN)
     assert run("stats", "--checkpoint", folder, *arguments, *layout, *more) == 0
     one, other = load_stats(stats), load_stats(output)
     assert one.model == other.model
@@ -72,6 +89,71 @@ def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp
     for name in ("probability_LE", "norm_LE", "change_LE"):
         torch.testing.assert_close(one.tensors()[name], other.tensors()[name], rtol=1e-5, atol=0)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(
+    checkpoint, data, stats, tmp_path
+):
+    run_folder = tmp_path / "run"
+    shutil.copytree(checkpoint / "iter_0000001", run_folder / "iter_0000001")
+    (run_folder / "latest_checkpointed_iteration.txt").write_text("1\n")
+    beside = tmp_path / "beside"
+    shutil.copytree(checkpoint, beside)
+    (beside / "iter_0000001").rename(beside / "early")
+    (tmp_path / "link").symlink_to(beside / "early")
+    found = {}
+    for name, folder in (("run", run_folder), ("early", tmp_path / "link")):
+        output = tmp_path / f"{name}.safetensors"
+        two = ("--processes", "2", "--expert-parallel", "2") if name == "early" else ()
+        assert (
+            run(
+                "stats",
+                "--checkpoint",
+                folder,
+                "--data",
+                data / "d.jsonl",
+                "--output",
+                output,
+                *two,
+            )
+            == 0
+        )
+        found[name] = load_stats(output)
+    want, got, later = found["run"], found["early"], load_stats(stats)
+    assert got.model.is_same(want.model)
+    assert not got.model.is_same(later.model)
+    torch.testing.assert_close(got.probability_LE, want.probability_LE, rtol=1e-5, atol=0)
+    assert (got.probability_LE - later.probability_LE).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_that_megatron_did_not_load_is_an_error(checkpoint, data, tmp_path, processes):
+    options = StatsOptions(
+        checkpoint=checkpoint,
+        data=data / "d.jsonl",
+        output=tmp_path / "s.safetensors",
+        processes=processes,
+        pipeline_parallel=processes,
+    )
+    _, module, *arguments = launch.step_arguments("stats", options, checkpoint=checkpoint)
+    script = tmp_path / "loads_nothing.py"
+    script.write_text(
+        "from emo_megatron.mcore import cpu; cpu.activate()\n"
+        "import megatron.training.training as host; host.load_checkpoint = lambda *a, **k: (0, 0)\n"
+        f"import {module} as step; from emo_megatron.mcore.opening import run_command\n"
+        "run_command(step.main)"
+    )
+    ran = subprocess.run(
+        launch._command([str(script), *arguments], processes=processes),
+        env=launch.process_environment(processes=processes),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert re.search(r"did not load .*iter_0000002.*router of layer [234]", errors[0])
+    assert not options.output.exists()
 
 
 def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_path):
@@ -149,16 +231,26 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     (tmp_path / "d.jsonl").write_text('{"text": "5 600"}')
     output = tmp_path / "out" / "s.safetensors"
     two = ("--processes", "2", "--expert-parallel", "2")
-    for arguments, what in [
+    for arguments, what, *more in [
         (("--checkpoint", cut, "--data", data / "d.jsonl"), "cut short"),
         (("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl"), "vocabulary.*5 to 600"),
         (
             ("--checkpoint", checkpoint, "--data", tmp_path / "d.jsonl", *two),
             "vocabulary.*5 to 600",
         ),
+        (
+            ("--checkpoint", checkpoint, "--data", data / "d.jsonl", *two),
+            "Megatron refuses.*num_layers value from checkpoint .4. ",
+            "--megatron=--num-layers 2 --moe-layer-freq [0,1]",
+        ),
+        (
+            ("--checkpoint", checkpoint, "--data", data / "d.jsonl"),
+            "unrecognized arguments: --no-such-flag",
+            "--megatron=--no-such-flag",
+        ),
     ]:
         with pytest.raises(SystemExit) as stopped:
-            run("stats", *arguments, "--output", output)
+            run("stats", *arguments, *more, "--output", output)
         assert stopped.value.code == 2
         told = capfd.readouterr().err
         errors = [line for line in told.splitlines() if "error" in line]
