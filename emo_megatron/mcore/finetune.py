@@ -18,7 +18,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from emo_megatron.mcore.facts import facts_of
-from emo_megatron.mcore.weights import TRACKER, MegatronCheckpoint
+from emo_megatron.mcore.source import check_routers_when_started, loaded_by_megatron
+from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.selection import Selection, load_selection
 
 # the experts of the local layers, and of Transformer Engine's
@@ -56,7 +57,7 @@ def freeze_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]] | 
         ValueError: the flags do not go together, or the Selection is of another model.
     """
     policy: TrainOnly = args.train_only
-    selection = None
+    selection = source = None
     if args.train_selection is not None:
         if policy != "experts":
             raise ValueError(
@@ -68,18 +69,27 @@ def freeze_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]] | 
                 "--train-selection needs --no-save-optim: Megatron stores the optimizer's state of all experts of a "
                 "layer or of none"
             )
+        if getattr(args, "expert_placement", None) is not None:
+            raise ValueError(
+                "--train-selection cannot go with --expert-placement: experts are chosen before they change places. "
+                "Put them in place with `relabel` first, and choose of its checkpoint"
+            )
         selection = load_selection(args.train_selection)
         if selection.num_experts != args.num_experts:
             raise ValueError(
                 f"--train-selection {args.train_selection} is of a model of {selection.num_experts} experts, and "
                 f"--num-experts is {args.num_experts}"
             )
-        _check_model(selection, args)
+        source = loaded_by_megatron(args)
+        _check_model(selection, source, file=args.train_selection)
     if policy == "all":
         return None
 
     def hook(chunks: list[Any]) -> list[Any]:
         num_trained = sum(freeze(chunk, policy=policy, selection=selection) for chunk in chunks)
+        if source is not None:
+            for chunk in chunks:
+                check_routers_when_started(chunk, source)
         if _over_stage(num_trained) == 0:
             raise ValueError(
                 f"--train-only {policy} leaves this pipeline stage nothing to train: give every stage an MoE layer"
@@ -116,21 +126,13 @@ def freeze(model: torch.nn.Module, *, policy: TrainOnly, selection: Selection | 
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _check_model(selection: Selection, args: argparse.Namespace) -> None:
+def _check_model(selection: Selection, source: MegatronCheckpoint, *, file: Path) -> None:
     """Refuse a Selection that was not made of the weights which the run starts from, or goes on with."""
-    source = args.load
-    if args.pretrained_checkpoint and not (source and (Path(source) / TRACKER).exists()):
-        # as Megatron does
-        source = args.pretrained_checkpoint
-    elif source and args.ckpt_step:
-        source = Path(source) / f"iter_{args.ckpt_step:07d}"
-    if not source:
-        raise ValueError("--train-selection needs the model it was made of: name it with --load")
-    facts = facts_of(MegatronCheckpoint(source))
+    facts = facts_of(source)
     try:
         selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
     except ValueError as error:
-        raise ValueError(f"--train-selection {args.train_selection}: {error}") from None
+        raise ValueError(f"--train-selection {file}: {error}") from None
 
 
 def _over_stage(number: int) -> int:

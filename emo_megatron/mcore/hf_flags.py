@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.args import add_pool_args
 from emo_megatron.mcore.hf_names import FUSED_NORM, NormPlace
+from emo_megatron.mcore.model_flags import megatron_parser, stored_flags
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.hf.architecture import Architecture
 
@@ -155,10 +155,7 @@ def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
     Raises:
         ValueError: it lacks some; a version of Megatron that is not supported may have written it.
     """
-    args = copy.copy(checkpoint.args)
-    for name, older in {"layernorm_epsilon": "norm_epsilon"}.items():
-        if not hasattr(args, name) and hasattr(args, older):
-            setattr(args, name, getattr(args, older))
+    args = stored_flags(checkpoint)
     missing = [name for name in MODEL_FLAGS if not hasattr(args, name)]
     if missing:
         raise ValueError(
@@ -189,11 +186,7 @@ def flags_of(
         pools: fields of PoolConfig that are not the default.
         tokenizer: folder of its tokenizer; None leaves Megatron's default.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_pool_args(add_megatron_arguments(parser))
-    args = parser.parse_args([])
+    args = add_pool_args(megatron_parser()).parse_args([])
     values = _values(architecture) | {
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ from torch._C._distributed_c10d import HashStore
 
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM
+from emo_megatron.mcore.loading import megatron_refusals
+from emo_megatron.mcore.model_flags import megatron_parser, model_flags
 from emo_megatron.mcore.weight_names import is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.finite import NotFiniteError, check_weight, first_bad
@@ -165,10 +166,11 @@ def megatron_logits(
     return logits_TV.float()
 
 
+@megatron_refusals("the model whose logits are compared (--parity-tokens 0 compares none)")
 def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    args = _plain_args(checkpoint.args)
+    args = _plain_args(checkpoint)
     config = core_transformer_config_from_args(args)
     model = GPTModel(
         config=config,
@@ -188,31 +190,17 @@ def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
     return model
 
 
-def _plain_args(stored: argparse.Namespace) -> argparse.Namespace:
-    """The flags of a run without its layout, its precision and its fusions: those of one process in float32."""
-    args = copy.copy(stored)
-    plain: dict[str, Any] = {
+def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
+    """The flags of a model on one process, in float32 and in plain PyTorch: those of its run that make the model."""
+    parser = megatron_parser()
+    args = parser.parse_args([])
+    plain = {
         "params_dtype": torch.float32,
-        "bf16": False,
-        "fp16": False,
-        "fp8": None,
-        "fp4": None,
         "transformer_impl": "local",
-        "moe_grouped_gemm": False,
         "use_cpu_initialization": True,
-        "sequence_parallel": False,
-        "recompute_granularity": None,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_shared_expert_overlap": False,
-        "moe_permute_fusion": False,
-        "moe_router_fusion": False,
-        "cuda_graph_impl": "none",
-        "virtual_pipeline_model_parallel_size": None,
-        "pipeline_model_parallel_layout": None,
         "no_persist_layer_norm": True,
     }
-    kinds = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
-    plain |= {f"{kind}_parallel_size": 1 for kind in kinds}
     fusions = (
         "masked_softmax",
         "bias_gelu",
@@ -222,7 +210,7 @@ def _plain_args(stored: argparse.Namespace) -> argparse.Namespace:
         "gradient_accumulation",
     )
     plain |= {f"{name}_fusion": False for name in fusions}
-    for name, value in plain.items():
+    for name, value in (plain | model_flags(checkpoint, parser)).items():
         setattr(args, name, value)
     return args
 

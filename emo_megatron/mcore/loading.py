@@ -7,38 +7,39 @@ which may be another than the one that was saved. Pools are off, as in a model t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from emo_megatron.mcore import cpu
+from emo_megatron.mcore.layout import check_layout
 
 if TYPE_CHECKING:
     from emo_megatron.mcore.weights import MegatronCheckpoint
 
-MODEL_GROUPS = (
-    *("transformer configuration", "network size", "tokenizer"),
-    *("moe", "mla", "experimental_attention_variant", "heterogeneous architecture"),
-)
-"""Groups of Megatron's flags that make the model, and some of its run."""
-MODEL_FLAGS = ("seq_length",)
-"""Flags of other groups that do."""
-NOT_THE_MODEL = re.compile(
-    "parallel|comm|overlap|recompute|offload|graph|fusion|fused|nccl|tp_|wgrad|initialization|backend|pipeline"
-    "|inference|fp8|fp4|flash|checkpoint|transformer_impl|dispatcher|deepep|hybridep|padding|logger|vpp|dp_cp|encoder|decoder"
-)
-"""Flags of those groups that say how to compute."""
 RUN_FLAGS = (
     *("--skip-train", "--no-load-optim", "--no-load-rng"),
     # every dispatcher computes the same, and this one runs everywhere
     *("--moe-token-dispatcher-type", "alltoall"),
 )
+OTHER_SOURCES = (
+    *("--load", "--ckpt-step", "--pretrained-checkpoint", "--finetune", "--use-checkpoint-args"),
+    *("--non-persistent-ckpt-type", "--non-persistent-global-ckpt-dir", "--ckpt-format"),
+    *("--auto-detect-ckpt-format", "--moe-use-upcycling", "--yaml-cfg", "--spec"),
+)
+"""Flags with which Megatron would load another checkpoint or build another model than the one that is named."""
+LONGEST_WORDS = 400
+"""Characters of what Megatron says: it may list every tensor."""
+_PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +59,24 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     """The checkpoint that `--load` names.
 
     Raises:
-        ValueError: there is no `--load`, or no checkpoint where it points.
+        ValueError: there is no `--load`, no checkpoint where it points, or a flag that names another.
     """
     cpu.activate()
     from emo_megatron.mcore.weights import MegatronCheckpoint
 
+    given = [part.partition("=")[0] for part in argv]
+    if "--load" not in given:
+        raise ValueError("--load must name the checkpoint")
+    given.remove("--load")
+    for flag in OTHER_SOURCES:
+        if flag in given:
+            raise ValueError(
+                f"{flag} cannot be given: the model is the one that --checkpoint names, as it is stored; drop it from "
+                "--megatron"
+            )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--load", type=Path)
-    path = parser.parse_known_args(list(argv))[0].load
-    if path is None:
-        raise ValueError("--load must name the checkpoint")
-    return MegatronCheckpoint(path)
+    return MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
 
 
 def load_model(
@@ -87,7 +95,7 @@ def load_model(
         flags: more of Megatron's flags, which the command line's win over.
 
     Raises:
-        ValueError: the checkpoint lacks its run's flags, or the model cannot be run.
+        ValueError: the checkpoint lacks its run's flags, the model cannot be run so, or it is not what was loaded.
     """
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -103,34 +111,74 @@ def load_model(
     from emo_megatron.config import PoolConfig
     from emo_megatron.mcore.args import check_run
     from emo_megatron.mcore.compat import use_compiled_index_builder
+    from emo_megatron.mcore.model_flags import model_flags
+    from emo_megatron.mcore.source import check_routers, run_with
     from emo_megatron.mcore.spec import pool_spec_builder
 
+    check_layout(checkpoint, sys.argv[1:])
     use_compiled_index_builder()
 
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_args(parser)
-        parser.set_defaults(**_model_flags(parser, checkpoint.args))
-        return parser
+        parser.error = _refuse  # type: ignore[method-assign]
+        parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
+        return add_args(parser)
 
     # Megatron wants batches even where nothing is trained
     batch = ("--micro-batch-size", "1", "--global-batch-size", os.environ.get("WORLD_SIZE", "1"))
     own = cpu.with_cpu_flags([*batch, *flags, *sys.argv[1:]])
-    sys.argv[1:] = [*own, *RUN_FLAGS, *_place(checkpoint.path)]
-    args = parse_and_validate_args(extra_args_provider=add_all)
-    check(args)
-    _balance_nothing(args)
-    config = gpt_config_from_args(args)
-    check_run(PoolConfig(), config.transformer, args)
-    config.transformer_layer_spec = pool_spec_builder(PoolConfig())
-    initialize_megatron()
-    chunks, _, _ = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, config),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    with run_with(checkpoint.path) as run:
+        sys.argv[1:] = [*own, *RUN_FLAGS, "--load", str(run)]
+        with megatron_refusals():
+            args = parse_and_validate_args(extra_args_provider=add_all)
+        check(args)
+        _balance_nothing(args)
+        with megatron_refusals():
+            config = gpt_config_from_args(args)
+        check_run(PoolConfig(), config.transformer, args)
+        config.transformer_layer_spec = pool_spec_builder(PoolConfig())
+        with megatron_refusals():
+            initialize_megatron()
+            chunks, _, _ = setup_model_and_optimizer(
+                ModelType.encoder_or_decoder,
+                cfg_container=pretrain_cfg_container_from_args(args, config),
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            )
     if len(chunks) > 1:
         raise ValueError("a model is run without interleaving; drop the virtual pipeline's flags")
-    return LoadedModel(model=unwrap_model(chunks[0]).eval(), args=args)
+    model = unwrap_model(chunks[0]).eval()
+    check_routers(model, checkpoint)
+    return LoadedModel(model=model, args=args)
+
+
+@contextlib.contextmanager
+def megatron_refusals(model: str = "the model") -> Iterator[None]:
+    """What Megatron refuses with an assertion or an exit, as one line.
+
+    Args:
+        model: which one is built.
+
+    Raises:
+        ValueError: with Megatron's words, or the line of its code where it has none. Those of this package stay.
+    """
+    try:
+        yield
+    except (AssertionError, SystemExit, ValueError, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            # one rank's stands for all
+            cause = next(iter(error.failures.values()))[0]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and frame.filename.startswith(_PACKAGE):
+            raise
+        said = "" if isinstance(error, SystemExit) else " ".join(str(cause).split())
+        said = said or f"{frame.line} ({frame.filename}, line {frame.lineno})"
+        said = textwrap.shorten(said, LONGEST_WORDS, placeholder=" ...")
+        raise ValueError(f"Megatron refuses to build {model}: {said}") from error
+
+
+def _refuse(message: str) -> NoReturn:
+    """Of Megatron's parser, which would print all its flags."""
+    raise ValueError(message)
 
 
 def _balance_nothing(args: argparse.Namespace) -> None:
@@ -139,21 +187,3 @@ def _balance_nothing(args: argparse.Namespace) -> None:
     # sinkhorn is no loss but another routing, which the pool router refuses with its reason
     if "sinkhorn" not in ([kinds] if isinstance(kinds, str) else kinds):
         args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
-
-
-def _model_flags(parser: argparse.ArgumentParser, stored: argparse.Namespace) -> dict[str, Any]:
-    """What of the stored flags makes the model, by the parser's names."""
-    names = {
-        action.dest
-        for group in parser._action_groups
-        for action in group._group_actions
-        if (group.title in MODEL_GROUPS and not NOT_THE_MODEL.search(action.dest))
-        or action.dest in MODEL_FLAGS
-    }
-    return {name: getattr(stored, name) for name in names if hasattr(stored, name)}
-
-
-def _place(folder: Path) -> list[str]:
-    """`--load` and the iteration, whether the folder of a run was named or one iteration's in it."""
-    found = re.fullmatch(r"iter_(\d+)", folder.name)
-    return ["--load", str(folder.parent), *(("--ckpt-step", str(int(found[1]))) if found else ())]

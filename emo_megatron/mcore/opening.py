@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emo_megatron.environment import stay_offline
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
+from emo_megatron.mcore.layout import check_rows
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
 from emo_megatron.mcore.run_tokenizer import (
@@ -95,10 +96,12 @@ def open_study[T: ModelOptions](
     from emo_megatron.mcore.facts import facts_of
     from emo_megatron.mcore.study import MegatronStudy
 
+    seq_length = options.seq_length or min(loaded.args.seq_length, LONGEST_ROW)
+    check_rows(seq_length, rows=options.rows, args=loaded.args)
     model = MegatronStudy(
         loaded.model,
         facts=facts_of(checkpoint),
-        seq_length=options.seq_length or min(loaded.args.seq_length, LONGEST_ROW),
+        seq_length=seq_length,
         rows_at_once=options.rows,
         weights=mark_of(checkpoint.path),
         megatron=shlex.join(shlex.split(options.megatron)),

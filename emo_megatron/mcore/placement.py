@@ -19,6 +19,7 @@ from emo_megatron.mcore.compat import training_args
 from emo_megatron.mcore.finetune import expert_parameters
 from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
 from emo_megatron.mcore.relabel import check_placement
+from emo_megatron.mcore.source import check_router, is_run, loaded_by_megatron
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.placement import Placement, load_placement
 
@@ -57,10 +58,7 @@ def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]
         raise ValueError(
             "this run cannot place experts:\n" + "\n".join(f"  - {p}" for p in problems)
         )
-    source = args.load if args.finetune else args.pretrained_checkpoint
-    if source and args.finetune and args.ckpt_step:
-        source = Path(source) / f"iter_{args.ckpt_step:07d}"
-    if source is None:
+    if not args.finetune and args.pretrained_checkpoint is None:
         raise ValueError(
             "--expert-placement needs weights of another run: --load with --finetune, or --pretrained-checkpoint. "
             "A run that goes on has its experts in the new order already"
@@ -71,31 +69,39 @@ def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]
             f"--expert-placement {args.expert_placement} is for {placement.num_ranks} ranks; got "
             f"--expert-model-parallel-size {args.expert_model_parallel_size}"
         )
-    check_placement(MegatronCheckpoint(source), placement=placement)
+    # a run that goes on loads its own checkpoint, and nothing is placed
+    source = None if is_run(args.load) and not args.finetune else loaded_by_megatron(args)
+    if source is not None:
+        check_placement(source, placement=placement)
 
     def hook(chunks: list[Any]) -> list[Any]:
         for chunk in chunks:
-            place_when_loaded(chunk, placement=placement)
+            place_when_loaded(chunk, placement=placement, source=source)
         return chunks
 
     return hook
 
 
-def place_when_loaded(model: torch.nn.Module, *, placement: Placement) -> None:
+def place_when_loaded(
+    model: torch.nn.Module, *, placement: Placement, source: MegatronCheckpoint | None = None
+) -> None:
     """Put the experts of every MoE layer in the placement's order when another run's weights were loaded.
 
-    A layer raises RuntimeError at its first forward pass if that never happened, and when such weights come twice.
+    A layer raises RuntimeError at its first forward pass if that never happened, and when such weights come twice;
+    ValueError when they are not those of `source`, where it is given.
     """
     orders = dict(zip(placement.layers, placement.order, strict=True))
     for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
-        _Placing(layer, order=orders[layer.layer_number])
+        _Placing(layer, order=orders[layer.layer_number], source=source)
 
 
 class _Placing:
     """A layer that waits for the weights to place."""
 
-    def __init__(self, layer: MoELayer, *, order: tuple[int, ...]) -> None:
-        self.order = order
+    def __init__(
+        self, layer: MoELayer, *, order: tuple[int, ...], source: MegatronCheckpoint | None
+    ) -> None:
+        self.order, self.source = order, source
         self.is_placed = False
         layer.register_load_state_dict_post_hook(self._loaded)
         self.first_forward = layer.register_forward_pre_hook(self._started)
@@ -109,6 +115,8 @@ class _Placing:
                 f"layer {layer.layer_number}: weights were loaded twice, as Megatron does where a checkpoint lacks or "
                 "has more than the model; --expert-placement cannot tell which are placed. Use relabel"
             )
+        if self.source is not None:
+            check_router(layer, self.source)
         place_experts(layer, order=self.order)
         self.is_placed = True
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -284,30 +283,42 @@ class _Plan(DefaultLoadPlanner):
         """Nothing is left to do: the target is the caller's tensor."""
 
 
+def tracked_folder(run: Path) -> Path | None:
+    """The iteration's folder that the tracker in a run's folder names, as Megatron takes it; None without a tracker.
+
+    Raises:
+        ValueError: the tracker names none.
+    """
+    tracker = run / TRACKER
+    if not tracker.is_file():
+        return None
+    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if said == RELEASE:
+        return run / RELEASE
+    # int() refuses thousands of digits
+    if not (said.isascii() and said.isdigit() and len(said) < 20):
+        raise ValueError(
+            f"{tracker} must hold the number of an iteration or {RELEASE!r}; got {said[:80]!r}: name the folder of an "
+            "iteration, or write its number there"
+        )
+    return run / f"iter_{int(said):07d}"
+
+
 def _iteration_folder(path: Path) -> Path:
     """The folder with the checkpoint's metadata.
 
     Raises:
         ValueError: there is none, or it is not a `torch_dist` checkpoint.
     """
-    tracker = path / TRACKER
-    if tracker.exists():
-        said = tracker.read_text(errors="replace").strip()
-        if said != RELEASE and not (said.isascii() and said.isdigit()):
-            raise ValueError(
-                f"{tracker} must hold the number of an iteration, or {RELEASE}; got {reprlib.repr(said)}"
-            )
-        folder = path / (RELEASE if said == RELEASE else f"iter_{said:>07}")
-    else:
-        folder = path
+    folder = tracked_folder(path) or path
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
     with damage_of(["metadata.json"], folder=folder, is_unpickled=True):
         config = maybe_load_config(str(folder))
     if config is None or config.sharded_backend != "torch_dist":
         raise ValueError(
-            f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, and convert "
-            "other formats with Megatron's --ckpt-convert-format torch_dist"
+            f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with its {TRACKER}, or one "
+            "iteration's in it, and convert other formats with Megatron's --ckpt-convert-format torch_dist"
         )
     if not (folder / ".metadata").exists():
         raise ValueError(f"{folder} is not whole: its .metadata is missing")

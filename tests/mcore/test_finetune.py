@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -126,6 +127,25 @@ def _hooked(flags, layout):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _started(flags, loaded):
+    """What a model says at its first and its second forward pass, loaded from a checkpoint if there is one."""
+    from support import checkpoints
+
+    from emo_megatron.mcore.finetune import freeze_hook
+
+    model = checkpoints.model({}, layout={}, seed=6)
+    freeze_hook(flags)([model])
+    if loaded is not None:
+        checkpoints.load(loaded, model)
+    try:
+        checkpoints.forward(model)
+    except ValueError as error:
+        return str(error)
+    model.decoder.layers[0].mlp.router.weight.data.zero_()
+    checkpoints.forward(model)
+    return ""
+
+
 def test_a_selection_of_the_model_in_load(ranks, tmp_path):
     """Rank 1 of two has none of its experts; a Selection of another model is refused, whatever it is loaded with."""
     for name, seed in (("parent", 5), ("other", 6)):
@@ -156,6 +176,16 @@ def test_a_selection_of_the_model_in_load(ranks, tmp_path):
             freeze_hook(wrong)
     with pytest.raises(ValueError, match="name it with --load"):
         freeze_hook(flags(None))
+    # Megatron would load nothing from an iteration's folder
+    with pytest.raises(ValueError, match=r"--load .*iter_0000007 .*random weights"):
+        freeze_hook(flags(str(tmp_path / "parent" / "iter_0000007")))
+    given = flags(str(tmp_path / "parent"))
+    assert ranks(1).run(_started, flags=given, loaded=str(tmp_path / "parent")) == [""]
+    for loaded in (None, str(tmp_path / "other")):
+        (said,) = ranks(1).run(_started, flags=given, loaded=loaded)
+        assert re.search(r"did not load .*parent.* layer [12] ", said)
+    with pytest.raises(ValueError, match="--train-selection cannot go with --expert-placement"):
+        freeze_hook(argparse.Namespace(**vars(given), expert_placement="p.json"))
 
 
 def test_flags(tmp_path):

@@ -106,6 +106,69 @@ def test_there_and_back_changes_no_bit_and_both_sides_compute_the_model(
     torch.testing.assert_close(result["megatron"], result["hugging face"], rtol=1e-5, atol=5e-5)
 
 
+def with_other_flags(folder: str) -> dict[str, Any]:
+    """Logits of a checkpoint, of its export, and of the same weights with other flags."""
+    from support import run_flags
+
+    from emo_megatron.mcore.hf_export import ExportOptions, export
+    from emo_megatron.mcore.hf_parity import hugging_face_logits, megatron_logits
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.hf.folder import HuggingFaceFolder
+
+    root, tokens_T = Path(folder), torch.arange(40) * 7 % 80
+    first = MegatronCheckpoint(imported(root, "grouped queries, renormalised"))
+    stored = dict(vars(first.args))
+    found = {"as it is": megatron_logits(first, tokens_T)}
+
+    def flags(**changes: Any) -> MegatronCheckpoint:
+        vars(first.args).clear()
+        vars(first.args).update(stored | changes)
+        return first
+
+    bf16 = {"bf16": True, "params_dtype": torch.bfloat16}
+    for name, group in {"all": run_flags.HOW_IT_RAN | bf16, "pipeline": run_flags.PIPELINE}.items():
+        run = write_checkpoint_of(flags(**group), root / name)
+        options = {"output": root / f"{name} out", "parity_tokens": 32}
+        assert export(ExportOptions(checkpoint=run, **options)).parity is not None
+        found[name] = hugging_face_logits(HuggingFaceFolder(root / f"{name} out"), tokens_T)
+    for name, value in {
+        "rotary_base": 100,
+        "rotary_percent": 0.5,
+        "rotary_interleaved": True,
+        "moe_router_pre_softmax": True,
+        "moe_router_topk": 3,
+        "moe_router_topk_scaling_factor": 2.0,
+        "layernorm_epsilon": 1.0,
+        "glu_linear_offset": 1.0,
+        "no_rope_freq": [1, 0, 1],
+    }.items():
+        found[f"other {name}"] = megatron_logits(flags(**{name: value}), tokens_T)
+    del stored["layernorm_epsilon"]
+    found["older name"] = megatron_logits(flags(norm_epsilon=1.0), tokens_T)
+    return found
+
+
+def write_checkpoint_of(checkpoint: Any, folder: Path) -> Path:
+    """The same weights with the flags that the checkpoint has now."""
+    from emo_megatron.mcore.weights_writer import write_checkpoint
+
+    weights = {name: checkpoint.read(name) for name in checkpoint.names}
+    return write_checkpoint(folder, weights, args=checkpoint.args)
+
+
+def test_only_flags_that_change_the_function_change_the_logits(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    (found,) = ranks(1).run(with_other_flags, folder=str(tmp_path))
+    want, older = found.pop("as it is"), found.pop("older name")
+    torch.testing.assert_close(older, found["other layernorm_epsilon"])
+    for name, got in found.items():
+        if name.startswith("other "):
+            assert (got - want).abs().max() > 1e-3, name
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-5)
+
+
 def through_the_released_format(folder: str) -> dict[str, Any]:
     from emo_megatron.mcore.hf_export import ExportOptions, export
     from emo_megatron.mcore.hf_import import ImportOptions, import_folder

@@ -87,6 +87,32 @@ def test_weights_that_did_not_come_once_are_refused(ranks, run):
         assert "loaded twice" in twice
 
 
+def _loads_another(folder, placement, source):
+    """What a placed model says when the weights of another model come."""
+    from emo_megatron.mcore.placement import place_when_loaded
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.placement import load_placement
+
+    built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
+    source = MegatronCheckpoint(source)
+    place_when_loaded(built, placement=load_placement(placement), source=source)
+    try:
+        checkpoints.load(folder, built)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_only_the_weights_that_were_checked_are_placed(ranks, run, tmp_path):
+    folder, placement = run
+    other = tmp_path / "other"
+    ranks(2).run(checkpoints.save, folder=str(other), layout=LAYOUT, config=BIASED, seed=9)
+    given = {"placement": placement, "source": str(folder)}
+    assert ranks(2).run(_loads_another, folder=str(folder), **given) == ["", ""]
+    for said in ranks(2).run(_loads_another, folder=str(other), **given):
+        assert f"did not load {folder}" in said
+
+
 def _args(run, **changes):
     flags = {
         "expert_placement": run[1],
@@ -105,6 +131,11 @@ def test_only_a_run_that_starts_from_weights_places(run):
     assert placement_hook(_args(run, finetune=False, pretrained_checkpoint=str(run[0]))) is not None
     with pytest.raises(ValueError, match="iter_0000009"):
         placement_hook(_args(run, ckpt_step=9))
+    # Megatron finds no weights to start from, or those of --pretrained-checkpoint
+    iteration = str(run[0] / "iter_0000007")
+    with pytest.raises(ValueError, match=r"--load .*iter_0000007 .*random weights"):
+        placement_hook(_args(run, load=iteration))
+    assert placement_hook(_args(run, load=iteration, pretrained_checkpoint=str(run[0]))) is not None
     with pytest.raises(ValueError, match="--finetune"):
         placement_hook(_args(run, finetune=False))
     with pytest.raises(ValueError, match="is for 2 ranks; got --expert-model-parallel-size 4"):

@@ -6,17 +6,22 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import words
+from support import run_flags, words
 from support.other_jobs import OTHER_JOB
 from support.pretraining import VOCAB, pretrain
 from support.running import Command
 
 from emo_megatron import cli
+from emo_megatron.mcore import launch
+from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.mcore.weights_writer import write_checkpoint
+from emo_megatron.modules.options import StatsOptions
 from emo_megatron.modules.selection import load_selection
 from emo_megatron.modules.stats import load_stats
 from emo_megatron.report.retention_rows import load_rows
@@ -32,9 +37,9 @@ def _in_the_middle_of_another_job():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, data_prefix):
-    """Trained for two steps with its experts over two ranks and its documents in pools."""
+    """Trained for two steps with its experts over two ranks and its documents in pools; saved after each."""
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
-    flags = ("--save", folder, "--save-interval", "2", "--train-iters", "2")
+    flags = ("--save", folder, "--save-interval", "1", "--train-iters", "2")
     layout = ("--expert-model-parallel-size", "2", "--pool-min", "3", "--pool-eval", "3")
     pretrain(2, *flags, *layout, data=data_prefix)
     return folder
@@ -61,10 +66,20 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def stats(checkpoint, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("stats") / "s.safetensors"
-    arguments = ("--data", data / "d.jsonl", "--output", output, "--outputs")
+    arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs")
     tokenizer = ("--tokenizer", data / "tokenizer")
     assert run("stats", "--checkpoint", checkpoint, *tokenizer, *arguments) == 0
     return output
+
+
+def run_as(checkpoint, folder, flags):
+    """The same weights, in a folder of one iteration, with other flags."""
+    stored = MegatronCheckpoint(checkpoint)
+    for name, value in flags.items():
+        setattr(stored.args, name, value)
+    weights = {name: stored.read(name) for name in stored.names}
+    run = write_checkpoint(folder.parent / "run", weights, args=stored.args)
+    (run / "release").rename(folder)
 
 
 def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp_path):
@@ -72,8 +87,9 @@ def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp
     arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs", "--rows", "2")
     layout = ("--processes", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
     more = ("--megatron=--seed  7",)
-    # one iteration's folder is as good as the run's
-    folder = checkpoint / "iter_0000002"
+    # one iteration's folder is as good as the run's, whatever its name and however the run computed
+    folder = tmp_path / "models" / "final"
+    run_as(checkpoint, folder, run_flags.HOW_IT_RAN)
     assert run("stats", "--checkpoint", folder, *arguments, *layout, *more) == 0
     one, other = load_stats(stats), load_stats(output)
     assert one.model == other.model
@@ -89,6 +105,70 @@ def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(
+    checkpoint, data, stats, tmp_path
+):
+    run_folder = tmp_path / "run"
+    shutil.copytree(checkpoint / "iter_0000001", run_folder / "iter_0000001")
+    (run_folder / "latest_checkpointed_iteration.txt").write_text("1\n")
+    beside = tmp_path / "beside"
+    shutil.copytree(checkpoint, beside)
+    (beside / "iter_0000001").rename(beside / "early")
+    (tmp_path / "link").symlink_to(beside / "early")
+    found = {}
+    for name, folder in (("run", run_folder), ("early", tmp_path / "link")):
+        output = tmp_path / f"{name}.safetensors"
+        two = ("--processes", "2", "--expert-parallel", "2") if name == "early" else ()
+        assert (
+            run(
+                "stats",
+                "--checkpoint",
+                folder,
+                "--data",
+                data / "d.safetensors",
+                "--output",
+                output,
+                *two,
+            )
+            == 0
+        )
+        found[name] = load_stats(output)
+    want, got, later = found["run"], found["early"], load_stats(stats)
+    assert got.model.is_same(want.model)
+    assert not got.model.is_same(later.model)
+    torch.testing.assert_close(got.probability_LE, want.probability_LE, rtol=1e-5, atol=0)
+    assert (got.probability_LE - later.probability_LE).abs().max() > 1e-3
+
+
+def test_a_model_that_megatron_did_not_load_is_an_error(checkpoint, data, tmp_path):
+    options = StatsOptions(
+        checkpoint=checkpoint,
+        data=data / "d.safetensors",
+        output=tmp_path / "s.safetensors",
+        processes=2,
+        pipeline_parallel=2,
+    )
+    _, module, *arguments = launch.step_arguments("stats", options, checkpoint=checkpoint)
+    script = tmp_path / "loads_nothing.py"
+    script.write_text(
+        "from emo_megatron.mcore import cpu; cpu.activate()\n"
+        "import megatron.training.training as host; host.load_checkpoint = lambda *a, **k: (0, 0)\n"
+        f"import {module} as step; from emo_megatron.mcore.opening import run_command\n"
+        "run_command(step.main)"
+    )
+    ran = subprocess.run(
+        launch._command([str(script), *arguments], processes=2),
+        env=launch.process_environment(processes=2),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert re.search(r"did not load .*iter_0000002.*router of layer [234]", errors[0])
+    assert not options.output.exists()
+
+
 def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_path):
     output = tmp_path / "s.safetensors"
     some = ("--data", data_prefix, "--output", output, "--examples", "3", "--shots", "1")
@@ -101,7 +181,7 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
     model += ("--processes", "2", "--pipeline-parallel", "2")
     output = tmp_path / "layerwise.json"
-    how = ("--method", "layerwise", "--data", data / "d.jsonl", "--keep", "50%")
+    how = ("--method", "layerwise", "--data", data / "d.safetensors", "--keep", "50%")
     assert run("select", *model, *how, "--output", output) == 0
     chosen = load_selection(output)
     assert chosen.num_kept == (3, 3, 3)
@@ -112,7 +192,7 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     assert load_selection(by_stats).model == chosen.model == load_stats(stats).model.fingerprint
     output = tmp_path / "smallest.json"
     held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::2]))
+    held_out.write_text("\n".join((data / "d.safetensors").read_text().splitlines()[::2]))
     bound = ("--max-rise", "0.01%", "--held-out", held_out)
     assert run("select", *model, *bound, "--stats", stats, "--output", output) == 0
     found = load_selection(output)
@@ -127,9 +207,9 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(
     checkpoint, data, stats, tmp_path, capfd
 ):
     held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
+    held_out.write_text("\n".join((data / "d.safetensors").read_text().splitlines()[::-2]))
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
-    common = ("retention", *model, "--data", data / "d.jsonl", "--held-out")
+    common = ("retention", *model, "--data", data / "d.safetensors", "--held-out")
     sizes = ("--keep", "5", "3", "--methods", "mean_prob", "reap", "layerwise")
     assert run(*common, held_out, *sizes, "--output", tmp_path / "one") == 0
     printed = capfd.readouterr().out
@@ -169,14 +249,29 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     )
     output = tmp_path / "out" / "s.safetensors"
     two = ("--processes", "2", "--expert-parallel", "2")
-    wrong = ("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors")
-    for arguments, what in [
+    for arguments, what, *more in [
         (("--checkpoint", cut, "--data", data / "d.safetensors"), "cut short"),
-        (wrong, "vocabulary.*5 to 600"),
-        ((*wrong, *two), "vocabulary.*5 to 600"),
+        (
+            ("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors"),
+            "vocabulary.*5 to 600",
+        ),
+        (
+            ("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors", *two),
+            "vocabulary.*5 to 600",
+        ),
+        (
+            ("--checkpoint", checkpoint, "--data", data / "d.safetensors", *two),
+            "Megatron refuses.*num_layers value from checkpoint .4. ",
+            "--megatron=--num-layers 2 --moe-layer-freq [0,1]",
+        ),
+        (
+            ("--checkpoint", checkpoint, "--data", data / "d.safetensors"),
+            "unrecognized arguments: --no-such-flag",
+            "--megatron=--no-such-flag",
+        ),
     ]:
         with pytest.raises(SystemExit) as stopped:
-            run("stats", *arguments, "--output", output)
+            run("stats", *arguments, *more, "--output", output)
         assert stopped.value.code == 2
         told = capfd.readouterr().err
         errors = [line for line in told.splitlines() if "error" in line]
@@ -201,7 +296,7 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
 def test_no_process_outlives_its_command(checkpoint, data, tmp_path, processes, number, code):
     output = tmp_path / "folder" / "s.safetensors"
     command = [sys.executable, "-m", "emo_megatron", "stats", "--checkpoint", checkpoint]
-    command += ["--data", data / "d.jsonl", "--output", output, "--processes", processes]
+    command += ["--data", data / "d.safetensors", "--output", output, "--processes", processes]
     started = Command(command)
     # with torchrun
     num_processes = {1: 2, 2: 4}[processes]
