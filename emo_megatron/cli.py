@@ -170,18 +170,16 @@ def _run(arguments: list[str]) -> None:
     )
     if isinstance(options, EnvOptions):
         report = collect_environment()
-        print(format_json(report) if options.json else format_text(report))
-        _flush()
+        _say(format_json(report) if options.json else format_text(report))
         return
     command = COMMANDS[chosen]
     function = getattr(importlib.import_module(command.module), command.function)
-    print(f"results: {function(options)}")
-    _flush()
+    _say(f"results: {function(options)}")
 
 
-def _flush() -> None:
+def _say(text: str) -> None:
     try:
-        sys.stdout.flush()
+        print(text, flush=True)
     except OSError as error:
         # Python would fail again with what is left in the buffer when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

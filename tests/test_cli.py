@@ -1,5 +1,6 @@
 """emo_megatron.cli: commands reach their function, and errors are one line and status 2."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.other_jobs import OTHER_JOB
@@ -59,6 +61,71 @@ def test_errors_of_the_user_are_one_line(
     captured = capsys.readouterr()
     assert captured.err == "error: steps must be at least 1; got 0. Raise --steps.\n"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "not enough memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "runs/a: the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a: Read-only"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(
+    error: Exception,
+    told: str,
+    fake_demo: types.ModuleType,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run_demo(config: FakeDemoConfig) -> Path:
+        raise error
+
+    fake_demo.run_demo = run_demo
+    assert cli.main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert told in said
+    assert "Errno" not in said
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), AssertionError("a")])
+def test_an_unknown_error_keeps_its_traceback(
+    error: Exception, fake_demo: types.ModuleType
+) -> None:
+    def run_demo(config: FakeDemoConfig) -> Path:
+        raise error
+
+    fake_demo.run_demo = run_demo
+    with pytest.raises(type(error)):
+        cli.main(["demo"])
+
+
+def emo(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "emo_megatron", *arguments]
+    return subprocess.run(command, text=True, stderr=subprocess.PIPE, check=False, **options)
+
+
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = emo("env", stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "standard output: the disk is full" in done.stderr
+
+
+def test_a_name_that_the_output_cannot_encode_is_written_with_escapes(tmp_path: Path) -> None:
+    (tmp_path / "é").write_text("{}")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for settings in (ascii_only, {"PYTHONIOENCODING": "ascii"}):
+        done = emo(
+            *("merge-stats", "--stats", str(tmp_path / "é"), "--output", str(tmp_path / "ü")),
+            stdout=subprocess.PIPE,
+            env=os.environ | settings,
+        )
+        assert done.returncode == 2
+        assert "no statistics file" in done.stderr
+        assert "codec" not in done.stderr
 
 
 def test_a_missing_package_names_the_extra(
