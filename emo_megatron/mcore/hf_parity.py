@@ -112,7 +112,7 @@ def measure_parity(
     tolerance = TOLERANCES.get(folder.dtype, ROUNDED_TOLERANCE)
     if not parity.max_difference <= tolerance * max(1.0, parity.max_logit):
         raise RuntimeError(
-            f"the Megatron model and the Hugging Face model are not the same: {parity}"
+            f"the Megatron checkpoint and the Hugging Face folder are not the same model: {parity}"
         )
     return parity
 
