@@ -1,0 +1,160 @@
+"""A folder with a small valid file of every kind that the package reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from support import decoder, experts, words
+
+DOCUMENTS = ((3, 4, 0), (5, 0), (6, 7, 8, 9, 0), (1, 0))
+TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
+
+
+def write_inputs(folder: Path) -> Path:
+    """Write all of them; the checkpoint and everything about a model belong together."""
+    from emo_megatron.mcore.dataset import write_indexed_dataset
+    from emo_megatron.mcore.extract import ExtractOptions, extract
+    from emo_megatron.mcore.facts import facts_of
+    from emo_megatron.mcore.hf_import import ImportOptions, import_folder
+    from emo_megatron.mcore.weights import MegatronCheckpoint
+    from emo_megatron.modules.placement import place
+    from emo_megatron.modules.select import select_by_stats, selection_of
+
+    for name, texts in (("text", TEXTS), ("held", TEXTS[::-1])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(lines)
+    bounds = torch.tensor([0, *map(len, DOCUMENTS)]).cumsum(0).int()
+    tokens = torch.tensor([token for document in DOCUMENTS for token in document])
+    save_file({"tokens": tokens.int(), "cu_seqlens": bounds}, folder / "tokens.safetensors")
+    write_indexed_dataset(folder / "indexed", DOCUMENTS, vocab_size=decoder.SMALL["vocab_size"])
+    for format in ("qwen2_moe", "emo"):
+        _write_hf(folder / format, format=format)
+    words.write_tokenizer(folder / "qwen2_moe")
+    import_folder(
+        ImportOptions(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0)
+    )
+    facts = facts_of(MegatronCheckpoint(folder / "megatron"))
+    model = experts.MadeUpModel(facts=facts)
+    source = experts.documents(3)
+    stats = model.statistics(source.tokens, outputs=True).of(source.source)
+    stats.save(folder / "stats.safetensors")
+    stats.of({"file": "other", "sha256": "other"}).save(folder / "other.safetensors")
+    for keep in (2, 3):
+        mask_LE = select_by_stats(stats, method="mean_prob", keep=keep)
+        data = {"calibration": [source.source]}
+        chosen = selection_of(mask_LE, facts, method="mean_prob", seed=0, data=data)
+        chosen.save(folder / f"selection{keep}.json")
+    place(stats, num_ranks=2).save(folder / "placement.json")
+    extract(
+        ExtractOptions(
+            checkpoint=folder / "megatron",
+            selection=folder / "selection3.json",
+            output=folder / "module",
+        )
+    )
+    (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
+    _write_rows(folder)
+    _write_progress(folder)
+    _write_corpus(folder / "corpus")
+    return folder
+
+
+def _write_hf(folder: Path, *, format: str) -> None:
+    from emo_megatron.modules.hf.folder import FORMATS, write_folder
+
+    model = decoder.architecture(
+        num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4
+    )
+    folder.mkdir()
+    write_folder(
+        folder,
+        format=FORMATS[format],
+        architecture=model,
+        read=decoder.random_weights(model).__getitem__,
+        dtype=torch.float32,
+        extra_config={"eos_token_id": 0},
+        shard_bytes=20_000,
+    )
+
+
+def _write_rows(folder: Path) -> None:
+    """Rows as the command retention keeps them, and as it reports them."""
+    from emo_megatron.report.retention_rows import rows_of, save_rows
+
+    measured = {
+        f"{domain}|{text}|{kept}|{method}": {
+            "domain": domain,
+            "evaluated_on": text,
+            "method": method,
+            "keep_fraction": kept / 4,
+            "num_experts_kept": kept,
+            "loss": 5.0 + (4 - kept) / 8 + (domain != text) / 4,
+            "tokens": 100,
+            "origin": "0123456789abcdef",
+        }
+        for method, kept in (("full", 4), ("random", 2), ("mean_prob", 2))
+        for domain in ("french", "perl")
+        for text in (("french", "perl") if method == "mean_prob" else (domain,))
+    }
+    (folder / "rows").mkdir()
+    (folder / "rows" / "rows.json").write_text(json.dumps(measured))
+    rows = rows_of(measured.values(), model="other", seed=0, versions="1")
+    save_rows(rows, folder / "retention")
+
+
+def _write_progress(folder: Path) -> None:
+    """What an interrupted choice leaves."""
+    try:
+        choose(folder / "chosen.json", loss_fails_at=3)
+    except KeyboardInterrupt:
+        shutil.copy(folder / "chosen.json.partial", folder / "progress")
+
+
+def choose(output: Path, *, loss_fails_at: int | None = None) -> Any:
+    """The smallest module within a bound, measured on a made-up model."""
+    from emo_megatron.modules.choosing import select
+    from emo_megatron.modules.options import SelectOptions
+
+    options = SelectOptions(
+        output=output,
+        checkpoint=Path("checkpoint"),
+        method="layerwise",
+        data=Path("data"),
+        max_rise="1%",
+        held_out=Path("held-out"),
+    )
+    model = experts.MadeUpModel(
+        loss=lambda kept: 1.1 if kept < 5 else 1.0, loss_fails_at=loss_fails_at
+    )
+    texts = [experts.documents(3, name=name) for name in ("data", "held")]
+    return select(options, model=model, documents=texts[0], held_out=texts[1])
+
+
+def corpus_config(folder: Path) -> Any:
+    """What the corpus that is there was made of."""
+    from emo_megatron.demo.corpus import CorpusConfig
+
+    return CorpusConfig(corpus_dir=folder.resolve() / "no-text")
+
+
+def _write_corpus(folder: Path) -> None:
+    import dataclasses
+
+    splits = ("train", "calibration", "validation")
+    config = corpus_config(folder)
+    row = {"source": "text", "megabytes": 0.1}
+    row |= {key: dict.fromkeys(splits, 60) for key in ("documents", "tokens")}
+    stored = {
+        "config": dataclasses.asdict(config) | {"corpus_dir": str(config.corpus_dir), "format": 1},
+        "fingerprint": "f00d",
+        "vocab_size": 80,
+        "eod_token": 0,
+        "domains": {"french": row, "perl": row, "python": row},
+    }
+    (folder / "no-text").mkdir(parents=True)
+    (folder / "corpus.json").write_text(json.dumps(stored))
