@@ -1,7 +1,6 @@
 """The command line: parse, call one function, print where its result lies."""
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 
 from emo_megatron.environment import collect_environment, format_json, format_text
-from emo_megatron.modules.files import message_of, write_any_name
+from emo_megatron.modules.files import message_of, to_output, write_any_name
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -166,12 +165,8 @@ def _run(arguments: list[str]) -> None:
 
 
 def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        # Python would fail again with what is left in the buffer when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    with to_output():
+        print(text)
 
 
 def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:

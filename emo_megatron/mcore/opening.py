@@ -13,7 +13,7 @@ from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
 from emo_megatron.modules.calibration import Calibration, Documents, load_documents
-from emo_megatron.modules.files import mark_of
+from emo_megatron.modules.files import mark_of, to_output, write_any_name
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
 
@@ -109,9 +109,11 @@ def _tokenizer_flags(
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` in this rank; what the user can mend is told in one line."""
+    write_any_name()
     try:
-        main()
-    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        with to_output():
+            main()
+    except (ImportError, MemoryError, NotImplementedError, OSError, ValueError) as error:
         say_error(error)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from emo_megatron.modules.files import message_of
+
 USER_ERROR = 2
 """Exit status of a step after it has said what the user can mend."""
 INTERRUPTED = 130
@@ -23,10 +25,10 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 def say_error(error: Exception) -> None:
     """Tell the user, in one line; a rank of torchrun tells torchrun, which tells it once for all ranks."""
     if file := os.environ.get(ERROR_FILE):
-        described = {"message": str(error), "timestamp": int(time.time())}
+        described = {"message": message_of(error), "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(described), encoding="utf-8")
     elif os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
