@@ -183,7 +183,7 @@ def test_text_that_has_no_utf8_names_the_file(tmp_path):
         pytest.raises(ValueError, match=r"a\.md cannot be written: .*surrogates"),
         whole(tmp_path / "a.md") as unfinished,
     ):
-        unfinished.write_text("caf\udce9", encoding="utf-8")
+        unfinished.write_text("na\udcefve", encoding="utf-8")
     assert list(tmp_path.iterdir()) == []
 
 
