@@ -1,7 +1,6 @@
 """The command line: parse, call one function, print where its result lies."""
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from emo_megatron.environment import (
     format_text,
     stay_offline,
 )
-from emo_megatron.modules.files import message_of, write_any_name
+from emo_megatron.modules.files import message_of, to_output, write_any_name
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.variables import as_no_other_job
 
@@ -178,12 +177,8 @@ def _run(arguments: list[str]) -> None:
 
 
 def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        # Python would fail again with what is left in the buffer when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    with to_output():
+        print(text)
 
 
 def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:

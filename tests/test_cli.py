@@ -111,7 +111,7 @@ def test_a_full_disk_behind_standard_output_is_one_line() -> None:
         done = emo("env", stdout=full)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "standard output: the disk is full" in done.stderr
+    assert "standard output, /dev/full: the disk is full" in done.stderr
 
 
 def test_a_name_that_the_output_cannot_encode_is_written_with_escapes(tmp_path: Path) -> None:

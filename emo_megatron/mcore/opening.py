@@ -28,7 +28,7 @@ from emo_megatron.modules.calibration import (
     read_documents,
 )
 from emo_megatron.modules.document_files import is_text
-from emo_megatron.modules.files import mark_of
+from emo_megatron.modules.files import mark_of, to_output, write_any_name
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
 from emo_megatron.processes import stops_on_signals
@@ -134,10 +134,11 @@ def _tokenizer(
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` in this rank, offline; what the user can mend is told in one line."""
     stay_offline()
+    write_any_name()
     try:
-        with stops_on_signals():
+        with stops_on_signals(), to_output():
             main()
-    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+    except (ImportError, MemoryError, NotImplementedError, OSError, ValueError) as error:
         say_error(error)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:

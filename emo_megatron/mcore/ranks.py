@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from emo_megatron.modules.files import message_of
 from emo_megatron.variables import PARENT
 
 USER_ERROR = 2
@@ -26,10 +27,10 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 def say_error(error: Exception) -> None:
     """Tell the user, in one line; a rank of torchrun tells torchrun, which tells it once for all ranks."""
     if file := os.environ.get(ERROR_FILE):
-        described = {"message": str(error), "timestamp": int(time.time())}
+        described = {"message": message_of(error), "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(described), encoding="utf-8")
     elif os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
 
 
 def main() -> int:

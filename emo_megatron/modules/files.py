@@ -22,6 +22,7 @@ _REASONS = {
     errno.EFBIG: "the limit of a file's size is reached, see ulimit -f",
     errno.EMFILE: "this process may not open more files, see ulimit -n",
 }
+_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
 _IN_WORDS = re.compile(r"\((?:os error )?(\d+)\)")
 """How libraries in Rust and torch tell an error of the machine: its text, and then its number."""
 
@@ -46,6 +47,28 @@ def write_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def to_output() -> Iterator[None]:
+    """Print in this block; what standard output still holds after it is written.
+
+    Raises:
+        OSError: it cannot be written, and is dropped: Python would fail of it once more when it ends. Errors of files
+            have their names, and those of other kinds are raised as they are.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OF_OUTPUT:
+            raise
+        name = "standard output"
+        with contextlib.suppress(OSError):
+            file = Path(f"/proc/self/fd/{sys.stdout.fileno()}").readlink()
+            name += f", {file}" if file.is_absolute() else ""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, name) from None
 
 
 def machine_error(error: BaseException) -> OSError | None:

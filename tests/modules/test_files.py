@@ -7,7 +7,13 @@ import os
 
 import pytest
 
-from emo_megatron.modules.files import message_of, must_be_writable, must_not_exist, whole
+from emo_megatron.modules.files import (
+    message_of,
+    must_be_writable,
+    must_not_exist,
+    to_output,
+    whole,
+)
 
 
 @pytest.mark.parametrize("check", [must_be_writable, must_not_exist])
@@ -177,5 +183,20 @@ def test_text_that_has_no_utf8_names_the_file(tmp_path):
         pytest.raises(ValueError, match=r"a\.md cannot be written: .*surrogates"),
         whole(tmp_path / "a.md") as unfinished,
     ):
-        unfinished.write_text("caf\udce9", encoding="utf-8")
+        unfinished.write_text("na\udcefve", encoding="utf-8")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("there is no cat"),
+        OSError(errno.ENOSPC, "No space left on device", "file"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        KeyError("a"),
+    ],
+)
+def test_no_other_error_is_told_of_standard_output(error):
+    with pytest.raises(type(error)) as told, to_output():
+        raise error
+    assert told.value is error

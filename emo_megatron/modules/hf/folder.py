@@ -203,9 +203,11 @@ def _files(path: Path) -> dict[str, Any]:
         weight_map = checked(described, {"weight_map": dict}, where=str(path / INDEX))["weight_map"]
         for name, file in weight_map.items():
             # a name, and no way out of the folder
-            if not is_a(file, str) or Path(file).name != file:
+            is_name = is_a(file, str) and Path(file).name == file and "\0" not in file
+            if not is_name or not file.endswith(".safetensors"):
                 raise ValueError(
-                    f"{path / INDEX}: weight_map must name a file of the folder for {name}; got {reprlib.repr(file)}"
+                    f"{path / INDEX}: weight_map must name a .safetensors file of the folder for {name}; got "
+                    f"{reprlib.repr(file)}"
                 )
         if not weight_map:
             raise ValueError(f"{path / INDEX}: weight_map names no tensor")
