@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import signal
 from pathlib import Path
 
 import pytest
 
+from emo_megatron import processes
 from emo_megatron.config import PoolConfig
 from emo_megatron.demo import jobs, recipe, run
 from emo_megatron.demo.corpus import Corpus
