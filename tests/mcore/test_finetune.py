@@ -133,7 +133,7 @@ def _started(flags, loaded):
 
     from emo_megatron.mcore.finetune import freeze_hook
 
-    model = checkpoints.model({}, layout={}, seed=6)
+    model = checkpoints.model({}, layout={}, seed=6).eval()
     freeze_hook(flags)([model])
     if loaded is not None:
         checkpoints.load(loaded, model)
