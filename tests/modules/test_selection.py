@@ -85,6 +85,7 @@ def test_what_cannot_be_is_refused_in_memory_and_on_disk(tmp_path, changes, what
     [
         ('{"format": "emo_megatron.sel', "not JSON"),
         ("[1, 2]", "lacks"),
+        ('{"data": {"full_loss": NaN}}', "it holds NaN"),
         ('{"experts": []}', "lacks"),
         ('{"format": "emo_megatron.selection.1", "experts": []}', "lacks .*layers"),
     ],
