@@ -197,7 +197,9 @@ def test_the_progress_of_another_select_is_refused(files, tmp_path, changes, dif
         )
     assert (model.seen, model.num_losses) == ([], 0)
     assert kept.read_bytes() == before
-    for text in ("[1]", "{", '{"format": "f", "question": {}, "found": {}}'):
+    loss = before.decode().replace('"found": {', '"found": {"all experts: loss": NaN, ')
+    assert "NaN" in loss
+    for text in ("[1]", "{", '{"format": "f", "question": {}, "found": {}}', loss):
         kept.write_text(text)
         with pytest.raises(ValueError, match="is not the progress of a select"):
             choose(options, model)
