@@ -113,6 +113,8 @@ def follow_parent() -> None:
     """Called first in every process: one that `start` started, or a rank of our torchrun, ends with its parent."""
     if parent := os.environ.pop(PARENT, None):
         follow(int(parent))
+        # for what multiprocessing spawns, which imports this package with the main module
+        os.environ[PARENT] = str(os.getpid())
 
 
 def follow(parent: int) -> None:

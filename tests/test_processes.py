@@ -128,6 +128,22 @@ def test_what_is_half_written_goes_with_its_command(tmp_path, numbers):
     assert list(folder.iterdir()) == []
 
 
+def test_what_a_process_spawned_ends_with_it(tmp_path):
+    script, up = tmp_path / "spawn.py", tmp_path / "up"
+    script.write_text(f"""
+import emo_megatron, multiprocessing, time
+def child():
+    open({str(up)!r}, "w").close()
+    time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=child).start()
+    time.sleep(600)
+""")
+    started = Command(command(f"run({[sys.executable, str(script)]}, stdout=None)"))
+    started.wait_for(up.exists)
+    assert started.end(signal.SIGKILL) == -signal.SIGKILL
+
+
 def test_a_fork_of_a_thread_outlives_the_thread(tmp_path):
     script, done = tmp_path / "fork.py", tmp_path / "done"
     script.write_text(f"""
