@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -97,16 +97,9 @@ def load_model(
     Raises:
         ValueError: the checkpoint lacks its run's flags, the model cannot be run so, or it is not what was loaded.
     """
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.initialize import initialize_megatron
-    from megatron.training.training import setup_model_and_optimizer
 
     from emo_megatron.config import PoolConfig
     from emo_megatron.mcore.args import check_run
@@ -136,13 +129,7 @@ def load_model(
             config = gpt_config_from_args(args)
         check_run(PoolConfig(), config.transformer, args)
         config.transformer_layer_spec = pool_spec_builder(PoolConfig())
-        with megatron_refusals():
-            initialize_megatron()
-            chunks, _, _ = setup_model_and_optimizer(
-                ModelType.encoder_or_decoder,
-                cfg_container=pretrain_cfg_container_from_args(args, config),
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            )
+        chunks = _build(args, config)
     if len(chunks) > 1:
         raise ValueError("a model is run without interleaving; drop the virtual pipeline's flags")
     model = unwrap_model(chunks[0]).eval()
@@ -174,6 +161,24 @@ def megatron_refusals(model: str = "the model") -> Iterator[None]:
         said = said or f"{frame.line} ({frame.filename}, line {frame.lineno})"
         said = textwrap.shorten(said, LONGEST_WORDS, placeholder=" ...")
         raise ValueError(f"Megatron refuses to build {model}: {said}") from error
+
+
+@megatron_refusals()
+def _build(args: argparse.Namespace, config: Any) -> list[Any]:
+    """This process's part of the model of a configuration, with the weights of `--load`."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import setup_model_and_optimizer
+
+    initialize_megatron()
+    chunks, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return list(chunks)
 
 
 def _refuse(message: str) -> NoReturn:
