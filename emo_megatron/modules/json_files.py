@@ -42,12 +42,9 @@ def from_json(stored: bytes) -> Any:
     if not stored.strip():
         raise ValueError("it is empty")
     try:
-        return json.loads(
-            stored.decode(),
-            object_pairs_hook=_object,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
+        value = json.loads(stored.decode(), object_pairs_hook=_object)
+        _check_finite(value, place="")
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -141,8 +138,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{reprlib.repr(text)} is not a finite number")
-    return value
+def _check_finite(value: object, *, place: str) -> None:
+    """Refuse NaN, Infinity and numbers that a float does not hold, which Python's reader takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place.lstrip('.') or 'it'} is {value}, which is not a finite number")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_finite(item, place=f"{place}.{name}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_finite(item, place=f"{place}[{number}]")

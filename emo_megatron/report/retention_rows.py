@@ -62,13 +62,13 @@ class RetentionRow:
     """What produced the row, for people."""
 
     def __post_init__(self) -> None:
+        for name in NUMBERS:
+            finite_number(getattr(self, name), what=name)
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(
                 f"keep_fraction must lie in (0, 1]; got {self.keep_fraction}. Divide the experts "
                 "kept by the experts of the full model."
             )
-        for name in NUMBERS:
-            finite_number(getattr(self, name), what=name)
 
     @property
     def is_own(self) -> bool:
@@ -171,14 +171,21 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
                 f"{where} must have the columns {sorted(kinds)}; got {sorted(map(str, record))}. "
                 "Write the file with save_rows."
             )
-        if path.suffix == ".json":
-            checked(record, kinds, where=where)
+        if path.suffix == ".csv":
+            record = {name: _cell(text, kinds[name]) for name, text in record.items()}
         try:
-            # csv holds text only; the annotations of the row are the types to read
-            rows.append(RetentionRow(**{n: kind(record[n]) for n, kind in kinds.items()}))
-        except (TypeError, ValueError) as error:
+            rows.append(RetentionRow(**checked(record, kinds, where=where)))
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return rows
+
+
+def _cell(text: str | None, kind: type) -> object:
+    """A cell as the type that its column has, or its text where that is of another."""
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        return text
 
 
 def _records(path: Path) -> list[Any]:

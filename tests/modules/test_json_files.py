@@ -68,7 +68,7 @@ def test_no_reader_takes_or_chokes_on_what_is_not_its_file(reader, text, tmp_pat
     [
         (NOT_JSON["empty"], "empty"),
         (NOT_JSON["cut"], "line 1 column 12"),
-        (NOT_JSON["not a number"], "'NaN' is not a finite number"),
+        (NOT_JSON["not a number"], "loss is nan, which is not a finite number"),
         (NOT_JSON["nested"], "nested too deeply"),
         (NOT_JSON["twice"], "'keep' stands twice"),
     ],
@@ -145,7 +145,7 @@ def test_a_row_of_other_types_is_told_with_its_place(field, value, tmp_path):
     ("line", "what"),
     [
         ("emo,french,french,0.25,4.5,mean_prob,2.5,0.5,100,1,some", "4.5"),
-        ("emo,french,french,,4,mean_prob,2.5,0.5,100,1,some", "float"),
+        ("emo,french,french,,4,mean_prob,2.5,0.5,100,1,some", "keep_fraction"),
         ("emo,french,french,0.25,4", "row 1"),
         ("emo,french,french,7,4,mean_prob,2.5,0.5,100,1,some", "keep_fraction"),
         ('emo,"french', "end of data"),

@@ -163,13 +163,11 @@ def test_rows_without_a_finite_loss_are_refused_by_name(texts, loss):
         lambda: check_output(chosen),
         lambda: measure_retention(chosen, model=CountingModel(), read=read),
     ):
-        with pytest.raises(
-            ValueError, match=r"rows\.json.*row b\|b\|8\|full: loss must be a finite"
-        ):
+        with pytest.raises(ValueError, match=r"rows\.json.*b\|b\|8\|full(: |\.)loss "):
             look()
     del rows["b|b|8|full"]["loss"]
     chosen.rows_file.write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"row b\|b\|8\|full has no loss"):
+    with pytest.raises(ValueError, match=r"b\|b\|8\|full lacks loss"):
         read_rows(chosen.rows_file)
 
 

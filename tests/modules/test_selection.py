@@ -85,7 +85,7 @@ def test_what_cannot_be_is_refused_in_memory_and_on_disk(tmp_path, changes, what
     [
         ('{"format": "emo_megatron.sel', "not readable JSON"),
         ("[1, 2]", "must hold an object"),
-        ('{"data": {"full_loss": NaN}}', "NaN.*not a finite number"),
+        ('{"data": {"full_loss": NaN}}', "data.full_loss is nan.*not a finite number"),
         ('{"experts": []}', "lacks"),
         ('{"format": "emo_megatron.selection.1", "experts": []}', "lacks .*layers"),
     ],

@@ -32,15 +32,17 @@ def whole_number(
     return int(value)
 
 
-def whole_numbers(config: Mapping[str, Any], name: str, *, default: list[int]) -> list[int]:
-    """Counts, 0 or more each.
+def whole_numbers(
+    config: Mapping[str, Any], name: str, *, default: list[int], below: int = MOST + 1
+) -> list[int]:
+    """Counts in [0, below).
 
     Raises:
         ValueError: it is something else.
     """
     value = _given(config, name, default)
-    if not isinstance(value, list) or not all(is_a(n, int) and 0 <= n <= MOST for n in value):
-        raise _wrong(name, "a list of whole numbers, 0 or more", value)
+    if not isinstance(value, list) or not all(is_a(n, int) and 0 <= n < below for n in value):
+        raise _wrong(name, f"a list of whole numbers in [0, {below})", value)
     return value
 
 

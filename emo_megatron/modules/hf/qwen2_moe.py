@@ -122,7 +122,7 @@ def _architecture(stored: Stored) -> Architecture:
     sizes = common_sizes(config)
     step = whole_number(config, "decoder_sparse_step", default=1)
     dense = {layer for layer in range(sizes["num_layers"]) if (layer + 1) % step}
-    dense |= set(whole_numbers(config, "mlp_only_layers", default=[]))
+    dense |= set(whole_numbers(config, "mlp_only_layers", default=[], below=sizes["num_layers"]))
     noted = record(config, RECORD)
     has_shared = switch(noted, "shared_expert", default=False) or not _is_constant(
         stored, "shared_expert.", {0.0}

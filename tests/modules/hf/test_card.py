@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_finite_number_is_told_of_no_model(
     (tmp_path / "rows.json").write_text(json.dumps(rows).replace('"HERE"', value))
     for read in (read_retention, measured_domains):
         with pytest.raises(
-            ValueError, match=rf"rows\.json, row {place + 1}: loss must be a finite"
+            ValueError, match=rf"rows\.json.*(row {place + 1}: |\[{place}\]\.)loss "
         ):
             read(tmp_path / "rows.json")
 
