@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from emo_megatron.modules.calibration import Calibration
-from emo_megatron.modules.select import MaxRise
+from emo_megatron.modules.select import MaxRise, size_of
 
 LONGEST_ROW = 4096
 """Tokens of a row where nobody says otherwise and the model could take more."""
@@ -142,6 +142,8 @@ class SelectOptions(DataOptions):
                 "give one of --keep, --max-rise and --budget-mb, which say how large the module is; got "
                 f"{' and '.join(f'--{n}'.replace('_', '-') for n in sizes) or 'none'}"
             )
+        if self.keep is not None:
+            size_of(self.keep, total=1)
         for name in ("budget_mb", "bytes_per_parameter"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
