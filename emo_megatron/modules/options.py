@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,12 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
+        try:
+            shlex.split(self.megatron)
+        except ValueError as error:
+            raise ValueError(
+                f"--megatron must be flags as a shell reads them; got {self.megatron!r}: {error}"
+            ) from None
         ranks = self.tensor_parallel * self.pipeline_parallel
         # experts are spread over all ranks of a pipeline stage
         if (
