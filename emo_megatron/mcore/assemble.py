@@ -217,7 +217,7 @@ class Assembly:
             special = {"shared": [], "router": [OWNER], "conflict": [REFUSE]}[option]
             known = [PARENT, "average", *special, *names]
             if value not in known:
-                raise ValueError(f"--{option} must be one of {', '.join(known)}; got {value}")
+                raise ValueError(f"--{option} must be one of {', '.join(known)}; got {value!r}")
         for module in self.modules:
             check_fits(
                 module,

@@ -33,6 +33,7 @@ def add_fields(group: argparse._ActionsContainer, cls: type, *, flag: Callable[[
         options: dict[str, Any] = {"help": documentation[field.name]}
         options |= {"required": True} if is_required else {"default": field.default}
         kind = _plain_type(types_of[field.name])
+        may_be_none = kind != types_of[field.name]
         if typing.get_origin(kind) is tuple:
             options["nargs"] = "*"
             kind = typing.get_args(kind)[0]
@@ -41,8 +42,9 @@ def add_fields(group: argparse._ActionsContainer, cls: type, *, flag: Callable[[
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         else:
-            # of several values each is one: a tuple that may be None is so by default
-            options["type"] = kind if "nargs" in options else _none_or(kind)
+            # of several values each is one, and a text may say "none"
+            is_none_told = may_be_none and kind is not str and "nargs" not in options
+            options["type"] = _none_or(kind) if is_none_told else kind
             options["metavar"] = kind.__name__.upper()
         group.add_argument(flag(field.name), **options)
 

@@ -87,6 +87,8 @@ def merge(options: MergeOptions) -> Path:
         ValueError: the parts do not fit together, modules disagree, or the output exists.
     """
     must_not_exist(options.output)
+    if not options.modules:
+        raise ValueError("--modules must name at least one module")
     modules = _open(options.modules, options.selections)
     if options.weights == "all" and len(modules) > 1:
         raise ValueError(

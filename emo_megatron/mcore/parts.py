@@ -61,9 +61,12 @@ def open_parent(path: Path, selection: Selection | None) -> MegatronCheckpoint:
             )
     if selection is not None:
         routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
-        selection.check_model(
-            router_fingerprint(routers), num_experts=args.num_experts, layers=parent.moe_layers
-        )
+        try:
+            selection.check_model(
+                router_fingerprint(routers), num_experts=args.num_experts, layers=parent.moe_layers
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return parent
 
 

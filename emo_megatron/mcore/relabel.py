@@ -78,7 +78,10 @@ def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None
     """
     args = parent.args
     routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
-    placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
+    try:
+        placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
+    except ValueError as error:
+        raise ValueError(f"{parent.path}: {error}") from None
     for name, why in (
         ("pool_forced", "the last experts are in every pool"),
         ("moe_router_num_groups", "experts are routed in groups of neighbours"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from emo_megatron.modules.calibration import Calibration
-from emo_megatron.modules.select import MaxRise
+from emo_megatron.modules.select import MaxRise, size_of
 
 LONGEST_ROW = 4096
 """Tokens of a row where nobody says otherwise and the model could take more."""
@@ -41,6 +42,12 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
+        try:
+            shlex.split(self.megatron)
+        except ValueError as error:
+            raise ValueError(
+                f"--megatron must be flags as a shell reads them; got {self.megatron!r}: {error}"
+            ) from None
         ranks = self.tensor_parallel * self.pipeline_parallel
         # experts are spread over all ranks of a pipeline stage
         if (
@@ -142,6 +149,8 @@ class SelectOptions(DataOptions):
                 "give one of --keep, --max-rise and --budget-mb, which say how large the module is; got "
                 f"{' and '.join(f'--{n}'.replace('_', '-') for n in sizes) or 'none'}"
             )
+        if self.keep is not None:
+            size_of(self.keep, total=1)
         for name in ("budget_mb", "bytes_per_parameter"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -324,5 +324,5 @@ def _check_bound(max_imbalance: float) -> None:
 def _check_ranks(num_experts: int, num_ranks: int) -> None:
     if num_ranks < 1 or num_experts % num_ranks:
         raise ValueError(
-            f"ranks must hold equally many experts: {num_experts} do not divide into {num_ranks}"
+            f"ranks (--ranks) must hold equally many experts: {num_experts} do not divide into {num_ranks}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +18,23 @@ FORMAT = "emo_megatron.selecting.1"
 class Remember(Protocol):
     """Gives what is known by a name, and finds out what is not."""
 
-    def __call__[T](self, name: str, find: Callable[[], T]) -> T:
-        """What `find` gives, or gave when this name was asked for before: anything that JSON keeps as it is."""
+    def __call__[T](
+        self, name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]
+    ) -> T:
+        """What `find` gives, or gave when this name was asked for before: anything that JSON keeps as it is.
+
+        Args:
+            name: of what is asked.
+            find: finds it out.
+            is_right: whether what a file holds under this name can be what `find` gave.
+
+        Raises:
+            ValueError: it cannot.
+        """
         ...
 
 
-def anew[T](name: str, find: Callable[[], T]) -> T:
+def anew[T](name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]) -> T:
     """A `Remember` that knows nothing."""
     return find()
 
@@ -66,8 +78,13 @@ class Progress:
             for path in (self._path, *self._measured):
                 path.unlink(missing_ok=True)
 
-    def remember[T](self, name: str, find: Callable[[], T]) -> T:
+    def remember[T](
+        self, name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]
+    ) -> T:
         """See Remember."""
+        if name in self._found and not is_right(self._found[name]):
+            told = reprlib.repr(self._found[name])
+            raise ValueError(f"{self._path}: {name} cannot be {told}; remove the file")
         if name not in self._found:
             self._found[name] = find()
             if self._model.is_writer:

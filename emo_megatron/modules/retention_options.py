@@ -8,7 +8,7 @@ from typing import Literal
 
 from emo_megatron.modules.calibration import Calibration
 from emo_megatron.modules.options import DataOptions, ModelOptions
-from emo_megatron.modules.select import METHODS, RANDOM, MaxRise
+from emo_megatron.modules.select import METHODS, RANDOM, MaxRise, size_of
 
 SUFFIXES = (".jsonl", ".safetensors", ".idx")
 """Of files with documents, the last one with a .bin beside it."""
@@ -56,6 +56,8 @@ class RetentionOptions(DataOptions):
         MaxRise.parse(self.max_rise)
         if not self.name.strip():
             raise ValueError("--name must name the model")
+        for size in self.keep:
+            size_of(size, total=1)
         if self.keep and not self.methods:
             raise ValueError("--methods must name at least one method")
         unknown = set(self.methods) - set(METHODS)

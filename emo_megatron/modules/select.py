@@ -37,6 +37,21 @@ LAYERWISE = "layerwise"
 METHODS = (*SCORES, LAYERWISE, RANDOM)
 
 
+def size_of(text: str, *, total: int) -> int:
+    """Experts a layer that a size of `--keep` means where there are `total`, shared ones included.
+
+    Raises:
+        ValueError: it is neither a number nor a share.
+    """
+    number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        return round(float(number) / 100 * total) if is_share else int(number)
+    except (OverflowError, ValueError):
+        raise ValueError(
+            f"--keep must be a number like 16 or a share like 12.5%; got {text!r}"
+        ) from None
+
+
 def parse_keep(text: str, facts: ModelFacts) -> int:
     """Routed experts a layer that `--keep` asks for.
 
@@ -49,18 +64,12 @@ def parse_keep(text: str, facts: ModelFacts) -> int:
         ValueError: it is neither, or a token could not be routed to top-k experts, or there are not so many.
     """
     total = facts.num_experts + facts.num_shared
-    number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        wanted = round(float(number) / 100 * total) if is_share else int(number)
-    except (OverflowError, ValueError):
-        raise ValueError(
-            f"--keep must be a number like 16 or a share like 12.5%; got {text}"
-        ) from None
+    wanted, is_share = size_of(text, total=total), text.strip().endswith("%")
     least = facts.top_k + facts.num_shared
     if not least <= wanted <= total:
         raise ValueError(
             f"--keep must leave {least} to {total} experts a layer, {facts.num_shared} shared included: a token "
-            f"goes to {facts.top_k} routed ones; got {text}{f', which is {wanted}' if is_share else ''}"
+            f"goes to {facts.top_k} routed ones; got {text.strip()}{f', which is {wanted}' if is_share else ''}"
         )
     return wanted - facts.num_shared
 
@@ -144,6 +153,11 @@ def select_layerwise(
         kept: list[int] = kept_E.nonzero().flatten().tolist()
         return kept
 
+    def is_choice(kept: object) -> bool:
+        if not isinstance(kept, list) or any(type(expert) is not int for expert in kept):
+            return False
+        return len(kept) == keep and kept == sorted({*kept} & {*range(facts.num_experts)})
+
     for place in tqdm(
         range(len(facts.layers)),
         desc="layer by layer",
@@ -151,7 +165,7 @@ def select_layerwise(
         disable=None if model.is_writer else True,
     ):
         name = f"{keep} experts: layer {facts.layers[place]}"
-        kept = remember(name, functools.partial(likeliest, place))
+        kept = remember(name, functools.partial(likeliest, place), is_right=is_choice)
         allowed_LE[place] = False
         allowed_LE[place, kept] = True
     return allowed_LE
@@ -256,7 +270,7 @@ def smallest_within(
     def nats(allowed_LE: Tensor | None) -> float:
         return model.loss(held_out.tokens, allowed_LE=allowed_LE).nats
 
-    full = remember("all experts: loss", functools.partial(nats, None))
+    full = remember("all experts: loss", functools.partial(nats, None), is_right=_is_loss)
     tried: dict[int, float] = {facts.num_experts: full}
     masks = {facts.num_experts: torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)}
     # `low` is below what can be routed or too small, `high` is within the bound
@@ -270,7 +284,9 @@ def smallest_within(
         while high - low > 1:
             keep = (low + high) // 2
             masks[keep] = choose(keep)
-            tried[keep] = remember(f"{keep} experts: loss", functools.partial(nats, masks[keep]))
+            tried[keep] = remember(
+                f"{keep} experts: loss", functools.partial(nats, masks[keep]), is_right=_is_loss
+            )
             if tried[keep] <= bound.highest(full):
                 high = keep
             else:
@@ -281,3 +297,7 @@ def smallest_within(
         full_loss=full,
         tried={keep: tried[keep] for keep in sorted(tried)},
     )
+
+
+def _is_loss(nats: object) -> bool:
+    return type(nats) in (int, float) and math.isfinite(nats)  # type: ignore[arg-type]

@@ -219,7 +219,7 @@ def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
             are of the same documents, which would count twice.
     """
     if not parts:
-        raise ValueError("there are no statistics to merge")
+        raise ValueError("there are no statistics to merge: --stats must name at least one file")
     first = parts[0]
     tensors: dict[str, Any] = first.tensors()
     for part in parts[1:]:
@@ -238,7 +238,7 @@ def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
     marks = [entry["sha256"] for entry in data if "sha256" in entry]
     if len(set(marks)) < len(marks):
         raise ValueError(
-            "two of these statistics are of the same documents, which would count twice"
+            "two of the files in --stats are of the same documents, which would count twice"
         )
     return ExpertStatistics(
         model=first.model,

@@ -309,7 +309,7 @@ def test_refusals(parent, modules, tmp_path, capsys):
 
     refused(r"--blend must lie in \(0, 1\]; got 0", *merging(blend=0.0))
     refused(
-        "--conflict must be one of parent, average, refuse, one; got no", *merging(conflict="no")
+        "--conflict must be one of parent, average, refuse, one; got 'no'", *merging(conflict="no")
     )
     refused("--weights all", *merging(modules=modules, weights="all"))
     refused("selection.json does not exist", *merging(modules=(MegatronCheckpoint(parent).path,)))

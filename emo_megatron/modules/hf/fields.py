@@ -63,15 +63,15 @@ def number(config: Mapping[str, Any], name: str, *, of: str = "") -> float:
     return float(value)
 
 
-def switch(config: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    """True or false.
+def switch(config: Mapping[str, Any], name: str, *, default: bool, of: str = "") -> bool:
+    """True or false; `of` as for `number`.
 
     Raises:
         ValueError: it is something else.
     """
     value = _given(config, name, default)
     if not isinstance(value, bool):
-        raise _wrong(name, "true or false", value)
+        raise _wrong(f"{of}.{name}".lstrip("."), "true or false", value)
     return value
 
 

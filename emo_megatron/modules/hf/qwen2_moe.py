@@ -124,11 +124,11 @@ def _architecture(stored: Stored) -> Architecture:
     dense = {layer for layer in range(sizes["num_layers"]) if (layer + 1) % step}
     dense |= set(whole_numbers(config, "mlp_only_layers", default=[], below=sizes["num_layers"]))
     noted = record(config, RECORD)
-    has_shared = switch(noted, "shared_expert", default=False) or not _is_constant(
+    has_shared = switch(noted, "shared_expert", default=False, of=RECORD) or not _is_constant(
         stored, "shared_expert.", {0.0}
     )
     has_gate = has_shared and (
-        switch(noted, "shared_gate", default=False)
+        switch(noted, "shared_gate", default=False, of=RECORD)
         or not _is_constant(stored, "shared_expert_gate.", {0.0, TINY_GATE})
     )
     return Architecture(
@@ -139,7 +139,7 @@ def _architecture(stored: Stored) -> Architecture:
         shared_hidden=whole_number(config, "shared_expert_intermediate_size") if has_shared else 0,
         dense_layers=tuple(sorted(dense)),
         dense_hidden=whole_number(config, "intermediate_size") if dense else 0,
-        qkv_bias=switch(noted, "qkv_bias", default=False)
+        qkv_bias=switch(noted, "qkv_bias", default=False, of=RECORD)
         or not _is_constant(stored, "_proj.bias", {0.0}),
         shared_gate=has_gate,
     )
