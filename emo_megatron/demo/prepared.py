@@ -81,10 +81,10 @@ def load_corpus(path: Path) -> Corpus:
     """
     file = path / MANIFEST
     try:
-        manifest = checked(read_object(file, kind="a corpus"), _KINDS, where=str(file))
+        manifest = checked(read_object(file, kind="a corpus"), _KINDS, where=str(file), least=0)
         for name, domain in manifest["domains"].items():
             checked(domain, _DOMAIN, where=f"{file}, {name}")
-            checked(domain["tokens"], {"train": int}, where=f"{file}, {name}, tokens")
+            checked(domain["tokens"], {"train": int}, where=f"{file}, {name}, tokens", least=0)
     except ValueError as error:
         raise ValueError(f"{error}; remove it") from None
     return Corpus(path=path, manifest=manifest)

@@ -88,13 +88,16 @@ def read_own(path: Path, *, kind: str, format: str, fields: Collection[str]) -> 
     return stored
 
 
-def checked(value: object, kinds: Mapping[str, type], *, where: str) -> dict[str, Any]:
+def checked(
+    value: object, kinds: Mapping[str, type], *, where: str, least: int | None = None
+) -> dict[str, Any]:
     """`value`, if it is an object with these fields, each of its type; it may have more.
 
     Args:
         value: as JSON gives it.
         kinds: field -> str, int, float (which an int is, too), bool, list or dict.
         where: its file and place, for the error.
+        least: of the whole numbers among them.
 
     Raises:
         ValueError: naming the first field that is not.
@@ -109,6 +112,8 @@ def checked(value: object, kinds: Mapping[str, type], *, where: str) -> dict[str
             raise ValueError(
                 f"{where}: {name} must be {_WORDS[kind]}; got {reprlib.repr(value[name])}"
             )
+        if kind is int and least is not None and value[name] < least:
+            raise ValueError(f"{where}: {name} must be {least} or more; got {value[name]}")
     return value
 
 

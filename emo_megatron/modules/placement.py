@@ -63,6 +63,7 @@ class Placement:
                     f"{name} must be a number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}"
                 )
         _check_ranks(self.num_experts, self.num_ranks)
+        _check_bound(self.max_imbalance, name="max_imbalance")
         numbers = self.layers
         if not all(is_a(n, int) for n in numbers) or list(numbers) != sorted({*numbers} - {0}):
             raise ValueError(f"layers must be ascending numbers from 1; got {numbers}")
@@ -145,7 +146,7 @@ def place(
     _check_ranks(stats.model.num_experts, num_ranks)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
-    _check_bound(max_imbalance)
+    _check_bound(max_imbalance, name="--max-imbalance")
     orders = []
     for together_EE in stats.together_LEE.double().numpy():
         load_E = together_EE.diagonal().copy()
@@ -316,9 +317,9 @@ def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -
     )
 
 
-def _check_bound(max_imbalance: float) -> None:
-    if finite_number(max_imbalance, what="--max-imbalance") < 1:
-        raise ValueError(f"--max-imbalance must be at least 1; got {max_imbalance}")
+def _check_bound(max_imbalance: float, *, name: str) -> None:
+    if finite_number(max_imbalance, what=name) < 1:
+        raise ValueError(f"{name} must be at least 1; got {max_imbalance}")
 
 
 def _check_ranks(num_experts: int, num_ranks: int) -> None:

@@ -285,7 +285,10 @@ def _rows_in(path: Path) -> dict[str, Any]:
     try:
         rows = read_object(path, kind="a file of rows")
         for name, row in rows.items():
-            checked(row, _KINDS, where=f"{path}, {name}")
+            where = f"{path}, {name}"
+            share = checked(row, _KINDS, where=where, least=1)["keep_fraction"]
+            if not 0 < share <= 1:
+                raise ValueError(f"{where}: keep_fraction must lie in (0, 1]; got {share}")
     except ValueError as error:
         raise ValueError(f"{error}; remove it") from None
     return rows

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 from emo_megatron import __version__
 from emo_megatron.modules.files import whole
 from emo_megatron.modules.finite import NotFiniteError
-from emo_megatron.modules.json_files import to_json
+from emo_megatron.modules.json_files import checked, from_json, is_a, to_json
 
 FORMAT = "emo_megatron.stats.1"
 
@@ -196,12 +195,11 @@ def load_stats(path: Path | str) -> ExpertStatistics:
     if described.get("format") != FORMAT:
         raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
     try:
-        facts = json.loads(described["model"])
         return ExpertStatistics(
-            model=ModelFacts(**facts | {"layers": tuple(facts["layers"])}),
+            model=_facts(from_json(described["model"].encode())),
             num_documents=int(described["num_documents"]),
             num_tokens=int(described["num_tokens"]),
-            data=tuple(json.loads(described["data"])),
+            data=tuple(from_json(described["data"].encode())),
             created_by=described["created_by"],
             **tensors,
         )
@@ -209,6 +207,18 @@ def load_stats(path: Path | str) -> ExpertStatistics:
         raise NotFiniteError(f"{path} is of no use, remove it: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged statistics file: {error}") from None
+
+
+def _facts(stored: object) -> ModelFacts:
+    """What `save` wrote of the model."""
+    kinds: dict[str, type] = {f.name: int for f in dataclasses.fields(ModelFacts)}
+    found = checked(stored, kinds | {"fingerprint": str, "layers": list}, where="model", least=0)
+    layers = found["layers"]
+    if not all(is_a(n, int) for n in layers) or layers != sorted({*layers} - {0}):
+        raise ValueError(f"model: layers must be ascending numbers from 1; got {layers}")
+    if not 1 <= found["top_k"] <= found["num_experts"]:
+        raise ValueError(f"model: top_k must lie in [1, num_experts]; got {found['top_k']}")
+    return ModelFacts(**found | {"layers": tuple(layers)})
 
 
 def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:

@@ -35,7 +35,7 @@ class RetentionRow:
     """One evaluation of one subset of experts on one domain.
 
     Raises:
-        ValueError: on construction, when a number is not finite or `keep_fraction` is not in (0, 1].
+        ValueError: on construction, when a number is not finite, a count below 1, or `keep_fraction` not in (0, 1].
     """
 
     model: str
@@ -64,6 +64,9 @@ class RetentionRow:
     def __post_init__(self) -> None:
         for name in NUMBERS:
             finite_number(getattr(self, name), what=name)
+        for name in ("num_experts_kept", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(
                 f"keep_fraction must lie in (0, 1]; got {self.keep_fraction}. Divide the experts "
@@ -173,8 +176,9 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
             )
         if path.suffix == ".csv":
             record = {name: _cell(text, kinds[name]) for name, text in record.items()}
+        values = checked(record, kinds, where=where)
         try:
-            rows.append(RetentionRow(**checked(record, kinds, where=where)))
+            rows.append(RetentionRow(**values))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return rows
@@ -182,9 +186,12 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
 
 def _cell(text: str | None, kind: type) -> object:
     """A cell as the type that its column has, or its text where that is of another."""
+    # of a row that is too short
+    if text is None:
+        return None
     try:
         return kind(text)
-    except (TypeError, ValueError):
+    except ValueError:
         return text
 
 

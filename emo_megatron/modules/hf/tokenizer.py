@@ -38,6 +38,8 @@ class Tokenizer:
                 local_files_only=True,
                 trust_remote_code=False,
             )
+            # some faults of a file show in its first use
+            self._tokenizer.encode("a", add_special_tokens=False)
         # files of anyone end in errors of any kind, those of the compiled library included
         except Exception as error:
             raise ValueError(
