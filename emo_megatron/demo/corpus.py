@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from emo_megatron.demo.prepared import HELD_OUT_SPLITS, MANIFEST, Corpus, load_corpus
+from emo_megatron.demo.prepared import HELD_OUT_SPLITS, MANIFEST, SPLITS, Corpus, load_corpus
 from emo_megatron.demo.sources import MACHINE_SOURCES, Machine, folder_sources
 from emo_megatron.modules.files import gone_on_failure, whole, writing
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 EOD = "<|endoftext|>"
 EOD_TOKEN = 0
-SPLITS = ("train", *HELD_OUT_SPLITS)
 MIN_DOMAINS = 3
 MIN_HELD_OUT = 60
 TOKENIZER_CHARS = 600_000
@@ -135,7 +134,11 @@ def describe(corpus: Corpus) -> str:
     """Return a table of what was taken: a line for each domain, and the sum."""
     domains = corpus.manifest["domains"]
     table = [
-        (name, *row["documents"].values(), row["tokens"]["train"], row["megabytes"], row["source"])
+        (
+            name,
+            *(row["documents"][split] for split in SPLITS),
+            *(row["tokens"]["train"], row["megabytes"], row["source"]),
+        )
         for name, row in domains.items()
     ]
     sums = [sum(column) for column in list(zip(*table, strict=True))[1:-1]]

@@ -10,6 +10,7 @@ from torch import Tensor
 from emo_megatron.modules.json_files import checked, read_object
 
 HELD_OUT_SPLITS = ("calibration", "validation")
+SPLITS = ("train", *HELD_OUT_SPLITS)
 MANIFEST = "corpus.json"
 _KINDS = dict.fromkeys(("vocab_size", "eod_token"), int) | {
     "fingerprint": str,
@@ -84,7 +85,9 @@ def load_corpus(path: Path) -> Corpus:
         manifest = checked(read_object(file, kind="a corpus"), _KINDS, where=str(file), least=0)
         for name, domain in manifest["domains"].items():
             checked(domain, _DOMAIN, where=f"{file}, {name}")
-            checked(domain["tokens"], {"train": int}, where=f"{file}, {name}, tokens", least=0)
+            for part in ("documents", "tokens"):
+                where = f"{file}, {name}, {part}"
+                checked(domain[part], dict.fromkeys(SPLITS, int), where=where, least=0)
     except ValueError as error:
         raise ValueError(f"{error}; remove it") from None
     return Corpus(path=path, manifest=manifest)

@@ -37,12 +37,17 @@ def damage_of(
 
     Raises:
         ValueError: one of them is damaged, or was written by another Megatron.
-        BaseException: what is no file's fault, such as PermissionError and want of memory, as it is.
+        BaseException: what is no file's fault, such as PermissionError, as it is.
     """
     try:
         yield
-    except (CheckpointException, *_DAMAGE, *_FOREIGN) as error:
+    except (CheckpointException, MemoryError, *_DAMAGE, *_FOREIGN) as error:
         cause = _cause(error)
+        if isinstance(cause, MemoryError):
+            raise ValueError(
+                f"{folder}: {_named(files)} asks for more memory than there is; it is damaged, or this machine has "
+                "too little"
+            ) from error
         if is_unpickled and isinstance(cause, _FOREIGN):
             raise ValueError(
                 f"{folder} was written by a Megatron that has what this one lacks, or {_named(files)} is damaged: "

@@ -71,9 +71,9 @@ class MegatronCheckpoint:
         self._reader = FileSystemReader(str(self.path))
         with damage_of([".metadata"], folder=self.path, is_unpickled=True):
             self._metadata: Metadata = self._reader.read_metadata()
-            if not isinstance(self._metadata, Metadata) or not isinstance(
-                self._metadata.storage_data, dict
-            ):
+            # a damaged file may lack them
+            parts = ("state_dict_metadata", "storage_data")
+            if not all(isinstance(getattr(self._metadata, name, None), dict) for name in parts):
                 raise TypeError("it holds something else")
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {

@@ -53,7 +53,17 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
         (b'"model_max_length": 1000000000000000019884624838656', b'"model_max_length": " "'),
     ),
     "place of a checkpoint": ((b"release", b"last"), (b"release", b"-7")),
-    "corpus": ((b'"eod_token": 0', b'"eod_token": Infinity'), (b'"vocab_size"', b'"vocabulary"')),
+    "weights of a checkpoint": (
+        *(
+            (b"\x80\x04\x95", b"\x80\x04\x95\x00\x00\x00\x7f"),
+            (b"state_dict_metadata", b"state_dict_metadatb"),
+        ),
+    ),
+    "corpus": (
+        (b'"train": 60', b'"train": "60"'),
+        (b'"eod_token": 0', b'"eod_token": Infinity'),
+        (b'"vocab_size"', b'"vocabulary"'),
+    ),
 }
 """Faults that were found: of a valid file, which part was replaced with what."""
 

@@ -42,7 +42,6 @@ def test_damage_names_its_file_and_keeps_its_cause(error, wrap):
     [
         PermissionError(errno.EACCES, "Permission denied"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
-        MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory"),
         KeyboardInterrupt(),
     ],
@@ -51,6 +50,15 @@ def test_what_is_no_files_fault_is_told_as_it_is(error, wrap):
     with pytest.raises(type(error)) as told, damage_of(["a"], folder=FOLDER, is_unpickled=True):
         raise wrap(error)
     assert told.value is error
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, wrapped], ids=["bare", "wrapped"])
+def test_want_of_memory_may_be_the_files_fault_or_the_machines(wrap):
+    with (
+        pytest.raises(ValueError, match=r"checkpoint: its file a .*memory"),
+        damage_of(["a"], folder=FOLDER),
+    ):
+        raise wrap(MemoryError())
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, wrapped], ids=["bare", "wrapped"])

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emo_megatron.modules.files import machine_error
+from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.emo import EMO
 from emo_megatron.modules.hf.entries import Entry, from_file, to_file
@@ -106,9 +107,16 @@ class HuggingFaceFolder:
         return tensor
 
     def weight(self, weight: str) -> Tensor:
-        """A weight of the model, by its name in `architecture.weight_shapes`."""
+        """A weight of the model, by its name in `architecture.weight_shapes`.
+
+        Raises:
+            NotFiniteError: it is not finite.
+        """
         entry = self._entries[weight]
-        return from_file(entry, self.read(entry.name))
+        try:
+            return from_file(entry, self.read(entry.name))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{self.path}: {error}") from None
 
     def _check_tensors(self) -> None:
         """Every tensor of the format is there in its shape, and no other."""
