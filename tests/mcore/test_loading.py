@@ -233,8 +233,13 @@ def test_only_losses_of_the_balance_are_forgotten(kinds, is_forgotten):
     ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )
 def test_a_signal_while_megatron_builds_is_no_refusal(number, error):
-    with pytest.raises(error) as stopped, stops_on_signals(), megatron_refusals():
-        os.kill(os.getpid(), number)
+    # tests in the background ignore Ctrl-C
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(error) as stopped, stops_on_signals(), megatron_refusals():
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
     assert error is KeyboardInterrupt or stopped.value.code == 128 + number
 
 
