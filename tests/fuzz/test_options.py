@@ -137,15 +137,20 @@ TEXTS = (
 
 
 KNOWN = {
-    "stats": ("--megatron none", "--megatron=None", "--megatron a'b"),
+    "demo": ("--seed 0", "--processes 0"),
+    "stats": (
+        *("--megatron none", "--megatron=None", "--megatron a'b", "--examples 0", "--tokens 0"),
+        *("--shots -1", "--seed -1", f"--seed {2**64}"),
+    ),
     "merge-stats": ("--stats", "--stats other.safetensors other.safetensors"),
-    "select": ("--keep x", "--keep nan%"),
+    "select": ("--keep x", "--keep nan%", f"--method random --seed {2**64}"),
     "retention": ("--name none", "--keep=-x", "--max-rise nan"),
     "extract": ("--checkpoint module",),
     "merge": ("--modules", "--blend nan", "--parent module"),
-    "place": ("--stats", "--ranks 8", "--max-imbalance nan", "--max-imbalance 0"),
+    "place": ("--stats", "--ranks 8", "--seed -1", "--max-imbalance nan", "--max-imbalance 0"),
     "relabel": ("--checkpoint module",),
     "export": ("--shard-gb nan", "--shard-gb=-inf", "--shard-gb 0"),
+    "eval-task": ("--num-tokens 0",),
 }
 """Faults that were found: what is set in right arguments."""
 
@@ -320,6 +325,9 @@ def check_step(argv: list[str], reached: Reached) -> None:
     add_fields(parser, options, flag=flag)
     got = fields_of(parser.parse_known_args(command)[0], options, flag=flag)
     wanted = tyro.cli(options, args=argv[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    for name in ("calibration", "held_out_calibration"):
+        # which documents: made where they are read
+        getattr(got, name, None)
     for field in dataclasses.fields(options):
         one, other = getattr(got, field.name), getattr(wanted, field.name)
         assert plain(one) == plain(other), (field.name, one, other)
