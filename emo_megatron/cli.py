@@ -11,11 +11,10 @@ from emo_megatron.environment import (
     collect_environment,
     format_json,
     format_text,
-    stay_offline,
 )
 from emo_megatron.modules.files import message_of, to_output, write_any_name
 from emo_megatron.processes import stops_on_signals
-from emo_megatron.variables import as_no_other_job
+from emo_megatron.variables import as_no_other_job, stay_offline
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -125,7 +124,7 @@ class EnvOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command and return its exit status; the Hugging Face libraries of this process stay offline afterwards.
 
     Args:
         argv: the arguments after the program's name; None takes the process's own.

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 
 import emo_megatron
@@ -31,17 +30,6 @@ PACKAGES = {
     "megatron-bridge": "megatron.bridge",
 }
 """Distribution name to the module it installs."""
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-"""Variables that keep the Hugging Face libraries off the network, in this process and those it starts."""
-
-
-def stay_offline() -> None:
-    """Fetch nothing from here on, whatever the environment says: no command has a flag that asks for it."""
-    os.environ.update(OFFLINE)
-    # the libraries read that once, and one of them may have been imported
-    if hub := sys.modules.get("huggingface_hub.constants"):
-        vars(hub)["HF_HUB_OFFLINE"] = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -151,7 +151,8 @@ def is_running(process: int) -> bool:
     """Whether there is such a process, which has not ended (on Linux)."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
+    # it may end between the two
+    except (FileNotFoundError, ProcessLookupError):
         return False
     # the name before may hold anything
     return stat.rpartition(")")[2].split()[0] not in "ZX"

@@ -1,4 +1,4 @@
-"""Environment variables of the processes that this package starts: none of them takes itself for a part of another job.
+"""Environment variables of this package's processes: none takes itself for a part of another job, or uses a network.
 
 A command may be called in the middle of anything: a job of torchrun, Slurm or MPI, whose variables are all around.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -54,6 +55,8 @@ DEFAULTS = {
     "PYTHONWARNINGS": "ignore",
 }
 """For what is not around."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+"""Variables that keep the Hugging Face libraries off the network, in this process and those it starts."""
 _REMOVED_NAMES = " ".join(REMOVED.values()).split()
 
 
@@ -66,7 +69,15 @@ def process_environment() -> dict[str, str]:
         # torchrun's ranks must not outlive it by half a minute
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
     }
-    return DEFAULTS | without_other_jobs(os.environ) | ALONE | own
+    return DEFAULTS | without_other_jobs(os.environ) | ALONE | OFFLINE | own
+
+
+def stay_offline() -> None:
+    """Fetch nothing from here on, whatever the environment says: no command has a flag that asks for it."""
+    os.environ.update(OFFLINE)
+    # the libraries read that once, and one of them may have been imported
+    if hub := sys.modules.get("huggingface_hub.constants"):
+        vars(hub)["HF_HUB_OFFLINE"] = True
 
 
 def without_other_jobs(variables: Mapping[str, str]) -> dict[str, str]:

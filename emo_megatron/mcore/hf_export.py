@@ -154,7 +154,11 @@ def _retention(options: ExportOptions, selection: Selection | None) -> list[Meas
     domain = options.retention_domain
     if domain is None:
         entries = selection.data.get("calibration", [])
-        files = [str(entry["file"]) for entry in entries if "file" in entry]
+        files = [
+            str(entry["file"])
+            for entry in (entries if isinstance(entries, list) else [])
+            if isinstance(entry, dict) and "file" in entry
+        ]
         known = {Path(file).name.partition(".")[0] for file in files} & measured_domains(path)
         if len(known) != 1:
             raise ValueError(

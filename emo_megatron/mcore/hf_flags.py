@@ -12,7 +12,12 @@ import torch
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.args import add_pool_args
 from emo_megatron.mcore.hf_names import FUSED_NORM, NormPlace
-from emo_megatron.mcore.model_flags import megatron_parser, stored_flags
+from emo_megatron.mcore.model_flags import (
+    BALANCE_LOSSES,
+    megatron_parser,
+    model_flags,
+    stored_flags,
+)
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.hf.architecture import Architecture
 
@@ -76,7 +81,7 @@ REQUIREMENTS = (
     _only("moe_router_topk_limited_devices", None, 0, reason=_ROUTER),
     _only(
         "moe_router_load_balancing_type",
-        *("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+        *BALANCE_LOSSES,
         reason=f"{_ROUTER}; this one balances the load by choosing other experts than those of the highest score",
     ),
     _only("moe_router_force_load_balancing", False, reason=_RANDOM),
@@ -111,6 +116,8 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
         ValueError: the formats cannot express it; names every flag in the way and why.
     """
     args = _stored_flags(checkpoint)
+    # refuses flags that nobody knows, whether logits will be compared or not
+    model_flags(checkpoint, megatron_parser())
     problems = [
         f"{requirement.name} must be {_alternatives(requirement.values)}; got {value!r}: {requirement.reason}"
         for requirement in REQUIREMENTS

@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from emo_megatron.mcore.flags import OneLineParser
+
 if TYPE_CHECKING:
     # it imports Megatron, which the CPU's stand-ins must precede
     from emo_megatron.mcore.weights import MegatronCheckpoint
@@ -37,7 +39,8 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
     # fewer query groups than ranks are repeated
     is_cut = stored.get("group_query_attention") and groups and tensor % groups
     is_even = not any(part.partition("=")[0] in UNEVEN for part in argv)
-    vocabulary = checkpoint.names["embedding.word_embeddings.weight"].shape[0]
+    embedding = checkpoint.names.get("embedding.word_embeddings.weight")
+    vocabulary = None if embedding is None else embedding.shape[0]
     by_tensor = ("--tensor-parallel", tensor)
     # how many of what there are, and the option by which they are cut in so many parts; None: not at all
     cuts = (
@@ -88,7 +91,7 @@ def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
 
 def _sizes_in(argv: Sequence[str]) -> tuple[int, int, int, int, int]:
     """Ranks of the tensor, pipeline, expert, context and expert-tensor parallelism that Megatron's flags ask for."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     for name in ("tensor-model", "pipeline-model", "expert-model", "context"):
         parser.add_argument(f"--{name}-parallel-size", dest=name, type=int, default=1)
     parser.add_argument("--expert-tensor-parallel-size", dest="expert-tensor", type=int)

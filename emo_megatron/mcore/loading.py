@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from emo_megatron.mcore import cpu
+from emo_megatron.mcore.flags import OneLineParser, one_line
 from emo_megatron.mcore.layout import check_layout
 
 if TYPE_CHECKING:
@@ -74,9 +75,12 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
                 f"{flag} cannot be given: the model is the one that --checkpoint names, as it is stored; drop it from "
                 "--megatron"
             )
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--load", type=Path)
-    return MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
+    checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
+    if not checkpoint.moe_layers:
+        raise ValueError(f"the model in {checkpoint.path} has no routed experts")
+    return checkpoint
 
 
 def load_model(
@@ -112,7 +116,7 @@ def load_model(
     use_compiled_index_builder()
 
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser.error = _refuse  # type: ignore[method-assign]
+        parser.error = one_line  # type: ignore[method-assign]
         parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
         return add_args(parser)
 
@@ -155,7 +159,8 @@ def megatron_refusals(model: str = "the model") -> Iterator[None]:
             # one rank's stands for all
             cause = next(iter(error.failures.values()))[0]
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        if isinstance(error, ValueError) and frame.filename.startswith(_PACKAGE):
+        # an exit of this package is a signal's
+        if isinstance(error, ValueError | SystemExit) and frame.filename.startswith(_PACKAGE):
             raise
         said = "" if isinstance(error, SystemExit) else " ".join(str(cause).split())
         said = said or f"{frame.line} ({frame.filename}, line {frame.lineno})"
@@ -181,14 +186,11 @@ def _build(args: argparse.Namespace, config: Any) -> list[Any]:
     return list(chunks)
 
 
-def _refuse(message: str) -> NoReturn:
-    """Of Megatron's parser, which would print all its flags."""
-    raise ValueError(message)
-
-
 def _balance_nothing(args: argparse.Namespace) -> None:
     """Forget how training balanced the load, which a model that is only run does not depend on."""
+    from emo_megatron.mcore.model_flags import BALANCE_LOSSES
+
     kinds = args.moe_router_load_balancing_type
-    # sinkhorn is no loss but another routing, which the pool router refuses with its reason
-    if "sinkhorn" not in ([kinds] if isinstance(kinds, str) else kinds):
+    # what is no loss is another routing, which the pool router refuses with its reason
+    if set(BALANCE_LOSSES).issuperset([kinds] if isinstance(kinds, str) else kinds):
         args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0

@@ -2,7 +2,8 @@
 
 A model is built from the parser's defaults and the flags in its checkpoint that are named here. A list that lacked a
 flag would build another model and say nothing, so every flag of the groups that describe models is in one of three
-lists, and a checkpoint with a flag in none of them is refused.
+lists, and a checkpoint with a flag in none of them is refused. Flags that this Megatron no longer has are not seen, but
+for OLDER_NAMES.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import copy
 from typing import Any
 
+from emo_megatron.mcore.flags import OneLineParser
 from emo_megatron.mcore.weights import MegatronCheckpoint
 
 
@@ -64,7 +66,7 @@ AS_TRAINED = _names(
     """
     bf16 fp16 attention_softmax_in_fp32 apply_query_key_layer_scaling fp32_residual_connection moe_router_dtype
     dsa_indexer_k_norm_fp32 moe_grouped_gemm moe_single_grouped_weight moe_single_grouped_bias mla_down_proj_fusion
-    enable_experimental seq_length
+    enable_experimental seq_length bias_gelu_fusion
     vocab_size make_vocab_size_divisible_by pad_vocab_size vocab_file merge_file vocab_extra_ids
     tokenizer_type tokenizer_model metadata_path special_tokens tiktoken_pattern tiktoken_num_special_tokens
     tokenizer_sentencepiece_legacy tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_hf_no_use_fast
@@ -100,7 +102,7 @@ NOT_THE_MODEL = _names(
 
     cross_entropy_loss_fusion cross_entropy_fusion_impl disable_bf16_reduced_precision_matmul
     use_fused_weighted_squared_relu fused_residual_rmsnorm use_transformer_engine_op_fuser use_te_activation_func
-    masked_softmax_fusion bias_gelu_fusion bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion
+    masked_softmax_fusion bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion
     gradient_accumulation_fusion no_persist_layer_norm moe_permute_fusion moe_router_fusion
     use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp attention_backend flash_attention_version
     use_flash_attn transformer_impl dsa_kernel_backend use_kitchen_attention kitchen_attention_backend
@@ -144,9 +146,14 @@ NOT_THE_MODEL = _names(
 )
 """They say how a run computes, in what layout, with what kernels and for how long; the default serves as well."""
 
+BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+"""Values of --moe-router-load-balancing-type that are losses; the others choose other experts, in evaluation too."""
 KNOWN_SPECS = ("megatron.core", "emo_megatron.")
 """Where the layers of --spec may come from: other layers may compute anything."""
-OLDER_NAMES = {"norm_epsilon": "layernorm_epsilon"}
+OLDER_NAMES = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
 """What earlier versions of Megatron stored -> the name it has now."""
 
 
@@ -205,7 +212,5 @@ def megatron_parser() -> argparse.ArgumentParser:
     """Megatron's own flags."""
     from megatron.training.arguments import add_megatron_arguments
 
-    parser: argparse.ArgumentParser = add_megatron_arguments(
-        argparse.ArgumentParser(allow_abbrev=False)
-    )
+    parser: argparse.ArgumentParser = add_megatron_arguments(OneLineParser(allow_abbrev=False))
     return parser

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emo_megatron.environment import stay_offline
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.layout import check_rows
 from emo_megatron.mcore.loading import checkpoint_in, load_model
@@ -32,6 +31,7 @@ from emo_megatron.modules.files import mark_of, to_output, write_any_name
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
 from emo_megatron.processes import stops_on_signals
+from emo_megatron.variables import stay_offline
 
 
 @dataclass(frozen=True, kw_only=True)

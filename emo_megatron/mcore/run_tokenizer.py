@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.mcore.model_flags import megatron_parser
 from emo_megatron.modules.calibration import TextTokenizer
 from emo_megatron.modules.hf.tokenizer import Tokenizer, reason
 
@@ -74,10 +75,7 @@ def text_tokenizer(
 
 def tokenizer_args(stored: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a run, with those of a command line about its tokenizer in their place."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments(parser)
+    parser = megatron_parser()
     names = {
         action.dest
         for group in parser._action_groups

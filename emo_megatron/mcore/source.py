@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from emo_megatron.mcore.weight_names import ROUTER
 from emo_megatron.mcore.weights import RELEASE, TRACKER, MegatronCheckpoint, tracked_folder
+from emo_megatron.modules.finite import check_weight
 
 
 @contextlib.contextmanager
@@ -69,15 +71,28 @@ def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
         ValueError: naming the layer and the checkpoint.
     """
     number = layer.layer_number
-    weight_EH = layer.router.weight.detach().cpu()
-    name = f"decoder.layers.{number - 1}.mlp.router.weight"
-    is_same = name in checkpoint.names and torch.equal(
-        weight_EH, checkpoint.read(name).to(weight_EH.dtype)
+    found = {name: tensor.detach().cpu() for name, tensor in layer.router.state_dict().items()}
+    try:
+        stored = checkpoint.layer_view(number)
+        wanted = {name: stored.read(ROUTER + name) for name in _of_router(stored.names)}
+    except ValueError:
+        wanted = {}
+    for name, tensor in wanted.items():
+        # NaN is not even itself
+        check_weight(f"{ROUTER}{name}", tensor, layer=number, experts=range(len(tensor)))
+    # a bias of the experts is stored beside the weight, and chooses as much
+    is_same = "weight" in wanted and all(
+        name in found and torch.equal(found[name], tensor.to(found[name].dtype))
+        for name, tensor in wanted.items()
     )
     if not is_same:
         raise ValueError(
             f"Megatron did not load {checkpoint.path}: the router of layer {number} is not the one stored there"
         )
+
+
+def _of_router(names: Iterable[str]) -> list[str]:
+    return [name.removeprefix(ROUTER) for name in names if name.startswith(ROUTER)]
 
 
 def check_routers(model: Any, checkpoint: MegatronCheckpoint) -> None:

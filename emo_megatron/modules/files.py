@@ -67,7 +67,8 @@ def to_output() -> Iterator[None]:
         with contextlib.suppress(OSError):
             file = Path(f"/proc/self/fd/{sys.stdout.fileno()}").readlink()
             name += f", {file}" if file.is_absolute() else ""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(error.errno, error.strerror, name) from None
 
 

@@ -204,7 +204,7 @@ def load_stats(path: Path | str) -> ExpertStatistics:
             model=_facts(from_json(described["model"].encode())),
             num_documents=int(described["num_documents"]),
             num_tokens=int(described["num_tokens"]),
-            data=tuple(from_json(described["data"].encode())),
+            data=_sources(from_json(described["data"].encode())),
             created_by=described["created_by"],
             **tensors,
         )
@@ -224,6 +224,12 @@ def _facts(stored: object) -> ModelFacts:
     if not 1 <= found["top_k"] <= found["num_experts"]:
         raise ValueError(f"model: top_k must lie in [1, num_experts]; got {found['top_k']}")
     return ModelFacts(**found | {"layers": tuple(layers)})
+
+
+def _sources(stored: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(stored, list):
+        raise ValueError("data must be a list")
+    return tuple(checked(entry, {}, where="an entry of data") for entry in stored)
 
 
 def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:

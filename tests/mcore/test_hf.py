@@ -121,8 +121,9 @@ def with_other_flags(folder: str) -> dict[str, Any]:
     found = {"as it is": megatron_logits(first, tokens_T)}
 
     def flags(**changes: Any) -> MegatronCheckpoint:
-        vars(first.args).clear()
-        vars(first.args).update(stored | changes)
+        args = vars(first.args)
+        args.clear()
+        args.update(stored | changes)
         return first
 
     bf16 = {"bf16": True, "params_dtype": torch.bfloat16}

@@ -77,4 +77,4 @@ def test_a_step_tells_what_the_machine_refuses_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(main)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 's.json'\n"
+    assert capsys.readouterr().err == "error: s.json: Permission denied\n"

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import checkpoints
 
 from emo_megatron.mcore.layout import check_layout, check_rows
-from emo_megatron.mcore.loading import OTHER_SOURCES, checkpoint_in
-from emo_megatron.mcore.source import loaded_by_megatron, run_with
+from emo_megatron.mcore.loading import (
+    OTHER_SOURCES,
+    _balance_nothing,
+    checkpoint_in,
+    megatron_refusals,
+)
+from emo_megatron.mcore.source import check_router, loaded_by_megatron, run_with
 from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.modules.finite import NotFiniteError
+from emo_megatron.processes import stops_on_signals
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -155,3 +167,77 @@ def test_layouts_that_can_be_are_left_alone(saved, monkeypatch):
     check_rows(33, rows=2, args=args)
     with pytest.raises(ValueError, match=r"--seq-length 33 .*--tensor-parallel 2"):
         check_rows(33, rows=1, args=args)
+
+
+class _Routers:
+    """A checkpoint of one layer with this router."""
+
+    path = Path("checkpoint")
+
+    def __init__(self, **tensors):
+        self._tensors = {f"mlp.router.{name}": tensor for name, tensor in tensors.items()}
+        self.names = self._tensors
+
+    def layer_view(self, number):
+        assert number == 3
+        return self
+
+    def read(self, name):
+        return self._tensors[name]
+
+
+def _layer(**tensors):
+    return SimpleNamespace(layer_number=3, router=SimpleNamespace(state_dict=lambda: tensors))
+
+
+def test_all_that_routes_must_be_what_is_stored():
+    weight_EH, bias_E = torch.arange(12.0).view(4, 3) + 0.1, torch.arange(4.0)
+    check_router(_layer(weight=weight_EH), _Routers(weight=weight_EH))
+    check_router(_layer(weight=weight_EH.bfloat16()), _Routers(weight=weight_EH))
+    both = _Routers(weight=weight_EH, expert_bias=bias_E)
+    check_router(_layer(weight=weight_EH, expert_bias=bias_E), both)
+    for other in (
+        _layer(weight=weight_EH + 1, expert_bias=bias_E),
+        _layer(weight=weight_EH, expert_bias=bias_E + 1),
+        # a model that was built without what the run had
+        _layer(weight=weight_EH),
+    ):
+        with pytest.raises(ValueError, match=r"did not load checkpoint.*layer 3"):
+            check_router(other, both)
+    with pytest.raises(ValueError, match=r"did not load checkpoint.*layer 3"):
+        check_router(_layer(weight=weight_EH), _Routers())
+    weight_EH[2, 1] = torch.nan
+    with pytest.raises(NotFiniteError, match="layer 3, expert 2"):
+        check_router(_layer(weight=weight_EH), _Routers(weight=weight_EH))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "is_forgotten"),
+    [
+        ("aux_loss", True),
+        (["seq_aux_loss", "global_aux_loss"], True),
+        ("none", True),
+        # they choose other experts, also where nothing is trained
+        ("sinkhorn", False),
+        ("quantile_balancing", False),
+        (["aux_loss", "quantile_balancing"], False),
+    ],
+)
+def test_only_losses_of_the_balance_are_forgotten(kinds, is_forgotten):
+    args = argparse.Namespace(moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=0.1)
+    _balance_nothing(args)
+    assert args.moe_router_load_balancing_type == ("none" if is_forgotten else kinds)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_while_megatron_builds_is_no_refusal(number, error):
+    with pytest.raises(error) as stopped, stops_on_signals(), megatron_refusals():
+        os.kill(os.getpid(), number)
+    assert error is KeyboardInterrupt or stopped.value.code == 128 + number
+
+
+def test_flags_of_no_size_are_one_line(saved):
+    with pytest.raises(ValueError, match="--context-parallel-size"):
+        check_layout(MegatronCheckpoint(saved), ["--context-parallel-size", "x"])

@@ -253,7 +253,7 @@ def refusals(folder: str) -> dict[str, str]:
     }
     said = {}
     with network.closed(root / "tried") as tried:
-        from emo_megatron.environment import stay_offline
+        from emo_megatron.variables import stay_offline
 
         stay_offline()
         for name, (kind, flags) in kinds.items():

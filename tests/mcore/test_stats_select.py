@@ -25,6 +25,7 @@ from emo_megatron.modules.options import StatsOptions
 from emo_megatron.modules.selection import load_selection
 from emo_megatron.modules.stats import load_stats
 from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.variables import process_environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +67,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def stats(checkpoint, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("stats") / "s.safetensors"
-    arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs")
+    arguments = ("--data", data / "d.jsonl", "--output", output, "--outputs")
     tokenizer = ("--tokenizer", data / "tokenizer")
     assert run("stats", "--checkpoint", checkpoint, *tokenizer, *arguments) == 0
     return output
@@ -157,8 +158,8 @@ def test_a_model_that_megatron_did_not_load_is_an_error(checkpoint, data, tmp_pa
         "run_command(step.main)"
     )
     ran = subprocess.run(
-        launch._command([str(script), *arguments], processes=2),
-        env=launch.process_environment(processes=2),
+        launch.python(script, *arguments, processes=2),
+        env=process_environment(),
         capture_output=True,
         text=True,
     )
@@ -181,7 +182,7 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
     model += ("--processes", "2", "--pipeline-parallel", "2")
     output = tmp_path / "layerwise.json"
-    how = ("--method", "layerwise", "--data", data / "d.safetensors", "--keep", "50%")
+    how = ("--method", "layerwise", "--data", data / "d.jsonl", "--keep", "50%")
     assert run("select", *model, *how, "--output", output) == 0
     chosen = load_selection(output)
     assert chosen.num_kept == (3, 3, 3)
@@ -192,7 +193,7 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     assert load_selection(by_stats).model == chosen.model == load_stats(stats).model.fingerprint
     output = tmp_path / "smallest.json"
     held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join((data / "d.safetensors").read_text().splitlines()[::2]))
+    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::2]))
     bound = ("--max-rise", "0.01%", "--held-out", held_out)
     assert run("select", *model, *bound, "--stats", stats, "--output", output) == 0
     found = load_selection(output)
@@ -207,9 +208,9 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(
     checkpoint, data, stats, tmp_path, capfd
 ):
     held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join((data / "d.safetensors").read_text().splitlines()[::-2]))
+    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
-    common = ("retention", *model, "--data", data / "d.safetensors", "--held-out")
+    common = ("retention", *model, "--data", data / "d.jsonl", "--held-out")
     sizes = ("--keep", "5", "3", "--methods", "mean_prob", "reap", "layerwise")
     assert run(*common, held_out, *sizes, "--output", tmp_path / "one") == 0
     printed = capfd.readouterr().out
