@@ -150,7 +150,7 @@ KNOWN = {
     "place": ("--stats", "--ranks 8", "--seed -1", "--max-imbalance nan", "--max-imbalance 0"),
     "relabel": ("--checkpoint module",),
     "export": ("--shard-gb nan", "--shard-gb=-inf", "--shard-gb 0"),
-    "eval-task": ("--num-tokens 0",),
+    "eval-task": ("--num-tokens 0", f"--name {'x' * 300}"),
 }
 """Faults that were found: what is set in right arguments."""
 
