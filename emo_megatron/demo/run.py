@@ -60,6 +60,9 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"--processes must be at least 1; got {self.processes}")
+        # Megatron's bounds, of which --extra wants the next one, too
+        if not 1 <= self.seed < 2**31:
+            raise ValueError(f"--seed must lie in [1, 2^31); got {self.seed}")
 
     @property
     def folder(self) -> Path:

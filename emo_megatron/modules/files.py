@@ -148,9 +148,10 @@ def gone_on_failure(*paths: Path) -> Iterator[None]:
         yield
     except BaseException:
         # what failed is to be told, not that it cannot be removed either
-        with contextlib.suppress(OSError):
-            for path in paths:
+        for path in paths:
+            with contextlib.suppress(OSError):
                 _remove(path)
+        with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
         raise

@@ -15,6 +15,19 @@ LONGEST_ROW = 4096
 """Tokens of a row where nobody says otherwise and the model could take more."""
 
 
+def check_least(options: object, least: int, *names: str) -> None:
+    """Refuse whole numbers among options that are below `least`, or too large for any tensor; None is no number.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not least <= value < 2**63:
+            bound = f"{least} or more" if value < least else "below 2^63"
+            raise ValueError(f"--{name.replace('_', '-')} must be {bound}; got {value}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
     """How a model is run."""
@@ -38,10 +51,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         layout = ("processes", "tensor_parallel", "pipeline_parallel", "expert_parallel")
-        for name in ("rows", "seq_length", *layout):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
+        check_least(self, 1, "rows", "seq_length", *layout)
         try:
             shlex.split(self.megatron)
         except ValueError as error:
@@ -72,6 +82,12 @@ class DataOptions(ModelOptions):
     """No further document is taken once so many tokens are."""
     seed: int = 0
     """Of random choices: of documents and, by the method random, of experts."""
+
+    def __post_init__(self) -> None:
+        # super() does not find the class that slots made anew
+        ModelOptions.__post_init__(self)
+        check_least(self, 1, "examples", "tokens")
+        check_least(self, 0, "shots", "seed")
 
     @property
     def calibration(self) -> Calibration:
@@ -141,8 +157,7 @@ class SelectOptions(DataOptions):
     """Documents that choose no experts, as for `stats`: for --max-rise."""
 
     def __post_init__(self) -> None:
-        # super() does not find the class that slots made anew
-        ModelOptions.__post_init__(self)
+        DataOptions.__post_init__(self)
         sizes = [n for n in ("keep", "max_rise", "budget_mb") if getattr(self, n) is not None]
         if len(sizes) != 1:
             raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.modules.files import must_not_exist
+from emo_megatron.modules.options import check_least
 from emo_megatron.modules.placement import Method, place
 from emo_megatron.modules.stats import load_stats, merge_stats
 
@@ -26,6 +27,10 @@ class PlaceOptions:
     """Load of the fullest rank over the mean, at most, as far as the experts' own loads allow it."""
     seed: int = 0
     """Of the order in which swaps of experts are tried."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "ranks")
+        check_least(self, 0, "seed")
 
 
 def place_files(options: PlaceOptions) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from emo_megatron.modules.calibration import Calibration
-from emo_megatron.modules.options import DataOptions, ModelOptions
+from emo_megatron.modules.options import DataOptions, check_least
 from emo_megatron.modules.select import METHODS, RANDOM, MaxRise, size_of
 
 SUFFIXES = (".jsonl", ".safetensors", ".idx")
@@ -52,7 +52,9 @@ class RetentionOptions(DataOptions):
 
     def __post_init__(self) -> None:
         # super() does not find the class that slots made anew
-        ModelOptions.__post_init__(self)
+        DataOptions.__post_init__(self)
+        check_least(self, 1, "held_out_tokens")
+        check_least(self, 0, "elsewhere")
         MaxRise.parse(self.max_rise)
         if not self.name.strip():
             raise ValueError("--name must name the model")
@@ -70,8 +72,6 @@ class RetentionOptions(DataOptions):
             raise ValueError(
                 f"--cross must be sizes of --keep, written alike; got {', '.join(sorted(unmeasured))}"
             )
-        if self.elsewhere is not None and self.elsewhere < 0:
-            raise ValueError(f"--elsewhere must be 0 or more; got {self.elsewhere}")
         if self.data.absolute() == self.held_out.absolute():
             raise ValueError("--held-out must be documents that choose no experts: not --data")
 

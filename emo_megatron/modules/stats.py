@@ -66,8 +66,8 @@ class ExpertStatistics:
     """Sums over the tokens of calibration documents, and what they were measured with.
 
     Raises:
-        ValueError: on construction, when shapes or dtypes are not the ones below, or a sum is not finite
-            (NotFiniteError, which names the layer and the expert).
+        ValueError: on construction, when shapes or dtypes are not the ones below, or a sum is negative or
+            not finite (NotFiniteError, which names the layer and the expert).
     """
 
     model: ModelFacts
@@ -97,6 +97,11 @@ class ExpertStatistics:
                     f"{name} must be {list(shape)} {dtype}; got {list(tensor.shape)} {tensor.dtype}"
                 )
         self._check_finite()
+        for name, tensor in self.tensors().items():
+            if tensor.numel() and tensor.min() < 0:
+                raise ValueError(
+                    f"{name} must hold sums of what is never negative; got {tensor.min().item()}"
+                )
 
     def _check_finite(self) -> None:
         """A layer's sums before the next layer's: what is not finite in one makes the later ones so."""

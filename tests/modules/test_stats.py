@@ -86,6 +86,8 @@ def test_other_and_damaged_files_are_refused_by_name(tmp_path):
         load_stats(tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match=r"count_LE must be \[3, 8\]"):
         experts.statistics(count_LE=torch.zeros(3, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"count_LE .*negative.*-1"):
+        experts.statistics(count_LE=torch.full((3, 8), -1))
 
 
 def test_sums_leave_out_padding():

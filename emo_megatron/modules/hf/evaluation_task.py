@@ -20,6 +20,7 @@ from emo_megatron.modules.calibration import Calibration, load_documents
 from emo_megatron.modules.document_files import is_text, read_file
 from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.tokenizer import Tokenizer
+from emo_megatron.modules.options import check_least
 
 _TASK = """\
 task: {name}
@@ -65,6 +66,9 @@ class EvaluationTaskOptions:
     num_tokens: int | None = None
     """Take documents, in order, until there are so many tokens; all by default."""
 
+    def __post_init__(self) -> None:
+        check_least(self, 1, "num_tokens")
+
 
 def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
     """Write NAME.jsonl, the documents, and then NAME.yaml, the task.
@@ -98,7 +102,7 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
 def _texts(options: EvaluationTaskOptions, tokenizer: Tokenizer) -> list[str]:
     """The documents that hold text, in order: texts as they are, tokens as what they stand for."""
     path = options.documents
-    limit = Calibration(num_tokens=options.num_tokens).num_tokens
+    limit = options.num_tokens
     found: list[str] = []
     num_tokens = num_empty = 0
     for text, ids in _documents(path, tokenizer):

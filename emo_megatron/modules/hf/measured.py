@@ -96,4 +96,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
         rows = {f"row {place}": row for place, row in enumerate(rows, start=1)}
     if not isinstance(rows, dict):
         raise ValueError(f"{where} must hold rows with {', '.join(_KINDS)}")
-    return [checked(row, _KINDS, where=f"{where}, {name}") for name, row in rows.items()]
+    return [checked(row, _KINDS, where=f"{where}, {name}", least=1) for name, row in rows.items()]

@@ -139,7 +139,7 @@ def test_what_is_left_out_is_counted_and_what_is_taken_stays(
     write_evaluation_task(EvaluationTaskOptions(name="few", num_tokens=1, **options))
     (line,) = (tmp_path / "few.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == ANY[0]
-    with pytest.raises(ValueError, match="num_tokens must be 1"):
+    with pytest.raises(ValueError, match="--num-tokens must be 1"):
         write_evaluation_task(EvaluationTaskOptions(name="none", num_tokens=0, **options))
 
 

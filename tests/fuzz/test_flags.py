@@ -1,0 +1,76 @@
+"""The flags that training adds to Megatron's: a configuration that holds, or one line that names flag or file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz.judge import both_sizes, check_line, fuzz
+from fuzz.test_options import arguments, kinds_of
+from hypothesis import strategies as st
+
+from emo_megatron.config import PoolConfig, flag
+from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
+from emo_megatron.mcore.finetune import TrainOnly, add_finetune_args, freeze_hook
+from emo_megatron.mcore.flags import flags_of
+from emo_megatron.mcore.placement import add_placement_args, placement_hook
+
+TRAINING = {
+    "load": ("megatron", "missing", "qwen2_moe", None),
+    "pretrained_checkpoint": (None, "megatron", "missing"),
+    "ckpt_step": (None, 7),
+    "finetune": (True, False),
+    "no_save_optim": (True, None),
+    "num_experts": (4, 8, None),
+    "expert_model_parallel_size": (2, 1),
+}
+"""What Megatron's own flags may say."""
+
+
+@both_sizes
+def test_flags(inputs: int, valid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(valid)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_placement_args(add_finetune_args(add_pool_args(parser)))
+    kinds = kinds_of(PoolConfig) | {
+        "--train-only": TrainOnly,
+        "--train-selection": Path,
+        "--expert-placement": Path,
+        "--override-pool-config": bool,
+    }
+    host = st.fixed_dictionaries({name: st.sampled_from(found) for name, found in TRAINING.items()})
+
+    def one(found: tuple[list[str], dict[str, Any]]) -> None:
+        argv, host = found
+        told = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+                args = parser.parse_args(argv, argparse.Namespace(**host))
+        except SystemExit:
+            args = None
+        if args is None:
+            line = told.getvalue().rpartition("error: ")[2]
+            assert "-h" in argv or "--help" in argv or "--" in line or "stray" in line
+            return
+        try:
+            pool = pool_config_from_args(args)
+            problems = pool.problems_with_model(num_experts=8, top_k=2)
+            assert all("--" in problem for problem in problems)
+            freeze_hook(args)
+            placement_hook(args)
+        except (OSError, ValueError) as error:
+            check_line(str(error), named=["--", *(v for a in argv for v in a.split("=", 1) if v)])
+            return
+        again = parser.parse_args(flags_of(pool, flag=flag))
+        assert pool_config_from_args(again) == pool
+
+    # a number where there is no none
+    known = [
+        (["--pool-min", "2", flag, "none"], dict.fromkeys(TRAINING))
+        for flag in ("--pool-unrestricted", "--pool-min-decay-samples", "--pool-seed")
+    ]
+    fuzz(inputs, st.tuples(arguments("--pool-min 2", kinds), host), one, known=known)
