@@ -59,6 +59,8 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
         *(
             (b"\x80\x04\x95", b"\x80\x04\x95\x00\x00\x00\x7f"),
             (b"state_dict_metadata", b"state_dict_metadatb"),
+            (b"relative_path", b"relative_patH"),
+            (b"offset", b"offseT"),
         ),
     ),
     "corpus": (
