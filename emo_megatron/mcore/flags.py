@@ -18,10 +18,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See the class."""
-        one_line(message)
+        refuse(message)
 
 
-def one_line(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
     """For the `error` of a parser that is there already."""
     raise ValueError(message)
 

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from emo_megatron.mcore import cpu
-from emo_megatron.mcore.flags import OneLineParser, one_line
+from emo_megatron.mcore.flags import OneLineParser, refuse
 from emo_megatron.mcore.layout import check_layout
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def load_model(
     use_compiled_index_builder()
 
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser.error = one_line  # type: ignore[method-assign]
+        parser.error = refuse  # type: ignore[method-assign]
         parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
         return add_args(parser)
 

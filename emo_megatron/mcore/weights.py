@@ -71,10 +71,7 @@ class MegatronCheckpoint:
         self._reader = FileSystemReader(str(self.path))
         with damage_of([".metadata"], folder=self.path, is_unpickled=True):
             self._metadata: Metadata = self._reader.read_metadata()
-            # a damaged file may lack them
-            parts = ("state_dict_metadata", "storage_data")
-            if not all(isinstance(getattr(self._metadata, name, None), dict) for name in parts):
-                raise TypeError("it holds something else")
+            _check_parts(self._metadata)
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._stored: dict[str, TensorStorageMetadata] = {
             name: entry
@@ -229,6 +226,22 @@ class MegatronCheckpoint:
                 raise ValueError(f"{self.path} is not whole: its file {file} is missing")
             if sizes[file] < place.offset + place.length:
                 raise ValueError(f"{self.path} is not whole: its file {file} was cut short")
+
+
+def _check_parts(metadata: Metadata) -> None:
+    """Look at every part that is used later: from a damaged file come objects that lack some.
+
+    Raises:
+        AttributeError, TypeError: one is not there, or is something else.
+    """
+    if not isinstance(metadata.storage_data, dict):
+        raise TypeError("it holds something else")
+    for place in metadata.storage_data.values():
+        _ = Path(place.relative_path), place.offset + place.length
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            _ = tuple(entry.size), entry.properties.dtype.itemsize
+            _ = [(*chunk.offsets, *chunk.sizes) for chunk in entry.chunks]
 
 
 @dataclass(frozen=True, kw_only=True)

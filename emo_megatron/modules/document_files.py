@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from emo_megatron.modules.files import one_line
+
 ReadIndexed = Callable[[Path], Sequence[Tensor]]
 """The documents of an indexed dataset, by its prefix."""
 
@@ -90,7 +92,7 @@ def _read_tokens(path: Path) -> list[Tensor]:
     try:
         stored = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut short or no safetensors file: {error}") from None
+        raise ValueError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
     if not {"tokens", "cu_seqlens"} <= stored.keys():
         raise ValueError(f'{path} must hold "tokens" and "cu_seqlens"; got {sorted(stored)}')
     tokens, bounds = (_integers(path, name, stored[name]) for name in ("tokens", "cu_seqlens"))

@@ -42,6 +42,11 @@ def message_of(error: BaseException) -> str:
     return f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {reason}"
 
 
+def one_line(error: BaseException) -> str:
+    """The text of a library's error, which may repeat what a file holds."""
+    return " ".join(str(error).split())
+
+
 def write_any_name() -> None:
     """Let standard output and error write with escapes what their encoding lacks, where they would end a command."""
     for stream in (sys.stdout, sys.stderr):

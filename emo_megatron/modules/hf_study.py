@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from emo_megatron.modules.calibration import Row, pack_rows
-from emo_megatron.modules.files import writing
+from emo_megatron.modules.files import one_line, writing
 from emo_megatron.modules.finite import check_named_weight
 from emo_megatron.modules.hf_observer import BlockObserver
 from emo_megatron.modules.json_files import read_object
@@ -52,7 +52,7 @@ def load_hugging_face(path: Path) -> Any:
                 str(folder), dtype="auto", local_files_only=True
             )
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is not whole: {error}") from None
+            raise ValueError(f"{path} is not whole: {one_line(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,12 @@ def to_json(value: object, *, indent: int | None = None) -> str:
         ValueError: it holds a number that is not finite, which JSON does not have.
     """
     return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def are_layers(numbers: Sequence[object]) -> bool:
+    """Whether these are ascending numbers of layers, from 1."""
+    positive = [n for n in numbers if isinstance(n, int) and is_a(n, int) and n > 0]
+    return list(numbers) == sorted(set(positive))
 
 
 def is_a(value: object, kind: type) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from emo_megatron.modules.files import whole
 from emo_megatron.modules.finite import finite_number
-from emo_megatron.modules.json_files import checked, is_a, read_own, to_json
+from emo_megatron.modules.json_files import are_layers, checked, is_a, read_own, to_json
 from emo_megatron.modules.selection import MOST_EXPERTS
 from emo_megatron.modules.stats import ExpertStatistics
 
@@ -64,9 +64,8 @@ class Placement:
                 )
         _check_ranks(self.num_experts, self.num_ranks)
         _check_bound(self.max_imbalance, name="max_imbalance")
-        numbers = self.layers
-        if not all(is_a(n, int) for n in numbers) or list(numbers) != sorted({*numbers} - {0}):
-            raise ValueError(f"layers must be ascending numbers from 1; got {numbers}")
+        if not are_layers(self.layers):
+            raise ValueError(f"layers must be ascending numbers from 1; got {self.layers}")
         if len(self.order) != len(self.layers):
             raise ValueError(
                 f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emo_megatron import __version__
 from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import is_a, read_own, to_json
+from emo_megatron.modules.json_files import are_layers, is_a, read_own, to_json
 
 FORMAT = "emo_megatron.selection.1"
 """First entry of the file, so that another file is told apart from a damaged one."""
@@ -182,7 +182,7 @@ def _problems(selection: Selection) -> list[str]:
             f"num_experts must be a positive number, {MOST_EXPERTS} at most; got {num_experts!r}"
         ]
     layers = selection.layers
-    if not layers or not all(map(_is_int, layers)) or list(layers) != sorted({*layers} - {0}):
+    if not layers or not are_layers(layers):
         problems.append(f"layers must be ascending numbers from 1; got {_short(layers)}")
     if len(selection.experts) != len(layers):
         problems.append(

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emo_megatron import __version__
-from emo_megatron.modules.files import whole
+from emo_megatron.modules.files import one_line, whole
 from emo_megatron.modules.finite import NotFiniteError
-from emo_megatron.modules.json_files import checked, from_json, is_a, to_json
+from emo_megatron.modules.json_files import are_layers, checked, from_json, to_json
 
 FORMAT = "emo_megatron.stats.1"
 
@@ -196,7 +196,7 @@ def load_stats(path: Path | str) -> ExpertStatistics:
             # safe_open names its tensors through this method only
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no statistics file, or cut short: {error}") from None
+        raise ValueError(f"{path} is no statistics file, or cut short: {one_line(error)}") from None
     if described.get("format") != FORMAT:
         raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
     try:
@@ -219,7 +219,7 @@ def _facts(stored: object) -> ModelFacts:
     kinds: dict[str, type] = {f.name: int for f in dataclasses.fields(ModelFacts)}
     found = checked(stored, kinds | {"fingerprint": str, "layers": list}, where="model", least=0)
     layers = found["layers"]
-    if not all(is_a(n, int) for n in layers) or layers != sorted({*layers} - {0}):
+    if not are_layers(layers):
         raise ValueError(f"model: layers must be ascending numbers from 1; got {layers}")
     if not 1 <= found["top_k"] <= found["num_experts"]:
         raise ValueError(f"model: top_k must lie in [1, num_experts]; got {found['top_k']}")

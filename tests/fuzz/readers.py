@@ -128,6 +128,7 @@ def is_selection(selection: Any, folder: Path) -> None:
     stored = json.loads((folder / "selection2.json").read_text())
     assert [list(kept) for kept in selection.experts] == stored["experts"]
     assert {*dataclasses.asdict(selection), "format"} == stored.keys()
+    assert are_of(int, selection.layers, least=1)
     assert all(0 <= e < selection.num_experts for kept in selection.experts for e in kept)
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
     "texts": ((b"pool module", b"\\ud83d"),),
     "indexed dataset": ((struct.pack("<3q", 1, 2, 3), struct.pack("<3q", 2, 1, 3)),),
+    "tokens": ((b'"I32"', b'"\\n2"'),),
+    "selection": ((b'"layers": [1,', b'"layers": [-1,'),),
     "statistics": ((b'top_k\\": 2, ', b'top_k\\":2.0,'),),
     "placement": (
         *(
@@ -57,6 +59,8 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
         *(
             (b"\x80\x04\x95", b"\x80\x04\x95\x00\x00\x00\x7f"),
             (b"state_dict_metadata", b"state_dict_metadatb"),
+            (b"relative_path", b"relative_patH"),
+            (b"offset", b"offseT"),
         ),
     ),
     "corpus": (

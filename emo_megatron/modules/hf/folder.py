@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from emo_megatron.modules.files import machine_error
+from emo_megatron.modules.files import machine_error, one_line
 from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.emo import EMO
@@ -255,7 +255,7 @@ def _reading(path: Path, *, what: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if refused := machine_error(error):
             raise OSError(refused.errno, refused.strerror, str(path)) from error
-        raise ValueError(f"{path}{what}: {error}") from None
+        raise ValueError(f"{path}{what}: {one_line(error)}") from None
 
 
 def _write_json(path: Path, value: object) -> None:
