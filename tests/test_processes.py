@@ -179,6 +179,15 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def _hears_ctrl_c():
+    """A process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_hears_ctrl_c")
 def test_a_second_signal_is_heard_only_later(monkeypatch):
     with stops_on_signals():
         with pytest.raises(KeyboardInterrupt):
