@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emo_megatron.mcore.model_flags import megatron_parser
 from emo_megatron.modules.calibration import TextTokenizer
 from emo_megatron.modules.hf.tokenizer import Tokenizer, reason
 
@@ -75,6 +74,9 @@ def text_tokenizer(
 
 def tokenizer_args(stored: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a run, with those of a command line about its tokenizer in their place."""
+    # it imports Megatron, which the CPU's stand-ins must precede
+    from emo_megatron.mcore.model_flags import megatron_parser
+
     parser = megatron_parser()
     names = {
         action.dest
