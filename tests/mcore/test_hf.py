@@ -144,6 +144,11 @@ def with_other_flags(folder: str) -> dict[str, Any]:
         "no_rope_freq": [1, 0, 1],
     }.items():
         found[f"other {name}"] = megatron_logits(flags(**{name: value}), tokens_T)
+    foreign = write_checkpoint_of(flags(spec=["mine.layers", "spec"]), root / "foreign")
+    # also where no logits would tell
+    with pytest.raises(ValueError, match="--spec mine"):
+        export(ExportOptions(checkpoint=foreign, output=root / "foreign out", parity_tokens=0))
+    assert not (root / "foreign out").exists()
     del stored["layernorm_epsilon"]
     found["older name"] = megatron_logits(flags(norm_epsilon=1.0), tokens_T)
     return found

@@ -175,3 +175,16 @@ def test_what_padding_computes_counts_nowhere():
     )
     assert sums.probability_E.tolist() == [0.5, 0.5]
     assert (sums.norm_E.tolist(), sums.change_E.tolist()) == ([2.0, 0.0], [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("data", '["sha256"]'), ("data", "{}"), ("model", "[]"), ("model", '{"top_k": 2.0}')],
+)
+def test_what_statistics_say_of_themselves_is_checked(name, value, tmp_path):
+    path = experts.statistics().save(tmp_path / "s.safetensors")
+    with safe_open(path, framework="pt") as file:
+        described = file.metadata()
+    save_file(load_file(path), path, metadata=described | {name: value})
+    with pytest.raises(ValueError, match=rf"s\.safetensors.*{name}"):
+        load_stats(path)
