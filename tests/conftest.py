@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, a device, and no GPU test on a machine without one."""
+"""What every test gets: fixed seeds, a device, no CPU backend left on, and no GPU test on a machine without one."""
 
 import os
 import random
@@ -13,6 +13,7 @@ from support import DECISIONS, PARITY_TABLE
 from support.pretraining import write_data
 from support.ranks import Ranks
 
+from emo_megatron.mcore import cpu
 from emo_megatron.variables import PARENT
 
 # what a test starts ends with this process, even if that is killed
@@ -54,6 +55,15 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_cpu_backend_here() -> Iterator[None]:
+    """The CPU backend changes torch for the rest of a process; tests that need it run in processes of their own."""
+    yield
+    assert not cpu.is_active(), (
+        "this test left Megatron's CPU backend on in the process of all tests"
+    )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import checkpoints
 
+from emo_megatron.mcore import cpu
 from emo_megatron.mcore.layout import check_layout, check_rows
 from emo_megatron.mcore.loading import (
     OTHER_SOURCES,
@@ -26,6 +27,12 @@ from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.processes import stops_on_signals
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture(autouse=True)
+def _no_cpu_backend(monkeypatch):
+    """What is looked at here runs no Megatron, and in this process other tests follow."""
+    monkeypatch.setattr(cpu, "activate", lambda: False)
 
 
 @pytest.fixture(scope="module")
