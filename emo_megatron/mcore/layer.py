@@ -62,20 +62,33 @@ class PoolMoELayer(MoELayer):
         padding_mask: Tensor | None = None,
     ) -> Any:
         """As MoELayer.forward; see there for shapes."""
-        scope, self.scope = self.scope, None
+        scope = self.scope
 
         def run(hidden_states: Tensor) -> Any:
-            self.pool_router.scope = scope
-            try:
-                return super(PoolMoELayer, self).forward(
-                    hidden_states, intermediate_tensors, padding_mask
-                )
-            finally:
-                self.pool_router.scope = None
+            # in recompute too, when the scope of another micro-batch may have been left here
+            self.scope = scope
+            return super(PoolMoELayer, self).forward(
+                hidden_states, intermediate_tensors, padding_mask
+            )
 
         if self.recomputes_itself and self.training:
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As MoELayer.route, with the scope that was left for this call: the one place where a router gets it.
+
+        Megatron's schedule that overlaps expert-parallel communication calls this, and not `forward`.
+        """
+        scope, self.scope = self.scope, None
+        self.pool_router.scope = scope
+        try:
+            routed: tuple[Tensor, Tensor] = super().route(hidden_states, padding_mask)
+        finally:
+            self.pool_router.scope = None
+        return routed
 
 
 class PoolTransformerLayer(TransformerLayer):

@@ -66,8 +66,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     "recomputation reads what the module saw last": (
         "mcore/layer.py",
         [
-            ("scope, self.scope = self.scope, None", "pass"),
-            ("self.pool_router.scope = scope", "self.pool_router.scope = self.scope"),
+            ("            self.scope = scope\n", ""),
+            ("scope, self.scope = self.scope, None", "scope = self.scope"),
         ],
         "PP2-recompute-moe-mbs2-ga4-token",
     ),
