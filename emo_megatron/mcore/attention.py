@@ -1,7 +1,7 @@
-"""Attention inside documents, and a norm that knows sequence parallelism, for runs without Transformer Engine.
+"""Attention inside documents, and norms that know sequence parallelism, for runs without Transformer Engine.
 
 Megatron's own modules for the local spec refuse packed sequences, sequence parallelism and context parallelism; these
-two take their place in it. With Transformer Engine neither is used.
+take their place in it. With Transformer Engine none is used.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -56,6 +61,16 @@ _SUPPORTED = {
 """Options of Megatron's attention that DocumentAttention does not have, with the value that leaves them out."""
 
 
+def require_supported(config: TransformerConfig) -> None:
+    """Raise NotImplementedError for an option of Megatron's attention that DocumentAttention does not have."""
+    for field, supported in _SUPPORTED.items():
+        if getattr(config, field, supported) != supported:
+            raise NotImplementedError(
+                f"{flag(field)} {getattr(config, field)!r} needs Transformer Engine's attention; "
+                f"use --transformer-impl transformer_engine, or {supported!r}"
+            )
+
+
 class DocumentAttention(torch.nn.Module):
     """Causal attention in which a token sees its own document only, through torch's scaled dot product.
 
@@ -81,12 +96,7 @@ class DocumentAttention(torch.nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
-        for field, supported in _SUPPORTED.items():
-            if getattr(config, field, supported) != supported:
-                raise NotImplementedError(
-                    f"{flag(field)} {getattr(config, field)!r} needs Transformer Engine's attention; "
-                    f"use --transformer-impl transformer_engine, or {supported!r}"
-                )
+        require_supported(config)
         if attn_mask_type is not AttnMaskType.causal:
             raise NotImplementedError(
                 f"attention is causal here; the spec asks for {attn_mask_type}"
@@ -185,6 +195,25 @@ class DocumentAttention(torch.nn.Module):
                 scale=self.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-latent attention, with the whole gradient of the positional key under tensor parallelism.
+
+    All heads share that key. Megatron gathers it from the ranks' parts of the down projection, and in backward takes
+    this rank's heads' share of its gradient for the sum over all heads (NVIDIA/Megatron-LM issue 1699). Cut along
+    the sequence, as the output of Transformer Engine's duplicated projection is, the key is gathered in a way whose
+    backward sums. Without sequence parallelism there is no training to repair: Megatron's MoE layer refuses it.
+    """
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
+        size = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
+        if self.config.sequence_parallel and kv_combined.size(-1) != size:
+            kv_combined = scatter_to_sequence_parallel_region(
+                gather_from_tensor_model_parallel_region(kv_combined)
+            )
+        return q_compressed, kv_combined
 
 
 def _document_mask(packed: PackedSeqParams, rows: int, num_tokens: int) -> Tensor:

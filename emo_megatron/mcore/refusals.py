@@ -123,11 +123,6 @@ CONFIG_REFUSALS = (
         allowed=("local", "transformer_engine"),
         reason="inference-optimised layers have a router of their own",
     ),
-    Refusal(
-        field="experimental_attention_variant",
-        allowed=(None,),
-        reason="Megatron's decoder spec does not build it",
-    ),
 )
 """Rows on Megatron's TransformerConfig; they hold wherever the pool layers are built."""
 

@@ -1,77 +1,119 @@
-"""Layer specs: Megatron's own decoder spec with the pool router, layers and (without TE) document attention in it."""
+"""Model specs with pools in them: Megatron's own, a recipe's, or those that Megatron's scripts ask for by `--spec`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_decoder_layer_specs,
-    get_gpt_layer_local_spec,
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
 )
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from emo_megatron.config import PoolConfig, load_pool_config
 from emo_megatron.mcore.args import check_run
-from emo_megatron.mcore.attention import DocumentAttention, TorchNorm
 from emo_megatron.mcore.compat import require_megatron, training_args
-from emo_megatron.mcore.layer import PoolMoELayer, PoolTransformerLayer
+from emo_megatron.mcore.hybrid_spec import local_stack_spec
 from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.refusals import HOST_REFUSALS, problems_with_config
-from emo_megatron.mcore.router import PoolRouter
+from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
+
+
+def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any]](
+    spec: Spec, *, config: TransformerConfig, pool: PoolConfig
+) -> Spec:
+    """A model's spec with document pools in every MoE layer; what else it holds stays.
+
+    Only Megatron's TransformerLayer, MoELayer and TopKRouter give way. With `transformer_impl` local, Megatron's norms
+    and attention do too, which take neither packed sequences nor sequence parallelism.
+
+    Args:
+        spec: of a transformer layer, of a block of them (its TransformerBlockSubmodules too) or of a hybrid stack; or
+            a function that returns one, as recipes have: the result is then a function of the same signature, and
+            errors come when it is called.
+        config: of the model.
+        pool: the method; pools off gives the matched standard MoE.
+
+    Returns:
+        The same kind of spec. The one that came is left as it was.
+
+    Raises:
+        ValueError: the pool layers would not do what the configuration says; names every problem.
+        ImportError: Transformer Engine is asked for and missing.
+        NotImplementedError: nothing in the spec could be given pools; or it has a layer, MoE layer or router of its
+            own in a place of Megatron's, which is named.
+    """
+    if not isinstance(spec, ModuleSpec | TransformerBlockSubmodules) and callable(spec):
+
+        @functools.wraps(spec)
+        def build(*args: Any, **kwargs: Any) -> Any:
+            return with_pools(spec(*args, **kwargs), config=config, pool=pool)
+
+        return build  # type: ignore[return-value]
+    _check(config, pool)
+    if isinstance(spec, TransformerBlockSubmodules):
+        return _pool_block(spec, config, pool)
+    submodules = getattr(spec, "submodules", None)
+    if isinstance(submodules, TransformerBlockSubmodules):
+        rewritten: Any = _pool_block(submodules, config, pool)
+    elif isinstance(submodules, HybridStackSubmodules):
+        rewritten = _pool_stack(submodules, config, pool)
+    elif isinstance(submodules, TransformerLayerSubmodules):
+        layer, has_pools = _pool_layer(spec, config, pool)
+        _require_pools(has_pools, [spec])
+        return layer
+    else:
+        raise NotImplementedError(
+            "pools go into a ModuleSpec of a transformer layer, of a block of them or of a hybrid stack, into "
+            f"TransformerBlockSubmodules, or into a function that returns one; got {spec!r}"
+        )
+    return dataclasses.replace(spec, submodules=rewritten)
 
 
 def pool_block_spec(
     config: TransformerConfig, *, pool: PoolConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The decoder of this pipeline stage with document pools in every MoE layer.
+    """The decoder of this pipeline stage as Megatron builds it, with document pools in every MoE layer.
 
     Args:
         config: Megatron's; `transformer_impl` chooses Transformer Engine or the local spec, `moe_layer_freq` which
-            layers are dense.
+            layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
         pool: the method; pools off gives the matched standard MoE.
         vp_stage: virtual pipeline stage.
 
     Raises:
-        ValueError: the pool layers would not do what the configuration says; names every problem.
-        ImportError: Transformer Engine is asked for and missing.
-        NotImplementedError: Megatron's spec builds another kind of layer.
+        ValueError, ImportError, NotImplementedError: as with_pools.
     """
     if getattr(config, "is_hybrid_model", False):
         raise ValueError(
             "--hybrid-layer-pattern is for HybridModel, and these are GPTModel's layers: drop it, or build "
             "HybridModel with emo_megatron.mcore.spec.pool_hybrid_spec"
         )
-    uses_te = _check(config, pool)
-    options = {
-        "use_transformer_engine": uses_te,
-        "normalization": config.normalization,
-        "qk_l2_norm": config.qk_l2_norm,
-    }
-    # of all stages: one may have dense layers only
-    _require_places(get_gpt_decoder_layer_specs(config, **options))
-    block = get_gpt_decoder_block_spec(config, **options, vp_stage=vp_stage)
-    layers = [_with_pools(layer, pool) for layer in block.layer_specs]
-    if uses_te:
-        return dataclasses.replace(block, layer_specs=layers)
-    return dataclasses.replace(
-        block, layer_specs=[_with_documents(layer, pool) for layer in layers], layer_norm=TorchNorm
-    )
+    _check(config, pool)
+    if config.experimental_attention_variant is not None:
+        block = get_transformer_block_with_experimental_attention_variant_spec(
+            config, vp_stage=vp_stage
+        )
+    else:
+        block = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=config.transformer_impl == "transformer_engine",
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+    return with_pools(block, config=config, pool=pool)
 
 
 def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSpec:
@@ -82,101 +124,89 @@ def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSp
         pool: the method; pools off gives the matched standard MoE.
 
     Raises:
-        ValueError, ImportError, NotImplementedError: as pool_block_spec.
+        ValueError, ImportError, NotImplementedError: as with_pools.
     """
-    if _check(config, pool):
-        stack = hybrid_stack_spec.submodules
-        _require_places([stack.moe_layer])
-        moe_layer = _with_pools(stack.moe_layer, pool)
-        return dataclasses.replace(
-            hybrid_stack_spec, submodules=dataclasses.replace(stack, moe_layer=moe_layer)
-        )
-    return ModuleSpec(module=LocalHybridStack, submodules=_local_stack(config, pool))
+    uses_te = config.transformer_impl == "transformer_engine"
+    stack: ModuleSpec = hybrid_stack_spec if uses_te else local_stack_spec(config)
+    return with_pools(stack, config=config, pool=pool)
 
 
-class LocalHybridStack(HybridStack):
-    """Megatron's hybrid stack, whose final norm is Transformer Engine's, with torch's."""
-
-    def __init__(self, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, post_layer_norm=False, **kwargs)
-        self.post_layer_norm = post_layer_norm
-        if self.post_process and post_layer_norm:
-            self.final_norm = TorchNorm(
-                self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon
-            )
+def _pool_layer(
+    layer: ModuleSpec, config: TransformerConfig, pool: PoolConfig
+) -> tuple[ModuleSpec, bool]:
+    layer, has_pools = pool_layer(layer, pool=pool)
+    if config.transformer_impl == "local":
+        layer = document_layer(layer, config=config, pool=pool)
+    return layer, has_pools
 
 
-class _NeedsTransformerEngine:
-    """Stands where the local stack has no layer: Megatron would silently put one that does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            "without Transformer Engine a hybrid pattern may hold attention (*), MLP (-) and MoE (E) layers; "
-            "use --transformer-impl transformer_engine"
-        )
-
-
-def _local_stack(config: TransformerConfig, pool: PoolConfig) -> HybridStackSubmodules:
-    """The two halves of GPT's local layers as layers of their own."""
-    sparse, dense = (
-        _with_documents(
-            get_gpt_layer_local_spec(
-                num_experts=num_experts,
-                moe_grouped_gemm=config.moe_grouped_gemm,
-                qk_layernorm=config.qk_layernorm,
-                qk_l2_norm=config.qk_l2_norm,
-                normalization=config.normalization,
-            ),
-            pool,
-        )
-        for num_experts in (config.num_moe_experts, None)
+def _pool_block(
+    block: TransformerBlockSubmodules, config: TransformerConfig, pool: PoolConfig
+) -> TransformerBlockSubmodules:
+    pairs = [_pool_layer(layer, config, pool) for layer in block.layer_specs]
+    frequency = config.moe_layer_freq
+    # a pipeline stage may be all dense; the model may not
+    is_dense_stage = len(pairs) < config.num_layers and (
+        isinstance(frequency, int) or any(frequency)
     )
-    halves = sparse.submodules
-    attention = dataclasses.replace(
-        sparse,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=halves.input_layernorm,
-            self_attention=halves.self_attention,
-            self_attn_bda=halves.self_attn_bda,
-            sharded_state_dict_keys_map=halves.sharded_state_dict_keys_map,
-        ),
-    )
-    moe, mlp = (
-        dataclasses.replace(
-            layer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=layer.submodules.pre_mlp_layernorm,
-                mlp=layer.submodules.mlp,
-                mlp_bda=layer.submodules.mlp_bda,
-            ),
-        )
-        for layer in (sparse, dense)
-    )
-    _require_places([moe])
+    _require_pools(is_dense_stage or any(has_pools for _, has_pools in pairs), block.layer_specs)
+    block = dataclasses.replace(block, layer_specs=[layer for layer, _ in pairs])
+    return with_torch_norms(block) if config.transformer_impl == "local" else block
+
+
+def _pool_stack(
+    stack: HybridStackSubmodules, config: TransformerConfig, pool: PoolConfig
+) -> HybridStackSubmodules:
+    """The stack with pools in its MoE layer, the one kind of layer that has experts."""
+    _require_pools(isinstance(stack.moe_layer, ModuleSpec), [stack.moe_layer])
+    moe_layer, has_pools = pool_layer(stack.moe_layer, pool=pool)
+    _require_pools(has_pools, [stack.moe_layer])
+    stack = dataclasses.replace(stack, moe_layer=moe_layer)
+    if config.transformer_impl != "local":
+        return stack
     layers = {
-        field.name: _NeedsTransformerEngine
-        for field in dataclasses.fields(HybridStackSubmodules)
-        if field.name.endswith("_layer")
+        name: document_layer(layer, config=config, pool=pool)
+        for name, layer in vars(stack).items()
+        if isinstance(getattr(layer, "submodules", None), TransformerLayerSubmodules)
     }
-    layers |= {"attention_layer": attention, "mlp_layer": mlp, "moe_layer": _with_pools(moe, pool)}
-    return HybridStackSubmodules(**layers)
+    return dataclasses.replace(stack, **layers)
 
 
-def _check(config: TransformerConfig, pool: PoolConfig) -> bool:
-    """Raise what is wrong with this model; whether it is made of Transformer Engine's modules."""
+def _require_pools(has_pools: bool, layers: list[Any]) -> None:
+    """Refuse a model in which pools have no place: it would be a standard one, silently."""
+    if has_pools:
+        return
+    kinds = sorted({repr(getattr(getattr(x, "submodules", x), "mlp", x)) for x in layers})
+    raise NotImplementedError(
+        "no layer of this spec can be given pools: they go into layers whose mlp is Megatron's MoELayer; here mlp is "
+        f"{' or '.join(kinds) or 'nowhere'}. Check --num-experts and --moe-layer-freq"
+    )
+
+
+def _check(config: TransformerConfig, pool: PoolConfig) -> None:
+    """Raise what is wrong with this model."""
     problems = problems_with_config(pool, config)
+    variant = getattr(config, "experimental_attention_variant", None)
+    uses_te = config.transformer_impl == "transformer_engine"
+    if variant is not None and not uses_te:
+        problems.append(
+            f"--experimental-attention-variant must not be given with --transformer-impl {config.transformer_impl}; "
+            f"got {variant!r}: Megatron builds it of Transformer Engine's modules"
+        )
+    if variant == "dsa" and require_megatron() < (0, 19):
+        problems.append(
+            "--experimental-attention-variant dsa needs megatron-core 0.19: before, its attention crosses documents"
+        )
     if problems:
         raise ValueError(
             "this model cannot be built with pool layers:\n"
             + "\n".join(f"  - {p}" for p in problems)
         )
-    uses_te = config.transformer_impl == "transformer_engine"
     if uses_te and not HAVE_TE:
         raise ImportError(
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; "
             "install it, or use --transformer-impl local"
         )
-    return uses_te
 
 
 def pool_spec_builder(pool: PoolConfig) -> Any:
@@ -251,61 +281,3 @@ def _pool_config_of_environment() -> PoolConfig:
             f"export {POOL_CONFIG_VARIABLE}=$PWD/pool.json. An empty object, {{}}, is the standard MoE."
         )
     return load_pool_config(Path(path))
-
-
-def _with_pools(layer: ModuleSpec, pool: PoolConfig) -> ModuleSpec:
-    """The same layer with PoolTransformerLayer, and PoolMoELayer and PoolRouter where it is an MoE layer."""
-    # the second differs from the first in its CUDA graphs only, and those are refused
-    if layer.module not in (TransformerLayer, MoETransformerLayer):
-        raise NotImplementedError(
-            f"pools go into Megatron's TransformerLayer; this spec builds {layer.module}. "
-            "Use a spec of TransformerLayer."
-        )
-    submodules = layer.submodules
-    if _takes_pools(layer):
-        moe = dataclasses.replace(
-            submodules.mlp.keywords["submodules"], router=functools.partial(PoolRouter, pool=pool)
-        )
-        submodules = dataclasses.replace(
-            submodules, mlp=functools.partial(PoolMoELayer, submodules=moe)
-        )
-    return dataclasses.replace(layer, module=PoolTransformerLayer, submodules=submodules)
-
-
-def _takes_pools(layer: ModuleSpec) -> bool:
-    """Whether this is an MoE layer in the form that Megatron's builders give it."""
-    mlp = layer.submodules.mlp
-    return isinstance(mlp, functools.partial) and mlp.func is MoELayer
-
-
-def _require_places(layers: list[ModuleSpec]) -> None:
-    """Refuse a model in which pools have no place: it would be a standard one, silently."""
-    if any(_takes_pools(layer) for layer in layers):
-        return
-    kinds = sorted({repr(getattr(layer.submodules, "mlp", None)) for layer in layers})
-    raise NotImplementedError(
-        "no layer of this model can be given pools: pools go into layers whose mlp is a functools.partial of "
-        f"Megatron's MoELayer; here mlp is {' or '.join(kinds)}. Check --num-experts and --moe-layer-freq, or use a "
-        "supported megatron-core."
-    )
-
-
-def _with_documents(layer: ModuleSpec, pool: PoolConfig) -> ModuleSpec:
-    """The same layer of the local spec with norms and attention that take packed, sequence-parallel input."""
-    attention = layer.submodules.self_attention
-    attention = dataclasses.replace(
-        attention,
-        submodules=dataclasses.replace(
-            attention.submodules,
-            core_attention=ModuleSpec(
-                module=DocumentAttention, params={"cp_partition": pool.pool_cp_partition}
-            ),
-        ),
-    )
-    submodules = dataclasses.replace(
-        layer.submodules,
-        input_layernorm=TorchNorm,
-        pre_mlp_layernorm=TorchNorm,
-        self_attention=attention,
-    )
-    return dataclasses.replace(layer, submodules=submodules)

@@ -92,7 +92,6 @@ REFUSED = {
     "overlap_moe_expert_parallel_comm": [True],
     "cuda_graph_impl": ["local", "transformer_engine"],
     "transformer_impl": ["inference_optimized"],
-    "experimental_attention_variant": ["gated_delta_net"],
     "context_parallel_size": [2],
     "sft": [True],
     "fim_data": [True],

@@ -9,6 +9,17 @@ import torch
 VOCAB = 64
 SEQ = 16
 ROWS = 2
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 8,
+    "qk_layernorm": True,
+    "rope_type": "rope",
+    "apply_rope_fusion": False,
+}
+"""Multi-latent attention, both latents with a norm."""
 
 
 def setup(**sizes: int) -> None:
@@ -22,9 +33,12 @@ def setup(**sizes: int) -> None:
 
 
 def transformer_config(**overrides: Any) -> Any:
-    """TransformerConfig of two MoE layers with 8 routed experts, top-2 and a shared expert."""
+    """TransformerConfig of two MoE layers with 8 routed experts, top-2 and a shared expert.
+
+    `multi_latent_attention=True` gives MLATransformerConfig, with latents and heads of a few features.
+    """
     from megatron.core import parallel_state
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     options: dict[str, Any] = {
         "num_layers": 2,
@@ -60,6 +74,8 @@ def transformer_config(**overrides: Any) -> Any:
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         "sequence_parallel": parallel_state.get_tensor_model_parallel_world_size() > 1,
     }
+    if overrides.get("multi_latent_attention"):
+        return MLATransformerConfig(**(options | LATENT | overrides))
     return TransformerConfig(**(options | overrides))
 
 

@@ -1,0 +1,124 @@
+"""One layer's spec rewritten: Megatron's layer, MoE layer and router give way to the pools', all else stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import LNImpl
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
+
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.attention import (
+    DocumentAttention,
+    LatentAttention,
+    TorchNorm,
+    require_supported,
+)
+from emo_megatron.mcore.layer import PoolMoELayer, PoolTransformerLayer
+from emo_megatron.mcore.router import PoolRouter
+
+
+def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool]:
+    """The layer with PoolTransformerLayer, and PoolMoELayer and PoolRouter where it is an MoE layer.
+
+    Returns:
+        The new spec, and whether it is an MoE layer.
+
+    Raises:
+        NotImplementedError: names the class in Megatron's place: a layer, MoE layer or router of a recipe's own.
+    """
+    # the second differs from the first in its CUDA graphs only, and those are refused
+    if _class_of(layer) not in (TransformerLayer, MoETransformerLayer):
+        raise NotImplementedError(
+            f"pools take the place of Megatron's TransformerLayer; this spec builds {layer.module}. "
+            "Use a spec of TransformerLayer"
+        )
+    mlp = _pool_mlp(layer.submodules.mlp, pool)
+    has_pools = mlp is not layer.submodules.mlp
+    submodules = dataclasses.replace(layer.submodules, mlp=mlp)
+    return dataclasses.replace(layer, module=PoolTransformerLayer, submodules=submodules), has_pools
+
+
+def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
+    """The layer of the local spec with norms and attention that take packed, sequence-parallel input.
+
+    Raises:
+        NotImplementedError: an option of Megatron's attention that DocumentAttention does not have.
+    """
+    submodules = with_torch_norms(layer.submodules)
+    attention = submodules.self_attention
+    if isinstance(attention, ModuleSpec):
+        submodules = dataclasses.replace(
+            submodules, self_attention=_document_attention(attention, config, pool)
+        )
+    return dataclasses.replace(layer, submodules=submodules)
+
+
+def with_torch_norms[Submodules](submodules: Submodules) -> Submodules:
+    """The same submodules with TorchNorm where Megatron's norm, which refuses sequence parallelism, was."""
+    norms: Any = [
+        field.name
+        for field in dataclasses.fields(submodules)  # type: ignore[arg-type]
+        if any(getattr(submodules, field.name) is norm for norm in (LNImpl, WrappedTorchNorm))
+    ]
+    return dataclasses.replace(submodules, **dict.fromkeys(norms, TorchNorm))  # type: ignore[type-var]
+
+
+def _document_attention(
+    attention: ModuleSpec, config: TransformerConfig, pool: PoolConfig
+) -> ModuleSpec:
+    submodules = attention.submodules
+    if not dataclasses.is_dataclass(submodules):
+        return attention
+    submodules = with_torch_norms(submodules)
+    if _class_of(getattr(submodules, "core_attention", None)) is DotProductAttention:
+        require_supported(config)
+        core = ModuleSpec(module=DocumentAttention, params={"cp_partition": pool.pool_cp_partition})
+        submodules = dataclasses.replace(submodules, core_attention=core)  # type: ignore[type-var]
+    module = LatentAttention if attention.module is MLASelfAttention else attention.module
+    return dataclasses.replace(attention, module=module, submodules=submodules)
+
+
+def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
+    """An MoE layer's spec with pools; a dense one as it is."""
+    kind = _class_of(mlp)
+    is_partial = isinstance(mlp, functools.partial)
+    submodules = mlp.keywords.get("submodules") if is_partial else getattr(mlp, "submodules", None)
+    if kind is MoELayer and isinstance(submodules, MoESubmodules):
+        if submodules.router is not TopKRouter:
+            raise NotImplementedError(
+                f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {submodules.router!r}, "
+                "whose choice of experts would be lost. Use a recipe with TopKRouter"
+            )
+        moe = dataclasses.replace(submodules, router=functools.partial(PoolRouter, pool=pool))
+        if is_partial:
+            return functools.partial(PoolMoELayer, *mlp.args, **mlp.keywords | {"submodules": moe})
+        return dataclasses.replace(mlp, module=PoolMoELayer, submodules=moe)
+    if kind is not None and issubclass(kind, MLP | IdentityOp):
+        return mlp
+    what = "an MoE layer of its own" if kind and issubclass(kind, BaseMoELayer) else "its own mlp"
+    raise NotImplementedError(
+        f"PoolMoELayer takes the place of Megatron's MoELayer; this spec has {what}, {mlp!r}, which may hold experts "
+        "that would see no pools. Use a spec of MoELayer with MoESubmodules, and of MLP where a layer is dense"
+    )
+
+
+def _class_of(spec: Any) -> type | None:
+    """The class that a spec builds: of a ModuleSpec, a partial, a class method, or itself; None for a function."""
+    if isinstance(spec, functools.partial):
+        spec = spec.func
+    if isinstance(spec, ModuleSpec):
+        spec = get_module(spec)
+    spec = getattr(spec, "__self__", spec)
+    return spec if isinstance(spec, type) else None
