@@ -58,6 +58,19 @@ def test_help_documents_every_flag(capsys):
     assert "Smallest pool, in routed experts" in text
 
 
+def test_boundaries_for_the_routers_alone_take_what_packed_ones_do_not():
+    routers = PoolConfig(pool_min=4, pool_documents="routers", pool_balance="running")
+    free = {"dataloader_inter_document_masking": False, "virtual_pipeline_model_parallel_size": 2}
+    host = _host(context_parallel_size=2, **free)
+    pool_args.check_run(routers, host, host)
+    for refused in ({"dataloader_inter_document_masking": True}, {"mtp_num_layers": 1}):
+        host = _host(**(free | {"virtual_pipeline_model_parallel_size": None} | refused))
+        name = "--" + next(iter(refused)).replace("_", "-")
+        with pytest.raises(ValueError, match=name) as caught:
+            pool_args.check_run(routers, host, host)
+        assert str(caught.value).count("  - ") == 1
+
+
 def _host(**overrides):
     """The attributes of a host configuration the refusals read, all allowed."""
     allowed = {r.field: r.allowed[0] for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)}

@@ -19,7 +19,7 @@ def _samples(prefix, cache):
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from support import tiny
 
-    from emo_megatron.mcore.train import PoolGPTDataset
+    from emo_megatron.mcore.samples import PoolGPTDataset
 
     tiny.setup()
     config = GPTDatasetConfig(
