@@ -112,11 +112,6 @@ CONFIG_REFUSALS = (
         reason="Megatron builds multi-token-prediction layers with the stock router",
     ),
     Refusal(
-        field="overlap_moe_expert_parallel_comm",
-        allowed=(False,),
-        reason="its schedule does not pass document boundaries to the layers",
-    ),
-    Refusal(
         field="cuda_graph_impl",
         allowed=("none",),
         reason="a captured graph would replay the first micro-batch's documents",

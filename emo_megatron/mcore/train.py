@@ -240,15 +240,26 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
     return loss, num_tokens, report
 
 
-def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tensor, Any]:
-    """One micro-batch through this stage."""
+def forward_step(
+    data_iterator: Iterator[Any] | None, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """One micro-batch through this stage.
+
+    Args:
+        data_iterator: of this stage's batches.
+        model: this stage, or virtual stage.
+        return_schedule_plan: plan the pass and don't run it, as --overlap-moe-expert-parallel-comm asks.
+
+    Returns:
+        The stage's output or the plan, and the loss as a function of the output.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed = packed_documents(batch)
     timers("batch-generator").stop()
     output = forward_with_documents(
-        model,
+        model.build_schedule_plan if return_schedule_plan else model,
         router_documents(batch),
         batch["tokens"],
         batch["position_ids"],
