@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -50,11 +51,6 @@ class PoolMoELayer(MoELayer):
             follow_routing_map(self.token_dispatcher, self.config)
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
-        if self.recomputes_itself and (self.config.fp8 or self.config.fp4):
-            raise NotImplementedError(
-                "--recompute-modules moe does not work with fp8 or fp4 and pools; "
-                "use --recompute-granularity full or drop moe from --recompute-modules"
-            )
 
     @property
     def pool_router(self) -> PoolRouter:
@@ -77,9 +73,13 @@ class PoolMoELayer(MoELayer):
                 hidden_states, intermediate_tensors, padding_mask
             )
 
-        if self.recomputes_itself and self.training:
-            return tensor_parallel.checkpoint(run, False, hidden_states)
-        return run(hidden_states)
+        if not (self.recomputes_itself and self.training):
+            return run(hidden_states)
+        if self.config.fp8 or self.config.fp4:
+            # Transformer Engine's own keeps the scales of the first pass
+            rng_tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te_checkpoint(run, False, rng_tracker, self.tp_group, hidden_states)
+        return tensor_parallel.checkpoint(run, False, hidden_states)
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
