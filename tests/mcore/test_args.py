@@ -102,7 +102,6 @@ REFUSED = {
     "moe_latent_size": [16],
     "mlp_chunks_for_training": [2],
     "mtp_num_layers": [1],
-    "overlap_moe_expert_parallel_comm": [True],
     "cuda_graph_impl": ["local", "transformer_engine"],
     "transformer_impl": ["inference_optimized"],
     "experimental_attention_variant": ["gated_delta_net"],

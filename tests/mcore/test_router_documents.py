@@ -283,3 +283,21 @@ def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path)
     both = torch.stack([found[0]["router_bounds"], found[1]["router_bounds"]])
     first, second = (sorted({*row.tolist()}) for row in both)
     assert merged_bounds(both).tolist() == [*first[:-1], *(24 + bound for bound in second)]
+
+
+def test_tokens_of_several_samples_keep_their_documents():
+    from emo_megatron.mcore.context import CLOCK, Shard, make_scope
+
+    CLOCK.consumed_samples = 0
+    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
+    scope = make_scope(
+        torch.tensor([0, 1, 4, 8]),
+        tokens_per_sample=4,
+        hidden_shape=torch.Size([4, 2, 8]),
+        shard=shard,
+        pool=PoolConfig(pool_min=2),
+    )
+    CLOCK.consumed_samples = None
+    # hidden states are [s, b, h]: the samples' first tokens come first
+    assert scope.document_ids_T.tolist() == [0, 2, 1, 2, 1, 2, 1, 2]
+    assert scope.sample_positions_D.tolist() == [0, 0, 1]
