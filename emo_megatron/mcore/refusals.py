@@ -252,20 +252,28 @@ SCRIPT_REFUSALS = (
 )
 """Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
 
-HOST_REFUSALS = tuple(
-    row
-    for row in SCRIPT_REFUSALS
-    if row.field
-    in {
-        "sft",
-        "fim_data",
-        "context_parallel_size",
-        "hybrid_context_parallel",
-        "heterogeneous_layers_config_path",
-        "reset_attention_mask",
-    }
+HOST_REFUSALS = (
+    Refusal(
+        field="overlap_moe_expert_parallel_comm",
+        allowed=(False,),
+        only_with_pools=True,
+        reason="Megatron's scripts plan a micro-batch without its document boundaries; use examples/pretrain_emo.py",
+    ),
+    *(
+        row
+        for row in SCRIPT_REFUSALS
+        if row.field
+        in {
+            "sft",
+            "fim_data",
+            "context_parallel_size",
+            "hybrid_context_parallel",
+            "heterogeneous_layers_config_path",
+            "reset_attention_mask",
+        }
+    ),
 )
-"""Those of them that hold for Megatron's own scripts too, whose batches or layers would not be the pools'."""
+"""Rows on the parsed flags of Megatron's own scripts: what these cannot do, and what would not be the pools' there."""
 
 
 def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[str]:

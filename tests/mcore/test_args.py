@@ -10,7 +10,7 @@ import pytest
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore import args as pool_args
-from emo_megatron.mcore.refusals import CONFIG_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore.refusals import CONFIG_REFUSALS, HOST_REFUSALS, SCRIPT_REFUSALS
 
 
 def _parse(*argv: str) -> argparse.Namespace:
@@ -69,6 +69,15 @@ def test_boundaries_for_the_routers_alone_take_what_packed_ones_do_not():
         with pytest.raises(ValueError, match=name) as caught:
             pool_args.check_run(routers, host, host)
         assert str(caught.value).count("  - ") == 1
+
+
+def test_megatrons_own_scripts_plan_no_documents():
+    planned = _host(overlap_moe_expert_parallel_comm=True)
+    pools = PoolConfig(pool_min=4)
+    pool_args.check_run(pools, planned, planned)
+    with pytest.raises(ValueError, match="--overlap-moe-expert-parallel-comm"):
+        pool_args.check_run(pools, planned, planned, refusals=HOST_REFUSALS)
+    pool_args.check_run(PoolConfig(), planned, planned, refusals=HOST_REFUSALS)
 
 
 def _host(**overrides):
