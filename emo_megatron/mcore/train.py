@@ -53,7 +53,12 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "ma
 
 def has_documents(args: Any) -> bool:
     """Whether batches carry document boundaries."""
-    return bool(args.dataloader_inter_document_masking or args.pool_documents == "routers")
+    return bool(args.dataloader_inter_document_masking or _are_for_routers(args))
+
+
+def _are_for_routers(args: Any) -> bool:
+    # a script that uses this module may have no flags of pools
+    return getattr(args, "pool_documents", "attention") == "routers"
 
 
 def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
         stages get the boundaries and the padding only.
     """
     args = get_args()
-    if getattr(args, "pool_documents", "attention") == "routers":
+    if _are_for_routers(args):
         return _get_batch_for_routers(data_iterator, vp_stage)
     has_documents = args.dataloader_inter_document_masking
     if not has_documents and not is_first_or_last_pipeline_stage(vp_stage):
@@ -329,5 +334,5 @@ def dataset_config(args: Any) -> PoolDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
-        gives_router_bounds=args.pool_documents == "routers",
+        gives_router_bounds=_are_for_routers(args),
     )
