@@ -225,11 +225,7 @@ def megatron_flags(
         "--save-interval": max(1, size.steps // 4),
         "--ckpt-format": "torch_dist",
     }
-    switches = [
-        "--swiglu",
-        "--disable-bias-linear",
-        "--untie-embeddings-and-output-weights",
-    ]
+    switches = ["--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"]
     if size.documents == "routers":
         switches += ["--pool-documents", "routers"]
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,33 +232,9 @@ def test_stale_missing_and_doubled_boundaries_are_errors(ranks):
 
 
 def _samples(prefix, cache, masking):
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
     from support import tiny
 
-    from emo_megatron.mcore.samples import PoolDatasetConfig, PoolGPTDataset
-
-    tiny.setup()
-    config = PoolDatasetConfig(
-        random_seed=1,
-        sequence_length=24,
-        blend=([str(prefix)], None),
-        split="0,100,0",
-        path_to_cache=str(cache),
-        tokenizer=SimpleNamespace(eod=1, pad=2, vocab_size=512, unique_identifiers={}),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        drop_last_partial_validation_sequence=False,
-        inter_document_masking=masking,
-        gives_router_bounds=not masking,
-    )
-    _, valid, _ = BlendedMegatronDatasetBuilder(
-        PoolGPTDataset, [0, None, 0], lambda: True, config
-    ).build()
-    return [valid[index] for index in range(len(valid))] + [valid[None]]
+    return tiny.validation_samples(prefix, cache, masking=masking)
 
 
 def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path):
