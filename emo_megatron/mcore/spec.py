@@ -89,7 +89,8 @@ def pool_block_spec(
     Args:
         config: Megatron's; `transformer_impl` chooses Transformer Engine or the local spec, `moe_layer_freq` which
             layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
-        pool: the method; pools off gives the matched standard MoE.
+        pool: the method; pools off gives the matched standard MoE. With `pool_documents` routers the model may have
+            multi-token-prediction layers, without pools: make their spec from Megatron's own decoder spec.
         vp_stage: virtual pipeline stage.
 
     Raises:
@@ -259,12 +260,17 @@ def _prepare_script(config: TransformerConfig) -> PoolConfig:
     """
     require_megatron()
     pool = _pool_config_of_environment()
+    if pool.pool_documents == "routers":
+        raise ValueError(
+            "--pool-documents must be attention with --spec, for Megatron's scripts hand boundaries to the attention; "
+            "got 'routers'. Use examples/pretrain_emo.py."
+        )
     args = training_args()
     if args is not None:
-        from emo_megatron.mcore.train import allow_flat_microbatches
+        from emo_megatron.mcore.pipeline import let_shapes_travel
 
         check_run(pool, config, args, refusals=HOST_REFUSALS)
-        allow_flat_microbatches(config)
+        let_shapes_travel(config)
     has_documents = args is None or args.dataloader_inter_document_masking
     install_metrics(pool, config, has_documents=has_documents)
     if int(os.environ.get("RANK", "0")) == 0:

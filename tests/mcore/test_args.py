@@ -10,7 +10,7 @@ import pytest
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore import args as pool_args
-from emo_megatron.mcore.refusals import CONFIG_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore.refusals import CONFIG_REFUSALS, HOST_REFUSALS, SCRIPT_REFUSALS
 
 
 def _parse(*argv: str) -> argparse.Namespace:
@@ -58,6 +58,28 @@ def test_help_documents_every_flag(capsys):
     assert "Smallest pool, in routed experts" in text
 
 
+def test_boundaries_for_the_routers_alone_take_what_packed_ones_do_not():
+    routers = PoolConfig(pool_min=4, pool_documents="routers", pool_balance="running")
+    free = {"dataloader_inter_document_masking": False, "virtual_pipeline_model_parallel_size": 2}
+    host = _host(context_parallel_size=2, **free)
+    pool_args.check_run(routers, host, host)
+    for refused in ({"dataloader_inter_document_masking": True}, {"mtp_num_layers": 1}):
+        host = _host(**(free | {"virtual_pipeline_model_parallel_size": None} | refused))
+        name = "--" + next(iter(refused)).replace("_", "-")
+        with pytest.raises(ValueError, match=name) as caught:
+            pool_args.check_run(routers, host, host)
+        assert str(caught.value).count("  - ") == 1
+
+
+def test_megatrons_own_scripts_plan_no_documents():
+    planned = _host(overlap_moe_expert_parallel_comm=True)
+    pools = PoolConfig(pool_min=4)
+    pool_args.check_run(pools, planned, planned)
+    with pytest.raises(ValueError, match="--overlap-moe-expert-parallel-comm"):
+        pool_args.check_run(pools, planned, planned, refusals=HOST_REFUSALS)
+    pool_args.check_run(PoolConfig(), planned, planned, refusals=HOST_REFUSALS)
+
+
 def _host(**overrides):
     """The attributes of a host configuration the refusals read, all allowed."""
     allowed = {r.field: r.allowed[0] for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)}
@@ -66,7 +88,9 @@ def _host(**overrides):
         "moe_router_topk": 2,
         "dataloader_inter_document_masking": True,
         "micro_batch_size": 2,
+        "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
+        "overlap_moe_expert_parallel_comm": False,
         "dataloader_type": "single",
     }
     return types.SimpleNamespace(**(allowed | overrides))
@@ -89,7 +113,6 @@ REFUSED = {
     "moe_latent_size": [16],
     "mlp_chunks_for_training": [2],
     "mtp_num_layers": [1],
-    "overlap_moe_expert_parallel_comm": [True],
     "cuda_graph_impl": ["local", "transformer_engine"],
     "transformer_impl": ["inference_optimized"],
     "context_parallel_size": [2],
@@ -160,12 +183,38 @@ def test_no_experts_is_said_plainly():
         pool_args.check_run(PoolConfig(), host, host)
 
 
-def test_interleaved_pipelines_take_one_packed_sample():
-    host = _host(virtual_pipeline_model_parallel_size=2)
+def test_a_planned_pass_of_an_interleaved_pipeline_takes_one_packed_sample():
+    planned = {
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_moe_expert_parallel_comm": True,
+    }
+    pools = PoolConfig(pool_min=4)
+    host = _host(**planned)
     with pytest.raises(ValueError, match="--micro-batch-size must be 1"):
-        pool_args.check_run(PoolConfig(pool_min=4), host, host)
-    host = _host(virtual_pipeline_model_parallel_size=2, micro_batch_size=1)
-    pool_args.check_run(PoolConfig(pool_min=4), host, host)
+        pool_args.check_run(pools, host, host)
+    for free in (
+        {"micro_batch_size": 1},
+        {"overlap_moe_expert_parallel_comm": False},
+        {"virtual_pipeline_model_parallel_size": None},
+    ):
+        host = _host(**(planned | free))
+        pool_args.check_run(pools, host, host)
+    host = _host(**planned, dataloader_inter_document_masking=False)
+    pool_args.check_run(PoolConfig(pool_min=4, pool_documents="routers"), host, host)
+
+
+def test_megatrons_own_scripts_have_boundaries_on_two_stages():
+    pools = PoolConfig(pool_min=4)
+    for stages in (
+        {"pipeline_model_parallel_size": 4},
+        {"virtual_pipeline_model_parallel_size": 2},
+    ):
+        host = _host(**stages)
+        pool_args.check_run(pools, host, host)
+        with pytest.raises(ValueError, match="pipeline"):
+            pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
+    host = _host(pipeline_model_parallel_size=2)
+    pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
 
 
 def test_another_dataloader_is_warned_about():
