@@ -49,10 +49,11 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
         The same kind of spec. The one that came is left as it was.
 
     Raises:
-        ValueError: the pool layers would not do what the configuration says; names every problem.
+        ValueError: the pool layers would not do what the configuration says; names every problem. Or nothing in the
+            spec could be given pools, or it has a layer, MoE layer or router of its own in a place of Megatron's,
+            which is named.
         ImportError: Transformer Engine is asked for and missing.
-        NotImplementedError: nothing in the spec could be given pools; or it has a layer, MoE layer or router of its
-            own in a place of Megatron's, which is named.
+        NotImplementedError: an option of Megatron's attention that only Transformer Engine's has.
     """
     if not isinstance(spec, ModuleSpec | TransformerBlockSubmodules) and callable(spec):
 
@@ -74,7 +75,7 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
         _require_pools(has_pools, [spec])
         return layer
     else:
-        raise NotImplementedError(
+        raise ValueError(
             "pools go into a ModuleSpec of a transformer layer, of a block of them or of a hybrid stack, into "
             f"TransformerBlockSubmodules, or into a function that returns one; got {spec!r}"
         )
@@ -178,7 +179,7 @@ def _require_pools(has_pools: bool, layers: list[Any]) -> None:
     if has_pools:
         return
     kinds = sorted({repr(getattr(getattr(x, "submodules", x), "mlp", x)) for x in layers})
-    raise NotImplementedError(
+    raise ValueError(
         "no layer of this spec can be given pools: they go into layers whose mlp is Megatron's MoELayer; here mlp is "
         f"{' or '.join(kinds) or 'nowhere'}. Check --num-experts and --moe-layer-freq"
     )
@@ -189,6 +190,13 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
     problems = problems_with_config(pool, config)
     variant = getattr(config, "experimental_attention_variant", None)
     uses_te = config.transformer_impl == "transformer_engine"
+    is_cut_by_sample = config.context_parallel_size > 1 and pool.pool_cp_partition == "sample"
+    if config.multi_latent_attention and is_cut_by_sample and pool.pool_documents == "attention":
+        problems.append(
+            "--pool-cp-partition must be document with --multi-latent-attention and --context-parallel-size above 1; "
+            "got 'sample': Megatron turns packed keys by their place in a document that is cut on its own; or give "
+            "--pool-documents routers"
+        )
     if variant is not None and not uses_te:
         problems.append(
             f"--experimental-attention-variant must not be given with --transformer-impl {config.transformer_impl}; "

@@ -36,11 +36,11 @@ def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool
         The new spec, and whether it is an MoE layer.
 
     Raises:
-        NotImplementedError: names the class in Megatron's place: a layer, MoE layer or router of a recipe's own.
+        ValueError: names the class in Megatron's place: a layer, MoE layer or router of a recipe's own.
     """
     # the second differs from the first in its CUDA graphs only, and those are refused
     if _class_of(layer) not in (TransformerLayer, MoETransformerLayer):
-        raise NotImplementedError(
+        raise ValueError(
             f"pools take the place of Megatron's TransformerLayer; this spec builds {layer.module}. "
             "Use a spec of TransformerLayer"
         )
@@ -97,7 +97,7 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
     submodules = mlp.keywords.get("submodules") if is_partial else getattr(mlp, "submodules", None)
     if kind is MoELayer and isinstance(submodules, MoESubmodules):
         if submodules.router is not TopKRouter:
-            raise NotImplementedError(
+            raise ValueError(
                 f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {submodules.router!r}, "
                 "whose choice of experts would be lost. Use a recipe with TopKRouter"
             )
@@ -108,7 +108,7 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
     if kind is not None and issubclass(kind, MLP | IdentityOp):
         return mlp
     what = "an MoE layer of its own" if kind and issubclass(kind, BaseMoELayer) else "its own mlp"
-    raise NotImplementedError(
+    raise ValueError(
         f"PoolMoELayer takes the place of Megatron's MoELayer; this spec has {what}, {mlp!r}, which may hold experts "
         "that would see no pools. Use a spec of MoELayer with MoESubmodules, and of MLP where a layer is dense"
     )

@@ -55,6 +55,21 @@ FEATURES = [
         features=OVERLAP,
     ),
     *(
+        Case(
+            name=f"{name}, multi-latent attention",
+            cp_partition="document",
+            accumulation=2,
+            per_token=True,
+            config={"multi_latent_attention": True},
+            **layout,
+        )
+        for name, layout in {
+            "EP2, dedup": {"dp": 2, "ep": 2, "dispatcher": "dedup", "recompute": "moe"},
+            "CP2 by document": {"cp": 2, "mbs": 2, "recompute": "full"},
+            "TP2 + SP": {"tp": 2, "mbs": 2},
+        }.items()
+    ),
+    *(
         Case(name=f"{name}, routers", documents="routers", per_token=True, **layout)
         for name, layout in {
             "DP2": {"dp": 2, "mbs": 2, "accumulation": 2, "balance": "running"},
