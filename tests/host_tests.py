@@ -96,22 +96,29 @@ def put_in_place(layers: str) -> type:
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     stock = moe_layer.MoELayer
 
+    class HostRouter(PoolRouter):
+        """PoolRouter with documents, which no test brings."""
+
+        def routing(self, logits: Any, padding_mask: Any = None) -> Any:
+            if self.pool.is_on and self.scope is None:
+                self.scope = one_document(logits.shape[:-1].numel())
+                try:
+                    return super().routing(logits, padding_mask)
+                finally:
+                    self.scope = None
+            return super().routing(logits, padding_mask)
+
     class HostMoELayer(PoolMoELayer):
-        """PoolMoELayer with the constructor of MoELayer, and with documents where no transformer layer brings them."""
+        """PoolMoELayer with the constructor of MoELayer."""
 
         def __init__(self, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
             pool = PoolConfig(pool_dispatcher="dedup" if uses_dedup(config) else "megatron")
             if layers == "full-pools":
                 pool = PoolConfig(pool_min=config.num_moe_experts)
             if submodules.router is router.TopKRouter:
-                pool_router = functools.partial(PoolRouter, pool=pool)
+                pool_router = functools.partial(HostRouter, pool=pool)
                 submodules = dataclasses.replace(submodules, router=pool_router)
             super().__init__(config, submodules, *args, **kwargs)
-
-        def route(self, hidden_states: Any, padding_mask: Any = None) -> Any:
-            if self.pool_router.pool.is_on and self.scope is None:
-                self.scope = one_document(hidden_states.shape[:-1].numel())
-            return super().route(hidden_states, padding_mask)
 
     def uses_dedup(config: Any) -> bool:
         return layers == "dedup" and config.moe_token_dispatcher_type == "alltoall"
