@@ -49,10 +49,9 @@ def main(arguments: list[str]) -> int:
     # tests are named from the clone on
     os.chdir(clone)
     prepare(clone)
-    plugins = [] if options.layers == "stock" else [PutInPlace(options.layers)]
     flags = ["--import-mode=importlib", f"--rootdir={clone}", f"--confcutdir={clone}"]
     flags += ["-c", os.devnull, "-p", "no:cacheprovider", "--disable-warnings"]
-    return pytest.main([*flags, *rest], plugins=plugins)
+    return pytest.main([*flags, *rest], plugins=[PutInPlace(options.layers)])
 
 
 def prepare(clone: Path) -> None:
@@ -76,14 +75,27 @@ def prepare(clone: Path) -> None:
 
 
 class PutInPlace:
-    """The pytest plugin that puts this package's MoE layer into the tests that were collected."""
+    """The pytest plugin that changes the tests that were collected."""
 
     def __init__(self, layers: str) -> None:
         self.layers = layers
 
     def pytest_collection_modifyitems(self) -> None:
         """All modules are imported, no test has run."""
-        put_in_place(self.layers)
+        end_with_their_test()
+        if self.layers != "stock":
+            put_in_place(self.layers)
+
+
+def end_with_their_test() -> None:
+    """Let no model of an earlier test end the process groups of a later one.
+
+    The tests' models do that when Python collects them: late after a failure, and not on all ranks at once.
+    """
+    module = sys.modules.get(f"{MOE_TESTS.replace('/', '.')}.test_token_dispatcher")
+    container = getattr(module, "MoEModelTestContainer", None)
+    if container is not None:
+        container.__del__ = lambda self: None
 
 
 def put_in_place(layers: str) -> type:
