@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         choices=LAYERS,
         default="stock",
         help="stock: Megatron's. pool: this package's, pools off. full-pools: pools on, of all experts, every "
-        "micro-batch one document. dedup: pools off, its dispatcher",
+        "micro-batch one document. dedup: pools off, its dispatcher where it is allowed",
     )
     options, rest = parser.parse_known_args(arguments)
     clone = options.clone.resolve()
@@ -82,15 +82,15 @@ class PutInPlace:
 
     def pytest_collection_modifyitems(self) -> None:
         """All modules are imported, no test has run."""
-        end_with_their_test()
+        leave_groups_to_teardown()
         if self.layers != "stock":
             put_in_place(self.layers)
 
 
-def end_with_their_test() -> None:
-    """Let no model of an earlier test end the process groups of a later one.
+def leave_groups_to_teardown() -> None:
+    """Let no model of an earlier test end the process groups of a later one; every test's teardown ends its own.
 
-    The tests' models do that when Python collects them: late after a failure, and not on all ranks at once.
+    The tests' models do so when Python collects them: late after a failure, and not on all ranks at once.
     """
     module = sys.modules.get(f"{MOE_TESTS.replace('/', '.')}.test_token_dispatcher")
     container = getattr(module, "MoEModelTestContainer", None)
@@ -103,15 +103,18 @@ def put_in_place(layers: str) -> type:
     from megatron.core.transformer.moe import moe_layer, router
 
     from emo_megatron.mcore.layer import PoolMoELayer
+    from emo_megatron.mcore.refusals import DEDUP_REFUSALS, problems_of
     from emo_megatron.mcore.router import PoolRouter
 
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     stock = moe_layer.MoELayer
 
     class HostRouter(PoolRouter):
-        """PoolRouter with documents, which no test brings."""
+        """PoolRouter with documents and a layer number, which no test brings."""
 
         def routing(self, logits: Any, padding_mask: Any = None) -> Any:
+            if self.pool.is_on and self.layer_number is None:
+                self.layer_number = 1
             if self.pool.is_on and self.scope is None:
                 self.scope = one_document(logits.shape[:-1].numel())
                 try:
@@ -124,16 +127,15 @@ def put_in_place(layers: str) -> type:
         """PoolMoELayer with the constructor of MoELayer."""
 
         def __init__(self, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
-            pool = PoolConfig(pool_dispatcher="dedup" if uses_dedup(config) else "megatron")
+            pool = PoolConfig()
             if layers == "full-pools":
                 pool = PoolConfig(pool_min=config.num_moe_experts)
+            if layers == "dedup" and not problems_of(DEDUP_REFUSALS, config, pool):
+                pool = PoolConfig(pool_dispatcher="dedup")
             if submodules.router is router.TopKRouter:
                 pool_router = functools.partial(HostRouter, pool=pool)
                 submodules = dataclasses.replace(submodules, router=pool_router)
             super().__init__(config, submodules, *args, **kwargs)
-
-    def uses_dedup(config: Any) -> bool:
-        return layers == "dedup" and config.moe_token_dispatcher_type == "alltoall"
 
     HostMoELayer.__name__ = HostMoELayer.__qualname__ = "MoELayer"
     for name, module in list(sys.modules.items()):

@@ -9,7 +9,6 @@ whole process and must run before Megatron builds anything; it does nothing wher
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -291,7 +290,6 @@ def _redirect_collectives() -> None:
 
 def _redirect_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
-    from megatron.core.transformer import torch_norm
 
     from emo_megatron.mcore import cpu_optimizer
     from emo_megatron.mcore.compat import use_compiled_index_builder
@@ -301,19 +299,6 @@ def _redirect_megatron() -> None:
     megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     use_compiled_index_builder()
     cpu_optimizer.repair_loading()
-    _build_torch_norms_for(torch_norm.WrappedTorchNorm)
-
-
-def _build_torch_norms_for(norm: Any) -> None:
-    """Let torch's norm stand in where a configuration asks for Apex's persistent kernel, Megatron's default."""
-    build = norm.__new__
-
-    def build_without_kernel(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        config = copy.copy(config)
-        config.persist_layer_norm = False
-        return build(cls, config, *args, **kwargs)
-
-    norm.__new__ = build_without_kernel
 
 
 def with_cpu_flags(argv: list[str]) -> list[str]:
