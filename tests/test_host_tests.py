@@ -16,7 +16,8 @@ MOE_TESTS = "tests/unit_tests/transformer/moe"
 KERNELS = "not Multihot and not router_gating"
 
 needs_clone = pytest.mark.skipif(
-    CLONE not in os.environ, reason=f"{CLONE} must name a clone of Megatron-LM, see docs/megatron.md"
+    CLONE not in os.environ,
+    reason=f"{CLONE} must name a clone of Megatron-LM, see docs/megatron.md",
 )
 
 FAKE = """
