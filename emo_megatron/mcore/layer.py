@@ -21,6 +21,7 @@ from emo_megatron.mcore.context import PoolScope, Shard, scope_of
 from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
 from emo_megatron.mcore.flex import follow_routing_map
 from emo_megatron.mcore.router import PoolRouter
+from emo_megatron.mcore.router_documents import BOTH, current_documents
 
 
 class PoolMoELayer(MoELayer):
@@ -34,6 +35,11 @@ class PoolMoELayer(MoELayer):
     moe_layer_recompute: bool
 
     def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        if kwargs.get("is_mtp_layer"):
+            raise NotImplementedError(
+                "--mtp-num-layers builds layers without pools: make their spec from Megatron's own decoder spec, not "
+                "from pool_block_spec"
+            )
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
         if self.pool_router.pool.pool_dispatcher == "dedup":
@@ -96,14 +102,20 @@ class PoolTransformerLayer(TransformerLayer):
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.mlp, PoolMoELayer):
-            self.mlp.scope = scope_of(
-                kwargs.get("packed_seq_params"),
-                hidden_shape=hidden_states.shape,
-                shard=self._shard(),
-                pool=self.mlp.pool_router.pool,
-                layer_number=self.layer_number,
-            )
+            self.mlp.scope = self._scope(hidden_states, kwargs.get("packed_seq_params"))
         return super()._forward_attention(hidden_states, *args, **kwargs)
+
+    def _scope(self, hidden_states: Tensor, packed: PackedSeqParams | None) -> PoolScope | None:
+        pool = self.mlp.pool_router.pool
+        shape, shard, number = hidden_states.shape, self._shard(), self.layer_number
+        if pool.pool_documents == "attention":
+            return scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=number)
+        if packed is not None:
+            raise ValueError(BOTH)
+        documents = current_documents()
+        if documents is None:
+            return None
+        return documents.scope_for(number, hidden_shape=shape, shard=shard, pool=pool)
 
     def _maybe_unflatten_for_moe(
         self,
