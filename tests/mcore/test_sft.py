@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ SEQ = 16
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def _conversation(*lengths: int) -> list[dict[str, str]]:
-    """Messages of so many words; a system message opens a conversation."""
-    roles = ["system", "user", "assistant"]
-    texts = (" ".join(WORDS[(7 * n + i) % len(WORDS)] for i in range(n)) for n in lengths)
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+def _messages(*conversations: tuple[int, ...]) -> list[dict[str, str]]:
+    """The messages of a sample, of so many words each; a system message opens a conversation."""
+    return [
+        {"role": role, "content": " ".join(WORDS[(7 * n + i) % len(WORDS)] for i in range(n))}
+        for lengths in conversations
+        for role, n in zip(("system", "user", "assistant"), lengths, strict=False)
+    ]
 
 
 # lengths of messages, conversation by conversation, and what follows: bounds of the documents and padding
@@ -28,7 +31,7 @@ SAMPLES = {
     "full": ([(2, 3, 4), (3, 4)], [0, 9, SEQ], 0),
     "cut": ([(2, 3, 4), (3, 9), (1, 1)], [0, 9, SEQ], 0),
     "next one lies outside": ([(2, 3, 11), (3, 1)], [0, SEQ], 0),
-    "one, without a system message": ([(4,)], [0, SEQ], 12),
+    "a prompt alone": ([(4,)], [0, SEQ], 12),
 }
 
 
@@ -50,7 +53,7 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
 
         eod = pad = 1
         vocab_size = 512
-        unique_identifiers: dict[str, str] = {}
+        unique_identifiers = "words"
 
         def tokenize_conversation(self, conversation, **_):
             lengths = [len(message["content"].split()) for message in conversation]
@@ -70,7 +73,7 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    lines = [sum((_conversation(*lengths) for lengths in sample), []) for sample in samples]
+    lines = [_messages(*sample) for sample in samples]
     dataset = PoolSFTDataset(lines, None, np.arange(len(lines)), len(lines), Split.train, config)
     pool = PoolConfig(pool_min=3, pool_max=3)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -103,11 +106,8 @@ def test_padding_belongs_to_no_conversation_and_has_no_vote(ranks):
     samples = [lengths for lengths, _, _ in SAMPLES.values()]
     documents = ranks(1).run(_documents, samples=samples)[0]
     for (name, (_, bounds, padding)), found in zip(SAMPLES.items(), documents, strict=True):
-        ids = [
-            i
-            for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-            for _ in range(start, end)
-        ]
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        ids = [i for i, length in enumerate(lengths) for _ in range(length)]
         ids[SEQ - padding :] = [-1] * padding
         pools = [[0, 1, 2]] * (len(bounds) - 1)
         assert found == (bounds, padding, ids, pools), name
@@ -120,8 +120,8 @@ def talk(tmp_path, monkeypatch) -> dict[str, Path]:
     template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}" + words.END
     special = {"eos_token": words.END, "chat_template": template}
     tokenizer = words.write_tokenizer(tmp_path / "tokenizer", size=60, around="$A", **special)
-    samples = [[_conversation(2, 5, 9 + n), _conversation(1, 3 * n + 1)] for n in range(8)]
-    lines = [json.dumps({"messages": sum(conversations, [])}) for conversations in samples]
+    samples = [_messages((2, 5, 9 + n), (1, 3 * n + 1)) for n in range(8)]
+    lines = [json.dumps({"messages": messages}) for messages in samples]
     (tmp_path / "talk.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {"tokenizer": tokenizer, "data": tmp_path / "talk.jsonl"}
 
