@@ -126,22 +126,18 @@ def talk(tmp_path, monkeypatch) -> dict[str, Path]:
     return {"tokenizer": tokenizer, "data": tmp_path / "talk.jsonl"}
 
 
-def _flags(talk: dict[str, Path]) -> list[object]:
-    flags: list[object] = ["--sft", "--tokenizer-type", "SFTTokenizer"]
-    flags += ["--sft-tokenizer-prompt-format", "default", "--tokenizer-model", talk["tokenizer"]]
-    return [*flags, "--pool-min", 3]
-
-
 def test_a_run_on_conversations(talk):
     from emo_megatron.ops import draw_pool_sizes
 
-    output = pretrain(1, *_flags(talk), "--micro-batch-size", 4, data=talk["data"])
-    losses = logged(output)
-    assert len(losses) == 4
+    flags: list[object] = ["--sft", "--tokenizer-type", "SFTTokenizer", "--pool-min", 3]
+    flags += ["--sft-tokenizer-prompt-format", "default", "--tokenizer-model", talk["tokenizer"]]
+    output = pretrain(1, *flags, "--micro-batch-size", 4, data=talk["data"])
+    losses, means = logged(output), logged(output, "pool_size")
+    assert len(losses) == len(means) == 4
     assert losses[-1] < losses[0]
     # every step has the eight samples, in their order, with two conversations each
     starts = torch.tensor([start for n in range(8) for start in (0, 17 + n)])
-    for step, mean in enumerate(logged(output, "pool_size")):
+    for step, mean in enumerate(means):
         sizes_LD = draw_pool_sizes(
             8 * step + torch.arange(8).repeat_interleave(2),
             offsets_D=starts,
@@ -153,11 +149,3 @@ def test_a_run_on_conversations(talk):
             num_experts=8,
         )
         assert mean == pytest.approx(sizes_LD.double().mean().item(), abs=1e-2)
-
-
-def test_what_conversations_do_not_go_with_is_refused_before_anything_is_built(talk):
-    flags = [*_flags(talk), "--context-parallel-size", 2, "--reset-position-ids"]
-    output = pretrain(2, *flags, "--fim-data", data=talk["data"], expect_failure=True)
-    for name in ("--context-parallel-size", "--reset-position-ids", "--fim-data"):
-        assert f"{name} must be" in output, name
-    assert "number of parameters" not in output
