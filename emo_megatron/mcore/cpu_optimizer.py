@@ -38,8 +38,7 @@ def repair_loading() -> None:
         with torch.no_grad():
             load_state_dict(self, state)
         for group in self.optimizer.param_groups:
-            # Megatron-FSDP stores every parameter's own step, and none here
-            for parameter in group["params"] if "step" in group else ():
+            for parameter in group["params"]:
                 if "step" in self.optimizer.state.get(parameter, {}):
                     # a tensor for each: one for all would be advanced by every parameter
                     step = torch.tensor(float(group["step"]))

@@ -47,9 +47,10 @@ def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> N
         is_first = training_args() is prepared[0]
         start(*(prepared if is_first else prepare()), store=store, inprocess_call_wrapper=wrapper)
 
-    # the extension fills the argument of this type; Megatron's own pretrain names another and gets nothing
+    # the extension fills every argument that is annotated with this class or a base of it; Megatron's own pretrain has
+    # none, and would meet again in the store what the failed attempt left there
     inprocess = importlib.import_module(f"{EXTENSION}.inprocess")
-    attempt.__annotations__ = {"store": object, "wrapper": inprocess.CallWrapper}
+    attempt.__annotations__ = {"wrapper": inprocess.CallWrapper}
     restarting, store = maybe_wrap_for_inprocess_restart(attempt)
     restarting(store, None)
 

@@ -46,7 +46,7 @@ class Wrapper:
         names = [
             name
             for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.annotation == CallWrapper
+            if issubclass(CallWrapper, parameter.annotation)
         ]
 
         @functools.wraps(function)
