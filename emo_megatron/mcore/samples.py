@@ -63,7 +63,7 @@ class PoolMockGPTDataset(_TellsPadding, MockGPTDataset):
     """Megatron's made-up dataset, whose samples tell their padding."""
 
 
-class PoolSFTDataset(SFTDataset):  # type: ignore[misc]
+class PoolSFTDataset(SFTDataset):
     """Megatron's dataset of conversations, whose samples tell their padding.
 
     A document is a conversation, cut at the end of the sample. Megatron counts the padding to the last one.
