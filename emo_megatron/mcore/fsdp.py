@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from emo_megatron.mcore.damage import damage_of
 from emo_megatron.mcore.weight_names import EXPERTS, Piece, pieces_of
@@ -68,7 +68,7 @@ class FsdpCheckpoint(MegatronCheckpoint):
         """The flags of its run, `args`."""
         held: dict[str, Any] = {"args": None}
         with damage_of([".metadata"], folder=self.path, is_unpickled=True):
-            dcp.load(held, storage_reader=self._reader, no_dist=True)
+            load(held, storage_reader=self._reader, no_dist=True)
         return held
 
 
