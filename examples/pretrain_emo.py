@@ -8,6 +8,7 @@ machine without a GPU it adds the flags that choose Megatron's plain PyTorch mod
 """
 
 import sys
+from typing import Any
 
 from emo_megatron.mcore import cpu
 
@@ -21,7 +22,7 @@ from megatron.training.argument_utils import (  # noqa: E402
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
-from emo_megatron.mcore import train  # noqa: E402
+from emo_megatron.mcore import restart, train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
 from emo_megatron.mcore.checkpoint import check_resume  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
@@ -36,24 +37,36 @@ def main() -> None:
     require_megatron()
     use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
+    restart.run(prepare, start)
+
+
+def prepare() -> tuple[Any, ...]:
+    """The flags, the pools and the model they describe; an error if this run cannot be."""
     args = parse_and_validate_args(
         extra_args_provider=lambda parser: add_placement_args(
             add_finetune_args(add_pool_args(parser))
         ),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
+    train.pack_conversations(args)
     pool = pool_config_from_args(args)
     model = gpt_config_from_args(args)
     check_run(pool, model.transformer, args)
     check_resume(pool, args)
     model.transformer_layer_spec = pool_spec_builder(pool)
     model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
+    return args, pool, model
+
+
+def start(args: Any, pool: Any, model: Any, **restarts: Any) -> None:
+    """Train; once more after a failure with --inprocess-restart."""
     install_metrics(pool, model.transformer, has_documents=train.has_documents(args))
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         train.datasets_provider,
         ModelType.encoder_or_decoder,
         train.forward_step,
+        **restarts,
     )
 
 

@@ -18,6 +18,7 @@ from emo_megatron.mcore.refusals import (
     problems_of,
     problems_with_config,
 )
+from emo_megatron.mcore.restart import problems_with_restarts
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -70,10 +71,12 @@ def check_run(
         args.dataloader_inter_document_masking,
         pool.pool_documents == "routers",
     )
+    if refusals is SCRIPT_REFUSALS:
+        problems += _problems_with_conversations(args) + problems_with_restarts(args)
     if is_packed and is_for_routers:
+        packing = "--sft" if args.sft else "--dataloader-inter-document-masking"
         problems.append(
-            "--dataloader-inter-document-masking must not be given with --pool-documents routers: attention would "
-            "keep to documents too"
+            f"{packing} must not be given with --pool-documents routers: attention would keep to documents too"
         )
     if (
         is_packed
@@ -104,3 +107,24 @@ def check_run(
         )
     if problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _problems_with_conversations(args: argparse.Namespace) -> list[str]:
+    """What --sft cannot go with, one sentence each; much of it Megatron's dataset would fail on at the first sample."""
+    if not args.sft:
+        return []
+    wanted = (
+        (
+            "context_parallel_size",
+            1,
+            "the padding between conversations that it needs is not told to the routers",
+        ),
+        ("tokenizer_type", "SFTTokenizer", "it reads conversations"),
+        ("mock_data", False, "there are no made-up conversations"),
+        ("reset_position_ids", False, "positions restart with every conversation as it is"),
+    )
+    return [
+        f"{flag(name)} must be {value!r} with --sft; got {getattr(args, name)!r}: {reason}"
+        for name, value, reason in wanted
+        if getattr(args, name) != value
+    ]

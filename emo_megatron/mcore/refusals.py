@@ -198,22 +198,11 @@ SCRIPT_REFUSALS = (
         allowed=(None, 0),
         reason="Megatron builds multi-token-prediction layers with the stock router",
     ),
-    Refusal(field="sft", allowed=(False,), reason="supervised fine-tuning has its own dataset"),
     Refusal(field="fim_data", allowed=(False,), reason="fill-in-the-middle has its own dataset"),
     Refusal(
         field="logits_load_dir",
         allowed=(None,),
         reason="distillation from stored logits is not built into this script",
-    ),
-    Refusal(
-        field="log_straggler",
-        allowed=(False,),
-        reason="straggler detection is not built into this script",
-    ),
-    Refusal(
-        field="inprocess_restart",
-        allowed=(False,),
-        reason="in-process restart is not built into this script",
     ),
     Refusal(
         field="spec",
@@ -272,12 +261,18 @@ HOST_REFUSALS = (
         only_with_pools=True,
         reason="Megatron's scripts plan a micro-batch without its document boundaries; use examples/pretrain_emo.py",
     ),
+    Refusal(
+        field="sft",
+        allowed=(False,),
+        only_with_pools=True,
+        reason="Megatron's scripts count padding to the last conversation, where it would have a vote in the pool; use "
+        "examples/pretrain_emo.py",
+    ),
     *(
         row
         for row in SCRIPT_REFUSALS
         if row.field
         in {
-            "sft",
             "fim_data",
             "context_parallel_size",
             "hybrid_context_parallel",

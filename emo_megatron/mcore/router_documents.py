@@ -74,6 +74,11 @@ def current_documents() -> RouterDocuments | None:
     return _CURRENT.backward if is_in_backward() else _CURRENT.forward
 
 
+def forget() -> None:
+    """Forget the documents of every micro-batch, before training starts over in this process."""
+    _CURRENT.forward = _CURRENT.backward = None
+
+
 def forward_with_documents(
     call: Callable[..., Any], documents: RouterDocuments | None, *args: Any, **kwargs: Any
 ) -> Any:

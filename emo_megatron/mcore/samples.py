@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.training.datasets.sft_dataset import SFTDataset
 
 NUM_PADDING = "num_padding"
 """Key of a sample, and of a micro-batch with document boundaries: tokens of padding at the end, [mbs] int64."""
@@ -60,3 +61,22 @@ class PoolGPTDataset(_TellsPadding, GPTDataset):
 
 class PoolMockGPTDataset(_TellsPadding, MockGPTDataset):
     """Megatron's made-up dataset, whose samples tell their padding."""
+
+
+class PoolSFTDataset(SFTDataset):
+    """Megatron's dataset of conversations, whose samples tell their padding.
+
+    A document is a conversation, cut at the end of the sample. Megatron counts the padding to the last one.
+    """
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(idx)
+        messages = self.dataset[int(self.indices[idx % len(self.indices)])]
+        conversations = self._split_conversations(messages)
+        # padding cannot be told by its token: that may be the end-of-document token, which ends conversations too
+        last, _ = self.config.tokenizer.tokenize_conversation(
+            conversations[-1], return_target=True, add_generation_prompt=False
+        )
+        start = int(sample["cu_seqlens"][len(conversations) - 1])
+        num_tokens = len(sample["tokens"])
+        return sample | {NUM_PADDING: num_tokens - min(start + len(last), num_tokens)}

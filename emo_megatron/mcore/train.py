@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
+    StragglerDetector,
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -43,12 +44,20 @@ from emo_megatron.mcore.samples import (
     PoolDatasetConfig,
     PoolGPTDataset,
     PoolMockGPTDataset,
+    PoolSFTDataset,
 )
 from emo_megatron.modules.json_files import read_object
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
+# one object for all, which forgets what --log-straggler set when it is asked for again
+_STRAGGLERS = StragglerDetector()
+
+
+def pack_conversations(args: Any) -> None:
+    """Make --sft a run with packed documents, which its samples are, wherever flags are looked at."""
+    args.dataloader_inter_document_masking |= args.sft
 
 
 def has_documents(args: Any) -> bool:
@@ -246,21 +255,23 @@ def forward_step(
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    with _STRAGGLERS(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed = packed_documents(batch)
     timers("batch-generator").stop()
     num_samples = 1 if packed is None else len(batch[NUM_PADDING])
     flatten_received(model, num_samples=num_samples)
-    output = forward_with_documents(
-        model.build_schedule_plan if return_schedule_plan else model,
-        router_documents(batch),
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=packed,
-    )
+    with _STRAGGLERS:
+        output = forward_with_documents(
+            model.build_schedule_plan if return_schedule_plan else model,
+            router_documents(batch),
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=packed,
+        )
     if not return_schedule_plan:
         output = as_exchanged(output, model, num_samples=num_samples)
     return output, functools.partial(loss_func, batch["loss_mask"])
@@ -276,8 +287,9 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         return has_documents(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
 
     print_rank_0("> building train, validation, and test datasets ...")
+    dataset = PoolMockGPTDataset if args.mock_data else PoolGPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        PoolMockGPTDataset if args.mock_data else PoolGPTDataset,
+        PoolSFTDataset if args.sft else dataset,
         num_samples,
         is_built_here,
         dataset_config(args),

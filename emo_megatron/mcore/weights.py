@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from emo_megatron.mcore.damage import damage_of
-from emo_megatron.mcore.weight_names import in_order, pieces_of
+from emo_megatron.mcore.weight_names import Piece, in_order, pieces_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -67,7 +67,7 @@ class MegatronCheckpoint:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = _iteration_folder(Path(path))
+        self.path = self._folder(Path(path))
         self._reader = FileSystemReader(str(self.path))
         with damage_of([".metadata"], folder=self.path, is_unpickled=True):
             self._metadata: Metadata = self._reader.read_metadata()
@@ -79,7 +79,7 @@ class MegatronCheckpoint:
             if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(name)
         }
         self._check_files()
-        self._pieces = pieces_of({n: tuple(e.size) for n, e in self._stored.items()})
+        self._pieces = self._found({n: tuple(e.size) for n, e in self._stored.items()})
         self.names: dict[str, TensorInfo] = {
             name: TensorInfo(
                 tuple(
@@ -93,6 +93,12 @@ class MegatronCheckpoint:
         for name, info in self.names.items():
             if sum(math.prod(piece.shape) for piece in self._pieces[name]) != math.prod(info.shape):
                 raise ValueError(f"{self.path} is not whole: it has a part of {name} only")
+
+    def _folder(self, path: Path) -> Path:
+        return _iteration_folder(path)
+
+    def _found(self, sizes: dict[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        return pieces_of(sizes)
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -328,6 +334,11 @@ def _iteration_folder(path: Path) -> Path:
         raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
     with damage_of(["metadata.json"], folder=folder, is_unpickled=True):
         config = maybe_load_config(str(folder))
+    if config is None and (folder / ".metadata").exists():
+        raise ValueError(
+            f"{folder} is not a torch_dist checkpoint: one of Megatron-FSDP (--ckpt-format fsdp_dtensor) becomes one "
+            f"with python -m emo_megatron.mcore.fsdp --checkpoint {path} --output NEW_FOLDER"
+        )
     if config is None or config.sharded_backend != "torch_dist":
         raise ValueError(
             f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with its {TRACKER}, or one "

@@ -80,6 +80,31 @@ def test_megatrons_own_scripts_plan_no_documents():
     pool_args.check_run(PoolConfig(), planned, planned, refusals=HOST_REFUSALS)
 
 
+def test_conversations_go_with_what_their_dataset_takes():
+    talk = {"sft": True, "tokenizer_type": "SFTTokenizer"}
+    pools = PoolConfig(pool_min=4)
+    fine = _host(**talk)
+    pool_args.check_run(pools, fine, fine)
+    with pytest.raises(ValueError, match="--sft must be False"):
+        pool_args.check_run(pools, fine, fine, refusals=HOST_REFUSALS)
+    with pytest.raises(ValueError, match="--sft must not be given with --pool-documents routers"):
+        pool_args.check_run(PoolConfig(pool_min=4, pool_documents="routers"), fine, fine)
+    wrong = {"context_parallel_size": 2, "mock_data": True, "reset_position_ids": True}
+    host = _host(**talk | wrong | {"tokenizer_type": "NullTokenizer"})
+    with pytest.raises(ValueError, match="with --sft") as caught:
+        pool_args.check_run(pools, host, host)
+    for name in (*wrong, "tokenizer_type"):
+        assert f"--{name.replace('_', '-')} must be" in str(caught.value)
+
+
+def test_restarts_need_their_package():
+    host = _host(inprocess_restart=True)
+    with pytest.raises(ValueError, match="--inprocess-restart needs"):
+        pool_args.check_run(PoolConfig(), host, host)
+    # Megatron's own scripts say what they do without it
+    pool_args.check_run(PoolConfig(), host, host, refusals=HOST_REFUSALS)
+
+
 def _host(**overrides):
     """The attributes of a host configuration the refusals read, all allowed."""
     allowed = {r.field: r.allowed[0] for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)}
@@ -92,6 +117,10 @@ def _host(**overrides):
         "virtual_pipeline_model_parallel_size": None,
         "overlap_moe_expert_parallel_comm": False,
         "dataloader_type": "single",
+        "sft": False,
+        "mock_data": False,
+        "reset_position_ids": False,
+        "inprocess_restart": False,
     }
     return types.SimpleNamespace(**(allowed | overrides))
 
@@ -116,11 +145,8 @@ REFUSED = {
     "cuda_graph_impl": ["local", "transformer_engine"],
     "transformer_impl": ["inference_optimized"],
     "context_parallel_size": [2],
-    "sft": [True],
     "fim_data": [True],
     "logits_load_dir": ["teacher"],
-    "log_straggler": [True],
-    "inprocess_restart": [True],
     "moe_expert_rank_capacity_factor": [1.0],
     "spec": [["a", "b"]],
     "hybrid_context_parallel": [True],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from unittest import mock
 
@@ -76,12 +77,13 @@ def _routers(pool):
     return routers
 
 
-def _step(pool):
+def _step(pool, recomputes=False):
     """Operations of every (micro-batch, layer), of the end of the step and of the report; pool None: stock routers."""
     from megatron.core.transformer.moe import moe_logging
     from support import tiny
 
     from emo_megatron.mcore.context import CLOCK, Shard, scope_of
+    from emo_megatron.mcore.router_documents import RouterDocuments
 
     routers = _routers(pool)
     CLOCK.consumed_samples = 0
@@ -99,6 +101,7 @@ def _step(pool):
             for router in routers:
                 router.reset_global_aux_loss_tracker()
         packed = tiny.packed([0, 5, 16, 28])
+        documents_alone = RouterDocuments(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16)
         shard = Shard(
             **dict.fromkeys(("tp_rank", "cp_rank", "dp_rank"), 0),
             **dict.fromkeys(("tp_size", "cp_size", "dp_size"), 1),
@@ -106,14 +109,14 @@ def _step(pool):
         )
         for router in routers:
             with Operations() as operations, on_device:
-                if pool is not None:
-                    router.scope = scope_of(
-                        packed,
-                        hidden_shape=torch.Size((32, 1, 32)),
-                        shard=shard,
-                        pool=pool,
-                        layer_number=router.layer_number,
-                    )
+                options = {"hidden_shape": torch.Size((32, 1, 32)), "shard": shard, "pool": pool}
+                if pool is not None and pool.pool_documents == "routers":
+                    router.scope = documents_alone.scope_for(router.layer_number, **options)
+                elif pool is not None:
+                    router.scope = scope_of(packed, layer_number=router.layer_number, **options)
+                if recomputes:
+                    with torch.no_grad():
+                        router.routing(logits)
                 probs, _ = router.routing(logits)
                 torch.autograd.grad([probs], [logits], [upstream])
             if micro_batch > 0:
@@ -134,7 +137,29 @@ def _step(pool):
     return passes, end.count, report.count
 
 
-@pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
+HAS_COMPILED = pytest.mark.skipif(
+    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
+)
+FEATURES = {
+    "routers": {"pool_documents": "routers"},
+    "running": {"pool_balance": "running"},
+    "top-p": {"pool_rule": "top_p", "pool_top_p": 0.7},
+    "recompute": {},
+}
+
+
+@HAS_COMPILED
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_step_starts_no_more_operations_than_the_stock_routers(ranks, feature):
+    totals = []
+    for pool in (None, dataclasses.replace(POOLS, **FEATURES[feature])):
+        passes, end, _ = ranks(1).run(_step, pool=pool, recomputes=feature == "recompute")[0]
+        totals.append(sum(sum(seen.values()) for seen in passes.values()) + end)
+    stock, ours = totals
+    assert ours <= stock
+
+
+@HAS_COMPILED
 def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks):
     (stock, stock_end, stock_report), (ours, our_end, our_report) = (
         ranks(1).run(_step, pool=pool)[0] for pool in (None, POOLS)

@@ -51,7 +51,7 @@ def start(
     """A run of FLAGS and `flags`, the later of which win; without data on Megatron's mock data."""
     source = ["--data-path", data, "--data-cache-path", data.parent] if data else ["--mock-data"]
     # a switch cannot be taken back
-    own = [flag for flag in FLAGS if "routers" not in flags or flag != MASKING]
+    own = [flag for flag in FLAGS if flag != MASKING or not {"routers", "--sft"} & {*flags}]
     arguments = (script, *own, *source, "--vocab-size", VOCAB, *flags)
     return subprocess.Popen(
         python(*arguments, processes=processes),

@@ -1,0 +1,123 @@
+"""Write the weights of a Megatron-FSDP checkpoint (--ckpt-format fsdp_dtensor) as torch_dist, which the commands read.
+
+    python -m emo_megatron.mcore.fsdp --checkpoint RUN --output NEW_FOLDER
+
+Megatron itself converts in the other direction only. Such a checkpoint has the modules' own names, every expert alone
+and the halves of gated projections apart. It needs no GPU and no process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import re
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from emo_megatron.mcore.damage import damage_of
+from emo_megatron.mcore.weight_names import EXPERTS, Piece, pieces_of
+from emo_megatron.mcore.weights import MegatronCheckpoint, tracked_folder
+from emo_megatron.mcore.weights_writer import LazyWeight, write_checkpoint
+from emo_megatron.modules.files import must_not_exist
+
+_MODEL = re.compile(r"model\.(?:module\.)*")
+_ALONE = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)(_[wv])?$")
+
+
+class FsdpCheckpoint(MegatronCheckpoint):
+    """A `fsdp_dtensor` checkpoint, read as MegatronCheckpoint reads its own; see there.
+
+    Raises:
+        ValueError: there is none, or files of it are missing or cut short.
+    """
+
+    def _folder(self, path: Path) -> Path:
+        folder = tracked_folder(path) or path
+        if not (folder / ".metadata").is_file() or (folder / "metadata.json").exists():
+            raise ValueError(
+                f"{folder} is not a checkpoint of Megatron-FSDP: name the folder that --save wrote with --ckpt-format "
+                "fsdp_dtensor, or one iteration's in it"
+            )
+        return folder
+
+    def _found(self, sizes: dict[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
+        is_local = self.args.transformer_impl == "local"
+        stored = {
+            _name(name, is_local=is_local): name
+            for name in sizes
+            if _MODEL.match(name) and "_extra_state" not in name
+        }
+        if not stored:
+            raise ValueError(f"{self.path} holds no model of Megatron-FSDP")
+        found = pieces_of({name: sizes[at] for name, at in stored.items()})
+        return {
+            name: [dataclasses.replace(piece, stored=stored[piece.stored]) for piece in pieces]
+            for name, pieces in found.items()
+        }
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The flags of its run, `args`."""
+        held: dict[str, Any] = {"args": None}
+        with damage_of([".metadata"], folder=self.path, is_unpickled=True):
+            load(held, storage_reader=self._reader, no_dist=True)
+        return held
+
+
+def _name(stored: str, *, is_local: bool) -> str:
+    """The name that torch_dist gives what Megatron-FSDP stores so, every expert alone."""
+    name = _MODEL.sub("", stored, count=1)
+    name = _ALONE.sub(rf"{EXPERTS}\1.", name)
+    name = _GROUPED.sub(rf"{EXPERTS}\2.\1\3", name)
+    if is_local:
+        # a norm is named by the projection it feeds, of which it is a part with Transformer Engine
+        name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+        name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+    return name
+
+
+def convert(checkpoint: Path, output: Path) -> Path:
+    """Write the checkpoint's weights as a torch_dist checkpoint, without optimizer, at iteration 0.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, a weight is not finite, or the output exists.
+    """
+    must_not_exist(output)
+    source = FsdpCheckpoint(checkpoint)
+    args = copy.copy(source.args)
+    args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
+    weights = {
+        name: LazyWeight(
+            shape=info.shape, dtype=info.dtype, rows=functools.partial(_rows, source, name)
+        )
+        for name, info in source.names.items()
+    }
+    return write_checkpoint(output, weights, args=args)
+
+
+def _rows(source: FsdpCheckpoint, name: str, start: int, stop: int) -> torch.Tensor:
+    return source.read(name, slice(start, stop))
+
+
+def main() -> None:
+    """Convert, as the command line says."""
+    parser = argparse.ArgumentParser(description="Megatron-FSDP's checkpoint as torch_dist.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="What --save named.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder to write.")
+    options = parser.parse_args()
+    try:
+        print(convert(options.checkpoint, options.output))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

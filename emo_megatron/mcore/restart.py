@@ -1,0 +1,62 @@
+"""--inprocess-restart: training that starts over in the same processes, with nothing left of the attempt that failed.
+
+Megatron destroys its parsed flags and its MoE metrics between attempts, so each one prepares and starts anew. The
+first prepares before the restarts begin: flags that are refused end the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from emo_megatron.mcore import router, router_documents
+from emo_megatron.mcore.compat import training_args
+from emo_megatron.mcore.context import CLOCK
+
+EXTENSION = "nvidia_resiliency_ext"
+
+
+def problems_with_restarts(args: argparse.Namespace) -> list[str]:
+    """Why --inprocess-restart cannot work here: without the package behind it Megatron would go on without restarts."""
+    if not args.inprocess_restart or importlib.util.find_spec(EXTENSION) is not None:
+        return []
+    return [
+        f"--inprocess-restart needs the package {EXTENSION}, which is not installed: "
+        "pip install nvidia-resiliency-ext, or drop the flag"
+    ]
+
+
+def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> None:
+    """`start(*prepare(), store=..., inprocess_call_wrapper=...)`, once more after every failure with the flag.
+
+    Args:
+        prepare: parses and checks the flags; they are the first of what it returns.
+        start: trains. The keywords are for Megatron's `pretrain`; None without restarts.
+    """
+    prepared = prepare()
+    if not prepared[0].inprocess_restart:
+        start(*prepared, store=None, inprocess_call_wrapper=None)
+        return
+    from megatron.training.inprocess_restart import maybe_wrap_for_inprocess_restart
+
+    def attempt(store: Any, wrapper: Any) -> None:
+        forget_attempt()
+        is_first = training_args() is prepared[0]
+        start(*(prepared if is_first else prepare()), store=store, inprocess_call_wrapper=wrapper)
+
+    # the extension fills every argument that is annotated with this class or a base of it; Megatron's own pretrain has
+    # none, and would meet again in the store what the failed attempt left there
+    inprocess = importlib.import_module(f"{EXTENSION}.inprocess")
+    attempt.__annotations__ = {"wrapper": inprocess.CallWrapper}
+    restarting, store = maybe_wrap_for_inprocess_restart(attempt)
+    restarting(store, None)
+
+
+def forget_attempt() -> None:
+    """Forget what this process keeps of a training run outside its model."""
+    CLOCK.consumed_samples = None
+    router_documents.forget()
+    router._tell.cache_clear()

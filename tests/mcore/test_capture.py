@@ -1,0 +1,137 @@
+"""Scope, routing, losses, metrics and backward never wait for the device, and no shape depends on data.
+
+Fake tensors have no values, so reading one, or a shape that follows from one, raises. Those of the device "meta" are
+no host tensors, whose values are looked at; they are treated as a GPU's are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from support import tiny
+
+from emo_megatron.config import PoolConfig
+
+EXPERTS, TOKENS, SAMPLE, NUM_DOCUMENTS = 8, 32, 16, 9
+SIGMOID = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_pre_softmax": False,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "uniform": {"pool": {}},
+    "fixed size": {"pool": {"pool_max": 3}},
+    "falling bound": {"pool": {"pool_min_decay_samples": 9}},
+    "unrestricted share": {"pool": {"pool_unrestricted": 0.2}},
+    "top-p": {"pool": {"pool_rule": "top_p", "pool_top_p": 0.7}},
+    "running": {"pool": {"pool_balance": "running"}},
+    "whole samples": {"pool": {"pool_scope": "sample"}},
+    "forced experts": {"pool": {"pool_forced": 1}},
+    "EOS rule": {"pool": {"pool_eos_starts_document": True}},
+    "selection": {"pool": {"pool_mask": "selection"}},
+    "evaluation pool": {"pool": {"pool_eval": 3}, "is_training": False},
+    "evaluation without pools": {"pool": {}, "is_training": False},
+    "trailing padding": {"pool": {}, "has_tails": True},
+    "CP2 by sample": {"pool": {}, "cp": 2},
+    "CP2 by document": {"pool": {"pool_cp_partition": "document"}, "is_padded": True, "cp": 2},
+    "sigmoid with bias": {"pool": {}, "config": SIGMOID},
+    "post-softmax": {"pool": {}, "config": {"moe_router_pre_softmax": False}},
+    "boundaries for the routers": {"pool": {"pool_documents": "routers"}, "has_tails": True},
+    "restricted experts": {"pool": {}, "is_restricted": True},
+    "pools off": {"pool": {"pool_min": None}},
+}
+
+
+def _scope(pool: PoolConfig, *, cp: int, is_padded: bool, has_tails: bool) -> Any:
+    """The scope of a micro-batch whose boundaries have no values."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from emo_megatron.mcore import context
+    from emo_megatron.mcore.router_documents import RouterDocuments
+
+    ranks = {"tp_rank": 0, "tp_size": 1, "cp_rank": 0, "cp_size": cp, "dp_rank": 0, "dp_size": 1}
+    shard = context.Shard(microbatch=0, **ranks)
+    shape = torch.Size([TOKENS // cp, 1, 32])
+    bounds = torch.empty(NUM_DOCUMENTS + 1, dtype=torch.int32)
+    tails_B = torch.empty(TOKENS // SAMPLE, dtype=torch.int64) if has_tails else None
+    if pool.pool_documents == "routers":
+        documents = RouterDocuments(
+            cu_seqlens=bounds, tokens_per_sample=SAMPLE, num_padding_B=tails_B
+        )
+        return documents.scope_for(1, hidden_shape=shape, shard=shard, pool=pool)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=SAMPLE,
+        max_seqlen_kv=SAMPLE,
+        tokens_per_sample=SAMPLE,
+        cu_seqlens_q_padded=bounds if is_padded else None,
+        cu_seqlens_kv_padded=bounds if is_padded else None,
+    )
+    setattr(packed, context.TRAILING_PADDING, tails_B)
+    return context.scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1)
+
+
+def _forward_and_backward(
+    backend: str,
+    pool: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    cp: int = 1,
+    is_padded: bool = False,
+    has_tails: bool = False,
+    is_training: bool = True,
+    is_restricted: bool = False,
+) -> list[Any]:
+    """Device and shapes of what the second micro-batch of a step gives: probs, map, gradient."""
+    from megatron.core.transformer.moe.moe_utils import (
+        MoEAuxLossAutoScaler,
+        get_default_pg_collection,
+    )
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from emo_megatron.mcore import context
+    from emo_megatron.mcore.metrics import install_metrics
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    transformer = tiny.transformer_config(**(config or {}))
+    pools = PoolConfig(**({"pool_min": 3} | pool))
+    install_metrics(pools, transformer, has_documents=True)
+    with FakeTensorMode(), torch.device("meta"), contextlib.ExitStack() as stack:
+        stack.callback(setattr, context.CLOCK, "consumed_samples", None)
+        context.CLOCK.consumed_samples = 0
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
+        router = PoolRouter(transformer, pg_collection=get_default_pg_collection(), pool=pools)
+        router.backend = lambda logits_TE: backend
+        router.set_layer_number(1)
+        router.train(is_training)
+        # Megatron makes these on the machine's own device, whatever the default is
+        for name, buffer in list(router.named_buffers()):
+            setattr(router, name, torch.empty_like(buffer, device="meta"))
+        if is_restricted:
+            router.allowed_experts = torch.empty(EXPERTS, dtype=torch.bool)
+        for _ in range(2):
+            router.scope = _scope(pools, cp=cp, is_padded=is_padded, has_tails=has_tails)
+            logits = torch.empty(TOKENS // cp, 1, EXPERTS, requires_grad=True)
+            probs, routing_map = router.routing(logits)
+            probs.sum().backward()
+        results = [probs, routing_map, logits.grad]
+        return [(value.device.type, tuple(value.shape)) for value in results]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_no_configuration_waits_or_has_shapes_that_depend_on_data(ranks, backend):
+    for name, case in CASES.items():
+        tokens = TOKENS // case.get("cp", 1)
+        flat = ("meta", (tokens, EXPERTS))
+        got = ranks(1).run(_forward_and_backward, backend=backend, **case)[0]
+        assert got == [flat, flat, ("meta", (tokens, 1, EXPERTS))], name
+
+
+def test_a_value_that_is_looked_at_is_found(ranks):
+    with pytest.raises(RuntimeError, match="DataDependent"):
+        ranks(1).run(_forward_and_backward, backend="reference", pool={"pool_check": True})

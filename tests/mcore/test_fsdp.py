@@ -1,0 +1,54 @@
+"""Checkpoints of Megatron-FSDP, as torch's own writer and Megatron's names make them, become torch_dist."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from support import checkpoints
+
+from emo_megatron.mcore.fsdp import convert
+from emo_megatron.mcore.weights import MegatronCheckpoint
+
+
+def _save(folder: str, is_grouped: bool) -> dict[str, torch.Tensor]:
+    """What Megatron-FSDP would write of a small model; its weights by the reader's names."""
+    built = checkpoints.model({"num_layers": 2}, layout={})
+    state: dict[str, Any] = {}
+    for name, value in built.state_dict().items():
+        if "_extra_state" in name:
+            continue
+        halves = {"": value}
+        if ".mlp." in name and ".linear_fc1.weight" in name:
+            halves = dict(zip(("_w", "_v"), value.chunk(2), strict=True))
+        if is_grouped:
+            name = re.sub(r"local_experts\.(\d+)\.(linear_fc\d\.weight)", r"\2\1", name)
+        state |= {f"module.{name}{half}": part.clone() for half, part in halves.items()}
+    args = argparse.Namespace(**checkpoints.ARGS, transformer_impl="local", use_megatron_fsdp=True)
+    optimizer = {"state": {"module.decoder.final_layernorm.weight": {"exp_avg": torch.ones(32)}}}
+    held = {"model": state, "optimizer": optimizer, "args": args, "iteration": 7}
+    dcp.save(held, checkpoint_id=folder, no_dist=True)
+    return checkpoints.expected(built)
+
+
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["one by one", "grouped"])
+def test_every_weight_is_written_again(ranks, tmp_path, is_grouped):
+    source = tmp_path / "fsdp"
+    (weights,) = ranks(1).run(_save, folder=str(source), is_grouped=is_grouped)
+    with pytest.raises(ValueError, match=r"emo_megatron\.mcore\.fsdp --checkpoint"):
+        MegatronCheckpoint(source)
+    written = MegatronCheckpoint(convert(source, tmp_path / "again"))
+    assert set(written.names) == set(weights)
+    for name, value in weights.items():
+        assert torch.equal(written.read(name), value), name
+    assert not written.args.use_megatron_fsdp
+    assert written.args.num_experts == 8
+
+
+def test_another_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fsdp_dtensor"):
+        convert(tmp_path, tmp_path / "again")

@@ -1,0 +1,151 @@
+"""--sft: a document is a conversation, and the padding after the last one belongs to none."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import words
+from support.pretraining import logged, pretrain
+
+SEQ = 16
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def _messages(*conversations: tuple[int, ...]) -> list[dict[str, str]]:
+    """The messages of a sample, of so many words each; a system message opens a conversation."""
+    return [
+        {"role": role, "content": " ".join(WORDS[(7 * n + i) % len(WORDS)] for i in range(n))}
+        for lengths in conversations
+        for role, n in zip(("system", "user", "assistant"), lengths, strict=False)
+    ]
+
+
+# lengths of messages, conversation by conversation, and what follows: bounds of the documents and padding
+SAMPLES = {
+    "padded": ([(2, 3, 2), (1, 2)], [0, 7, SEQ], 6),
+    "full": ([(2, 3, 4), (3, 4)], [0, 9, SEQ], 0),
+    "cut": ([(2, 3, 4), (3, 9), (1, 1)], [0, 9, SEQ], 0),
+    "next one lies outside": ([(2, 3, 11), (3, 1)], [0, SEQ], 0),
+    "a prompt alone": ([(4,)], [0, SEQ], 12),
+}
+
+
+def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
+    """Of samples with messages of these lengths: boundaries, padding, document ids and pools of a micro-batch."""
+    import numpy as np
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from support import tiny
+
+    from emo_megatron.config import PoolConfig
+    from emo_megatron.mcore import context
+    from emo_megatron.mcore.router import PoolRouter
+    from emo_megatron.mcore.samples import NUM_PADDING, PoolSFTDataset
+
+    class Tokenizer:
+        """A token a word, the last of every message the end-of-document token, which is the padding's too."""
+
+        eod = pad = 1
+        vocab_size = 512
+        unique_identifiers = "words"
+
+        def tokenize_conversation(self, conversation, **_):
+            lengths = [len(message["content"].split()) for message in conversation]
+            tokens = np.concatenate([np.array([5] * (n - 1) + [1]) for n in lengths])
+            return tokens, tokens.copy()
+
+    tiny.setup()
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=SEQ,
+        context_parallel_size=1,
+        blend=(["talk"], None),
+        split="100,0,0",
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    lines = [_messages(*sample) for sample in samples]
+    dataset = PoolSFTDataset(lines, None, np.arange(len(lines)), len(lines), Split.train, config)
+    pool = PoolConfig(pool_min=3, pool_max=3)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = PoolRouter(config=tiny.transformer_config(), pg_collection=groups, pool=pool)
+    router.set_layer_number(1)
+    shard = context.Shard(
+        tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0
+    )
+    found = []
+    for sample in (dataset[i] for i in range(len(lines))):
+        bounds, padding = sample["cu_seqlens"].unique().tolist(), sample[NUM_PADDING]
+        packed = tiny.packed(bounds, tokens_per_sample=SEQ)
+        setattr(packed, context.TRAILING_PADDING, torch.tensor([padding]))
+        shape = torch.Size((SEQ, 1, 32))
+        router.scope = context.scope_of(
+            packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1
+        )
+        logits = torch.zeros(SEQ, 1, 8)
+        logits[:, :, :3] = 1.0
+        # padding wants the last experts, more than the rest wants the first
+        logits[SEQ - padding :] = 0.0
+        logits[SEQ - padding :, :, 5:] = 9.0
+        router.routing(logits)
+        pools = [row.nonzero().flatten().tolist() for row in router.scope.pools[1]]
+        found.append((bounds, padding, router.scope.document_ids_T.tolist(), pools))
+    return found
+
+
+def test_padding_belongs_to_no_conversation_and_has_no_vote(ranks):
+    samples = [lengths for lengths, _, _ in SAMPLES.values()]
+    documents = ranks(1).run(_documents, samples=samples)[0]
+    for (name, (_, bounds, padding)), found in zip(SAMPLES.items(), documents, strict=True):
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        ids = [i for i, length in enumerate(lengths) for _ in range(length)]
+        ids[SEQ - padding :] = [-1] * padding
+        pools = [[0, 1, 2]] * (len(bounds) - 1)
+        assert found == (bounds, padding, ids, pools), name
+
+
+@pytest.fixture
+def talk(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Files of a run: a tokenizer that ends conversations, and eight samples."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}" + words.END
+    special = {"eos_token": words.END, "chat_template": template}
+    tokenizer = words.write_tokenizer(tmp_path / "tokenizer", size=60, around="$A", **special)
+    samples = [_messages((2, 5, 9 + n), (1, 3 * n + 1)) for n in range(8)]
+    lines = [json.dumps({"messages": messages}) for messages in samples]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"tokenizer": tokenizer, "data": tmp_path / "talk.jsonl"}
+
+
+def test_a_run_on_conversations(talk):
+    from emo_megatron.ops import draw_pool_sizes
+
+    flags: list[object] = ["--sft", "--tokenizer-type", "SFTTokenizer", "--pool-min", 3]
+    flags += ["--sft-tokenizer-prompt-format", "default", "--tokenizer-model", talk["tokenizer"]]
+    output = pretrain(1, *flags, "--micro-batch-size", 4, data=talk["data"])
+    losses, means = logged(output), logged(output, "pool_size")
+    assert len(losses) == len(means) == 4
+    assert losses[-1] < losses[0]
+    # every step has the eight samples, in their order, with two conversations each
+    starts = torch.tensor([start for n in range(8) for start in (0, 17 + n)])
+    for step, mean in enumerate(means):
+        sizes_LD = draw_pool_sizes(
+            8 * step + torch.arange(8).repeat_interleave(2),
+            offsets_D=starts,
+            layer_number=range(2, 5),
+            seed=1234,
+            low=3,
+            high=8,
+            unrestricted_share=0.0,
+            num_experts=8,
+        )
+        assert mean == pytest.approx(sizes_LD.double().mean().item(), abs=1e-2)
