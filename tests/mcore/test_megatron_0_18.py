@@ -1,4 +1,4 @@
-"""Megatron-Core 0.18.2, beside the developed-against version: one training step in EP2 and in PP2.
+"""Megatron-Core 0.18.2, beside the developed-against version: a training step in EP2 and in PP2, specs rewritten.
 
 `make test` installs it into .venv/megatron-core-0.18 without touching the environment's own.
 """
@@ -87,3 +87,39 @@ def test_one_training_step(old_ranks, layout):
         if is_last:
             assert len(losses) == 2
             assert all(0 < loss["loss"] < 20 for loss in losses)
+
+
+def _rewritten():
+    """Classes of a recipe's layer once it has pools, and what is said to attention that needs 0.19."""
+    from unittest import mock
+
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from support import tiny
+
+    from emo_megatron.config import PoolConfig
+    from emo_megatron.mcore import spec
+
+    tiny.setup()
+    pool = PoolConfig(pool_min=3)
+    config = tiny.transformer_config(multi_latent_attention=True)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    config.transformer_impl = "transformer_engine"
+    with mock.patch.object(spec, "HAVE_TE", True):
+        layer = spec.with_pools(block, config=config, pool=pool).layer_specs[0]
+        config.experimental_attention_variant = "dsa"
+        with pytest.raises(ValueError, match="dsa") as caught:
+            spec.with_pools(block, config=config, pool=pool)
+    mlp = layer.submodules.mlp
+    return (
+        layer.module.__name__,
+        mlp.func.__name__,
+        mlp.keywords["submodules"].router.func.__name__,
+        layer.submodules.self_attention is block.layer_specs[0].submodules.self_attention,
+    ), str(caught.value)
+
+
+def test_specs_are_rewritten(old_ranks):
+    names = ("PoolTransformerLayer", "PoolMoELayer", "PoolRouter")
+    for found, refused in old_ranks.run(_rewritten):
+        assert found == (*names, True)
+        assert "--experimental-attention-variant" in refused
