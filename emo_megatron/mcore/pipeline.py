@@ -22,9 +22,11 @@ def flatten_received(model: Any, *, num_samples: int) -> None:
         model: this stage, or virtual stage.
         num_samples: of the packed micro-batch; 1 leaves everything as it is.
     """
+    if num_samples == 1:
+        return
     decoder = get_attr_wrapped_model(model, "decoder")
     received = decoder.input_tensor
-    if num_samples > 1 and received is not None:
+    if received is not None:
         decoder.input_tensor = received.view(-1, 1, received.shape[-1])
 
 
