@@ -67,14 +67,26 @@ def check_run(
     problems = problems_with_config(pool, config) + problems_of(refusals, args, pool)
     # a row on the model and one on the flags may say the same
     problems = list(dict.fromkeys(problems))
-    is_packed, is_for_routers = (
-        args.dataloader_inter_document_masking,
-        pool.pool_documents == "routers",
-    )
     if refusals is SCRIPT_REFUSALS:
         problems += _problems_with_conversations(args) + problems_with_restarts(args)
+    problems += _problems_with_boundaries(pool, args)
+    if pool.is_on and args.dataloader_type != "single":
+        warnings.warn(
+            f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "
+            "data-parallel ranks; with --dataloader-type single they do not",
+            stacklevel=2,
+        )
+    if problems:
+        raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def _problems_with_boundaries(pool: PoolConfig, args: argparse.Namespace) -> list[str]:
+    """Boundaries that are missing, given twice, or in batches that cannot go where they must, one sentence each."""
+    is_packed = args.dataloader_inter_document_masking or args.sft
+    packing = "--sft" if args.sft else "--dataloader-inter-document-masking"
+    is_for_routers = pool.pool_documents == "routers"
+    problems = []
     if is_packed and is_for_routers:
-        packing = "--sft" if args.sft else "--dataloader-inter-document-masking"
         problems.append(
             f"{packing} must not be given with --pool-documents routers: attention would keep to documents too"
         )
@@ -86,27 +98,28 @@ def check_run(
     ):
         problems.append(
             "--micro-batch-size must be 1 in an interleaved pipeline with --overlap-moe-expert-parallel-comm and "
-            f"--dataloader-inter-document-masking; got {args.micro_batch_size}: Megatron's plan of a pass can't send "
-            "packed samples; or give --pool-documents routers, which doesn't pack them"
+            f"{packing}; got {args.micro_batch_size}: Megatron's plan of a pass can't send packed samples"
+        )
+    if args.tensor_model_parallel_size > 1 and args.eval_micro_batch_size not in (
+        None,
+        args.micro_batch_size,
+    ):
+        problems.append(
+            f"--eval-micro-batch-size must be --micro-batch-size ({args.micro_batch_size}) with "
+            f"--tensor-model-parallel-size above 1; got {args.eval_micro_batch_size}: all ranks but the first expect "
+            "batches of the training's size"
         )
     if pool.pool_balance == "running" and not (is_packed or is_for_routers):
         problems.append(
             "--dataloader-inter-document-masking or --pool-documents routers must be given with --pool-balance "
             "running: the step so far is kept with the documents"
         )
-    if pool.is_on and args.dataloader_type != "single":
-        warnings.warn(
-            f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "
-            "data-parallel ranks; with --dataloader-type single they do not",
-            stacklevel=2,
-        )
     if pool.is_on and not (is_packed or is_for_routers):
         problems.append(
             "--dataloader-inter-document-masking must be given with --pool-min: pools follow document boundaries; "
             "or --pool-documents routers, with which attention does not"
         )
-    if problems:
-        raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+    return problems
 
 
 def _problems_with_conversations(args: argparse.Namespace) -> list[str]:
@@ -117,7 +130,7 @@ def _problems_with_conversations(args: argparse.Namespace) -> list[str]:
         (
             "context_parallel_size",
             1,
-            "the padding between conversations that it needs is not told to the routers",
+            "context parallelism pads between conversations, and routers are not told where",
         ),
         ("tokenizer_type", "SFTTokenizer", "it reads conversations"),
         ("mock_data", False, "there are no made-up conversations"),

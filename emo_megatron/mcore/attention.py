@@ -211,7 +211,8 @@ class LatentAttention(MLASelfAttention):
         size = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
         if self.config.sequence_parallel and kv_combined.size(-1) != size:
             kv_combined = scatter_to_sequence_parallel_region(
-                gather_from_tensor_model_parallel_region(kv_combined)
+                gather_from_tensor_model_parallel_region(kv_combined, group=self.pg_collection.tp),
+                group=self.pg_collection.tp,
             )
         return q_compressed, kv_combined
 

@@ -49,7 +49,13 @@ class FsdpCheckpoint(MegatronCheckpoint):
         return folder
 
     def _found(self, sizes: dict[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
-        is_local = self.args.transformer_impl == "local"
+        is_latent = getattr(self.args, "multi_latent_attention", False)
+        if is_latent and getattr(self.args, "mla_down_proj_fusion", False):
+            raise ValueError(
+                f"{self.path} is of a run with --mla-down-proj-fusion, whose names of norms this command does not know"
+            )
+        # Megatron's layers of multi-latent attention keep the names of their norms
+        is_local = self.args.transformer_impl == "local" and not is_latent
         stored = {
             _name(name, is_local=is_local): name
             for name in sizes
@@ -58,6 +64,11 @@ class FsdpCheckpoint(MegatronCheckpoint):
         if not stored:
             raise ValueError(f"{self.path} holds no model of Megatron-FSDP")
         found = pieces_of({name: sizes[at] for name, at in stored.items()})
+        experts = set(range(self.args.num_experts or 0))
+        for name, pieces in found.items():
+            # expert-parallel ranks of Megatron-FSDP may give biases of different experts one name
+            if EXPERTS in name and {piece.offset[0] for piece in pieces} != experts:
+                raise ValueError(f"{self.path} does not hold {name} of all {len(experts)} experts")
         return {
             name: [dataclasses.replace(piece, stored=stored[piece.stored]) for piece in pieces]
             for name, pieces in found.items()
@@ -115,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         print(convert(options.checkpoint, options.output))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

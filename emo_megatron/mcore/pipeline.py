@@ -43,11 +43,9 @@ def as_exchanged(output: Tensor, model: Any, *, num_samples: int) -> Tensor:
 
 
 def let_shapes_travel(config: TransformerConfig) -> None:
-    """The same for Megatron's own scripts, whose forward step is not ours: stages send shapes with the tensors."""
+    """Let the stages of Megatron's own scripts, whose forward step is not ours, send shapes with their tensors."""
     args = get_args()
-    if (
-        args.dataloader_inter_document_masking
-        and args.pipeline_model_parallel_size > 1
-        and args.micro_batch_size > 1
-    ):
+    is_packed = args.dataloader_inter_document_masking or args.sft
+    most_samples = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+    if is_packed and args.pipeline_model_parallel_size > 1 and most_samples > 1:
         config.variable_seq_lengths = True

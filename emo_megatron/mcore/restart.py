@@ -1,7 +1,7 @@
 """--inprocess-restart: training that starts over in the same processes, with nothing left of the attempt that failed.
 
-Megatron destroys its parsed flags and its MoE metrics between attempts, so each one prepares and starts anew. The
-first prepares before the restarts begin: flags that are refused end the run.
+Megatron destroys its parsed flags between attempts, so each one prepares and starts anew. The first prepares before the
+restarts begin: flags that are refused end the run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,21 @@ EXTENSION = "nvidia_resiliency_ext"
 
 def problems_with_restarts(args: argparse.Namespace) -> list[str]:
     """Why --inprocess-restart cannot work here: without the package behind it Megatron would go on without restarts."""
-    if not args.inprocess_restart or importlib.util.find_spec(EXTENSION) is not None:
+    if not args.inprocess_restart:
         return []
-    return [
-        f"--inprocess-restart needs the package {EXTENSION}, which is not installed: "
-        "pip install nvidia-resiliency-ext, or drop the flag"
-    ]
+    problems = []
+    if importlib.util.find_spec(EXTENSION) is None:
+        problems.append(
+            f"--inprocess-restart needs the package {EXTENSION}, which is not installed: "
+            "pip install nvidia-resiliency-ext, or drop the flag"
+        )
+    active = args.inprocess_active_world_size
+    if active is not None and active != args.world_size:
+        problems.append(
+            f"--inprocess-active-world-size must be the number of processes, {args.world_size}; got {active}: flags "
+            "are parsed before reserve ranks are set aside"
+        )
+    return problems
 
 
 def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> None:
@@ -47,8 +56,8 @@ def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> N
         is_first = training_args() is prepared[0]
         start(*(prepared if is_first else prepare()), store=store, inprocess_call_wrapper=wrapper)
 
-    # the extension fills every argument that is annotated with this class or a base of it; Megatron's own pretrain has
-    # none, and would meet again in the store what the failed attempt left there
+    # The extension fills every argument that is annotated with this class or a base of it. Megatron's own pretrain has
+    # no such argument: without it a later attempt meets in the store what the failed one left there.
     inprocess = importlib.import_module(f"{EXTENSION}.inprocess")
     attempt.__annotations__ = {"wrapper": inprocess.CallWrapper}
     restarting, store = maybe_wrap_for_inprocess_restart(attempt)

@@ -73,10 +73,12 @@ class PoolSFTDataset(SFTDataset):
         sample: dict[str, Any] = super().__getitem__(idx)
         messages = self.dataset[int(self.indices[idx % len(self.indices)])]
         conversations = self._split_conversations(messages)
+        start = int(sample["cu_seqlens"][len(conversations) - 1])
+        num_tokens = len(sample["tokens"])
+        if start >= num_tokens:
+            return sample | {NUM_PADDING: 0}
         # padding cannot be told by its token: that may be the end-of-document token, which ends conversations too
         last, _ = self.config.tokenizer.tokenize_conversation(
             conversations[-1], return_target=True, add_generation_prompt=False
         )
-        start = int(sample["cu_seqlens"][len(conversations) - 1])
-        num_tokens = len(sample["tokens"])
         return sample | {NUM_PADDING: num_tokens - min(start + len(last), num_tokens)}

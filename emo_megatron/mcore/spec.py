@@ -35,7 +35,8 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
 ) -> Spec:
     """A model's spec with document pools in every MoE layer; what else it holds stays.
 
-    Only Megatron's TransformerLayer, MoELayer and TopKRouter give way. With `transformer_impl` local, Megatron's norms
+    Only Megatron's TransformerLayer, MoELayer and TopKRouter give way, and MLASelfAttention where its gradient is not
+    whole (attention.LatentAttention). With `transformer_impl` local, Megatron's norms
     and attention do too, which take neither packed sequences nor sequence parallelism.
 
     Args:
@@ -148,9 +149,8 @@ def _pool_block(
     pairs = [_pool_layer(layer, config, pool) for layer in block.layer_specs]
     frequency = config.moe_layer_freq
     # a pipeline stage may be all dense; the model may not
-    is_dense_stage = len(pairs) < config.num_layers and (
-        isinstance(frequency, int) or any(frequency)
-    )
+    has_sparse_layers = isinstance(frequency, int) or any(frequency)
+    is_dense_stage = len(pairs) < config.num_layers and frequency != 1 and has_sparse_layers
     _require_pools(is_dense_stage or any(has_pools for _, has_pools in pairs), block.layer_specs)
     block = dataclasses.replace(block, layer_specs=[layer for layer, _ in pairs])
     return with_torch_norms(block) if config.transformer_impl == "local" else block
@@ -194,8 +194,14 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
     if config.multi_latent_attention and is_cut_by_sample and pool.pool_documents == "attention":
         problems.append(
             "--pool-cp-partition must be document with --multi-latent-attention and --context-parallel-size above 1; "
-            "got 'sample': Megatron turns packed keys by their place in a document that is cut on its own; or give "
-            "--pool-documents routers"
+            "got 'sample': Megatron's rotary embedding of packed latent keys assumes that each document is cut on its "
+            "own; or give --pool-documents routers"
+        )
+    is_fused = config.multi_latent_attention and config.mla_down_proj_fusion
+    if is_fused and config.tensor_model_parallel_size > 1:
+        problems.append(
+            "--mla-down-proj-fusion must not be given with --tensor-model-parallel-size above 1: Megatron then misses "
+            "a part of the positional key's gradient (NVIDIA/Megatron-LM issue 1699)"
         )
     if variant is not None and not uses_te:
         problems.append(

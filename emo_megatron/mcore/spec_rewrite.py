@@ -46,7 +46,8 @@ def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool
         )
     mlp = _pool_mlp(layer.submodules.mlp, pool)
     has_pools = mlp is not layer.submodules.mlp
-    submodules = dataclasses.replace(layer.submodules, mlp=mlp)
+    attention = _with_whole_gradient(layer.submodules.self_attention)
+    submodules = dataclasses.replace(layer.submodules, mlp=mlp, self_attention=attention)
     return dataclasses.replace(layer, module=PoolTransformerLayer, submodules=submodules), has_pools
 
 
@@ -86,8 +87,17 @@ def _document_attention(
         require_supported(config)
         core = ModuleSpec(module=DocumentAttention, params={"cp_partition": pool.pool_cp_partition})
         submodules = dataclasses.replace(submodules, core_attention=core)  # type: ignore[type-var]
-    module = LatentAttention if attention.module is MLASelfAttention else attention.module
-    return dataclasses.replace(attention, module=module, submodules=submodules)
+    return dataclasses.replace(attention, submodules=submodules)
+
+
+def _with_whole_gradient(attention: Any) -> Any:
+    """LatentAttention where tensor-parallel ranks have parts of the down projection that holds the positional key."""
+    if getattr(attention, "module", None) is not MLASelfAttention:
+        return attention
+    projection = _class_of(getattr(attention.submodules, "linear_kv_down_proj", None))
+    if projection is None or "ColumnParallel" not in projection.__name__:
+        return attention
+    return dataclasses.replace(attention, module=LatentAttention)
 
 
 def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
@@ -96,7 +106,7 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
     is_partial = isinstance(mlp, functools.partial)
     submodules = mlp.keywords.get("submodules") if is_partial else getattr(mlp, "submodules", None)
     if kind is MoELayer and isinstance(submodules, MoESubmodules):
-        if submodules.router is not TopKRouter:
+        if _class_of(submodules.router) is not TopKRouter:
             raise ValueError(
                 f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {submodules.router!r}, "
                 "whose choice of experts would be lost. Use a recipe with TopKRouter"

@@ -51,7 +51,7 @@ from emo_megatron.modules.json_files import read_object
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
-# one object for all, which forgets what --log-straggler set when it is asked for again
+# a singleton: constructing it again resets what Megatron configured
 _STRAGGLERS = StragglerDetector()
 
 

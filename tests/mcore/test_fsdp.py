@@ -11,11 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support import checkpoints
 
+from emo_megatron.mcore import fsdp
 from emo_megatron.mcore.fsdp import convert
 from emo_megatron.mcore.weights import MegatronCheckpoint
 
 
-def _save(folder: str, is_grouped: bool) -> dict[str, torch.Tensor]:
+def _save(folder: str, is_grouped: bool, num_experts: int = 8) -> dict[str, torch.Tensor]:
     """What Megatron-FSDP would write of a small model; its weights by the reader's names."""
     built = checkpoints.model({"num_layers": 2}, layout={})
     state: dict[str, Any] = {}
@@ -28,7 +29,8 @@ def _save(folder: str, is_grouped: bool) -> dict[str, torch.Tensor]:
         if is_grouped:
             name = re.sub(r"local_experts\.(\d+)\.(linear_fc\d\.weight)", r"\2\1", name)
         state |= {f"module.{name}{half}": part.clone() for half, part in halves.items()}
-    args = argparse.Namespace(**checkpoints.ARGS, transformer_impl="local", use_megatron_fsdp=True)
+    options = checkpoints.ARGS | {"num_experts": num_experts}
+    args = argparse.Namespace(**options, transformer_impl="local", use_megatron_fsdp=True)
     optimizer = {"state": {"module.decoder.final_layernorm.weight": {"exp_avg": torch.ones(32)}}}
     held = {"model": state, "optimizer": optimizer, "args": args, "iteration": 7}
     dcp.save(held, checkpoint_id=folder, no_dist=True)
@@ -47,6 +49,45 @@ def test_every_weight_is_written_again(ranks, tmp_path, is_grouped):
         assert torch.equal(written.read(name), value), name
     assert not written.args.use_megatron_fsdp
     assert written.args.num_experts == 8
+
+
+def test_a_checkpoint_without_some_experts_is_refused(ranks, tmp_path):
+    source = tmp_path / "fsdp"
+    ranks(1).run(_save, folder=str(source), is_grouped=True, num_experts=9)
+    with pytest.raises(ValueError, match="all 9 experts"):
+        convert(source, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_local", "name"),
+    [
+        (
+            "layers.0.input_layernorm.weight",
+            True,
+            "layers.0.self_attention.linear_qkv.layer_norm_weight",
+        ),
+        ("layers.0.input_layernorm.weight", False, "layers.0.input_layernorm.weight"),
+        (
+            "layers.0.mlp.linear_fc1.layer_norm_weight",
+            False,
+            "layers.0.mlp.linear_fc1.layer_norm_weight",
+        ),
+        (
+            "layers.0.mlp.experts.linear_fc1.bias3_v",
+            False,
+            "layers.0.mlp.experts.experts.3.linear_fc1.bias_v",
+        ),
+        (
+            "layers.0.mlp.shared_experts.linear_fc1.weight_w",
+            True,
+            "layers.0.mlp.shared_experts.linear_fc1.weight_w",
+        ),
+    ],
+)
+def test_names(stored, is_local, name):
+    assert (
+        fsdp._name(f"model.module.module.decoder.{stored}", is_local=is_local) == f"decoder.{name}"
+    )
 
 
 def test_another_checkpoint_is_refused(tmp_path):

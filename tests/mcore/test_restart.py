@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
 from support.pretraining import logged, pretrain
+
+from emo_megatron.mcore import restart, router_documents
+from emo_megatron.mcore.context import CLOCK
 
 STAND_INS = Path(__file__).resolve().parents[1] / "support" / "stand_ins"
 
@@ -20,3 +24,21 @@ def test_a_run_that_starts_over_repeats_its_steps(data_prefix, monkeypatch):
         # two steps before the failure, then all four
         assert len(values) == 6, name
         assert values[:2] == values[2:4], name
+
+
+def test_nothing_of_an_attempt_is_kept():
+    CLOCK.consumed_samples = 8
+    router_documents.forward_with_documents(lambda: None, documents := object())
+    assert router_documents.current_documents() is documents
+    restart.forget_attempt()
+    assert router_documents.current_documents() is None
+    assert CLOCK._set is None
+
+
+def test_reserve_ranks_are_refused_by_flag():
+    args = argparse.Namespace(inprocess_restart=True, inprocess_active_world_size=6, world_size=8)
+    problems = restart.problems_with_restarts(args)
+    assert any("--inprocess-active-world-size" in problem for problem in problems)
+    args.inprocess_active_world_size = 8
+    problems = restart.problems_with_restarts(args)
+    assert not any("--inprocess-active-world-size" in problem for problem in problems)
