@@ -250,8 +250,8 @@ HOST_REFUSALS = (
     ),
     Refusal(
         field="virtual_pipeline_model_parallel_size",
-        flag="virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
-        "--pipeline-model-parallel-layout, | in --hybrid-layer-pattern)",
+        flag="virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, "
+        "--num-virtual-stages-per-pipeline-rank, --pipeline-model-parallel-layout, | in --hybrid-layer-pattern)",
         allowed=(None,),
         only_with_pools=True,
         reason=_STAGES,
