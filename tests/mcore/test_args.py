@@ -113,6 +113,10 @@ def _host(**overrides):
         "moe_router_topk": 2,
         "dataloader_inter_document_masking": True,
         "micro_batch_size": 2,
+        "eval_micro_batch_size": 2,
+        "tensor_model_parallel_size": 1,
+        "world_size": 8,
+        "inprocess_active_world_size": 8,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "overlap_moe_expert_parallel_comm": False,
@@ -227,6 +231,15 @@ def test_a_planned_pass_of_an_interleaved_pipeline_takes_one_packed_sample():
         pool_args.check_run(pools, host, host)
     host = _host(**planned, dataloader_inter_document_masking=False)
     pool_args.check_run(PoolConfig(pool_min=4, pool_documents="routers"), host, host)
+
+
+def test_evaluation_has_the_micro_batches_of_training_under_tensor_parallelism():
+    pools = PoolConfig(pool_min=4)
+    host = _host(eval_micro_batch_size=1)
+    pool_args.check_run(pools, host, host)
+    host = _host(eval_micro_batch_size=1, tensor_model_parallel_size=2)
+    with pytest.raises(ValueError, match="--eval-micro-batch-size"):
+        pool_args.check_run(pools, host, host)
 
 
 def test_megatrons_own_scripts_have_boundaries_on_two_stages():
