@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emo_megatron.mcore.context import PoolScope, Shard, scope_of
 from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
-from emo_megatron.mcore.flex import follow_routing_map
+from emo_megatron.mcore.flex import follow_reruns, follow_routing_map
 from emo_megatron.mcore.router import PoolRouter
 
 
@@ -42,6 +42,7 @@ class PoolMoELayer(MoELayer):
             )
         else:
             follow_routing_map(self.token_dispatcher, self.config)
+            follow_reruns(self.token_dispatcher, self.pool_router)
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
         if self.recomputes_itself and (self.config.fp8 or self.config.fp4):

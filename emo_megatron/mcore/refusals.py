@@ -74,9 +74,16 @@ CONFIG_REFUSALS = (
         reason="a group whose experts are all outside the pool would still be picked",
     ),
     Refusal(
-        field="moe_router_fusion",
+        field="moe_router_force_load_balancing",
         allowed=(False,),
-        reason="the fused router of Transformer Engine knows no pools",
+        only_with_pools=True,
+        reason="random logits would choose the pools; it is for benchmarks of the standard MoE",
+    ),
+    Refusal(
+        field="moe_router_force_biased",
+        allowed=(None,),
+        only_with_pools=True,
+        reason="random biases would choose the pools; it is for benchmarks of the standard MoE",
     ),
     Refusal(
         field="moe_enable_routing_replay",
@@ -85,11 +92,6 @@ CONFIG_REFUSALS = (
     ),
     Refusal(
         field="moe_expert_capacity_factor",
-        allowed=(None,),
-        reason="pools are dropless: a dropped token would change its document's experts",
-    ),
-    Refusal(
-        field="moe_expert_rank_capacity_factor",
         allowed=(None,),
         reason="pools are dropless: a dropped token would change its document's experts",
     ),
@@ -143,14 +145,9 @@ DEDUP_REFUSALS = (
         reason="shared experts run before the tokens leave; Megatron's alltoall overlaps them",
     ),
     Refusal(
-        field="moe_permute_fusion",
-        allowed=(False,),
-        reason="Transformer Engine's permutation makes a row for every expert",
-    ),
-    Refusal(
-        field="moe_router_padding_for_quantization",
-        allowed=(False,),
-        reason="padding adds rows of experts that nothing routes to",
+        field="moe_expert_rank_capacity_factor",
+        allowed=(None,),
+        reason="it bounds the buffers of HybridEP and NCCL EP; this dispatcher sizes its own by what is sent",
     ),
     Refusal(
         field="fp8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -40,6 +44,7 @@ class PoolRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         self.pool = pool
         self._step_counts_X: Tensor | None = None
+        self._bias_of_step_E: Tensor | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -75,6 +80,8 @@ class PoolRouter(TopKRouter):
             mask=self.pool.pool_mask,
             backend=backend,
         )
+        if self._is_fused and pool_DE is None:
+            routed = self._with_fused_choice(routed, logits_TE)
         probs_TE = routed.probs_TE
         if self.training:
             probs_TE = self._with_losses(probs_TE, routed, ids_T, scores_DE)
@@ -86,6 +93,17 @@ class PoolRouter(TopKRouter):
         super().reset_global_aux_loss_tracker()
         self._step_counts_X = None
 
+    def start_step_over(self) -> None:
+        """Forget what this step has counted; Megatron runs it again when a dispatcher has dropped tokens."""
+        if not self.training:
+            return
+        self.reset_global_aux_loss_tracker()
+        if self._bias_of_step_E is not None:
+            self.expert_bias.copy_(self._bias_of_step_E)
+            self.local_tokens_per_expert.zero_()
+        # of all layers at once: the host reports, and clears, every step
+        get_moe_metrics_tracker().clear()
+
     def _document_ids(self, logits_TE: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         ids_T = None if self.scope is None else self.scope.document_ids_T
         if padding_mask is None:
@@ -96,7 +114,7 @@ class PoolRouter(TopKRouter):
 
     def backend(self, logits_TE: Tensor) -> ops.Backend:
         """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not."""
-        if not self.pool.is_on:
+        if not self.pool.is_on and not self._is_fused:
             return "reference"
         return choose_backend(
             logits_TE.device.type,
@@ -104,6 +122,28 @@ class PoolRouter(TopKRouter):
             top_k=self.topk,
             dtype=logits_TE.dtype,
         )
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether Transformer Engine chooses, as in the stock router; with pools the compiled ops are fused already."""
+        return bool(self.config.moe_router_fusion) and not self.pool.is_on
+
+    def _with_fused_choice(self, routed: ops.Routing, logits_TE: Tensor) -> ops.Routing:
+        """The stock router's choice with --moe-router-fusion, to the last bit; losses and counts stay.
+
+        Raises:
+            ValueError: Megatron's own, without Transformer Engine.
+        """
+        probs_TE, map_TE = topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            fused=True,
+        )
+        return dataclasses.replace(routed, probs_TE=probs_TE, routing_map_TE=map_TE)
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
         """The backend of this micro-batch: recompute takes that of the first pass, whose bits it must repeat."""
@@ -275,12 +315,17 @@ class PoolRouter(TopKRouter):
         """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""
         if self.enable_expert_bias and torch.is_grad_enabled():
             with torch.no_grad():
+                if getattr(self.config, "moe_expert_rank_capacity_factor", None) is not None:
+                    # Megatron updates the bias before it knows whether the step must be run again
+                    self._bias_of_step_E = self.expert_bias.clone()
                 self.local_tokens_per_expert += routed.tokens_per_expert_E
 
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
         """The map without padding for dispatchers that take any number of experts a token; see mcore/flex.py."""
         if ids_T is None or not leaves_padding_out(self.config):
-            return routing_map_TE
+            # Megatron's dispatchers write padding for quantisation into the map, which backward reads
+            pads = self.config.moe_router_padding_for_quantization
+            return routing_map_TE.clone() if pads else routing_map_TE
         return routing_map_TE & (ids_T >= 0)[:, None]
 
 
