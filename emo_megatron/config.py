@@ -17,6 +17,7 @@ PoolScope = Literal["document", "sample"]
 PoolBalance = Literal["micro", "running"]
 PoolCpPartition = Literal["sample", "document"]
 PoolDispatcher = Literal["megatron", "dedup"]
+PoolDocuments = Literal["attention", "routers"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,10 @@ class PoolConfig:
     pool (an ablation; it destroys the modules)."""
     pool_eval: int | None = None
     """Pool size in evaluation. None: no pools, as exported models run."""
+    pool_documents: PoolDocuments = "attention"
+    """Who gets document boundaries: attention is attention, rotary embedding and routers, as packed sequences (the
+    paper). routers leaves all else as the recipe has it, so that attention runs across documents. For the standard
+    model too; models trained one way are not to be compared with those trained the other."""
     pool_balance: PoolBalance = "micro"
     """Population of the load balance: micro is one micro-batch of all data-parallel ranks (the paper), running is the
     mean of the micro-batches of the step so far."""
@@ -90,11 +95,17 @@ class PoolConfig:
             ("pool_balance", PoolBalance),
             ("pool_cp_partition", PoolCpPartition),
             ("pool_dispatcher", PoolDispatcher),
+            ("pool_documents", PoolDocuments),
         ):
             if getattr(self, name) not in get_args(kind):
                 found.append(
                     f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}"
                 )
+        if self.pool_documents == "routers" and self.pool_cp_partition == "document":
+            found.append(
+                "--pool-cp-partition must be sample with --pool-documents routers, where context parallelism cuts "
+                "samples; got 'document'"
+            )
         sizes = ("pool_min", "pool_max", "pool_min_start", "pool_eval")
         counts = ("pool_forced", "pool_min_decay_samples", "pool_seed")
         # no comparison below refuses NaN

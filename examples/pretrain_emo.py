@@ -49,7 +49,7 @@ def main() -> None:
     train.allow_flat_microbatches(model.transformer)
     model.transformer_layer_spec = pool_spec_builder(pool)
     model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
-    install_metrics(pool, model.transformer, has_documents=args.dataloader_inter_document_masking)
+    install_metrics(pool, model.transformer, has_documents=train.has_documents(args))
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         train.datasets_provider,

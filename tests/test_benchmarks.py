@@ -511,6 +511,7 @@ def test_replay_rewrites_its_table_and_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "page.png"]
 
 
+@pytest.mark.slow
 def test_replay_runs_models_of_a_demo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_prefix: Path
 ) -> None:

@@ -42,6 +42,11 @@ def test_default_is_off():
         ({"pool_min": 4, "pool_max": 3, "pool_forced": -1}, ["--pool-max", "--pool-forced"]),
         ({"pool_min": 4, "pool_unrestricted": float("nan")}, ["--pool-unrestricted"]),
         ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": float("nan")}, ["--pool-top-p"]),
+        ({"pool_documents": "mlp"}, ["--pool-documents"]),
+        (
+            {"pool_documents": "routers", "pool_cp_partition": "document"},
+            ["--pool-documents", "--pool-cp-partition"],
+        ),
         *(
             ({"pool_min": 4} | {name: value}, [f"--{name.replace('_', '-')}"])
             for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval", "pool_forced")

@@ -31,9 +31,10 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
             2,
             ["--pipeline-model-parallel-size", 2, *SELECTIVE],
         ),
+        (2, ["--expert-model-parallel-size", 2, "--bf16", "--overlap-moe-expert-parallel-comm"]),
         pytest.param(4, ["--pipeline-model-parallel-size", 4], marks=pytest.mark.slow),
     ],
-    ids=["EP2", "TP2+SP", "PP2+recompute", "PP4"],
+    ids=["EP2", "TP2+SP", "PP2+recompute", "EP2+overlap", "PP4"],
 )
 def test_layouts_train_and_draw_the_same_pool_sizes(processes, flags, data_prefix, single):
     output = pretrain(processes, "--pool-min", 3, *flags, data=data_prefix)
@@ -43,6 +44,17 @@ def test_layouts_train_and_draw_the_same_pool_sizes(processes, flags, data_prefi
     # initial weights differ between layouts, pool sizes come from the data alone
     assert logged(output, "pool_size") == pytest.approx(logged(single, "pool_size"), abs=0.011)
     assert output.count("Megatron runs on the CPU over gloo") == 1
+
+
+def test_boundaries_for_the_routers_only_give_the_same_pool_sizes(data_prefix, single):
+    flags = ["--pool-min", 3, "--pool-documents", "routers"]
+    # Megatron's rotary embedding under context parallelism pins memory, which a CPU has not
+    flags += ["--position-embedding-type", "learned_absolute", "--context-parallel-size", 2]
+    output = pretrain(2, *flags, "--calculate-per-token-loss", data=data_prefix)
+    losses = logged(output)
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert logged(output, "pool_size") == pytest.approx(logged(single, "pool_size"), abs=0.011)
 
 
 def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emo_megatron.config import PoolDocuments
 from emo_megatron.mcore.local import local_flags
 
 
@@ -44,6 +45,8 @@ class Size:
     """Steps in which the learning rate rises, a quarter of all at most."""
     positions: str = "rope"
     """Megatron's --position-embedding-type."""
+    documents: PoolDocuments = "attention"
+    """Who gets document boundaries, in every model alike."""
     flags: tuple[str, ...] = ()
     """More of Megatron's flags, for training and evaluation alike."""
 
@@ -222,11 +225,10 @@ def megatron_flags(
         "--save-interval": max(1, size.steps // 4),
         "--ckpt-format": "torch_dist",
     }
-    switches = [
-        "--swiglu",
-        "--disable-bias-linear",
-        "--untie-embeddings-and-output-weights",
-        "--dataloader-inter-document-masking",
-    ]
+    switches = ["--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"]
+    if size.documents == "routers":
+        switches += ["--pool-documents", "routers"]
+    else:
+        switches += ["--dataloader-inter-document-masking"]
     values = [str(item) for pair in flags.items() for item in pair]
     return [*values, *switches, *size.flags, *model.flags]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.config import PoolDocuments
 from emo_megatron.demo import corpus as corpora
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.prepared import Corpus
@@ -52,6 +53,8 @@ class DemoConfig:
     """A run of about two minutes that shows the mechanics; its models are too small to show the effect."""
     extra: bool = False
     """Also train a second seed and two ablations (about three times as long)."""
+    pool_documents: PoolDocuments = "attention"
+    """attention: attention and routers keep to documents. routers: attention runs across them, in every model."""
     seed: int = 1234
     """Of initialisation, data order and pool sizes."""
     processes: int = 2
@@ -86,7 +89,7 @@ def run_demo(config: DemoConfig) -> Path:
         raise FileNotFoundError(
             f"the demo trains through {PRETRAIN}, which is part of the repository: run it from a checkout"
         )
-    size = QUICK if config.quick else FULL
+    size = dataclasses.replace(QUICK if config.quick else FULL, documents=config.pool_documents)
     output = config.folder
     models = main_models(size, seed=config.seed)
     source = str(config.corpus.resolve()) if config.corpus else None

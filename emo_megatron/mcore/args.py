@@ -64,17 +64,28 @@ def check_run(
         ValueError: one line a problem: what must hold, what came, why.
     """
     problems = problems_with_config(pool, config) + problems_of(refusals, args, pool)
-    packs_rows = args.dataloader_inter_document_masking and args.micro_batch_size > 1
+    # a row on the model and one on the flags may say the same
+    problems = list(dict.fromkeys(problems))
+    is_packed, is_for_routers = (
+        args.dataloader_inter_document_masking,
+        pool.pool_documents == "routers",
+    )
+    if is_packed and is_for_routers:
+        problems.append(
+            "--dataloader-inter-document-masking must not be given with --pool-documents routers: attention would "
+            "keep to documents too"
+        )
+    packs_rows = is_packed and args.micro_batch_size > 1
     if packs_rows and args.virtual_pipeline_model_parallel_size is not None:
         problems.append(
             "--micro-batch-size must be 1 with an interleaved pipeline and "
             f"--dataloader-inter-document-masking; got {args.micro_batch_size}: its schedule cannot "
             "carry packed samples"
         )
-    if pool.pool_balance == "running" and not args.dataloader_inter_document_masking:
+    if pool.pool_balance == "running" and not (is_packed or is_for_routers):
         problems.append(
-            "--dataloader-inter-document-masking must be given with --pool-balance running: the step "
-            "so far is kept with the documents"
+            "--dataloader-inter-document-masking or --pool-documents routers must be given with --pool-balance "
+            "running: the step so far is kept with the documents"
         )
     if pool.is_on and args.dataloader_type != "single":
         warnings.warn(
@@ -82,9 +93,10 @@ def check_run(
             "data-parallel ranks; with --dataloader-type single they do not",
             stacklevel=2,
         )
-    if pool.is_on and not args.dataloader_inter_document_masking:
+    if pool.is_on and not (is_packed or is_for_routers):
         problems.append(
-            "--dataloader-inter-document-masking must be given with --pool-min: pools follow document boundaries"
+            "--dataloader-inter-document-masking must be given with --pool-min: pools follow document boundaries; "
+            "or --pool-documents routers, with which attention does not"
         )
     if problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))

@@ -1,8 +1,9 @@
 """What a router must know about its micro-batch: whose documents, which training samples, which pools were chosen.
 
 Megatron hands document boundaries to the attention only. A PoolScope is made from them once a micro-batch and rides on
-the `packed_seq_params` object, which every layer gets, full recompute included. It remembers each layer's pool and
-token counts, so that recomputing a layer repeats neither the choice nor its collectives.
+the `packed_seq_params` object, which every layer gets, full recompute included; boundaries for the routers alone come
+another way (router_documents.py). A scope remembers each layer's pool and token counts, so that recomputing a layer
+repeats neither the choice nor its collectives.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from emo_megatron.ops import Backend
 from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
-    "Pools need document boundaries and this forward pass got none (packed_seq_params is None). Train with "
-    "--dataloader-inter-document-masking, or pass PackedSeqParams to the model."
+    "Pools need document boundaries and this forward pass got none. Train with --dataloader-inter-document-masking, "
+    "or pass PackedSeqParams to the model; with --pool-documents routers, call the model through "
+    "emo_megatron.mcore.router_documents.forward_with_documents."
 )
 
 TRAILING_PADDING = "emo_num_padding_B"
@@ -126,20 +128,47 @@ def scope_of(
     carrier: Any = packed_seq_params
     scope: PoolScope | None = getattr(carrier, "emo_scope", None)
     if scope is None or (layer_number in scope.layers_seen and not is_in_backward()):
-        scope = _make_scope(packed_seq_params, hidden_shape=hidden_shape, shard=shard, pool=pool)
+        scope = make_scope(
+            packed_seq_params.cu_seqlens_q,
+            cu_seqlens_padded=packed_seq_params.cu_seqlens_q_padded,
+            tokens_per_sample=getattr(packed_seq_params, "tokens_per_sample", None),
+            num_padding_B=getattr(packed_seq_params, TRAILING_PADDING, None),
+            hidden_shape=hidden_shape,
+            shard=shard,
+            pool=pool,
+        )
         carrier.emo_scope = scope
     scope.layers_seen.add(layer_number)
     return scope
 
 
-def _make_scope(
-    packed: PackedSeqParams, *, hidden_shape: torch.Size, shard: Shard, pool: PoolConfig
+def make_scope(
+    cu_seqlens: Tensor,
+    *,
+    hidden_shape: torch.Size,
+    shard: Shard,
+    pool: PoolConfig,
+    cu_seqlens_padded: Tensor | None = None,
+    tokens_per_sample: int | None = None,
+    num_padding_B: Tensor | None = None,
 ) -> PoolScope:
+    """The scope of a micro-batch with these boundaries.
+
+    Args:
+        cu_seqlens, cu_seqlens_padded, tokens_per_sample: as DocumentSegments.from_cu_seqlens takes them.
+        hidden_shape: [s, b, h] of this rank's hidden states.
+        shard: this rank's part.
+        pool: the method's configuration.
+        num_padding_B: [B] int64, tokens of padding at the end of each sample; None: none.
+
+    Raises:
+        ValueError: the boundaries do not fit the tokens.
+        NotImplementedError: --pool-eos-starts-document with padding between documents.
+    """
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
-    tokens_per_sample = getattr(packed, "tokens_per_sample", None)
-    bounds, padded_bounds = packed.cu_seqlens_q, packed.cu_seqlens_q_padded
+    bounds = cu_seqlens
     if pool.pool_eos_starts_document:
-        if padded_bounds is not None:
+        if cu_seqlens_padded is not None:
             raise NotImplementedError(
                 "--pool-eos-starts-document needs documents without padding between them; "
                 "drop the flag, or pass PackedSeqParams without cu_seqlens_q_padded"
@@ -149,31 +178,30 @@ def _make_scope(
         bounds,
         num_tokens=num_tokens,
         tokens_per_sample=tokens_per_sample,
-        cu_seqlens_padded=padded_bounds,
+        cu_seqlens_padded=cu_seqlens_padded,
         check=True if pool.pool_check else None,
     )
     if pool.pool_scope == "sample":
         segments = segments.whole_samples()
-    num_padding_B = getattr(packed, TRAILING_PADDING, None)
     if num_padding_B is not None:
         segments = segments.without_tails(num_padding_B)
     samples = num_tokens // segments.tokens_per_sample
     first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
     return PoolScope(
         segments=segments,
-        document_ids_T=_local_ids(packed, segments, hidden_shape[1], shard=shard, pool=pool),
+        document_ids_T=_local_ids(
+            segments,
+            hidden_shape[1],
+            shard=shard,
+            bounds=_cut_bounds(cu_seqlens, cu_seqlens_padded, pool.pool_cp_partition),
+        ),
         sample_positions_D=segments.rows_D + first,
         consumed_samples=CLOCK.consumed_samples,
     )
 
 
 def _local_ids(
-    packed: PackedSeqParams,
-    segments: DocumentSegments,
-    batch_size: int,
-    *,
-    shard: Shard,
-    pool: PoolConfig,
+    segments: DocumentSegments, batch_size: int, *, shard: Shard, bounds: Tensor | None
 ) -> Tensor:
     """[T] int64, the document of each token that this rank routes."""
     if shard.tp_size == shard.cp_size == batch_size == 1:
@@ -185,18 +213,23 @@ def _local_ids(
         tp_size=shard.tp_size,
         cp_rank=shard.cp_rank,
         cp_size=shard.cp_size,
-        document_bounds=partition_bounds(packed, pool.pool_cp_partition),
-        device=packed.cu_seqlens_q.device,
+        document_bounds=bounds,
+        device=segments.document_ids_T.device,
     )
     return segments.take(indices_T)
 
 
 def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Tensor | None:
     """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples."""
+    return _cut_bounds(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, partition)
+
+
+def _cut_bounds(
+    cu_seqlens: Tensor, padded: Tensor | None, partition: PoolCpPartition
+) -> Tensor | None:
     if partition == "sample":
         return None
-    padded = packed.cu_seqlens_q_padded
-    return packed.cu_seqlens_q if padded is None else padded
+    return cu_seqlens if padded is None else padded
 
 
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:

@@ -212,6 +212,7 @@ def _redirect_tensors_and_modules() -> None:
     for target in targets:
         target.cuda = unchanged
     targets[0].pin_memory = unchanged
+    targets[0].record_stream = _answer(None)
     accelerator: Any = torch.accelerator
     accelerator.is_available = _answer(False)
     accelerator.current_accelerator = _answer(None)

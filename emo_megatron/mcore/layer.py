@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -20,6 +21,7 @@ from emo_megatron.mcore.context import PoolScope, Shard, scope_of
 from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
 from emo_megatron.mcore.flex import follow_reruns, follow_routing_map
 from emo_megatron.mcore.router import PoolRouter
+from emo_megatron.mcore.router_documents import BOTH, current_documents
 
 
 class PoolMoELayer(MoELayer):
@@ -33,6 +35,11 @@ class PoolMoELayer(MoELayer):
     moe_layer_recompute: bool
 
     def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        if kwargs.get("is_mtp_layer"):
+            raise NotImplementedError(
+                "--mtp-num-layers builds layers without pools: make their spec from Megatron's own decoder spec, not "
+                "from pool_block_spec"
+            )
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
         if self.pool_router.pool.pool_dispatcher == "dedup":
@@ -45,11 +52,6 @@ class PoolMoELayer(MoELayer):
             follow_reruns(self.token_dispatcher, self.pool_router)
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
-        if self.recomputes_itself and (self.config.fp8 or self.config.fp4):
-            raise NotImplementedError(
-                "--recompute-modules moe does not work with fp8 or fp4 and pools; "
-                "use --recompute-granularity full or drop moe from --recompute-modules"
-            )
 
     @property
     def pool_router(self) -> PoolRouter:
@@ -72,9 +74,13 @@ class PoolMoELayer(MoELayer):
                 hidden_states, intermediate_tensors, padding_mask
             )
 
-        if self.recomputes_itself and self.training:
-            return tensor_parallel.checkpoint(run, False, hidden_states)
-        return run(hidden_states)
+        if not (self.recomputes_itself and self.training):
+            return run(hidden_states)
+        if self.config.fp8 or self.config.fp4:
+            # Transformer Engine's own keeps the scales of the first pass
+            rng_tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te_checkpoint(run, False, rng_tracker, self.tp_group, hidden_states)
+        return tensor_parallel.checkpoint(run, False, hidden_states)
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
@@ -97,14 +103,20 @@ class PoolTransformerLayer(TransformerLayer):
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.mlp, PoolMoELayer):
-            self.mlp.scope = scope_of(
-                kwargs.get("packed_seq_params"),
-                hidden_shape=hidden_states.shape,
-                shard=self._shard(),
-                pool=self.mlp.pool_router.pool,
-                layer_number=self.layer_number,
-            )
+            self.mlp.scope = self._scope(hidden_states, kwargs.get("packed_seq_params"))
         return super()._forward_attention(hidden_states, *args, **kwargs)
+
+    def _scope(self, hidden_states: Tensor, packed: PackedSeqParams | None) -> PoolScope | None:
+        pool = self.mlp.pool_router.pool
+        shape, shard, number = hidden_states.shape, self._shard(), self.layer_number
+        if pool.pool_documents == "attention":
+            return scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=number)
+        if packed is not None:
+            raise ValueError(BOTH)
+        documents = current_documents()
+        if documents is None:
+            return None
+        return documents.scope_for(number, hidden_shape=shape, shard=shard, pool=pool)
 
     def _maybe_unflatten_for_moe(
         self,

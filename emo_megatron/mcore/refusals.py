@@ -26,6 +26,8 @@ class Refusal:
     """Command-line flag, where it is not the field's name."""
     only_with_pools: bool = False
     """Whether the option is fine for the standard MoE."""
+    only_in_attention: bool = False
+    """Whether the option is fine with --pool-documents routers."""
 
     def allows(self, value: Any) -> bool:
         """Whether `value` is allowed; a list is if each of its items is."""
@@ -108,12 +110,8 @@ CONFIG_REFUSALS = (
     Refusal(
         field="mtp_num_layers",
         allowed=(None, 0),
+        only_in_attention=True,
         reason="Megatron builds multi-token-prediction layers with the stock router",
-    ),
-    Refusal(
-        field="overlap_moe_expert_parallel_comm",
-        allowed=(False,),
-        reason="its schedule does not pass document boundaries to the layers",
     ),
     Refusal(
         field="cuda_graph_impl",
@@ -197,6 +195,11 @@ PLACEMENT_REFUSALS = (
 """Rows on the parsed flags for runs with --expert-placement."""
 
 SCRIPT_REFUSALS = (
+    Refusal(
+        field="mtp_num_layers",
+        allowed=(None, 0),
+        reason="Megatron builds multi-token-prediction layers with the stock router",
+    ),
     Refusal(field="sft", allowed=(False,), reason="supervised fine-tuning has its own dataset"),
     Refusal(field="fim_data", allowed=(False,), reason="fill-in-the-middle has its own dataset"),
     Refusal(
@@ -222,9 +225,11 @@ SCRIPT_REFUSALS = (
     Refusal(
         field="context_parallel_size",
         allowed=(1,),
+        only_in_attention=True,
         reason="Megatron's loader cuts packed samples in a way its own packed attention and rotary embedding do not "
-        "take (NVIDIA/Megatron-LM issue 6156); use --tensor-model-parallel-size with --sequence-parallel, or a host "
-        "that pads and cuts document by document, with --pool-cp-partition document",
+        "take (NVIDIA/Megatron-LM issue 6156); use --tensor-model-parallel-size with --sequence-parallel, "
+        "--pool-documents routers, or a host that pads and cuts document by document, with "
+        "--pool-cp-partition document",
     ),
     Refusal(
         field="hybrid_context_parallel",
@@ -244,20 +249,28 @@ SCRIPT_REFUSALS = (
 )
 """Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
 
-HOST_REFUSALS = tuple(
-    row
-    for row in SCRIPT_REFUSALS
-    if row.field
-    in {
-        "sft",
-        "fim_data",
-        "context_parallel_size",
-        "hybrid_context_parallel",
-        "heterogeneous_layers_config_path",
-        "reset_attention_mask",
-    }
+HOST_REFUSALS = (
+    Refusal(
+        field="overlap_moe_expert_parallel_comm",
+        allowed=(False,),
+        only_with_pools=True,
+        reason="Megatron's scripts plan a micro-batch without its document boundaries; use examples/pretrain_emo.py",
+    ),
+    *(
+        row
+        for row in SCRIPT_REFUSALS
+        if row.field
+        in {
+            "sft",
+            "fim_data",
+            "context_parallel_size",
+            "hybrid_context_parallel",
+            "heterogeneous_layers_config_path",
+            "reset_attention_mask",
+        }
+    ),
 )
-"""Those of them that hold for Megatron's own scripts too, whose batches or layers would not be the pools'."""
+"""Rows on the parsed flags of Megatron's own scripts: what these cannot do, and what would not be the pools' there."""
 
 
 def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[str]:
@@ -278,5 +291,6 @@ def problems_of(refusals: Sequence[Refusal], values: Any, pool: PoolConfig) -> l
         for refusal in refusals
         if hasattr(values, refusal.field)
         and (pool.is_on or not refusal.only_with_pools)
+        and (pool.pool_documents == "attention" or not refusal.only_in_attention)
         and not refusal.allows(getattr(values, refusal.field))
     ]

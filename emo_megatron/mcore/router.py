@@ -302,7 +302,8 @@ class PoolRouter(TopKRouter):
             name,
             share,
             self.layer_number,
-            self.config.num_layers,
+            # as long as the record of Megatron's own router in its multi-token-prediction layers
+            self.config.num_layers + (self.config.mtp_num_layers or 0),
             reduce_group=self.tp_dp_cp_group,
             needs_dp_avg=False,
         )

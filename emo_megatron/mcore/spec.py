@@ -44,7 +44,8 @@ def pool_block_spec(
     Args:
         config: Megatron's; `transformer_impl` chooses Transformer Engine or the local spec, `moe_layer_freq` which
             layers are dense.
-        pool: the method; pools off gives the matched standard MoE.
+        pool: the method; pools off gives the matched standard MoE. With `pool_documents` routers the model may have
+            multi-token-prediction layers, without pools: make their spec from Megatron's own decoder spec.
         vp_stage: virtual pipeline stage.
 
     Raises:
@@ -229,6 +230,11 @@ def _prepare_script(config: TransformerConfig) -> PoolConfig:
     """
     require_megatron()
     pool = _pool_config_of_environment()
+    if pool.pool_documents == "routers":
+        raise ValueError(
+            "--pool-documents must be attention with --spec, for Megatron's scripts hand boundaries to the attention; "
+            "got 'routers'. Use examples/pretrain_emo.py."
+        )
     args = training_args()
     if args is not None:
         from emo_megatron.mcore.train import allow_flat_microbatches

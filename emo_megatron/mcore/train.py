@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, print_rank_0
@@ -32,13 +32,33 @@ from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.context import TRAILING_PADDING
+from emo_megatron.mcore.router_documents import (
+    RouterDocuments,
+    forward_with_documents,
+    merged_bounds,
+)
+from emo_megatron.mcore.samples import (
+    NUM_PADDING,
+    ROUTER_BOUNDS,
+    PoolDatasetConfig,
+    PoolGPTDataset,
+    PoolMockGPTDataset,
+)
 from emo_megatron.modules.json_files import read_object
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
-NUM_PADDING = "num_padding"
-"""Key of a sample, and of a micro-batch with document boundaries: tokens of padding at the end, [mbs] int64."""
+
+
+def has_documents(args: Any) -> bool:
+    """Whether batches carry document boundaries."""
+    return bool(args.dataloader_inter_document_masking or _are_for_routers(args))
+
+
+def _are_for_routers(args: Any) -> bool:
+    # a script that uses this module may have no flags of pools
+    return getattr(args, "pool_documents", "attention") == "routers"
 
 
 def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict[str, Any]:
@@ -46,9 +66,12 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
 
     Returns:
         BATCH_KEYS -> tensor or None, and NUM_PADDING with document boundaries. Token tensors are [1, mbs * s] with
-        boundaries and [mbs, s] without; middle stages get the boundaries and the padding only.
+        boundaries and [mbs, s] without or with ROUTER_BOUNDS, this context-parallel rank's part of them; middle
+        stages get the boundaries and the padding only.
     """
     args = get_args()
+    if _are_for_routers(args):
+        return _get_batch_for_routers(data_iterator, vp_stage)
     has_documents = args.dataloader_inter_document_masking
     if not has_documents and not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(BATCH_KEYS)
@@ -66,11 +89,58 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
             key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
             for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
         }
-    batch = get_batch_on_this_tp_rank(
+    batch = _on_this_tp_rank(batch, has_cu_seqlens=has_documents)
+    if num_padding_B is not None:
+        _broadcast(num_padding_B)
+    return flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
+
+
+def _get_batch_for_routers(
+    data_iterator: Iterator[Any] | None, vp_stage: int | None
+) -> dict[str, Any]:
+    args = get_args()
+    batch: dict[str, Any] = {}
+    sizes = torch.zeros(1, dtype=torch.int64, device="cuda")
+    bounds = torch.empty(0)
+    num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
+    is_first = mpu.get_tensor_model_parallel_rank() == 0
+    if is_first:
+        assert data_iterator is not None, "the dataset is built on every stage"
+        loaded = next(data_iterator)
+        if ROUTER_BOUNDS not in loaded:
+            raise ValueError(
+                f"a batch must have {ROUTER_BOUNDS!r} with --pool-documents routers; got {sorted(loaded)}: build the "
+                "datasets with emo_megatron.mcore.train.datasets_provider"
+            )
+        _check_documents(loaded[ROUTER_BOUNDS], seq_length=args.seq_length)
+        # on the host, where counting the documents costs nothing
+        bounds = merged_bounds(loaded[ROUTER_BOUNDS])
+        sizes.fill_(len(bounds))
+        bounds = bounds.cuda(non_blocking=True)
+        num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
+        batch = {key: loaded[key].cuda(non_blocking=True) for key in BATCH_KEYS[:4]}
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        _broadcast(sizes)
+        if not is_first:
+            bounds = torch.empty(int(sizes.item()), dtype=torch.int64, device="cuda")
+        _broadcast(bounds)
+        _broadcast(num_padding_B)
+    documents = {ROUTER_BOUNDS: bounds, NUM_PADDING: num_padding_B}
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS) | documents
+    batch = _on_this_tp_rank(batch, has_cu_seqlens=False)
+    group = mpu.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) | documents
+
+
+def _on_this_tp_rank(batch: dict[str, Any], *, has_cu_seqlens: bool) -> dict[str, Any]:
+    """Tensor-parallel rank 0's batch, and of it what this pipeline stage needs."""
+    args = get_args()
+    on_rank: dict[str, Any] = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=has_documents,
+        has_cu_seqlens=has_cu_seqlens,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
         cp_size=args.context_parallel_size,
@@ -82,13 +152,28 @@ def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    if num_padding_B is not None and mpu.get_tensor_model_parallel_world_size() > 1:
+    return on_rank
+
+
+def _broadcast(values: Tensor) -> None:
+    """Give every tensor-parallel rank what rank 0 has."""
+    if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
-            num_padding_B,
+            values,
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    return flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
+
+
+def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
+    """The micro-batch's document boundaries for the routers only; None in every other mode."""
+    if batch.get(ROUTER_BOUNDS) is None:
+        return None
+    return RouterDocuments(
+        cu_seqlens=batch[ROUTER_BOUNDS],
+        tokens_per_sample=get_args().seq_length,
+        num_padding_B=batch[NUM_PADDING],
+    )
 
 
 def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
@@ -160,14 +245,27 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
     return loss, num_tokens, report
 
 
-def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tensor, Any]:
-    """One micro-batch through this stage."""
+def forward_step(
+    data_iterator: Iterator[Any] | None, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """One micro-batch through this stage.
+
+    Args:
+        data_iterator: of this stage's batches.
+        model: this stage, or virtual stage.
+        return_schedule_plan: plan the pass and don't run it, as --overlap-moe-expert-parallel-comm asks.
+
+    Returns:
+        The stage's output or the plan, and the loss as a function of the output.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed = packed_documents(batch)
     timers("batch-generator").stop()
-    output = model(
+    output = forward_with_documents(
+        model.build_schedule_plan if return_schedule_plan else model,
+        router_documents(batch),
         batch["tokens"],
         batch["position_ids"],
         None,
@@ -178,34 +276,6 @@ def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tenso
     return output, functools.partial(loss_func, batch["loss_mask"])
 
 
-class _TellsPadding:
-    """Of a GPTDataset: samples with boundaries also say how many tokens at their end are padding.
-
-    Megatron counts those to the last document.
-    """
-
-    _num_fetched = 0
-
-    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
-        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
-        self._num_fetched = sum(lengths)
-        return text, documents, lengths
-
-    def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        sample: dict[str, Any] = super().__getitem__(idx)  # type: ignore[misc]
-        num_tokens = len(sample["tokens"])
-        num_real = 0 if idx is None else min(self._num_fetched, num_tokens)
-        return sample | {NUM_PADDING: num_tokens - num_real}
-
-
-class PoolGPTDataset(_TellsPadding, GPTDataset):
-    """Megatron's dataset, whose samples tell their padding."""
-
-
-class PoolMockGPTDataset(_TellsPadding, MockGPTDataset):
-    """Megatron's made-up dataset, whose samples tell their padding."""
-
-
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Train, validation and test datasets, on tensor-parallel rank 0 of every stage that needs tokens or boundaries."""
     args = get_args()
@@ -213,8 +283,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     def is_built_here() -> bool:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
-        needs_boundaries = bool(args.dataloader_inter_document_masking)
-        return needs_boundaries or bool(is_first_or_last_pipeline_stage(vp_stage))
+        return has_documents(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
 
     print_rank_0("> building train, validation, and test datasets ...")
     builder = BlendedMegatronDatasetBuilder(
@@ -231,7 +300,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def dataset_config(args: Any) -> GPTDatasetConfig:
+def dataset_config(args: Any) -> PoolDatasetConfig:
     """Megatron's dataset configuration from its own flags."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
@@ -239,7 +308,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         sequences_per_dataset = read_object(
             Path(args.per_dataset_sequences_path), kind="sequences of each dataset"
         )
-    return GPTDatasetConfig(
+    return PoolDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -265,4 +334,5 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
+        gives_router_bounds=_are_for_routers(args),
     )

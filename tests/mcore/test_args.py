@@ -10,7 +10,7 @@ import pytest
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore import args as pool_args
-from emo_megatron.mcore.refusals import CONFIG_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore.refusals import CONFIG_REFUSALS, HOST_REFUSALS, SCRIPT_REFUSALS
 
 
 def _parse(*argv: str) -> argparse.Namespace:
@@ -58,6 +58,28 @@ def test_help_documents_every_flag(capsys):
     assert "Smallest pool, in routed experts" in text
 
 
+def test_boundaries_for_the_routers_alone_take_what_packed_ones_do_not():
+    routers = PoolConfig(pool_min=4, pool_documents="routers", pool_balance="running")
+    free = {"dataloader_inter_document_masking": False, "virtual_pipeline_model_parallel_size": 2}
+    host = _host(context_parallel_size=2, **free)
+    pool_args.check_run(routers, host, host)
+    for refused in ({"dataloader_inter_document_masking": True}, {"mtp_num_layers": 1}):
+        host = _host(**(free | {"virtual_pipeline_model_parallel_size": None} | refused))
+        name = "--" + next(iter(refused)).replace("_", "-")
+        with pytest.raises(ValueError, match=name) as caught:
+            pool_args.check_run(routers, host, host)
+        assert str(caught.value).count("  - ") == 1
+
+
+def test_megatrons_own_scripts_plan_no_documents():
+    planned = _host(overlap_moe_expert_parallel_comm=True)
+    pools = PoolConfig(pool_min=4)
+    pool_args.check_run(pools, planned, planned)
+    with pytest.raises(ValueError, match="--overlap-moe-expert-parallel-comm"):
+        pool_args.check_run(pools, planned, planned, refusals=HOST_REFUSALS)
+    pool_args.check_run(PoolConfig(), planned, planned, refusals=HOST_REFUSALS)
+
+
 def _host(**overrides):
     """The attributes of a host configuration the refusals read, all allowed."""
     allowed = {r.field: r.allowed[0] for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)}
@@ -90,7 +112,6 @@ REFUSED = {
     "moe_latent_size": [16],
     "mlp_chunks_for_training": [2],
     "mtp_num_layers": [1],
-    "overlap_moe_expert_parallel_comm": [True],
     "cuda_graph_impl": ["local", "transformer_engine"],
     "transformer_impl": ["inference_optimized"],
     "experimental_attention_variant": ["gated_delta_net"],

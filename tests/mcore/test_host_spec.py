@@ -113,6 +113,11 @@ def test_an_empty_object_is_the_standard_model(ranks, pool_file):
         ('{"pool_min": 9}', [DOCUMENTS], ["at most --num-experts (8); got 9"]),
         ('{"pool_min": 3}', [], ["--dataloader-inter-document-masking must be given"]),
         (
+            '{"pool_min": 3, "pool_documents": "routers"}',
+            [],
+            ["--pool-documents must be attention"],
+        ),
+        (
             '{"pool_min": 3}',
             [DOCUMENTS, "--reset-attention-mask", "--moe-router-dtype", "fp64"],
             ["--reset-attention-mask must be False", "--moe-router-dtype must be 'fp32'"],
@@ -123,7 +128,7 @@ def test_an_empty_object_is_the_standard_model(ranks, pool_file):
             ["--hybrid-layer-pattern is for HybridModel", "pool_hybrid_spec"],
         ),
     ],
-    ids=["unset", "useless", "too large", "no documents", "flags", "hybrid"],
+    ids=["unset", "useless", "too large", "no documents", "routers", "flags", "hybrid"],
 )
 def test_what_cannot_be_is_refused(ranks, pool_file, text, flags, says):
     path = None if text is None else pool_file(text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
 from emo_megatron.config import PoolConfig
@@ -12,34 +10,9 @@ SEQ = 24
 
 
 def _samples(prefix, cache):
-    """The validation samples of a dataset, the last one short, and a whole sample of padding."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from support import tiny
 
-    from emo_megatron.mcore.train import PoolGPTDataset
-
-    tiny.setup()
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=SEQ,
-        blend=([str(prefix)], None),
-        split="0,100,0",
-        path_to_cache=str(cache),
-        tokenizer=SimpleNamespace(eod=1, pad=2, vocab_size=512, unique_identifiers={}),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        drop_last_partial_validation_sequence=False,
-        inter_document_masking=True,
-    )
-    _, valid, _ = BlendedMegatronDatasetBuilder(
-        PoolGPTDataset, [0, None, 0], lambda: True, config
-    ).build()
-    return [valid[index] for index in range(len(valid))] + [valid[None]]
+    return tiny.validation_samples(prefix, cache)
 
 
 def test_samples_tell_their_padding(ranks, tmp_path):

@@ -29,8 +29,10 @@ FLAGS = shlex.split("""
 --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.02 --moe-z-loss-coeff 0.001
 --micro-batch-size 2 --global-batch-size 8 --train-iters 4 --lr 1e-3 --min-lr 1e-4 --seed 7
 --tokenizer-type NullTokenizer --split 100,0,0 --num-workers 0 --eval-iters 0 --eval-interval 1000
---log-interval 1 --dataloader-inter-document-masking
+--log-interval 1
 """)
+MASKING = "--dataloader-inter-document-masking"
+FLAGS.append(MASKING)
 
 
 def write_data(folder: Path) -> Path:
@@ -48,7 +50,9 @@ def start(
 ) -> subprocess.Popen[str]:
     """A run of FLAGS and `flags`, the later of which win; without data on Megatron's mock data."""
     source = ["--data-path", data, "--data-cache-path", data.parent] if data else ["--mock-data"]
-    arguments = (script, *FLAGS, *source, "--vocab-size", VOCAB, *flags)
+    # a switch cannot be taken back
+    own = [flag for flag in FLAGS if "routers" not in flags or flag != MASKING]
+    arguments = (script, *own, *source, "--vocab-size", VOCAB, *flags)
     return subprocess.Popen(
         python(*arguments, processes=processes),
         env=process_environment()

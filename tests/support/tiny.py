@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -119,3 +121,36 @@ def batch(seed: int, *, rows: int = ROWS) -> dict[str, torch.Tensor]:
         "labels": tokens.roll(-1, dims=1),
         "position_ids": torch.arange(SEQ).repeat(rows)[None],
     }
+
+
+def validation_samples(prefix: Path, cache: Path, *, masking: bool = True) -> list[Any]:
+    """The validation samples of a dataset, 24 tokens each, the last one short, and a whole sample of padding.
+
+    With `masking` they have Megatron's boundaries, without it those for routers only.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+
+    from emo_megatron.mcore.samples import PoolDatasetConfig, PoolGPTDataset
+
+    setup()
+    config = PoolDatasetConfig(
+        random_seed=1,
+        sequence_length=24,
+        blend=([str(prefix)], None),
+        split="0,100,0",
+        path_to_cache=str(cache),
+        tokenizer=SimpleNamespace(eod=1, pad=2, vocab_size=512, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        drop_last_partial_validation_sequence=False,
+        inter_document_masking=masking,
+        gives_router_bounds=not masking,
+    )
+    _, valid, _ = BlendedMegatronDatasetBuilder(
+        PoolGPTDataset, [0, None, 0], lambda: True, config
+    ).build()
+    return [valid[index] for index in range(len(valid))] + [valid[None]]

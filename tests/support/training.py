@@ -43,6 +43,8 @@ class Case:
     pools: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     """More of TransformerConfig."""
+    features: dict[str, Any] = field(default_factory=dict)
+    """More of it, which the single process does without."""
 
     @property
     def world_size(self) -> int:
@@ -291,7 +293,7 @@ def _options(case: Case) -> dict[str, Any]:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    return options | case.config
+    return options | case.config | case.features
 
 
 def pool_config(case: Case) -> Any:
@@ -338,7 +340,14 @@ def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
         yield micro_batch(consumed + (index * case.dp + rank) * case.mbs, case.mbs)
 
 
-def _forward_step(iterator: Any, model: Any, *, case: Case, recorder: Recorder | None) -> Any:
+def _forward_step(
+    iterator: Any,
+    model: Any,
+    return_schedule_plan: bool = False,
+    *,
+    case: Case,
+    recorder: Recorder | None,
+) -> Any:
     from . import tiny
 
     batch = next(iterator)
@@ -354,7 +363,8 @@ def _forward_step(iterator: Any, model: Any, *, case: Case, recorder: Recorder |
         max_seqlen_kv=longest,
         tokens_per_sample=SEQ,
     )
-    output = model(
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch["tokens"][held][None],
         batch["positions"][held][None],
         None,

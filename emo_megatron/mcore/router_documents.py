@@ -1,0 +1,120 @@
+"""Document boundaries for the routers only: every other part of the host sees a batch without packed sequences.
+
+The host carries nothing for us then, so a micro-batch's boundaries are this process's current ones from before its
+forward pass until the next. The pool layers that full recompute runs in backward belong to an earlier micro-batch: a
+hook on the model's output, which autograd calls before anything of that backward, says to which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.compat import is_in_backward
+from emo_megatron.mcore.context import PoolScope, Shard, make_scope
+
+
+@dataclass(kw_only=True, eq=False)
+class RouterDocuments:
+    """The documents of one micro-batch, for one forward pass through one model (chunk) and its backward."""
+
+    cu_seqlens: Tensor
+    """[D + 1] int32 or int64: boundaries in the whole micro-batch, mbs * S tokens, sample after sample."""
+    tokens_per_sample: int
+    """S."""
+    num_padding_B: Tensor | None = None
+    """[mbs] int64: tokens of padding at the end of each sample."""
+    _scope: PoolScope | None = field(default=None, init=False, repr=False)
+    _asked: set[tuple[int, bool]] = field(default_factory=set, init=False, repr=False)
+    """(layer number, whether in backward) of the layers that have asked."""
+
+    def scope_for(
+        self, layer_number: int, *, hidden_shape: torch.Size, shard: Shard, pool: PoolConfig
+    ) -> PoolScope:
+        """The scope of this micro-batch, for a layer that starts its forward pass or repeats it in backward.
+
+        Raises:
+            ValueError: it has done so already: these are the documents of an earlier micro-batch.
+        """
+        asks = (layer_number, is_in_backward())
+        if asks in self._asked:
+            raise ValueError(
+                f"layer {layer_number} got the documents of an earlier micro-batch: with --pool-documents routers "
+                "every forward pass must go through emo_megatron.mcore.router_documents.forward_with_documents"
+            )
+        self._asked.add(asks)
+        if self._scope is None:
+            self._scope = make_scope(
+                self.cu_seqlens,
+                tokens_per_sample=self.tokens_per_sample,
+                num_padding_B=self.num_padding_B,
+                hidden_shape=hidden_shape,
+                shard=shard,
+                pool=pool,
+            )
+        return self._scope
+
+
+@dataclass(kw_only=True, slots=True)
+class _Current:
+    forward: RouterDocuments | None = None
+    backward: RouterDocuments | None = None
+
+
+_CURRENT = _Current()
+
+
+def current_documents() -> RouterDocuments | None:
+    """The documents of the micro-batch that is being computed, or recomputed in backward; None: it has none."""
+    return _CURRENT.backward if is_in_backward() else _CURRENT.forward
+
+
+def forward_with_documents(
+    call: Callable[..., Any], documents: RouterDocuments | None, *args: Any, **kwargs: Any
+) -> Any:
+    """`call(*args, **kwargs)`, whose pool layers see these documents.
+
+    They stay the current ones after it returns, because layers of a schedule plan run later.
+
+    Args:
+        call: the model, or another function that runs it once or plans to.
+        documents: of this micro-batch, not used before; None where the host carries boundaries or there are none.
+
+    Raises:
+        ValueError: `packed_seq_params` is given beside documents.
+    """
+    if documents is not None and kwargs.get("packed_seq_params") is not None:
+        raise ValueError(BOTH)
+    _CURRENT.forward = documents
+    output = call(*args, **kwargs)
+    if documents is not None and isinstance(output, Tensor) and output.requires_grad:
+        output.register_hook(lambda _: _start_backward(documents))
+    return output
+
+
+BOTH = (
+    "packed_seq_params must be None with --pool-documents routers, where attention does not keep to documents; drop "
+    "it, or use --pool-documents attention"
+)
+
+
+def _start_backward(documents: RouterDocuments) -> None:
+    _CURRENT.backward = documents
+
+
+def merged_bounds(bounds_BX: Tensor) -> Tensor:
+    """Boundaries of the micro-batch, [D + 1] int64, from those of its samples; waits for a device tensor.
+
+    Args:
+        bounds_BX: [mbs, S + 1] int32 or int64, each row from 0 to S and filled with S.
+    """
+    length = bounds_BX.shape[1] - 1
+    first_B1 = torch.arange(len(bounds_BX), device=bounds_BX.device)[:, None] * length
+    starts_BX = bounds_BX[:, :-1].long() + first_B1
+    starts_D = starts_BX[bounds_BX.diff() > 0]
+    return torch.cat([starts_D, starts_D.new_full((1,), len(bounds_BX) * length)])
