@@ -46,7 +46,6 @@ def main() -> None:
     model = gpt_config_from_args(args)
     check_run(pool, model.transformer, args)
     check_resume(pool, args)
-    train.allow_flat_microbatches(model.transformer)
     model.transformer_layer_spec = pool_spec_builder(pool)
     model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
     install_metrics(pool, model.transformer, has_documents=train.has_documents(args))

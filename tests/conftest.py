@@ -24,7 +24,8 @@ HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--parity-table", help="docs/parallelism.md: rewrite its table from this run's parity cases"
+        "--parity-table",
+        help="benchmarks/results/parity.md: rewrite its table from this run's parity cases",
     )
 
 

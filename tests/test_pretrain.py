@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,14 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
             2,
             ["--pipeline-model-parallel-size", 2, *SELECTIVE],
         ),
+        (
+            2,
+            ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2],
+        ),
         (2, ["--expert-model-parallel-size", 2, "--bf16", "--overlap-moe-expert-parallel-comm"]),
         pytest.param(4, ["--pipeline-model-parallel-size", 4], marks=pytest.mark.slow),
     ],
-    ids=["EP2", "TP2+SP", "PP2+recompute", "EP2+overlap", "PP4"],
+    ids=["EP2", "TP2+SP", "PP2+recompute", "PP2xVPP2", "EP2+overlap", "PP4"],
 )
 def test_layouts_train_and_draw_the_same_pool_sizes(processes, flags, data_prefix, single):
     output = pretrain(processes, "--pool-min", 3, *flags, data=data_prefix)
@@ -55,6 +60,17 @@ def test_boundaries_for_the_routers_only_give_the_same_pool_sizes(data_prefix, s
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert logged(output, "pool_size") == pytest.approx(logged(single, "pool_size"), abs=0.011)
+
+
+def test_boundaries_for_the_routers_only_in_evaluation_and_on_mock_data():
+    flags = ["--pool-min", 3, "--pool-documents", "routers", "--pool-eos-starts-document"]
+    flags += ["--pool-eval", 4, "--eval-iters", 1, "--eval-interval", 2]
+    output = pretrain(1, *flags, data=None)
+    assert all(2 < size < 8 for size in logged(output, "pool_size"))
+    validated = re.findall(
+        r"validation loss at iteration \d+ .*?lm loss value: ([\d.E+-]+)", output
+    )
+    assert len(validated) >= 2
 
 
 def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):

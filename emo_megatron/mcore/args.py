@@ -75,12 +75,16 @@ def check_run(
             "--dataloader-inter-document-masking must not be given with --pool-documents routers: attention would "
             "keep to documents too"
         )
-    packs_rows = is_packed and args.micro_batch_size > 1
-    if packs_rows and args.virtual_pipeline_model_parallel_size is not None:
+    if (
+        is_packed
+        and args.micro_batch_size > 1
+        and args.virtual_pipeline_model_parallel_size is not None
+        and args.overlap_moe_expert_parallel_comm
+    ):
         problems.append(
-            "--micro-batch-size must be 1 with an interleaved pipeline and "
-            f"--dataloader-inter-document-masking; got {args.micro_batch_size}: its schedule cannot "
-            "carry packed samples"
+            "--micro-batch-size must be 1 in an interleaved pipeline with --overlap-moe-expert-parallel-comm and "
+            f"--dataloader-inter-document-masking; got {args.micro_batch_size}: Megatron's plan of a pass can't send "
+            "packed samples; or give --pool-documents routers, which doesn't pack them"
         )
     if pool.pool_balance == "running" and not (is_packed or is_for_routers):
         problems.append(

@@ -249,7 +249,25 @@ SCRIPT_REFUSALS = (
 )
 """Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
 
+_STAGES = (
+    "Megatron's scripts build their datasets on the first and the last stage only, and the routers of every stage need "
+    "document boundaries; use examples/pretrain_emo.py"
+)
+
 HOST_REFUSALS = (
+    Refusal(
+        field="pipeline_model_parallel_size",
+        allowed=(1, 2),
+        only_with_pools=True,
+        reason=_STAGES,
+    ),
+    Refusal(
+        field="virtual_pipeline_model_parallel_size",
+        flag="--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank",
+        allowed=(None,),
+        only_with_pools=True,
+        reason=_STAGES,
+    ),
     Refusal(
         field="overlap_moe_expert_parallel_comm",
         allowed=(False,),

@@ -237,10 +237,10 @@ def _prepare_script(config: TransformerConfig) -> PoolConfig:
         )
     args = training_args()
     if args is not None:
-        from emo_megatron.mcore.train import allow_flat_microbatches
+        from emo_megatron.mcore.pipeline import let_shapes_travel
 
         check_run(pool, config, args, refusals=HOST_REFUSALS)
-        allow_flat_microbatches(config)
+        let_shapes_travel(config)
     has_documents = args is None or args.dataloader_inter_document_masking
     install_metrics(pool, config, has_documents=has_documents)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -18,7 +18,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.context import TRAILING_PADDING
+from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import (
     RouterDocuments,
     forward_with_documents,
@@ -182,20 +182,6 @@ def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
         DocumentSegments.from_cu_seqlens(sample, num_tokens=seq_length)
 
 
-def allow_flat_microbatches(config: TransformerConfig) -> None:
-    """Let pipeline stages exchange packed micro-batches of several samples.
-
-    Those are [mbs * s, 1, h], but Megatron's schedules receive [s, mbs, h] unless shapes travel with the tensors.
-    """
-    args = get_args()
-    if (
-        args.dataloader_inter_document_masking
-        and args.pipeline_model_parallel_size > 1
-        and args.micro_batch_size > 1
-    ):
-        config.variable_seq_lengths = True
-
-
 def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
     """The micro-batch's document boundaries in the form Megatron's layers take; None without boundaries."""
     if batch.get("cu_seqlens") is None:
@@ -263,6 +249,8 @@ def forward_step(
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed = packed_documents(batch)
     timers("batch-generator").stop()
+    num_samples = 1 if packed is None else len(batch[NUM_PADDING])
+    flatten_received(model, num_samples=num_samples)
     output = forward_with_documents(
         model.build_schedule_plan if return_schedule_plan else model,
         router_documents(batch),
@@ -273,6 +261,8 @@ def forward_step(
         loss_mask=batch["loss_mask"],
         packed_seq_params=packed,
     )
+    if not return_schedule_plan:
+        output = as_exchanged(output, model, num_samples=num_samples)
     return output, functools.partial(loss_func, batch["loss_mask"])
 
 

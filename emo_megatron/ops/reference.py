@@ -163,7 +163,8 @@ def pool_topk(
         scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
     expert_ids_TK = _best(keys_TE.detach(), is_allowed_TE, is_nonfinite_T, top_k)
     if score_function == "softmax":
-        weights_TK = (scores_TE if pre_softmax else logits_f_TE).gather(1, expert_ids_TK)
+        # from the masked logits, so that gradients of a pool of all experts add up in the order of no pool
+        weights_TK = (scores_TE if pre_softmax else carrying_TE).gather(1, expert_ids_TK)
         if not pre_softmax:
             weights_TK = torch.softmax(weights_TK, dim=-1)
     else:

@@ -88,7 +88,9 @@ def _host(**overrides):
         "moe_router_topk": 2,
         "dataloader_inter_document_masking": True,
         "micro_batch_size": 2,
+        "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
+        "overlap_moe_expert_parallel_comm": False,
         "dataloader_type": "single",
     }
     return types.SimpleNamespace(**(allowed | overrides))
@@ -182,12 +184,38 @@ def test_no_experts_is_said_plainly():
         pool_args.check_run(PoolConfig(), host, host)
 
 
-def test_interleaved_pipelines_take_one_packed_sample():
-    host = _host(virtual_pipeline_model_parallel_size=2)
+def test_a_planned_pass_of_an_interleaved_pipeline_takes_one_packed_sample():
+    planned = {
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_moe_expert_parallel_comm": True,
+    }
+    pools = PoolConfig(pool_min=4)
+    host = _host(**planned)
     with pytest.raises(ValueError, match="--micro-batch-size must be 1"):
-        pool_args.check_run(PoolConfig(pool_min=4), host, host)
-    host = _host(virtual_pipeline_model_parallel_size=2, micro_batch_size=1)
-    pool_args.check_run(PoolConfig(pool_min=4), host, host)
+        pool_args.check_run(pools, host, host)
+    for free in (
+        {"micro_batch_size": 1},
+        {"overlap_moe_expert_parallel_comm": False},
+        {"virtual_pipeline_model_parallel_size": None},
+    ):
+        host = _host(**(planned | free))
+        pool_args.check_run(pools, host, host)
+    host = _host(**planned, dataloader_inter_document_masking=False)
+    pool_args.check_run(PoolConfig(pool_min=4, pool_documents="routers"), host, host)
+
+
+def test_megatrons_own_scripts_have_boundaries_on_two_stages():
+    pools = PoolConfig(pool_min=4)
+    for stages in (
+        {"pipeline_model_parallel_size": 4},
+        {"virtual_pipeline_model_parallel_size": 2},
+    ):
+        host = _host(**stages)
+        pool_args.check_run(pools, host, host)
+        with pytest.raises(ValueError, match="pipeline"):
+            pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
+    host = _host(pipeline_model_parallel_size=2)
+    pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
 
 
 def test_another_dataloader_is_warned_about():

@@ -41,6 +41,8 @@ class Case:
     balance: str = "micro"
     dispatcher: str = "megatron"
     pools: bool = True
+    documents: str = "attention"
+    """attention or routers: who sees the boundaries."""
     config: dict[str, Any] = field(default_factory=dict)
     """More of TransformerConfig."""
     features: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Case:
             balance=self.balance,
             cp_partition=self.cp_partition,
             pools=self.pools,
+            documents=self.documents,
             config=self.config,
         )
 
@@ -280,9 +283,9 @@ def _options(case: Case) -> dict[str, Any]:
         "context_parallel_size": case.cp,
         "virtual_pipeline_model_parallel_size": case.vpp,
         "calculate_per_token_loss": case.per_token,
-        "variable_seq_lengths": case.pp > 1 and case.mbs > 1,
         # as megatron.training sets it: in one batch, messages both ways between two stages would be mixed up
         "overlap_p2p_comm": case.vpp is not None,
+        "deallocate_pipeline_outputs": True,
         "batch_p2p_comm": case.vpp is None,
     }
     if case.recompute == "moe":
@@ -303,6 +306,7 @@ def pool_config(case: Case) -> Any:
         "pool_balance": case.balance,
         "pool_cp_partition": case.cp_partition,
         "pool_dispatcher": case.dispatcher,
+        "pool_documents": case.documents,
     }
     return PoolConfig(pool_min=3, **options) if case.pools else PoolConfig(**options)
 
@@ -348,14 +352,38 @@ def _forward_step(
     case: Case,
     recorder: Recorder | None,
 ) -> Any:
-    from . import tiny
+    from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
+    from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents
 
     batch = next(iterator)
-    held = _held(batch, case)
+    is_packed = case.documents == "attention"
+    held = _held(batch, case)[None] if is_packed else _held_of_rows(batch, case)
     if recorder is not None:
-        recorder.places = _sequence_part(batch["places"][held], case)
+        # the router sees tokens of [s, mbs, h]
+        recorder.places = _sequence_part(batch["places"][held].T.flatten(), case)
+    num_flat = case.mbs if is_packed else 1
+    flatten_received(model, num_samples=num_flat)
+    output = forward_with_documents(
+        model.build_schedule_plan if return_schedule_plan else model,
+        None
+        if is_packed
+        else RouterDocuments(cu_seqlens=batch["cu_padded"], tokens_per_sample=SEQ),
+        batch["tokens"][held],
+        batch["positions"][held],
+        None,
+        labels=batch["labels"][held],
+        packed_seq_params=_packed(batch) if is_packed else None,
+    )
+    if not return_schedule_plan:
+        output = as_exchanged(output, model, num_samples=num_flat)
+    return output, functools.partial(_loss, batch["loss_mask"][held].flatten())
+
+
+def _packed(batch: dict[str, Any]) -> Any:
+    from . import tiny
+
     longest = int(batch["cu_padded"].diff().max())
-    packed = tiny.packed(
+    return tiny.packed(
         batch["cu"].tolist(),
         cu_seqlens_q_padded=batch["cu_padded"],
         cu_seqlens_kv_padded=batch["cu_padded"],
@@ -363,15 +391,6 @@ def _forward_step(
         max_seqlen_kv=longest,
         tokens_per_sample=SEQ,
     )
-    run = model.build_schedule_plan if return_schedule_plan else model
-    output = run(
-        batch["tokens"][held][None],
-        batch["positions"][held][None],
-        None,
-        labels=batch["labels"][held][None],
-        packed_seq_params=packed,
-    )
-    return output, functools.partial(_loss, batch["loss_mask"][held])
 
 
 def _loss(is_counted: Tensor, losses: Tensor) -> Any:
@@ -394,6 +413,16 @@ def _held(batch: dict[str, Any], case: Case) -> Tensor:
         pieces = stream[start:end].chunk(2 * case.cp) if end > start else ()
         held += [pieces[rank], pieces[2 * case.cp - 1 - rank]] if pieces else []
     return torch.cat(held)
+
+
+def _held_of_rows(batch: dict[str, Any], case: Case) -> Tensor:
+    """The same of samples that are not packed, [mbs, s]: two chunks of each."""
+    from megatron.core import parallel_state
+
+    rows = torch.arange(len(batch["tokens"])).view(-1, SEQ)
+    rank = parallel_state.get_context_parallel_rank()
+    chunks = rows.chunk(2 * case.cp, dim=1)
+    return torch.cat([chunks[rank], chunks[2 * case.cp - 1 - rank]], dim=1)
 
 
 def _sequence_part(values: Tensor, case: Case) -> Tensor:
