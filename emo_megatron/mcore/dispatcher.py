@@ -101,9 +101,8 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         if self.config.moe_router_padding_for_quantization:
             # more pairs, of probability 0, until every expert gets a multiple of what its kernels take; a pair whose
             # token goes to that rank anyway costs no row
-            routing_map = pad_routing_map(
-                routing_map, get_align_size_for_quantization(self.config)
-            )
+            multiple = get_align_size_for_quantization(self.config)
+            routing_map = pad_routing_map(routing_map, multiple)
         exchange = self._exchange_of(routing_map)
         send = plan_send(
             routing_map,

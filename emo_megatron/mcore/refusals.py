@@ -67,12 +67,12 @@ CONFIG_REFUSALS = (
     ),
     Refusal(
         field="moe_router_num_groups",
-        allowed=(None,),
+        allowed=(None, 1),
         reason="a group whose experts are all outside the pool would still be picked",
     ),
     Refusal(
         field="moe_router_group_topk",
-        allowed=(None,),
+        allowed=(None, 1),
         reason="a group whose experts are all outside the pool would still be picked",
     ),
     Refusal(
@@ -146,18 +146,6 @@ DEDUP_REFUSALS = (
         field="moe_expert_rank_capacity_factor",
         allowed=(None,),
         reason="it bounds the buffers of HybridEP and NCCL EP; this dispatcher sizes its own by what is sent",
-    ),
-    Refusal(
-        field="fp8",
-        flag="--fp8-format",
-        allowed=(None,),
-        reason="quantised experts have not been tried with it",
-    ),
-    Refusal(
-        field="fp4",
-        flag="--fp4-format",
-        allowed=(None,),
-        reason="quantised experts have not been tried with it",
     ),
     Refusal(
         field="overlap_dispatch_backward_with_experts_wgrad",

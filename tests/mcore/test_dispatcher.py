@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from mcore.test_metrics import Operations
 from support import shards, tiny
@@ -219,77 +217,12 @@ def test_starts_no_more_operations_than_alltoall(ranks, pads):
     assert counts[0] <= counts[1]
 
 
-def _decided(dispatcher):
-    """A layer with pools on two samples, one a rank if there are two: decisions, output, gradients."""
-    import torch
-    import torch.distributed as dist
-
-    from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore.context import CLOCK, Shard, scope_of
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    tiny.setup(expert_model_parallel_size=size)
-    CLOCK.consumed_samples = 6
-    pool = PoolConfig(pool_min=3)
-    options = {"moe_token_dispatcher_type": dispatcher}
-    layer = tiny.model(pool, moe_router_load_balancing_type="none", **options).decoder.layers[0].mlp
-    shards.initialise([layer], seed=3)
-    hidden = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
-    bounds = [[0, 5, 16], [0, 9, 12, 16]]
-    if size == 2:
-        hidden, cu_seqlens = hidden[rank], bounds[rank]
-    else:
-        cu_seqlens = bounds[0] + [16 + bound for bound in bounds[1][1:]]
-    hidden = hidden.reshape(-1, 1, 32).clone().requires_grad_()
-    shard = dict.fromkeys(("tp_rank", "cp_rank", "microbatch"), 0) | {"tp_size": 1, "cp_size": 1}
-    layer.scope = scope_of(
-        tiny.packed(cu_seqlens),
-        hidden_shape=hidden.shape,
-        shard=Shard(dp_rank=rank, dp_size=size, **shard),
-        pool=pool,
-        layer_number=1,
-    )
-    maps = []
-    layer.router.register_forward_hook(lambda *args: maps.append(args[2][1].clone()))
-    output, _ = layer(hidden)
-    output.square().sum().backward()
-    CLOCK.consumed_samples = None
-    gradients = {
-        key.replace("local_experts.", ""): (p.grad, "local_experts" in key)
-        for key, p in layer.named_parameters()
-    }
-    return maps[0], output.detach(), hidden.grad, gradients
-
-
-@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
-def test_two_ranks_decide_and_compute_what_one_does(ranks, dispatcher):
-    import torch
-
-    ((map_TE, *tensors, gradients),) = ranks(1).run(_decided, dispatcher=dispatcher)
-    first, second = ranks(2).run(_decided, dispatcher=dispatcher)
-    assert map_TE.any(0).all()
-    assert torch.equal(torch.cat([first[0], second[0]]), map_TE)
-    for place, want in enumerate(tensors, start=1):
-        assert _deviation(torch.cat([first[place], second[place]]), want) < TOLERANCE
-    for key, (want, is_expert) in gradients.items():
-        if not is_expert:
-            assert _deviation(first[3][key][0] + second[3][key][0], want) < TOLERANCE, key
-            continue
-        # rank r holds experts 4r to 4r + 3, numbered from 0
-        head, number, tail = re.fullmatch(r"(.*?)(\d+)(\..*)", key).groups()
-        owner = (first, second)[int(number) // 4]
-        found, _ = owner[3][f"{head}{int(number) % 4}{tail}"]
-        assert _deviation(found, want) < TOLERANCE, key
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("moe_token_dispatcher_type", "allgather"),
         ("moe_shared_expert_overlap", True),
         ("moe_expert_rank_capacity_factor", 2.0),
-        ("fp8", "e4m3"),
-        ("fp4", "e2m1"),
         ("overlap_dispatch_backward_with_experts_wgrad", True),
     ],
 )

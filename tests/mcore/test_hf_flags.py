@@ -65,7 +65,6 @@ def test_the_flags_of_an_architecture_are_its_own():
         ("moe_router_force_biased", 0.1, "without noise"),
         ("moe_input_jitter_eps", 0.01, "without noise"),
         ("moe_expert_capacity_factor", 1.0, "no token is dropped"),
-        ("moe_expert_rank_capacity_factor", 1.0, "no token is dropped"),
         ("moe_token_dropping", True, "no token is dropped"),
     ],
 )
