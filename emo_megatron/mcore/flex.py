@@ -8,7 +8,6 @@ would be swapped for another one, perhaps outside the pool. Here both follow the
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,57 +48,6 @@ def _setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
         probs.reshape(len(probs), -1),
         top_k=manager.router_topk,
     )
-
-
-def follow_reruns(dispatcher: Any, router: Any) -> None:
-    """Let a flex dispatcher tell its router when the host runs a step again.
-
-    With --moe-expert-rank-capacity-factor megatron.training reads, once a step and before the optimizer, whether a
-    rank's buffer was too small, and if so runs the step again without a bound. It resets the flags in between.
-
-    Args:
-        dispatcher: of the MoE layer; those without such a flag stay as they are.
-        router: the layer's PoolRouter.
-    """
-    if hasattr(dispatcher, "reset_over_budget"):
-        # attributes, not a closure: a copy of the layer has a router of its own
-        dispatcher.pool_router = router
-        dispatcher.reset_over_budget = types.MethodType(_reset_over_budget, dispatcher)
-
-
-def _reset_over_budget(dispatcher: Any) -> None:
-    type(dispatcher).reset_over_budget(dispatcher)
-    dispatcher.pool_router.start_step_over()
-
-
-def raise_over_budget(model: Iterable[torch.nn.Module]) -> None:
-    """Refuse a step in which a dispatcher dropped tokens. Every rank calls it after backward, before the optimizer.
-
-    For training loops of one's own; megatron.training runs such a step again by itself. Waits for the device.
-
-    Args:
-        model: this rank's chunks.
-
-    Raises:
-        ValueError: on all ranks, if a rank received more tokens than --moe-expert-rank-capacity-factor allows.
-    """
-    dispatchers = [
-        module.token_dispatcher
-        for chunk in model
-        for module in chunk.modules()
-        if hasattr(getattr(module, "token_dispatcher", None), "check_over_budget")
-    ]
-    flags = [d.check_over_budget() for d in dispatchers]
-    flags_L = [flag.view(-1)[0] for flag in flags if flag is not None]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dropped = torch.stack(flags_L).any() if flags_L else torch.zeros((), device=device)
-    num_ranks = dropped.to(torch.int32)
-    torch.distributed.all_reduce(num_ranks)
-    if (count := int(num_ranks)) > 0:
-        raise ValueError(
-            f"tokens of this step were dropped on {count} ranks, whose buffers were too small: raise "
-            "--moe-expert-rank-capacity-factor, which must hold for the most tokens that a rank receives"
-        )
 
 
 def indices_of_map(

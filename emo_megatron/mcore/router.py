@@ -22,6 +22,7 @@ from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.context import NO_BOUNDARIES, PoolScope
 from emo_megatron.mcore.flex import leaves_padding_out
 from emo_megatron.mcore.metrics import Groups, pool_metrics
+from emo_megatron.mcore.reruns import Runs, begin_run
 
 
 class PoolRouter(TopKRouter):
@@ -44,7 +45,7 @@ class PoolRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         self.pool = pool
         self._step_counts_X: Tensor | None = None
-        self._bias_of_step_E: Tensor | None = None
+        self.runs = Runs()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -62,6 +63,8 @@ class PoolRouter(TopKRouter):
             self.observe_logits(logits_TE.detach().float(), ids_T)
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
+        if self.training and self.scope is not None:
+            begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
         pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)
         if self.allowed_experts is not None:
@@ -81,7 +84,7 @@ class PoolRouter(TopKRouter):
             backend=backend,
         )
         if self._is_fused and pool_DE is None:
-            routed = self._with_fused_choice(routed, logits_TE)
+            routed = self._with_fused_choice(routed, logits_TE, ids_T)
         probs_TE = routed.probs_TE
         if self.training:
             probs_TE = self._with_losses(probs_TE, routed, ids_T, scores_DE)
@@ -92,17 +95,6 @@ class PoolRouter(TopKRouter):
         """Start a new step; Megatron calls it when gradients are final."""
         super().reset_global_aux_loss_tracker()
         self._step_counts_X = None
-
-    def start_step_over(self) -> None:
-        """Forget what this step has counted; Megatron runs it again when a dispatcher has dropped tokens."""
-        if not self.training:
-            return
-        self.reset_global_aux_loss_tracker()
-        if self._bias_of_step_E is not None:
-            self.expert_bias.copy_(self._bias_of_step_E)
-            self.local_tokens_per_expert.zero_()
-        # of all layers at once: the host reports, and clears, every step
-        get_moe_metrics_tracker().clear()
 
     def _document_ids(self, logits_TE: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         ids_T = None if self.scope is None else self.scope.document_ids_T
@@ -128,7 +120,9 @@ class PoolRouter(TopKRouter):
         """Whether Transformer Engine chooses, as in the stock router; with pools the compiled ops are fused already."""
         return bool(self.config.moe_router_fusion) and not self.pool.is_on
 
-    def _with_fused_choice(self, routed: ops.Routing, logits_TE: Tensor) -> ops.Routing:
+    def _with_fused_choice(
+        self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None
+    ) -> ops.Routing:
         """The stock router's choice with --moe-router-fusion, to the last bit; losses and counts stay.
 
         Raises:
@@ -143,6 +137,8 @@ class PoolRouter(TopKRouter):
             expert_bias=self.expert_bias,
             fused=True,
         )
+        if ids_T is not None:
+            probs_TE = probs_TE * (ids_T >= 0)[:, None]
         return dataclasses.replace(routed, probs_TE=probs_TE, routing_map_TE=map_TE)
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
@@ -316,9 +312,6 @@ class PoolRouter(TopKRouter):
         """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""
         if self.enable_expert_bias and torch.is_grad_enabled():
             with torch.no_grad():
-                if getattr(self.config, "moe_expert_rank_capacity_factor", None) is not None:
-                    # Megatron updates the bias before it knows whether the step must be run again
-                    self._bias_of_step_E = self.expert_bias.clone()
                 self.local_tokens_per_expert += routed.tokens_per_expert_E
 
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
