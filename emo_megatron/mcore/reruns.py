@@ -97,10 +97,11 @@ def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) ->
     Raises:
         ValueError: on all ranks, if one received more tokens than --moe-expert-rank-capacity-factor allows.
     """
-    modules = (module for chunk in model for module in chunk.modules())
-    dispatchers = [getattr(module, "token_dispatcher", None) for module in modules]
-    flags = [d.check_over_budget() for d in dispatchers if hasattr(d, "check_over_budget")]
-    flags_L = [flag.view(-1)[0] for flag in flags if flag is not None]
+    flags_L = []
+    for module in (module for chunk in model for module in chunk.modules()):
+        check = getattr(getattr(module, "token_dispatcher", None), "check_over_budget", None)
+        if check is not None and (flag := check()) is not None:
+            flags_L.append(flag.view(-1)[0])
     num_ranks = torch.zeros((), dtype=torch.int32, device="cuda")
     if flags_L:
         num_ranks += torch.stack(flags_L).any()
