@@ -42,6 +42,8 @@ class SampleClock:
 
     def __init__(self) -> None:
         self._set: int | None = None
+        self.is_told = True
+        """Whether a training loop tells."""
 
     @property
     def consumed_samples(self) -> int:
@@ -56,13 +58,13 @@ class SampleClock:
                 stacklevel=2,
             )
             # once is enough, and 0 is what it goes on with
-            self._set = 0
+            self._set, self.is_told = 0, False
             return 0
         return count
 
     @consumed_samples.setter
     def consumed_samples(self, value: int | None) -> None:
-        self._set = value
+        self._set, self.is_told = value, True
 
 
 CLOCK = SampleClock()

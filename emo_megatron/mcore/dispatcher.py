@@ -19,6 +19,10 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe.moe_utils import (
+    get_align_size_for_quantization,
+    pad_routing_map,
+)
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -94,6 +98,11 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         Returns:
             rows [N, H] and the probabilities of their pairs [P], by destination.
         """
+        if self.config.moe_router_padding_for_quantization:
+            # more pairs, of probability 0, until every expert gets a multiple of what its kernels take; a pair whose
+            # token goes to that rank anyway costs no row
+            multiple = get_align_size_for_quantization(self.config)
+            routing_map = pad_routing_map(routing_map, multiple)
         exchange = self._exchange_of(routing_map)
         send = plan_send(
             routing_map,

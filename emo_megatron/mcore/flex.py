@@ -34,6 +34,7 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
         config: Megatron's configuration of the model.
     """
     if config.moe_token_dispatcher_type != "flex" or _backend(config) == "hybridep":
+        # HybridEP's manager goes by the map
         return
     manager = dispatcher._comm_manager
     # bound, not closed over the manager: a copy of the layer has a manager of its own

@@ -76,8 +76,8 @@ REQUIREMENTS = (
     _only("moe_router_score_function", "softmax", reason=_ROUTER),
     _only("moe_router_enable_expert_bias", False, reason=_ROUTER),
     _only("moe_router_topk_scaling_factor", None, 1.0, reason=_ROUTER),
-    _only("moe_router_num_groups", None, reason=_ROUTER),
-    _only("moe_router_group_topk", None, reason=_ROUTER),
+    _only("moe_router_num_groups", None, 1, reason=_ROUTER),
+    _only("moe_router_group_topk", None, 1, reason=_ROUTER),
     _only("moe_router_topk_limited_devices", None, 0, reason=_ROUTER),
     _only(
         "moe_router_load_balancing_type",
@@ -88,7 +88,6 @@ REQUIREMENTS = (
     _only("moe_router_force_biased", None, reason=_RANDOM),
     _only("moe_input_jitter_eps", None, reason=_RANDOM),
     _only("moe_expert_capacity_factor", None, reason=_DROPLESS),
-    _only("moe_expert_rank_capacity_factor", None, reason=_DROPLESS),
     _only("moe_token_dropping", False, reason=_DROPLESS),
     _only("moe_apply_probs_on_input", False, reason="experts there are weighted by their output"),
     _only("moe_latent_size", None, reason="experts there work on the hidden size"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from emo_megatron.mcore.context import PoolScope, Shard, scope_of
 from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
 from emo_megatron.mcore.flex import follow_routing_map
+from emo_megatron.mcore.reruns import follow_reruns
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.router_documents import BOTH, current_documents
 
@@ -49,6 +50,7 @@ class PoolMoELayer(MoELayer):
             )
         else:
             follow_routing_map(self.token_dispatcher, self.config)
+            follow_reruns(self.token_dispatcher, self.pool_router)
         self.recomputes_itself = self.moe_layer_recompute
         self.moe_layer_recompute = False
 

@@ -100,6 +100,11 @@ class PoolMetricsTracker(MoEMetricsTracker):
         for kept in (self._local_X, self._global_X, self._documents, self._used):
             kept.clear()
 
+    def forget(self, layer_number: int) -> None:
+        """Forget what was counted of one layer."""
+        for kept in (self._local_X, self._global_X, self._documents, self._used):
+            kept.pop(layer_number, None)
+
     def _make_ratios(self, loss_scale: float) -> None:
         """Turn what this stage's layers counted into the entries that the parent sums over pipeline stages.
 
@@ -198,6 +203,15 @@ def pool_metrics() -> PoolMetricsTracker | None:
     """The tracker of pool metrics; None where none is installed, and then routers count nothing for it."""
     tracker = get_moe_metrics_tracker()
     return tracker if isinstance(tracker, PoolMetricsTracker) else None
+
+
+def forget_layer(layer_number: int) -> None:
+    """Forget what is recorded of one layer, by whatever tracker is installed; hosts report, and clear, every step."""
+    tracker = get_moe_metrics_tracker()
+    for entry in tracker.metrics.values():
+        entry.values[layer_number - 1 : layer_number] = 0
+    if isinstance(tracker, PoolMetricsTracker):
+        tracker.forget(layer_number)
 
 
 def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_documents: bool) -> None:

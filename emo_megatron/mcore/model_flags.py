@@ -51,7 +51,7 @@ FUNCTION = _names(
     moe_router_topk moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor
     moe_router_num_groups moe_router_group_topk moe_router_topk_limited_devices moe_router_enable_expert_bias
     moe_router_load_balancing_type moe_router_force_load_balancing moe_router_force_biased moe_input_jitter_eps
-    moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_token_dropping moe_token_drop_policy
+    moe_expert_capacity_factor moe_token_dropping moe_token_drop_policy
     mtp_num_layers mtp_use_repeated_layer mtp_hybrid_override_pattern
     use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim
     mup_attn_scale_power
@@ -116,6 +116,7 @@ NOT_THE_MODEL = _names(
     mamba_training_ssm_states_dtype
 
     moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend moe_permute_fusion_into_hybridep
+    moe_expert_rank_capacity_factor
     moe_hybridep_pad_uneven_dispatch_inputs moe_flex_dispatcher_num_sms moe_deepep_num_sms moe_hybridep_num_sms
     moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing
     moe_ncclep_static_shape moe_ncclep_zero_copy moe_shared_expert_overlap moe_router_padding_for_quantization

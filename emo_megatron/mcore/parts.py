@@ -82,7 +82,7 @@ def check_target(target: Selection, args: argparse.Namespace) -> None:
             f"the Selection keeps {kept} routed experts a layer and a token uses {args.moe_router_topk} "
             f"(--moe-router-topk): select at least {args.moe_router_topk}"
         )
-    if getattr(args, "moe_router_num_groups", None):
+    if (getattr(args, "moe_router_num_groups", None) or 1) > 1:
         raise ValueError(
             "the model routes within groups of experts (--moe-router-num-groups), which a subset does not have"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -21,6 +21,9 @@ class Refusal:
     field: str
     """Attribute of TransformerConfig or of the parsed flags."""
     allowed: tuple[Any, ...]
+    kind: Literal["impossible", "untried"]
+    """impossible: it would not be the method, or not the run that the flags describe. untried: nobody has built it, or
+    run it."""
     reason: str
     flag: str | None = None
     """Command-line flag, where it is not the field's name."""
@@ -41,7 +44,8 @@ class Refusal:
         allowed = " or ".join(repr(a) for a in self.allowed if a is not None) or "not given"
         if None in self.allowed and allowed != "not given":
             allowed += " or not given"
-        return f"{name} must be {allowed}; got {value!r}: {self.reason}"
+        untried = " (untried)" if self.kind == "untried" else ""
+        return f"{name} must be {allowed}; got {value!r}: {self.reason}{untried}"
 
 
 _BALANCE = (
@@ -51,74 +55,92 @@ _BALANCE = (
 
 CONFIG_REFUSALS = (
     Refusal(
-        field="moe_router_load_balancing_type", allowed=("global_aux_loss", "none"), reason=_BALANCE
+        field="moe_router_load_balancing_type",
+        allowed=("global_aux_loss", "none"),
+        kind="untried",
+        reason=_BALANCE,
     ),
     Refusal(
         field="moe_router_dtype",
         allowed=("fp32",),
         only_with_pools=True,
+        kind="impossible",
         reason="in lower precision experts tie at the edge of the pool and of the top-k; "
         "add --moe-router-dtype fp32",
     ),
     Refusal(
         field="moe_router_score_function",
         allowed=("softmax", "sigmoid"),
+        kind="untried",
         reason="only these scores are defined inside a pool",
     ),
     Refusal(
         field="moe_router_num_groups",
-        allowed=(None,),
+        allowed=(None, 1),
+        kind="untried",
         reason="a group whose experts are all outside the pool would still be picked",
     ),
     Refusal(
         field="moe_router_group_topk",
-        allowed=(None,),
+        allowed=(None, 1),
+        kind="untried",
         reason="a group whose experts are all outside the pool would still be picked",
     ),
     Refusal(
-        field="moe_router_fusion",
+        field="moe_router_force_load_balancing",
         allowed=(False,),
-        reason="the fused router of Transformer Engine knows no pools",
+        only_with_pools=True,
+        kind="impossible",
+        reason="random logits would choose the pools; it is for benchmarks of the standard MoE",
+    ),
+    Refusal(
+        field="moe_router_force_biased",
+        allowed=(None,),
+        only_with_pools=True,
+        kind="impossible",
+        reason="random biases would choose the pools; it is for benchmarks of the standard MoE",
     ),
     Refusal(
         field="moe_enable_routing_replay",
         allowed=(False,),
+        kind="impossible",
         reason="replay records the stock router's choice, which is not made here",
     ),
     Refusal(
         field="moe_expert_capacity_factor",
         allowed=(None,),
-        reason="pools are dropless: a dropped token would change its document's experts",
-    ),
-    Refusal(
-        field="moe_expert_rank_capacity_factor",
-        allowed=(None,),
+        kind="impossible",
         reason="pools are dropless: a dropped token would change its document's experts",
     ),
     Refusal(
         field="moe_latent_size",
         allowed=(None,),
+        kind="untried",
         reason="latent experts have not been tried with pools",
     ),
     Refusal(
         field="mlp_chunks_for_training",
         allowed=(1,),
+        kind="untried",
         reason="a chunk of a micro-batch has lost its documents",
     ),
     Refusal(
         field="mtp_num_layers",
         allowed=(None, 0),
         only_in_attention=True,
+        kind="untried",
         reason="Megatron builds multi-token-prediction layers with the stock router",
     ),
     Refusal(
         field="cuda_graph_impl",
         allowed=("none",),
+        kind="untried",
         reason="a captured graph would replay the first micro-batch's documents",
     ),
     Refusal(
         field="transformer_impl",
         allowed=("local", "transformer_engine"),
+        kind="impossible",
         reason="inference-optimised layers have a router of their own",
     ),
 )
@@ -128,38 +150,25 @@ DEDUP_REFUSALS = (
     Refusal(
         field="moe_token_dispatcher_type",
         allowed=("alltoall",),
+        kind="impossible",
         reason="--pool-dispatcher dedup takes its place",
     ),
     Refusal(
         field="moe_shared_expert_overlap",
         allowed=(False,),
+        kind="untried",
         reason="shared experts run before the tokens leave; Megatron's alltoall overlaps them",
     ),
     Refusal(
-        field="moe_permute_fusion",
-        allowed=(False,),
-        reason="Transformer Engine's permutation makes a row for every expert",
-    ),
-    Refusal(
-        field="moe_router_padding_for_quantization",
-        allowed=(False,),
-        reason="padding adds rows of experts that nothing routes to",
-    ),
-    Refusal(
-        field="fp8",
-        flag="--fp8-format",
+        field="moe_expert_rank_capacity_factor",
         allowed=(None,),
-        reason="quantised experts have not been tried with it",
-    ),
-    Refusal(
-        field="fp4",
-        flag="--fp4-format",
-        allowed=(None,),
-        reason="quantised experts have not been tried with it",
+        kind="impossible",
+        reason="it bounds the buffers of HybridEP and NCCL EP; this dispatcher sizes its own by what is sent",
     ),
     Refusal(
         field="overlap_dispatch_backward_with_experts_wgrad",
         allowed=(False,),
+        kind="untried",
         reason="it has not been tried with it",
     ),
 )
@@ -172,21 +181,24 @@ PLACEMENT_REFUSALS = (
     Refusal(
         field="train_selection",
         allowed=(None,),
+        kind="impossible",
         reason="a Selection names experts by the numbers that the placement changes; use relabel and make the "
         "Selection of its checkpoint",
     ),
     Refusal(
         field="pool_forced",
         allowed=(0,),
+        kind="impossible",
         reason="the last experts are in every pool, and other experts would come last",
     ),
-    Refusal(field="use_torch_fsdp2", allowed=(False,), reason=_NOT_LOADED),
-    Refusal(field="use_megatron_fsdp", allowed=(False,), reason=_NOT_LOADED),
-    Refusal(field="fp8", flag="--fp8-format", allowed=(None,), reason=_SCALES),
-    Refusal(field="fp4", flag="--fp4-format", allowed=(None,), reason=_SCALES),
+    Refusal(field="use_torch_fsdp2", allowed=(False,), kind="impossible", reason=_NOT_LOADED),
+    Refusal(field="use_megatron_fsdp", allowed=(False,), kind="impossible", reason=_NOT_LOADED),
+    Refusal(field="fp8", flag="--fp8-format", allowed=(None,), kind="impossible", reason=_SCALES),
+    Refusal(field="fp4", flag="--fp4-format", allowed=(None,), kind="impossible", reason=_SCALES),
     Refusal(
         field="load_main_params_from_ckpt",
         allowed=(False,),
+        kind="impossible",
         reason="the optimizer would step from weights in the old order",
     ),
 )
@@ -196,41 +208,51 @@ SCRIPT_REFUSALS = (
     Refusal(
         field="mtp_num_layers",
         allowed=(None, 0),
+        kind="untried",
         reason="Megatron builds multi-token-prediction layers with the stock router",
     ),
-    Refusal(field="fim_data", allowed=(False,), reason="fill-in-the-middle has its own dataset"),
+    Refusal(
+        field="fim_data",
+        allowed=(False,),
+        kind="untried",
+        reason="fill-in-the-middle has its own dataset",
+    ),
     Refusal(
         field="logits_load_dir",
         allowed=(None,),
+        kind="untried",
         reason="distillation from stored logits is not built into this script",
     ),
     Refusal(
         field="spec",
         allowed=(None,),
+        kind="impossible",
         reason="this script builds the pool spec itself; --spec is for pretrain_gpt.py",
     ),
     Refusal(
         field="context_parallel_size",
         allowed=(1,),
         only_in_attention=True,
-        reason="Megatron's loader cuts packed samples in a way its own packed attention and rotary embedding do not "
-        "take (NVIDIA/Megatron-LM issue 6156); use --tensor-model-parallel-size with --sequence-parallel, "
-        "--pool-documents routers, or a host that pads and cuts document by document, with "
-        "--pool-cp-partition document",
+        kind="untried",
+        reason="Megatron's loader cuts packed samples in a way that its own packed attention does not take "
+        "(NVIDIA/Megatron-LM issue 6156); use --pool-documents routers",
     ),
     Refusal(
         field="hybrid_context_parallel",
         allowed=(False,),
+        kind="untried",
         reason="its batches are cut differently on every rank",
     ),
     Refusal(
         field="heterogeneous_layers_config_path",
         allowed=(None,),
+        kind="untried",
         reason="heterogeneous layers are built by another spec",
     ),
     Refusal(
         field="reset_attention_mask",
         allowed=(False,),
+        kind="impossible",
         reason="attention already keeps to documents with --dataloader-inter-document-masking",
     ),
 )
@@ -246,6 +268,7 @@ HOST_REFUSALS = (
         field="pipeline_model_parallel_size",
         allowed=(1, 2),
         only_with_pools=True,
+        kind="impossible",
         reason=_STAGES,
     ),
     Refusal(
@@ -254,18 +277,21 @@ HOST_REFUSALS = (
         "--num-virtual-stages-per-pipeline-rank, --pipeline-model-parallel-layout, | in --hybrid-layer-pattern)",
         allowed=(None,),
         only_with_pools=True,
+        kind="impossible",
         reason=_STAGES,
     ),
     Refusal(
         field="overlap_moe_expert_parallel_comm",
         allowed=(False,),
         only_with_pools=True,
+        kind="impossible",
         reason="Megatron's scripts plan a micro-batch without its document boundaries; use examples/pretrain_emo.py",
     ),
     Refusal(
         field="sft",
         allowed=(False,),
         only_with_pools=True,
+        kind="impossible",
         reason="Megatron's scripts count padding to the last conversation, where it would have a vote in the pool; use "
         "examples/pretrain_emo.py",
     ),

@@ -82,11 +82,11 @@ def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None
         placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
     except ValueError as error:
         raise ValueError(f"{parent.path}: {error}") from None
-    for name, why in (
-        ("pool_forced", "the last experts are in every pool"),
-        ("moe_router_num_groups", "experts are routed in groups of neighbours"),
+    for name, most, why in (
+        ("pool_forced", 0, "the last experts are in every pool"),
+        ("moe_router_num_groups", 1, "experts are routed in groups of neighbours"),
     ):
-        if getattr(args, name, None):
+        if (getattr(args, name, None) or 0) > most:
             raise ValueError(
                 f"the run was trained with --{name.replace('_', '-')} {getattr(args, name)}: {why}, and other numbers "
                 "would make another model of it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -9,15 +10,19 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from emo_megatron import balance, ops
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.context import NO_BOUNDARIES, PoolScope
+from emo_megatron.mcore.context import CLOCK, NO_BOUNDARIES, PoolScope
 from emo_megatron.mcore.flex import leaves_padding_out
 from emo_megatron.mcore.metrics import Groups, pool_metrics
+from emo_megatron.mcore.reruns import Runs, begin_run
 
 
 class PoolRouter(TopKRouter):
@@ -40,6 +45,7 @@ class PoolRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         self.pool = pool
         self._step_counts_X: Tensor | None = None
+        self.runs = Runs()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -57,6 +63,9 @@ class PoolRouter(TopKRouter):
             self.observe_logits(logits_TE.detach().float(), ids_T)
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
+        # a loop that does not tell which step it is in would seem to run one step for ever
+        if self.training and self.scope is not None and CLOCK.is_told:
+            begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
         pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)
         if self.allowed_experts is not None:
@@ -75,6 +84,8 @@ class PoolRouter(TopKRouter):
             mask=self.pool.pool_mask,
             backend=backend,
         )
+        if self._is_fused and pool_DE is None:
+            routed = self._with_fused_choice(routed, logits_TE, ids_T)
         probs_TE = routed.probs_TE
         if self.training:
             probs_TE = self._with_losses(probs_TE, routed, ids_T, scores_DE)
@@ -96,7 +107,7 @@ class PoolRouter(TopKRouter):
 
     def backend(self, logits_TE: Tensor) -> ops.Backend:
         """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not."""
-        if not self.pool.is_on:
+        if not self.pool.is_on and not self._is_fused:
             return "reference"
         return choose_backend(
             logits_TE.device.type,
@@ -104,6 +115,32 @@ class PoolRouter(TopKRouter):
             top_k=self.topk,
             dtype=logits_TE.dtype,
         )
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether Transformer Engine chooses, as in the stock router; with pools the compiled ops are fused already."""
+        return bool(self.config.moe_router_fusion) and not self.pool.is_on
+
+    def _with_fused_choice(
+        self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None
+    ) -> ops.Routing:
+        """The stock router's choice with --moe-router-fusion, to the last bit; losses and counts stay.
+
+        Raises:
+            ValueError: Megatron's own, without Transformer Engine.
+        """
+        probs_TE, map_TE = topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            fused=True,
+        )
+        if ids_T is not None:
+            probs_TE = probs_TE * (ids_T >= 0)[:, None]
+        return dataclasses.replace(routed, probs_TE=probs_TE, routing_map_TE=map_TE)
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
         """The backend of this micro-batch: recompute takes that of the first pass, whose bits it must repeat."""
@@ -281,7 +318,9 @@ class PoolRouter(TopKRouter):
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
         """The map without padding for dispatchers that take any number of experts a token; see mcore/flex.py."""
         if ids_T is None or not leaves_padding_out(self.config):
-            return routing_map_TE
+            # Megatron's dispatchers write padding for quantisation into the map, which backward reads
+            pads = self.config.moe_router_padding_for_quantization
+            return routing_map_TE.clone() if pads else routing_map_TE
         return routing_map_TE & (ids_T >= 0)[:, None]
 
 

@@ -140,7 +140,8 @@ REFUSED = {
     "moe_router_score_function": ["sqrtsoftplus"],
     "moe_router_num_groups": [4],
     "moe_router_group_topk": [2],
-    "moe_router_fusion": [True],
+    "moe_router_force_load_balancing": [True],
+    "moe_router_force_biased": [0.1],
     "moe_enable_routing_replay": [True],
     "moe_expert_capacity_factor": [1.0],
     "moe_latent_size": [16],
@@ -151,7 +152,6 @@ REFUSED = {
     "context_parallel_size": [2],
     "fim_data": [True],
     "logits_load_dir": ["teacher"],
-    "moe_expert_rank_capacity_factor": [1.0],
     "spec": [["a", "b"]],
     "hybrid_context_parallel": [True],
     "heterogeneous_layers_config_path": ["layers.json"],
@@ -172,6 +172,17 @@ def test_each_row_is_refused_by_name(field, value):
         pool_args.check_run(PoolConfig(pool_min=4), host, host)
 
 
+def test_one_group_is_no_group():
+    one = _host(moe_router_num_groups=1, moe_router_group_topk=1)
+    pool_args.check_run(PoolConfig(pool_min=4), one, one)
+
+
+@pytest.mark.parametrize("option", ["moe_router_force_load_balancing", "moe_router_force_biased"])
+def test_the_standard_moe_may_route_at_random(option):
+    host = _host(**{option: True if option.endswith("balancing") else 0.1})
+    pool_args.check_run(PoolConfig(), host, host)
+
+
 def test_an_allowed_run_passes():
     pool_args.check_run(PoolConfig(pool_min=4), _host(), _host())
 
@@ -190,10 +201,14 @@ def test_all_problems_come_at_once():
         moe_router_dtype=None,
         dataloader_inter_document_masking=False,
         num_moe_experts=2,
+        moe_router_force_load_balancing=True,
+        moe_token_dispatcher_type="flex",
     )
     with pytest.raises(ValueError, match="cannot start") as caught:
-        pool_args.check_run(PoolConfig(pool_min=4), host, host)
+        pool_args.check_run(PoolConfig(pool_min=4, pool_dispatcher="dedup"), host, host)
     for name in (
+        "--moe-router-force-load-balancing",
+        "--moe-token-dispatcher-type",
         "--mtp-num-layers",
         "--moe-router-dtype",
         "--dataloader-inter-document-masking",

@@ -101,26 +101,63 @@ def test_padding_is_sent_where_a_dispatcher_needs_it(ranks, dispatcher, backend,
     assert ranks(1).run(_maps, dispatcher=dispatcher, backend=backend)[0] == ({2}, {padded})
 
 
-def _layer_of_ranks():
-    """A layer with Megatron's DeepEP dispatcher, DeepEP's library stood in for: what its manager would send."""
+LIBRARIES = {
+    "deepep": ("fused_dispatch", "fused_combine", "set_deepep_num_sms"),
+    "hybridep": ("hybrid_ep_dispatch", "hybrid_ep_combine"),
+    "ncclep": ("nccl_ep_dispatch", "nccl_ep_combine"),
+}
+
+
+def _sent_by_a_layer(backend):
+    """Where a layer routes every token of a micro-batch, with which weights, and where its manager would send it."""
     from megatron.core.transformer.moe import token_dispatcher
     from support import tiny
 
+    from emo_megatron.mcore.context import CLOCK, TRAILING_PADDING, Shard, scope_of
+
     tiny.setup(expert_model_parallel_size=2)
-    library = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")
-    with mock.patch.multiple(token_dispatcher, **dict.fromkeys(library, mock.Mock())):
-        model = tiny.model(
-            PoolConfig(pool_min=3),
+    CLOCK.consumed_samples = 0
+    pool = PoolConfig(pool_min=3)
+    # the libraries need GPUs; what they would be given is settled before
+    library = dict.fromkeys(LIBRARIES[backend], mock.Mock())
+    with mock.patch.multiple(token_dispatcher, **library):
+        layer = tiny.model(
+            pool,
             moe_token_dispatcher_type="flex",
-            moe_flex_dispatcher_backend="deepep",
+            moe_flex_dispatcher_backend=backend,
+            moe_expert_rank_capacity_factor=2.0 if backend == "ncclep" else None,
         )
-    layer = model.decoder.layers[0].mlp
-    routing_map = torch.arange(8).expand(6, 8) % 4 == 1
-    hidden = torch.zeros(6, 1, 32)
-    layer.token_dispatcher.dispatch_preprocess(hidden, routing_map, routing_map * 0.0)
-    return layer.token_dispatcher._comm_manager.token_indices.tolist()
+    layer = layer.decoder.layers[0].mlp
+    hidden = torch.randn(32, 1, 32, generator=torch.Generator().manual_seed(1))
+    # softmax gives all but one expert a weight of exactly 0
+    hidden[3] *= 1e4
+    packed = tiny.packed([0, 5, 16, 32])
+    setattr(packed, TRAILING_PADDING, torch.tensor([0, 6]))
+    shard = dict.fromkeys(("tp_rank", "cp_rank", "dp_rank", "microbatch"), 0)
+    layer.scope = scope_of(
+        packed,
+        hidden_shape=hidden.shape,
+        shard=Shard(**shard, tp_size=1, cp_size=1, dp_size=1),
+        pool=pool,
+        layer_number=1,
+    )
+    probs, routing_map = layer.route(hidden)
+    layer.token_dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    CLOCK.consumed_samples = None
+    manager = layer.token_dispatcher._comm_manager
+    sent = manager.routing_map if backend == "hybridep" else manager.token_indices
+    return routing_map, probs.detach(), sent
 
 
-def test_a_layer_sends_by_the_map(ranks):
-    for found in ranks(2).run(_layer_of_ranks):
-        assert [sorted(row) for row in found] == [[1, 5]] * 6
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_a_layer_sends_by_the_map(ranks, backend):
+    for routing_map, probs, sent in ranks(2).run(_sent_by_a_layer, backend=backend):
+        weights = probs[3][routing_map[3]]
+        assert sorted(weights.tolist()) == [0.0, 1.0]
+        if backend != "hybridep":
+            rows = [set(row.tolist()) - {-1} for row in sent]
+            sent = torch.tensor([[expert in row for expert in range(8)] for row in rows])
+        assert torch.equal(sent, routing_map)
+        assert set(sent[:26].sum(1).tolist()) == {2}
+        # whether NCCL EP takes tokens that go nowhere is not documented
+        assert set(sent[26:].sum(1).tolist()) == {2 if backend == "ncclep" else 0}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 
@@ -28,6 +31,20 @@ def _routers(model):
     return [m for m in model.modules() if isinstance(m, PoolRouter)]
 
 
+@contextlib.contextmanager
+def _fused_choice():
+    """Transformer Engine's fused choice, stood in for by one of other weights."""
+    from megatron.core.transformer.moe import moe_utils
+
+    def choose(logits, topk, **options):
+        probs, routing_map = moe_utils.topk_routing_with_score_function(logits, topk, **options)
+        return probs * 0.75, routing_map
+
+    fused = mock.Mock(side_effect=choose)
+    with mock.patch.multiple(moe_utils, HAVE_TE=True, fused_topk_with_score_function=fused):
+        yield fused
+
+
 def _check_stock_equality(**overrides):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.router import TopKRouter
@@ -48,7 +65,9 @@ def _check_stock_equality(**overrides):
     upstream = torch.randn(SEQ_LENGTH * 2, 8)
     results = []
     for router in (stock, ours):
-        probs, routing_map = router(hidden)
+        with _fused_choice() as fused:
+            probs, routing_map = router(hidden)
+        assert fused.call_count == config.moe_router_fusion
         grads = torch.autograd.grad((probs * upstream).sum(), [hidden, router.weight])
         results.append((probs.detach(), routing_map, *grads))
     return [bool(torch.equal(a, b)) for a, b in zip(*results, strict=True)]
@@ -65,6 +84,12 @@ SEQ_LENGTH = 37
         {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
         {"moe_router_score_function": "sigmoid"},
         {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        {"moe_router_pre_softmax": True, "moe_router_fusion": True},
+        {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_fusion": True,
+        },
     ],
     ids=lambda o: "-".join(f"{k.removeprefix('moe_router_')}={v}" for k, v in o.items()),
 )
@@ -280,6 +305,25 @@ def _same_params_twice():
 def test_reused_packed_seq_params_draw_anew(ranks):
     first, second = ranks(1).run(_same_params_twice)[0]
     assert first != second
+
+
+def _gradients_with_and_without_fusion():
+    from support import tiny
+
+    tiny.setup()
+    model = tiny.model(POOLS)
+    found = []
+    for fusion in (False, True):
+        for router in _routers(model):
+            router.config.moe_router_fusion = fusion
+        found.append(_train_step(model, [0, 5, 16, 32]))
+    return found
+
+
+def test_with_pools_the_compiled_op_is_the_fusion(ranks):
+    # without Transformer Engine, which a call would miss
+    apart, fused = ranks(1).run(_gradients_with_and_without_fusion)[0]
+    assert all(torch.equal(fused[name], apart[name]) for name in apart)
 
 
 def _evaluation_equals_stock():

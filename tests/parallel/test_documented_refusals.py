@@ -23,7 +23,7 @@ def refusal_rows():
         who = " (`pretrain_emo.py`)" if refusal in SCRIPT_REFUSALS else ""
         who = " (`--pool-dispatcher dedup`)" if refusal in DEDUP_REFUSALS else who
         who = " (`--expert-placement`)" if refusal in PLACEMENT_REFUSALS else who
-        yield f"| `{refusal.flag or flag(refusal.field)}`{who} | {must} | {refusal.reason} |"
+        yield f"| `{refusal.flag or flag(refusal.field)}`{who} | {must} | {refusal.kind} | {refusal.reason} |"
 
 
 def test_the_page_lists_what_is_refused():

@@ -54,6 +54,11 @@ FEATURES = [
         **{"pp": 2, "vpp": 2, "dp": 2, "ep": 2, "accumulation": 4, "per_token": True},
         features=OVERLAP,
     ),
+    Case(
+        name="EP2, allgather",
+        **{"dp": 2, "ep": 2, "mbs": 2, "accumulation": 2, "balance": "running"},
+        features={"moe_token_dispatcher_type": "allgather"},
+    ),
     *(
         Case(
             name=f"{name}, multi-latent attention",

@@ -1,0 +1,184 @@
+"""A step that the host runs again draws the same pools and counts once; dropped tokens end a run that it does not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from support import training
+from support.training import Case
+
+ROUTING = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+CASE = Case(mbs=2, accumulation=2, balance="running", config=ROUTING)
+
+
+def _dispatch(x, routing_map, probs, num_permuted_tokens=None, **_):
+    """HybridEP's dispatch on one rank: tokens by expert, those above the bound dropped."""
+    experts, tokens = routing_map.T.nonzero(as_tuple=True)
+    bound = len(tokens) if num_permuted_tokens is None else num_permuted_tokens
+    is_over = torch.tensor([len(tokens) > bound]).int()
+    tokens, experts = tokens[:bound], experts[:bound]
+    counts = torch.bincount(experts, minlength=routing_map.shape[1])
+    return x[tokens], probs[tokens, experts], None, counts, (tokens, x.shape, is_over)
+
+
+def _combine(x, handle, **_):
+    tokens, shape, _ = handle
+    return x.new_zeros(shape).index_add(0, tokens, x)
+
+
+def _step(rerun):
+    """What a step leaves behind: pools of every run, gradients, expert bias, what is logged."""
+    library = {"hybrid_ep_dispatch": _dispatch, "hybrid_ep_combine": _combine}
+    with mock.patch.multiple(
+        "megatron.core.transformer.moe.token_dispatcher",
+        get_align_size_for_quantization=lambda _: 1,
+        **library,
+    ):
+        return _step_with_hybridep(rerun)
+
+
+def _step_with_hybridep(rerun):
+    import dataclasses
+
+    from emo_megatron.mcore.context import CLOCK
+    from emo_megatron.mcore.metrics import install_metrics
+    from emo_megatron.mcore.router import PoolRouter
+
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
+    case = dataclasses.replace(CASE, features=flex)
+    chunks, _ = training.build(case, seed=1)
+    install_metrics(training.pool_config(case), chunks[0].config, has_documents=True)
+    routers = [module for module in chunks[0].modules() if isinstance(module, PoolRouter)]
+    pools = []
+    for router in routers:
+        router.register_forward_hook(
+            lambda router, *_: pools.append(router.scope.pools[router.layer_number])
+        )
+    logged = {}
+    # the step in the middle is run again; those around it are as ever
+    for step in range(3):
+        CLOCK.consumed_samples = consumed = step * case.accumulation * case.mbs
+        chunks[0].zero_grad_buffer()
+        pools.clear()
+        if step == 1:
+            runs = RERUNS[rerun](case, chunks, consumed)
+            seen = list(pools)
+        else:
+            training.forward_backward(case, chunks, consumed=consumed)
+        logged[step] = training.report_metrics(case)
+    CLOCK.consumed_samples = None
+    gradients = {name: p.main_grad.clone() for name, p in chunks[0].named_parameters()}
+    bias = [router.expert_bias.clone() for router in routers]
+    training.break_cycles(chunks)
+    return SimpleNamespace(runs=runs, pools=seen, gradients=gradients, bias=bias, logged=logged)
+
+
+def _once(case, chunks, consumed):
+    training.forward_backward(case, chunks, consumed=consumed)
+    return 1
+
+
+def _by_the_state_machine(case, chunks, consumed):
+    """A result that the re-run state machine doubts, and finds again."""
+    from megatron.core import rerun_state_machine as host
+
+    host.initialize_rerun_state_machine(mode=host.RerunMode.VALIDATE_RESULTS)
+    machine = host.get_rerun_state_machine()
+    runs = 0
+    try:
+        while machine.should_run_forward_backward(None):
+            chunks[0].zero_grad_buffer()
+            training.forward_backward(case, chunks, consumed=consumed)
+            runs += 1
+            machine.rerun_requested = machine.continue_requested = True
+    finally:
+        host.destroy_rerun_state_machine()
+    return runs
+
+
+def _by_the_runner(case, chunks, consumed):
+    """Buffers that are too small for what HybridEP sends."""
+    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+
+    runs = []
+
+    def run(**_):
+        runs.append(training.forward_backward(case, chunks, consumed=consumed))
+
+    def limit(capacity):
+        # Megatron wants fused experts of Transformer Engine with it, which a CPU does not run
+        config.moe_expert_rank_capacity_factor = capacity
+        for layer in runner.moe_layers:
+            layer.token_dispatcher._comm_manager.moe_expert_rank_capacity_factor = capacity
+
+    config = chunks[0].config
+    runner = PagedStashRunner(config, False, chunks, None, run)
+    limit(0.5)
+    runner(
+        model=chunks,
+        data_iterator=None,
+        num_microbatches=case.accumulation,
+        seq_length=training.SEQ,
+        forward_only=False,
+    )
+    limit(None)
+    return len(runs)
+
+
+RERUNS = {"none": _once, "state machine": _by_the_state_machine, "runner": _by_the_runner}
+
+
+@pytest.mark.parametrize("rerun", ["state machine", "runner"])
+def test_a_step_run_again_draws_the_same_pools_and_counts_once(ranks, rerun):
+    (want,) = ranks(1).run(_step, rerun="none")
+    (found,) = ranks(1).run(_step, rerun=rerun)
+    assert (want.runs, found.runs) == (1, 2)
+    first, second = found.pools[: len(want.pools)], found.pools[len(want.pools) :]
+    assert all(torch.equal(a, b) for a, b in zip(second, want.pools, strict=True))
+    # dropped tokens change what later layers choose by, but not how many they choose
+    assert all(torch.equal(a.sum(1), b.sum(1)) for a, b in zip(first, want.pools, strict=True))
+    assert found.logged == want.logged
+    assert all(torch.equal(a, b) for a, b in zip(found.bias, want.bias, strict=True))
+    assert found.gradients.keys() == want.gradients.keys()
+    assert all(torch.equal(found.gradients[key], want.gradients[key]) for key in want.gradients)
+
+
+def _overflow(over):
+    """What a rank sees if those of `over` have dropped tokens, and how many layers it asked."""
+    from emo_megatron.mcore.reruns import raise_over_budget
+
+    asked = []
+
+    class Dispatcher:
+        def __init__(self, is_over):
+            self.is_over = is_over
+
+        def check_over_budget(self):
+            asked.append(self)
+            return torch.tensor([self.is_over])
+
+    rank = torch.distributed.get_rank()
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    # a dispatcher that cannot drop, and a stage without any that can
+    model[0].token_dispatcher = object()
+    if rank == 0:
+        model[1].token_dispatcher = Dispatcher(False)
+        model[2].token_dispatcher = Dispatcher(rank in over)
+    try:
+        raise_over_budget([model])
+    except ValueError as error:
+        return str(error), len(asked)
+    return None, len(asked)
+
+
+def test_tokens_dropped_on_one_rank_end_the_run_on_all(ranks):
+    assert ranks(2).run(_overflow, over=[]) == [(None, 2), (None, 0)]
+    for message, _ in ranks(2).run(_overflow, over=[0]):
+        assert "--moe-expert-rank-capacity-factor" in message
