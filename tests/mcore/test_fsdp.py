@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import checkpoints
+from support.pretraining import pretrain
 
 from emo_megatron.mcore import fsdp
 from emo_megatron.mcore.fsdp import convert
@@ -88,6 +89,29 @@ def test_names(stored, is_local, name):
     assert (
         fsdp._name(f"model.module.module.decoder.{stored}", is_local=is_local) == f"decoder.{name}"
     )
+
+
+def _validated(output: str) -> list[str]:
+    return re.findall(r"on validation set \| lm loss value: ([\d.E+-]+)", output)
+
+
+@pytest.mark.slow
+def test_a_run_of_megatron_fsdp_goes_on_without_it(tmp_path):
+    pytest.importorskip("einops", reason="Megatron-FSDP needs einops, which is not installed")
+    flags = ["--pool-min", 3, "--bf16", "--calculate-per-token-loss", "--train-iters", 2]
+    flags += ["--eval-iters", 1, "--eval-interval", 2]
+    flags += ["--use-distributed-optimizer", "--no-gradient-accumulation-fusion"]
+    sharded = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
+    sharded += ["--ckpt-format", "fsdp_dtensor", "--save", tmp_path / "fsdp", "--save-interval", 2]
+    trained = pretrain(1, *flags, *sharded, "--lr", 1e-2, data=None)
+    convert(tmp_path / "fsdp", tmp_path / "again")
+    still = ["--lr", 0, "--min-lr", 0]
+    loaded = ["--load", tmp_path / "again", "--finetune", "--no-load-optim"]
+    again = pretrain(1, *flags, *still, *loaded, data=None)
+    fresh = pretrain(1, *flags, *still, data=None)
+    (want, found, other) = (float(_validated(output)[0]) for output in (trained, again, fresh))
+    assert found == pytest.approx(want, rel=1e-4)
+    assert other != pytest.approx(want, rel=1e-3)
 
 
 def test_another_checkpoint_is_refused(tmp_path):

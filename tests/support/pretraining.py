@@ -56,7 +56,12 @@ def start(
     return subprocess.Popen(
         python(*arguments, processes=processes),
         env=process_environment()
-        | {"EMO_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        | {
+            "EMO_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+            # Megatron-FSDP refuses 1, which tensor parallelism needs
+            "CUDA_DEVICE_MAX_CONNECTIONS": "8" if "--use-megatron-fsdp" in flags else "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
