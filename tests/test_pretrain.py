@@ -62,15 +62,23 @@ def test_boundaries_for_the_routers_only_give_the_same_pool_sizes(data_prefix, s
     assert logged(output, "pool_size") == pytest.approx(logged(single, "pool_size"), abs=0.011)
 
 
-def test_boundaries_for_the_routers_only_in_evaluation_and_on_mock_data():
-    flags = ["--pool-min", 3, "--pool-documents", "routers", "--pool-eos-starts-document"]
-    flags += ["--pool-eval", 4, "--eval-iters", 1, "--eval-interval", 2]
-    output = pretrain(1, *flags, data=None)
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (1, ["--pool-documents", "routers", "--pool-eos-starts-document"]),
+        (2, ["--pipeline-model-parallel-size", 2, "--eval-micro-batch-size", 1]),
+    ],
+    ids=["routers", "PP2"],
+)
+def test_evaluation_on_mock_data(processes, flags):
+    evaluation = ["--pool-eval", 4, "--eval-iters", 1, "--eval-interval", 2]
+    output = pretrain(processes, "--pool-min", 3, *evaluation, *flags, data=None)
     assert all(2 < size < 8 for size in logged(output, "pool_size"))
     validated = re.findall(
         r"validation loss at iteration \d+ .*?lm loss value: ([\d.E+-]+)", output
     )
     assert len(validated) >= 2
+    assert all(float(loss) < 7 for loss in validated)
 
 
 def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
