@@ -147,7 +147,8 @@ def pool_topk(
     is_nonfinite_T = _nonfinite(logits_f_TE.detach(), is_masked_TE)
     # zeros in place of these rows: neither values nor gradients of theirs are NaN, and all their experts tie
     logits_f_TE = logits_f_TE.masked_fill(is_nonfinite_T[:, None], 0.0)
-    carrying_TE = logits_f_TE
+    # a tensor of its own, so that without a mask gradients add up in the order of a pool of all experts
+    carrying_TE = logits_f_TE.view_as(logits_f_TE)
     if is_masked_TE is not None:
         carrying_TE = logits_f_TE.masked_fill(
             is_masked_TE & ~is_nonfinite_T[:, None], float("-inf")
@@ -163,8 +164,7 @@ def pool_topk(
         scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
     expert_ids_TK = _best(keys_TE.detach(), is_allowed_TE, is_nonfinite_T, top_k)
     if score_function == "softmax":
-        # from the masked logits, so that gradients of a pool of all experts add up in the order of no pool
-        weights_TK = (scores_TE if pre_softmax else carrying_TE).gather(1, expert_ids_TK)
+        weights_TK = (scores_TE if pre_softmax else logits_f_TE).gather(1, expert_ids_TK)
         if not pre_softmax:
             weights_TK = torch.softmax(weights_TK, dim=-1)
     else:
