@@ -72,19 +72,19 @@ CONFIG_REFUSALS = (
         field="moe_router_score_function",
         allowed=("softmax", "sigmoid"),
         kind="untried",
-        reason="only these scores are defined inside a pool",
+        reason="other scores are not built inside a pool",
     ),
     Refusal(
         field="moe_router_num_groups",
         allowed=(None, 1),
         kind="untried",
-        reason="a group whose experts are all outside the pool would still be picked",
+        reason="the choice of groups inside a pool is not built",
     ),
     Refusal(
         field="moe_router_group_topk",
         allowed=(None, 1),
         kind="untried",
-        reason="a group whose experts are all outside the pool would still be picked",
+        reason="the choice of groups inside a pool is not built",
     ),
     Refusal(
         field="moe_router_force_load_balancing",
@@ -122,7 +122,7 @@ CONFIG_REFUSALS = (
         field="mlp_chunks_for_training",
         allowed=(1,),
         kind="untried",
-        reason="a chunk of a micro-batch has lost its documents",
+        reason="a chunk of a micro-batch that knows its documents is not built",
     ),
     Refusal(
         field="mtp_num_layers",
@@ -135,7 +135,7 @@ CONFIG_REFUSALS = (
         field="cuda_graph_impl",
         allowed=("none",),
         kind="untried",
-        reason="a captured graph would replay the first micro-batch's documents",
+        reason="graphs that take the documents of each micro-batch are not built",
     ),
     Refusal(
         field="transformer_impl",
@@ -234,7 +234,7 @@ SCRIPT_REFUSALS = (
         allowed=(1,),
         only_in_attention=True,
         kind="untried",
-        reason="Megatron's loader cuts packed samples in a way that its own packed attention does not take "
+        reason="a loader that cuts packed samples as packed attention takes them is not built "
         "(NVIDIA/Megatron-LM issue 6156); use --pool-documents routers",
     ),
     Refusal(

@@ -1,5 +1,7 @@
 """Steps that the host runs again: what their first run counted is taken back, so that a step counts once.
 
+Where batches have document boundaries; without them it is as in Megatron.
+
 megatron.training runs a step again before the optimizer: without a bound when a dispatcher's or a stash's buffer was
 too small (--moe-expert-rank-capacity-factor), and as it is when its re-run state machine doubts a result. Data,
 micro-batch numbers and consumed samples are those of the first run, and so are the pools. But that run has moved the
@@ -99,9 +101,13 @@ def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) ->
     """
     flags_L = []
     for module in (module for chunk in model for module in chunk.modules()):
-        check = getattr(getattr(module, "token_dispatcher", None), "check_over_budget", None)
-        if check is not None and (flag := check()) is not None:
-            flags_L.append(flag.view(-1)[0])
+        dispatcher: Any = getattr(module, "token_dispatcher", None)
+        if hasattr(dispatcher, "check_over_budget"):
+            # the class's own: no run of the same step follows, which the layer's would announce
+            flag = type(dispatcher).check_over_budget(dispatcher)
+            if flag is not None:
+                flags_L.append(flag.view(-1)[0].clone())
+                dispatcher.reset_over_budget()
     num_ranks = torch.zeros((), dtype=torch.int32, device="cuda")
     if flags_L:
         num_ranks += torch.stack(flags_L).any()

@@ -124,7 +124,7 @@ class PoolRouter(TopKRouter):
     def _with_fused_choice(
         self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None
     ) -> ops.Routing:
-        """The stock router's choice with --moe-router-fusion, to the last bit; losses and counts stay.
+        """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay.
 
         Raises:
             ValueError: Megatron's own, without Transformer Engine.
@@ -138,9 +138,15 @@ class PoolRouter(TopKRouter):
             expert_bias=self.expert_bias,
             fused=True,
         )
+        counted_TE = map_TE
         if ids_T is not None:
-            probs_TE = probs_TE * (ids_T >= 0)[:, None]
-        return dataclasses.replace(routed, probs_TE=probs_TE, routing_map_TE=map_TE)
+            is_text_T1 = (ids_T >= 0)[:, None]
+            probs_TE, counted_TE = probs_TE * is_text_T1, map_TE & is_text_T1
+        # on ties it may choose others than the op did
+        counts_X = torch.cat([counted_TE.sum(dim=0), routed.counts_X[map_TE.shape[1] :]])
+        return dataclasses.replace(
+            routed, probs_TE=probs_TE, routing_map_TE=map_TE, counts_X=counts_X
+        )
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
         """The backend of this micro-batch: recompute takes that of the first pass, whose bits it must repeat."""

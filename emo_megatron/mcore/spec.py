@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,12 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
     if variant == "dsa" and require_megatron() < (0, 19):
         problems.append(
             "--experimental-attention-variant dsa needs megatron-core 0.19: before, its attention crosses documents"
+        )
+    if config.moe_expert_rank_capacity_factor is not None and training_args() is None:
+        warnings.warn(
+            "--moe-expert-rank-capacity-factor: a training loop that is not Megatron's must call "
+            "emo_megatron.mcore.reruns.raise_over_budget before every optimizer step, or dropped tokens go unnoticed",
+            stacklevel=2,
         )
     if problems:
         raise ValueError(

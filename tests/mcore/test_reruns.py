@@ -151,34 +151,46 @@ def test_a_step_run_again_draws_the_same_pools_and_counts_once(ranks, rerun):
 
 
 def _overflow(over):
-    """What a rank sees if those of `over` have dropped tokens, and how many layers it asked."""
-    from emo_megatron.mcore.reruns import raise_over_budget
+    """What a rank sees if those of `over` have dropped tokens, how many layers it asked, and what it sees next time."""
+    from emo_megatron.mcore.reruns import Runs, follow_reruns, raise_over_budget
 
     asked = []
 
     class Dispatcher:
         def __init__(self, is_over):
-            self.is_over = is_over
+            self.is_over = torch.tensor([is_over])
 
         def check_over_budget(self):
             asked.append(self)
-            return torch.tensor([self.is_over])
+            return self.is_over
+
+        def reset_over_budget(self):
+            self.is_over.fill_(False)
+
+    def message():
+        try:
+            raise_over_budget([model])
+        except ValueError as error:
+            return str(error)
+        return None
 
     rank = torch.distributed.get_rank()
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    router = SimpleNamespace(training=True, runs=Runs())
     # a dispatcher that cannot drop, and a stage without any that can
     model[0].token_dispatcher = object()
     if rank == 0:
-        model[1].token_dispatcher = Dispatcher(False)
-        model[2].token_dispatcher = Dispatcher(rank in over)
-    try:
-        raise_over_budget([model])
-    except ValueError as error:
-        return str(error), len(asked)
-    return None, len(asked)
+        for layer, is_over in ((1, False), (2, rank in over)):
+            model[layer].token_dispatcher = Dispatcher(is_over)
+            follow_reruns(model[layer].token_dispatcher, router)
+    answer = message(), len(asked), message()
+    # no run of the same step follows an error
+    assert not router.runs.has_ended
+    return answer
 
 
 def test_tokens_dropped_on_one_rank_end_the_run_on_all(ranks):
-    assert ranks(2).run(_overflow, over=[]) == [(None, 2), (None, 0)]
-    for message, _ in ranks(2).run(_overflow, over=[0]):
+    assert ranks(2).run(_overflow, over=[]) == [(None, 2, None), (None, 0, None)]
+    for message, _, again in ranks(2).run(_overflow, over=[0]):
         assert "--moe-expert-rank-capacity-factor" in message
+        assert again is None

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
 
-from emo_megatron.mcore import layer, router, spec  # noqa: E402
+from emo_megatron.mcore import layer, router, spec_rewrite  # noqa: E402
 
 
 class _StockRouter(TopKRouter):
@@ -29,11 +29,11 @@ class _StockRouter(TopKRouter):
         super().__init__(*args, **kwargs)
 
 
-assert spec.PoolMoELayer is layer.PoolMoELayer
-assert spec.PoolRouter is router.PoolRouter
-spec.PoolMoELayer = MoELayer
-spec.PoolTransformerLayer = TransformerLayer
-spec.PoolRouter = _StockRouter
+assert spec_rewrite.PoolMoELayer is layer.PoolMoELayer
+assert spec_rewrite.PoolRouter is router.PoolRouter
+spec_rewrite.PoolMoELayer = MoELayer
+spec_rewrite.PoolTransformerLayer = TransformerLayer
+spec_rewrite.PoolRouter = _StockRouter
 script = ROOT / "examples" / "pretrain_emo.py"
 sys.argv[0] = str(script)
 runpy.run_path(str(script), run_name="__main__")
