@@ -32,11 +32,16 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
             2,
             ["--pipeline-model-parallel-size", 2, *SELECTIVE],
         ),
-        (
+        pytest.param(
             2,
             ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2],
+            marks=pytest.mark.slow,
         ),
-        (2, ["--expert-model-parallel-size", 2, "--bf16", "--overlap-moe-expert-parallel-comm"]),
+        pytest.param(
+            2,
+            ["--expert-model-parallel-size", 2, "--bf16", "--overlap-moe-expert-parallel-comm"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(4, ["--pipeline-model-parallel-size", 4], marks=pytest.mark.slow),
     ],
     ids=["EP2", "TP2+SP", "PP2+recompute", "PP2xVPP2", "EP2+overlap", "PP4"],

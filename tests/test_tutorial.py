@@ -143,6 +143,7 @@ def test_commands_of_the_retention_page_are_commands():
     assert (ROOT / "docs" / "retention_methods.png").is_file()
 
 
+@pytest.mark.slow
 def test_commands_of_the_dispatch_page_relabel_the_experts(folder):
     from emo_megatron.mcore.dataset import write_indexed_dataset
     from emo_megatron.mcore.weights import MegatronCheckpoint

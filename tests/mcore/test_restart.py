@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+import pytest
 from support.pretraining import logged, pretrain
 
 from emo_megatron.mcore import restart, router_documents
@@ -14,6 +15,7 @@ from emo_megatron.mcore.context import CLOCK
 STAND_INS = Path(__file__).resolve().parents[1] / "support" / "stand_ins"
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_repeats_its_steps(data_prefix, monkeypatch):
     paths = [str(STAND_INS), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))

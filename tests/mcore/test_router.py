@@ -33,12 +33,12 @@ def _routers(model):
 
 @contextlib.contextmanager
 def _fused_choice():
-    """Transformer Engine's fused choice, stood in for by one of other weights."""
+    """Transformer Engine's fused choice, stood in for by one of other weights, and of other experts for token 0."""
     from megatron.core.transformer.moe import moe_utils
 
     def choose(logits, topk, **options):
         probs, routing_map = moe_utils.topk_routing_with_score_function(logits, topk, **options)
-        return probs * 0.75, routing_map
+        return tuple(torch.cat([x[:1].roll(1, dims=1), x[1:]]) for x in (probs * 0.75, routing_map))
 
     fused = mock.Mock(side_effect=choose)
     with mock.patch.multiple(moe_utils, HAVE_TE=True, fused_topk_with_score_function=fused):
@@ -69,7 +69,9 @@ def _check_stock_equality(**overrides):
             probs, routing_map = router(hidden)
         assert fused.call_count == config.moe_router_fusion
         grads = torch.autograd.grad((probs * upstream).sum(), [hidden, router.weight])
-        results.append((probs.detach(), routing_map, *grads))
+        counted = router.local_tokens_per_expert
+        counts = torch.zeros(8) if counted is None else counted.clone()
+        results.append((probs.detach(), routing_map, counts, *grads))
     return [bool(torch.equal(a, b)) for a, b in zip(*results, strict=True)]
 
 
@@ -94,7 +96,7 @@ SEQ_LENGTH = 37
     ids=lambda o: "-".join(f"{k.removeprefix('moe_router_')}={v}" for k, v in o.items()),
 )
 def test_without_pools_it_is_the_stock_router_bit_for_bit(ranks, overrides):
-    assert ranks(1).run(_check_stock_equality, **overrides) == [[True] * 4]
+    assert ranks(1).run(_check_stock_equality, **overrides) == [[True] * 5]
 
 
 def _backends(environment):

@@ -158,6 +158,41 @@ def test_a_missing_transformer_engine_is_named(ranks):
     assert "--transformer-impl local" in message
 
 
+def _warnings(loop, capacity):
+    import warnings
+
+    from support import tiny
+
+    from emo_megatron.mcore import spec
+
+    tiny.setup()
+    config = tiny.transformer_config(
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="hybridep",
+        moe_expert_rank_capacity_factor=capacity,
+        use_transformer_engine_op_fuser=True,
+    )
+    megatrons = mock.Mock() if loop == "megatron.training" else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with mock.patch.object(spec, "training_args", return_value=megatrons):
+            spec._check(config, POOLS)
+    return [str(warning.message).split(":")[0] for warning in caught]
+
+
+@pytest.mark.parametrize(
+    ("loop", "capacity", "told"),
+    [
+        ("other", 2.0, ["--moe-expert-rank-capacity-factor"]),
+        ("other", None, []),
+        # which reads over budget itself
+        ("megatron.training", 2.0, []),
+    ],
+)
+def test_a_loop_that_must_look_for_dropped_tokens_is_told(ranks, loop, capacity, told):
+    assert ranks(1).run(_warnings, loop=loop, capacity=capacity)[0] == told
+
+
 def _all_dense():
     from support import tiny
 

@@ -204,6 +204,7 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     assert all(loss > bound for kept, loss in losses.items() if kept < found.num_kept[0])
 
 
+@pytest.mark.slow
 def test_retention_is_the_same_in_any_layout_and_what_select_measures(
     checkpoint, data, stats, tmp_path, capfd
 ):
