@@ -37,6 +37,9 @@ def repair_loading() -> None:
     def load_state_dict_whole(self: Any, state: Any) -> None:
         with torch.no_grad():
             load_state_dict(self, state)
+        if self.ddp_config.use_megatron_fsdp:
+            # its checkpoints keep the step of every parameter
+            return
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if "step" in self.optimizer.state.get(parameter, {}):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import checkpoints
-from support.pretraining import pretrain
+from support.pretraining import logged, pretrain
 
 from emo_megatron.mcore import fsdp
 from emo_megatron.mcore.fsdp import convert
@@ -95,14 +97,40 @@ def _validated(output: str) -> list[str]:
     return re.findall(r"on validation set \| lm loss value: ([\d.E+-]+)", output)
 
 
-@pytest.mark.slow
-def test_a_run_of_megatron_fsdp_goes_on_without_it(tmp_path):
-    pytest.importorskip("einops", reason="Megatron-FSDP needs einops, which is not installed")
-    flags = ["--pool-min", 3, "--bf16", "--calculate-per-token-loss", "--train-iters", 2]
-    flags += ["--eval-iters", 1, "--eval-interval", 2]
+def _flags(*, saved: Path, steps: int) -> tuple[list[object], list[object]]:
+    """Of a run, and of Megatron-FSDP in it."""
+    flags: list[object] = ["--pool-min", 3, "--bf16", "--calculate-per-token-loss"]
     flags += ["--use-distributed-optimizer", "--no-gradient-accumulation-fusion"]
-    sharded = ["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"]
-    sharded += ["--ckpt-format", "fsdp_dtensor", "--save", tmp_path / "fsdp", "--save-interval", 2]
+    flags += ["--train-iters", steps]
+    sharded: list[object] = ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
+    sharded += ["--data-parallel-sharding-strategy", "optim_grads_params"]
+    return flags, [*sharded, "--save", saved, "--save-interval", 2]
+
+
+needs_einops = pytest.mark.skipif(
+    importlib.util.find_spec("einops") is None,
+    reason="Megatron-FSDP needs einops, which is not installed",
+)
+
+
+@pytest.mark.slow
+@needs_einops
+def test_a_run_of_megatron_fsdp_resumes(tmp_path):
+    flags, sharded = _flags(saved=tmp_path, steps=4)
+    whole = pretrain(1, *flags, *sharded, "--lr", 1e-2, data=None)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    rest = pretrain(1, *flags, *sharded, "--lr", 1e-2, "--load", tmp_path, data=None)
+    for name in ("grad norm", "pool_size"):
+        assert logged(rest, name) == logged(whole, name)[2:], name
+    # step 4 follows weights that the loaded optimizer moved
+    assert len(set(logged(rest, "grad norm"))) == 2
+
+
+@pytest.mark.slow
+@needs_einops
+def test_a_run_of_megatron_fsdp_goes_on_without_it(tmp_path):
+    flags, sharded = _flags(saved=tmp_path / "fsdp", steps=2)
+    flags += ["--eval-iters", 1, "--eval-interval", 2]
     trained = pretrain(1, *flags, *sharded, "--lr", 1e-2, data=None)
     convert(tmp_path / "fsdp", tmp_path / "again")
     still = ["--lr", 0, "--min-lr", 0]
