@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
+from emo_megatron.mcore import cpu
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
 from emo_megatron.mcore.refusals import (
@@ -70,6 +71,12 @@ def check_run(
     if refusals is SCRIPT_REFUSALS:
         problems += _problems_with_conversations(args) + problems_with_restarts(args)
     problems += _problems_with_boundaries(pool, args)
+    if args.use_megatron_fsdp and args.save and args.world_size > 1 and cpu.is_active():
+        problems.append(
+            "--save must not be given with --use-megatron-fsdp in several processes on a CPU: Megatron writes the "
+            "optimizer of all ranks together, and torch's has no state of weights that lie on other ranks: it would "
+            "wait for ever"
+        )
     if pool.is_on and args.dataloader_type != "single":
         warnings.warn(
             f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import types
+from unittest import mock
 
 import pytest
 
@@ -105,6 +107,23 @@ def test_restarts_need_their_package():
     pool_args.check_run(PoolConfig(), host, host, refusals=HOST_REFUSALS)
 
 
+@pytest.mark.parametrize(
+    ("is_on_cpu", "processes", "save", "is_refused"),
+    [
+        (True, 2, "runs/it", True),
+        (True, 2, None, False),
+        (True, 1, "runs/it", False),
+        (False, 2, "runs/it", False),
+    ],
+)
+def test_sharded_optimizers_of_torch_are_not_saved(is_on_cpu, processes, save, is_refused):
+    host = _host(use_megatron_fsdp=True, world_size=processes, save=save)
+    refused = pytest.raises(ValueError, match="--save must not be given with --use-megatron-fsdp")
+    outcome = refused if is_refused else contextlib.nullcontext()
+    with mock.patch("emo_megatron.mcore.cpu.is_active", return_value=is_on_cpu), outcome:
+        pool_args.check_run(PoolConfig(), host, host)
+
+
 def _host(**overrides):
     """The attributes of a host configuration the refusals read, all allowed."""
     allowed = {r.field: r.allowed[0] for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)}
@@ -125,6 +144,8 @@ def _host(**overrides):
         "mock_data": False,
         "reset_position_ids": False,
         "inprocess_restart": False,
+        "use_megatron_fsdp": False,
+        "save": None,
     }
     return types.SimpleNamespace(**(allowed | overrides))
 

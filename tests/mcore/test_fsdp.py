@@ -128,6 +128,18 @@ def test_a_run_of_megatron_fsdp_resumes(tmp_path):
 
 @pytest.mark.slow
 @needs_einops
+def test_two_processes_of_megatron_fsdp_train_as_data_parallel_ones(tmp_path):
+    flags, sharded = _flags(saved=tmp_path, steps=4)
+    sharded = sharded[: sharded.index("--save")]
+    plain, fsdp_ = (logged(pretrain(2, *flags, *more, data=None)) for more in ([], sharded))
+    assert len(plain) == 4
+    # in bf16, whose gradients are summed in another order
+    assert fsdp_ == pytest.approx(plain, abs=2e-3)
+    assert plain[0] - plain[-1] > 0.02
+
+
+@pytest.mark.slow
+@needs_einops
 def test_a_run_of_megatron_fsdp_goes_on_without_it(tmp_path):
     flags, sharded = _flags(saved=tmp_path / "fsdp", steps=2)
     flags += ["--eval-iters", 1, "--eval-interval", 2]
