@@ -7,6 +7,7 @@ over every token of every rank, so each rank adds its own tokens' share and the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenCounts:
     """Choices and valid tokens of a population: a micro-batch, or several, over the ranks of a group."""
 
@@ -27,6 +28,11 @@ class TokenCounts:
     def of(cls, counts_X: Tensor, *, num_experts: int) -> TokenCounts:
         """Views of [X] int64 counts that begin with the choices of every expert, then the valid tokens."""
         return cls(tokens_per_expert_E=counts_X[:num_experts], num_tokens=counts_X[num_experts])
+
+    @functools.cached_property
+    def divisor(self) -> Tensor:
+        """[] int64, `num_tokens`, at least 1: both losses divide by it."""
+        return self.num_tokens.clamp(min=1)
 
 
 def reduce_counts(counts_X: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
@@ -62,7 +68,7 @@ def load_balancing_loss(
     """
     # every constant in one vector, so that forward and backward are few operations
     scale = score_sums_E.shape[0] / top_k
-    num_tokens = (fraction.num_tokens * population.num_tokens).clamp(min=1)
+    num_tokens = fraction.divisor * population.divisor
     return torch.dot(fraction.tokens_per_expert_E * scale / num_tokens, score_sums_E)
 
 
@@ -73,4 +79,4 @@ def z_loss(z_T: Tensor, *, population: TokenCounts) -> Tensor:
         z_T: [T] float32, 0 for padding; differentiable.
         population: the micro-batch over all ranks.
     """
-    return torch.dot(z_T, z_T) / population.num_tokens.clamp(min=1)
+    return torch.dot(z_T, z_T) / population.divisor

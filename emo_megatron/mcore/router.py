@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -233,23 +232,27 @@ class PoolRouter(TopKRouter):
         if not has_losses or not torch.is_grad_enabled():
             return probs_TE
         # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
-        scale = (
-            population.num_tokens
-            if self.calculate_per_token_loss
-            else self.tp_dp_cp_group.size() // self.tp_cp_group.size()
-        )
-        attached = []
+        num_ranks = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
+        scale = 1 if self.calculate_per_token_loss else num_ranks
+        attached = None
         if lb_coeff > 0.0:
             loss = balance.load_balancing_loss(
                 routed.score_sums_E, fraction=fraction, population=population, top_k=self.topk
             )
-            attached.append(loss * (lb_coeff * scale))
+            attached = loss * (lb_coeff * scale)
             self._record_share("global_load_balancing_loss", loss)
         if z_coeff > 0.0:
             loss = balance.z_loss(routed.z_T, population=population)
-            attached.append(loss * (z_coeff * scale))
+            z_scale = z_coeff * scale
+            # one operation for two
+            attached = (
+                loss * z_scale if attached is None else torch.add(attached, loss, alpha=z_scale)
+            )
             self._record_share("z_loss", loss)
-        return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(operator.add, attached))
+        assert attached is not None
+        if self.calculate_per_token_loss:
+            attached = attached * population.num_tokens
+        return MoEAuxLossAutoScaler.apply(probs_TE, attached)
 
     def _counts(
         self, routed: ops.Routing, *, is_reduced: bool, is_first: bool
