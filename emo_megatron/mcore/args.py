@@ -7,10 +7,10 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
-from emo_megatron.mcore import cpu
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
 from emo_megatron.mcore.refusals import (
@@ -70,13 +70,7 @@ def check_run(
     problems = list(dict.fromkeys(problems))
     if refusals is SCRIPT_REFUSALS:
         problems += _problems_with_conversations(args) + problems_with_restarts(args)
-    problems += _problems_with_boundaries(pool, args)
-    if args.use_megatron_fsdp and args.save and args.world_size > 1 and cpu.is_active():
-        problems.append(
-            "--save must not be given with --use-megatron-fsdp in several processes on a CPU: Megatron writes the "
-            "optimizer of all ranks together, and torch's has no state of weights that lie on other ranks: it would "
-            "wait for ever"
-        )
+    problems += _problems_with_boundaries(pool, args) + _problems_with_sharded_optimizer(args)
     if pool.is_on and args.dataloader_type != "single":
         warnings.warn(
             f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "
@@ -125,6 +119,31 @@ def _problems_with_boundaries(pool: PoolConfig, args: argparse.Namespace) -> lis
         problems.append(
             "--dataloader-inter-document-masking must be given with --pool-min: pools follow document boundaries; "
             "or --pool-documents routers, with which attention does not"
+        )
+    return problems
+
+
+def _problems_with_sharded_optimizer(args: argparse.Namespace) -> list[str]:
+    """Checkpoints for which Megatron-FSDP would wait for ever, one sentence each.
+
+    Its ranks gather one state of the optimizer after the other, and torch's AdamW, without Transformer Engine and Apex
+    Megatron's, keeps none for a weight of which the rank holds nothing.
+    """
+    is_sharded = args.data_parallel_size > 1 and args.data_parallel_sharding_strategy != "no_shard"
+    if not (args.use_megatron_fsdp and is_sharded and USING_PYTORCH_OPTIMIZER):
+        return []
+    ranks = f"{args.data_parallel_size} data-parallel ranks"
+    where = f"with --use-megatron-fsdp on {ranks} without Transformer Engine or Apex"
+    problems = []
+    if args.save and not args.no_save_optim:
+        problems.append(
+            f"--no-save-optim must be given with --save {args.save} {where}: torch's AdamW keeps no state for weights "
+            "on other ranks, and the save would never end"
+        )
+    if args.load and not (args.no_load_optim or args.finetune):
+        problems.append(
+            f"--load {args.load} must not be given {where}: torch's AdamW keeps no state for weights on other ranks, "
+            "and the load would never end; convert the checkpoint with python -m emo_megatron.mcore.fsdp"
         )
     return problems
 

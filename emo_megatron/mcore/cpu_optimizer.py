@@ -38,7 +38,7 @@ def repair_loading() -> None:
         with torch.no_grad():
             load_state_dict(self, state)
         if self.ddp_config.use_megatron_fsdp:
-            # its checkpoints keep the step of every parameter
+            # a Megatron-FSDP checkpoint holds the step of every parameter: nothing is to be repaired
             return
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:

@@ -244,7 +244,7 @@ class PoolRouter(TopKRouter):
         if z_coeff > 0.0:
             loss = balance.z_loss(routed.z_T, population=population)
             z_scale = z_coeff * scale
-            # one operation for two
+            # one operation in place of a product and a sum
             attached = (
                 loss * z_scale if attached is None else torch.add(attached, loss, alpha=z_scale)
             )

@@ -108,19 +108,27 @@ def test_restarts_need_their_package():
 
 
 @pytest.mark.parametrize(
-    ("is_on_cpu", "processes", "save", "is_refused"),
+    ("change", "flag"),
     [
-        (True, 2, "runs/it", True),
-        (True, 2, None, False),
-        (True, 1, "runs/it", False),
-        (False, 2, "runs/it", False),
+        ({"save": "runs/it"}, "--no-save-optim"),
+        ({"load": "runs/it"}, "--load"),
+        ({"save": "runs/it", "no_save_optim": True}, None),
+        ({"load": "runs/it", "no_load_optim": True}, None),
+        ({"load": "runs/it", "finetune": True}, None),
+        ({"save": "runs/it", "data_parallel_size": 1}, None),
+        ({"save": "runs/it", "data_parallel_sharding_strategy": "no_shard"}, None),
+        ({"save": "runs/it", "use_megatron_fsdp": False}, None),
+        ({"save": "runs/it", "is_torchs": False}, None),
+        ({}, None),
     ],
 )
-def test_sharded_optimizers_of_torch_are_not_saved(is_on_cpu, processes, save, is_refused):
-    host = _host(use_megatron_fsdp=True, world_size=processes, save=save)
-    refused = pytest.raises(ValueError, match="--save must not be given with --use-megatron-fsdp")
-    outcome = refused if is_refused else contextlib.nullcontext()
-    with mock.patch("emo_megatron.mcore.cpu.is_active", return_value=is_on_cpu), outcome:
+def test_a_checkpoint_that_would_never_end_is_refused(change, flag):
+    change = {"use_megatron_fsdp": True, "is_torchs": True} | change
+    is_torchs = change.pop("is_torchs")
+    host = _host(**change)
+    refused = pytest.raises(ValueError, match=f"{flag} .*--use-megatron-fsdp")
+    outcome = refused if flag else contextlib.nullcontext()
+    with mock.patch.object(pool_args, "USING_PYTORCH_OPTIMIZER", is_torchs), outcome:
         pool_args.check_run(PoolConfig(), host, host)
 
 
@@ -145,7 +153,10 @@ def _host(**overrides):
         "reset_position_ids": False,
         "inprocess_restart": False,
         "use_megatron_fsdp": False,
-        "save": None,
+        "data_parallel_size": 8,
+        "data_parallel_sharding_strategy": "optim_grads_params",
+        "finetune": False,
+        **dict.fromkeys(("save", "no_save_optim", "load", "no_load_optim")),
     }
     return types.SimpleNamespace(**(allowed | overrides))
 

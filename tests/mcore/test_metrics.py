@@ -221,6 +221,12 @@ def test_pools_start_no_more_operations_than_fused_stock_routers(ranks):
     for pool in (None, POOLS):
         # the documents of a micro-batch are told apart once for all layers
         passes, end, _ = ranks(1).run(_step, pool=pool, layers=8, fusion=True)[0]
+        for seen in passes.values():
+            assert (seen["loss_forward"], seen["loss_backward"]) == (
+                (1, 1) if pool is None else (0, 0)
+            )
+            assert seen["choose_forward"] == seen["score_forward"] == (pool is None)
+            assert seen["pool_topk_backward"] == (pool is not None)
         totals.append(sum(sum(seen.values()) for seen in passes.values()) + end)
     stock, ours = totals
     assert ours <= stock
@@ -301,6 +307,9 @@ def test_a_step_with_overlap_starts_no_more_operations_than_megatrons_own(ranks,
     ):
         assert loss > 0
         assert pool_loss > 0
+        assert "topk" in stock
+        assert "pool_topk" in ours
+        assert not {"pool_topk", "select_pool"} & stock.keys()
         assert sum(ours.values()) <= sum(stock.values())
 
 

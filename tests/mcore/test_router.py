@@ -383,7 +383,7 @@ def test_allowed_experts_restrict_routing(ranks):
     assert ranks(1).run(_allowed)[0] == [[True, False, True] + [False] * 5] * 2
 
 
-def _losses(pool, per_token, cu_seqlens):
+def _losses(pool, per_token, cu_seqlens, coefficients=(0.05, 0.001)):
     """Our attached losses against the same written out from the definition on the same logits."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -395,7 +395,10 @@ def _losses(pool, per_token, cu_seqlens):
 
     tiny.setup()
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
-    config = tiny.transformer_config(calculate_per_token_loss=per_token)
+    lb_coeff, z_coeff = coefficients
+    config = tiny.transformer_config(
+        calculate_per_token_loss=per_token, moe_aux_loss_coeff=lb_coeff, moe_z_loss_coeff=z_coeff
+    )
     router = PoolRouter(
         config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), pool=pool
     )
@@ -417,26 +420,35 @@ def _losses(pool, per_token, cu_seqlens):
     fraction = routing_map[valid].float().mean(0) / config.moe_router_topk
     balance = 8 * (fraction * scores.mean(0)).sum()
     z = masked.logsumexp(-1).square().mean()
-    loss = 0.05 * balance + 0.001 * z
+    loss = lb_coeff * balance + (z_coeff or 0.0) * z
     (expected,) = torch.autograd.grad(loss * (valid.sum() if per_token else 1), [logits])
     recorded = {k: v.values[0].item() for k, v in get_moe_metrics_tracker().metrics.items()}
     return (
         gradient,
         expected,
         recorded,
-        {"global_load_balancing_loss": balance.item(), "z_loss": z.item()},
+        {"global_load_balancing_loss": balance.item() if lb_coeff else None}
+        | {"z_loss": z.item() if z_coeff else None},
     )
 
 
+@pytest.mark.parametrize("coefficients", [(0.05, 0.001), (0.05, None), (0.0, 0.001)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_losses_are_their_definition(ranks, per_token):
+def test_losses_are_their_definition(ranks, per_token, coefficients):
     # the last four tokens are padding: routed, but counted nowhere
     gradient, expected, recorded, values = ranks(1).run(
-        _losses, pool=POOLS, per_token=per_token, cu_seqlens=[0, 5, 16, 28]
+        _losses,
+        pool=POOLS,
+        per_token=per_token,
+        cu_seqlens=[0, 5, 16, 28],
+        coefficients=coefficients,
     )[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
     for name, value in values.items():
-        assert recorded[name] == pytest.approx(value, rel=1e-5), name
+        if value is None:
+            assert name not in recorded
+        else:
+            assert recorded[name] == pytest.approx(value, rel=1e-5), name
 
 
 def _counted_for_the_bias():

@@ -55,7 +55,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "the balance loss is averaged over data-parallel ranks, as Megatron's is": (
         "mcore/router.py",
-        [("else self.tp_dp_cp_group.size() // self.tp_cp_group.size()", "else 1")],
+        [("else num_ranks", "else 1")],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "recomputation counts the load of a micro-batch twice": (
