@@ -8,6 +8,7 @@ over every token of every rank, so each rank adds its own tokens' share and the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,3 +81,12 @@ def z_loss(z_T: Tensor, *, population: TokenCounts) -> Tensor:
         population: the micro-batch over all ranks.
     """
     return torch.dot(z_T, z_T) / population.divisor
+
+
+def weighted_sum(losses: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Sum of loss times weight over one or more losses of shape []; one operation for every loss."""
+    (loss, weight), *others = losses
+    total = loss * weight
+    for loss, weight in others:
+        total = torch.add(total, loss, alpha=weight)
+    return total

@@ -234,22 +234,18 @@ class PoolRouter(TopKRouter):
         # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
         num_ranks = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
         scale = 1 if self.calculate_per_token_loss else num_ranks
-        attached = None
+        weighted = []
         if lb_coeff > 0.0:
             loss = balance.load_balancing_loss(
                 routed.score_sums_E, fraction=fraction, population=population, top_k=self.topk
             )
-            attached = loss * (lb_coeff * scale)
+            weighted.append((loss, lb_coeff * scale))
             self._record_share("global_load_balancing_loss", loss)
         if z_coeff > 0.0:
             loss = balance.z_loss(routed.z_T, population=population)
-            z_scale = z_coeff * scale
-            # one operation in place of a product and a sum
-            attached = (
-                loss * z_scale if attached is None else torch.add(attached, loss, alpha=z_scale)
-            )
+            weighted.append((loss, z_coeff * scale))
             self._record_share("z_loss", loss)
-        assert attached is not None
+        attached = balance.weighted_sum(weighted)
         if self.calculate_per_token_loss:
             attached = attached * population.num_tokens
         return MoEAuxLossAutoScaler.apply(probs_TE, attached)
