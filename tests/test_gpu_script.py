@@ -20,11 +20,7 @@ from support.gpu_script import GPU, Left, run_driver, start_driver
 from emo_megatron import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-REHEARSED = [
-    "A",
-    pytest.param("B", marks=pytest.mark.slow),
-    pytest.param("C standard", marks=pytest.mark.slow),
-]
+REHEARSED = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("A", "B", "C standard")]
 """Stages, with their models."""
 pytestmark = pytest.mark.skipif(
     bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
