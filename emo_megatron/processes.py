@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -85,7 +86,7 @@ def stops_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = -GRACE_SECONDS
+    heard = -math.inf
 
     def stop(number: int, frame: object) -> None:
         nonlocal heard
