@@ -16,11 +16,13 @@ namespace emo {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
+constexpr int kMaxGroups = 32;
 // Document scores, column sums and entropies are in units of 2^-27: integer sums do not depend on
 // the order of the tokens.
 constexpr int kFractionBits = 27;
 constexpr float kOne = 1 << kFractionBits;
-constexpr float kTiny = 1e-20f;  // Megatron's guard against a sum of zero sigmoids
+constexpr int kMaxGateUnits = (1 << 30) - 1;  // of one gate in document scores
+constexpr float kTiny = 1e-20f;               // Megatron's guard against a sum of zero gates
 
 // Routing takes the first three.
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -28,8 +30,10 @@ enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 enum class Scoring : int {
   kSoftmaxThenTopK,  // weights are the softmax over the pool at the chosen experts (the paper)
   kTopKThenSoftmax,  // weights are the softmax over the chosen logits
-  kSigmoid,          // weights are sigmoids, normalised over the chosen
+  kSigmoid,          // weights are gates, here sigmoids, normalised over the chosen
+  kSqrtSoftplus,     // gates are square roots of softplus
 };
+EMO_HOST_DEVICE inline bool has_gates(Scoring scoring) { return scoring >= Scoring::kSigmoid; }
 
 struct ScoreArgs {
   const void* logits;  // [T, E] of dtype
@@ -39,6 +43,7 @@ struct ScoreArgs {
   int64_t num_tokens;
   int64_t num_documents;
   int num_experts;
+  Scoring scoring;  // softmax, or gates
 };
 
 struct SelectArgs {
@@ -56,7 +61,7 @@ struct RoutingArgs {
   const int64_t* document_ids;  // [T], -1 is padding; null: no padding
   const uint8_t* pool;          // [num_pools, E]; null: every expert
   int64_t num_pools;            // a single row serves every token, padding too
-  const float* expert_bias;     // [E], sigmoid scoring only; null: none
+  const float* expert_bias;     // [E], gates only; null: none
   int64_t num_tokens;
   int num_experts;
   int top_k;
@@ -64,7 +69,14 @@ struct RoutingArgs {
   bool mask_logits;  // experts outside the pool carry neither weight nor loss; false: the pool
                      // limits the choice only
   float scaling;     // of the weights
+  int num_groups;    // of neighbouring experts, of which a token uses group_topk; 0: no limit
+  int group_topk;
+  bool by_document;       // each document's scores and choices are summed apart
+  int64_t num_documents;  // of those sums
 };
+inline int64_t num_sums(const RoutingArgs& args) {
+  return args.by_document ? args.num_documents : 1;
+}
 
 // The row of the pool that a token of `document` reads; -1: it may choose every expert.
 EMO_HOST_DEVICE inline int64_t pool_row(const RoutingArgs& args, int64_t document) {
@@ -74,7 +86,9 @@ EMO_HOST_DEVICE inline int64_t pool_row(const RoutingArgs& args, int64_t documen
 }
 
 // What is counted beside the choices of each expert, in this order behind them.
-constexpr int kNumFacts = 3;  // valid tokens, non-finite tokens, their entropies in 2^-27 nats
+// valid tokens, non-finite tokens, valid ones that use more than group_topk groups, the entropies
+// of the valid ones in 2^-27 nats
+constexpr int kNumFacts = 4;
 
 // A token counts if it is not padding and finite: no logit is NaN or +inf, and one at least of
 // those that carry weight is above -inf. A non-finite token gets the first K experts that it may
@@ -83,14 +97,15 @@ struct RoutingOutputs {
   void* probs;           // [T, E] of dtype
   uint8_t* routing_map;  // [T, E], exactly K a token
   int64_t* counts;       // [E + kNumFacts] zeroed by the caller: choices, then the facts
-  int64_t* score_units;  // [E] workspace zeroed by the caller: scores in 2^-27
-  float* score_sums;     // [E]
+  int64_t* score_units;  // [R, E] workspace zeroed by the caller: scores in 2^-27; R is 1, or D
+  float* score_sums;     // [R, E]
   float* z;              // [T], 0 for tokens that do not count
+  int64_t* document_choices;  // [D, E] zeroed by the caller: choices of each document; null: none
 };
 
 struct RoutingGradients {
   const void* grad_probs;        // [T, E] of dtype, read at chosen experts only; null: none
-  const float* grad_score_sums;  // [E]; null: none
+  const float* grad_score_sums;  // [R, E]; null: none
   const float* grad_z;           // [T]; null: none
   const uint8_t* routing_map;    // [T, E] as forward wrote it
   void* grad_logits;             // [T, E] of dtype, every entry written

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       facts[warp_id()][0] += is_counted;
       facts[warp_id()][1] += !is_padding && !is_counted;
       // of one expert that has all the weight it may round to less than none
-      facts[warp_id()][2] += is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u;
+      facts[warp_id()][3] += is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u;
     }
   }
   __syncthreads();
@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
                 (unsigned long long)choices[e]);
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, int num_experts) {
-  const int e = blockIdx.x * kThreads + threadIdx.x;
-  if (e >= num_experts) return;
-  out.score_sums[e] = (float)((double)out.score_units[e] / kOne);
+__global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, long long num_sums) {
+  const long long i = (long long)blockIdx.x * kThreads + threadIdx.x;
+  if (i >= num_sums) return;
+  out.score_sums[i] = (float)((double)out.score_units[i] / kOne);
 }
 
 // The formulas are at emo::cpu::pool_topk_backward.
@@ -250,8 +250,10 @@ int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) 
                  args, out, per_warp);
     });
   if (status != 0) return status;
-  EMO_LAUNCH(finish_kernel, (unsigned)((args.num_experts + kThreads - 1) / kThreads), kThreads,
-             static_cast<cudaStream_t>(stream), out, args.num_experts);
+  const int64_t size = num_sums(args) * args.num_experts;
+  if (size == 0) return status;
+  EMO_LAUNCH(finish_kernel, (unsigned)((size + kThreads - 1) / kThreads), kThreads,
+             static_cast<cudaStream_t>(stream), out, (long long)size);
   return (int)cudaGetLastError();
 }
 

@@ -204,7 +204,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
       continue;
     }
     // of one expert that has all the weight it may round to less than none
-    facts[2] += entropy > 0.0f ? (int64_t)std::nearbyint(entropy * kOne) : 0;
+    facts[3] += entropy > 0.0f ? (int64_t)std::nearbyint(entropy * kOne) : 0;
     const float scaling = args.scaling;
     if (args.scoring == Scoring::kSoftmaxThenTopK) {
       write_choice(args, out, t, scores, scaling / total, chosen, scratch);
@@ -231,8 +231,8 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
 }
 
 void pool_topk_finish(const RoutingArgs& args, const RoutingOutputs& out) {
-  for (int e = 0; e < args.num_experts; ++e)
-    out.score_sums[e] = (float)((double)out.score_units[e] / kOne);
+  const int64_t size = num_sums(args) * args.num_experts;
+  for (int64_t i = 0; i < size; ++i) out.score_sums[i] = (float)((double)out.score_units[i] / kOne);
 }
 
 // With s the scores, w the weights and upstream gradients dS (of the score sums), dW (of the

@@ -30,6 +30,8 @@ from emo_megatron.ops.reference import NUM_TOTALS, SCORE_FRACTION_BITS
 TOKEN_METRICS = ("token_entropy", "load_imbalance", "nonfinite_tokens")
 """Mean entropy of the scores of a token (nats); largest over mean expert load of the step; tokens per layer whose
 logits were not finite, which count nowhere."""
+GROUP_METRICS = ("tokens_over_groups",)
+"""Share of the tokens whose experts lie in more groups than --moe-router-group-topk, because their pools are thin."""
 DOCUMENT_METRICS = ("experts_per_document",)
 """Mean number of distinct experts that the tokens of a document use."""
 POOL_METRICS = ("pool_size", "document_entropy")
@@ -69,7 +71,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
     def add_counts(
         self, layer_number: int, counts_X: Tensor, *, groups: Groups, is_reduced: bool
     ) -> None:
-        """Add a micro-batch's `Routing.counts_X`, [E + 3] int64, of this rank or, if reduced, of all ranks."""
+        """Add a micro-batch's `Routing.counts_X`, [E + 4] int64, of this rank or, if reduced, of all ranks."""
         self._groups = groups
         _add(self._global_X if is_reduced else self._local_X, layer_number, counts_X)
 
@@ -135,13 +137,14 @@ class PoolMetricsTracker(MoEMetricsTracker):
         layers = sorted(counts)
         counts_LX = torch.stack([counts[layer] for layer in layers])
         num_experts = counts_LX.shape[1] - NUM_TOTALS
-        load_LE, totals_L3 = counts_LX.double().split([num_experts, NUM_TOTALS], dim=1)
-        tokens_L, nonfinite_L, entropy_L = totals_L3.unbind(1)
+        load_LE, totals_LN = counts_LX.double().split([num_experts, NUM_TOTALS], dim=1)
+        tokens_L, nonfinite_L, over_groups_L, entropy_L = totals_LN.unbind(1)
         self._warn_of_nonfinite(layers, nonfinite_L)
         return {
             "token_entropy": (layers, _nats(entropy_L) / tokens_L.clamp(min=1)),
             "load_imbalance": (layers, load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-9)),
             "nonfinite_tokens": (layers, nonfinite_L),
+            "tokens_over_groups": (layers, over_groups_L / tokens_L.clamp(min=1)),
         }
 
     def _document_ratios(self) -> dict[str, tuple[list[int], Tensor]]:
@@ -224,4 +227,5 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
     """
     names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)
     names += DOCUMENT_METRICS if has_documents else ()
+    names += GROUP_METRICS if pool.is_on and config.moe_router_group_topk else ()
     set_moe_metrics_tracker(PoolMetricsTracker(names, num_layers=config.num_layers))

@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from emo_megatron.ops import native, reference, sizes
-from emo_megatron.ops.reference import Routing
+from emo_megatron.ops import native, reference, reference_documents, sizes
+from emo_megatron.ops.groups import limit_to_groups
+from emo_megatron.ops.reference import Routing, ScoreFunction, document_tokens
 from emo_megatron.ops.sizes import top_p_pool_sizes
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "best_backend",
     "document_scores",
     "document_statistics",
+    "document_tokens",
     "draw_bits",
     "draw_pool_sizes",
     "experts_used",
+    "limit_to_groups",
     "pool_topk",
     "select_pool",
     "top_p_pool_sizes",
@@ -44,12 +47,16 @@ def document_scores(
     *,
     document_ids_T: Tensor,
     num_documents: int,
+    score_function: ScoreFunction = "softmax",
     backend: Backend | None = None,
 ) -> Tensor:
-    """Sum each document's router probabilities, exactly; see reference.document_scores."""
+    """Sum each document's router probabilities or gates, exactly; see reference.document_scores."""
     ops = _implementation(backend, logits_TE, logits_TE.shape[-1], dtype=logits_TE.dtype)
     scores_DE: Tensor = ops.document_scores(
-        logits_TE, document_ids_T=document_ids_T, num_documents=num_documents
+        logits_TE,
+        document_ids_T=document_ids_T,
+        num_documents=num_documents,
+        score_function=score_function,
     )
     return scores_DE
 
@@ -69,11 +76,14 @@ def pool_topk(
     document_ids_T: Tensor | None = None,
     pool_DE: Tensor | None = None,
     top_k: int,
-    score_function: Literal["softmax", "sigmoid"] = "softmax",
+    score_function: ScoreFunction = "softmax",
     pre_softmax: bool = True,
     expert_bias_E: Tensor | None = None,
     scaling_factor: float | None = None,
     mask: Literal["logits", "selection"] = "logits",
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    num_documents: int | None = None,
     backend: Backend | None = None,
 ) -> Routing:
     """Route each token to the top-k experts of its document's pool; see reference.pool_topk."""
@@ -88,6 +98,9 @@ def pool_topk(
         expert_bias_E=expert_bias_E,
         scaling_factor=scaling_factor,
         mask=mask,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        num_documents=num_documents,
     )
     return routing
 
@@ -99,8 +112,8 @@ def experts_used(
     num_documents: int,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Which experts each document's tokens chose, [D, ceil(E / 32)] int32 bit words; see reference.experts_used."""
-    ops = _implementation(backend, routing_map_TE, routing_map_TE.shape[-1])
+    """Experts that each document's tokens chose, [D, ceil(E / 32)] int32; see reference_documents.experts_used."""
+    ops = _documents(_implementation(backend, routing_map_TE, routing_map_TE.shape[-1]))
     used_DW: Tensor = ops.experts_used(
         routing_map_TE, document_ids_T=document_ids_T, num_documents=num_documents
     )
@@ -114,8 +127,9 @@ def document_statistics(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Sums over documents for metrics, [5] int64; see reference.document_statistics."""
-    ops = _implementation(backend, reference.given_statistics(scores_DE, pool_DE, used_DW))
+    """Sums over documents for metrics, [5] int64; see reference_documents.document_statistics."""
+    given_DX = reference_documents.given_statistics(scores_DE, pool_DE, used_DW)
+    ops = _documents(_implementation(backend, given_DX))
     statistics: Tensor = ops.document_statistics(scores_DE, pool_DE, used_DW)
     return statistics
 
@@ -226,6 +240,11 @@ def _implementation(
     if backend is None:
         backend = best_backend(tensor.device.type, num_experts, top_k, dtype)
     return native.load_native() if backend == "native" else reference
+
+
+def _documents(ops: Any) -> Any:
+    """Where that backend keeps its ops for metrics."""
+    return reference_documents if ops is reference else ops
 
 
 def _wanted() -> str | None:

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor
 
 from emo_megatron.ops.operators import register
-from emo_megatron.ops.reference import Routing, given_statistics
+from emo_megatron.ops.reference import Routing, ScoreFunction
 from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan
+from emo_megatron.ops.reference_documents import given_statistics
 from emo_megatron.ops.sizes import first_state
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
+MAX_GROUPS = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DISPATCH_DTYPES = (torch.bool, torch.int32, torch.float64, *DTYPES)
 """Of routing maps, of codes, of rows."""
-SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID = range(3)
+SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID, SQRTSOFTPLUS = range(4)
 
 
 class NativeOps:
@@ -50,11 +52,19 @@ class NativeOps:
         register(namespace)
 
     def document_scores(
-        self, logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
+        self,
+        logits_TE: Tensor,
+        *,
+        document_ids_T: Tensor,
+        num_documents: int,
+        score_function: ScoreFunction = "softmax",
     ) -> Tensor:
         """As reference.document_scores."""
         found = self._ops.document_scores(
-            logits_TE.detach().contiguous(), document_ids_T.contiguous(), num_documents
+            logits_TE.detach().contiguous(),
+            document_ids_T.contiguous(),
+            num_documents,
+            _scoring(score_function),
         )
         return cast(Tensor, found)
 
@@ -72,40 +82,45 @@ class NativeOps:
         document_ids_T: Tensor | None = None,
         pool_DE: Tensor | None = None,
         top_k: int,
-        score_function: Literal["softmax", "sigmoid"] = "softmax",
+        score_function: ScoreFunction = "softmax",
         pre_softmax: bool = True,
         expert_bias_E: Tensor | None = None,
         scaling_factor: float | None = None,
         mask: Literal["logits", "selection"] = "logits",
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        num_documents: int | None = None,
     ) -> Routing:
         """As reference.pool_topk."""
-        scoring = SOFTMAX if pre_softmax else SOFTMAX_OF_CHOSEN
-        if score_function == "sigmoid":
-            scoring = SIGMOID
-        probs_TE, routing_map_TE, counts_X, score_sums_E, z_T = self._ops.pool_topk(
+        scoring = _scoring(score_function, pre_softmax=pre_softmax)
+        has_bias = expert_bias_E is not None and scoring in (SIGMOID, SQRTSOFTPLUS)
+        probs_TE, routing_map_TE, counts_X, score_sums_RE, z_T, choices_DE = self._ops.pool_topk(
             logits_TE.contiguous(),
             _contiguous(document_ids_T),
             _contiguous(pool_DE),
-            expert_bias_E.float().contiguous()
-            if expert_bias_E is not None and scoring == SIGMOID
-            else None,
+            expert_bias_E.float().contiguous() if expert_bias_E is not None and has_bias else None,
             top_k,
             scoring,
             mask == "logits",
             scaling_factor or 1.0,
+            num_groups or 0,
+            group_topk or 0,
+            num_documents or 0,
+            num_documents is not None,
         )
         return Routing(
             probs_TE=probs_TE,
             routing_map_TE=routing_map_TE,
             counts_X=counts_X,
-            score_sums_E=score_sums_E,
+            score_sums_RE=score_sums_RE,
             z_T=z_T,
+            document_choices_DE=choices_DE,
         )
 
     def experts_used(
         self, routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
     ) -> Tensor:
-        """As reference.experts_used."""
+        """As reference_documents.experts_used."""
         found = self._ops.experts_used(
             routing_map_TE.contiguous(), document_ids_T.contiguous(), num_documents
         )
@@ -117,7 +132,7 @@ class NativeOps:
         pool_DE: Tensor | None = None,
         used_DW: Tensor | None = None,
     ) -> Tensor:
-        """As reference.document_statistics."""
+        """As reference_documents.document_statistics."""
         given_statistics(scores_DE, pool_DE, used_DW)
         found = self._ops.document_statistics(
             _contiguous(scores_DE), _contiguous(pool_DE), _contiguous(used_DW)
@@ -182,6 +197,12 @@ class NativeOps:
         """As reference_dispatch.sum_rows."""
         found = self._ops.sum_rows(copies_PH.contiguous(), fanout.copies_P, fanout.bounds_N)
         return cast(Tensor, found)
+
+
+def _scoring(score_function: ScoreFunction, *, pre_softmax: bool = True) -> int:
+    """The number csrc/pool_ops.h knows it by."""
+    softmax = SOFTMAX if pre_softmax else SOFTMAX_OF_CHOSEN
+    return {"softmax": softmax, "sigmoid": SIGMOID, "sqrtsoftplus": SQRTSOFTPLUS}[score_function]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

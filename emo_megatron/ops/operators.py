@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emo_megatron.ops.reference import NUM_STATISTICS, NUM_TOTALS
+from emo_megatron.ops.reference import NUM_TOTALS
+from emo_megatron.ops.reference_documents import NUM_STATISTICS
 
 
 def register(namespace: str) -> None:
@@ -22,7 +23,7 @@ def _register_routing_shapes(namespace: str) -> None:
     """Tell torch what the operators return, for tracing."""
 
     @torch.library.register_fake(f"{namespace}::document_scores")
-    def _(logits: Tensor, document_ids: Tensor, num_documents: int) -> Tensor:
+    def _(logits: Tensor, document_ids: Tensor, num_documents: int, scoring: int) -> Tensor:
         return logits.new_empty((num_documents, logits.shape[1]), dtype=torch.int64)
 
     @torch.library.register_fake(f"{namespace}::select_pool")
@@ -30,14 +31,17 @@ def _register_routing_shapes(namespace: str) -> None:
         return torch.empty_like(scores, dtype=torch.bool)
 
     @torch.library.register_fake(f"{namespace}::pool_topk")
-    def _(logits: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+    def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         num_tokens, num_experts = logits.shape
+        num_documents, by_document = rest[-2:]
+        num_sums = num_documents if by_document else 1
         return (
             torch.empty_like(logits),
             torch.empty_like(logits, dtype=torch.bool),
             logits.new_empty(num_experts + NUM_TOTALS, dtype=torch.int64),
-            logits.new_empty(num_experts, dtype=torch.float32),
+            logits.new_empty((num_sums, num_experts), dtype=torch.float32),
             logits.new_empty(num_tokens, dtype=torch.float32),
+            logits.new_empty((num_documents, num_experts), dtype=torch.int64),
         )
 
     @torch.library.register_fake(f"{namespace}::pool_topk_backward")
@@ -110,15 +114,17 @@ def _register_gradients(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, document_ids, pool, _, *ctx.options = inputs
-        _, routing_map, counts, _, _ = output
+        logits, document_ids, pool, _, *options = inputs
+        # the groups are in the routing map
+        ctx.options = (*options[:4], *options[6:])
+        _, routing_map, counts, _, _, choices = output
         # of size [T, E] the logits and a byte an expert: backward computes the scores again
         ctx.save_for_backward(logits, routing_map, document_ids, pool)
-        ctx.mark_non_differentiable(routing_map, counts)
+        ctx.mark_non_differentiable(routing_map, counts, choices)
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_probs, _, _, grad_score_sums, grad_z = (
+        grad_probs, _, _, grad_score_sums, grad_z, _ = (
             None if grad is None else grad.contiguous() for grad in grads
         )
         logits, routing_map, document_ids, pool = ctx.saved_tensors
@@ -132,7 +138,7 @@ def _register_gradients(namespace: str) -> None:
             pool,
             *ctx.options,
         )
-        return (grad_logits, *(None,) * 7)
+        return (grad_logits, *(None,) * 11)
 
     torch.library.register_autograd(
         f"{namespace}::pool_topk", backward, setup_context=setup_context

@@ -13,14 +13,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from emo_megatron.ops.groups import groups_used, open_experts
+
 SCORE_FRACTION_BITS = 27
 """Document scores are probabilities in fixed point with so many fractional bits: sums of 2**36 tokens fit in int64."""
 
 
-NUM_TOTALS = 3
+NUM_TOTALS = 4
 """Entries of `Routing.counts_X` behind those of the experts."""
-NUM_STATISTICS = 5
-"""Entries of `document_statistics`."""
+MAX_GATE_UNITS = 2**30 - 1
+"""A gate counts as less than 8 in document scores; only a square root of softplus exceeds that, for logits above 64."""
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +37,16 @@ class Routing:
     """[T, E] bool: True where the expert is chosen, exactly K a token. Padding is sent to K experts like any token,
     with weight 0, because dispatchers count on K rows a token."""
     counts_X: Tensor
-    """[E + 3] int64, sums over this rank's tokens, exact whatever their order: tokens per expert, then valid tokens,
-    non-finite tokens and the entropy of the valid ones. The properties below name its parts."""
-    score_sums_E: Tensor
-    """[E] float32: scores (K-independent, summing to 1 a token) summed over tokens, for the balance loss."""
+    """[E + 4] int64, sums over this rank's tokens, exact whatever their order: tokens per expert, then valid tokens,
+    non-finite tokens, valid ones that use more groups than they should, and the entropy of the valid ones. The
+    properties below name its parts."""
+    score_sums_RE: Tensor
+    """[R, E] float32: scores (K-independent, summing to 1 a token) summed over tokens, for the balance losses. R = 1
+    row for all tokens, or a row a document where `pool_topk` was given num_documents."""
     z_T: Tensor
     """[T] float32: log-sum-exp of the logits that carry weight; 0 for padding and non-finite tokens."""
+    document_choices_DE: Tensor
+    """[D, E] int64: valid tokens of each document that chose the expert; [0, E] without num_documents."""
 
     @property
     def tokens_per_expert_E(self) -> Tensor:
@@ -48,40 +56,84 @@ class Routing:
     @property
     def num_tokens(self) -> Tensor:
         """[] int64: valid tokens, those that are neither padding nor non-finite."""
-        return self.counts_X[-3]
+        return self.counts_X[-4]
 
     @property
     def num_nonfinite(self) -> Tensor:
         """[] int64: tokens, padding left out, whose logits no weight can be made of; see `pool_topk`."""
-        return self.counts_X[-2]
+        return self.counts_X[-3]
 
     @property
     def entropy_sum(self) -> Tensor:
         """[] int64: entropy of the scores, summed over the valid tokens, each rounded to units of 2**-27 nats."""
         return self.counts_X[-1]
 
+    @property
+    def num_over_groups(self) -> Tensor:
+        """[] int64: valid tokens whose experts lie in more than group_topk groups."""
+        return self.counts_X[-2]
 
-def document_scores(logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
-    """Sum each document's router probabilities, exactly.
+    @property
+    def score_sums_E(self) -> Tensor:
+        """[E] float32: scores summed over all tokens."""
+        sums_RE = self.score_sums_RE
+        return sums_RE.squeeze(0) if sums_RE.shape[0] == 1 else sums_RE.sum(dim=0)
+
+
+def document_scores(
+    logits_TE: Tensor,
+    *,
+    document_ids_T: Tensor,
+    num_documents: int,
+    score_function: ScoreFunction = "softmax",
+) -> Tensor:
+    """Sum each document's router probabilities, or its gates, exactly.
 
     Args:
         logits_TE: [T, E] router logits of any float dtype.
         document_ids_T: [T] int64 in [-1, num_documents); -1 is padding and counts nowhere.
         num_documents: D.
+        score_function: softmax over all E experts; or the gates of sigmoid or sqrtsoftplus.
 
     Returns:
-        [D, E] int64, the softmax over all E experts in units of 2**-27, summed over the document's tokens. Integer
-        sums do not depend on the order of the tokens or on how ranks cut the document. A token with a logit that is
-        NaN or +inf, or with no logit above -inf, adds nothing. Not differentiable.
+        [D, E] int64, the scores in units of 2**-27, a gate at most MAX_GATE_UNITS, summed over the document's tokens.
+        Integer sums do not depend on the order of the tokens or on how ranks cut the document. A token with a logit
+        that is NaN or +inf, or with no logit above -inf, adds nothing. Not differentiable.
     """
     with torch.no_grad():
-        is_finite_T = logits_TE.float().amax(dim=-1).isfinite()
-        probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
-        fixed_TE = (probs_TE * 2.0**SCORE_FRACTION_BITS).round_().to(torch.int64)
-        # what counts nowhere goes to a row of its own that is cut off again: no data-dependent shapes, no host sync
-        row_T = torch.where((document_ids_T >= 0) & is_finite_T, document_ids_T, num_documents)
-        sums = fixed_TE.new_zeros(num_documents + 1, fixed_TE.shape[1])
-        return sums.index_add_(0, row_T, fixed_TE)[:num_documents]
+        if score_function == "softmax":
+            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+        else:
+            scores_TE = gates(logits_TE.float(), score_function)
+        units_TE = (scores_TE * 2.0**SCORE_FRACTION_BITS).round_().to(torch.int64)
+        row_T = _rows(logits_TE, document_ids_T, num_documents)
+        sums = units_TE.new_zeros(num_documents + 1, units_TE.shape[1])
+        return sums.index_add_(0, row_T, units_TE.clamp_(max=MAX_GATE_UNITS))[:num_documents]
+
+
+def document_tokens(logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
+    """[D] int64, how many tokens of each document `document_scores` adds up; arguments as there."""
+    row_T = _rows(logits_TE.detach(), document_ids_T, num_documents)
+    counts = row_T.new_zeros(num_documents + 1)
+    return counts.index_add_(0, row_T, torch.ones_like(row_T))[:num_documents]
+
+
+def _rows(logits_TE: Tensor, document_ids_T: Tensor, num_documents: int) -> Tensor:
+    """[T] int64, the document of each token; D, a row to be cut off again, for what counts nowhere."""
+    # no data-dependent shapes, no host sync
+    is_finite_T = logits_TE.float().amax(dim=-1).isfinite()
+    return torch.where((document_ids_T >= 0) & is_finite_T, document_ids_T, num_documents)
+
+
+def gates(logits_TE: Tensor, score_function: ScoreFunction) -> Tensor:
+    """[T, E] float32, sigmoid or the square root of softplus of float32 logits; differentiable, 0 at -inf."""
+    if score_function == "sigmoid":
+        return torch.sigmoid(logits_TE)
+    # far below zero softplus is e^x, and the derivative of the root at 0 would be 0 times infinity
+    is_low_TE = logits_TE < -20.0
+    low_TE = torch.exp(0.5 * logits_TE.masked_fill(~is_low_TE, float("-inf")))
+    high_TE = torch.nn.functional.softplus(logits_TE.masked_fill(is_low_TE, 0.0)).sqrt()
+    return torch.where(is_low_TE, low_TE, high_TE)
 
 
 def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0) -> Tensor:
@@ -111,11 +163,14 @@ def pool_topk(
     document_ids_T: Tensor | None = None,
     pool_DE: Tensor | None = None,
     top_k: int,
-    score_function: Literal["softmax", "sigmoid"] = "softmax",
+    score_function: ScoreFunction = "softmax",
     pre_softmax: bool = True,
     expert_bias_E: Tensor | None = None,
     scaling_factor: float | None = None,
     mask: Literal["logits", "selection"] = "logits",
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    num_documents: int | None = None,
 ) -> Routing:
     """Route each token to the top-k experts of its document's pool.
 
@@ -126,20 +181,26 @@ def pool_topk(
         pool_DE: [D, E] bool, True = in the pool, at least top_k True a row. None: all experts. One row serves every
             document.
         top_k: K, experts a token.
-        score_function: softmax, or sigmoid normalised over the chosen experts.
+        score_function: softmax; or the gates of sigmoid or sqrtsoftplus (the square root of softplus), normalised over
+            the chosen experts.
         pre_softmax: weights are the softmax over the pool at the chosen experts (the paper); False: softmax over the
-            chosen logits alone, Megatron's renormalised top-k. Ignored for sigmoid.
-        expert_bias_E: [E] float32 added to sigmoid scores for the choice only.
+            chosen logits alone, Megatron's renormalised top-k. Ignored for gates.
+        expert_bias_E: [E] float32 added to gates for the choice only.
         scaling_factor: multiplies the weights.
         mask: "logits": experts outside the pool carry no weight and no loss (the paper). "selection": the pool limits
             the choice only.
+        num_groups: groups of E / num_groups neighbouring experts, of which a token uses group_topk, or more where its
+            pool is thin; see groups.open_experts. None: no limit.
+        group_topk: given with num_groups; so many groups hold K experts or more.
+        num_documents: D, sums scores and choices of each document; needs document_ids_T. None: over all tokens.
 
     Returns:
         Routing. Ties go to the lower expert index. No gradient flows through the choice.
 
         A token is non-finite if one of its E logits is NaN or +inf, or if none of those that carry weight is above
-        -inf. It gets the K lowest-numbered experts of its pool, with weights that are NaN, so that the fault reaches
-        the loss; z is 0, no sum holds it, and no gradient comes from it. Padding stays padding whatever its logits.
+        -inf. It gets the K lowest-numbered experts of its pool, in whatever groups, with weights that are NaN, so that
+        the fault reaches the loss; z is 0, no sum holds it, and no gradient comes from it. Padding stays padding
+        whatever its logits.
     """
     is_allowed_TE, is_padding_T = _allowed(logits_TE, document_ids_T, pool_DE)
     logits_f_TE = logits_TE.float()
@@ -158,11 +219,22 @@ def pool_topk(
         scores_TE = torch.softmax(carrying_TE, dim=-1)
         keys_TE = scores_TE if pre_softmax else carrying_TE
     else:
-        gates_TE = torch.sigmoid(logits_f_TE)
+        gates_TE = gates(logits_f_TE, score_function)
         keys_TE = gates_TE if expert_bias_E is None else gates_TE + expert_bias_E.float()
         counted_TE = gates_TE if is_masked_TE is None else gates_TE * ~is_masked_TE
         scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
-    expert_ids_TK = _best(keys_TE.detach(), is_allowed_TE, is_nonfinite_T, top_k)
+    is_open_TE = is_allowed_TE
+    if num_groups is not None and group_topk is not None:
+        is_open_TE = open_experts(
+            keys_TE.detach(),
+            is_allowed_TE,
+            num_groups=num_groups,
+            group_topk=group_topk,
+            top_k=top_k,
+        )
+        is_any_TE = is_nonfinite_T[:, None].expand_as(is_open_TE)
+        is_open_TE |= is_any_TE if is_allowed_TE is None else is_any_TE & is_allowed_TE
+    expert_ids_TK = _best(keys_TE.detach(), is_open_TE, is_nonfinite_T, top_k)
     if score_function == "softmax":
         weights_TK = (scores_TE if pre_softmax else logits_f_TE).gather(1, expert_ids_TK)
         if not pre_softmax:
@@ -176,8 +248,19 @@ def pool_topk(
     weights_TK = weights_TK.masked_fill(is_nonfinite_T[:, None], float("nan"))
 
     z_T = torch.logsumexp(carrying_TE, dim=-1)
+    map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, expert_ids_TK, True)
+    probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_ids_TK, weights_TK.to(logits_TE.dtype))
+    over_T = groups_used(map_TE, num_groups) > (group_topk or 1)
     return _assemble(
-        logits_TE, expert_ids_TK, weights_TK, scores_TE, z_T, is_padding_T, is_nonfinite_T
+        probs_TE,
+        map_TE,
+        scores_TE,
+        z_T,
+        is_padding_T,
+        is_nonfinite_T,
+        is_over_T=over_T,
+        document_ids_T=document_ids_T,
+        num_documents=num_documents,
     )
 
 
@@ -225,103 +308,52 @@ def _nonfinite(logits_f_TE: Tensor, is_masked_TE: Tensor | None) -> Tensor:
 
 
 def _assemble(
-    logits_TE: Tensor,
-    expert_ids_TK: Tensor,
-    weights_TK: Tensor,
+    probs_TE: Tensor,
+    map_TE: Tensor,
     scores_TE: Tensor,
     z_T: Tensor,
     is_padding_T: Tensor | None,
     is_nonfinite_T: Tensor,
+    *,
+    is_over_T: Tensor,
+    document_ids_T: Tensor | None,
+    num_documents: int | None,
 ) -> Routing:
-    """Scatter the choice into Megatron's [T, E] form and take tokens that do not count out of all that is summed."""
-    map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, expert_ids_TK, True)
-    probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_ids_TK, weights_TK.to(logits_TE.dtype))
+    """Take tokens that do not count out of all that is summed, and sum it."""
     is_left_out_T = is_nonfinite_T
     if is_padding_T is not None:
         probs_TE = probs_TE.masked_fill(is_padding_T[:, None], 0.0)
         is_left_out_T = is_nonfinite_T | is_padding_T
         is_nonfinite_T = is_nonfinite_T & ~is_padding_T
     scores_TE = scores_TE.masked_fill(is_left_out_T[:, None], 0.0)
+    counted_TE = map_TE & ~is_left_out_T[:, None]
     entropy_T = -torch.xlogy(scores_TE.detach(), scores_TE.detach()).sum(dim=-1)
-    facts_X = [(~is_left_out_T).sum(), is_nonfinite_T.sum(), _to_units(entropy_T).sum()]
+    is_over_T = is_over_T & ~is_left_out_T
+    totals = [
+        (~is_left_out_T).sum(),
+        is_nonfinite_T.sum(),
+        is_over_T.sum(),
+        to_units(entropy_T).sum(),
+    ]
+    sums_RE = scores_TE.sum(dim=0, keepdim=True)
+    choices_DE = torch.zeros_like(counted_TE[:0], dtype=torch.int64)
+    if num_documents is not None:
+        assert document_ids_T is not None, "num_documents needs document_ids_T"
+        # what is left out is 0, in whatever row
+        row_T = document_ids_T.clamp(min=0)
+        shape = (max(num_documents, 1), map_TE.shape[1])
+        sums_RE = scores_TE.new_zeros(shape).index_add(0, row_T, scores_TE)[:num_documents]
+        choices_DE = row_T.new_zeros(shape).index_add_(0, row_T, counted_TE.long())[:num_documents]
     return Routing(
         probs_TE=probs_TE,
         routing_map_TE=map_TE,
-        counts_X=torch.cat([(map_TE & ~is_left_out_T[:, None]).sum(dim=0), torch.stack(facts_X)]),
-        score_sums_E=scores_TE.sum(dim=0),
+        counts_X=torch.cat([counted_TE.sum(dim=0), torch.stack(totals)]),
+        score_sums_RE=sums_RE,
         z_T=z_T.masked_fill(is_left_out_T, 0.0),
+        document_choices_DE=choices_DE,
     )
 
 
-def _to_units(nats_X: Tensor) -> Tensor:
+def to_units(nats_X: Tensor) -> Tensor:
     """Entropies in units of 2**-27 nats, int64; of one expert that has everything, rounding may give less than none."""
     return (nats_X.clamp(min=0.0) * 2.0**SCORE_FRACTION_BITS).round().to(torch.int64)
-
-
-def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
-    """Which experts each document's tokens chose.
-
-    Args:
-        routing_map_TE: [T, E] bool.
-        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding and counts nowhere.
-        num_documents: D.
-
-    Returns:
-        [D, W] int32, W = ceil(E / 32): bit b of word w is set where a token chose expert 32 w + b. Ranks that share a
-        document join their words with a bitwise or.
-    """
-    num_experts = routing_map_TE.shape[1]
-    num_words = -(-num_experts // 32)
-    row_T = torch.where(document_ids_T < 0, num_documents, document_ids_T)
-    times_DE = routing_map_TE.new_zeros(num_documents + 1, 32 * num_words, dtype=torch.int32)
-    times_DE[:, :num_experts].index_add_(0, row_T, routing_map_TE.int())
-    is_used_DWB = (times_DE[:num_documents] > 0).view(num_documents, num_words, 32)
-    bits_B = 1 << torch.arange(32, device=times_DE.device)
-    return (is_used_DWB * bits_B).sum(dim=-1).to(torch.int32)
-
-
-def given_statistics(
-    scores_DE: Tensor | None, pool_DE: Tensor | None, used_DW: Tensor | None
-) -> Tensor:
-    """One of what is given to `document_statistics`; the others must lie beside it."""
-    given_DX = used_DW if scores_DE is None else scores_DE
-    if given_DX is None:
-        raise ValueError("document_statistics needs scores_DE or used_DW; both are None")
-    if pool_DE is not None and scores_DE is None:
-        raise ValueError("document_statistics needs scores_DE where pool_DE is given")
-    return given_DX
-
-
-def document_statistics(
-    scores_DE: Tensor | None = None, pool_DE: Tensor | None = None, used_DW: Tensor | None = None
-) -> Tensor:
-    """Sums over documents for metrics, exact whatever the order of the documents.
-
-    Args:
-        scores_DE: [D, E] int64, `document_scores`, none negative, over every rank that holds a piece of the document.
-        pool_DE: [D, E] bool, their pools; needs scores_DE.
-        used_DW: [D, W] int32, `experts_used`.
-
-    Returns:
-        [5] int64, 0 where the tensor is not given: documents with a positive sum of scores; the sizes of their pools;
-        the entropies of their shares of the score, each rounded to units of 2**-27 nats; documents that used an
-        expert; experts they used.
-
-    Raises:
-        ValueError: there is neither scores_DE nor used_DW, or pool_DE without scores_DE.
-    """
-    given_DX = given_statistics(scores_DE, pool_DE, used_DW)
-    nothing = given_DX.new_zeros((), dtype=torch.int64)
-    num_scored, pool_sizes, entropies, num_users, num_used = [nothing] * NUM_STATISTICS
-    if scores_DE is not None:
-        totals_D = scores_DE.sum(dim=-1)
-        num_scored = (totals_D > 0).sum()
-        if pool_DE is not None:
-            pool_sizes = (pool_DE.sum(dim=-1) * (totals_D > 0)).sum()
-        shares_DE = scores_DE.double() / totals_D.clamp(min=1)[:, None]
-        entropies = _to_units(-torch.xlogy(shares_DE, shares_DE).sum(dim=-1)).sum()
-    if used_DW is not None:
-        bits_B = torch.arange(32, device=used_DW.device)
-        used_D = ((used_DW[:, :, None] >> bits_B) & 1).sum(dim=(1, 2))
-        num_users, num_used = (used_D > 0).sum(), used_D.sum()
-    return torch.stack([num_scored, pool_sizes, entropies, num_users, num_used])

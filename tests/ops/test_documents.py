@@ -12,7 +12,7 @@ from support.routing import assert_equal
 from torch import Tensor
 
 from emo_megatron import ops
-from emo_megatron.ops import native, reference, sizes
+from emo_megatron.ops import native, reference, reference_documents, sizes
 
 ONE = 2**reference.SCORE_FRACTION_BITS
 ENTROPY_ATOL = 2e-6
@@ -62,7 +62,9 @@ def test_experts_used(
 ) -> None:
     routing_map_TE = random_routing(num_tokens, num_experts, top_k)
     ids_T = random_ids(num_tokens, 5, is_sorted=is_sorted)
-    want_DW = reference.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=5)
+    want_DW = reference_documents.experts_used(
+        routing_map_TE, document_ids_T=ids_T, num_documents=5
+    )
     assert want_DW.dtype == torch.int32
     assert want_DW.shape == (5, math.ceil(num_experts / 32))
     loop: list[set[int]] = [set() for _ in range(5)]
@@ -82,7 +84,7 @@ def test_experts_used(
 def test_experts_used_of_all_experts_and_of_no_tokens(compiled: Compiled) -> None:
     everything_TE = torch.ones(3, 64, dtype=torch.bool, device=compiled.device)
     ids_T = torch.zeros(3, dtype=torch.int64, device=compiled.device)
-    for implementation in (reference, compiled.ops):
+    for implementation in (reference_documents, compiled.ops):
         used_DW = implementation.experts_used(everything_TE, document_ids_T=ids_T, num_documents=1)
         assert used_DW.tolist() == [[-1, -1]]
         none_DW = implementation.experts_used(
@@ -113,7 +115,7 @@ def documents_of(num_documents: int, num_experts: int) -> tuple[Tensor, Tensor, 
     pool_DE = torch.rand(num_documents, num_experts, generator=generator) < 0.4
     routing_map_TE = random_routing(40, num_experts, 2)
     ids_T = random_ids(40, num_documents, is_sorted=False)
-    used_DW = reference.experts_used(
+    used_DW = reference_documents.experts_used(
         routing_map_TE, document_ids_T=ids_T, num_documents=num_documents
     )
     return scores_DE, pool_DE, used_DW
@@ -141,7 +143,7 @@ def test_document_statistics(
         "pool_DE": pool_DE if given in ("all", "scores and pool") else None,
         "used_DW": used_DW if given in ("all", "used") else None,
     }
-    exact = reference.document_statistics(**arguments)
+    exact = reference_documents.document_statistics(**arguments)
     assert exact.dtype == torch.int64
     on_device = {
         name: None if tensor is None else tensor.to(compiled.device)
@@ -157,7 +159,7 @@ def test_document_statistics(
 def test_the_entropy_of_a_certain_document_is_none(compiled: Compiled) -> None:
     scores_DE = torch.zeros(2, 40, dtype=torch.int64, device=compiled.device)
     scores_DE[0, 7], scores_DE[1, 9] = 3, 2**60 + 1
-    for implementation in (reference, compiled.ops):
+    for implementation in (reference_documents, compiled.ops):
         assert implementation.document_statistics(scores_DE).tolist() == [2, 0, 0, 0, 0]
         assert implementation.document_statistics(scores_DE[:0]).tolist() == [0] * 5
 
@@ -165,7 +167,7 @@ def test_the_entropy_of_a_certain_document_is_none(compiled: Compiled) -> None:
 def test_statistics_are_the_same_in_every_order(compiled: Compiled) -> None:
     tensors = [tensor.to(compiled.device) for tensor in documents_of(70, 127)]
     names = ("scores_DE", "pool_DE", "used_DW")
-    for implementation in (reference, compiled.ops):
+    for implementation in (reference_documents, compiled.ops):
         want = implementation.document_statistics(**dict(zip(names, tensors, strict=True)))
         order_D = torch.randperm(70, generator=torch.Generator().manual_seed(3))
         parts = [
@@ -179,7 +181,7 @@ def test_statistics_are_the_same_in_every_order(compiled: Compiled) -> None:
 
 def test_what_the_statistics_need_is_named() -> None:
     pool_DE = torch.ones(2, 3, dtype=torch.bool)
-    for implementation in (reference, native.load_native(), ops):
+    for implementation in (reference_documents, native.load_native(), ops):
         for arguments in ({}, {"pool_DE": pool_DE}):
             with pytest.raises(ValueError, match="needs scores"):
                 implementation.document_statistics(**arguments)
@@ -238,7 +240,9 @@ def test_the_same_for_any_number_of_threads(num_threads: int) -> None:
         used_DW = host_ops().experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=5)
     finally:
         torch.set_num_threads(before)
-    want_DW = reference.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=5)
+    want_DW = reference_documents.experts_used(
+        routing_map_TE, document_ids_T=ids_T, num_documents=5
+    )
     assert_equal("used", used_DW, want_DW)
 
 

@@ -525,16 +525,18 @@ def test_operators_keep_the_rules_of_torch(compiled: Compiled) -> None:
     logits_TE, ids_T = case.logits().to(device), case.document_ids().to(device)
     scores_DE, pool_DE = (tensor.to(device) for tensor in reference_pools(case))
     torch.use_deterministic_algorithms(False)
-    options = (2, 0, True, 1.0)
-    routing_map_TE = operators.pool_topk(logits_TE, ids_T, pool_DE, None, *options)[1]
-    grads = tuple(grad.to(device) for grad in upstream(case))
+    options, sums = (2, 0, True, 1.0), (2, True)
+    whole = (*options, 5, 1, *sums)
+    routing_map_TE = operators.pool_topk(logits_TE, ids_T, pool_DE, None, *whole)[1]
+    grad_TE, grad_E, grad_T = (grad.to(device) for grad in upstream(case))
+    grads = (grad_TE, torch.stack([grad_E, -grad_E]), grad_T)
     for operator, arguments in (
-        (operators.document_scores, (logits_TE, ids_T, 2)),
+        (operators.document_scores, (logits_TE, ids_T, 2, 0)),
         (operators.select_pool, (scores_DE, case.pool_sizes().to(device), 0)),
-        (operators.pool_topk, (logits_TE.requires_grad_(), ids_T, pool_DE, None, *options)),
+        (operators.pool_topk, (logits_TE.requires_grad_(), ids_T, pool_DE, None, *whole)),
         (
             operators.pool_topk_backward,
-            (*grads, logits_TE.detach(), routing_map_TE, ids_T, pool_DE, *options),
+            (*grads, logits_TE.detach(), routing_map_TE, ids_T, pool_DE, *options, *sums),
         ),
     ):
         torch.library.opcheck(operator.default, arguments)
