@@ -36,6 +36,20 @@ class TokenCounts:
         return self.num_tokens.clamp(min=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerCounts:
+    """What the losses of one layer in one micro-batch are made of; constant in the gradient."""
+
+    fraction: TokenCounts
+    """Where the fractions of the balance over all ranks come from: this micro-batch, or those of the step so far."""
+    population: TokenCounts
+    """This micro-batch over all ranks."""
+    own: TokenCounts | None = None
+    """This micro-batch over the ranks of one data-parallel rank; None: not asked for."""
+    weights_DE: Tensor | None = None
+    """`document_weights`, equal on the ranks that share a document; None: not asked for."""
+
+
 def reduce_counts(counts_X: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum a rank's counts over `group` with one collective (none when the group is one rank).
 
@@ -71,6 +85,43 @@ def load_balancing_loss(
     scale = score_sums_E.shape[0] / top_k
     num_tokens = fraction.divisor * population.divisor
     return torch.dot(fraction.tokens_per_expert_E * scale / num_tokens, score_sums_E)
+
+
+def document_weights(
+    choices_DE: Tensor, *, pool_sizes_D: Tensor | None, population: TokenCounts
+) -> Tensor:
+    """What the score of an expert weighs in the balance loss of a document, which is
+
+        sum_d (T_d / T) * (|P_d| / (K * T_d)) * sum_i n_di * (1 / T_d) * sum_t s_ti
+
+    over documents d of T_d valid tokens t with pool P_d, n_di of whose K * T_d choices went to expert i: the mean over
+    all T tokens of each document's own balance loss inside its pool, 1 where it is perfectly balanced. Over full pools
+    and documents of equal length this is Megatron's seq_aux_loss.
+
+    Args:
+        choices_DE: [D, E] int64, n_di over every rank that holds a piece of the document.
+        pool_sizes_D: [D] int64, |P_d|; None: all experts.
+        population: the micro-batch over all ranks, whose valid tokens are T.
+
+    Returns:
+        [D, E] float32; constant.
+    """
+    size = choices_DE.shape[1] if pool_sizes_D is None else pool_sizes_D
+    num_choices_D = choices_DE.sum(dim=-1).clamp(min=1)
+    return choices_DE * (size / (num_choices_D * population.divisor))[:, None]
+
+
+def document_balance_loss(score_sums_DE: Tensor, *, weights_DE: Tensor) -> Tensor:
+    """This rank's share of the balance loss of documents, each inside its pool (after DeepSeek's, arXiv 2412.19437).
+
+    Args:
+        score_sums_DE: [D, E] float32, this rank's scores summed over the tokens of each document; differentiable.
+        weights_DE: `document_weights`.
+
+    Returns:
+        [] float32. The shares of all ranks sum to the loss.
+    """
+    return torch.dot(score_sums_DE.flatten(), weights_DE.flatten())
 
 
 def z_loss(z_T: Tensor, *, population: TokenCounts) -> Tensor:

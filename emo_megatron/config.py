@@ -18,6 +18,8 @@ PoolBalance = Literal["micro", "running"]
 PoolCpPartition = Literal["sample", "document"]
 PoolDispatcher = Literal["megatron", "dedup"]
 PoolDocuments = Literal["attention", "routers"]
+PoolScore = Literal["probability", "gate_with_bias"]
+PoolGroupScope = Literal["token", "document"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,13 @@ class PoolConfig:
     pool_mask: PoolMask = "logits"
     """logits: experts outside the pool get no probability (the paper). selection: the pool limits the choice only;
     weights and losses use all experts (OLMo-core's second version)."""
+    pool_score: PoolScore = "probability"
+    """What a document's pool is chosen by, summed over its tokens. probability: the softmax over all experts (the
+    paper). gate_with_bias: the gate plus the expert bias, for recipes that balance load by
+    --moe-router-enable-expert-bias alone: with probability an expert that no pool takes gets bias and no token."""
+    pool_group_scope: PoolGroupScope = "token"
+    """Who keeps to --moe-router-group-topk of the --moe-router-num-groups. token: every token, inside its document's
+    pool, as far as the pool reaches. document: the pool lies inside so many groups, so every token keeps to them."""
     pool_scope: PoolScope = "document"
     """document: one pool a document (the paper). sample: boundaries are ignored and a whole packed sample shares a
     pool (an ablation; it destroys the modules)."""
@@ -96,6 +105,8 @@ class PoolConfig:
             ("pool_cp_partition", PoolCpPartition),
             ("pool_dispatcher", PoolDispatcher),
             ("pool_documents", PoolDocuments),
+            ("pool_score", PoolScore),
+            ("pool_group_scope", PoolGroupScope),
         ):
             if getattr(self, name) not in get_args(kind):
                 found.append(
@@ -151,6 +162,15 @@ class PoolConfig:
             found.append("--pool-top-p and --pool-rule top_p go together; give both or neither")
         if self.pool_top_p is not None and not 0.0 < self.pool_top_p < 1.0:
             found.append(f"--pool-top-p must lie in (0, 1); got {self.pool_top_p}")
+        if self.pool_rule == "top_p" and self.pool_score != "probability":
+            found.append(
+                f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}"
+            )
+        if self.pool_group_scope == "document" and self.pool_forced > 0:
+            found.append(
+                "--pool-forced must be 0 with --pool-group-scope document, or pools reach into the groups of the "
+                f"forced experts; got {self.pool_forced}"
+            )
         if self.pool_min_start is not None:
             if self.pool_min_decay_samples == 0:
                 found.append("--pool-min-start needs --pool-min-decay-samples above 0")
@@ -172,6 +192,8 @@ class PoolConfig:
             "pool_rule": self.pool_rule != "uniform",
             "pool_mask": self.pool_mask != "logits",
             "pool_scope": self.pool_scope != "document",
+            "pool_score": self.pool_score != "probability",
+            "pool_group_scope": self.pool_group_scope != "token",
             "pool_eos_starts_document": self.pool_eos_starts_document,
             "pool_check": self.pool_check,
             "pool_top_p": self.pool_top_p is not None,

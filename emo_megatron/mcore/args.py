@@ -20,6 +20,7 @@ from emo_megatron.mcore.refusals import (
     problems_with_config,
 )
 from emo_megatron.mcore.restart import problems_with_restarts
+from emo_megatron.mcore.routing_flags import problems_with_routing
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -42,9 +43,12 @@ def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
     """The PoolConfig the flags describe.
 
     Raises:
-        ValueError: naming every problem of the flags.
+        ValueError: naming every problem of these flags, and those of Megatron's flags of the router.
     """
-    return PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
+    pool = PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
+    # before Megatron makes its configuration of them, which would stop at assertions
+    _raise(problems_with_routing(pool, args))
+    return pool
 
 
 def check_run(
@@ -77,6 +81,10 @@ def check_run(
             "data-parallel ranks; with --dataloader-type single they do not",
             stacklevel=2,
         )
+    _raise(problems)
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
 

@@ -16,7 +16,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from emo_megatron.balance import TokenCounts
+from emo_megatron.balance import LayerCounts
 from emo_megatron.config import PoolConfig, PoolCpPartition
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
@@ -100,8 +100,8 @@ class PoolScope:
     """[L, D] int64, drawn pool sizes of all layers: fifty small operations once a micro-batch, not once a layer."""
     pools: dict[int, Tensor] = field(default_factory=dict)
     """Layer number -> [D, E] bool, the pools of this micro-batch."""
-    counts: dict[int, tuple[TokenCounts, TokenCounts]] = field(default_factory=dict)
-    """Layer number -> (counts behind the balance fraction, counts of this micro-batch), over all ranks."""
+    counts: dict[int, LayerCounts] = field(default_factory=dict)
+    """Layer number -> what its losses are made of."""
     backends: dict[int, Backend] = field(default_factory=dict)
     """Layer number -> the routing ops that chose its pools."""
     layers_seen: set[int] = field(default_factory=set)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
+from emo_megatron.mcore.routing_flags import problems_with_routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,17 +49,12 @@ class Refusal:
         return f"{name} must be {allowed}; got {value!r}: {self.reason}{untried}"
 
 
-_BALANCE = (
-    "the pool router balances load over all data-parallel ranks; "
-    "use global_aux_loss (with --moe-aux-loss-coeff) or none"
-)
-
 CONFIG_REFUSALS = (
     Refusal(
         field="moe_router_load_balancing_type",
-        allowed=("global_aux_loss", "none"),
-        kind="untried",
-        reason=_BALANCE,
+        allowed=("global_aux_loss", "aux_loss", "seq_aux_loss", "none"),
+        kind="impossible",
+        reason="it is another choice of experts, not a loss, and pools choose here",
     ),
     Refusal(
         field="moe_router_dtype",
@@ -70,21 +66,9 @@ CONFIG_REFUSALS = (
     ),
     Refusal(
         field="moe_router_score_function",
-        allowed=("softmax", "sigmoid"),
+        allowed=("softmax", "sigmoid", "sqrtsoftplus"),
         kind="untried",
         reason="other scores are not built inside a pool",
-    ),
-    Refusal(
-        field="moe_router_num_groups",
-        allowed=(None, 1),
-        kind="untried",
-        reason="the choice of groups inside a pool is not built",
-    ),
-    Refusal(
-        field="moe_router_group_topk",
-        allowed=(None, 1),
-        kind="untried",
-        reason="the choice of groups inside a pool is not built",
     ),
     Refusal(
         field="moe_router_force_load_balancing",
@@ -111,12 +95,6 @@ CONFIG_REFUSALS = (
         allowed=(None,),
         kind="impossible",
         reason="pools are dropless: a dropped token would change its document's experts",
-    ),
-    Refusal(
-        field="moe_latent_size",
-        allowed=(None,),
-        kind="untried",
-        reason="latent experts have not been tried with pools",
     ),
     Refusal(
         field="mlp_chunks_for_training",
@@ -319,7 +297,7 @@ def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[st
         num_experts=config.num_moe_experts, top_k=config.moe_router_topk
     )
     rows = CONFIG_REFUSALS + (DEDUP_REFUSALS if pool.pool_dispatcher == "dedup" else ())
-    return problems + problems_of(rows, config, pool)
+    return problems + problems_with_routing(pool, config) + problems_of(rows, config, pool)
 
 
 def problems_of(refusals: Sequence[Refusal], values: Any, pool: PoolConfig) -> list[str]:

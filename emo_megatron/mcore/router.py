@@ -8,19 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from emo_megatron import balance, ops
+from emo_megatron import ops
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.context import CLOCK, NO_BOUNDARIES, PoolScope
 from emo_megatron.mcore.flex import leaves_padding_out
-from emo_megatron.mcore.metrics import Groups, pool_metrics
+from emo_megatron.mcore.losses import RouterLosses
 from emo_megatron.mcore.reruns import Runs, begin_run
 
 
@@ -43,7 +39,7 @@ class PoolRouter(TopKRouter):
     def __init__(self, *args: Any, pool: PoolConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pool = pool
-        self._step_counts_X: Tensor | None = None
+        self.losses = RouterLosses(self)
         self.runs = Runs()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -67,6 +63,9 @@ class PoolRouter(TopKRouter):
             begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
         pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)
+        num_documents = None
+        if self.losses.needs_documents:
+            ids_T, num_documents = self._documents(ids_T, logits)
         if self.allowed_experts is not None:
             # -inf alone would not keep them out: a bias, or an underflow to equal zeros, can pick them
             allowed_1E = self.allowed_experts[None]
@@ -81,20 +80,25 @@ class PoolRouter(TopKRouter):
             expert_bias_E=self.expert_bias,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             mask=self.pool.pool_mask,
+            num_groups=self.num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            num_documents=num_documents,
             backend=backend,
         )
         if self._is_fused and pool_DE is None:
             routed = self._with_fused_choice(routed, logits_TE, ids_T)
         probs_TE = routed.probs_TE
         if self.training:
-            probs_TE = self._with_losses(probs_TE, routed, ids_T, scores_DE)
+            probs_TE = self.losses.attach(
+                probs_TE, routed, ids_T=ids_T, pool_DE=pool_DE, scores_DE=scores_DE
+            )
         self._count_for_bias(routed)
         return probs_TE, self._dispatched_map(routed.routing_map_TE, ids_T)
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Start a new step; Megatron calls it when gradients are final."""
         super().reset_global_aux_loss_tracker()
-        self._step_counts_X = None
+        self.losses.begin_step()
 
     def _document_ids(self, logits_TE: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         ids_T = None if self.scope is None else self.scope.document_ids_T
@@ -103,6 +107,28 @@ class PoolRouter(TopKRouter):
         if ids_T is None:
             ids_T = torch.zeros(logits_TE.shape[0], dtype=torch.int64, device=logits_TE.device)
         return ids_T.masked_fill(padding_mask.reshape(-1), -1)
+
+    def _documents(self, ids_T: Tensor | None, logits: Tensor) -> tuple[Tensor, int]:
+        """[T] int64 and their number: whose balance each token counts in; without boundaries, its sample's."""
+        if self.scope is not None and ids_T is not None:
+            return ids_T, self.scope.segments.num_documents
+        num_rows = logits.shape[1]
+        rows_T = torch.arange(num_rows, device=logits.device).repeat(logits.shape[0])
+        return rows_T if ids_T is None else rows_T.masked_fill(ids_T < 0, -1), num_rows
+
+    @property
+    def num_groups(self) -> int | None:
+        """Groups of experts of which a token may use moe_router_group_topk; None where that limits nothing."""
+        limit, groups = self.config.moe_router_group_topk, self.config.moe_router_num_groups
+        return groups if limit and groups and limit < groups else None
+
+    @property
+    def most_in_pool(self) -> int:
+        """Experts that the pool of a document which is not unrestricted may hold."""
+        most = int(self.config.num_moe_experts)
+        if self.pool.pool_group_scope == "document" and self.num_groups is not None:
+            most = most // self.num_groups * self.config.moe_router_group_topk
+        return most
 
     def backend(self, logits_TE: Tensor) -> ops.Backend:
         """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not."""
@@ -132,6 +158,8 @@ class PoolRouter(TopKRouter):
             logits_TE,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.num_groups,
+            group_topk=self.config.moe_router_group_topk if self.num_groups else None,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
             expert_bias=self.expert_bias,
@@ -143,8 +171,17 @@ class PoolRouter(TopKRouter):
             probs_TE, counted_TE = probs_TE * is_text_T1, map_TE & is_text_T1
         # on ties it may choose others than the op did
         counts_X = torch.cat([counted_TE.sum(dim=0), routed.counts_X[map_TE.shape[1] :]])
+        choices_DE = routed.document_choices_DE
+        if ids_T is not None and len(choices_DE):
+            choices_DE = torch.zeros_like(choices_DE).index_add_(
+                0, ids_T.clamp(min=0), counted_TE.to(choices_DE.dtype)
+            )
         return dataclasses.replace(
-            routed, probs_TE=probs_TE, routing_map_TE=map_TE, counts_X=counts_X
+            routed,
+            probs_TE=probs_TE,
+            routing_map_TE=map_TE,
+            counts_X=counts_X,
+            document_choices_DE=choices_DE,
         )
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
@@ -170,29 +207,59 @@ class PoolRouter(TopKRouter):
             raise ValueError(NO_BOUNDARIES)
         if self.layer_number in scope.pools:
             return scope.pools[self.layer_number], None
-        scores_DE = ops.document_scores(
-            logits_TE,
-            document_ids_T=ids_T,
-            num_documents=scope.segments.num_documents,
-            backend=backend,
-        )
-        if self.tp_cp_group.size() > 1:
-            torch.distributed.all_reduce(scores_DE, group=self.tp_cp_group)
+        scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)
+        sizes_D = self._pool_sizes(scores_DE, scope)
+        if self.pool.pool_group_scope == "document" and self.num_groups is not None:
+            choosing_DE, sizes_D = ops.limit_to_groups(
+                choosing_DE,
+                sizes_D,
+                num_groups=self.num_groups,
+                group_topk=self.config.moe_router_group_topk,
+                top_k=self.topk,
+            )
         pool_DE = ops.select_pool(
-            scores_DE,
-            pool_sizes_D=self._pool_sizes(scores_DE, scope),
-            num_forced=self.pool.pool_forced,
-            backend=backend,
+            choosing_DE, pool_sizes_D=sizes_D, num_forced=self.pool.pool_forced, backend=backend
         )
         scope.pools[self.layer_number] = pool_DE
         return pool_DE, scores_DE
+
+    def _document_scores(
+        self, logits_TE: Tensor, ids_T: Tensor, scope: PoolScope, backend: ops.Backend
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of each document's scores over every rank that holds a piece of it, and what its pool is chosen by.
+
+        Both are [D, E] int64 in units of 2**-27; they differ by the expert bias, alike on all ranks in a step.
+        """
+        is_biased = self.pool.pool_score == "gate_with_bias"
+        documents: dict[str, Any] = {
+            "document_ids_T": ids_T,
+            "num_documents": scope.segments.num_documents,
+        }
+        scores_DE = ops.document_scores(
+            logits_TE,
+            **documents,
+            score_function=self.score_function if is_biased else "softmax",
+            backend=backend,
+        )
+        sums_DX = scores_DE
+        if is_biased:
+            # how many tokens the bias counts for travels with the scores
+            tokens_D = ops.document_tokens(logits_TE, **documents)
+            sums_DX = torch.cat([scores_DE, tokens_D[:, None]], dim=1)
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(sums_DX, group=self.tp_cp_group)
+        if not is_biased:
+            return sums_DX, sums_DX
+        scores_DE, tokens_D1 = sums_DX.split([scores_DE.shape[1], 1], dim=1)
+        assert self.expert_bias is not None, "check_run asks for a bias"
+        return scores_DE, ops.biased_scores(scores_DE, tokens_D1[:, 0], self.expert_bias)
 
     def _pool_sizes(self, scores_DE: Tensor, scope: PoolScope) -> Tensor:
         num_experts = scores_DE.shape[1]
         if not self.training and self.pool.pool_eval is not None:
             return torch.full_like(scope.sample_positions_D, self.pool.pool_eval)
         low, high = self.pool.size_bounds(
-            num_experts=num_experts, consumed_samples=scope.consumed_samples
+            num_experts=self.most_in_pool, consumed_samples=scope.consumed_samples
         )
         if self.pool.pool_rule == "top_p":
             assert self.pool.pool_top_p is not None
@@ -209,110 +276,6 @@ class PoolRouter(TopKRouter):
                 num_experts=num_experts,
             )
         return scope.sizes_LD[self.layer_number - 1]
-
-    def _with_losses(
-        self,
-        probs_TE: Tensor,
-        routed: ops.Routing,
-        ids_T: Tensor | None,
-        scores_DE: Tensor | None,
-    ) -> Tensor:
-        """Record what is counted, and attach this rank's share of the balance and z losses to `probs_TE`'s gradient."""
-        lb_coeff = self.get_aux_loss_coeff("global_aux_loss")
-        z_coeff = self.config.moe_z_loss_coeff or 0.0
-        has_losses = lb_coeff > 0.0 or z_coeff > 0.0
-        # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
-        scope = self.scope
-        is_first = (
-            torch.is_grad_enabled() if scope is None else self.layer_number not in scope.counts
-        )
-        fraction, population = self._counts(routed, is_reduced=has_losses, is_first=is_first)
-        if is_first:
-            self._record(routed.routing_map_TE, ids_T, scores_DE)
-        if not has_losses or not torch.is_grad_enabled():
-            return probs_TE
-        # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
-        num_ranks = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
-        scale = 1 if self.calculate_per_token_loss else num_ranks
-        weighted = []
-        if lb_coeff > 0.0:
-            loss = balance.load_balancing_loss(
-                routed.score_sums_E, fraction=fraction, population=population, top_k=self.topk
-            )
-            weighted.append((loss, lb_coeff * scale))
-            self._record_share("global_load_balancing_loss", loss)
-        if z_coeff > 0.0:
-            loss = balance.z_loss(routed.z_T, population=population)
-            weighted.append((loss, z_coeff * scale))
-            self._record_share("z_loss", loss)
-        attached = balance.weighted_sum(weighted)
-        if self.calculate_per_token_loss:
-            attached = attached * population.num_tokens
-        return MoEAuxLossAutoScaler.apply(probs_TE, attached)
-
-    def _counts(
-        self, routed: ops.Routing, *, is_reduced: bool, is_first: bool
-    ) -> tuple[balance.TokenCounts, balance.TokenCounts]:
-        """Counts behind the balance fraction and of this micro-batch, reduced once and kept for recompute."""
-        scope = self.scope
-        if scope is not None and not is_first:
-            return scope.counts[self.layer_number]
-        counts_X = routed.counts_X
-        if is_reduced:
-            counts_X = balance.reduce_counts(counts_X, group=self.tp_dp_cp_group)
-        num_experts = routed.routing_map_TE.shape[1]
-        population = fraction = balance.TokenCounts.of(counts_X, num_experts=num_experts)
-        if self.pool.pool_balance == "running":
-            so_far_X = counts_X if self._step_counts_X is None else counts_X + self._step_counts_X
-            fraction = balance.TokenCounts.of(so_far_X, num_experts=num_experts)
-            if is_first:
-                self._step_counts_X = so_far_X
-        if is_first and scope is not None:
-            scope.counts[self.layer_number] = (fraction, population)
-        if is_first and (tracker := pool_metrics()) is not None:
-            tracker.add_counts(
-                self.layer_number, counts_X, groups=self._groups, is_reduced=is_reduced
-            )
-        return fraction, population
-
-    def _record(
-        self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None
-    ) -> None:
-        """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
-        tracker, scope = pool_metrics(), self.scope
-        if tracker is None or scope is None or ids_T is None:
-            return
-        used_DW = ops.experts_used(
-            routing_map_TE,
-            document_ids_T=ids_T,
-            num_documents=scope.segments.num_documents,
-        )
-        is_split = self.tp_cp_group.size() > 1
-        if is_split:
-            tracker.hold_used(self.layer_number, used_DW, groups=self._groups)
-        if scores_DE is not None or not is_split:
-            statistics_S = ops.document_statistics(
-                scores_DE,
-                pool_DE=None if scores_DE is None else scope.pools[self.layer_number],
-                used_DW=None if is_split else used_DW,
-            )
-            tracker.add_documents(self.layer_number, statistics_S, groups=self._groups)
-
-    def _record_share(self, name: str, share: Tensor) -> None:
-        """Log a value of which every rank holds a share: summed when Megatron reports, not here."""
-        get_moe_metrics_tracker().record(
-            name,
-            share,
-            self.layer_number,
-            # as long as the record of Megatron's own router in its multi-token-prediction layers
-            self.config.num_layers + (self.config.mtp_num_layers or 0),
-            reduce_group=self.tp_dp_cp_group,
-            needs_dp_avg=False,
-        )
-
-    @property
-    def _groups(self) -> Groups:
-        return Groups(tp_cp=self.tp_cp_group, tp_dp_cp=self.tp_dp_cp_group)
 
     def _count_for_bias(self, routed: ops.Routing) -> None:
         """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from emo_megatron.ops import native, reference, reference_documents, sizes
 from emo_megatron.ops.groups import limit_to_groups
-from emo_megatron.ops.reference import Routing, ScoreFunction, document_tokens
+from emo_megatron.ops.reference import Routing
+from emo_megatron.ops.reference_pools import ScoreFunction, biased_scores, document_tokens
 from emo_megatron.ops.sizes import top_p_pool_sizes
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Routing",
     "available_backends",
     "best_backend",
+    "biased_scores",
     "document_scores",
     "document_statistics",
     "document_tokens",

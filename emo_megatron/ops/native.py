@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from emo_megatron.ops.operators import register
-from emo_megatron.ops.reference import Routing, ScoreFunction
+from emo_megatron.ops.reference import Routing
 from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan
 from emo_megatron.ops.reference_documents import given_statistics
+from emo_megatron.ops.reference_pools import ScoreFunction
 from emo_megatron.ops.sizes import first_state
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_native.so"

@@ -138,6 +138,9 @@ def _host(**overrides):
     allowed |= {
         "num_moe_experts": 32,
         "moe_router_topk": 2,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_enable_expert_bias": False,
+        **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk")),
         "dataloader_inter_document_masking": True,
         "micro_batch_size": 2,
         "eval_micro_batch_size": 2,
@@ -163,20 +166,15 @@ def _host(**overrides):
 
 REFUSED = {
     "moe_router_load_balancing_type": [
-        "aux_loss",
-        "seq_aux_loss",
         "sinkhorn",
         "quantile_balancing",
     ],
     "moe_router_dtype": [None, "fp64"],
-    "moe_router_score_function": ["sqrtsoftplus"],
-    "moe_router_num_groups": [4],
-    "moe_router_group_topk": [2],
+    "moe_router_score_function": ["tanh"],
     "moe_router_force_load_balancing": [True],
     "moe_router_force_biased": [0.1],
     "moe_enable_routing_replay": [True],
     "moe_expert_capacity_factor": [1.0],
-    "moe_latent_size": [16],
     "mlp_chunks_for_training": [2],
     "mtp_num_layers": [1],
     "cuda_graph_impl": ["local", "transformer_engine"],
@@ -220,11 +218,72 @@ def test_an_allowed_run_passes():
 
 
 def test_a_list_of_allowed_balancing_types_passes_and_a_mixed_one_does_not():
-    mixed = _host(moe_router_load_balancing_type=["global_aux_loss", "seq_aux_loss"])
-    fine = _host(moe_router_load_balancing_type=["global_aux_loss"])
+    kinds = ["global_aux_loss", "seq_aux_loss"]
+    fine = _host(moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=[0.1, 0.01])
+    mixed = _host(
+        moe_router_load_balancing_type=[*kinds, "sinkhorn"], moe_aux_loss_coeff=[0.1, 0.01, 0.0]
+    )
     pool_args.check_run(PoolConfig(), fine, fine)
-    with pytest.raises(ValueError, match="seq_aux_loss"):
+    with pytest.raises(ValueError, match="sinkhorn"):
         pool_args.check_run(PoolConfig(), mixed, mixed)
+
+
+KINDS = {"moe_router_load_balancing_type": ["global_aux_loss", "seq_aux_loss"]}
+GROUPS = {"moe_router_num_groups": 8, "moe_router_group_topk": 4, "moe_router_topk": 8}
+BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("flag", "host", "pool"),
+    [
+        (None, GROUPS, {}),
+        (None, GROUPS, {"pool_group_scope": "document", "pool_min": 16}),
+        (None, GROUPS | {"moe_router_topk": 6}, {}),
+        (None, KINDS | {"moe_aux_loss_coeff": [0.1, 0.0]}, {"pool_balance": "running"}),
+        (None, BIAS, {"pool_score": "gate_with_bias"}),
+        ("--moe-aux-loss-coeff", KINDS, {}),
+        ("--moe-aux-loss-coeff", KINDS | {"moe_aux_loss_coeff": [0.1]}, {}),
+        ("--moe-aux-loss-coeff", {"moe_aux_loss_coeff": [0.1]}, {}),
+        (
+            "--moe-router-load-balancing-type",
+            {
+                "moe_router_load_balancing_type": ["aux_loss"] * 2,
+                "moe_aux_loss_coeff": [0.1, 0.2],
+            },
+            {},
+        ),
+        (
+            "--pool-balance",
+            {"moe_router_load_balancing_type": "seq_aux_loss"},
+            {"pool_balance": "running"},
+        ),
+        ("--moe-router-num-groups", GROUPS | {"moe_router_num_groups": 5}, {}),
+        ("--moe-router-num-groups", GROUPS | {"moe_router_num_groups": None}, {}),
+        ("--moe-router-group-topk", GROUPS | {"moe_router_group_topk": None}, {}),
+        ("--moe-router-group-topk", GROUPS | {"moe_router_group_topk": 9}, {}),
+        ("--moe-router-group-topk", GROUPS | {"moe_router_topk": 3}, {}),
+        ("--moe-router-group-topk", GROUPS | {"moe_router_group_topk": 1}, {}),
+        ("--moe-router-num-groups", {}, {"pool_group_scope": "document"}),
+        ("--pool-min", GROUPS, {"pool_group_scope": "document", "pool_min": 17}),
+        ("--pool-max", GROUPS, {"pool_group_scope": "document", "pool_max": 32}),
+        ("--moe-router-score-function", BIAS | {"moe_router_score_function": "softmax"}, {}),
+        ("--moe-router-enable-expert-bias", {}, {"pool_score": "gate_with_bias"}),
+        (
+            "--moe-router-score-function",
+            BIAS | {"moe_router_score_function": "softmax"},
+            {"pool_score": "gate_with_bias"},
+        ),
+    ],
+)
+def test_flags_of_the_router_must_go_together(flag, host, pool):
+    host, pool = _host(**host), PoolConfig(**({"pool_min": 8} | pool))
+    refused = pytest.raises(ValueError, match=flag) if flag else contextlib.nullcontext()
+    with refused:
+        pool_args.check_run(pool, host, host)
+    # the same from flags alone, before Megatron asserts
+    parsed = argparse.Namespace(**vars(host), **dataclasses.asdict(pool), num_experts=32)
+    with pytest.raises(ValueError, match=flag) if flag else contextlib.nullcontext():
+        assert pool_args.pool_config_from_args(parsed) == pool
 
 
 def test_all_problems_come_at_once():

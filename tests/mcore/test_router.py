@@ -76,6 +76,7 @@ def _check_stock_equality(**overrides):
 
 
 SEQ_LENGTH = 37
+GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_topk": 3}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,11 @@ SEQ_LENGTH = 37
         {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
         {"moe_router_score_function": "sigmoid"},
         {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        {"moe_router_score_function": "sqrtsoftplus", "moe_router_enable_expert_bias": True},
+        GROUPS | {"moe_router_pre_softmax": True},
+        GROUPS | {"moe_router_pre_softmax": False},
+        GROUPS | {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        GROUPS | {"moe_router_pre_softmax": True, "moe_router_fusion": True},
         {"moe_router_pre_softmax": True, "moe_router_fusion": True},
         {
             "moe_router_score_function": "sigmoid",
@@ -491,7 +497,8 @@ def _running_counts():
     for seed in (0, 1, 2):
         params = tiny.packed([0, 5, 16, 32])
         model(**tiny.batch(seed), attention_mask=None, packed_seq_params=params).mean().backward()
-        fraction, population = params.emo_scope.counts[1]
+        counts = params.emo_scope.counts[1]
+        fraction, population = counts.fraction, counts.population
         seen.append(
             (fraction.tokens_per_expert_E, population.tokens_per_expert_E, int(fraction.num_tokens))
         )

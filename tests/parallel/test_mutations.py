@@ -44,23 +44,23 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "TP2 + SP-recompute-full-mbs1-ga1",
     ),
     "load is counted without the other data-parallel ranks": (
-        "mcore/router.py",
+        "mcore/losses.py",
         [
             (
-                "reduce_counts(counts_X, group=self.tp_dp_cp_group)",
+                "reduce_counts(counts_X, group=router.tp_dp_cp_group)",
                 "reduce_counts(counts_X, group=None)",
             )
         ],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "the balance loss is averaged over data-parallel ranks, as Megatron's is": (
-        "mcore/router.py",
+        "mcore/losses.py",
         [("else num_ranks", "else 1")],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "recomputation counts the load of a micro-batch twice": (
-        "mcore/router.py",
-        [("else self.layer_number not in scope.counts", "else True")],
+        "mcore/losses.py",
+        [("else router.layer_number not in scope.counts", "else True")],
         "PP2-recompute-full-mbs1-ga4-running",
     ),
     "recomputation reads what the module saw last": (
@@ -82,8 +82,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "PP2-recompute-full-mbs1-ga4-running",
     ),
     "experts of a document are counted on every rank that holds a part of it": (
-        "mcore/router.py",
-        [("is_split = self.tp_cp_group.size() > 1", "is_split = False")],
+        "mcore/losses.py",
+        [("is_split = router.tp_cp_group.size() > 1", "is_split = False")],
         "TP2 + SP-recompute-full-mbs1-ga1",
     ),
     "documents are logged without those of other data-parallel ranks": (

@@ -1,0 +1,212 @@
+"""The losses of a router, balance and z: what they count, over which ranks, and the gradient they add.
+
+Three kinds of balance, alone or together as Megatron's flags name them: `global_aux_loss` over the micro-batch of all
+ranks, `aux_loss` over that of one data-parallel rank, and `seq_aux_loss` of each document inside its pool. What a
+layer counts of a micro-batch is counted once and kept with it, so that recompute repeats no collective.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from emo_megatron import balance, ops
+from emo_megatron.balance import LayerCounts, TokenCounts
+from emo_megatron.mcore.metrics import Groups, pool_metrics
+
+if TYPE_CHECKING:
+    from emo_megatron.mcore.router import PoolRouter
+
+
+class RouterLosses:
+    """The losses of one router, which it hands every micro-batch of training.
+
+    Args:
+        router: asked for its configuration, its process groups and the micro-batch's scope at every call.
+    """
+
+    def __init__(self, router: PoolRouter) -> None:
+        self.router = router
+        self._step_counts_X: Tensor | None = None
+
+    def begin_step(self) -> None:
+        """Forget what the fraction of pool_balance=running has counted."""
+        self._step_counts_X = None
+
+    def coefficient(self, kind: str) -> float:
+        """What a kind of balance loss is multiplied by; 0 where it is not asked for."""
+        return float(self.router.get_aux_loss_coeff(kind))
+
+    @property
+    def needs_documents(self) -> bool:
+        """Whether scores and choices are to be summed for each document."""
+        return self.router.training and self.coefficient("seq_aux_loss") > 0.0
+
+    def attach(
+        self,
+        probs_TE: Tensor,
+        routed: ops.Routing,
+        *,
+        ids_T: Tensor | None,
+        pool_DE: Tensor | None,
+        scores_DE: Tensor | None,
+    ) -> Tensor:
+        """Count the micro-batch, and attach this rank's shares of the losses to the gradient of `probs_TE`.
+
+        Args:
+            probs_TE: weights of the chosen experts, returned as they are.
+            routed: of this micro-batch.
+            ids_T: document of each token; None: no boundaries.
+            pool_DE: the documents' pools; None: all experts.
+            scores_DE: what the pools were chosen by, where they were chosen in this pass.
+        """
+        router = self.router
+        # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
+        scope = router.scope
+        is_first = (
+            torch.is_grad_enabled() if scope is None else router.layer_number not in scope.counts
+        )
+        z_coeff = router.config.moe_z_loss_coeff or 0.0
+        counts = self._counts(routed, pool_DE, z_coeff=z_coeff, is_first=is_first)
+        if is_first:
+            self._record(routed.routing_map_TE, ids_T, scores_DE)
+        if not torch.is_grad_enabled():
+            return probs_TE
+        # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
+        num_ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
+        is_per_token = router.calculate_per_token_loss
+        attached = []
+        if shares := self._shares_of_all_ranks(routed, counts, z_coeff):
+            scale = 1 if is_per_token else num_ranks
+            share = balance.weighted_sum([(loss, weight * scale) for loss, weight in shares])
+            attached.append(share * counts.population.num_tokens if is_per_token else share)
+        if counts.own is not None:
+            share = self._share_of_own(routed, counts.own) * self.coefficient("aux_loss")
+            attached.append(share * counts.own.num_tokens if is_per_token else share)
+        if not attached:
+            return probs_TE
+        return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(torch.add, attached))
+
+    def _shares_of_all_ranks(
+        self, routed: ops.Routing, counts: LayerCounts, z_coeff: float
+    ) -> list[tuple[Tensor, float]]:
+        """Losses over all ranks, each this rank's share, and what they are multiplied by."""
+        everyone = self.router.tp_dp_cp_group
+        weighted = []
+        if (coefficient := self.coefficient("global_aux_loss")) > 0.0:
+            loss = balance.load_balancing_loss(
+                routed.score_sums_E,
+                fraction=counts.fraction,
+                population=counts.population,
+                top_k=self.router.topk,
+            )
+            weighted.append((loss, coefficient))
+            self._record_share("global_load_balancing_loss", loss, everyone)
+        if (coefficient := self.coefficient("seq_aux_loss")) > 0.0:
+            assert counts.weights_DE is not None
+            loss = balance.document_balance_loss(routed.score_sums_RE, weights_DE=counts.weights_DE)
+            weighted.append((loss, coefficient))
+            self._record_share("seq_load_balancing_loss", loss, everyone)
+        if z_coeff > 0.0:
+            loss = balance.z_loss(routed.z_T, population=counts.population)
+            weighted.append((loss, z_coeff))
+            self._record_share("z_loss", loss, everyone)
+        return weighted
+
+    def _share_of_own(self, routed: ops.Routing, own: TokenCounts) -> Tensor:
+        """This rank's share of the `aux_loss` of its data-parallel rank."""
+        loss = balance.load_balancing_loss(
+            routed.score_sums_E, fraction=own, population=own, top_k=self.router.topk
+        )
+        self._record_share("load_balancing_loss", loss, self.router.tp_cp_group, is_mean=True)
+        return loss
+
+    def _counts(
+        self, routed: ops.Routing, pool_DE: Tensor | None, *, z_coeff: float, is_first: bool
+    ) -> LayerCounts:
+        """What the losses are made of, reduced once and kept for recompute."""
+        router, scope = self.router, self.router.scope
+        if scope is not None and not is_first:
+            return scope.counts[router.layer_number]
+        has_documents = self.coefficient("seq_aux_loss") > 0.0
+        is_reduced = has_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
+        counts_X = routed.counts_X
+        if is_reduced:
+            counts_X = balance.reduce_counts(counts_X, group=router.tp_dp_cp_group)
+        num_experts = routed.routing_map_TE.shape[1]
+        population = fraction = TokenCounts.of(counts_X, num_experts=num_experts)
+        if router.pool.pool_balance == "running":
+            so_far_X = counts_X if self._step_counts_X is None else counts_X + self._step_counts_X
+            fraction = TokenCounts.of(so_far_X, num_experts=num_experts)
+            if is_first:
+                self._step_counts_X = so_far_X
+        own = weights_DE = None
+        if self.coefficient("aux_loss") > 0.0:
+            own_X = balance.reduce_counts(routed.counts_X, group=router.tp_cp_group)
+            own = TokenCounts.of(own_X, num_experts=num_experts)
+        if has_documents:
+            choices_DE = routed.document_choices_DE
+            weights_DE = balance.document_weights(
+                balance.reduce_counts(choices_DE, group=router.tp_cp_group),
+                pool_sizes_D=None if pool_DE is None else pool_DE.sum(dim=-1),
+                population=population,
+            )
+        counts = LayerCounts(
+            fraction=fraction, population=population, own=own, weights_DE=weights_DE
+        )
+        if is_first and scope is not None:
+            scope.counts[router.layer_number] = counts
+        if is_first and (tracker := pool_metrics()) is not None:
+            tracker.add_counts(
+                router.layer_number, counts_X, groups=self._groups, is_reduced=is_reduced
+            )
+        return counts
+
+    def _record(
+        self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None
+    ) -> None:
+        """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
+        router = self.router
+        tracker, scope = pool_metrics(), router.scope
+        if tracker is None or scope is None or ids_T is None:
+            return
+        used_DW = ops.experts_used(
+            routing_map_TE,
+            document_ids_T=ids_T,
+            num_documents=scope.segments.num_documents,
+        )
+        is_split = router.tp_cp_group.size() > 1
+        if is_split:
+            tracker.hold_used(router.layer_number, used_DW, groups=self._groups)
+        if scores_DE is not None or not is_split:
+            pool_DE = None if scores_DE is None else scope.pools[router.layer_number]
+            statistics_S = ops.document_statistics(
+                scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW
+            )
+            tracker.add_documents(router.layer_number, statistics_S, groups=self._groups)
+
+    def _record_share(self, name: str, share: Tensor, group: Any, *, is_mean: bool = False) -> None:
+        """Log a value of which every rank of `group` holds a share: summed when Megatron reports, not here.
+
+        Args:
+            is_mean: whether the sums of data-parallel ranks are averaged then.
+        """
+        config = self.router.config
+        get_moe_metrics_tracker().record(
+            name,
+            share,
+            self.router.layer_number,
+            # as long as the record of Megatron's own router in its multi-token-prediction layers
+            config.num_layers + (config.mtp_num_layers or 0),
+            reduce_group=group,
+            needs_dp_avg=is_mean,
+        )
+
+    @property
+    def _groups(self) -> Groups:
+        return Groups(tp_cp=self.router.tp_cp_group, tp_dp_cp=self.router.tp_dp_cp_group)

@@ -1,0 +1,177 @@
+"""The balance losses of PoolRouter: written out document by document, and against Megatron's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emo_megatron.config import PoolConfig
+
+BOUNDS = [0, 5, 16, 17, 17, 28]
+"""A document of one token, an empty one, and four tokens of padding behind the last."""
+NAMES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+def _router(cls, kinds, **options):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from support import tiny
+
+    pool = options.pop("pool", None)
+    get_moe_metrics_tracker().clear()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
+    config = tiny.transformer_config(
+        moe_router_load_balancing_type=list(kinds),
+        moe_aux_loss_coeff=list(kinds.values()),
+        **({"moe_z_loss_coeff": None} | options),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    router = cls(config=config, pg_collection=groups, **({"pool": pool} if pool else {}))
+    router.set_layer_number(1)
+    return router.train()
+
+
+def _route(router, logits):
+    """The gradient of the attached losses alone, what was chosen, and what was logged."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    probs, routing_map = router.routing(logits)
+    (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
+    logged = {
+        name: entry.values[0].item() for name, entry in get_moe_metrics_tracker().metrics.items()
+    }
+    return gradient, routing_map, logged
+
+
+def _normalised(logits, score_function):
+    if score_function == "softmax":
+        return logits.softmax(-1)
+    gates = logits.sigmoid()
+    if score_function == "sqrtsoftplus":
+        gates = torch.nn.functional.softplus(logits).sqrt()
+    gates = gates * (logits > float("-inf"))
+    return gates / gates.sum(-1, keepdim=True)
+
+
+def _against_the_definition(pool, kinds, score_function, per_token):
+    from support import tiny
+
+    from emo_megatron.mcore.context import Shard, scope_of
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    router = _router(
+        PoolRouter,
+        kinds,
+        pool=pool,
+        moe_router_score_function=score_function,
+        calculate_per_token_loss=per_token,
+    )
+    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
+    router.scope = scope_of(
+        tiny.packed(BOUNDS, tokens_per_sample=32),
+        hidden_shape=torch.Size((32, 1, 32)),
+        shard=shard,
+        pool=pool,
+        layer_number=1,
+    )
+    logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    gradient, routing_map, logged = _route(router, logits)
+    pools = router.scope.pools.get(1)
+    parts, scores_of, chosen_of = [], [], []
+    for document, (start, end) in enumerate(zip(BOUNDS, BOUNDS[1:], strict=False)):
+        if start == end:
+            continue
+        inside = torch.ones(8, dtype=torch.bool) if pools is None else pools[document]
+        rows = logits[start:end, 0].masked_fill(~inside, float("-inf"))
+        scores = _normalised(rows, score_function)
+        chosen = routing_map[start:end].double()
+        fraction = chosen.sum(0) / chosen.sum()
+        parts.append((end - start) * inside.sum() * (fraction * scores.mean(0)).sum())
+        scores_of.append(scores)
+        chosen_of.append(chosen)
+    scores, chosen = torch.cat(scores_of), torch.cat(chosen_of)
+    whole = 8 * (chosen.sum(0) / chosen.sum() * scores.mean(0)).sum()
+    values = {
+        "aux_loss": whole,
+        "global_aux_loss": whole,
+        "seq_aux_loss": sum(parts) / BOUNDS[-1],
+    }
+    loss = sum(weight * values[kind] for kind, weight in kinds.items())
+    (want,) = torch.autograd.grad(loss * (BOUNDS[-1] if per_token else 1), [logits])
+    sizes = [] if pools is None else pools.sum(-1).tolist()
+    return gradient, want, logged, {NAMES[kind]: values[kind].item() for kind in kinds}, sizes
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize(
+    ("kinds", "per_token"),
+    [
+        ({"aux_loss": 0.3}, False),
+        ({"seq_aux_loss": 0.2}, False),
+        ({"seq_aux_loss": 0.2}, True),
+        ({"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}, True),
+    ],
+)
+def test_losses_are_their_definition(ranks, kinds, per_token, score_function):
+    pool = PoolConfig(pool_min=3, pool_unrestricted=0.4)
+    gradient, want, logged, values, sizes = ranks(1).run(
+        _against_the_definition,
+        pool=pool,
+        kinds=kinds,
+        score_function=score_function,
+        per_token=per_token,
+    )[0]
+    assert {8} < set(sizes)
+    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
+    assert logged == pytest.approx(values, rel=1e-5)
+
+
+def test_without_pools_a_document_balances_over_all_experts(ranks):
+    gradient, want, logged, values, _ = ranks(1).run(
+        _against_the_definition,
+        pool=PoolConfig(),
+        kinds={"seq_aux_loss": 0.2},
+        score_function="softmax",
+        per_token=False,
+    )[0]
+    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
+    assert logged == pytest.approx(values, rel=1e-5)
+
+
+def _beside_stock(kinds, options):
+    from megatron.core.transformer.moe.router import TopKRouter
+    from support import tiny
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup()
+    answers = []
+    for cls, pool in ((TopKRouter, None), (PoolRouter, PoolConfig())):
+        router = _router(cls, kinds, pool=pool, **options)
+        logits = torch.randn(16, 3, 8, generator=torch.Generator().manual_seed(2))
+        answers.append(_route(router, logits.requires_grad_()))
+    return answers
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"calculate_per_token_loss": True, "moe_router_score_function": "sigmoid"},
+        {"moe_router_score_function": "sqrtsoftplus"},
+    ],
+)
+def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
+    # samples are not packed: each of the three is a document of its own in seq_aux_loss
+    stock, ours = ranks(1).run(_beside_stock, kinds={kind: 0.3}, options=options)[0]
+    assert torch.equal(ours[1], stock[1])
+    torch.testing.assert_close(ours[0], stock[0], rtol=2e-5, atol=1e-8)
+    assert ours[2] == pytest.approx(stock[2], rel=1e-5)
+    assert NAMES[kind] in ours[2]
