@@ -189,6 +189,9 @@ class RouterLosses:
                 scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW
             )
             tracker.add_documents(router.layer_number, statistics_S, groups=self._groups)
+        if scores_DE is not None:
+            pool_DE = scope.pools[router.layer_number]
+            tracker.add_pools(router.layer_number, pool_DE, scores_DE, groups=self._groups)
 
     def _record_share(self, name: str, share: Tensor, group: Any, *, is_mean: bool = False) -> None:
         """Log a value of which every rank of `group` holds a share: summed when Megatron reports, not here.

@@ -32,6 +32,8 @@ TOKEN_METRICS = ("token_entropy", "load_imbalance", "nonfinite_tokens")
 logits were not finite, which count nowhere."""
 GROUP_METRICS = ("tokens_over_groups",)
 """Share of the tokens whose experts lie in more groups than --moe-router-group-topk, because their pools are thin."""
+BIAS_METRICS = ("experts_in_no_pool",)
+"""Experts that no pool of the step holds, pools of all experts left out."""
 DOCUMENT_METRICS = ("experts_per_document",)
 """Mean number of distinct experts that the tokens of a document use."""
 POOL_METRICS = ("pool_size", "document_entropy")
@@ -67,6 +69,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
         self._global_X: dict[int, Tensor] = {}
         self._documents: dict[int, Tensor] = {}
         self._used: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._pooled: dict[int, Tensor] = {}
 
     def add_counts(
         self, layer_number: int, counts_X: Tensor, *, groups: Groups, is_reduced: bool
@@ -79,6 +82,20 @@ class PoolMetricsTracker(MoEMetricsTracker):
         """Add a micro-batch's `ops.document_statistics`, [5] int64, equal on the ranks of groups.tp_cp."""
         self._groups = groups
         _add(self._documents, layer_number, statistics_S)
+
+    def add_pools(
+        self, layer_number: int, pool_DE: Tensor, scores_DE: Tensor, *, groups: Groups
+    ) -> None:
+        """Add a micro-batch's pools, and what their documents score, equal on the ranks of groups.tp_cp.
+
+        Nothing happens where experts in no pool are not reported.
+        """
+        if "experts_in_no_pool" not in self.names:
+            return
+        self._groups = groups
+        # an empty document, which scores nothing, has a pool too
+        counts_D1 = ~pool_DE.all(dim=-1, keepdim=True) & (scores_DE.sum(dim=-1, keepdim=True) > 0)
+        _add(self._pooled, layer_number, (pool_DE & counts_D1).sum(dim=0))
 
     def hold_used(self, layer_number: int, used_DW: Tensor, *, groups: Groups) -> None:
         """Keep a micro-batch's `ops.experts_used` of this rank, to be joined with those of groups.tp_cp in a report."""
@@ -96,15 +113,19 @@ class PoolMetricsTracker(MoEMetricsTracker):
             track_names = asked + [name for name in self.names if name not in asked]
         return super().report(loss_scale, *args, track_names=track_names, **kwargs)
 
+    @property
+    def _kept(self) -> tuple[dict[int, Any], ...]:
+        return self._local_X, self._global_X, self._documents, self._used, self._pooled
+
     def clear(self) -> None:
         """Forget everything recorded."""
         super().clear()
-        for kept in (self._local_X, self._global_X, self._documents, self._used):
+        for kept in self._kept:
             kept.clear()
 
     def forget(self, layer_number: int) -> None:
         """Forget what was counted of one layer."""
-        for kept in (self._local_X, self._global_X, self._documents, self._used):
+        for kept in self._kept:
             kept.pop(layer_number, None)
 
     def _make_ratios(self, loss_scale: float) -> None:
@@ -112,7 +133,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
 
         Ranks of one stage have the same layers, so they enter the same collectives.
         """
-        found = self._token_ratios() | self._document_ratios()
+        found = self._token_ratios() | self._document_ratios() | self._unpooled()
         for name in self.names:
             layers, ratios_L = found.get(name, ([], None))
             self.ensure_initialized(
@@ -166,6 +187,15 @@ class PoolMetricsTracker(MoEMetricsTracker):
             "document_entropy": (layers, _nats(entropy) / documents.clamp(min=1)),
             "experts_per_document": (layers, used / users.clamp(min=1)),
         }
+
+    def _unpooled(self) -> dict[str, tuple[list[int], Tensor]]:
+        if not self._pooled:
+            return {}
+        assert self._groups is not None
+        layers = sorted(self._pooled)
+        pools_LE = torch.stack([self._pooled[layer] for layer in layers])
+        pools_LE = balance.reduce_counts(pools_LE, group=self._groups.tp_dp_cp)
+        return {"experts_in_no_pool": (layers, (pools_LE == 0).sum(dim=1).double())}
 
     def _joined_statistics(self, groups: Groups) -> dict[int, Tensor]:
         """Layer -> [5] int64, of the experts that documents use on any rank that holds a part of them."""
@@ -228,4 +258,5 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
     names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)
     names += DOCUMENT_METRICS if has_documents else ()
     names += GROUP_METRICS if pool.is_on and config.moe_router_group_topk else ()
+    names += BIAS_METRICS if pool.is_on and config.moe_router_enable_expert_bias else ()
     set_moe_metrics_tracker(PoolMetricsTracker(names, num_layers=config.num_layers))

@@ -208,15 +208,7 @@ class PoolRouter(TopKRouter):
         if self.layer_number in scope.pools:
             return scope.pools[self.layer_number], None
         scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)
-        sizes_D = self._pool_sizes(scores_DE, scope)
-        if self.pool.pool_group_scope == "document" and self.num_groups is not None:
-            choosing_DE, sizes_D = ops.limit_to_groups(
-                choosing_DE,
-                sizes_D,
-                num_groups=self.num_groups,
-                group_topk=self.config.moe_router_group_topk,
-                top_k=self.topk,
-            )
+        choosing_DE, sizes_D = self._within_groups(choosing_DE, self._pool_sizes(scores_DE, scope))
         pool_DE = ops.select_pool(
             choosing_DE, pool_sizes_D=sizes_D, num_forced=self.pool.pool_forced, backend=backend
         )
@@ -253,6 +245,18 @@ class PoolRouter(TopKRouter):
         scores_DE, tokens_D1 = sums_DX.split([scores_DE.shape[1], 1], dim=1)
         assert self.expert_bias is not None, "check_run asks for a bias"
         return scores_DE, ops.biased_scores(scores_DE, tokens_D1[:, 0], self.expert_bias)
+
+    def _within_groups(self, choosing_DE: Tensor, sizes_D: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and sizes of pools that keep to groups of experts, where they shall; see ops.limit_to_groups."""
+        if self.pool.pool_group_scope == "token" or self.num_groups is None:
+            return choosing_DE, sizes_D
+        return ops.limit_to_groups(
+            choosing_DE,
+            sizes_D,
+            num_groups=self.num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            top_k=self.topk,
+        )
 
     def _pool_sizes(self, scores_DE: Tensor, scope: PoolScope) -> Tensor:
         num_experts = scores_DE.shape[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -84,7 +86,7 @@ def _against_the_definition(pool, kinds, score_function, per_token):
     gradient, routing_map, logged = _route(router, logits)
     pools = router.scope.pools.get(1)
     parts, scores_of, chosen_of = [], [], []
-    for document, (start, end) in enumerate(zip(BOUNDS, BOUNDS[1:], strict=False)):
+    for document, (start, end) in enumerate(itertools.pairwise(BOUNDS)):
         if start == end:
             continue
         inside = torch.ones(8, dtype=torch.bool) if pools is None else pools[document]

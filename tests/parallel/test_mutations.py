@@ -96,6 +96,31 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         ],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
+    "choices of a document are balanced on every rank that holds a part of it": (
+        "mcore/losses.py",
+        [
+            (
+                "reduce_counts(choices_DE, group=router.tp_cp_group)",
+                "reduce_counts(choices_DE, group=None)",
+            )
+        ],
+        "TP2 + SP, groups and biased pools-recompute-moe-mbs1-ga2-token",
+    ),
+    "the bias counts for the tokens of one rank": (
+        "mcore/router.py",
+        [("scores_DE, tokens_D1[:, 0], self.expert_bias", "scores_DE, tokens_D, self.expert_bias")],
+        "CP2 by document, groups and biased pools-recompute-full-mbs1-ga1-token",
+    ),
+    "aux_loss is of all data-parallel ranks": (
+        "mcore/losses.py",
+        [
+            (
+                "reduce_counts(routed.counts_X, group=router.tp_cp_group)",
+                "reduce_counts(routed.counts_X, group=router.tp_dp_cp_group)",
+            )
+        ],
+        "DP2, aux_loss of each rank-recompute-none-mbs2-ga2",
+    ),
     "the router sees samples in Megatron's order": (
         "mcore/layer.py",
         [

@@ -14,7 +14,7 @@ MARGIN = 1e-5
 TOLERANCE = 1e-5
 """Of a tensor's norm; float32."""
 LOGGED = (
-    *("global_load_balancing_loss", "z_loss", "pool_size", "document_entropy"),
+    *("pool_size", "document_entropy"),
     *("experts_per_document", "token_entropy", "load_imbalance", "nonfinite_tokens"),
 )
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,37 @@ LAYOUTS = {
 }
 # Megatron asks for bf16 with it, and here that is a mark only: weights and gradients stay float32
 OVERLAP = {"bf16": True, "overlap_moe_expert_parallel_comm": True}
+DEEPSEEK = {
+    "pool": {"pool_score": "gate_with_bias", "pool_unrestricted": 0.2},
+    "config": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_load_balancing_type": ["seq_aux_loss", "global_aux_loss"],
+        "moe_aux_loss_coeff": [0.1, 0.05],
+    },
+}
+RANK_BY_RANK = {
+    "config": {
+        "moe_router_score_function": "sqrtsoftplus",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.05,
+        # over all ranks, which is another population
+        "moe_z_loss_coeff": None,
+    }
+}
+GROUPED_POOLS = {
+    "pool": {"pool_group_scope": "document", "pool_unrestricted": 0.3},
+    "config": {
+        "moe_router_pre_softmax": True,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+    },
+}
 FEATURES = [
     Case(name="EP2, overlap", dp=2, ep=2, accumulation=4, per_token=True, features=OVERLAP),
     Case(
@@ -85,8 +116,51 @@ FEATURES = [
             "CP2 x EP2 x DP2": {"cp": 2, "dp": 2, "ep": 2, "mbs": 2, "dispatcher": "dedup"},
         }.items()
     ),
+    *(
+        Case(name=f"{name}, groups and biased pools", per_token=True, **layout, **DEEPSEEK)
+        for name, layout in {
+            "DP2": {"dp": 2, "mbs": 2, "accumulation": 2, "balance": "running"},
+            "TP2 + SP": {"tp": 2, "accumulation": 2, "recompute": "moe"},
+            "CP2 by document": {"cp": 2, "cp_partition": "document", "recompute": "full"},
+            "EP2, dedup, overlap": {
+                **{"dp": 2, "ep": 2, "accumulation": 4, "dispatcher": "dedup"},
+                "features": OVERLAP,
+            },
+            "PP2 x VPP2": {"pp": 2, "vpp": 2, "accumulation": 4, "recompute": "full"},
+            "TP2 x CP2 by sample": {"tp": 2, "cp": 2, "mbs": 2, "recompute": "moe"},
+        }.items()
+    ),
+    *(
+        Case(name=f"{name}, aux_loss of each rank", **layout, **RANK_BY_RANK)
+        for name, layout in {
+            "DP2": {"dp": 2, "mbs": 2, "accumulation": 2},
+            "TP2 + SP": {"tp": 2, "accumulation": 2, "recompute": "full", "per_token": True},
+            "CP2 by sample": {"cp": 2, "mbs": 2, "recompute": "moe", "per_token": True},
+            "PP2": {"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "full"},
+            "TP2 x EP2": {"tp": 2, "dp": 2, "ep": 2, "accumulation": 2, "per_token": True},
+        }.items()
+    ),
+    *(
+        Case(name=f"{name}, pools inside groups", **layout, **GROUPED_POOLS)
+        for name, layout in {
+            "CP2 by document": {
+                **{"cp": 2, "cp_partition": "document", "mbs": 2, "recompute": "moe"},
+                "per_token": True,
+            },
+            "EP2": {"dp": 2, "ep": 2, "accumulation": 4, "recompute": "full"},
+            "TP2 x PP2": {"tp": 2, "pp": 2, "mbs": 2, "accumulation": 4},
+        }.items()
+    ),
 ]
-"""Host features, each in a layout of its own; those of two processes run in `make test`."""
+"""Host features, each in a layout of its own; those of two processes run in `make test`, but for some."""
+SLOW = {
+    "EP2, dedup, overlap, groups and biased pools",
+    "PP2 x VPP2, groups and biased pools",
+    "TP2 + SP, aux_loss of each rank",
+    "CP2 by sample, aux_loss of each rank",
+    "PP2, aux_loss of each rank",
+    "EP2, pools inside groups",
+}
 SHAPES = [(1, 1), (2, 4), (1, 4), (2, 1)]
 """Micro-batch and gradient accumulation."""
 RECOMPUTE = ["none", "moe", "full"]
@@ -110,7 +184,8 @@ def _cases():
             is_fast = column == row % 3 and case.world_size == 2
             yield pytest.param(case, id=case.id, marks=() if is_fast else pytest.mark.slow)
     for case in FEATURES:
-        marks = () if case.world_size == 2 else pytest.mark.slow
+        is_fast = case.world_size == 2 and case.name not in SLOW
+        marks = () if is_fast else pytest.mark.slow
         yield pytest.param(case, id=case.id, marks=marks)
 
 
@@ -184,7 +259,9 @@ def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
         ),
         "gradients": _deviation(want["gradients"], [answer["gradients"] for answer in got]),
         "weights": _deviation(want["weights"], [answer["weights"] for answer in got]),
-        "metrics": max(_metrics_deviation(want["metrics"], answer["metrics"]) for answer in got),
+        "metrics": max(
+            _metrics_deviation(case, want["metrics"], answer["metrics"]) for answer in got
+        ),
     }
     decisions = {}
     for answer in got:
@@ -216,9 +293,12 @@ def _deviation(want, parts):
     )
 
 
-def _metrics_deviation(want, got):
+def _metrics_deviation(case, want, got):
     """Largest relative difference of what is logged; all ranks log the same."""
-    assert got.keys() == want.keys() == set(LOGGED)
+    config = case.config
+    more = ["tokens_over_groups"] if config.get("moe_router_group_topk") else []
+    more += ["experts_in_no_pool"] if config.get("moe_router_enable_expert_bias") else []
+    assert got.keys() == want.keys() == {*LOGGED, *more, *case.logged_losses}
     return max(
         abs(got[name] - value) / max(abs(value), 1e-12) if value else abs(got[name])
         for name, value in want.items()

@@ -15,6 +15,8 @@ from torch import Tensor
 SEQ = 32
 VOCAB = 64
 STEPS = 3
+NOISE = 1e-4
+"""Of logits, under which no decision may change that is to be compared."""
 SLOT = 4
 """Documents lie in slots of a multiple of so many tokens, so that two context-parallel ranks can cut each."""
 
@@ -43,6 +45,8 @@ class Case:
     pools: bool = True
     documents: str = "attention"
     """attention or routers: who sees the boundaries."""
+    pool: dict[str, Any] = field(default_factory=dict)
+    """More of PoolConfig."""
     config: dict[str, Any] = field(default_factory=dict)
     """More of TransformerConfig."""
     features: dict[str, Any] = field(default_factory=dict)
@@ -54,17 +58,34 @@ class Case:
 
     @property
     def reference(self) -> Case:
-        """The single process that must train the same model: its micro-batch is that of all data-parallel ranks."""
+        """The single process that must train the same model: its micro-batch is that of all data-parallel ranks.
+
+        Under `aux_loss`, which is defined rank by rank, it runs their micro-batches one after the other.
+        """
+        at_once = 1 if "aux_loss" in self.balance_kinds else self.dp
         return Case(
-            mbs=self.mbs * self.dp,
-            accumulation=self.accumulation,
+            mbs=self.mbs * at_once,
+            accumulation=self.accumulation * self.dp // at_once,
             per_token=self.per_token,
             balance=self.balance,
             cp_partition=self.cp_partition,
             pools=self.pools,
             documents=self.documents,
+            pool=self.pool,
             config=self.config,
         )
+
+    @property
+    def balance_kinds(self) -> list[str]:
+        """Balance losses, as Megatron's configuration names them."""
+        kinds = self.config.get("moe_router_load_balancing_type", "global_aux_loss")
+        return [kinds] if isinstance(kinds, str) else kinds
+
+    @property
+    def logged_losses(self) -> list[str]:
+        """Names under which Megatron logs the losses of the router."""
+        names = [kind.replace("aux_loss", "load_balancing_loss") for kind in self.balance_kinds]
+        return names if self.config.get("moe_z_loss_coeff", 1.0) is None else [*names, "z_loss"]
 
     @property
     def id(self) -> str:
@@ -208,7 +229,7 @@ def report_metrics(case: Case) -> dict[str, float]:
         iteration=1,
         writer=Writer(),
         force_initialize=True,
-        track_names=["global_load_balancing_loss", "z_loss"],
+        track_names=case.logged_losses,
         num_layers=options["num_layers"],
         moe_layer_freq=options["moe_layer_freq"],
     )
@@ -308,7 +329,7 @@ def pool_config(case: Case) -> Any:
         "pool_dispatcher": case.dispatcher,
         "pool_documents": case.documents,
     }
-    return PoolConfig(pool_min=3, **options) if case.pools else PoolConfig(**options)
+    return PoolConfig(**({"pool_min": 3} if case.pools else {}), **options, **case.pool)
 
 
 def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
@@ -456,6 +477,7 @@ class Recorder:
         self.places = torch.empty(0)
         self.decisions: dict[tuple[int, str], dict[Any, tuple[int, ...]]] = {}
         self.margin = float("inf")
+        self.noise = torch.Generator().manual_seed(3)
         for module in (m for chunk in chunks for m in chunk.modules()):
             if isinstance(module, PoolRouter):
                 module.routing = functools.partial(self._routing, module, module.routing)
@@ -468,7 +490,11 @@ class Recorder:
             return answer
         scope = router.scope
         pool_DE = scope.pools.get(router.layer_number)
-        self._margins(router, logits.detach().flatten(0, -2).float(), scope, pool_DE)
+        logits_TE = logits.detach().flatten(0, -2).float()
+        if router.score_function == "softmax" and router.num_groups is None:
+            self._margins(router, logits_TE, scope, pool_DE)
+        elif router.tp_dp_cp_group.size() == 1:
+            self._margin_of_noise(router, logits_TE, scope, pool_DE)
         if self.is_on:
             self._record(router.layer_number, answer[1], scope, pool_DE)
         return answer
@@ -507,6 +533,38 @@ class Recorder:
             best = scores.topk(min(router.topk + 1, scores.shape[1])).values
             if inside.sum() > router.topk:
                 self._note((best[:, router.topk - 1] - best[:, router.topk]).min())
+
+    def _margin_of_noise(
+        self, router: Any, logits_TE: Tensor, scope: Any, pool_DE: Tensor | None
+    ) -> None:
+        """A margin of 0 where noise far above rounding changes what gates, groups or biases decide."""
+        from emo_megatron import ops
+
+        ids_T = scope.document_ids_T
+        wanted: Any = None
+        for scale in (0.0, *[NOISE] * 4):
+            noisy_TE = logits_TE + scale * torch.randn(logits_TE.shape, generator=self.noise)
+            if pool_DE is not None:
+                _, choosing_DE = router._document_scores(noisy_TE, ids_T, scope, "reference")
+                choosing_DE, sizes_D = router._within_groups(choosing_DE, pool_DE.sum(dim=-1))
+                pool_DE = ops.select_pool(choosing_DE, pool_sizes_D=sizes_D, backend="reference")
+            routed = ops.pool_topk(
+                noisy_TE,
+                document_ids_T=ids_T,
+                pool_DE=pool_DE,
+                top_k=router.topk,
+                score_function=router.score_function,
+                pre_softmax=router.config.moe_router_pre_softmax,
+                expert_bias_E=router.expert_bias,
+                num_groups=router.num_groups,
+                group_topk=router.config.moe_router_group_topk,
+                backend="reference",
+            )
+            is_real_T1 = (ids_T >= 0)[:, None]
+            found = [pool_DE, routed.routing_map_TE & is_real_T1]
+            wanted = wanted or found
+            if not all(a is b or torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+                self.margin = 0.0
 
     def _note(self, gap: Tensor) -> None:
         self.margin = min(self.margin, float(gap))
