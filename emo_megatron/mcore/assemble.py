@@ -120,13 +120,17 @@ class Assembly:
         return result
 
     def args(self) -> argparse.Namespace:
-        """Flags of the result: the parent's with its number of experts, and no pools in a smaller one."""
+        """Flags of the result: the parent's with its number of experts; no pools and no groups in a smaller one.
+
+        Experts that were chosen leave groups of other sizes, and a module is small enough for one node.
+        """
         args = copy.copy(self.model.args)
         args.num_experts = self.num_experts
         if self.num_experts < self.num_parent_experts:
             for option in dataclasses.fields(PoolConfig):
                 if hasattr(args, option.name):
                     setattr(args, option.name, option.default)
+            args.moe_router_num_groups = args.moe_router_group_topk = None
         return args
 
     def write(self, output: Path, *, notes: Mapping[str, Note]) -> Path:

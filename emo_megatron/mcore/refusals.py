@@ -71,6 +71,13 @@ CONFIG_REFUSALS = (
         reason="other scores are not built inside a pool",
     ),
     Refusal(
+        field="moe_router_topk_limited_devices",
+        allowed=(None, 0),
+        kind="impossible",
+        reason="its groups are the expert-parallel ranks, so that the model would depend on the layout; use "
+        "--moe-router-num-groups and --moe-router-group-topk",
+    ),
+    Refusal(
         field="moe_router_force_load_balancing",
         allowed=(False,),
         only_with_pools=True,

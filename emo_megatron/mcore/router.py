@@ -118,9 +118,14 @@ class PoolRouter(TopKRouter):
 
     @property
     def num_groups(self) -> int | None:
-        """Groups of experts of which a token may use moe_router_group_topk; None where that limits nothing."""
+        """Groups of experts of which a token may use moe_router_group_topk; None where that limits nothing.
+
+        A subset of the experts has none, as the module that is made of them.
+        """
         limit, groups = self.config.moe_router_group_topk, self.config.moe_router_num_groups
-        return groups if limit and groups and limit < groups else None
+        if not limit or not groups or limit >= groups or self.allowed_experts is not None:
+            return None
+        return int(groups)
 
     @property
     def most_in_pool(self) -> int:

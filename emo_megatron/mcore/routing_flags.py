@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron.core.transformer.moe import moe_layer
+
 from emo_megatron.config import PoolConfig
 
 GATES = ("sigmoid", "sqrtsoftplus")
@@ -24,6 +26,7 @@ def problems_with_routing(pool: PoolConfig, values: Any) -> list[str]:
         *_problems_with_balance(pool, values),
         *_problems_with_groups(pool, values, num_experts),
         *_problems_with_bias(pool, values),
+        *_problems_with_latents(values),
     ]
 
 
@@ -117,4 +120,13 @@ def _problems_with_bias(pool: PoolConfig, values: Any) -> Iterator[str]:
         yield (
             "--moe-router-enable-expert-bias and --moe-router-score-function sigmoid or sqrtsoftplus must be given "
             f"with --pool-score gate_with_bias; got {score} {'with' if has_bias else 'without'} a bias"
+        )
+
+
+def _problems_with_latents(values: Any) -> Iterator[str]:
+    # Megatron would stop at an assertion while it builds the layers
+    if values.moe_latent_size and not moe_layer.HAVE_TE:
+        yield (
+            f"--moe-latent-size {values.moe_latent_size} needs Transformer Engine, which has the projections to and "
+            "from the latent size and is not installed"
         )

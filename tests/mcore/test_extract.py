@@ -88,6 +88,34 @@ def test_the_full_model_says_something_else(ranks, parent, module):
     assert (full - cut).abs().max() > 1e-2
 
 
+def test_a_module_has_no_groups(ranks, tmp_path):
+    # of two experts that one group holds both, or one
+    groups = {"moe_router_num_groups": 4, "moe_router_group_topk": 1}
+    parent = tmp_path / "parent"
+    ranks(1).run(checkpoints.save, folder=str(parent), layout={}, config=groups)
+    selection = selection_of(parent, KEPT)
+    module = extract(
+        ExtractOptions(
+            checkpoint=parent,
+            selection=selection.save(tmp_path / "kept.json"),
+            output=tmp_path / "module",
+        )
+    )
+    args = MegatronCheckpoint(module).args
+    assert (args.moe_router_num_groups, args.moe_router_group_topk) == (None, None)
+    (limited,) = ranks(1).run(
+        checkpoints.logits,
+        folder=str(parent),
+        layout={},
+        config=groups,
+        allowed=selection.keep_mask().tolist(),
+    )
+    (cut,) = ranks(1).run(
+        checkpoints.logits, folder=str(module), layout={}, config={"num_moe_experts": 4}
+    )
+    assert (cut - limited).abs().max() <= 1e-6 * limited.abs().max()
+
+
 def test_refusals(parent, module, tmp_path, capsys):
     def refused(match, *, checkpoint=parent, output=tmp_path / "new", **changes):
         kept = changes.pop("kept", KEPT)

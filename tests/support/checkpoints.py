@@ -74,7 +74,8 @@ def save(
     torch.distributed.barrier()
     metadata = {"singleton_local_shards": singletons}
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    args = argparse.Namespace(**ARGS | {k: v for k, v in config.items() if k == "num_layers"})
+    stored = ("num_layers", "moe_router_num_groups", "moe_router_group_topk")
+    args = argparse.Namespace(**ARGS | {k: v for k, v in config.items() if k in stored})
     state = built.sharded_state_dict(metadata=metadata | groups)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 7}
     dist_checkpointing.save({"model": state} | common, str(path), content_metadata=metadata)
