@@ -74,17 +74,13 @@ def check_target(target: Selection, args: argparse.Namespace) -> None:
     """Refuse experts that Megatron's model cannot be made of.
 
     Raises:
-        ValueError: layers keep different numbers, fewer than a token uses, or experts are routed in groups.
+        ValueError: layers keep different numbers, or fewer than a token uses.
     """
     kept = target.uniform_count(purpose="a Megatron checkpoint")
     if kept < args.moe_router_topk:
         raise ValueError(
             f"the Selection keeps {kept} routed experts a layer and a token uses {args.moe_router_topk} "
             f"(--moe-router-topk): select at least {args.moe_router_topk}"
-        )
-    if (getattr(args, "moe_router_num_groups", None) or 1) > 1:
-        raise ValueError(
-            "the model routes within groups of experts (--moe-router-num-groups), which a subset does not have"
         )
 
 
