@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -177,3 +178,46 @@ def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
     torch.testing.assert_close(ours[0], stock[0], rtol=2e-5, atol=1e-8)
     assert ours[2] == pytest.approx(stock[2], rel=1e-5)
     assert NAMES[kind] in ours[2]
+
+
+def _collectives(kinds):
+    """All-reduces of one layer in forward, and again in recompute, on two ranks that share documents."""
+    from support import tiny
+
+    from emo_megatron.mcore.context import Shard, scope_of
+    from emo_megatron.mcore.router import PoolRouter
+
+    tiny.setup(tensor_model_parallel_size=2)
+    pool = PoolConfig(pool_min=3)
+    router = _router(PoolRouter, kinds, pool=pool)
+    rank = torch.distributed.get_rank()
+    shard = Shard(tp_rank=rank, tp_size=2, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
+    router.scope = scope_of(
+        tiny.packed([*BOUNDS[:-1], 32], tokens_per_sample=32),
+        hidden_shape=torch.Size((16, 1, 32)),
+        shard=shard,
+        pool=pool,
+        layer_number=1,
+    )
+    logits = torch.randn(16, 1, 8, requires_grad=True)
+    counts = []
+    for _ in range(2):
+        with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as seen:
+            router.routing(logits)
+        counts.append(seen.call_count)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        # scores of documents; counts of experts; choices of documents
+        ({"none": 0.0}, 1),
+        ({"global_aux_loss": 0.1}, 2),
+        ({"aux_loss": 0.1}, 2),
+        ({"seq_aux_loss": 0.1}, 3),
+        ({"seq_aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
+    ],
+)
+def test_a_layer_has_three_collectives_at_most(ranks, kinds, wanted):
+    assert ranks(2).run(_collectives, kinds=kinds) == [[wanted, 0]] * 2
