@@ -346,8 +346,7 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
             where(carrying.ints[b], (score_grads.floats[b] - score_mean) / total, splat(0.0f));
         const Floats from_weights =
             where(chosen.ints[b], (upstream.floats[b] - weight_mean) / chosen_total, splat(0.0f));
-        out.floats[b] =
-            (from_scores + from_weights) * g * slopes.floats[b] + dz * soft.floats[b];
+        out.floats[b] = (from_scores + from_weights) * g * slopes.floats[b] + dz * soft.floats[b];
       }
     } else {
       const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;
