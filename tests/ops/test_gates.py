@@ -40,7 +40,7 @@ def exact_gates(logits_TE: Tensor, score_function: str) -> Tensor:
     return torch.where(is_low_TE, (low_TE / 2).exp(), softplus_TE.sqrt())
 
 
-EXTREMES = [-1e30, -1e4, -300, -150, -90, -41, -21, -20, -19, -9, 0, 9, 20, 21, 64, 90, 1e4, 1e30]
+EXTREMES = [-1e30, -1e4, -300, -150, -100, -41, -21, -20, -19, -9, 0, 9, 20, 21, 64, 90, 1e4, 1e30]
 """Values of the third expert of a token each."""
 
 
