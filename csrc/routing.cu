@@ -9,11 +9,6 @@
 namespace emo::cuda {
 namespace {
 
-__device__ __forceinline__ float sigmoid(float x) {
-  const float t = expf(-fabsf(x));
-  return (x >= 0.0f ? 1.0f : t) / (1.0f + t);
-}
-
 template <int kChunks>
 __device__ __forceinline__ float sum_of(const float (&x)[kChunks], unsigned set) {
   float total = 0.0f;
@@ -26,11 +21,13 @@ __device__ __forceinline__ float sum_of(const float (&x)[kChunks], unsigned set)
 template <int kChunks>
 __device__ __forceinline__ float weighted_log(const float (&x)[kChunks],
                                               const float (&scores)[kChunks], unsigned set,
-                                              bool is_sigmoid, float shift) {
+                                              Scoring scoring, float shift) {
   float total = 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const float log = is_sigmoid ? fminf(x[c], 0.0f) - log1pf(expf(-fabsf(x[c]))) : x[c] - shift;
+    float log = x[c] - shift;
+    if (scoring == Scoring::kSigmoid) log = fminf(x[c], 0.0f) - log1pf(expf(-fabsf(x[c])));
+    if (scoring == Scoring::kSqrtSoftplus) log = logf(scores[c]);
     // 0 * -inf is not a number
     if (has(set, c) && scores[c] > 0.0f) total += scores[c] * log;
   }
@@ -42,12 +39,83 @@ constexpr int blocks_of(int chunks, int most_chunks_of_two) {
   return chunks <= 4 ? 4 : chunks <= most_chunks_of_two ? 2 : 1;
 }
 
-template <class T, int kChunks>
+__device__ __forceinline__ void add_count(int64_t* to, unsigned count) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), (unsigned long long)count);
+}
+
+// Without sums by document a block holds one row of them, the first.
+template <int kChunks, bool kByDocument>
+struct DocumentSums {
+  static constexpr bool is_joined = true;
+  static constexpr long long first = 0;
+
+  __device__ __forceinline__ DocumentSums(const RoutingArgs&, const Tokens&, int) {}
+  template <class... Any>
+  __device__ __forceinline__ void set(const Any&...) {}
+  __device__ __forceinline__ void count(int) {}
+  template <class... Any>
+  __device__ __forceinline__ void finish(const Any&...) {}
+};
+// With them a lane's sums leave when its warp comes to another document; if the block holds a
+// single document, whatever the order, they are joined before they leave, as without.
+template <int kChunks>
+struct DocumentSums<kChunks, true> {
+  uint8_t* choices;  // of this warp: a lane's own, at most one a token
+  int document = -1;
+  long long first;
+  bool is_joined;
+
+  __device__ __forceinline__ DocumentSums(const RoutingArgs& args, const Tokens& tokens,
+                                          int per_warp) {
+    __shared__ uint8_t of_warp[kWarps][kChunks * 32];
+    choices = of_warp[warp_id()];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) choices[c * 32 + lane_id()] = 0;
+    first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
+    const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
+    is_joined = __syncthreads_and(is_mine) && first >= 0;
+  }
+  __device__ __forceinline__ void set(const RoutingArgs& args, const RoutingOutputs& out,
+                                      long long next, unsigned* scores) {
+    if (next == document) return;
+    flush(args, out, scores);
+    document = (int)next;
+  }
+  __device__ __forceinline__ void count(int expert) { ++choices[expert]; }
+  __device__ __forceinline__ void finish(const RoutingArgs& args, const RoutingOutputs& out,
+                                         unsigned* scores) {
+    if (!is_joined) flush(args, out, scores);
+  }
+
+ private:
+  __device__ __forceinline__ void flush(const RoutingArgs& args, const RoutingOutputs& out,
+                                        unsigned* scores) {
+    if (document < 0) return;
+#pragma unroll 1
+    for (int e = lane_id(); e < args.num_experts; e += 32) {
+      const long long at = (long long)document * args.num_experts + e;
+      if (scores[e] != 0) add_count(out.score_units + at, scores[e]);
+      if (choices[e] != 0) add_count(out.document_choices + at, choices[e]);
+      scores[e] = choices[e] = 0;
+    }
+  }
+};
+
+// d log g / dx of a gate g: with g it gives the gradient of a gate, 0 where the gate is 0. Told by
+// the gate alone, for want of registers: sigmoid(x) is 1 - e^-softplus(x).
+__device__ __forceinline__ float log_slope(Scoring scoring, float g) {
+  if (scoring == Scoring::kSigmoid) return 1.0f - g;
+  const float softplus = g * g;
+  return softplus < 1e-7f ? 0.5f : -expm1f(-softplus) / (2.0f * softplus);
+}
+
+template <class T, int kChunks, bool kByDocument>
 __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
-  const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kByDocument>(args),
+                      per_warp);
+  const bool is_gated = has_gates(args.scoring);
   __shared__ unsigned choices[kChunks * 32];
   for (int e = threadIdx.x; e < kChunks * 32; e += kThreads) choices[e] = 0;
   // of each warp its own; of the score sums each lane its own: registers are scarcer
@@ -57,6 +125,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   __shared__ unsigned score_sums[kWarps][kChunks * 32];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) score_sums[warp_id()][c * 32 + lane_id()] = 0;
+  DocumentSums<kChunks, kByDocument> of_documents(args, tokens, per_warp);
 
 #pragma unroll 1
   for (int i = 0; i < tokens.count; ++i) {
@@ -71,18 +140,18 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     const bool is_padding = document < 0, is_counted = !is_padding && soft.is_finite();
     float total = soft.total;
     const float z = soft.max + logf(soft.total);
-    if (is_sigmoid) {
+    if (is_gated) {
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) scores[c] = sigmoid(x[c]);
+      for (int c = 0; c < kChunks; ++c) scores[c] = gate(args.scoring, x[c]);
       total = sum_of(scores, carrying) + kTiny;
     }
     const float entropy =
-        logf(total) - weighted_log(x, scores, carrying, is_sigmoid, soft.max) / total;
+        logf(total) - weighted_log(x, scores, carrying, args.scoring, soft.max) / total;
 
     unsigned keys[kChunks];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      float score = is_sigmoid ? scores[c] : x[c];
+      float score = is_gated ? scores[c] : x[c];
       if (args.expert_bias != nullptr && has(pool.inside, c))
         score += args.expert_bias[c * 32 + lane_id()];
       const unsigned key = soft.is_finite() ? order_key(score) : kExcluded;
@@ -92,18 +161,22 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     const unsigned chosen = top_k(keys, args.top_k);
 
     if (is_counted) {
+      of_documents.set(args, out, document, score_sums[warp_id()]);
       const float unit = kOne / total;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         if (has(carrying, c))
           score_sums[warp_id()][c * 32 + lane_id()] += __float2uint_rn(scores[c] * unit);
-        if (has(chosen, c)) atomicAdd(choices + c * 32 + lane_id(), 1u);
+        if (has(chosen, c)) {
+          atomicAdd(choices + c * 32 + lane_id(), 1u);
+          of_documents.count(c * 32 + lane_id());
+        }
       }
     }
     float divisor = total;
     if (args.scoring == Scoring::kTopKThenSoftmax) {
       divisor = softmax(x, chosen, scores).total;
-    } else if (is_sigmoid) {
+    } else if (is_gated) {
       divisor = args.top_k > 1 ? sum_of(scores, chosen) + kTiny : 1.0f;
     }
     const float factor = args.scaling / divisor, uncounted = is_padding ? 0.0f : NAN;
@@ -123,8 +196,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       facts[warp_id()][3] += is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u;
     }
   }
+  of_documents.finish(args, out, score_sums[warp_id()]);
   __syncthreads();
-  add_over_warps(score_sums, args.num_experts, out.score_units);
+  if (of_documents.is_joined)
+    add_over_warps(score_sums, args.num_experts,
+                   out.score_units + of_documents.first * args.num_experts);
   if (threadIdx.x < kNumFacts) {
     unsigned long long total = 0;
 #pragma unroll 1  // eight sums of 64 bits at once would take registers from everything above
@@ -133,10 +209,12 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       atomicAdd(reinterpret_cast<unsigned long long*>(out.counts) + args.num_experts + threadIdx.x,
                 total);
   }
-  for (int e = threadIdx.x; e < args.num_experts; e += kThreads)
-    if (choices[e] != 0)
-      atomicAdd(reinterpret_cast<unsigned long long*>(out.counts) + e,
-                (unsigned long long)choices[e]);
+  for (int e = threadIdx.x; e < args.num_experts; e += kThreads) {
+    if (choices[e] == 0) continue;
+    add_count(out.counts + e, choices[e]);
+    if (kByDocument && of_documents.is_joined)
+      add_count(out.document_choices + of_documents.first * args.num_experts + e, choices[e]);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, long long num_sums) {
@@ -146,17 +224,22 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, lo
 }
 
 // The formulas are at emo::cpu::pool_topk_backward.
-template <class T, int kChunks>
+template <class T, int kChunks, bool kByDocument>
 __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
     pool_topk_backward_kernel(RoutingArgs args, RoutingGradients grads, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kByDocument>(args),
+                      per_warp);
   float score_grads[kChunks];
+  const auto load_score_grads = [&](long long row) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c)
-    score_grads[c] = grads.grad_score_sums != nullptr && has(pool.inside, c)
-                         ? grads.grad_score_sums[c * 32 + lane_id()]
-                         : 0.0f;
+    for (int c = 0; c < kChunks; ++c)
+      score_grads[c] = grads.grad_score_sums != nullptr && has(pool.inside, c)
+                           ? grads.grad_score_sums[row * args.num_experts + c * 32 + lane_id()]
+                           : 0.0f;
+  };
+  long long score_row = -1;
+  if (!kByDocument) load_score_grads(0);
 
 #pragma unroll 1
   for (int i = 0; i < tokens.count; ++i) {
@@ -166,6 +249,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
     bool is_counted = document >= 0;
     if (is_counted) {
       pool.set(args, document);
+      if (kByDocument && document != score_row) load_score_grads(score_row = document);
       const unsigned carrying = pool.carrying(args);
       float x[kChunks], soft[kChunks], weight_grads[kChunks];
       load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
@@ -183,10 +267,10 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
       const Softmax whole = softmax(x, carrying, soft);
       is_counted = whole.is_finite();
       const float inverse = 1.0f / whole.total;
-      if (args.scoring == Scoring::kSigmoid) {
+      if (has_gates(args.scoring)) {
         float gates[kChunks];
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) gates[c] = sigmoid(x[c]);
+        for (int c = 0; c < kChunks; ++c) gates[c] = gate(args.scoring, x[c]);
         const float total = sum_of(gates, carrying) + kTiny;
         const float chosen_total = args.top_k > 1 ? sum_of(gates, chosen) + kTiny : 1.0f;
         float score_dot = 0.0f, weight_dot = 0.0f;
@@ -202,8 +286,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
           const float from_scores = has(carrying, c) ? (score_grads[c] - score_mean) / total : 0.0f;
           const float from_weights =
               has(chosen, c) ? (weight_grads[c] - weight_mean) / chosen_total : 0.0f;
-          dx[c] =
-              (from_scores + from_weights) * gates[c] * (1.0f - gates[c]) + dz * soft[c] * inverse;
+          const float slope = log_slope(args.scoring, gates[c]);
+          dx[c] = (from_scores + from_weights) * gates[c] * slope + dz * soft[c] * inverse;
         }
       } else {
         const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;
@@ -242,13 +326,17 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
 
 int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) {
   const int per_warp = tokens_per_warp(args.num_tokens);
+  const auto launch = [&](auto by_document) {
+    return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+      EMO_LAUNCH(
+          (pool_topk_kernel<decltype(type), decltype(chunks)::value, decltype(by_document)::value>),
+          blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream), args,
+          out, per_warp);
+    });
+  };
   int status = 0;
   if (args.num_tokens > 0)
-    status = with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-      EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value>),
-                 blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
-                 args, out, per_warp);
-    });
+    status = args.by_document ? launch(std::true_type{}) : launch(std::false_type{});
   if (status != 0) return status;
   const int64_t size = num_sums(args) * args.num_experts;
   if (size == 0) return status;
@@ -260,11 +348,15 @@ int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) 
 int pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, void* stream) {
   if (args.num_tokens == 0) return 0;
   const int per_warp = tokens_per_warp(args.num_tokens);
-  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-    EMO_LAUNCH((pool_topk_backward_kernel<decltype(type), decltype(chunks)::value>),
-               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
-               args, grads, per_warp);
-  });
+  const auto launch = [&](auto by_document) {
+    return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+      EMO_LAUNCH((pool_topk_backward_kernel<decltype(type), decltype(chunks)::value,
+                                            decltype(by_document)::value>),
+                 blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
+                 args, grads, per_warp);
+    });
+  };
+  return args.by_document ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 }  // namespace emo::cuda

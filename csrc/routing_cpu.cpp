@@ -67,11 +67,6 @@ EMO_INLINE Softmax softmax(const Row& logits, const Row& carrying, int blocks, R
   return {shift, sum_exps, sum(weighted) / sum_exps, is_finite};
 }
 
-EMO_INLINE Floats sigmoid(Floats x) {
-  const Floats t = exp_nonpositive(where(x > 0.0f, -x, x));
-  return where(x >= 0.0f, splat(1.0f), t) / (1.0f + t);
-}
-
 struct GateSums {
   float total, weighted_log;  // over the experts that carry weight: sum of g, sum of g * log g
 };
@@ -89,6 +84,59 @@ EMO_INLINE GateSums sigmoid_gates(const Row& logits, const Row& carrying, int bl
   }
   return {sum(total), sum(weighted)};
 }
+EMO_INLINE GateSums sqrt_softplus_gates(const Row& logits, const Row& carrying, int blocks,
+                                        Row& gates) {
+  Floats total = splat(0.0f), weighted = splat(0.0f);
+  for (int b = 0; b < blocks; ++b) {
+    const Floats g = sqrt_softplus(logits.floats[b]);
+    gates.floats[b] = g;
+    const Floats counted = where(carrying.ints[b], g, splat(0.0f));
+    total += counted;
+    weighted += where(counted > 0.0f, counted * log_positive(g), splat(0.0f));
+  }
+  return {sum(total), sum(weighted)};
+}
+EMO_INLINE GateSums gate_sums(Scoring scoring, const Row& logits, const Row& carrying, int blocks,
+                              Row& gates) {
+  return scoring == Scoring::kSigmoid ? sigmoid_gates(logits, carrying, blocks, gates)
+                                      : sqrt_softplus_gates(logits, carrying, blocks, gates);
+}
+// d log g / dx: with g it gives the gradient of a gate, 0 where the gate is 0.
+EMO_INLINE void log_slopes(Scoring scoring, const Row& logits, const Row& gates, int blocks,
+                           Row& slopes) {
+  if (scoring == Scoring::kSigmoid) {
+    for (int b = 0; b < blocks; ++b) slopes.floats[b] = 1.0f - gates.floats[b];
+    return;
+  }
+  for (int b = 0; b < blocks; ++b) {
+    const Floats x = logits.floats[b], g = gates.floats[b];
+    slopes.floats[b] = where(x < kFarBelow, splat(0.5f), sigmoid(x) / (2.0f * g * g));
+  }
+}
+
+// Sums over a range of tokens: of all of them, or of the documents one after the other.
+struct Sums {
+  int64_t choices[kMaxExperts] = {}, scores[kMaxExperts] = {};
+  int64_t row = 0;
+
+  EMO_INLINE void set(const RoutingArgs& args, const RoutingOutputs& out, int64_t document) {
+    if (!args.by_document || document == row) return;
+    flush(args, out);
+    row = document;
+    std::memset(choices, 0, args.num_experts * sizeof(int64_t));
+    std::memset(scores, 0, args.num_experts * sizeof(int64_t));
+  }
+  // Another thread may hold a part of this document too.
+  EMO_INLINE void flush(const RoutingArgs& args, const RoutingOutputs& out) const {
+    const int64_t start = row * args.num_experts;
+    for (int e = 0; e < args.num_experts; ++e) {
+      if (scores[e] != 0) add_shared(out.score_units + start + e, scores[e]);
+      if (choices[e] == 0) continue;
+      add_shared(out.counts + e, choices[e]);
+      if (args.by_document) add_shared(out.document_choices + start + e, choices[e]);
+    }
+  }
+};
 
 EMO_INLINE int count_at_least(const Row& keys, int blocks, int32_t threshold) {
   Ints count = splat(0);
@@ -161,10 +209,11 @@ EMO_INLINE float softmax_chosen(const Row& logits, const Row& chosen, int blocks
 EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, int64_t begin,
                           int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
-  const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
+  const bool is_gated = has_gates(args.scoring);
   Pool pool(num_experts);
   Row logits, scores, gates, keys, chosen, scratch, bias;
-  int64_t choice_sums[kMaxExperts] = {}, score_sums[kMaxExperts] = {}, facts[kNumFacts] = {};
+  Sums run;
+  int64_t facts[kNumFacts] = {};
   for (int e = 0; e < blocks * kLanes; ++e)
     bias.f[e] = args.expert_bias != nullptr && e < num_experts ? args.expert_bias[e] : 0.0f;
 
@@ -177,8 +226,8 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
     const Softmax soft = softmax(logits, carrying, blocks, scores);
     float z = soft.max + log_of_sum(soft.total);
     float entropy = log_of_sum(soft.total) - soft.mean_shift, total = soft.total;
-    if (is_sigmoid) {
-      const GateSums sums = sigmoid_gates(logits, carrying, blocks, gates);
+    if (is_gated) {
+      const GateSums sums = gate_sums(args.scoring, logits, carrying, blocks, gates);
       total = sums.total + kTiny;
       entropy = log_of_sum(total) - sums.weighted_log / total;
       for (int b = 0; b < blocks; ++b)
@@ -186,7 +235,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
     }
 
     for (int b = 0; b < blocks; ++b) {
-      const Ints key = order_keys(is_sigmoid ? gates.floats[b] + bias.floats[b] : logits.floats[b]);
+      const Ints key = order_keys(is_gated ? gates.floats[b] + bias.floats[b] : logits.floats[b]);
       keys.ints[b] = where(pool.allowed.ints[b],
                            soft.is_finite ? max(key, splat(kExcluded + 1)) : splat(kExcluded + 1),
                            where(pool.inside.ints[b], splat(kExcluded), splat(kBeyond)));
@@ -215,18 +264,16 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
       const float divisor = args.top_k > 1 ? sum_chosen(gates, chosen, blocks) + kTiny : 1.0f;
       write_choice(args, out, t, gates, scaling / divisor, chosen, scratch);
     }
+    run.set(args, out, document);
     const float unit = kOne / total;
     for (int b = 0; b < blocks; ++b)
       scratch.ints[b] = __builtin_convertvector(scores.floats[b] * unit + 0.5f, Ints);
     for (int e = 0; e < num_experts; ++e) {
-      score_sums[e] += scratch.i[e];
-      choice_sums[e] -= chosen.i[e];
+      run.scores[e] += scratch.i[e];
+      run.choices[e] -= chosen.i[e];
     }
   }
-  for (int e = 0; e < num_experts; ++e) {
-    add_shared(out.counts + e, choice_sums[e]);
-    add_shared(out.score_units + e, score_sums[e]);
-  }
+  run.flush(args, out);
   for (int i = 0; i < kNumFacts; ++i) add_shared(out.counts + num_experts + i, facts[i]);
 }
 
@@ -235,19 +282,24 @@ void pool_topk_finish(const RoutingArgs& args, const RoutingOutputs& out) {
   for (int64_t i = 0; i < size; ++i) out.score_sums[i] = (float)((double)out.score_units[i] / kOne);
 }
 
-// With s the scores, w the weights and upstream gradients dS (of the score sums), dW (of the
-// weights), dz:
+// With s the scores, w the weights and upstream gradients dS (of the token's score sums), dW (of
+// the weights), dz:
 //   softmax:  dx = s (g - <s, g> + dz),  g = dS, plus dW at the chosen experts if the weights are
-//   scores weights over the chosen alone add w (dW - <w, dW>) there sigmoid:  dg = (dS - <s, dS>) /
-//   sum g, plus (dW - <w, dW>) / sum of chosen g there;  dx = dg g (1 - g) + dz softmax
+//   scores; weights over the chosen alone add w (dW - <w, dW>) there
+//   gates:  dg = (dS - <s, dS>) / sum g, plus (dW - <w, dW>) / sum of chosen g there;
+//   dx = dg g (d log g / dx) + dz softmax
 EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads,
                                    int64_t begin, int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
   Pool pool(num_experts);
-  Row logits, soft, upstream, chosen, gates, weights, out, score_grads;
-  for (int e = 0; e < blocks * kLanes; ++e)
-    score_grads.f[e] =
-        grads.grad_score_sums != nullptr && e < num_experts ? grads.grad_score_sums[e] : 0.0f;
+  Row logits, soft, upstream, chosen, gates, weights, slopes, out, score_grads;
+  const auto load_score_grads = [&](int64_t row) {
+    for (int b = 0; b < blocks; ++b) score_grads.floats[b] = splat(0.0f);
+    if (grads.grad_score_sums != nullptr)
+      load_row(grads.grad_score_sums, DType::kFloat32, row, num_experts, 0.0f, score_grads);
+  };
+  int64_t score_row = args.by_document ? -1 : 0;
+  if (!args.by_document) load_score_grads(0);
 
   for (int64_t t = begin; t < end; ++t) {
     const int64_t document = args.document_ids != nullptr ? args.document_ids[t] : 0;
@@ -260,6 +312,7 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
       store_row(out, args.dtype, t, num_experts, grads.grad_logits);
       continue;
     }
+    if (args.by_document && document != score_row) load_score_grads(score_row = document);
     const uint8_t* map = grads.routing_map + t * num_experts;
     for (int e = 0; e < num_experts; ++e) chosen.i[e] = map[e] ? -1 : 0;
     for (int e = num_experts; e < blocks * kLanes; ++e) chosen.i[e] = 0;
@@ -275,8 +328,9 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
     const float dz = grads.grad_z != nullptr ? grads.grad_z[t] : 0.0f;
     const float inverse = 1.0f / whole.total;
     for (int b = 0; b < blocks; ++b) soft.floats[b] *= inverse;
-    if (args.scoring == Scoring::kSigmoid) {
-      const float total = sigmoid_gates(logits, carrying, blocks, gates).total + kTiny;
+    if (has_gates(args.scoring)) {
+      const float total = gate_sums(args.scoring, logits, carrying, blocks, gates).total + kTiny;
+      log_slopes(args.scoring, logits, gates, blocks, slopes);
       const bool is_normalised = args.top_k > 1;
       const float chosen_total = is_normalised ? sum_chosen(gates, chosen, blocks) + kTiny : 1.0f;
       Floats score_dot = splat(0.0f), weight_dot = splat(0.0f);
@@ -292,7 +346,7 @@ EMO_CLONES void pool_topk_backward(const RoutingArgs& args, const RoutingGradien
             where(carrying.ints[b], (score_grads.floats[b] - score_mean) / total, splat(0.0f));
         const Floats from_weights =
             where(chosen.ints[b], (upstream.floats[b] - weight_mean) / chosen_total, splat(0.0f));
-        out.floats[b] = (from_scores + from_weights) * g * (1.0f - g) + dz * soft.floats[b];
+        out.floats[b] = (from_scores + from_weights) * g * slopes.floats[b] + dz * soft.floats[b];
       }
     } else {
       const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;

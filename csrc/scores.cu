@@ -9,7 +9,7 @@ namespace {
 
 // At least four blocks shall fit on a multiprocessor: no GPU spills registers for that up to 512
 // experts.
-template <class T, int kChunks>
+template <class T, int kChunks, bool kGates>
 __global__ void __launch_bounds__(kThreads, kChunks <= 16 ? 4 : 1)
     document_scores_kernel(ScoreArgs args, int per_warp) {
   const unsigned inside = lanes_inside<kChunks>(args.num_experts);
@@ -42,8 +42,18 @@ __global__ void __launch_bounds__(kThreads, kChunks <= 16 ? 4 : 1)
       document = next;
     }
     if (document < 0) continue;
-    float x[kChunks], exps[kChunks];
+    float x[kChunks];
     load_row(logits + (tokens.begin + i) * args.num_experts, inside, x);
+    if constexpr (kGates) {
+      if (!(fabsf(row_max(x, inside)) < INFINITY)) continue;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const unsigned units = __float2uint_rn(gate(args.scoring, x[c]) * kOne);
+        run[c] += units < kMaxGateUnits ? units : kMaxGateUnits;
+      }
+      continue;
+    }
+    float exps[kChunks];
     const Softmax soft = softmax(x, inside, exps);
     if (!soft.is_finite()) continue;
     const float unit = kOne / soft.total;
@@ -126,12 +136,17 @@ bool is_unsupported(int status) {
 
 int document_scores(const ScoreArgs& args, void* stream) {
   if (args.num_tokens == 0) return 0;
-  const int per_warp = tokens_per_warp(args.num_tokens);
-  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-    EMO_LAUNCH((document_scores_kernel<decltype(type), decltype(chunks)::value>),
-               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
-               args, per_warp);
-  });
+  const int most = has_gates(args.scoring) ? kMaxTokensOfGates : kMaxTokensPerWarp;
+  const int per_warp = tokens_per_warp(args.num_tokens, most);
+  const auto launch = [&](auto is_gated) {
+    return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+      EMO_LAUNCH((document_scores_kernel<decltype(type), decltype(chunks)::value,
+                                         decltype(is_gated)::value>),
+                 blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
+                 args, per_warp);
+    });
+  };
+  return has_gates(args.scoring) ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 int select_pool(const SelectArgs& args, void* stream) {

@@ -8,6 +8,20 @@
 
 namespace emo::cpu {
 
+// Add a token's gates, in units, to the run of its document.
+static EMO_INLINE void add_gates(Scoring scoring, const Row& logits, int num_experts,
+                                 int64_t* run) {
+  Row units;
+  for (int b = 0; b < num_blocks(num_experts); ++b) {
+    const Floats x = logits.floats[b];
+    const Floats g = scoring == Scoring::kSigmoid ? sigmoid(x) : sqrt_softplus(x);
+    // the limit is no float; the one above it is, and still an int32
+    const Floats limited = g < 8.0f ? g : splat(8.0f);
+    units.ints[b] = __builtin_convertvector(limited * kOne + 0.5f, Ints);
+  }
+  for (int e = 0; e < num_experts; ++e) run[e] += std::min(units.i[e], kMaxGateUnits);
+}
+
 EMO_CLONES void document_scores(const ScoreArgs& args, int64_t begin, int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
   Row logits;
@@ -34,6 +48,10 @@ EMO_CLONES void document_scores(const ScoreArgs& args, int64_t begin, int64_t en
     }
     const float shift = largest(top);
     if (!(shift > -INFINITY) || largest(-is_bad) != 0) continue;
+    if (has_gates(args.scoring)) {
+      add_gates(args.scoring, logits, num_experts, run);
+      continue;
+    }
     Floats total = splat(0.0f);
     for (int b = 0; b < blocks; ++b) {
       logits.floats[b] = exp_nonpositive(logits.floats[b] - shift);

@@ -113,6 +113,32 @@ static EMO_INLINE float log_of_sum(float x) {
   return (float)(exponent - 1) * 0.69314718056f + log;
 }
 
+// log x for positive normal x, to 2e-7 absolute and the last bit.
+static EMO_INLINE Floats log_positive(Floats x) {
+  const Ints i = bits(x);
+  const Floats exponent = __builtin_convertvector((i >> 23) - 127, Floats);
+  const Floats mantissa = (Floats)((i & 0x7fffff) | 0x3f800000);  // in [1, 2)
+  return exponent * 0.69314718056f + log1p_unit(mantissa - 1.0f);
+}
+
+static EMO_INLINE Floats square_root(Floats x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
+}
+
+static EMO_INLINE Floats sigmoid(Floats x) {
+  const Floats t = exp_nonpositive(where(x > 0.0f, -x, x));
+  return where(x >= 0.0f, splat(1.0f), t) / (1.0f + t);
+}
+
+// Far below zero softplus is e^x, whose root is taken in the exponent: it is 0 later by half.
+constexpr float kFarBelow = -20.0f;
+static EMO_INLINE Floats sqrt_softplus(Floats x) {
+  const Floats root = exp_nonpositive(where(x > 0.0f, -x, x) * 0.5f);  // of e^-|x|
+  const Floats softplus = where(x > 0.0f, x, splat(0.0f)) + log1p_unit(root * root);
+  return where(x < kFarBelow, root, square_root(softplus));
+}
+
 // NaN or +inf: -1, other numbers and -inf: 0.
 static EMO_INLINE Ints is_nan_or_inf(Floats x) { return ~(Ints)(x < INFINITY); }
 

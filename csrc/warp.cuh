@@ -26,6 +26,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 8;  // in a block
 constexpr int kThreads = kWarps * 32;
 constexpr int kMaxTokensPerWarp = 16;  // so many scores of at most 2^27 add up within 32 bits
+constexpr int kMaxTokensOfGates = 4;   // and so many gates of at most 2^30
 
 // Keys order experts as their scores do. Keys of experts that may be chosen lie above both.
 constexpr unsigned kBeyond = 0;    // past the last expert: never chosen
@@ -143,13 +144,15 @@ struct Tokens {
 #define EMO_WARPS_WANTED 2048
 #endif
 constexpr int64_t kWarpsWanted = EMO_WARPS_WANTED;
-inline int tokens_per_warp(int64_t num_tokens) {
+inline int tokens_per_warp(int64_t num_tokens, int most = kMaxTokensPerWarp) {
   const int64_t wanted = (num_tokens + kWarpsWanted - 1) / kWarpsWanted;
-  return (int)(wanted < 1 ? 1 : wanted > kMaxTokensPerWarp ? kMaxTokensPerWarp : wanted);
+  return (int)(wanted < 1 ? 1 : wanted > most ? most : wanted);
 }
-// Documents that ids may name: with one pool or none, any.
+// Documents that ids may name: with one pool or none, any, unless each has sums of its own.
+template <bool kByDocument>
 __device__ __forceinline__ int64_t num_documents(const RoutingArgs& args) {
-  return args.num_pools > 1 ? args.num_pools : INT64_MAX;
+  const int64_t of_pools = args.num_pools > 1 ? args.num_pools : INT64_MAX;
+  return kByDocument && args.num_documents < of_pools ? args.num_documents : of_pools;
 }
 inline unsigned blocks_for(int64_t num_tokens, int per_warp) {
   const int64_t per_block = (int64_t)per_warp * kWarps;
@@ -165,15 +168,19 @@ struct Softmax {
   __device__ __forceinline__ bool is_finite() const { return fabsf(max) < INFINITY; }
 };
 template <int kChunks>
-__device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned set,
-                                           float (&exps)[kChunks]) {
+__device__ __forceinline__ float row_max(const float (&x)[kChunks], unsigned set) {
   float top = -INFINITY;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     if (has(set, c)) top = fmaxf(top, x[c]);
     if (!(x[c] < INFINITY)) top = INFINITY;
   }
-  top = warp_max(top);
+  return warp_max(top);
+}
+template <int kChunks>
+__device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned set,
+                                           float (&exps)[kChunks]) {
+  const float top = row_max(x, set);
   float total = 0.0f;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -181,6 +188,20 @@ __device__ __forceinline__ Softmax softmax(const float (&x)[kChunks], unsigned s
     total += exps[c];
   }
   return {top, warp_sum(total)};
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  const float t = expf(-fabsf(x));
+  return (x >= 0.0f ? 1.0f : t) / (1.0f + t);
+}
+// Far below zero softplus is e^x, whose root is taken in the exponent: it is 0 later by half.
+constexpr float kFarBelow = -20.0f;
+__device__ __forceinline__ float sqrt_softplus(float x) {
+  const float root = expf(-0.5f * fabsf(x));  // of e^-|x|
+  return x < kFarBelow ? root : sqrtf(fmaxf(x, 0.0f) + log1pf(root * root));
+}
+__device__ __forceinline__ float gate(Scoring scoring, float x) {
+  return scoring == Scoring::kSigmoid ? sigmoid(x) : sqrt_softplus(x);
 }
 
 // Largest key that does not exceed `limit`, over the warp.

@@ -43,7 +43,8 @@ def document_scores(
         if score_function == "softmax":
             scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
         else:
-            scores_TE = gates(logits_TE.float(), score_function)
+            # torch's float32 functions round otherwise where a tensor's end leaves no whole vector: float64 hides it
+            scores_TE = gates(logits_TE.double(), score_function).clamp_(max=8.0)
         units_TE = (scores_TE * 2.0**SCORE_FRACTION_BITS).round_().to(torch.int64)
         row_T = _rows(logits_TE, document_ids_T, num_documents)
         sums = units_TE.new_zeros(num_documents + 1, units_TE.shape[1])
@@ -82,7 +83,7 @@ def _rows(logits_TE: Tensor, document_ids_T: Tensor, num_documents: int) -> Tens
 
 
 def gates(logits_TE: Tensor, score_function: ScoreFunction) -> Tensor:
-    """[T, E] float32, sigmoid or the square root of softplus of float32 logits; differentiable, 0 at -inf."""
+    """[T, E] float, sigmoid or the square root of softplus of logits of the same dtype; differentiable, 0 at -inf."""
     if score_function == "sigmoid":
         return torch.sigmoid(logits_TE)
     # far below zero softplus is e^x, and the derivative of the root at 0 would be 0 times infinity

@@ -68,8 +68,13 @@ def every_op(
     copies_PH = dispatch.copy_rows(routed.probs_TE, fanout=pairs, backend="native")
     sums_NH = dispatch.sum_rows(copies_PH * 2, fanout=pairs, backend="native")
     loss = (sums_NH * upstream_TE).sum() + routed.score_sums_E.square().sum() + routed.z_T.sum()
+    gates = {"score_function": "sqrtsoftplus", "backend": "native"}
+    gates_DE = ops.document_scores(logits_TE, **documents, **gates)
+    apart = ops.pool_topk(logits_TE, **documents, pool_DE=pool_DE, top_k=TOP_K, **gates)
+    loss = loss + apart.score_sums_RE.square().sum() + (apart.probs_TE * upstream_TE).sum()
     (grad_TE,) = torch.autograd.grad([loss], [logits_TE])
     outputs = [scores_DE, sizes_LD, pool_DE, routed.probs_TE, routed.counts_X, used_DW, statistics]
+    outputs += [gates_DE, apart.probs_TE, apart.score_sums_RE, apart.document_choices_DE]
     return [*(output.detach() for output in outputs), copies_PH.detach(), grad_TE]
 
 
@@ -147,7 +152,11 @@ def test_inductor_compiles_around_the_ops() -> None:
         routed = ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K)
         used_DW = ops.experts_used(routed.routing_map_TE, **documents)
         statistics = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW)
+        apart = ops.pool_topk(
+            logits_TE, **documents, pool_DE=pool_DE, top_k=TOP_K, score_function="sqrtsoftplus"
+        )
         loss = routed.probs_TE.square().sum() + routed.z_T.sum() + routed.score_sums_E.max()
+        loss = loss + (apart.score_sums_RE * apart.document_choices_DE).square().sum()
         return loss + statistics.sum() * 0 + routed.counts_X.sum() * 0
 
     arguments = inputs(torch.device("cuda"))

@@ -110,6 +110,8 @@ VARIANTS = {
     "sigmoid": Options(top_k=1, score_function="sigmoid"),
     "sigmoid selection": Options(top_k=1, score_function="sigmoid", mask="selection"),
     "sigmoid, biased": Options(top_k=1, score_function="sigmoid", expert_bias_E=BIAS_E),
+    "sqrtsoftplus": Options(top_k=1, score_function="sqrtsoftplus", mask="selection"),
+    "sqrtsoftplus, biased": Options(top_k=1, score_function="sqrtsoftplus", expert_bias_E=BIAS_E),
 }
 MATRIX = [
     (name, variant)
@@ -238,8 +240,10 @@ def clear_choices(case: Case, options: Options, pool_DE: Tensor, ids_T: Tensor) 
     is_free_T = (ids_T < 0) & (case.num_documents != 1)
     allowed_TE = pool_DE[ids_T.clamp(min=0)] | is_free_T[:, None]
     keys_TE = logits_TE
-    if options.score_function == "sigmoid":
+    if options.score_function != "softmax":
         keys_TE = logits_TE.sigmoid()
+        if options.score_function == "sqrtsoftplus":
+            keys_TE = torch.nn.functional.softplus(logits_TE, threshold=700.0).sqrt()
         if options.expert_bias_E is not None:
             keys_TE = keys_TE + options.expert_bias_E
     keys_TE = keys_TE.masked_fill(~allowed_TE, -torch.inf).sort(dim=1, descending=True).values
@@ -302,11 +306,11 @@ def test_routing_and_gradients(
     assert not got.probs_TE.cpu()[~got.routing_map_TE.cpu()].any()
 
 
-@pytest.mark.parametrize("variant", ["paper", "renormalised", "sigmoid"])
+@pytest.mark.parametrize("variant", ["paper", "renormalised", "sigmoid", "sqrtsoftplus, biased"])
 def test_gradients_of_far_apart_logits(compiled: Compiled, variant: str) -> None:
     """Here the reference loses digits, so a float64 loop over the tokens is the judge."""
     case = CASES["far apart"]
-    options = replace(VARIANTS[variant], top_k=case.top_k)
+    options = replace(VARIANTS[variant], top_k=case.top_k, expert_bias_E=None)
     _, pool_DE = reference_pools(case)
     ids_T = case.document_ids()
     _, grad_TE = run(compiled.ops, case, options, pool_DE, compiled.device)
@@ -411,7 +415,7 @@ def test_gradients_at_experts_not_chosen_do_not_matter(compiled: Compiled) -> No
     assert_equal("gradient", grads[1], grads[0])
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("num_experts", [40, 200])
 def test_ties_go_to_the_lower_index(
     compiled: Compiled, num_experts: int, score_function: str
@@ -449,6 +453,16 @@ def everything(compiled: Compiled, case: Case) -> list[Tensor]:
     pool_DE = compiled.ops.select_pool(scores_DE, pool_sizes_D=case.pool_sizes().to(device))
     got, grad_TE = run(compiled.ops, case, Options(top_k=case.top_k), pool_DE, device)
     values = [getattr(got, field.name) for field in fields(Routing)]
+    # the same with gates, and with sums of each document
+    logits_TE = case.logits().to(device).requires_grad_()
+    documents = {"document_ids_T": ids_T, "num_documents": case.num_documents}
+    gates = {"score_function": "sqrtsoftplus"}
+    sums_DE = compiled.ops.document_scores(logits_TE, **documents, **gates)
+    apart = compiled.ops.pool_topk(
+        logits_TE, **documents, pool_DE=pool_DE, top_k=case.top_k, **gates
+    )
+    (apart_TE,) = torch.autograd.grad(apart.score_sums_RE.square().sum(), logits_TE)
+    values += [sums_DE, apart.score_sums_RE, apart.document_choices_DE, apart_TE]
     return [scores_DE, pool_DE, grad_TE, *values]
 
 
@@ -525,15 +539,17 @@ def test_operators_keep_the_rules_of_torch(compiled: Compiled) -> None:
     logits_TE, ids_T = case.logits().to(device), case.document_ids().to(device)
     scores_DE, pool_DE = (tensor.to(device) for tensor in reference_pools(case))
     torch.use_deterministic_algorithms(False)
-    options, sums = (2, 0, True, 1.0), (2, True)
+    options, sums = (2, native.SQRTSOFTPLUS, True, 1.0), (2, True)
     whole = (*options, 5, 1, *sums)
     routing_map_TE = operators.pool_topk(logits_TE, ids_T, pool_DE, None, *whole)[1]
     grad_TE, grad_E, grad_T = (grad.to(device) for grad in upstream(case))
     grads = (grad_TE, torch.stack([grad_E, -grad_E]), grad_T)
     for operator, arguments in (
-        (operators.document_scores, (logits_TE, ids_T, 2, 0)),
+        (operators.document_scores, (logits_TE, ids_T, 2, native.SOFTMAX)),
+        (operators.document_scores, (logits_TE, ids_T, 2, native.SQRTSOFTPLUS)),
         (operators.select_pool, (scores_DE, case.pool_sizes().to(device), 0)),
         (operators.pool_topk, (logits_TE.requires_grad_(), ids_T, pool_DE, None, *whole)),
+        (operators.pool_topk, (logits_TE, ids_T, pool_DE, None, 2, 0, True, 1.0, 0, 0, 0, False)),
         (
             operators.pool_topk_backward,
             (*grads, logits_TE.detach(), routing_map_TE, ids_T, pool_DE, *options, *sums),
@@ -548,8 +564,11 @@ def test_torch_compile_sees_through() -> None:
     def step(logits_TE: Tensor, ids_T: Tensor, sizes_D: Tensor) -> Tensor:
         scores_DE = ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=2)
         pool_DE = ops.select_pool(scores_DE, pool_sizes_D=sizes_D)
-        got = ops.pool_topk(logits_TE * 2, document_ids_T=ids_T, pool_DE=pool_DE, top_k=2)
-        return got.probs_TE.square().sum() + got.z_T.sum()
+        routed = {"document_ids_T": ids_T, "pool_DE": pool_DE, "top_k": 2}
+        got = ops.pool_topk(logits_TE * 2, **routed)
+        apart = ops.pool_topk(logits_TE, **routed, score_function="sqrtsoftplus", num_documents=2)
+        sums_DE = apart.score_sums_RE * apart.document_choices_DE
+        return got.probs_TE.square().sum() + got.z_T.sum() + sums_DE.square().sum()
 
     torch.use_deterministic_algorithms(False)
     grads = []
@@ -569,6 +588,15 @@ def test_torch_compile_sees_through() -> None:
         ({"pool_DE": torch.ones(1, 7, dtype=torch.bool)}, "pool must have shape"),
         ({"document_ids_T": torch.zeros(3, dtype=torch.int64)}, "document_ids must have shape"),
         ({"document_ids_T": torch.zeros(4, dtype=torch.int32)}, "document_ids has the wrong dtype"),
+        ({"num_documents": 2}, "sums by document need document_ids"),
+        (
+            {"num_documents": -1, "document_ids_T": torch.zeros(4, dtype=torch.int64)},
+            "num_documents must not be negative",
+        ),
+        (
+            {"num_documents": 1, "document_ids_T": torch.tensor([0, 1, -1, 0])},
+            "document_ids must be below the number of documents, 1; got 1",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:

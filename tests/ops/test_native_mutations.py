@@ -193,6 +193,63 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "if (copy >= (unsigned long long)args.num_copies) continue;",
         "",
     ),
+    "sixteen large gates add up": (
+        "scores.cu",
+        "has_gates(args.scoring) ? kMaxTokensOfGates : kMaxTokensPerWarp",
+        "kMaxTokensPerWarp",
+    ),
+    "a gate has no limit": ("scores.cu", "units < kMaxGateUnits ? units : kMaxGateUnits", "units"),
+    "a non-finite token adds its gates to its document": (
+        "scores.cu",
+        "if (!(fabsf(row_max(x, inside)) < INFINITY)) continue;",
+        "",
+    ),
+    "far below zero a gate vanishes": ("warp.cuh", "x < kFarBelow ? root : sqrtf(", "sqrtf("),
+    "far below zero a gate falls as its square": (
+        "routing.cu",
+        "softplus < 1e-7f ? 0.5f",
+        "softplus < 1e-7f ? 1.0f",
+    ),
+    "every gate falls as a sigmoid": (
+        "routing.cu",
+        "if (scoring == Scoring::kSigmoid) return 1.0f - g;",
+        "return 1.0f - g;",
+    ),
+    "entropy takes a root of softplus for a sigmoid": (
+        "routing.cu",
+        "if (scoring == Scoring::kSqrtSoftplus) log = logf(scores[c]);",
+        "",
+    ),
+    "sums of a document go to the next one": (
+        "routing.cu",
+        "    flush(args, out, scores);\n    document = (int)next;",
+        "    document = (int)next;\n    flush(args, out, scores);",
+    ),
+    "sums of a document go on into the next one": (
+        "routing.cu",
+        "scores[e] = choices[e] = 0;",
+        "",
+    ),
+    "sums of a document in a whole block leave twice": (
+        "routing.cu",
+        "if (!is_joined) flush(args, out, scores);",
+        "flush(args, out, scores);",
+    ),
+    "sums of a document are joined where a block only begins with it": (
+        "routing.cu",
+        "lane_id() >= tokens.count || tokens.my_document == first",
+        "tokens.count == 0 || tokens.document(0) == first",
+    ),
+    "sums of a document in a whole block lack its choices": (
+        "routing.cu",
+        "if (kByDocument && of_documents.is_joined)",
+        "if (false)",
+    ),
+    "gradients of sums of a document reach the next one": (
+        "routing.cu",
+        "if (kByDocument && document != score_row)",
+        "if (kByDocument && score_row < 0)",
+    ),
 }
 CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
     "nothing: the copy itself passes": ("routing_cpu.cpp", "", ""),
@@ -273,9 +330,36 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "Sum sums[kStretch] = {};",
         "static thread_local Sum sums[kStretch];",
     ),
+    "a gate has no limit": ("scores_cpu.cpp", "std::min(units.i[e], kMaxGateUnits)", "units.i[e]"),
+    "far below zero a gate vanishes": (
+        "vectors.h",
+        "where(x < kFarBelow, root, square_root(softplus))",
+        "square_root(softplus)",
+    ),
+    "far below zero a gate has no slope": (
+        "routing_cpu.cpp",
+        "where(x < kFarBelow, splat(0.5f), sigmoid(x) / (2.0f * g * g))",
+        "sigmoid(x) / (2.0f * g * g)",
+    ),
+    "logarithms are off by a factor of two": ("vectors.h", "(i >> 23) - 127", "(i >> 23) - 126"),
+    "sums of a document are dropped when the next one starts": (
+        "routing_cpu.cpp",
+        "    flush(args, out);\n    row = document;",
+        "    row = document;",
+    ),
+    "choices in sums of a document go on into the next one": (
+        "routing_cpu.cpp",
+        "    std::memset(choices, 0, args.num_experts * sizeof(int64_t));\n",
+        "",
+    ),
+    "gradients of sums of a document reach the next one": (
+        "routing_cpu.cpp",
+        "if (args.by_document && document != score_row)",
+        "if (args.by_document && score_row < 0)",
+    ),
 }
-NONFINITE = ("non-finite", "NaN")
-"""Words of the names of mutations that test_nonfinite.py must see."""
+WORDS = {"non-finite": "nonfinite", "NaN": "nonfinite", "gate": "gates", "sums of a": "gates"}
+"""In the names of mutations, and the tests that must see those."""
 WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"
 """Cases that take long on the emulator and find nothing that narrower ones do not."""
 CASES = [("cuda", name) for name in CUDA_MUTATIONS] + [("cpu", name) for name in CPU_MUTATIONS]
@@ -284,9 +368,10 @@ CASES = [("cuda", name) for name in CUDA_MUTATIONS] + [("cpu", name) for name in
 def suites_of(name: str, file: str, *, is_whole: bool) -> list[str]:
     """The test files that must see a mutation."""
     if is_whole:
-        return ["native", "nonfinite", "documents", "dispatch"]
-    if any(word in name for word in NONFINITE):
-        return ["nonfinite"]
+        return ["native", "nonfinite", "gates", "documents", "dispatch"]
+    for word, suite in WORDS.items():
+        if word in name:
+            return [suite]
     if file.startswith("document"):
         return ["documents"]
     return ["dispatch" if file.startswith(("dispatch", "rows")) else "native"]

@@ -88,6 +88,7 @@ OPTIONS = {
         "score_function": "sigmoid",
         "expert_bias_E": torch.linspace(-0.5, 0.5, NUM_EXPERTS),
     },
+    "sqrtsoftplus": {"score_function": "sqrtsoftplus"},
 }
 
 
@@ -165,8 +166,9 @@ def test_the_compiled_ops_decide_as_the_reference(
 
 
 @EVERY_BACKEND
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_such_tokens_add_nothing_to_a_document(
-    compiled: Compiled, name: str, dtype: torch.dtype
+    compiled: Compiled, name: str, score_function: str, dtype: torch.dtype
 ) -> None:
     ops, device = implementation(name, compiled)
 
@@ -175,6 +177,7 @@ def test_such_tokens_add_nothing_to_a_document(
             logits_of(ROWS, dtype)[rows].to(device),
             document_ids_T=IDS_T[rows].to(device),
             num_documents=5,
+            score_function=score_function,
         )
         return scores_DE.cpu()
 
@@ -186,5 +189,6 @@ def test_such_tokens_add_nothing_to_a_document(
         logits_of(ROWS, dtype)[:5].to(device),
         document_ids_T=torch.zeros(5, dtype=torch.int64, device=device),
         num_documents=1,
+        score_function=score_function,
     )
     assert_equal("one document", one_DE[0].cpu(), scores_of(torch.tensor([0]))[0])

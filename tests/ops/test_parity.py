@@ -100,6 +100,14 @@ STOCK = {
     "sigmoid, biased": Options(
         top_k=4, score_function="sigmoid", expert_bias_E=torch.linspace(-0.3, 0.3, 127)
     ),
+    "sqrtsoftplus": Options(top_k=4, score_function="sqrtsoftplus"),
+    "sqrtsoftplus, one expert": Options(top_k=1, score_function="sqrtsoftplus"),
+    "sqrtsoftplus, biased": Options(
+        top_k=4,
+        score_function="sqrtsoftplus",
+        expert_bias_E=torch.linspace(-0.3, 0.3, 127),
+        scaling_factor=2.5,
+    ),
 }
 
 

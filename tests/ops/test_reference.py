@@ -45,6 +45,15 @@ VARIANTS = {
         score_function="sigmoid",
         expert_bias_E=torch.linspace(-0.5, 0.5, 127)[torch.arange(127) * 37 % 127],
     ),
+    "sqrtsoftplus": Options(top_k=3, score_function="sqrtsoftplus"),
+    "sqrtsoftplus, one expert": Options(
+        top_k=1, score_function="sqrtsoftplus", mask="selection", scaling_factor=0.5
+    ),
+    "sqrtsoftplus, biased": Options(
+        top_k=3,
+        score_function="sqrtsoftplus",
+        expert_bias_E=torch.linspace(-0.5, 0.5, 127)[torch.arange(127) * 37 % 127],
+    ),
 }
 
 

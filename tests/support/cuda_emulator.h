@@ -262,7 +262,9 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline unsigned __float_as_uint(float x) { return (unsigned)emulator::to_bits(x); }
 inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
 inline long long __double2ll_rn(double x) { return llrint(x); }
-inline unsigned __float2uint_rn(float x) { return x > 0.0f ? (unsigned)llrintf(x) : 0u; }
+inline unsigned __float2uint_rn(float x) {
+  return x >= 0x1p32f ? 0xffffffffu : x > 0.0f ? (unsigned)llrintf(x) : 0u;
+}
 
 struct __nv_bfloat16 {
   uint16_t bits;

@@ -45,14 +45,21 @@ int main() {
                      num_documents);
     hash("scores", scores);
     hash("pool", pool);
-    for (Scoring scoring :
-         {Scoring::kSoftmaxThenTopK, Scoring::kTopKThenSoftmax, Scoring::kSigmoid}) {
+    for (Scoring scoring : {Scoring::kSigmoid, Scoring::kSqrtSoftplus}) {
+      std::vector<int64_t> gates(num_documents * num_experts);
+      cpu::document_scores({logits.data(), DType::kFloat32, ids.data(), gates.data(), num_tokens,
+                            num_documents, num_experts, scoring},
+                           0, num_tokens);
+      hash("gates", gates);
+    }
+    for (Scoring scoring : {Scoring::kSoftmaxThenTopK, Scoring::kTopKThenSoftmax, Scoring::kSigmoid,
+                            Scoring::kSqrtSoftplus}) {
       const RoutingArgs args{logits.data(),
                              DType::kFloat32,
                              ids.data(),
                              pool.data(),
                              num_documents,
-                             scoring == Scoring::kSigmoid ? bias.data() : nullptr,
+                             has_gates(scoring) ? bias.data() : nullptr,
                              num_tokens,
                              num_experts,
                              3,

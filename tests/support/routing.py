@@ -73,6 +73,8 @@ def naive_token(logits_E: Tensor, pool: list[int], options: Options) -> dict[str
         keys = inside
     else:
         gates = 1 / (1 + (-inside).exp())
+        if options.score_function == "sqrtsoftplus":
+            gates = (inside.clamp(min=0) + (-inside.abs()).exp().log1p()).sqrt()
         scores, weights, keys = gates / gates.sum(), gates, gates
     if options.expert_bias_E is not None:
         keys = keys + options.expert_bias_E[carrying]
@@ -81,7 +83,7 @@ def naive_token(logits_E: Tensor, pool: list[int], options: Options) -> dict[str
     weights = weights[chosen]
     if options.score_function == "softmax" and not options.pre_softmax:
         weights = weights.softmax(0)
-    if options.score_function == "sigmoid" and options.top_k > 1:
+    if options.score_function != "softmax" and options.top_k > 1:
         weights = weights / weights.sum()
     experts = torch.tensor([carrying[position] for position in chosen])
     spread = torch.zeros_like(logits_E)
