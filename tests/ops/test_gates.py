@@ -12,7 +12,8 @@ from support.routing import assert_close, assert_equal, random_logits
 from torch import Tensor
 
 from emo_megatron.ops import reference
-from emo_megatron.ops.reference import MAX_GATE_UNITS, SCORE_FRACTION_BITS, Routing
+from emo_megatron.ops.reference import SCORE_FRACTION_BITS, Routing
+from emo_megatron.ops.reference_pools import MAX_GATE_UNITS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
