@@ -140,15 +140,16 @@ def _skewed(bits: Tensor, buckets: int, skew: float) -> Tensor:
     No power on the device, whose last bits would make a GPU draw another size than a CPU.
     """
     # a tensor made in tracing is not to be kept
-    table = _device_table if type(bits) is Tensor else _device_table.__wrapped__
-    return torch.searchsorted(
-        table(buckets, skew, bits.device), _logical_shift(bits, 33), right=True
-    )
+    is_traced = torch.compiler.is_compiling() or type(bits) is not Tensor
+    table = _device_table.__wrapped__ if is_traced else _device_table
+    thresholds_K = table(buckets, skew, bits.device)
+    return torch.searchsorted(thresholds_K, _logical_shift(bits, 33), right=True)
 
 
 @functools.lru_cache(maxsize=8)
 def _device_table(buckets: int, skew: float, device: torch.device) -> Tensor:
-    return torch.tensor(_thresholds(buckets, skew), dtype=torch.int64, device=device)
+    # made on the CPU by name, or a default device would make it one that no FakeTensorMode knows
+    return torch.tensor(_thresholds(buckets, skew), dtype=torch.int64, device="cpu").to(device)
 
 
 # torch.compile can't trace decimals
