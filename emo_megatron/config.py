@@ -33,8 +33,9 @@ class PoolConfig:
     pool_max: int | None = None
     """Largest pool, in routed experts. None means all of them."""
     pool_rule: PoolRule = "uniform"
-    """uniform: the size is an integer drawn uniformly from [pool_min, pool_max] for every document and layer (the
-    paper). top_p: the fewest experts that hold pool_top_p of the document's mean probability, within these bounds."""
+    """uniform: the size is an integer drawn from [pool_min, pool_max] for every document and layer, uniformly (the
+    paper) or as pool_skew says. top_p: the fewest experts that hold pool_top_p of the document's mean probability,
+    within these bounds."""
     pool_top_p: float | None = None
     """Probability mass, in (0, 1), that a pool of rule top_p must hold."""
     pool_min_start: int | None = None

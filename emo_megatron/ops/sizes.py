@@ -161,8 +161,7 @@ def _thresholds(buckets: int, skew: float) -> list[int]:
     """
     with localcontext(Context(prec=50)):
         shares = [(Decimal(k) / buckets) ** Decimal(skew) for k in range(1, buckets)]
-        # of a share too small for decimals the least number is 1 too
-        return [max(1, math.ceil(2**31 * share)) for share in shares]
+        return [math.ceil(2**31 * share) for share in shares]
 
 
 def _wrap(value: int) -> int:
