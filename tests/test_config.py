@@ -53,6 +53,17 @@ def test_default_is_off():
             for value in (float("nan"), float("inf"), 2.5, True)
         ),
         ({"pool_min_decay_samples": float("inf"), "pool_seed": None}, ["-decay-", "--pool-seed"]),
+        *(
+            ({"pool_min": 4, "pool_skew": value}, ["--pool-skew"])
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        (
+            {"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_skew": 2.0},
+            ["--pool-skew"],
+        ),
+        ({"pool_min": 4, "pool_delay_samples": -1}, ["--pool-delay-samples"]),
+        ({"pool_min": 4, "pool_delay_samples": 0.5}, ["--pool-delay-samples"]),
+        ({"pool_skew": 2.0, "pool_delay_samples": 9}, ["--pool-skew", "--pool-delay-samples"]),
     ],
 )
 def test_problems_name_their_flags_together(fields, names):
@@ -92,6 +103,16 @@ def test_lower_bound_starts_where_it_is_told():
     assert config.size_bounds(num_experts=32, consumed_samples=5) == (8, 20)
 
 
+def test_pools_start_and_the_lower_bound_falls_after_the_delay():
+    config = PoolConfig(pool_min=4, pool_min_decay_samples=100, pool_delay_samples=50)
+    counts = (0, 49, 50, 75, 100, 150, 500)
+    assert [config.is_on_after(n) for n in counts] == [False] * 2 + [True] * 5
+    lows = [config.size_bounds(num_experts=32, consumed_samples=n)[0] for n in counts[2:]]
+    assert lows == [32, 25, 18, 4, 4]
+    assert PoolConfig(pool_min=4).is_on_after(0)
+    assert not PoolConfig().is_on_after(10**9)
+
+
 @pytest.mark.parametrize(
     ("text", "fields"),
     [
@@ -100,6 +121,10 @@ def test_lower_bound_starts_where_it_is_told():
         (
             '{"pool_min": 8, "pool_eval": null, "pool_check": true, "pool_mask": "selection"}',
             {"pool_min": 8, "pool_check": True, "pool_mask": "selection"},
+        ),
+        (
+            '{"pool_min": 8, "pool_skew": 2, "pool_delay_samples": 100}',
+            {"pool_min": 8, "pool_skew": 2.0, "pool_delay_samples": 100},
         ),
     ],
 )

@@ -2,14 +2,20 @@
 
 import argparse
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.pretraining import FLAGS
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from emo_megatron.config import PoolConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 LAUNCHERS = sorted(EXAMPLES.glob("*.sh"))
 INPUTS = {"DATA_PATH": "0.7 web 0.3 code", "TOKENIZER": "tokenizer", "CHECKPOINT": "runs/model"}
 
@@ -129,6 +135,45 @@ def _count_parameters(config: object, *, vocabulary: int) -> int:
     router = config.hidden_size * config.num_moe_experts
     layer = attention + (config.num_moe_experts + 1) * expert + router
     return config.num_layers * layer + 2 * vocabulary * config.hidden_size
+
+
+def test_the_preset_of_the_megatron_page_is_olmos_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from emo_megatron.mcore.args import check_run, pool_config_from_args
+    from emo_megatron.ops import pool_topk
+
+    page = (ROOT / "docs" / "megatron.md").read_text()
+    preset = re.search(r"### OLMo 3.5's variant\n.*?```bash\n(.*?)```", page, flags=re.DOTALL)
+    assert preset is not None
+    flags = [*FLAGS, *shlex.split(preset[1].replace("\\\n", " "))]
+    args = _validated([*flags, "--vocab-size", "512"], monkeypatch, world_size=1)
+    pool = pool_config_from_args(args)
+    args.apply_rope_fusion = False
+    config = core_transformer_config_from_args(args)
+    check_run(pool, config, args)
+
+    assert pool == PoolConfig(pool_min=16, pool_mask="selection")
+    assert pool.size_bounds(num_experts=config.num_moe_experts, consumed_samples=0) == (16, 512)
+    logits_TE = torch.randn(50, 512)
+    pool_DE = torch.rand(1, 512) < 0.1
+    routed = pool_topk(
+        logits_TE,
+        document_ids_T=torch.zeros(50, dtype=torch.int64),
+        pool_DE=pool_DE,
+        top_k=config.moe_router_topk,
+        score_function=config.moe_router_score_function,
+        pre_softmax=config.moe_router_pre_softmax,
+        scaling_factor=config.moe_router_topk_scaling_factor,
+        mask=pool.pool_mask,
+    )
+    scores_TE = logits_TE.softmax(-1)
+    chosen_TK = scores_TE.masked_fill(~pool_DE, 0.0).topk(16).indices
+    weights_TK = scores_TE.gather(1, chosen_TK)
+    weights_TK = 16 * weights_TK / weights_TK.sum(1, keepdim=True)
+    wanted_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, weights_TK)
+    torch.testing.assert_close(routed.probs_TE, wanted_TE)
+    torch.testing.assert_close(routed.score_sums_E, scores_TE.sum(0))
 
 
 def test_the_users_flags_and_variables_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

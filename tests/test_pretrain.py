@@ -90,7 +90,8 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
     flags = ["--pool-min", 3, "--use-distributed-optimizer", "--ckpt-format", "torch_dist"]
     # the other format stores what lies between the tensors too, which nobody initialised
     flags += ["--dist-ckpt-optim-fully-reshardable"]
-    flags += ["--pool-min-decay-samples", 24, "--expert-model-parallel-size", 2]
+    flags += ["--pool-min-decay-samples", 24, "--pool-delay-samples", 16, "--pool-skew", 1.5]
+    flags += ["--expert-model-parallel-size", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
     def save(folder):
@@ -117,8 +118,10 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
     ):
         assert len(scalars(whole / "tb", name)) == 4, name
     sizes = scalars(whole / "tb", "pool_size")
-    assert sizes[1] == 8.0, "the lower bound starts at all experts"
-    assert sizes[4] < 8.0
+    assert sizes[1] == sizes[2] == 0.0, "pools start with the third step"
+    assert sizes[3] == 8.0, "the lower bound starts at all experts"
+    assert 3.0 < sizes[4] < 8.0
+    assert all(value > 1.0 for value in scalars(whole / "tb", "experts_per_document").values())
 
     _check_stored_pool_configuration(whole / "iter_0000004")
 
@@ -131,7 +134,9 @@ def _check_stored_pool_configuration(checkpoint: Path) -> None:
     common = load_common_state_dict(str(checkpoint))
     stored = {f.name: getattr(common["args"], f.name) for f in dataclasses.fields(PoolConfig)}
     assert stored["pool_min"] == 3
-    assert PoolConfig(**stored) == PoolConfig(pool_min=3, pool_min_decay_samples=24)
+    assert PoolConfig(**stored) == PoolConfig(
+        pool_min=3, pool_min_decay_samples=24, pool_delay_samples=16, pool_skew=1.5
+    )
     assert all(isinstance(v, int | float | str | None) for v in stored.values())
 
 

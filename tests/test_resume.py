@@ -104,8 +104,7 @@ def test_other_pools_are_refused_unless_asked_for(trained, data_prefix):
     changed = [
         "--pool-min",
         4,
-        "--pool-seed",
-        9,
+        *("--pool-seed", 9, "--pool-skew", 2, "--pool-delay-samples", 8),
         *RESHARDABLE,
         "--load",
         folder,
@@ -115,6 +114,8 @@ def test_other_pools_are_refused_unless_asked_for(trained, data_prefix):
     output = pretrain(1, *changed, data=data_prefix, expect_failure=True)
     assert "--pool-min was 3 and is 4" in output
     assert "--pool-seed was 1234 and is 9" in output
+    assert "--pool-skew was 1.0 and is 2.0" in output
+    assert "--pool-delay-samples was 0 and is 8" in output
     assert "--override-pool-config" in output
     assert "number of parameters" not in output, "refused before anything was built"
     output = pretrain(1, *changed, "--override-pool-config", data=data_prefix)

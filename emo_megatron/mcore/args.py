@@ -75,6 +75,7 @@ def check_run(
     if refusals is SCRIPT_REFUSALS:
         problems += _problems_with_conversations(args) + problems_with_restarts(args)
     problems += _problems_with_boundaries(pool, args) + _problems_with_sharded_optimizer(args)
+    problems += _problems_with_delay(pool, args)
     if pool.is_on and args.dataloader_type != "single":
         warnings.warn(
             f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "
@@ -129,6 +130,19 @@ def _problems_with_boundaries(pool: PoolConfig, args: argparse.Namespace) -> lis
             "or --pool-documents routers, with which attention does not"
         )
     return problems
+
+
+def _problems_with_delay(pool: PoolConfig, args: argparse.Namespace) -> list[str]:
+    """A delay that leaves no step with pools, in a sentence; nothing where the run's length is not told."""
+    if pool.pool_delay_samples == 0 or args.skip_train:
+        return []
+    samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    if not 0 < samples <= pool.pool_delay_samples:
+        return []
+    return [
+        f"--pool-delay-samples must be below the samples of the run ({samples}), or no step has pools; got "
+        f"{pool.pool_delay_samples}"
+    ]
 
 
 def _problems_with_sharded_optimizer(args: argparse.Namespace) -> list[str]:

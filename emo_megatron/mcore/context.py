@@ -16,11 +16,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from emo_megatron import ops
 from emo_megatron.balance import LayerCounts
 from emo_megatron.config import PoolConfig, PoolCpPartition
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
-from emo_megatron.ops import Backend
 from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
@@ -102,9 +102,27 @@ class PoolScope:
     """Layer number -> [D, E] bool, the pools of this micro-batch."""
     counts: dict[int, LayerCounts] = field(default_factory=dict)
     """Layer number -> what its losses are made of."""
-    backends: dict[int, Backend] = field(default_factory=dict)
+    backends: dict[int, ops.Backend] = field(default_factory=dict)
     """Layer number -> the routing ops that chose its pools."""
     layers_seen: set[int] = field(default_factory=set)
+
+    def draw_sizes(
+        self, pool: PoolConfig, *, num_layers: int, low: int, high: int, num_experts: int
+    ) -> Tensor:
+        """`sizes_LD`, drawn by the first layer that asks, from [low, high]."""
+        if self.sizes_LD is None:
+            self.sizes_LD = ops.draw_pool_sizes(
+                self.sample_positions_D,
+                offsets_D=self.segments.offsets_D,
+                layer_number=range(1, num_layers + 1),
+                seed=pool.pool_seed,
+                low=low,
+                high=high,
+                skew=pool.pool_skew,
+                unrestricted_share=pool.pool_unrestricted,
+                num_experts=num_experts,
+            )
+        return self.sizes_LD
 
 
 def scope_of(

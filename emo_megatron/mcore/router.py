@@ -137,7 +137,7 @@ class PoolRouter(TopKRouter):
 
     def backend(self, logits_TE: Tensor) -> ops.Backend:
         """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not."""
-        if not self.pool.is_on and not self._is_fused:
+        if self._is_standard and not self._is_fused:
             return "reference"
         return choose_backend(
             logits_TE.device.type,
@@ -149,7 +149,14 @@ class PoolRouter(TopKRouter):
     @property
     def _is_fused(self) -> bool:
         """Whether Transformer Engine chooses, as in the stock router; with pools the compiled ops are fused already."""
-        return bool(self.config.moe_router_fusion) and not self.pool.is_on
+        return bool(self.config.moe_router_fusion) and self._is_standard
+
+    @property
+    def _is_standard(self) -> bool:
+        """Whether this micro-batch is the standard MoE's: pools are off, or training has not reached their start."""
+        if self.scope is None or not self.training:
+            return not self.pool.is_on
+        return not self.pool.is_on_after(self.scope.consumed_samples)
 
     def _with_fused_choice(
         self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None
@@ -210,8 +217,8 @@ class PoolRouter(TopKRouter):
         scope = self.scope
         if scope is None or ids_T is None:
             raise ValueError(NO_BOUNDARIES)
-        if self.layer_number in scope.pools:
-            return scope.pools[self.layer_number], None
+        if self._is_standard or self.layer_number in scope.pools:
+            return scope.pools.get(self.layer_number), None
         scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)
         choosing_DE, sizes_D = self._within_groups(choosing_DE, self._pool_sizes(scores_DE, scope))
         pool_DE = ops.select_pool(
@@ -273,18 +280,9 @@ class PoolRouter(TopKRouter):
         if self.pool.pool_rule == "top_p":
             assert self.pool.pool_top_p is not None
             return ops.top_p_pool_sizes(scores_DE, top_p=self.pool.pool_top_p, low=low, high=high)
-        if scope.sizes_LD is None:
-            scope.sizes_LD = ops.draw_pool_sizes(
-                scope.sample_positions_D,
-                offsets_D=scope.segments.offsets_D,
-                layer_number=range(1, self.config.num_layers + 1),
-                seed=self.pool.pool_seed,
-                low=low,
-                high=high,
-                unrestricted_share=self.pool.pool_unrestricted,
-                num_experts=num_experts,
-            )
-        return scope.sizes_LD[self.layer_number - 1]
+        bounds = {"low": low, "high": high, "num_experts": num_experts}
+        sizes_LD = scope.draw_sizes(self.pool, num_layers=self.config.num_layers, **bounds)
+        return sizes_LD[self.layer_number - 1]
 
     def _count_for_bias(self, routed: ops.Routing) -> None:
         """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""

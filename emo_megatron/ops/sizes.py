@@ -1,12 +1,16 @@
 """How large each document's pool is: a counter-based hash instead of a generator, so every layout draws the same.
 
 A size depends on (seed, sample position in training, start of the document in its sample, layer) and on nothing that
-differs between ranks, pipeline stages or a resumed run. All integer arithmetic on the device, no host sync.
+differs between ranks, pipeline stages or a resumed run. All integer arithmetic on the device, no host sync, but for
+the table of a skewed draw, which is sent there when its bounds are new.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from decimal import Context, Decimal, localcontext
 
 import torch
 from torch import Tensor
@@ -24,11 +28,12 @@ def draw_pool_sizes(
     seed: int,
     low: int,
     high: int,
+    skew: float = 1.0,
     unrestricted_share: float = 0.0,
     num_experts: int,
     draw: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Draw each document's pool size uniformly from the integers in [low, high].
+    """Draw each document's pool size from the integers in [low, high], uniformly by default.
 
     Args:
         sample_positions_D: [D] int64, global index of the training sample that holds the document.
@@ -36,6 +41,7 @@ def draw_pool_sizes(
         layer_number: 1-based global layer number; a range of them, or [L, 1] int64, draws for several layers at once.
         seed: of the draw.
         low, high: bounds, inclusive.
+        skew: a, finite and above 0: the size is low + floor((high - low + 1) * u^(1 / a)) with u uniform in [0, 1).
         unrestricted_share: fraction of documents that get all `num_experts` instead.
         num_experts: E.
         draw: a backend's `draw_bits`; the one below by default.
@@ -55,7 +61,9 @@ def draw_pool_sizes(
             sample_positions_D, offsets_D, layers=layers, seed=seed, stream=stream
         )
 
-    sizes_LD = low + _scale(bits(0), high - low + 1)
+    buckets = high - low + 1
+    bits_LD = bits(0)
+    sizes_LD = low + (_scale(bits_LD, buckets) if skew == 1.0 else _skewed(bits_LD, buckets, skew))
     if unrestricted_share > 0.0:
         is_free_LD = _scale(bits(1), 1 << 24) < round(unrestricted_share * (1 << 24))
         sizes_LD = torch.where(is_free_LD, num_experts, sizes_LD)
@@ -124,6 +132,36 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
 def _scale(bits: Tensor, buckets: int) -> Tensor:
     """Map the top 31 bits onto [0, buckets) with a multiply; the bias is below buckets / 2**31."""
     return (_logical_shift(bits, 33) * buckets) >> 31
+
+
+def _skewed(bits: Tensor, buckets: int, skew: float) -> Tensor:
+    """Map the top 31 bits, u * 2^31, onto [0, buckets) as floor(buckets * u^(1 / skew)): count the thresholds reached.
+
+    No power on the device, whose last bits would make a GPU draw another size than a CPU.
+    """
+    # a tensor made in tracing is not to be kept
+    is_traced = torch.compiler.is_compiling() or type(bits) is not Tensor
+    table = _device_table.__wrapped__ if is_traced else _device_table
+    thresholds_K = table(buckets, skew, bits.device)
+    return torch.searchsorted(thresholds_K, _logical_shift(bits, 33), right=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _device_table(buckets: int, skew: float, device: torch.device) -> Tensor:
+    # made on the CPU by name, or a default device would make it one that no FakeTensorMode knows
+    return torch.tensor(_thresholds(buckets, skew), dtype=torch.int64, device="cpu").to(device)
+
+
+# torch.compile can't trace decimals
+@torch.compiler.assume_constant_result
+def _thresholds(buckets: int, skew: float) -> list[int]:
+    """For k = 1 to buckets - 1 the least 31-bit number in bucket k or above: ceil(2^31 * (k / buckets)^skew).
+
+    In decimals, for the C library's powers differ between machines, and a run may go on on another.
+    """
+    with localcontext(Context(prec=50)):
+        shares = [(Decimal(k) / buckets) ** Decimal(skew) for k in range(1, buckets)]
+        return [math.ceil(2**31 * share) for share in shares]
 
 
 def _wrap(value: int) -> int:

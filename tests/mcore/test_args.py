@@ -364,6 +364,25 @@ def test_megatrons_own_scripts_have_boundaries_on_two_stages():
     pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
 
 
+@pytest.mark.parametrize(
+    ("length", "samples"),
+    [
+        ({"train_samples": 100, "train_iters": None}, 100),
+        ({"train_samples": None, "train_iters": 25}, 200),
+        ({"train_samples": None, "train_iters": None}, None),
+        ({"train_samples": 100, "train_iters": None, "skip_train": True}, None),
+    ],
+)
+def test_pools_that_would_never_start_are_refused(length, samples):
+    host = _host(**{"global_batch_size": 8, "skip_train": False} | length)
+    late = PoolConfig(pool_min=4, pool_delay_samples=10**9 if samples is None else samples - 1)
+    pool_args.check_run(late, host, host)
+    if samples is not None:
+        never = dataclasses.replace(late, pool_delay_samples=samples)
+        with pytest.raises(ValueError, match=rf"--pool-delay-samples .*\({samples}\).* {samples}$"):
+            pool_args.check_run(never, host, host)
+
+
 def test_another_dataloader_is_warned_about():
     host = _host(dataloader_type="cyclic")
     with pytest.warns(UserWarning, match="--dataloader-type single"):

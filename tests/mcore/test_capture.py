@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "uniform": {"pool": {}},
     "fixed size": {"pool": {"pool_max": 3}},
     "falling bound": {"pool": {"pool_min_decay_samples": 9}},
+    "skewed sizes": {"pool": {"pool_skew": 2.5}},
+    "before the pools start": {"pool": {"pool_delay_samples": 1}},
     "unrestricted share": {"pool": {"pool_unrestricted": 0.2}},
     "top-p": {"pool": {"pool_rule": "top_p", "pool_top_p": 0.7}},
     "running": {"pool": {"pool_balance": "running"}},

@@ -334,6 +334,84 @@ def test_with_pools_the_compiled_op_is_the_fusion(ranks):
     assert all(torch.equal(fused[name], apart[name]) for name in apart)
 
 
+def _steps_around_the_delay(**overrides):
+    """Gradients of a step before and one after the start of the pools, by configuration; pools in evaluation."""
+    from support import tiny
+
+    from emo_megatron.mcore.context import CLOCK
+
+    tiny.setup()
+    late = PoolConfig(pool_min=3, pool_max=5, pool_delay_samples=8, pool_eval=4)
+    early = PoolConfig(pool_min=3, pool_max=5, pool_eval=4)
+    found = {}
+    for name, pool in {"late": late, "early": early, "off": PoolConfig()}.items():
+        model = tiny.model(pool, **overrides)
+        model.load_state_dict(_state(model))
+        for consumed in (7, 8):
+            CLOCK.consumed_samples = consumed
+            with _fused_choice() as fused:
+                found[name, consumed] = _train_step(model, [0, 5, 16, 32]), fused.call_count
+        if name != "off":
+            CLOCK.consumed_samples = 0
+            params = tiny.packed([0, 5, 16, 32])
+            model.eval()(**tiny.batch(0), attention_mask=None, packed_seq_params=params)
+            found[name, "evaluation"] = [
+                pool.sum(1).tolist() for pool in params.emo_scope.pools.values()
+            ]
+    CLOCK.consumed_samples = None
+    return found
+
+
+def _state(model):
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: value if value is None else torch.randn(value.shape, generator=generator) * 0.3
+        for name, value in model.state_dict().items()
+        if value is None or value.is_floating_point()
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        {"moe_router_fusion": True, "moe_router_pre_softmax": True},
+    ],
+    ids=["plain", "recompute", "fusion"],
+)
+def test_pools_that_start_late_are_the_standard_moe_before_and_pools_after(ranks, overrides):
+    found = ranks(1).run(_steps_around_the_delay, **overrides)[0]
+
+    def is_same(one, other):
+        return one[1] == other[1] and all(torch.equal(one[0][n], other[0][n]) for n in one[0])
+
+    assert is_same(found["late", 7], found["off", 7])
+    assert is_same(found["late", 8], found["early", 8])
+    assert not is_same(found["late", 7], found["early", 7])
+    assert not is_same(found["late", 8], found["off", 8])
+    assert found["late", "evaluation"] == found["early", "evaluation"] == [[4] * 3] * 2
+
+
+def _skewed_sizes():
+    from support import tiny
+
+    tiny.setup()
+    sizes = []
+    for skew in (1.0, 8.0):
+        params = tiny.packed([0, 5, 16, 32])
+        model = tiny.model(PoolConfig(pool_min=3, pool_skew=skew))
+        model(**tiny.batch(0), attention_mask=None, packed_seq_params=params)
+        sizes.append(torch.stack([pool.sum(1) for pool in params.emo_scope.pools.values()]))
+    return sizes
+
+
+def test_the_skew_reaches_the_draw(ranks):
+    uniform, skewed = ranks(1).run(_skewed_sizes)[0]
+    assert (uniform <= skewed).all()
+    assert (uniform < skewed).any()
+
+
 def _evaluation_equals_stock():
     from support import tiny
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emo_megatron.ops import draw_pool_sizes, top_p_pool_sizes
+from emo_megatron.ops import draw_bits, draw_pool_sizes, sizes, top_p_pool_sizes
 
 
 def _draw(positions, offsets=None, **overrides):
@@ -51,11 +55,12 @@ def test_layers_and_seeds_draw_apart(change):
     assert same == pytest.approx(1 / 29, abs=0.02)
 
 
+@pytest.mark.parametrize("skew", [1.0, 2.5])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_several_layers_at_once_draw_what_each_draws(share):
+def test_several_layers_at_once_draw_what_each_draws(share, skew):
     positions, offsets = torch.arange(40) // 4 + 10**12, torch.arange(40) % 4 * 100
     layers = torch.tensor([1, 2, 48])
-    options = {"unrestricted_share": share, "high": 30}
+    options = {"unrestricted_share": share, "high": 30, "skew": skew}
     got = _draw(positions, offsets, layer_number=layers[:, None], **options)
     want = [_draw(positions, offsets, layer_number=int(layer), **options) for layer in layers]
     assert torch.equal(got, torch.stack(want))
@@ -81,6 +86,71 @@ def test_the_extremes_of_the_seed_are_legal():
         sizes = _draw(torch.arange(100), seed=seed)
         assert sizes.min() >= 4
         assert sizes.max() <= 32
+
+
+@pytest.mark.parametrize("skew", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("high", [32, 511])
+def test_skewed_sizes_are_the_formula_in_unbounded_integers(skew, high):
+    positions = torch.arange(3000)
+    bits = draw_bits(positions, positions, layers=range(5, 6), seed=3)[0]
+    n, want = high - 4 + 1, []
+    for u in ((bits >> 33) & (2**31 - 1)).tolist():
+        if skew == 0.5:
+            want.append(4 + (n * u * u >> 62))
+        elif skew == 2.0:
+            want.append(4 + math.isqrt(n**2 * u >> 31))
+        else:
+            want.append(4 + math.isqrt(math.isqrt(n**4 * u >> 31)))
+    options = {"layer_number": 5, "seed": 3, "high": high, "skew": skew, "num_experts": 512}
+    assert _draw(positions, positions, **options).tolist() == want
+
+
+def test_skewed_sizes_have_the_shares_of_the_formula():
+    drawn = _draw(torch.arange(58_000), skew=2.5)
+    counts = torch.bincount(drawn, minlength=33)[4:].double()
+    edges = (torch.arange(30, dtype=torch.float64) / 29) ** 2.5
+    wanted = edges.diff() * 58_000
+    assert ((counts - wanted).abs() < 5 * wanted.sqrt() + 1).all()
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 29, 505, 512])
+def test_the_table_of_skew_1_is_the_uniform_draw(buckets):
+    first = torch.tensor([(k << 31) // buckets for k in range(buckets)])
+    near = (first[:, None] + torch.arange(-2, 3)).flatten().clamp(0, 2**31 - 1)
+    spread = torch.randint(2**31, (100_000,))
+    bits = torch.cat([near, spread]) << 33
+    assert torch.equal(sizes._skewed(bits, buckets, 1.0), sizes._scale(bits, buckets))
+
+
+def test_more_skew_gives_larger_sizes_up_to_the_bounds():
+    positions = torch.arange(2000)
+    drawn = [_draw(positions, skew=skew) for skew in (1e-300, 0.5, 1.0, 1.5, 2.0, 4.0, 1e300)]
+    for smaller, larger in itertools.pairwise(drawn):
+        assert (smaller <= larger).all()
+        assert (smaller < larger).any()
+    assert (drawn[0] == 4).all()
+    assert (drawn[-1] == 32).all()
+    assert (_draw(positions, low=7, high=7, skew=2.0) == 7).all()
+
+
+def test_skewed_sizes_follow_their_documents_in_any_order():
+    positions, offsets = torch.arange(500) // 5, torch.arange(500) % 5 * 30
+    order = torch.randperm(500)
+    whole = _draw(positions, offsets, skew=3.0)
+    assert torch.equal(_draw(positions[order], offsets[order], skew=3.0), whole[order])
+    assert torch.equal(_draw(positions[400:], offsets[400:], skew=3.0), whole[400:])
+
+
+def test_tracing_keeps_nothing_that_a_draw_would_find():
+    def draw(positions):
+        return _draw(positions, skew=1.75, layer_number=range(1, 4))
+
+    with FakeTensorMode():
+        assert draw(torch.arange(9)).shape == (3, 9)
+    positions = torch.arange(9)
+    assert torch.equal(
+        torch.compile(draw, fullgraph=True, backend="eager")(positions), draw(positions)
+    )
 
 
 def test_top_p_takes_the_fewest_experts_that_hold_the_mass():
