@@ -1,7 +1,7 @@
-"""Attention inside documents, and norms that know sequence parallelism, for runs without Transformer Engine.
+"""Attention inside documents, for runs without Transformer Engine.
 
-Megatron's own modules for the local spec refuse packed sequences, sequence parallelism and context parallelism; these
-take their place in it. With Transformer Engine none is used.
+Megatron's own attention for the local spec refuses packed sequences, sequence parallelism and context parallelism;
+these take its place in it. With Transformer Engine none is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -21,6 +24,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -31,31 +35,8 @@ from torch import Tensor
 
 from emo_megatron.config import PoolCpPartition, flag
 from emo_megatron.mcore.context import partition_bounds
+from emo_megatron.mcore.local_modules import NormedLinear
 from emo_megatron.sharding import local_token_indices
-
-
-class TorchNorm:
-    """Builds torch's RMSNorm or LayerNorm with Megatron's `sequence_parallel` mark on its parameters.
-
-    The mark makes Megatron sum these gradients over the tensor-parallel ranks, each of which saw its own part of the
-    sequence. A class and not a function, because Megatron-Core 0.18 does not call a function it finds in a spec.
-    """
-
-    def __new__(  # type: ignore[misc]
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> torch.nn.Module:
-        """The norm over the last `hidden_size` features; `unused` is what Megatron hands its own norms."""
-        if config.layernorm_zero_centered_gamma:
-            raise ValueError(
-                "--apply-layernorm-1p needs Transformer Engine or Apex; drop the flag or use "
-                "--transformer-impl transformer_engine"
-            )
-        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = norm_class(hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
 
 _SUPPORTED = {"apply_query_key_layer_scaling": False}
 """Options of Megatron's attention that DocumentAttention does not have, with the value that leaves them out."""
@@ -260,13 +241,32 @@ class DocumentAttention(torch.nn.Module):
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's multi-latent attention, with the whole gradient of the positional key under tensor parallelism.
+    """Megatron's multi-latent attention without Transformer Engine: whole gradients, and norms of uncompressed queries.
 
     All heads share that key. Megatron gathers it from the ranks' parts of the down projection, and in backward takes
     this rank's heads' share of its gradient for the sum over all heads (NVIDIA/Megatron-LM issue 1699). Cut along
     the sequence, as the output of Transformer Engine's duplicated projection is, the key is gathered in a way whose
     backward sums. Without sequence parallelism there is no training to repair: Megatron's MoE layer refuses it.
+
+    Where queries are not compressed, --qk-layernorm norms what they are projected from. Megatron does so from 0.19 on,
+    by a projection of Transformer Engine's that holds the norm; NormedLinear is that projection here.
     """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> Any:
+        is_compressed = self.config.q_lora_rank is not None
+        if (
+            is_compressed
+            or not self.config.qk_layernorm
+            or submodules.linear_q_proj is not ColumnParallelLinear
+        ):
+            return super()._resolve_qk_norm_config(submodules)
+        return {
+            "linear_q_proj": NormedLinear,
+            "linear_q_up_proj": IdentityOp,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": IdentityOp,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
