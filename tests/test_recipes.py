@@ -120,6 +120,9 @@ SHRINK: dict[str, Any] = {
 }
 """Sizes for one process on a CPU: flag -> value, or a function of the recipe. None: one process has no use for it."""
 
+BALANCE = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+"""Type of balance loss -> its name in the log."""
+
 # a recipe's own flags come after these, and win
 PROCESS = shlex.split("""
 --train-iters 2 --lr 1e-3 --min-lr 1e-4 --seed 7 --mock-data --tokenizer-type NullTokenizer --vocab-size 512
@@ -218,6 +221,11 @@ def test_a_published_recipe_trains_with_pools(name):
         0 < used <= size
         for used, size in zip(logged(output, "experts_per_document"), sizes, strict=True)
     )
+    if float(flags["--moe-aux-loss-coeff"][0]) > 0:
+        (kind,) = flags["--moe-router-load-balancing-type"]
+        balance = logged(output, BALANCE[kind])
+        assert len(balance) == 2
+        assert all(loss > 0 for loss in balance)
     (seen,) = (
         json.loads(line.removeprefix("SEEN "))
         for line in output.splitlines()
