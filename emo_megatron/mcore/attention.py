@@ -1,7 +1,7 @@
-"""Attention inside documents, and norms that know sequence parallelism, for runs without Transformer Engine.
+"""Attention inside documents, for runs without Transformer Engine.
 
-Megatron's own modules for the local spec refuse packed sequences, sequence parallelism and context parallelism; these
-take their place in it. With Transformer Engine none is used.
+Megatron's own attention for the local spec refuses packed sequences, sequence parallelism and context parallelism;
+these take its place in it. With Transformer Engine none is used.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import contextlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -21,43 +24,21 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from emo_megatron.config import PoolCpPartition, flag
 from emo_megatron.mcore.context import partition_bounds
+from emo_megatron.mcore.local_modules import NormedLinear
 from emo_megatron.sharding import local_token_indices
 
-
-class TorchNorm:
-    """Builds torch's RMSNorm or LayerNorm with Megatron's `sequence_parallel` mark on its parameters.
-
-    The mark makes Megatron sum these gradients over the tensor-parallel ranks, each of which saw its own part of the
-    sequence. A class and not a function, because Megatron-Core 0.18 does not call a function it finds in a spec.
-    """
-
-    def __new__(  # type: ignore[misc]
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> torch.nn.Module:
-        """The norm over the last `hidden_size` features; `unused` is what Megatron hands its own norms."""
-        if config.layernorm_zero_centered_gamma:
-            raise ValueError(
-                "--apply-layernorm-1p needs Transformer Engine or Apex; drop the flag or use "
-                "--transformer-impl transformer_engine"
-            )
-        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = norm_class(hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-
-_SUPPORTED = {
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "apply_query_key_layer_scaling": False,
-}
+_SUPPORTED = {"apply_query_key_layer_scaling": False}
 """Options of Megatron's attention that DocumentAttention does not have, with the value that leaves them out."""
 
 
@@ -74,10 +55,14 @@ def require_supported(config: TransformerConfig) -> None:
 class DocumentAttention(torch.nn.Module):
     """Causal attention in which a token sees its own document only, through torch's scaled dot product.
 
-    Stands in for Megatron's DotProductAttention: the constructor takes what that takes, and `cp_partition`, how packed
-    micro-batches are cut over context-parallel ranks (PoolConfig.pool_cp_partition). Every rank holds its own heads
-    (tensor parallelism) of its own tokens (context parallelism), and gathers the keys and values of the others: simple
-    and exact, not made for long sequences.
+    Stands in for Megatron's DotProductAttention, its sliding windows and softmax types included: the constructor takes
+    what that takes, and `cp_partition`, how packed micro-batches are cut over context-parallel ranks
+    (PoolConfig.pool_cp_partition). Every rank holds its own heads (tensor parallelism) of its own tokens (context
+    parallelism), and gathers the keys and values of the others: simple and exact, not made for long sequences.
+
+    Attributes:
+        softmax_offset: [heads of this rank], the logit of a key without a value, which takes a share of every softmax.
+            A parameter, under Megatron's name, with --softmax-type learnable; zero with off-by-one; None otherwise.
 
     Raises:
         NotImplementedError: on construction, for an option of Megatron's attention it does not have.
@@ -103,10 +88,16 @@ class DocumentAttention(torch.nn.Module):
             )
         self.softmax_scale = softmax_scale
         self.cp_partition = cp_partition
-        self.cp_group: dist.ProcessGroup | None = None
-        if config.context_parallel_size > 1:
-            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
-            self.cp_group = groups.cp
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp", "tp"])
+        self.cp_group = groups.cp if config.context_parallel_size > 1 else None
+        self.tp_group = groups.tp
+        has_window = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window_size = config.window_size if has_window else None
+        self.softmax_offset: Tensor | None = None
+        if config.softmax_type != "vanilla":
+            self._add_offset(config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -137,14 +128,15 @@ class DocumentAttention(torch.nn.Module):
             raise NotImplementedError("an attention bias needs Transformer Engine's attention")
         if self.cp_group is not None:
             return self._across_ranks(query, key, value, packed_seq_params)
+        num_tokens = query.shape[0]
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = self._attend(q, k, v, None)
+            is_plain = self.window_size is None and self.softmax_offset is None
+            out = self._attend(q, k, v, None if is_plain else self._visible(query, None, 1))
             return out.permute(2, 0, 1, 3).flatten(2)
-        num_tokens = query.shape[0]
         rows = num_tokens // (getattr(packed_seq_params, "tokens_per_sample", None) or num_tokens)
         q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
-        out = self._attend(q, k, v, _document_mask(packed_seq_params, rows, num_tokens))
+        out = self._attend(q, k, v, self._visible(query, packed_seq_params, rows))
         return out.transpose(1, 2).reshape(num_tokens, -1)
 
     def _across_ranks(
@@ -170,17 +162,36 @@ class DocumentAttention(torch.nn.Module):
             gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[order_T]
             for x in (key, value)
         )
+        visible = self._visible(k, packed, 1)[:, :, positions_RT[rank]]
         if packed is None:
-            visible = query.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()
             query, k, v = (x.permute(1, 2, 0, 3) for x in (query, k, v))
         else:
-            visible = _document_mask(packed, 1, num_tokens)[0, 0]
             query, k, v = (x.transpose(0, 1)[None] for x in (query, k, v))
-        out = self._attend(query, k, v, visible[positions_RT[rank]])
+        out = self._attend(query, k, v, visible)
         out = out.permute(2, 0, 1, 3).flatten(2)
         return out if packed is None else out[:, 0]
 
+    def _visible(self, keys: Tensor, packed: PackedSeqParams | None, rows: int) -> Tensor:
+        """[rows or 1, 1, s, s] bool, True = visible, for `rows` samples in the `keys` [t or s, ...] of all ranks."""
+        if packed is None:
+            size = len(keys)
+            visible = keys.new_ones(1, 1, size, size, dtype=torch.bool).tril()
+        else:
+            visible = _document_mask(packed, rows, len(keys))
+        if self.window_size is None or self.window_size[0] < 0:
+            return visible
+        # what lies to the right is hidden already, whatever the window's other side is
+        return visible.triu(-self.window_size[0])
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        if self.softmax_offset is not None:
+            assert visible is not None
+            # one key more, all zeros: its score is the offset alone, and its value adds nothing
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+            bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+            offset = self.softmax_offset.to(q.dtype).view(1, -1, 1, 1)
+            shape = (bias.shape[0], offset.shape[1], bias.shape[2])
+            visible = torch.cat([bias.expand(*shape, -1), offset.expand(*shape, 1)], dim=-1)
         dropout = self.dropout if self.training else 0.0
         # tensor-parallel ranks hold different heads and must drop different entries
         apart = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
@@ -196,15 +207,66 @@ class DocumentAttention(torch.nn.Module):
                 enable_gqa=q.shape[1] != k.shape[1],
             )
 
+    def _add_offset(self, config: TransformerConfig) -> None:
+        """Every rank draws the offsets of all heads and keeps its own, so that they do not depend on the layout."""
+        offsets = torch.zeros(
+            config.num_attention_heads,
+            device=torch.cuda.current_device(),
+            dtype=config.params_dtype,
+        )
+        if config.softmax_type == "learnable" and config.perform_initialization:
+            config.init_method(offsets)
+        own = offsets.chunk(self.tp_group.size())[self.tp_group.rank()].clone()
+        if config.softmax_type == "off-by-one":
+            self.softmax_offset = own
+            return
+        self.softmax_offset = torch.nn.Parameter(own)
+        set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Megatron's sharded state: the learnable offsets, cut by heads over tensor-parallel ranks."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's multi-latent attention, with the whole gradient of the positional key under tensor parallelism.
+    """Megatron's multi-latent attention without Transformer Engine: whole gradients, and norms of uncompressed queries.
 
     All heads share that key. Megatron gathers it from the ranks' parts of the down projection, and in backward takes
     this rank's heads' share of its gradient for the sum over all heads (NVIDIA/Megatron-LM issue 1699). Cut along
     the sequence, as the output of Transformer Engine's duplicated projection is, the key is gathered in a way whose
     backward sums. Without sequence parallelism there is no training to repair: Megatron's MoE layer refuses it.
+
+    Where queries are not compressed, --qk-layernorm norms what they are projected from. Megatron does so from 0.19 on,
+    by a projection of Transformer Engine's that holds the norm; NormedLinear is that projection here.
     """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> Any:
+        is_compressed = self.config.q_lora_rank is not None
+        if (
+            is_compressed
+            or not self.config.qk_layernorm
+            or submodules.linear_q_proj is not ColumnParallelLinear
+        ):
+            return super()._resolve_qk_norm_config(submodules)
+        return {
+            "linear_q_proj": NormedLinear,
+            "linear_q_up_proj": IdentityOp,
+            "linear_kv_up_proj": submodules.linear_kv_up_proj,
+            "q_layernorm": IdentityOp,
+            "kv_layernorm": submodules.kv_layernorm,
+        }
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)

@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from emo_megatron.mcore.attention import TorchNorm
+from emo_megatron.mcore.local_modules import TorchNorm
 
 
 class LocalHybridStack(HybridStack):

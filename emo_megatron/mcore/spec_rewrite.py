@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import LNImpl
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
@@ -19,13 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.attention import (
-    DocumentAttention,
-    LatentAttention,
-    TorchNorm,
-    require_supported,
-)
+from emo_megatron.mcore.attention import DocumentAttention, LatentAttention, require_supported
 from emo_megatron.mcore.layer import PoolMoELayer, PoolTransformerLayer
+from emo_megatron.mcore.local_modules import AddableRowParallelLinear, TorchNorm
 from emo_megatron.mcore.router import PoolRouter
 
 
@@ -63,6 +60,8 @@ def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolCo
         submodules = dataclasses.replace(
             submodules, self_attention=_document_attention(attention, config, pool)
         )
+    if config.add_bias_linear:
+        submodules = dataclasses.replace(submodules, mlp=_with_addable_outputs(submodules.mlp))
     return dataclasses.replace(layer, submodules=submodules)
 
 
@@ -88,6 +87,18 @@ def _document_attention(
         core = ModuleSpec(module=DocumentAttention, params={"cp_partition": pool.pool_cp_partition})
         submodules = dataclasses.replace(submodules, core_attention=core)  # type: ignore[type-var]
     return dataclasses.replace(attention, submodules=submodules)
+
+
+def _with_addable_outputs(mlp: Any) -> Any:
+    """An MoE layer's spec whose experts can add their biases; a dense one as it is."""
+    moe: Any = getattr(mlp, "keywords", {}).get("submodules")
+    experts: Any = getattr(moe, "experts", None)
+    parts: Any = getattr(experts, "keywords", {}).get("submodules")
+    if getattr(parts, "linear_fc2", None) is not RowParallelLinear:
+        return mlp
+    parts = dataclasses.replace(parts, linear_fc2=AddableRowParallelLinear)
+    moe = dataclasses.replace(moe, experts=functools.partial(experts, submodules=parts))
+    return functools.partial(mlp, submodules=moe)
 
 
 def _with_whole_gradient(attention: Any) -> Any:
