@@ -3,15 +3,11 @@
 //
 // A range of tokens is one thread's work; what tokens share is a sum of integers, so results do not
 // depend on how tokens are split over threads.
+#include "groups_cpu.h"
 #include "vectors.h"
 
 namespace emo::cpu {
 namespace {
-
-// Keys of experts that may be chosen lie above both.
-constexpr int32_t kBeyond = INT_MIN;  // a lane past the last expert: never chosen
-constexpr int32_t kExcluded =
-    INT_MIN + 1;  // outside the pool: chosen only if the pool has fewer than K
 
 // Which experts the tokens of a document may choose, and which carry weight; kept while the
 // document stays the same.
@@ -23,17 +19,19 @@ struct Pool {
     for (int e = 0; e < num_blocks(num_experts) * kLanes; ++e)
       inside.i[e] = e < num_experts ? -1 : 0;
   }
-  EMO_INLINE void set(const RoutingArgs& args, int64_t document) {
+  // Returns whether it is another one than before.
+  EMO_INLINE bool set(const RoutingArgs& args, int64_t document) {
     const int64_t wanted = pool_row(args, document);
-    if (wanted == row) return;
+    if (wanted == row) return false;
     row = wanted;
     if (wanted < 0) {
       allowed = inside;
-      return;
+      return true;
     }
     const uint8_t* from = args.pool + wanted * args.num_experts;
     for (int e = 0; e < args.num_experts; ++e) allowed.i[e] = from[e] ? -1 : 0;
     for (int e = args.num_experts; e < num_blocks(args.num_experts) * kLanes; ++e) allowed.i[e] = 0;
+    return true;
   }
   EMO_INLINE const Row& carrying(const RoutingArgs& args) const {
     return args.mask_logits ? allowed : inside;
@@ -127,6 +125,15 @@ EMO_INLINE int32_t top_k_threshold(Row& keys, int blocks, int num_experts, int t
   return threshold;
 }
 
+// Groups are ranked by sums of what their experts are ranked by: probabilities, here up to the
+// factor that a token's experts share; logits; or gates with their bias.
+EMO_INLINE int limit_to_groups(const RoutingArgs& args, const Softmax& soft, Groups& groups,
+                               Row& keys) {
+  if (args.scoring == Scoring::kSoftmaxThenTopK)
+    return groups.limit(keys, [&](Floats x) { return exp_nonpositive(x - soft.max); });
+  return groups.limit(keys, [](Floats x) { return x; });
+}
+
 // One of `values` at the chosen experts, times `factor`, 0 elsewhere.
 EMO_INLINE void write_choice(const RoutingArgs& args, const RoutingOutputs& out, int64_t token,
                              const Row& values, float factor, const Row& chosen, Row& scratch) {
@@ -162,7 +169,9 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
                           int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
   const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
+  const bool is_limited = limits_groups(args);
   Pool pool(num_experts);
+  Groups groups(args);
   Row logits, scores, gates, keys, chosen, scratch, bias;
   int64_t choice_sums[kMaxExperts] = {}, score_sums[kMaxExperts] = {}, facts[kNumFacts] = {};
   for (int e = 0; e < blocks * kLanes; ++e)
@@ -170,7 +179,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
 
   for (int64_t t = begin; t < end; ++t) {
     const int64_t document = args.document_ids != nullptr ? args.document_ids[t] : 0;
-    pool.set(args, document);
+    if (pool.set(args, document) && is_limited) groups.set(pool.allowed);
     const Row& carrying = pool.carrying(args);
     load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
 
@@ -191,6 +200,9 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
                            soft.is_finite ? max(key, splat(kExcluded + 1)) : splat(kExcluded + 1),
                            where(pool.inside.ints[b], splat(kExcluded), splat(kBeyond)));
     }
+    int num_admitted = 0;
+    if (is_limited && soft.is_finite)
+      num_admitted = limit_to_groups(args, soft, groups, keys);
     const int32_t threshold = top_k_threshold(keys, blocks, num_experts, args.top_k);
     for (int b = 0; b < blocks; ++b) chosen.ints[b] = keys.ints[b] >= threshold;
 
@@ -203,6 +215,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
       write_choice(args, out, t, gates, 1.0f, chosen, scratch);
       continue;
     }
+    if (num_admitted > args.group_topk) facts[2] += groups.used(chosen) > args.group_topk;
     // of one expert that has all the weight it may round to less than none
     facts[3] += entropy > 0.0f ? (int64_t)std::nearbyint(entropy * kOne) : 0;
     const float scaling = args.scaling;
