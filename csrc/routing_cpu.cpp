@@ -125,15 +125,6 @@ EMO_INLINE int32_t top_k_threshold(Row& keys, int blocks, int num_experts, int t
   return threshold;
 }
 
-// Groups are ranked by sums of what their experts are ranked by: probabilities, here up to the
-// factor that a token's experts share; logits; or gates with their bias.
-EMO_INLINE int limit_to_groups(const RoutingArgs& args, const Softmax& soft, Groups& groups,
-                               Row& keys) {
-  if (args.scoring == Scoring::kSoftmaxThenTopK)
-    return groups.limit(keys, [&](Floats x) { return exp_nonpositive(x - soft.max); });
-  return groups.limit(keys, [](Floats x) { return x; });
-}
-
 // One of `values` at the chosen experts, times `factor`, 0 elsewhere.
 EMO_INLINE void write_choice(const RoutingArgs& args, const RoutingOutputs& out, int64_t token,
                              const Row& values, float factor, const Row& chosen, Row& scratch) {
@@ -179,7 +170,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
 
   for (int64_t t = begin; t < end; ++t) {
     const int64_t document = args.document_ids != nullptr ? args.document_ids[t] : 0;
-    if (pool.set(args, document) && is_limited) groups.set(pool.allowed);
+    if (pool.set(args, document) && is_limited) set_pool(groups, pool.allowed);
     const Row& carrying = pool.carrying(args);
     load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
 
@@ -202,7 +193,8 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
     }
     int num_admitted = 0;
     if (is_limited && soft.is_finite)
-      num_admitted = limit_to_groups(args, soft, groups, keys);
+      num_admitted = limit_to_groups(
+          groups, keys, args.scoring == Scoring::kSoftmaxThenTopK ? &soft.max : nullptr);
     const int32_t threshold = top_k_threshold(keys, blocks, num_experts, args.top_k);
     for (int b = 0; b < blocks; ++b) chosen.ints[b] = keys.ints[b] >= threshold;
 
@@ -215,7 +207,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
       write_choice(args, out, t, gates, 1.0f, chosen, scratch);
       continue;
     }
-    if (num_admitted > args.group_topk) facts[2] += groups.used(chosen) > args.group_topk;
+    if (num_admitted > args.group_topk) facts[2] += groups_used(groups, chosen) > args.group_topk;
     // of one expert that has all the weight it may round to less than none
     facts[3] += entropy > 0.0f ? (int64_t)std::nearbyint(entropy * kOne) : 0;
     const float scaling = args.scaling;
