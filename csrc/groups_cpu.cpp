@@ -9,13 +9,19 @@ using Best = GroupRows<kMaxTopK * kGroupBlocks>;
 // The best keys of each group, row after row. kWanted is K / group_topk where that is small, so
 // that they stay in registers; 0: any.
 template <int kWanted>
-EMO_INLINE void find_best(const Groups& groups, Best& rows) {
+EMO_INLINE void find_best(const Groups& groups, const Row& keys, Best& rows) {
   const int count = kWanted > 0 ? kWanted : groups.wanted, blocks = groups.blocks;
   for (int b = 0; b < blocks; ++b) {
     GroupInts best[kWanted > 0 ? kWanted : kMaxTopK];
     for (int k = 0; k < count; ++k) best[k] = GroupInts{} + kBeyond;
+    const int32_t* first[kGroupLanes];  // lanes beyond the last group hold the last one's keys
+    for (int i = 0; i < kGroupLanes; ++i) {
+      const int g = b * kGroupLanes + i;
+      first[i] = keys.i + (g < groups.num_groups ? g : groups.num_groups - 1) * groups.size;
+    }
     for (int m = 0; m < groups.size; ++m) {
-      GroupInts key = groups.members.blocks[m * blocks + b];
+      GroupInts key = {first[0][m], first[1][m], first[2][m], first[3][m],
+                       first[4][m], first[5][m], first[6][m], first[7][m]};
       for (int k = 0; k < count; ++k) {
         const GroupInts lower = best[k] < key ? best[k] : key;
         best[k] = best[k] > key ? best[k] : key;
@@ -27,14 +33,15 @@ EMO_INLINE void find_best(const Groups& groups, Best& rows) {
 }
 
 // Order keys of the sums of each group's best n experts, from the best one down.
-EMO_INLINE void rank_sums(const Groups& groups, const float* softmax_max, GroupRow& sums) {
+EMO_INLINE void rank_sums(const Groups& groups, const Row& keys, const float* softmax_max,
+                          GroupRow& sums) {
   Best rows;
   if (groups.wanted == 1)
-    find_best<1>(groups, rows);
+    find_best<1>(groups, keys, rows);
   else if (groups.wanted == 2)
-    find_best<2>(groups, rows);
+    find_best<2>(groups, keys, rows);
   else
-    find_best<0>(groups, rows);
+    find_best<0>(groups, keys, rows);
   const int size = groups.wanted * groups.blocks;
   if (size % 2 == 1) rows.blocks[size] = GroupInts{};
   for (int i = 0; i < (size + 1) / 2; ++i) {
@@ -58,7 +65,6 @@ Groups::Groups(const RoutingArgs& args)
   size = args.num_experts / num_groups;
   wanted = top_k / group_topk;
   blocks = (num_groups + kGroupLanes - 1) / kGroupLanes;
-  for (int i = 0; i < size * blocks; ++i) members.blocks[i] = GroupInts{} + kBeyond;
   in_pool = counted = {};
 }
 
@@ -71,13 +77,10 @@ EMO_CLONES void set_pool(Groups& groups, const Row& allowed) {
   }
 }
 
-EMO_CLONES int limit_to_groups(Groups& groups, Row& keys, const float* softmax_max) {
+EMO_CLONES int limit_to_groups(const Groups& groups, Row& keys, const float* softmax_max) {
   const int num_groups = groups.num_groups, size = groups.size, blocks = groups.blocks;
-  for (int g = 0; g < num_groups; ++g)
-    for (int m = 0; m < size; ++m)
-      groups.members.i[m * blocks * kGroupLanes + g] = keys.i[g * size + m];
   GroupRow sums = {}, admitted;
-  rank_sums(groups, softmax_max, sums);
+  rank_sums(groups, keys, softmax_max, sums);
   for (int b = 0; b < blocks; ++b) {
     const GroupInts sum = sums.blocks[b], n = groups.counted.blocks[b];
     const GroupInts index = GroupInts{0, 1, 2, 3, 4, 5, 6, 7} + b * kGroupLanes;

@@ -22,9 +22,6 @@ union GroupRows {
 using GroupRow = GroupRows<kGroupBlocks>;
 
 struct Groups {
-  // keys of the groups' first experts, of their second ones, ...: two groups or more, and where
-  // they are more than eight they are small
-  GroupRows<kMaxExperts / 2> members;
   GroupRow in_pool, counted;  // experts in the pool; how many of them the rank of a group counts
   int num_groups, size, wanted, group_topk, top_k, blocks;
 
@@ -36,7 +33,7 @@ void set_pool(Groups& groups, const Row& allowed);
 
 // Exclude the experts of groups that are not admitted; returns how many groups are. Groups are
 // ranked by sums of what the keys are made of, or, with the maximum of a softmax, of e^(x - max).
-int limit_to_groups(Groups& groups, Row& keys, const float* softmax_max);
+int limit_to_groups(const Groups& groups, Row& keys, const float* softmax_max);
 
 // In how many groups the chosen experts lie.
 int groups_used(const Groups& groups, const Row& chosen);
