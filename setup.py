@@ -43,7 +43,7 @@ CUDA_SOURCES = [
 BINDINGS = ["csrc/routing_binding.cpp", "csrc/documents_binding.cpp", "csrc/dispatch_binding.cpp"]
 HEADERS = [
     *("csrc/pool_ops.h", "csrc/document_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),
-    *("csrc/vectors.h", "csrc/groups_cpu.h", "csrc/warp.cuh"),
+    *("csrc/vectors.h", "csrc/groups_cpu.h", "csrc/warp.cuh", "csrc/groups.cuh"),
 ]
 
 

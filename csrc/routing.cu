@@ -4,6 +4,7 @@
 // Rows are read with 32 lanes on 32 neighbouring experts. What tokens share is a sum of integers,
 // added with integer atomics: the same bits whatever the order. Nothing waits for the host and
 // nothing is allocated here.
+#include "groups.cuh"
 #include "warp.cuh"
 
 namespace emo::cuda {
@@ -42,10 +43,16 @@ constexpr int blocks_of(int chunks, int most_chunks_of_two) {
   return chunks <= 4 ? 4 : chunks <= most_chunks_of_two ? 2 : 1;
 }
 
-template <class T, int kChunks>
+// What a kernel without groups has in their place.
+struct NoGroups {
+  __device__ __forceinline__ explicit NoGroups(const RoutingArgs&) {}
+};
+
+template <class T, int kChunks, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
+  std::conditional_t<kGrouped, Groups<kChunks>, NoGroups> groups(args);
   const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
   const bool is_sigmoid = args.scoring == Scoring::kSigmoid;
   __shared__ unsigned choices[kChunks * 32];
@@ -62,7 +69,9 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   for (int i = 0; i < tokens.count; ++i) {
     const long long document = tokens.document(i);
     const long long row = (tokens.begin + i) * args.num_experts;
-    pool.set(args, document);
+    const bool is_other_pool = pool.set(args, document);
+    if constexpr (kGrouped)
+      if (is_other_pool) groups.set(pool.allowed);
     const unsigned carrying = pool.carrying(args);
     float x[kChunks], scores[kChunks];
     load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
@@ -89,7 +98,13 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       keys[c] = has(pool.allowed, c) ? (key > kExcluded ? key : kExcluded + 1)
                                      : (has(pool.inside, c) ? kExcluded : kBeyond);
     }
+    int num_admitted = 0;
+    if constexpr (kGrouped)
+      if (soft.is_finite()) num_admitted = groups.limit(args, soft.max, keys);
     const unsigned chosen = top_k(keys, args.top_k);
+    bool is_over = false;
+    if constexpr (kGrouped)
+      if (num_admitted > args.group_topk) is_over = groups.used(chosen) > args.group_topk;
 
     if (is_counted) {
       const float unit = kOne / total;
@@ -119,6 +134,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       out.z[tokens.begin + i] = is_counted ? z : 0.0f;
       facts[warp_id()][0] += is_counted;
       facts[warp_id()][1] += !is_padding && !is_counted;
+      if constexpr (kGrouped) facts[warp_id()][2] += is_counted && is_over;
       // of one expert that has all the weight it may round to less than none
       facts[warp_id()][3] += is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u;
     }
@@ -245,9 +261,13 @@ int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) 
   int status = 0;
   if (args.num_tokens > 0)
     status = with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-      EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value>),
-                 blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
-                 args, out, per_warp);
+      const unsigned blocks = blocks_for(args.num_tokens, per_warp);
+      if (limits_groups(args))
+        EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value, true>), blocks,
+                   kThreads, static_cast<cudaStream_t>(stream), args, out, per_warp);
+      else
+        EMO_LAUNCH((pool_topk_kernel<decltype(type), decltype(chunks)::value, false>), blocks,
+                   kThreads, static_cast<cudaStream_t>(stream), args, out, per_warp);
     });
   if (status != 0) return status;
   const int64_t size = num_sums(args) * args.num_experts;
