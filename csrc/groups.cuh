@@ -7,20 +7,26 @@ namespace emo::cuda {
 
 template <int kChunks>
 class Groups {
-  // keys pass from the lanes that hold the experts to those of the groups through shared memory; of
-  // the widest rows a part after the other, for its size
+  // keys pass from the lanes of the experts to those of the groups through shared memory; of the
+  // widest rows a part after the other, for its size
   static constexpr int kPart = kChunks <= 16 ? kChunks : 8;
 
   int size;          // experts in a group
   unsigned inverse;  // 2^20 over it, rounded up: exact for fewer than 1024 experts in a group
   int in_pool;       // experts of the pool in this lane's group
 
-  __device__ __forceinline__ int group_of(int expert) const { return expert * inverse >> 20; }
+  // The inverse, for the expert's group: expert * inverse >> 20. Without the barrier the compiler
+  // would keep the group of every chunk in a register over all tokens.
+  __device__ __forceinline__ unsigned groups_in_place() const {
+    unsigned hidden = inverse;
+    asm volatile("" : "+r"(hidden));
+    return hidden;
+  }
 
   // How many experts of a set lie in this lane's group; for every lane to call together.
   __device__ __forceinline__ int count(unsigned set) const {
     int total = 0;
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
       const unsigned lanes = __ballot_sync(kAllLanes, has(set, c));
       // the group's lanes in this chunk are those from `first` on, but for those from `past` on
@@ -32,20 +38,26 @@ class Groups {
     return total;
   }
 
+  // This warp's copy of a part of a row. A word lies between groups: lanes that read the same place
+  // of their groups use different banks.
+  static __device__ __forceinline__ unsigned* staged() {
+    __shared__ unsigned keys[kWarps][kPart * 32 + kMaxGroups];
+    return keys[warp_id()];
+  }
+
   // Calls `visit` with every key of this lane's group; for every lane to call together.
   template <class Visit>
   __device__ __forceinline__ void for_members(const unsigned (&keys)[kChunks], Visit visit) const {
-    // a word between groups: lanes that read the same place of their groups use different banks
-    __shared__ unsigned staged[kWarps][kPart * 32 + kMaxGroups];
-    unsigned* const mine = staged[warp_id()];
+    unsigned* const mine = staged();
     const int own = lane_id() * size;
+    const unsigned in_groups = groups_in_place();
 #pragma unroll
     for (int part = 0; part < kChunks; part += kPart) {
-      const int begin = part * 32, end = begin + kPart * 32, skipped = begin + group_of(begin);
+      const int begin = part * 32, end = begin + kPart * 32, skipped = begin + (int)(begin * in_groups >> 20);
       __syncwarp();
 #pragma unroll
       for (int c = part; c < part + kPart; ++c) {
-        const int e = c * 32 + lane_id(), group = group_of(e);
+        const int e = c * 32 + lane_id(), group = e * in_groups >> 20;
         if (group < kMaxGroups) mine[e + group - skipped] = keys[c];
       }
       __syncwarp();
@@ -114,9 +126,10 @@ class Groups {
     const unsigned admitted =
         __ballot_sync(kAllLanes, lane_id() < args.num_groups &&
                                      (rank < args.group_topk || held < args.top_k));
+    const unsigned in_groups = groups_in_place();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const bool is_open = (admitted >> group_of(c * 32 + lane_id())) & 1u;
+      const bool is_open = (admitted >> ((c * 32 + lane_id()) * in_groups >> 20)) & 1u;
       if (!is_open && keys[c] > kExcluded) keys[c] = kExcluded;
     }
     return __popc(admitted);
