@@ -98,8 +98,7 @@ EMO_CLONES int limit_to_groups(const Groups& groups, Row& keys, const float* sof
   for (int g = 0; g < num_groups; ++g) {
     num_admitted -= admitted.i[g];
     if (admitted.i[g]) continue;
-    for (int e = g * size; e < (g + 1) * size; ++e)
-      keys.i[e] = keys.i[e] < kExcluded ? keys.i[e] : kExcluded;
+    for (int e = g * size; e < (g + 1) * size; ++e) keys.i[e] = kExcluded;
   }
   return num_admitted;
 }

@@ -51,6 +51,15 @@ def every_op(
     routed = ops.pool_topk(
         logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K, backend="native"
     )
+    in_groups = ops.pool_topk(
+        logits_TE,
+        document_ids_T=ids_T,
+        pool_DE=pool_DE,
+        top_k=TOP_K,
+        num_groups=8,
+        group_topk=4,
+        backend="native",
+    )
     used_DW = ops.experts_used(routed.routing_map_TE, **documents, backend="native")
     statistics = ops.document_statistics(
         scores_DE, pool_DE=pool_DE, used_DW=used_DW, backend="native"
@@ -70,7 +79,8 @@ def every_op(
     loss = (sums_NH * upstream_TE).sum() + routed.score_sums_E.square().sum() + routed.z_T.sum()
     (grad_TE,) = torch.autograd.grad([loss], [logits_TE])
     outputs = [scores_DE, sizes_LD, pool_DE, routed.probs_TE, routed.counts_X, used_DW, statistics]
-    return [*(output.detach() for output in outputs), copies_PH.detach(), grad_TE]
+    outputs += [in_groups.probs_TE, in_groups.counts_X, copies_PH]
+    return [*(output.detach() for output in outputs), grad_TE]
 
 
 def assert_all_equal(got: list[Tensor], want: list[Tensor]) -> None:
