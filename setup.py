@@ -33,7 +33,7 @@ CPP = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CPU_KERNELS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 CPU_SOURCES = [
-    *("csrc/scores_cpu.cpp", "csrc/routing_cpu.cpp"),
+    *("csrc/scores_cpu.cpp", "csrc/groups_cpu.cpp", "csrc/routing_cpu.cpp"),
     *("csrc/documents_cpu.cpp", "csrc/dispatch_cpu.cpp"),
 ]
 CUDA_SOURCES = [
@@ -43,7 +43,7 @@ CUDA_SOURCES = [
 BINDINGS = ["csrc/routing_binding.cpp", "csrc/documents_binding.cpp", "csrc/dispatch_binding.cpp"]
 HEADERS = [
     *("csrc/pool_ops.h", "csrc/document_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),
-    *("csrc/vectors.h", "csrc/warp.cuh"),
+    *("csrc/vectors.h", "csrc/groups_cpu.h", "csrc/warp.cuh", "csrc/groups.cuh"),
 ]
 
 

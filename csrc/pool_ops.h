@@ -78,6 +78,11 @@ inline int64_t num_sums(const RoutingArgs& args) {
   return args.by_document ? args.num_documents : 1;
 }
 
+// Whether a token may find experts of its pool closed to it.
+EMO_HOST_DEVICE inline bool limits_groups(const RoutingArgs& args) {
+  return args.group_topk < args.num_groups;
+}
+
 // The row of the pool that a token of `document` reads; -1: it may choose every expert.
 EMO_HOST_DEVICE inline int64_t pool_row(const RoutingArgs& args, int64_t document) {
   if (args.pool == nullptr || args.num_pools == 0) return -1;

@@ -4,6 +4,7 @@
 // Rows are read with 32 lanes on 32 neighbouring experts. What tokens share is a sum of integers,
 // added with integer atomics: the same bits whatever the order. Nothing waits for the host and
 // nothing is allocated here.
+#include "groups.cuh"
 #include "warp.cuh"
 
 namespace emo::cuda {
@@ -43,8 +44,12 @@ __device__ __forceinline__ void add_count(int64_t* to, unsigned count) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), (unsigned long long)count);
 }
 
-// Without sums by document a block holds one row of them, the first.
-template <int kChunks, bool kByDocument>
+// What a kernel has that knows neither groups nor sums by document: a block holds one row of sums,
+// the first.
+struct NoGroups {
+  __device__ __forceinline__ explicit NoGroups(const RoutingArgs&) {}
+};
+template <int kChunks, bool kIsGeneral>
 struct DocumentSums {
   static constexpr bool is_joined = true;
   static constexpr long long first = 0;
@@ -56,8 +61,9 @@ struct DocumentSums {
   template <class... Any>
   __device__ __forceinline__ void finish(const Any&...) {}
 };
-// With them a lane's sums leave when its warp comes to another document; if the block holds a
-// single document, whatever the order, they are joined before they leave, as without.
+// A lane's sums leave when its warp comes to another document; if the block holds a single
+// document, whatever the order, they are joined before they leave, as they are where none are asked
+// for.
 template <int kChunks>
 struct DocumentSums<kChunks, true> {
   uint8_t* choices;  // of this warp: a lane's own, at most one a token
@@ -71,13 +77,16 @@ struct DocumentSums<kChunks, true> {
     choices = of_warp[warp_id()];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) choices[c * 32 + lane_id()] = 0;
+    first = 0;
+    is_joined = true;
+    if (!args.by_document) return;
     first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
     const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
     is_joined = __syncthreads_and(is_mine) && first >= 0;
   }
   __device__ __forceinline__ void set(const RoutingArgs& args, const RoutingOutputs& out,
                                       long long next, unsigned* scores) {
-    if (next == document) return;
+    if (next == document || !args.by_document) return;
     flush(args, out, scores);
     document = (int)next;
   }
@@ -109,11 +118,14 @@ __device__ __forceinline__ float log_slope(Scoring scoring, float g) {
   return softplus < 1e-7f ? 0.5f : -expm1f(-softplus) / (2.0f * softplus);
 }
 
-template <class T, int kChunks, bool kByDocument>
+// The general kernel limits groups and sums by document, where it is asked to; the other has the
+// registers for itself.
+template <class T, int kChunks, bool kIsGeneral>
 __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kByDocument>(args),
+  std::conditional_t<kIsGeneral, Groups<kChunks>, NoGroups> groups(args);
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kIsGeneral>(args),
                       per_warp);
   const bool is_gated = has_gates(args.scoring);
   __shared__ unsigned choices[kChunks * 32];
@@ -125,13 +137,15 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   __shared__ unsigned score_sums[kWarps][kChunks * 32];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) score_sums[warp_id()][c * 32 + lane_id()] = 0;
-  DocumentSums<kChunks, kByDocument> of_documents(args, tokens, per_warp);
+  DocumentSums<kChunks, kIsGeneral> of_documents(args, tokens, per_warp);
 
 #pragma unroll 1
   for (int i = 0; i < tokens.count; ++i) {
     const long long document = tokens.document(i);
     const long long row = (tokens.begin + i) * args.num_experts;
-    pool.set(args, document);
+    const bool is_other_pool = pool.set(args, document);
+    if constexpr (kIsGeneral)
+      if (is_other_pool) groups.set(pool.allowed);
     const unsigned carrying = pool.carrying(args);
     float x[kChunks], scores[kChunks];
     load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
@@ -158,7 +172,14 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       keys[c] = has(pool.allowed, c) ? (key > kExcluded ? key : kExcluded + 1)
                                      : (has(pool.inside, c) ? kExcluded : kBeyond);
     }
+    int num_admitted = 0;
+    if constexpr (kIsGeneral)
+      if (limits_groups(args) && soft.is_finite())
+        num_admitted = groups.limit(args, soft.max, keys);
     const unsigned chosen = top_k(keys, args.top_k);
+    bool is_over = false;
+    if constexpr (kIsGeneral)
+      if (num_admitted > args.group_topk) is_over = groups.used(chosen) > args.group_topk;
 
     if (is_counted) {
       of_documents.set(args, out, document, score_sums[warp_id()]);
@@ -192,6 +213,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
       out.z[tokens.begin + i] = is_counted ? z : 0.0f;
       facts[warp_id()][0] += is_counted;
       facts[warp_id()][1] += !is_padding && !is_counted;
+      if constexpr (kIsGeneral) facts[warp_id()][2] += is_counted && is_over;
       // of one expert that has all the weight it may round to less than none
       facts[warp_id()][3] += is_counted ? __float2uint_rn(fmaxf(entropy, 0.0f) * kOne) : 0u;
     }
@@ -212,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   for (int e = threadIdx.x; e < args.num_experts; e += kThreads) {
     if (choices[e] == 0) continue;
     add_count(out.counts + e, choices[e]);
-    if (kByDocument && of_documents.is_joined)
+    if (kIsGeneral && args.by_document && of_documents.is_joined)
       add_count(out.document_choices + of_documents.first * args.num_experts + e, choices[e]);
   }
 }
@@ -326,17 +348,18 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
 
 int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) {
   const int per_warp = tokens_per_warp(args.num_tokens);
-  const auto launch = [&](auto by_document) {
+  const auto launch = [&](auto is_general) {
     return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
       EMO_LAUNCH(
-          (pool_topk_kernel<decltype(type), decltype(chunks)::value, decltype(by_document)::value>),
+          (pool_topk_kernel<decltype(type), decltype(chunks)::value, decltype(is_general)::value>),
           blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream), args,
           out, per_warp);
     });
   };
   int status = 0;
   if (args.num_tokens > 0)
-    status = args.by_document ? launch(std::true_type{}) : launch(std::false_type{});
+    status = limits_groups(args) || args.by_document ? launch(std::true_type{})
+                                                     : launch(std::false_type{});
   if (status != 0) return status;
   const int64_t size = num_sums(args) * args.num_experts;
   if (size == 0) return status;

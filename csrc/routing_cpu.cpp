@@ -3,15 +3,11 @@
 //
 // A range of tokens is one thread's work; what tokens share is a sum of integers, so results do not
 // depend on how tokens are split over threads.
+#include "groups_cpu.h"
 #include "vectors.h"
 
 namespace emo::cpu {
 namespace {
-
-// Keys of experts that may be chosen lie above both.
-constexpr int32_t kBeyond = INT_MIN;  // a lane past the last expert: never chosen
-constexpr int32_t kExcluded =
-    INT_MIN + 1;  // outside the pool: chosen only if the pool has fewer than K
 
 // Which experts the tokens of a document may choose, and which carry weight; kept while the
 // document stays the same.
@@ -23,17 +19,19 @@ struct Pool {
     for (int e = 0; e < num_blocks(num_experts) * kLanes; ++e)
       inside.i[e] = e < num_experts ? -1 : 0;
   }
-  EMO_INLINE void set(const RoutingArgs& args, int64_t document) {
+  // Returns whether it is another one than before.
+  EMO_INLINE bool set(const RoutingArgs& args, int64_t document) {
     const int64_t wanted = pool_row(args, document);
-    if (wanted == row) return;
+    if (wanted == row) return false;
     row = wanted;
     if (wanted < 0) {
       allowed = inside;
-      return;
+      return true;
     }
     const uint8_t* from = args.pool + wanted * args.num_experts;
     for (int e = 0; e < args.num_experts; ++e) allowed.i[e] = from[e] ? -1 : 0;
     for (int e = args.num_experts; e < num_blocks(args.num_experts) * kLanes; ++e) allowed.i[e] = 0;
+    return true;
   }
   EMO_INLINE const Row& carrying(const RoutingArgs& args) const {
     return args.mask_logits ? allowed : inside;
@@ -209,8 +207,9 @@ EMO_INLINE float softmax_chosen(const Row& logits, const Row& chosen, int blocks
 EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, int64_t begin,
                           int64_t end) {
   const int num_experts = args.num_experts, blocks = num_blocks(num_experts);
-  const bool is_gated = has_gates(args.scoring);
+  const bool is_gated = has_gates(args.scoring), is_limited = limits_groups(args);
   Pool pool(num_experts);
+  Groups groups(args);
   Row logits, scores, gates, keys, chosen, scratch, bias;
   Sums run;
   int64_t facts[kNumFacts] = {};
@@ -219,7 +218,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
 
   for (int64_t t = begin; t < end; ++t) {
     const int64_t document = args.document_ids != nullptr ? args.document_ids[t] : 0;
-    pool.set(args, document);
+    if (pool.set(args, document) && is_limited) set_pool(groups, pool.allowed);
     const Row& carrying = pool.carrying(args);
     load_row(args.logits, args.dtype, t, num_experts, -INFINITY, logits);
 
@@ -240,6 +239,10 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
                            soft.is_finite ? max(key, splat(kExcluded + 1)) : splat(kExcluded + 1),
                            where(pool.inside.ints[b], splat(kExcluded), splat(kBeyond)));
     }
+    int num_admitted = 0;
+    if (is_limited && soft.is_finite)
+      num_admitted = limit_to_groups(
+          groups, keys, args.scoring == Scoring::kSoftmaxThenTopK ? &soft.max : nullptr);
     const int32_t threshold = top_k_threshold(keys, blocks, num_experts, args.top_k);
     for (int b = 0; b < blocks; ++b) chosen.ints[b] = keys.ints[b] >= threshold;
 
@@ -252,6 +255,7 @@ EMO_CLONES void pool_topk(const RoutingArgs& args, const RoutingOutputs& out, in
       write_choice(args, out, t, gates, 1.0f, chosen, scratch);
       continue;
     }
+    if (num_admitted > args.group_topk) facts[2] += groups_used(groups, chosen) > args.group_topk;
     // of one expert that has all the weight it may round to less than none
     facts[3] += entropy > 0.0f ? (int64_t)std::nearbyint(entropy * kOne) : 0;
     const float scaling = args.scaling;

@@ -25,6 +25,11 @@ namespace emo::cpu {
 constexpr int kLanes = 16;
 constexpr int kMaxBlocks = kMaxExperts / kLanes;
 
+// Keys of experts that may be chosen lie above both.
+constexpr int32_t kBeyond = INT_MIN;  // a lane past the last expert: never chosen
+constexpr int32_t kExcluded =
+    INT_MIN + 1;  // not to be chosen: only if there are fewer than K that may be
+
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 
@@ -41,6 +46,7 @@ static EMO_INLINE Floats splat(float value) { return Floats{} + value; }
 static EMO_INLINE Ints splat(int32_t value) { return Ints{} + value; }
 static EMO_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 static EMO_INLINE Ints max(Ints a, Ints b) { return a > b ? a : b; }
+static EMO_INLINE Ints min(Ints a, Ints b) { return a < b ? a : b; }
 static EMO_INLINE Floats where(Ints condition, Floats a, Floats b) { return condition ? a : b; }
 static EMO_INLINE Ints where(Ints condition, Ints a, Ints b) { return condition ? a : b; }
 static EMO_INLINE Ints bits(Floats a) { return (Ints)a; }
@@ -147,6 +153,9 @@ static EMO_INLINE Ints is_nan_or_inf(Floats x) { return ~(Ints)(x < INFINITY); }
 static EMO_INLINE Ints order_keys(Floats x) {
   const Ints i = bits(x + 0.0f);
   return i ^ ((i >> 31) & INT_MAX);
+}
+static EMO_INLINE Floats keys_to_floats(Ints keys) {
+  return (Floats)(keys ^ ((keys >> 31) & INT_MAX));
 }
 static EMO_INLINE float key_to_float(int32_t key) {
   const int32_t i = key ^ ((key >> 31) & INT_MAX);

@@ -30,7 +30,7 @@ constexpr int kMaxTokensOfGates = 4;   // and so many gates of at most 2^30
 
 // Keys order experts as their scores do. Keys of experts that may be chosen lie above both.
 constexpr unsigned kBeyond = 0;    // past the last expert: never chosen
-constexpr unsigned kExcluded = 1;  // outside the pool: chosen only if the pool has fewer than K
+constexpr unsigned kExcluded = 1;  // not to be chosen: only if there are fewer than K that may be
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
@@ -97,17 +97,19 @@ struct Pool {
   __device__ __forceinline__ explicit Pool(int num_experts)
       : inside(lanes_inside<kChunks>(num_experts)) {}
 
-  __device__ __forceinline__ void set(const RoutingArgs& args, long long document) {
+  // Returns whether it is another one than before.
+  __device__ __forceinline__ bool set(const RoutingArgs& args, long long document) {
     const long long wanted = pool_row(args, document);
-    if (wanted == row) return;
+    if (wanted == row) return false;
     row = wanted;
     allowed = inside;
-    if (wanted < 0) return;
+    if (wanted < 0) return true;
     const uint8_t* from = args.pool + wanted * args.num_experts;
     allowed = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
       if (has(inside, c) && from[c * 32 + lane_id()]) allowed |= 1u << c;
+    return true;
   }
   __device__ __forceinline__ unsigned carrying(const RoutingArgs& args) const {
     return args.mask_logits ? allowed : inside;

@@ -89,7 +89,9 @@ def pool_topk(
     backend: Backend | None = None,
 ) -> Routing:
     """Route each token to the top-k experts of its document's pool; see reference.pool_topk."""
-    ops = _implementation(backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k)
+    ops = _implementation(
+        backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k, num_groups or 0
+    )
     routing: Routing = ops.pool_topk(
         logits_TE,
         document_ids_T=document_ids_T,
@@ -186,6 +188,7 @@ def why_not_native(
     num_experts: int = 1,
     top_k: int = 1,
     dtype: torch.dtype = torch.float32,
+    num_groups: int = 0,
 ) -> str:
     """Why the reference ops run for such tensors instead of the compiled ones; empty where the compiled ones run."""
     if _wanted() == "reference":
@@ -200,6 +203,8 @@ def why_not_native(
         return (
             f"the compiled ops take at most {native.MAX_EXPERTS} experts and top-{native.MAX_TOP_K}"
         )
+    if num_groups > native.MAX_GROUPS:
+        return f"the compiled ops take at most {native.MAX_GROUPS} groups of experts"
     if dtype not in native.DTYPES:
         return f"the compiled ops take float32, bfloat16 and float16 logits, not {dtype}"
     return ""
@@ -212,13 +217,16 @@ def best_backend(
     num_experts: int = 1,
     top_k: int = 1,
     dtype: torch.dtype = torch.float32,
+    num_groups: int = 0,
 ) -> Backend:
     """The compiled ops where they run for such tensors, else the reference.
 
     Raises:
         RuntimeError: the compiled ops cannot run, and EMO_OPS=native asks for them.
     """
-    reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype)
+    reason = why_not_native(
+        device_type, num_experts=num_experts, top_k=top_k, dtype=dtype, num_groups=num_groups
+    )
     if reason and _wanted() == "native":
         raise RuntimeError(
             f"EMO_OPS=native asks for the compiled ops, which cannot run here: {reason}. "
@@ -239,10 +247,11 @@ def _implementation(
     num_experts: int = 1,
     dtype: torch.dtype = torch.float32,
     top_k: int = 1,
+    num_groups: int = 0,
 ) -> Any:
     """The backend asked for, or the best one for this tensor."""
     if backend is None:
-        backend = best_backend(tensor.device.type, num_experts, top_k, dtype)
+        backend = best_backend(tensor.device.type, num_experts, top_k, dtype, num_groups)
     return native.load_native() if backend == "native" else reference
 
 

@@ -48,6 +48,7 @@ def test_the_environment_can_ask_for_the_reference(monkeypatch: pytest.MonkeyPat
         ({"device_type": "meta"}, "without kernels for meta"),
         ({"device_type": "cpu", "num_experts": 1025}, "at most 1024 experts"),
         ({"device_type": "cpu", "top_k": 33}, "top-32"),
+        ({"device_type": "cpu", "num_groups": 33}, "at most 32 groups"),
         ({"device_type": "cpu", "dtype": torch.float64}, "not torch.float64"),
     ],
 )
@@ -62,6 +63,9 @@ def test_what_they_cannot_do_the_reference_does() -> None:
     ids_T = torch.zeros(4, dtype=torch.int64)
     scores_DE = ops.document_scores(logits_TE.double(), document_ids_T=ids_T, num_documents=1)
     assert ops.select_pool(scores_DE, pool_sizes_D=torch.tensor([7])).sum() == 7
+    groups = {"top_k": 4, "num_groups": 40, "group_topk": 2}
+    got = ops.pool_topk(logits_TE[:, :80], **groups)
+    assert_equal("probs", got.probs_TE, reference.pool_topk(logits_TE[:, :80], **groups).probs_TE)
 
 
 def test_compiled_ops_asked_for_by_name_do_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,15 @@ def every_op(
     routed = ops.pool_topk(
         logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K, backend="native"
     )
+    in_groups = ops.pool_topk(
+        logits_TE,
+        document_ids_T=ids_T,
+        pool_DE=pool_DE,
+        top_k=TOP_K,
+        num_groups=8,
+        group_topk=4,
+        backend="native",
+    )
     used_DW = ops.experts_used(routed.routing_map_TE, **documents, backend="native")
     statistics = ops.document_statistics(
         scores_DE, pool_DE=pool_DE, used_DW=used_DW, backend="native"
@@ -75,7 +84,8 @@ def every_op(
     (grad_TE,) = torch.autograd.grad([loss], [logits_TE])
     outputs = [scores_DE, sizes_LD, pool_DE, routed.probs_TE, routed.counts_X, used_DW, statistics]
     outputs += [gates_DE, apart.probs_TE, apart.score_sums_RE, apart.document_choices_DE]
-    return [*(output.detach() for output in outputs), copies_PH.detach(), grad_TE]
+    outputs += [in_groups.probs_TE, in_groups.counts_X, copies_PH]
+    return [*(output.detach() for output in outputs), grad_TE]
 
 
 def assert_all_equal(got: list[Tensor], want: list[Tensor]) -> None:

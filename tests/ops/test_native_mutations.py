@@ -23,8 +23,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     "minus zero is below zero": ("warp.cuh", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
     "the pool of the first document serves all": (
         "warp.cuh",
-        "if (wanted == row) return;",
-        "if (row != -2) return;",
+        "if (wanted == row) return false;",
+        "if (row != -2) return false;",
     ),
     "padding keeps out of a pool that serves all": (
         "pool_ops.h",
@@ -250,6 +250,75 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "if (kByDocument && document != score_row)",
         "if (kByDocument && score_row < 0)",
     ),
+    "a group ranks by its best expert alone": (
+        "groups.cuh",
+        "if (counted > 1) sum += value(next);",
+        "",
+    ),
+    "a group ranks by its two best experts": (
+        "groups.cuh",
+        "if (counted > k) sum += value(next);",
+        "",
+    ),
+    "a group ranks by logits instead of probabilities": (
+        "groups.cuh",
+        "is_exp ? expf(x - softmax_max) : x",
+        "x",
+    ),
+    "thin groups rank as full ones": (
+        "groups.cuh",
+        "others_counted > counted || (others_counted == counted && is_better)",
+        "is_better",
+    ),
+    "equal groups: the higher one": ("groups.cuh", "g < lane_id())", "g > lane_id())"),
+    "thin groups let no further group in": (
+        "groups.cuh",
+        "(rank < args.group_topk || held < args.top_k)",
+        "rank < args.group_topk",
+    ),
+    "groups that are not admitted are open": (
+        "groups.cuh",
+        "if (!is_open && keys[c]",
+        "if (false && keys[c]",
+    ),
+    "lanes past the last expert lie in a group": (
+        "groups.cuh",
+        "!is_open && keys[c] > kExcluded",
+        "!is_open",
+    ),
+    "groups of the first document serve all": (
+        "routing.cu",
+        "if (is_other_pool) groups.set",
+        "if (i == 0) groups.set",
+    ),
+    "padding counts where groups are too many": (
+        "routing.cu",
+        "[2] += is_counted && is_over",
+        "[2] += is_over",
+    ),
+    "groups that are admitted count as used": (
+        "routing.cu",
+        "is_over = groups.used(chosen) > args.group_topk",
+        "is_over = true",
+    ),
+    "a non-finite token keeps to groups": (
+        "routing.cu",
+        "if (soft.is_finite()) num_admitted",
+        "num_admitted",
+    ),
+    "groups hold what lies before them": ("groups.cuh", "below_past & ~below_first", "below_past"),
+    "groups are read before they are written": (
+        "groups.cuh",
+        "      __syncwarp();\n      const int from",
+        "      const int from",
+    ),
+    "groups are written before they were read": (
+        "groups.cuh",
+        "      __syncwarp();\n#pragma unroll\n      for (int c = part",
+        "#pragma unroll\n      for (int c = part",
+    ),
+    "equal keys of a group count once": ("groups.cuh", "if (taken == equal) {", "if (true) {"),
+    "two equal best keys of a group count as one": ("groups.cuh", "best == next ? 2 : 1", "1"),
 }
 CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
     "nothing: the copy itself passes": ("routing_cpu.cpp", "", ""),
@@ -357,8 +426,60 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "if (args.by_document && document != score_row)",
         "if (args.by_document && score_row < 0)",
     ),
+    "a group ranks by experts that it does not hold": (
+        "groups_cpu.cpp",
+        "groups.counted.blocks[b] > k ? rows",
+        "groups.counted.blocks[b] >= 0 ? rows",
+    ),
+    "a group ranks by logits instead of probabilities": (
+        "groups_cpu.cpp",
+        "softmax_max != nullptr ? exp_nonpositive(x - *softmax_max) : x",
+        "x",
+    ),
+    "a group ranks by all it holds": (
+        "groups_cpu.cpp",
+        "count < groups.wanted ? count : groups.wanted",
+        "count",
+    ),
+    "thin groups rank as full ones": (
+        "groups_cpu.cpp",
+        "(n < other) | ((n == other) & is_better)",
+        "is_better",
+    ),
+    "equal groups: the higher one": ("groups_cpu.cpp", "(index > g)", "(index < g)"),
+    "thin groups let no further group in": (
+        "groups_cpu.cpp",
+        "(rank < groups.group_topk) | (held < groups.top_k)",
+        "rank < groups.group_topk",
+    ),
+    "groups that are not admitted are open": (
+        "groups_cpu.cpp",
+        "if (admitted.i[g]) continue;",
+        "continue;",
+    ),
+    "groups of the first document serve all": (
+        "routing_cpu.cpp",
+        "pool.set(args, document) && is_limited",
+        "pool.set(args, document) && is_limited && t == begin",
+    ),
+    "groups that are admitted count as used": (
+        "routing_cpu.cpp",
+        "facts[2] += groups_used(groups, chosen) > args.group_topk",
+        "facts[2] += 1",
+    ),
+    "a non-finite token keeps to groups": (
+        "routing_cpu.cpp",
+        "is_limited && soft.is_finite",
+        "is_limited",
+    ),
 }
-WORDS = {"non-finite": "nonfinite", "NaN": "nonfinite", "gate": "gates", "sums of a": "gates"}
+WORDS = {
+    "non-finite": "nonfinite",
+    "NaN": "nonfinite",
+    "group": "groups",
+    "gate": "gates",
+    "sums of a": "gates",
+}
 """In the names of mutations, and the tests that must see those."""
 WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"
 """Cases that take long on the emulator and find nothing that narrower ones do not."""
@@ -368,7 +489,7 @@ CASES = [("cuda", name) for name in CUDA_MUTATIONS] + [("cpu", name) for name in
 def suites_of(name: str, file: str, *, is_whole: bool) -> list[str]:
     """The test files that must see a mutation."""
     if is_whole:
-        return ["native", "nonfinite", "gates", "documents", "dispatch"]
+        return ["native", "groups", "nonfinite", "gates", "documents", "dispatch"]
     for word, suite in WORDS.items():
         if word in name:
             return [suite]
