@@ -110,22 +110,21 @@ class Groups {
       if (counted > k) sum += value(next);
     }
 
+    // the best group left: of those that count most experts, and rank highest, the lowest
     const unsigned mine = order_key(sum);
-    int rank = 0, held = 0;  // of the groups before: how many, and their experts
+    bool is_left = lane_id() < args.num_groups;
+    unsigned admitted = 0;
+    int held = 0;  // experts of the pool in admitted groups
 #pragma unroll 1
-    for (int g = 0; g < args.num_groups; ++g) {
-      const unsigned other = __shfl_sync(kAllLanes, mine, g);
-      const int members = __shfl_sync(kAllLanes, in_pool, g);
-      const int others_counted = members < wanted ? members : wanted;
-      const bool is_better = other > mine || (other == mine && g < lane_id());
-      const bool is_before =
-          others_counted > counted || (others_counted == counted && is_better);
-      rank += is_before;
-      held += is_before ? members : 0;
+    for (int i = 0; i < args.num_groups && (i < args.group_topk || held < args.top_k); ++i) {
+      const unsigned most = __reduce_max_sync(kAllLanes, is_left ? counted + 1u : 0u);
+      const bool is_candidate = is_left && counted + 1u == most;
+      const unsigned highest = __reduce_max_sync(kAllLanes, is_candidate ? mine : 0u);
+      const int best_group = __ffs(__ballot_sync(kAllLanes, is_candidate && mine == highest)) - 1;
+      admitted |= 1u << best_group;
+      held += __shfl_sync(kAllLanes, in_pool, best_group);
+      is_left = is_left && lane_id() != best_group;
     }
-    const unsigned admitted =
-        __ballot_sync(kAllLanes, lane_id() < args.num_groups &&
-                                     (rank < args.group_topk || held < args.top_k));
     const unsigned in_groups = groups_in_place();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
