@@ -11,7 +11,7 @@ class Groups {
   // widest rows a part after the other, for its size
   static constexpr int kPart = kChunks <= 16 ? kChunks : 8;
 
-  int size;          // experts in a group
+  int size, wanted;  // experts in a group; how many of them its rank counts at most
   unsigned inverse;  // 2^20 over it, rounded up: exact for fewer than 1024 experts in a group
   int in_pool;       // experts of the pool in this lane's group
 
@@ -69,7 +69,9 @@ class Groups {
 
  public:
   __device__ __forceinline__ explicit Groups(const RoutingArgs& args)
-      : size(args.num_experts / args.num_groups), inverse(((1u << 20) + size - 1) / size) {}
+      : size(args.num_experts / args.num_groups),
+        wanted(args.top_k / args.group_topk),
+        inverse(((1u << 20) + size - 1) / size) {}
 
   // For another pool.
   __device__ __forceinline__ void set(unsigned allowed) { in_pool = count(allowed); }
@@ -78,7 +80,6 @@ class Groups {
   // ranked by sums of what the keys are made of, or, with the maximum of a softmax, of e^(x - max).
   __device__ __forceinline__ int limit(const RoutingArgs& args, float softmax_max,
                                        unsigned (&keys)[kChunks]) const {
-    const int wanted = args.top_k / args.group_topk;
     const int counted = in_pool < wanted ? in_pool : wanted;
     const bool is_exp = args.scoring == Scoring::kSoftmaxThenTopK;
     const auto value = [&](unsigned key) {
@@ -125,11 +126,12 @@ class Groups {
       held += __shfl_sync(kAllLanes, in_pool, best_group);
       is_left = is_left && lane_id() != best_group;
     }
+    // lanes past the last expert too: a token finds K experts before them
     const unsigned in_groups = groups_in_place();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const bool is_open = (admitted >> ((c * 32 + lane_id()) * in_groups >> 20)) & 1u;
-      if (!is_open && keys[c] > kExcluded) keys[c] = kExcluded;
+      if (!is_open) keys[c] = kExcluded;
     }
     return __popc(admitted);
   }

@@ -88,7 +88,7 @@ OPTIONS = {
         "score_function": "sigmoid",
         "expert_bias_E": torch.linspace(-0.5, 0.5, NUM_EXPERTS),
     },
-    "groups": {"num_groups": 8, "group_topk": 2},
+    "groups": {"num_groups": 8, "group_topk": 1},
 }
 
 
