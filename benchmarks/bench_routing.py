@@ -9,6 +9,7 @@ once more without graphs, which there is the time of the host.
     python benchmarks/bench_routing.py --quick       # the sizes with a CPU target, in about half a minute
     python benchmarks/bench_routing.py               # all 56 sizes, some twenty minutes on two cores
     python benchmarks/bench_routing.py --tokens 4096 --experts 160 --top-k 6
+    python benchmarks/bench_routing.py --tokens 8192 --experts 128 256 --top-k 8 --groups 8 --group-topk 4
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tyro
 from clocks import Replay, Step, replay_of
 from routers import (
     Case,
+    Groups,
     Router,
     Shape,
     check,
@@ -36,6 +38,7 @@ from routers import (
 )
 from targets import (
     FUSED,
+    GROUPED,
     LOOP,
     MODES,
     NATIVE,
@@ -88,6 +91,10 @@ class Options:
     """Experts a token. Default: 2 7 8; with 65536 tokens 8 only."""
     document_tokens: tuple[int, ...] = ()
     """Mean tokens of a document. Default: 512 32, which makes 16 and 256 documents of 8192 tokens."""
+    groups: int = 0
+    """Time the compiled ops also with a limit to some of so many groups of experts; 0: do not."""
+    group_topk: int = 4
+    """Groups a token uses, with --groups."""
     seconds: float | None = None
     """Time to spend on each size, at least three rounds. Default: 2, quick 1."""
     output: Path = field(default=RESULTS)
@@ -99,6 +106,11 @@ class Options:
         for name, values in sizes.items():
             if any(value < 1 for value in values):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {values}")
+
+    @property
+    def limit(self) -> Groups | None:
+        """The groups to time the compiled ops with, None for none."""
+        return (self.groups, self.group_topk) if self.groups else None
 
     @property
     def is_all(self) -> bool:
@@ -127,7 +139,7 @@ def main(options: Options) -> list[Path]:
         raise ValueError(f"there are no compiled ops to time: {reason}")
     torch.set_num_threads(options.threads)
     facts = describe_machine(device, threads=options.threads)
-    routers, not_run = _routers(device)
+    routers, not_run = _routers(device, options.limit)
     bandwidth = copy_bandwidth(device)
     facts["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s, read and written"
 
@@ -141,7 +153,7 @@ def main(options: Options) -> list[Path]:
         for shape in progress:
             progress.set_postfix_str(str(shape))
             case = make_case(shape, device=device)
-            results.append(_measure(case, routers, seconds=seconds))
+            results.append(_measure(case, routers, seconds=seconds, limit=options.limit))
             del case
     except Ended:
         if not results:
@@ -155,9 +167,13 @@ def main(options: Options) -> list[Path]:
     return write_results(options.output, name, rows=rows, page=page)
 
 
-def _routers(device: torch.device) -> tuple[dict[str, Router], dict[str, str]]:
+def _routers(
+    device: torch.device, limit: Groups | None
+) -> tuple[dict[str, Router], dict[str, str]]:
     """The routers to time, and why others are not."""
     routers = {NATIVE: pool_router("native"), REFERENCE: pool_router("reference")}
+    if limit is not None:
+        routers[GROUPED] = pool_router("native", groups=limit)
     not_run = {}
     try:
         from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -175,9 +191,12 @@ def _routers(device: torch.device) -> tuple[dict[str, Router], dict[str, str]]:
     return routers, not_run
 
 
-def _measure(case: Case, routers: dict[str, Router], *, seconds: float) -> Result:
+def _measure(
+    case: Case, routers: dict[str, Router], *, seconds: float, limit: Groups | None = None
+) -> Result:
     for name, router in routers.items():
-        check(name, router, case, has_pools=name not in (STOCK, FUSED))
+        groups = limit if name == GROUPED else None
+        check(name, router, case, has_pools=name not in (STOCK, FUSED), groups=groups)
     steps = {name: step_of(router, case) for name, router in routers.items()}
     rounds = Rounds(fewest=3, most=60, seconds=seconds)
     device = case.logits_TE.device

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emo_megatron import balance, ops
 from emo_megatron.documents import DocumentSegments
+from emo_megatron.ops.groups import open_experts
 
 # no influence on time; large enough for the check to see a wrong gradient of either
 BALANCE_COEFFICIENT = 1.0
@@ -69,6 +70,8 @@ class Routed:
 
 
 Router = Callable[[Tensor, Case], Routed]
+Groups = tuple[int, int]
+"""Groups of experts, and how many of them a token uses."""
 
 
 def make_case(shape: Shape, *, device: torch.device, seed: int = 0) -> Case:
@@ -120,8 +123,11 @@ def pools_of(case: Case, backend: ops.Backend) -> Tensor:
     return ops.select_pool(scores_DE, pool_sizes_D=case.sizes_D, backend=backend)
 
 
-def pool_router(backend: ops.Backend, *, has_pools: bool = True) -> Router:
+def pool_router(
+    backend: ops.Backend, *, has_pools: bool = True, groups: Groups | None = None
+) -> Router:
     """This package's ops, with the losses of PoolRouter on one rank; without pools the standard router."""
+    limits = {} if groups is None else {"num_groups": groups[0], "group_topk": groups[1]}
 
     def route(logits_TE: Tensor, case: Case) -> Routed:
         routed = ops.pool_topk(
@@ -129,6 +135,7 @@ def pool_router(backend: ops.Backend, *, has_pools: bool = True) -> Router:
             document_ids_T=case.document_ids_T,
             pool_DE=pools_of(case, backend) if has_pools else None,
             top_k=case.shape.top_k,
+            **limits,
             backend=backend,
         )
         counts = balance.TokenCounts(
@@ -220,16 +227,18 @@ def gradient(leaf_TE: Tensor, routed: Routed, case: Case) -> Tensor:
     return grad_TE
 
 
-def check(name: str, router: Router, case: Case, *, has_pools: bool) -> None:
+def check(
+    name: str, router: Router, case: Case, *, has_pools: bool, groups: Groups | None = None
+) -> None:
     """Compare weights, map, losses and gradient with the reference ops, where no near tie decides.
 
     Raises:
         ValueError: they differ: there is nothing to time.
     """
-    want_router = pool_router("reference", has_pools=has_pools)
+    want_router = pool_router("reference", has_pools=has_pools, groups=groups)
     want_leaf_TE, got_leaf_TE = (case.logits_TE.clone().requires_grad_() for _ in range(2))
     want, got = want_router(want_leaf_TE, case), router(got_leaf_TE, case)
-    is_clear_T = _is_clear(case, has_pools=has_pools)
+    is_clear_T = _is_clear(case, has_pools=has_pools, groups=groups)
     close = 1 - is_clear_T.float().mean().item()
     problems = [f"{close:.2%} of the tokens are near ties"] if close > NUM_SPARE else []
     if not torch.equal(got.routing_map_TE[is_clear_T], want.routing_map_TE[is_clear_T]):
@@ -259,13 +268,27 @@ def is_clear_choice(logits_TE: Tensor, *, top_k: int) -> Tensor:
     return best_TK[:, -2] - best_TK[:, -1] > CLEAR_GAP
 
 
-def _is_clear(case: Case, *, has_pools: bool) -> Tensor:
+def _is_clear(case: Case, *, has_pools: bool, groups: Groups | None) -> Tensor:
     """[T] bool: the K-th and the next logit of the token are apart, so every exact router chooses the same."""
-    logits_TE = case.logits_TE
+    logits_TE, top_k = case.logits_TE, case.shape.top_k
     if has_pools:
         is_in_pool_TE = pools_of(case, "reference")[case.document_ids_T]
         logits_TE = logits_TE.masked_fill(~is_in_pool_TE, float("-inf"))
-    return is_clear_choice(logits_TE, top_k=case.shape.top_k)
+    if groups is None:
+        return is_clear_choice(logits_TE, top_k=top_k)
+    num_groups, group_topk = groups
+    scores_TE = logits_TE.softmax(dim=-1)
+    is_open_TE = open_experts(
+        scores_TE, scores_TE > 0, num_groups=num_groups, group_topk=group_topk, top_k=top_k
+    )
+    in_groups_TGM = scores_TE.unflatten(1, (num_groups, -1))
+    sums_TG = in_groups_TGM.topk(top_k // group_topk, dim=-1).values.sum(dim=-1)
+    sums_TG = sums_TG.sort(dim=-1, descending=True).values
+    # groups without experts of the pool tie, and come last
+    is_apart_TG = sums_TG[:, :-1] - sums_TG[:, 1:] > CLEAR_GAP * sums_TG[:, :-1]
+    is_apart_T = (is_apart_TG | (sums_TG[:, :-1] == 0)).all(dim=-1)
+    open_TE = logits_TE.masked_fill(~is_open_TE, float("-inf"))
+    return is_apart_T & is_clear_choice(open_TE, top_k=top_k)
 
 
 def kernel_bytes(

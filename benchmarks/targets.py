@@ -9,7 +9,7 @@ import torch
 from routers import Shape, bytes_moved
 from timing import Estimate, Samples, judge, ratio
 
-NATIVE, REFERENCE = "native ops", "reference ops"
+NATIVE, REFERENCE, GROUPED = "native ops", "reference ops", "native ops with groups"
 STOCK, FUSED, LOOP = "Megatron, no pools", "Transformer Engine, no pools", "loop over documents"
 MODES = {"forward": False, "forward + backward": True}
 TRAINING = "forward + backward"

@@ -11,7 +11,7 @@ class Groups {
   // widest rows a part after the other, for its size
   static constexpr int kPart = kChunks <= 16 ? kChunks : 8;
 
-  int size;          // experts in a group
+  int size, wanted;  // experts in a group; how many of them its rank counts at most
   unsigned inverse;  // 2^20 over it, rounded up: exact for fewer than 1024 experts in a group
   int in_pool;       // experts of the pool in this lane's group
 
@@ -70,7 +70,9 @@ class Groups {
 
  public:
   __device__ __forceinline__ explicit Groups(const RoutingArgs& args)
-      : size(args.num_experts / args.num_groups), inverse(((1u << 20) + size - 1) / size) {}
+      : size(args.num_experts / args.num_groups),
+        wanted(args.top_k / args.group_topk),
+        inverse(((1u << 20) + size - 1) / size) {}
 
   // For another pool.
   __device__ __forceinline__ void set(unsigned allowed) { in_pool = count(allowed); }
@@ -79,7 +81,6 @@ class Groups {
   // ranked by sums of what the keys are made of, or, with the maximum of a softmax, of e^(x - max).
   __device__ __forceinline__ int limit(const RoutingArgs& args, float softmax_max,
                                        unsigned (&keys)[kChunks]) const {
-    const int wanted = args.top_k / args.group_topk;
     const int counted = in_pool < wanted ? in_pool : wanted;
     const bool is_exp = args.scoring == Scoring::kSoftmaxThenTopK;
     const auto value = [&](unsigned key) {
@@ -111,25 +112,27 @@ class Groups {
       if (counted > k) sum += value(next);
     }
 
+    // the best group left: of those that count most experts, and rank highest, the lowest
     const unsigned mine = order_key(sum);
-    int rank = 0, held = 0;  // of the groups before: how many, and their experts
+    bool is_left = lane_id() < args.num_groups;
+    unsigned admitted = 0;
+    int held = 0;  // experts of the pool in admitted groups
 #pragma unroll 1
-    for (int g = 0; g < args.num_groups; ++g) {
-      const unsigned other = __shfl_sync(kAllLanes, mine, g);
-      const int members = __shfl_sync(kAllLanes, in_pool, g);
-      const int others_counted = members < wanted ? members : wanted;
-      const bool is_better = other > mine || (other == mine && g < lane_id());
-      const bool is_before = others_counted > counted || (others_counted == counted && is_better);
-      rank += is_before;
-      held += is_before ? members : 0;
+    for (int i = 0; i < args.num_groups && (i < args.group_topk || held < args.top_k); ++i) {
+      const unsigned most = __reduce_max_sync(kAllLanes, is_left ? counted + 1u : 0u);
+      const bool is_candidate = is_left && counted + 1u == most;
+      const unsigned highest = __reduce_max_sync(kAllLanes, is_candidate ? mine : 0u);
+      const int best_group = __ffs(__ballot_sync(kAllLanes, is_candidate && mine == highest)) - 1;
+      admitted |= 1u << best_group;
+      held += __shfl_sync(kAllLanes, in_pool, best_group);
+      is_left = is_left && lane_id() != best_group;
     }
-    const unsigned admitted = __ballot_sync(
-        kAllLanes, lane_id() < args.num_groups && (rank < args.group_topk || held < args.top_k));
+    // lanes past the last expert too: a token finds K experts before them
     const unsigned in_groups = groups_in_place();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const bool is_open = (admitted >> ((c * 32 + lane_id()) * in_groups >> 20)) & 1u;
-      if (!is_open && keys[c] > kExcluded) keys[c] = kExcluded;
+      if (!is_open) keys[c] = kExcluded;
     }
     return __popc(admitted);
   }

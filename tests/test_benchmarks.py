@@ -46,6 +46,8 @@ def routing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], lis
         experts=(16,),
         top_k=(2,),
         document_tokens=(12,),
+        groups=4,
+        group_topk=2,
         seconds=0.01,
         output=tmp_path / "results",
     )
@@ -63,7 +65,7 @@ def test_routing_leaves_a_row_a_router_and_mode(routing: Callable[[], list[Path]
     rows = _rows(table)
     assert sorted(path.name for path in table.parent.iterdir()) == sorted([table.name, page.name])
     found = {(row["router"], row["mode"]): row for row in rows}
-    assert len(found) == len(rows) == 10
+    assert len(found) == len(rows) == 12
     for (router, _), row in found.items():
         if router.startswith("Transformer Engine"):
             assert row["status"] == "needs a CUDA device"
@@ -73,6 +75,7 @@ def test_routing_leaves_a_row_a_router_and_mode(routing: Callable[[], list[Path]
             assert 0 < float(row["fastest_us"]) <= float(row["median_us"])
             assert int(row["rounds"]) >= 3
     assert found["native ops", "forward"]["times_native"] == "1.0"
+    assert float(found["native ops with groups", "forward"]["times_native"]) > 0
     text = page.read_text()
     assert "commit: " in text
     assert text.count("not judged: T=8192") == 4

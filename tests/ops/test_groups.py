@@ -64,7 +64,7 @@ SHAPES = {
     ]
 }
 WIDE = {
-    "1000 experts in 5 groups": Groups(num_experts=1000, num_groups=5, group_topk=2, top_k=9),
+    "wide rows in 5 groups": Groups(num_experts=1000, num_groups=5, group_topk=2, top_k=9),
     "512 experts in 16 groups": Groups(num_experts=512, num_groups=16, group_topk=4, top_k=8),
     "1024 experts in 2 groups": Groups(num_experts=1024, num_groups=2, group_topk=1, top_k=32),
 }
@@ -304,6 +304,22 @@ def test_ties_go_to_the_lower_group_and_expert(
             assert want.routing_map_TE[0].nonzero()[:, 0].equal(first[: groups.top_k])
         assert_equal("map", got.routing_map_TE.cpu(), want.routing_map_TE)
         assert_equal("counts", got.counts_X[:-1].cpu(), want.counts_X[:-1])
+
+
+def test_padding_in_a_thin_pool_does_not_count(compiled: Compiled) -> None:
+    pool_DE = (torch.arange(24) % 3 == 1)[None]  # an expert a group, so a token needs four groups
+    ids_T = torch.tensor([0, -1, 0, 0, -1, -1, 0])
+    arguments = {"top_k": 4, "num_groups": 8, "group_topk": 2}
+    logits_TE = random_logits(len(ids_T), 24)
+    for ops, device in ((reference, torch.device("cpu")), (compiled.ops, compiled.device)):
+        routed = ops.pool_topk(
+            logits_TE.to(device),
+            document_ids_T=ids_T.to(device),
+            pool_DE=pool_DE.to(device),
+            **arguments,
+        )
+        assert routed.num_over_groups == 4
+        assert not routed.routing_map_TE.cpu()[:, ~pool_DE[0]].any()
 
 
 def test_as_many_groups_as_there_are_limit_nothing(compiled: Compiled) -> None:

@@ -267,24 +267,23 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "thin groups rank as full ones": (
         "groups.cuh",
-        "others_counted > counted || (others_counted == counted && is_better)",
-        "is_better",
+        "is_left && counted + 1u == most",
+        "is_left",
     ),
-    "equal groups: the higher one": ("groups.cuh", "g < lane_id())", "g > lane_id())"),
+    "equal groups: the higher one": (
+        "groups.cuh",
+        "__ffs(__ballot_sync(kAllLanes, is_candidate && mine == highest)) - 1",
+        "31 - __clz(__ballot_sync(kAllLanes, is_candidate && mine == highest))",
+    ),
     "thin groups let no further group in": (
         "groups.cuh",
-        "(rank < args.group_topk || held < args.top_k)",
-        "rank < args.group_topk",
+        "(i < args.group_topk || held < args.top_k)",
+        "i < args.group_topk",
     ),
     "groups that are not admitted are open": (
         "groups.cuh",
-        "if (!is_open && keys[c]",
-        "if (false && keys[c]",
-    ),
-    "lanes past the last expert lie in a group": (
-        "groups.cuh",
-        "!is_open && keys[c] > kExcluded",
-        "!is_open",
+        "if (!is_open) keys[c]",
+        "if (false) keys[c]",
     ),
     "groups of the first document serve all": (
         "routing.cu",

@@ -89,7 +89,7 @@ OPTIONS = {
         "expert_bias_E": torch.linspace(-0.5, 0.5, NUM_EXPERTS),
     },
     "sqrtsoftplus": {"score_function": "sqrtsoftplus"},
-    "groups": {"num_groups": 8, "group_topk": 2},
+    "groups": {"num_groups": 8, "group_topk": 1},
 }
 
 

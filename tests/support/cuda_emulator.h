@@ -258,6 +258,7 @@ T atomicAdd(T* to, T value) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline unsigned __float_as_uint(float x) { return (unsigned)emulator::to_bits(x); }
 inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }

@@ -92,6 +92,14 @@ int main() {
                                0, num_documents);
       hash("used", used);
       hash("statistics", statistics);
+      if (num_experts % 4 != 0) continue;
+      RoutingArgs in_groups = args;
+      in_groups.num_groups = 4;
+      in_groups.group_topk = 1;
+      counts.assign(counts.size(), 0);
+      cpu::pool_topk(in_groups, out, 0, num_tokens);
+      hash("probs in groups", probs);
+      hash("counts in groups", counts);
     }
   }
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
