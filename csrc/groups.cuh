@@ -70,8 +70,8 @@ class Groups {
 
  public:
   __device__ __forceinline__ explicit Groups(const RoutingArgs& args)
-      : size(args.num_experts / args.num_groups),
-        wanted(args.top_k / args.group_topk),
+      : size(args.num_experts / (limits_groups(args) ? args.num_groups : 1)),
+        wanted(args.top_k / (limits_groups(args) ? args.group_topk : 1)),
         inverse(((1u << 20) + size - 1) / size) {}
 
   // For another pool.

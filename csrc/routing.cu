@@ -18,20 +18,26 @@ __device__ __forceinline__ float sum_of(const float (&x)[kChunks], unsigned set)
   return warp_sum(total);
 }
 
-// sum of e * log(e / its maximum), the part of the entropy that is no logarithm of the sum
+// sum of score * log(score), for softmax of those over their maximum: the part of the entropy that
+// is no logarithm of the sum
 template <int kChunks>
 __device__ __forceinline__ float weighted_log(const float (&x)[kChunks],
                                               const float (&scores)[kChunks], unsigned set,
                                               Scoring scoring, float shift) {
   float total = 0.0f;
+  // one branch a token, not one an expert
+  const auto add = [&](auto log_of) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    float log = x[c] - shift;
-    if (scoring == Scoring::kSigmoid) log = fminf(x[c], 0.0f) - log1pf(expf(-fabsf(x[c])));
-    if (scoring == Scoring::kSqrtSoftplus) log = logf(scores[c]);
-    // 0 * -inf is not a number
-    if (has(set, c) && scores[c] > 0.0f) total += scores[c] * log;
-  }
+    for (int c = 0; c < kChunks; ++c)
+      // 0 * -inf is not a number
+      if (has(set, c) && scores[c] > 0.0f) total += scores[c] * log_of(c);
+  };
+  if (scoring == Scoring::kSigmoid)
+    add([&](int c) { return fminf(x[c], 0.0f) - log1pf(expf(-fabsf(x[c]))); });
+  else if (scoring == Scoring::kSqrtSoftplus)
+    add([&](int c) { return logf(scores[c]); });
+  else
+    add([&](int c) { return x[c] - shift; });
   return warp_sum(total);
 }
 
@@ -110,10 +116,9 @@ struct DocumentSums<kChunks, true> {
   }
 };
 
-// d log g / dx of a gate g: with g it gives the gradient of a gate, 0 where the gate is 0. Told by
-// the gate alone, for want of registers: sigmoid(x) is 1 - e^-softplus(x).
-__device__ __forceinline__ float log_slope(Scoring scoring, float g) {
-  if (scoring == Scoring::kSigmoid) return 1.0f - g;
+// d log g / dx of a root g of softplus, which tells its x without a register for it: sigmoid(x) is
+// 1 - e^-softplus(x).
+__device__ __forceinline__ float log_slope(float g) {
   const float softplus = g * g;
   return softplus < 1e-7f ? 0.5f : -expm1f(-softplus) / (2.0f * softplus);
 }
@@ -155,8 +160,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     float total = soft.total;
     const float z = soft.max + logf(soft.total);
     if (is_gated) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) scores[c] = gate(args.scoring, x[c]);
+      gates_of(args.scoring, x, scores);
       total = sum_of(scores, carrying) + kTiny;
     }
     const float entropy =
@@ -291,8 +295,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
       const float inverse = 1.0f / whole.total;
       if (has_gates(args.scoring)) {
         float gates[kChunks];
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) gates[c] = gate(args.scoring, x[c]);
+        gates_of(args.scoring, x, gates);
         const float total = sum_of(gates, carrying) + kTiny;
         const float chosen_total = args.top_k > 1 ? sum_of(gates, chosen) + kTiny : 1.0f;
         float score_dot = 0.0f, weight_dot = 0.0f;
@@ -308,8 +311,16 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
           const float from_scores = has(carrying, c) ? (score_grads[c] - score_mean) / total : 0.0f;
           const float from_weights =
               has(chosen, c) ? (weight_grads[c] - weight_mean) / chosen_total : 0.0f;
-          const float slope = log_slope(args.scoring, gates[c]);
-          dx[c] = (from_scores + from_weights) * gates[c] * slope + dz * soft[c] * inverse;
+          dx[c] = (from_scores + from_weights) * gates[c];
+        }
+        if (args.scoring == Scoring::kSigmoid) {
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c)
+            dx[c] = dx[c] * (1.0f - gates[c]) + dz * soft[c] * inverse;
+        } else {
+#pragma unroll
+          for (int c = 0; c < kChunks; ++c)
+            dx[c] = dx[c] * log_slope(gates[c]) + dz * soft[c] * inverse;
         }
       } else {
         const bool is_after = args.scoring == Scoring::kTopKThenSoftmax;

@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(kThreads, kChunks <= 16 ? 4 : 1)
     load_row(logits + (tokens.begin + i) * args.num_experts, inside, x);
     if constexpr (kGates) {
       if (!(fabsf(row_max(x, inside)) < INFINITY)) continue;
+      gates_of(args.scoring, x, x);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const unsigned units = __float2uint_rn(gate(args.scoring, x[c]) * kOne);
+        const unsigned units = __float2uint_rn(x[c] * kOne);
         run[c] += units < kMaxGateUnits ? units : kMaxGateUnits;
       }
       continue;

@@ -202,8 +202,16 @@ __device__ __forceinline__ float sqrt_softplus(float x) {
   const float root = expf(-0.5f * fabsf(x));  // of e^-|x|
   return x < kFarBelow ? root : sqrtf(fmaxf(x, 0.0f) + log1pf(root * root));
 }
-__device__ __forceinline__ float gate(Scoring scoring, float x) {
-  return scoring == Scoring::kSigmoid ? sigmoid(x) : sqrt_softplus(x);
+template <int kChunks>
+__device__ __forceinline__ void gates_of(Scoring scoring, const float (&x)[kChunks],
+                                         float (&gates)[kChunks]) {
+  if (scoring == Scoring::kSigmoid) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) gates[c] = sigmoid(x[c]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) gates[c] = sqrt_softplus(x[c]);
+  }
 }
 
 // Largest key that does not exceed `limit`, over the warp.

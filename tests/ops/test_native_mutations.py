@@ -212,13 +212,13 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "every gate falls as a sigmoid": (
         "routing.cu",
-        "if (scoring == Scoring::kSigmoid) return 1.0f - g;",
-        "return 1.0f - g;",
+        "dx[c] * log_slope(gates[c])",
+        "dx[c] * (1.0f - gates[c])",
     ),
     "entropy takes a root of softplus for a sigmoid": (
         "routing.cu",
-        "if (scoring == Scoring::kSqrtSoftplus) log = logf(scores[c]);",
-        "",
+        "else if (scoring == Scoring::kSqrtSoftplus)\n    add(",
+        "else if (scoring == Scoring::kSigmoid)\n    add(",
     ),
     "sums of a document go to the next one": (
         "routing.cu",
