@@ -154,7 +154,8 @@ inline int tokens_per_warp(int64_t num_tokens, int most = kMaxTokensPerWarp) {
 template <bool kByDocument>
 __device__ __forceinline__ int64_t num_documents(const RoutingArgs& args) {
   const int64_t of_pools = args.num_pools > 1 ? args.num_pools : INT64_MAX;
-  return kByDocument && args.num_documents < of_pools ? args.num_documents : of_pools;
+  const bool is_fewer = kByDocument && args.by_document && args.num_documents < of_pools;
+  return is_fewer ? args.num_documents : of_pools;
 }
 inline unsigned blocks_for(int64_t num_tokens, int per_warp) {
   const int64_t per_block = (int64_t)per_warp * kWarps;
