@@ -144,6 +144,7 @@ class PoolRouter(TopKRouter):
             num_experts=logits_TE.shape[1],
             top_k=self.topk,
             dtype=logits_TE.dtype,
+            num_groups=self.num_groups or 0,
         )
 
     @property
@@ -300,16 +301,17 @@ class PoolRouter(TopKRouter):
 
 
 def choose_backend(
-    device_type: str, *, num_experts: int, top_k: int, dtype: torch.dtype
+    device_type: str, *, num_experts: int, top_k: int, dtype: torch.dtype, num_groups: int = 0
 ) -> ops.Backend:
     """The best backend for such logits. Rank 0 says, once a reason, why it is not the compiled one.
 
     Raises:
         RuntimeError: EMO_OPS=native asks for the compiled ops, and they cannot run.
     """
-    backend = ops.best_backend(device_type, num_experts, top_k, dtype)
+    backend = ops.best_backend(device_type, num_experts, top_k, dtype, num_groups)
     if backend == "reference":
-        _tell(ops.why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype))
+        limits: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "dtype": dtype}
+        _tell(ops.why_not_native(device_type, **limits, num_groups=num_groups))
     return backend
 
 

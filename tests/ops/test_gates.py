@@ -288,3 +288,35 @@ def test_tokens_that_do_not_count_are_in_no_documents_sums(compiled: Compiled, n
     assert_close("scores", found[0].score_sums_RE, found[1].score_sums_RE, rtol=1e-6)
     assert_equal("choices", found[0].document_choices_DE, found[1].document_choices_DE)
     assert found[0].document_choices_DE.sum() == 2 * is_counted_T.sum()
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sqrtsoftplus"])
+def test_sums_of_documents_whose_tokens_keep_to_groups(
+    compiled: Compiled, score_function: str
+) -> None:
+    ids_T = torch.tensor([0] * 70 + [-1] * 3 + [2] * 41 + [3] + [0] * 9)
+    logits_TE = random_logits(len(ids_T), 48)
+    logits_TE[5, 1] = float("nan")
+    pool_DE = random_logits(4, 48, seed=1) > 0.3
+    pool_DE[:, ::11] = True
+    pool_DE[2] = torch.arange(48) % 9 == 0  # one expert a group
+
+    def route(ops: Any, device: torch.device) -> Routing:
+        found: Routing = ops.pool_topk(
+            logits_TE.to(device),
+            document_ids_T=ids_T.to(device),
+            pool_DE=pool_DE.to(device),
+            top_k=4,
+            score_function=score_function,
+            num_groups=6,
+            group_topk=2,
+            num_documents=4,
+        )
+        return found
+
+    got, want = route(compiled.ops, compiled.device), route(reference, torch.device("cpu"))
+    assert_equal("map", got.routing_map_TE.cpu(), want.routing_map_TE)
+    assert_equal("counts", got.counts_X[:-1].cpu(), want.counts_X[:-1])
+    assert_equal("choices", got.document_choices_DE.cpu(), want.document_choices_DE)
+    assert want.num_over_groups > 0
+    assert_close("scores", got.score_sums_RE.cpu(), want.score_sums_RE, rtol=1e-6)
