@@ -21,7 +21,7 @@ import tyro
 from experts import GroupedExperts
 from layers import start_megatron
 from library_text import VOCAB, library_texts, packed_batches
-from timing import RESULTS, describe_machine, markdown_table, run_script, write_results
+from timing import RESULTS, Ended, describe_machine, markdown_table, run_script, write_results
 from watched_router import HALF_SHARE, RECENT, Watched
 
 from emo_megatron.config import PoolConfig, PoolScore
@@ -38,7 +38,7 @@ class Options:
     """Kill an expert's row and wait."""
 
     update_rate: float = 2e-3
-    """Megatron's --moe-router-bias-update-rate, whose default is 1e-3. The expert is back after steps in proportion."""
+    """Megatron's --moe-router-bias-update-rate, whose default is 1e-3: half as fast, twice the steps."""
     seeds: tuple[int, ...] = (1, 2)
     warmup: int = 200
     """Steps before the row dies."""
@@ -89,11 +89,16 @@ def main(options: Options) -> list[Path]:
     facts = describe_machine(torch.device("cpu"), threads=torch.get_num_threads())
     start_megatron(torch.device("cpu"))
     texts = library_texts(shortest=options.seq_length)
-    rows = []
-    for seed in options.seeds:
-        for name in (STANDARD, *POOLS):
+    rows: list[dict[str, Any]] = []
+    runs = [(name, seed) for seed in options.seeds for name in (STANDARD, *POOLS)]
+    try:
+        for name, seed in runs:
             rows += _revive(name, seed, texts, options)
             print(*rows[-options.layers :], sep="\n", flush=True)
+    except Ended:
+        if not rows:
+            raise
+        facts["ended"] = f"after {len(rows) // options.layers} of {len(runs)} runs"
     page = _page(rows, options, facts)
     name = f"revive-expert-{'trained' if options.lr_after else 'frozen'}"
     return write_results(options.output, name, rows=rows, page=page)
