@@ -61,7 +61,9 @@ class Options:
     runs: Path = Path("runs/balance")
     """Folder for checkpoints, logs and measurements."""
     steps: int = 300
-    """Optimizer steps, the demo's being 800."""
+    """Optimizer steps that schedules are made for, the demo's being 800."""
+    stop: int | None = None
+    """Steps after which training ends, a multiple of a quarter of --steps. None: all."""
     evaluation_tokens: int = 8192
     """Validation tokens a domain, the demo's being 16384."""
     seed: int = 1234
@@ -76,6 +78,12 @@ class Options:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}"
                 )
+
+        if self.stop is not None and (self.stop > self.steps or self.stop % (self.steps // 4)):
+            raise ValueError(
+                f"--stop must be a multiple of {self.steps // 4}, a quarter of --steps, and at most {self.steps}; "
+                f"got {self.stop}"
+            )
 
     @property
     def size(self) -> Size:
@@ -99,45 +107,51 @@ def main(options: Options) -> list[Path]:
     os.environ.setdefault("EMO_DEVICE", "cpu")
     facts = describe_machine(torch.device("cpu"), threads=1)
     size, corpus, runs = options.size, open_corpus(options.corpus), options.runs.resolve()
+    last = size.steps if options.stop is None else options.stop
     emo, *_ = main_models(size, seed=options.seed)
     models = [
-        Model(name=name, flags=(*emo.flags, *flags), seed=options.seed)
+        Model(
+            name=name,
+            flags=(*emo.flags, *flags, "--exit-interval", str(last)),
+            seed=options.seed,
+        )
         for name, (_, flags) in KINDS.items()
     ]
-    run_chains([[_training(model, size, corpus, runs)] for model in models], at_once=1)
+    run_chains([[_training(model, size, last, corpus, runs)] for model in models], at_once=1)
     rows: list[dict[str, Any]] = []
     for model in models:
         options_of = retention_options(model, size, corpus=corpus, output=runs)
+        checkpoint = options_of.checkpoint / f"iter_{last:07d}"
         # as the demo measures, but modules are tried on one other domain each
-        folder = run_retention(dataclasses.replace(options_of, elsewhere=1))
+        folder = run_retention(dataclasses.replace(options_of, checkpoint=checkpoint, elsewhere=1))
         found = load_rows(folder / "retention.json")
-        rows += [_row(model.name, summary, size) for summary in summarise(found)]
+        rows += [_row(model.name, summary, last) for summary in summarise(found)]
     flags = pretraining_flags(emo, size, corpus=corpus, run_dir=Path("RUN"))
     page = _page(rows, facts, size, flags)
     name = "balance-kinds" + ("-quick" if options.quick else "")
     return write_results(options.output, name, rows=rows, page=page)
 
 
-def _training(model: Model, size: Size, corpus: Corpus, runs: Path) -> Job:
+def _training(model: Model, size: Size, last: int, corpus: Corpus, runs: Path) -> Job:
     folder = runs / model.name
     log, tracker = folder / "train.log", folder / "checkpoint/latest_checkpointed_iteration.txt"
     return Job(
         title=f"pretraining {model.name}",
         command=python(PRETRAIN, *pretraining_flags(model, size, corpus=corpus, run_dir=folder)),
         log=log,
-        total=size.steps,
+        total=last,
         done=lambda: last_iteration(log),
-        is_finished=lambda: tracker.exists() and tracker.read_text().strip() == str(size.steps),
+        is_finished=lambda: tracker.exists() and int(tracker.read_text()) >= last,
     )
 
 
-def _row(name: str, found: RetentionSummary, size: Size) -> dict[str, Any]:
+def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
     """Of the CSV."""
     numbers = {n: getattr(found, n) for n in ("loss", "rise", "selectivity")}
     return {
         "run": name,
         "balance": KINDS[name][0],
-        "steps": size.steps,
+        "steps": steps,
         "experts": found.num_experts_kept,
         "method": found.method,
         **{n: "" if value is None else round(value, 4) for n, value in numbers.items()},
@@ -172,8 +186,8 @@ def _page(
         [
             "# Kinds of balance\n",
             "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
-            f"EMO of the demo, {size.steps} steps of {size.rows} rows of {size.seq_length} tokens, "
-            f"{size.evaluation_tokens} held-out tokens a domain; {versions()}. Loss in nats a token, means over "
+            f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
+            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {versions()}. Loss in nats a token, means over "
             "domains that each keep the experts they use most; in brackets what dropping the others costs. "
             "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
             markdown_table(head, table),
