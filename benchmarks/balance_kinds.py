@@ -79,10 +79,11 @@ class Options:
                     f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}"
                 )
 
-        if self.stop is not None and (self.stop > self.steps or self.stop % (self.steps // 4)):
+        every = max(1, self.steps // 4)
+        if self.stop is not None and (self.quick or self.stop > self.steps or self.stop % every):
             raise ValueError(
-                f"--stop must be a multiple of {self.steps // 4}, a quarter of --steps, and at most {self.steps}; "
-                f"got {self.stop}"
+                f"--stop must be a multiple of {every}, a quarter of --steps, at most {self.steps}, and goes without "
+                f"--quick; got {self.stop}"
             )
 
     @property
@@ -187,8 +188,8 @@ def _page(
             "# Kinds of balance\n",
             "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
             f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
-            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {versions()}. Loss in nats a token, means over "
-            "domains that each keep the experts they use most; in brackets what dropping the others costs. "
+            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {versions()}. Loss in nats a token, means "
+            "over domains that each keep the experts they use most; in brackets what dropping the others costs. "
             "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
             markdown_table(head, table),
             "Flags on top of the common ones:\n",
