@@ -127,7 +127,8 @@ def main(options: Options) -> list[Path]:
         folder = run_retention(dataclasses.replace(options_of, checkpoint=checkpoint, elsewhere=1))
         found = load_rows(folder / "retention.json")
         rows += [_row(model.name, summary, last) for summary in summarise(found)]
-    flags = pretraining_flags(emo, size, corpus=corpus, run_dir=Path("RUN"))
+    named = dataclasses.replace(corpus, path=Path("CORPUS"))
+    flags = pretraining_flags(emo, size, corpus=named, run_dir=Path("RUN"))
     page = _page(rows, facts, size, flags)
     name = "balance-kinds" + ("-quick" if options.quick else "")
     return write_results(options.output, name, rows=rows, page=page)
@@ -166,20 +167,16 @@ def _page(
     kept = [round(fraction * size.experts) for fraction in size.fractions]
     head = ["balance", f"all {size.experts}"]
     for number in kept:
-        head += [f"{number} of its domain", "selectivity", f"{number} at random"]
+        head += [f"{number} of its domain", f"{number} at random"]
     table = []
     for name, (balance, _) in KINDS.items():
         found = {(row["experts"], row["method"]): row for row in rows if row["run"] == name}
         line = [balance, f"{found[size.experts, WHOLE]['loss']:.3f}"]
         for number in kept:
-            own, random = found[number, CHOSEN], found[number, RANDOM]
-            selectivity = own["selectivity"]
-            line += [
-                f"{own['loss']:.3f} ({own['rise']:+.3f})",
-                f"{selectivity:+.3f}" if selectivity != "" else "-",
-                f"{random['loss']:.3f} ({random['rise']:+.3f})",
-            ]
-        table.append(line)
+            sets = (found[number, method] for method in (CHOSEN, RANDOM))
+            line += [f"{row['loss']:.3f} ({row['rise']:+.3f})" for row in sets]
+        table.append([*line, f"{found[kept[0], CHOSEN]['selectivity']:+.3f}"])
+    head.append(f"selectivity of {kept[0]}")
     differing = [
         f"- {balance}: `{shlex.join(added) or 'none'}`" for balance, added in KINDS.values()
     ]
