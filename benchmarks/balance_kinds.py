@@ -1,0 +1,203 @@
+"""What does it cost EMO to balance load over less than the whole batch? The demo's EMO under three kinds of balance.
+
+    .venv/bin/python benchmarks/balance_kinds.py --corpus runs/demo/corpus
+
+The models share text, seed, pools, coefficient and all else; micro-batches change nothing but whom `aux_loss` balances.
+Measured as the demo measures: the loss of the whole model and of each domain's modules on that domain. An interrupted
+call is continued by the same call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from fidelity_text import open_corpus
+from timing import RESULTS, describe_machine, markdown_table, run_script, write_results
+
+from emo_megatron.demo.jobs import Job, last_iteration, run_chains
+from emo_megatron.demo.prepared import Corpus
+from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, main_models
+from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
+from emo_megatron.mcore.launch import python
+from emo_megatron.report.retention_rows import (
+    CHOSEN,
+    RANDOM,
+    RetentionSummary,
+    load_rows,
+    summarise,
+)
+from emo_megatron.report.retention_rows import FULL as WHOLE
+from emo_megatron.retention import run_retention, versions
+
+KINDS = {
+    "global": ("global_aux_loss: the whole batch", ()),
+    "rows": (
+        "aux_loss: every row by itself",
+        ("--moe-router-load-balancing-type", "aux_loss", "--micro-batch-size", "1"),
+    ),
+    "documents": (
+        "seq_aux_loss: every document in its pool",
+        ("--moe-router-load-balancing-type", "seq_aux_loss"),
+    ),
+}
+"""Name of the run -> what is balanced, and the flags on top of EMO's of the demo."""
+FRACTIONS = (0.25, 0.125)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Pretrain EMO under each kind of balance and compare modules."""
+
+    corpus: Path
+    """A prepared corpus: the folder corpus of a demo, which need not be finished."""
+    runs: Path = Path("runs/balance")
+    """Folder for checkpoints, logs and measurements."""
+    steps: int = 300
+    """Optimizer steps that schedules are made for, the demo's being 800."""
+    stop: int | None = None
+    """Steps after which training ends, a multiple of a quarter of --steps. None: all."""
+    evaluation_tokens: int = 8192
+    """Validation tokens a domain, the demo's being 16384."""
+    seed: int = 1234
+    quick: bool = False
+    """Run the mechanics only, on models too small to show anything."""
+    output: Path = RESULTS
+    """Folder of the page and the CSV."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "evaluation_tokens", "seed"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}"
+                )
+
+        every = max(1, self.steps // 4)
+        if self.stop is not None and (self.quick or self.stop > self.steps or self.stop % every):
+            raise ValueError(
+                f"--stop must be a multiple of {every}, a quarter of --steps, at most {self.steps}, and goes without "
+                f"--quick; got {self.stop}"
+            )
+
+    @property
+    def size(self) -> Size:
+        """Of models, training and measurement."""
+        if self.quick:
+            return dataclasses.replace(QUICK, steps=4, fractions=(0.25,), evaluation_tokens=512)
+        return dataclasses.replace(
+            FULL,
+            steps=self.steps,
+            fractions=FRACTIONS,
+            evaluation_tokens=self.evaluation_tokens,
+        )
+
+
+def main(options: Options) -> list[Path]:
+    """Train and measure what is missing.
+
+    Returns:
+        The CSV and the page.
+    """
+    os.environ.setdefault("EMO_DEVICE", "cpu")
+    facts = describe_machine(torch.device("cpu"), threads=1)
+    size, corpus, runs = options.size, open_corpus(options.corpus), options.runs.resolve()
+    last = size.steps if options.stop is None else options.stop
+    emo, *_ = main_models(size, seed=options.seed)
+    models = [
+        Model(
+            name=name,
+            flags=(*emo.flags, *flags, "--exit-interval", str(last)),
+            seed=options.seed,
+        )
+        for name, (_, flags) in KINDS.items()
+    ]
+    run_chains([[_training(model, size, last, corpus, runs)] for model in models], at_once=1)
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        options_of = retention_options(model, size, corpus=corpus, output=runs)
+        checkpoint = options_of.checkpoint / f"iter_{last:07d}"
+        # as the demo measures, but modules are tried on one other domain each
+        folder = run_retention(dataclasses.replace(options_of, checkpoint=checkpoint, elsewhere=1))
+        found = load_rows(folder / "retention.json")
+        rows += [_row(model.name, summary, last) for summary in summarise(found)]
+    named = dataclasses.replace(corpus, path=Path("CORPUS"))
+    flags = pretraining_flags(emo, size, corpus=named, run_dir=Path("RUN"))
+    page = _page(rows, facts, size, flags)
+    name = "balance-kinds" + ("-quick" if options.quick else "")
+    return write_results(options.output, name, rows=rows, page=page)
+
+
+def _training(model: Model, size: Size, last: int, corpus: Corpus, runs: Path) -> Job:
+    folder = runs / model.name
+    log, tracker = folder / "train.log", folder / "checkpoint/latest_checkpointed_iteration.txt"
+    return Job(
+        title=f"pretraining {model.name}",
+        command=python(PRETRAIN, *pretraining_flags(model, size, corpus=corpus, run_dir=folder)),
+        log=log,
+        total=last,
+        done=lambda: last_iteration(log),
+        is_finished=lambda: tracker.exists() and int(tracker.read_text()) >= last,
+    )
+
+
+def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
+    """Of the CSV."""
+    numbers = {n: getattr(found, n) for n in ("loss", "rise", "selectivity")}
+    return {
+        "run": name,
+        "balance": KINDS[name][0],
+        "steps": steps,
+        "experts": found.num_experts_kept,
+        "method": found.method,
+        **{n: "" if value is None else round(value, 4) for n, value in numbers.items()},
+    }
+
+
+def _page(
+    rows: Sequence[dict[str, Any]], facts: dict[str, str], size: Size, flags: Sequence[str]
+) -> str:
+    """A line for each kind of balance: loss whole, then of each size of module, with the rise in brackets."""
+    kept = [round(fraction * size.experts) for fraction in size.fractions]
+    head = ["balance", f"all {size.experts}"]
+    for number in kept:
+        head += [f"{number} of its domain", f"{number} at random"]
+    table = []
+    for name, (balance, _) in KINDS.items():
+        found = {(row["experts"], row["method"]): row for row in rows if row["run"] == name}
+        line = [balance, f"{found[size.experts, WHOLE]['loss']:.3f}"]
+        for number in kept:
+            sets = (found[number, method] for method in (CHOSEN, RANDOM))
+            line += [f"{row['loss']:.3f} ({row['rise']:+.3f})" for row in sets]
+        table.append([*line, f"{found[kept[0], CHOSEN]['selectivity']:+.3f}"])
+    head.append(f"selectivity of {kept[0]}")
+    differing = [
+        f"- {balance}: `{shlex.join(added) or 'none'}`" for balance, added in KINDS.values()
+    ]
+    return "\n".join(
+        [
+            "# Kinds of balance\n",
+            "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
+            f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
+            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {versions()}. Loss in nats a token, means "
+            "over domains that each keep the experts they use most; in brackets what dropping the others costs. "
+            "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
+            markdown_table(head, table),
+            "Flags on top of the common ones:\n",
+            "\n".join(differing) + "\n",
+            "The common ones:\n",
+            f"```\nexamples/pretrain_emo.py {shlex.join(flags)}\n```\n",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    )
