@@ -53,9 +53,9 @@ __device__ __forceinline__ void add_count(int64_t* to, unsigned count) {
 template <int kChunks, bool kByDocument>
 struct DocumentSums {
   static constexpr bool is_joined = true;
-  static constexpr long long first = 0;
 
   __device__ __forceinline__ DocumentSums(const RoutingArgs&, const Tokens&, int) {}
+  __device__ __forceinline__ static long long first(const RoutingArgs&, int) { return 0; }
   template <class... Any>
   __device__ __forceinline__ void set(const Any&...) {}
   __device__ __forceinline__ void count(int) {}
@@ -66,20 +66,20 @@ struct DocumentSums {
 // single document, whatever the order, they are joined before they leave, as without.
 template <int kChunks>
 struct DocumentSums<kChunks, true> {
-  uint8_t* choices;  // of this warp: a lane's own, at most one a token
   int document = -1;
-  long long first;
   bool is_joined;
 
   __device__ __forceinline__ DocumentSums(const RoutingArgs& args, const Tokens& tokens,
                                           int per_warp) {
-    __shared__ uint8_t of_warp[kWarps][kChunks * 32];
-    choices = of_warp[warp_id()];
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) choices[c * 32 + lane_id()] = 0;
-    first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
-    const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
-    is_joined = __syncthreads_and(is_mine) && first >= 0;
+    for (int c = 0; c < kChunks; ++c) choices(c * 32 + lane_id()) = 0;
+    const long long wanted = first(args, per_warp);
+    const bool is_mine = lane_id() >= tokens.count || tokens.my_document == wanted;
+    is_joined = __syncthreads_and(is_mine) && wanted >= 0;
+  }
+  // The document of the block's first token; read again, for want of registers.
+  __device__ __forceinline__ static long long first(const RoutingArgs& args, int per_warp) {
+    return args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
   }
   __device__ __forceinline__ void set(const RoutingArgs& args, const RoutingOutputs& out,
                                       long long next, unsigned* scores) {
@@ -87,13 +87,18 @@ struct DocumentSums<kChunks, true> {
     flush(args, out, scores);
     document = (int)next;
   }
-  __device__ __forceinline__ void count(int expert) { ++choices[expert]; }
+  __device__ __forceinline__ void count(int expert) { ++choices(expert); }
   __device__ __forceinline__ void finish(const RoutingArgs& args, const RoutingOutputs& out,
                                          unsigned* scores) {
     if (!is_joined) flush(args, out, scores);
   }
 
  private:
+  // Of this warp, a lane's own, at most one a token.
+  __device__ __forceinline__ static uint8_t& choices(int expert) {
+    __shared__ uint8_t of_warp[kWarps][kChunks * 32];
+    return of_warp[warp_id()][expert];
+  }
   __device__ __forceinline__ void flush(const RoutingArgs& args, const RoutingOutputs& out,
                                         unsigned* scores) {
     if (document < 0) return;
@@ -101,8 +106,8 @@ struct DocumentSums<kChunks, true> {
     for (int e = lane_id(); e < args.num_experts; e += 32) {
       const long long at = (long long)document * args.num_experts + e;
       if (scores[e] != 0) add_count(out.score_units + at, scores[e]);
-      if (choices[e] != 0) add_count(out.document_choices + at, choices[e]);
-      scores[e] = choices[e] = 0;
+      if (choices(e) != 0) add_count(out.document_choices + at, choices(e));
+      scores[e] = choices(e) = 0;
     }
   }
 };
@@ -115,7 +120,7 @@ __device__ __forceinline__ float log_slope(float g) {
 }
 
 template <class T, int kChunks, bool kByDocument>
-__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
+__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, kByDocument ? 8 : 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kByDocument>(args),
@@ -204,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   __syncthreads();
   if (of_documents.is_joined)
     add_over_warps(score_sums, args.num_experts,
-                   out.score_units + of_documents.first * args.num_experts);
+                   out.score_units + of_documents.first(args, per_warp) * args.num_experts);
   if (threadIdx.x < kNumFacts) {
     unsigned long long total = 0;
 #pragma unroll 1  // eight sums of 64 bits at once would take registers from everything above
@@ -217,7 +222,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     if (choices[e] == 0) continue;
     add_count(out.counts + e, choices[e]);
     if (kByDocument && of_documents.is_joined)
-      add_count(out.document_choices + of_documents.first * args.num_experts + e, choices[e]);
+      add_count(out.document_choices + of_documents.first(args, per_warp) * args.num_experts + e,
+                choices[e]);
   }
 }
 

@@ -227,7 +227,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "sums of a document go on into the next one": (
         "routing.cu",
-        "scores[e] = choices[e] = 0;",
+        "scores[e] = choices(e) = 0;",
         "",
     ),
     "sums of a document in a whole block leave twice": (
@@ -237,8 +237,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "sums of a document are joined where a block only begins with it": (
         "routing.cu",
-        "lane_id() >= tokens.count || tokens.my_document == first",
-        "tokens.count == 0 || tokens.document(0) == first",
+        "lane_id() >= tokens.count || tokens.my_document == wanted",
+        "tokens.count == 0 || tokens.document(0) == wanted",
     ),
     "sums of a document in a whole block lack its choices": (
         "routing.cu",
