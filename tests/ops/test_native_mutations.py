@@ -63,8 +63,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "sums leave the block before all its warps are done": (
         "routing.cu",
-        "  __syncthreads();\n  add_over_warps(score_sums",
-        "  add_over_warps(score_sums",
+        "  __syncthreads();\n  if (of_documents.is_joined)",
+        "  if (of_documents.is_joined)",
     ),
     "a warp collective in a divergent branch": (
         "routing.cu",
@@ -83,8 +83,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "the gradient of z misses a sigmoid router": (
         "routing.cu",
-        " + dz * soft[c] * inverse",
-        "",
+        "dx[c] * (1.0f - gates[c]) + dz * soft[c] * inverse",
+        "dx[c] * (1.0f - gates[c])",
     ),
     "a row begins with every pair": ("dispatch.cu", "      is_first = false;", ""),
     "a token counts among those below itself": (
