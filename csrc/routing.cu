@@ -58,12 +58,13 @@ struct NoGroups {
 template <int kChunks, bool kIsGeneral>
 struct DocumentSums {
   static constexpr bool is_joined = true;
-  static constexpr long long first = 0;
 
   __device__ __forceinline__ DocumentSums(const RoutingArgs&, const Tokens&, int) {}
+  __device__ __forceinline__ static long long first(const RoutingArgs&, int) { return 0; }
   template <class... Any>
   __device__ __forceinline__ void set(const Any&...) {}
-  __device__ __forceinline__ void count(int) {}
+  template <class... Any>
+  __device__ __forceinline__ void count(const Any&...) {}
   template <class... Any>
   __device__ __forceinline__ void finish(const Any&...) {}
 };
@@ -72,31 +73,33 @@ struct DocumentSums {
 // for.
 template <int kChunks>
 struct DocumentSums<kChunks, true> {
-  uint8_t* choices;  // of this warp: a lane's own, at most one a token
   int document = -1;
-  long long first;
   bool is_joined;
 
   __device__ __forceinline__ DocumentSums(const RoutingArgs& args, const Tokens& tokens,
                                           int per_warp) {
-    __shared__ uint8_t of_warp[kWarps][kChunks * 32];
-    choices = of_warp[warp_id()];
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) choices[c * 32 + lane_id()] = 0;
-    first = 0;
     is_joined = true;
     if (!args.by_document) return;
-    first = args.document_ids[(long long)blockIdx.x * kWarps * per_warp];
-    const bool is_mine = lane_id() >= tokens.count || tokens.my_document == first;
-    is_joined = __syncthreads_and(is_mine) && first >= 0;
+    const long long wanted = first(args, per_warp);
+    const bool is_mine = lane_id() >= tokens.count || tokens.my_document == wanted;
+    is_joined = __syncthreads_and(is_mine) && wanted >= 0;
+  }
+  // The document of the block's first token; read again, for want of registers.
+  __device__ __forceinline__ static long long first(const RoutingArgs& args, int per_warp) {
+    return args.by_document ? args.document_ids[(long long)blockIdx.x * kWarps * per_warp] : 0;
   }
   __device__ __forceinline__ void set(const RoutingArgs& args, const RoutingOutputs& out,
                                       long long next, unsigned* scores) {
-    if (next == document || !args.by_document) return;
+    if (next == document || is_joined) return;
     flush(args, out, scores);
     document = (int)next;
   }
-  __device__ __forceinline__ void count(int expert) { ++choices[expert]; }
+  // Choices leave one by one: there is no room for those of a warp beside its scores and groups.
+  __device__ __forceinline__ void count(const RoutingArgs& args, const RoutingOutputs& out,
+                                        int expert) {
+    if (is_joined) return;
+    add_count(out.document_choices + (long long)document * args.num_experts + expert, 1);
+  }
   __device__ __forceinline__ void finish(const RoutingArgs& args, const RoutingOutputs& out,
                                          unsigned* scores) {
     if (!is_joined) flush(args, out, scores);
@@ -110,8 +113,7 @@ struct DocumentSums<kChunks, true> {
     for (int e = lane_id(); e < args.num_experts; e += 32) {
       const long long at = (long long)document * args.num_experts + e;
       if (scores[e] != 0) add_count(out.score_units + at, scores[e]);
-      if (choices[e] != 0) add_count(out.document_choices + at, choices[e]);
-      scores[e] = choices[e] = 0;
+      scores[e] = 0;
     }
   }
 };
@@ -126,7 +128,7 @@ __device__ __forceinline__ float log_slope(float g) {
 // The general kernel limits groups and sums by document, where it is asked to; the other has the
 // registers for itself.
 template <class T, int kChunks, bool kIsGeneral>
-__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
+__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, kIsGeneral ? 8 : 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   std::conditional_t<kIsGeneral, Groups<kChunks>, NoGroups> groups(args);
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
           score_sums[warp_id()][c * 32 + lane_id()] += __float2uint_rn(scores[c] * unit);
         if (has(chosen, c)) {
           atomicAdd(choices + c * 32 + lane_id(), 1u);
-          of_documents.count(c * 32 + lane_id());
+          of_documents.count(args, out, c * 32 + lane_id());
         }
       }
     }
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
   __syncthreads();
   if (of_documents.is_joined)
     add_over_warps(score_sums, args.num_experts,
-                   out.score_units + of_documents.first * args.num_experts);
+                   out.score_units + of_documents.first(args, per_warp) * args.num_experts);
   if (threadIdx.x < kNumFacts) {
     unsigned long long total = 0;
 #pragma unroll 1  // eight sums of 64 bits at once would take registers from everything above
@@ -239,7 +241,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 16))
     if (choices[e] == 0) continue;
     add_count(out.counts + e, choices[e]);
     if (kIsGeneral && args.by_document && of_documents.is_joined)
-      add_count(out.document_choices + of_documents.first * args.num_experts + e, choices[e]);
+      add_count(out.document_choices + of_documents.first(args, per_warp) * args.num_experts + e,
+                choices[e]);
   }
 }
 

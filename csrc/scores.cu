@@ -7,10 +7,12 @@
 namespace emo::cuda {
 namespace {
 
-// At least four blocks shall fit on a multiprocessor: no GPU spills registers for that up to 512
-// experts.
+// At least four blocks shall fit on a multiprocessor, three with gates of more than 256 experts: no
+// GPU spills registers for that up to 512 experts.
 template <class T, int kChunks, bool kGates>
-__global__ void __launch_bounds__(kThreads, kChunks <= 16 ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, kChunks > 16            ? 1
+                                            : kChunks > 8 && kGates ? 3
+                                                                    : 4)
     document_scores_kernel(ScoreArgs args, int per_warp) {
   const unsigned inside = lanes_inside<kChunks>(args.num_experts);
   const Tokens tokens(args.document_ids, args.num_tokens, args.num_documents, per_warp);

@@ -63,8 +63,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "sums leave the block before all its warps are done": (
         "routing.cu",
-        "  __syncthreads();\n  add_over_warps(score_sums",
-        "  add_over_warps(score_sums",
+        "  __syncthreads();\n  if (of_documents.is_joined)",
+        "  if (of_documents.is_joined)",
     ),
     "a warp collective in a divergent branch": (
         "routing.cu",
@@ -83,8 +83,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "the gradient of z misses a sigmoid router": (
         "routing.cu",
-        " + dz * soft[c] * inverse",
-        "",
+        "dx[c] * (1.0f - gates[c]) + dz * soft[c] * inverse",
+        "dx[c] * (1.0f - gates[c])",
     ),
     "a row begins with every pair": ("dispatch.cu", "      is_first = false;", ""),
     "a token counts among those below itself": (
@@ -227,7 +227,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "sums of a document go on into the next one": (
         "routing.cu",
-        "scores[e] = choices[e] = 0;",
+        "      scores[e] = 0;\n",
         "",
     ),
     "sums of a document in a whole block leave twice": (
@@ -237,13 +237,18 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "sums of a document are joined where a block only begins with it": (
         "routing.cu",
-        "lane_id() >= tokens.count || tokens.my_document == first",
-        "tokens.count == 0 || tokens.document(0) == first",
+        "lane_id() >= tokens.count || tokens.my_document == wanted",
+        "tokens.count == 0 || tokens.document(0) == wanted",
     ),
     "sums of a document in a whole block lack its choices": (
         "routing.cu",
-        "if (kByDocument && of_documents.is_joined)",
+        "if (kIsGeneral && args.by_document && of_documents.is_joined)",
         "if (false)",
+    ),
+    "choices of a block with several documents are lost in sums of a document": (
+        "routing.cu",
+        "add_count(out.document_choices + (long long)document * args.num_experts + expert, 1);",
+        "",
     ),
     "gradients of sums of a document reach the next one": (
         "routing.cu",
