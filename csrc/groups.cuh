@@ -9,7 +9,7 @@ template <int kChunks>
 class Groups {
   // keys pass from the lanes of the experts to those of the groups through shared memory; of the
   // widest rows a part after the other, for its size
-  static constexpr int kPart = kChunks <= 16 ? kChunks : 8;
+  static constexpr int kPart = kChunks <= 16 ? kChunks : 2;
 
   int size, wanted;  // experts in a group; how many of them its rank counts at most
   unsigned inverse;  // 2^20 over it, rounded up: exact for fewer than 1024 experts in a group
@@ -63,7 +63,7 @@ class Groups {
       }
       __syncwarp();
       const int from = own > begin ? own : begin, past = own + size < end ? own + size : end;
-#pragma unroll 4
+#pragma unroll(kPart < kChunks ? 1 : 4)
       for (int e = from; e < past; ++e) visit(mine[e + lane_id() - skipped]);
     }
   }
