@@ -128,7 +128,9 @@ __device__ __forceinline__ float log_slope(float g) {
 // The general kernel limits groups and sums by document, where it is asked to; the other has the
 // registers for itself.
 template <class T, int kChunks, bool kIsGeneral>
-__global__ void __launch_bounds__(kThreads, blocks_of(kChunks, kIsGeneral ? 8 : 16))
+__global__ void __launch_bounds__(kThreads, kIsGeneral&& kChunks == 4
+                                                ? 3
+                                                : blocks_of(kChunks, kIsGeneral ? 8 : 16))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   std::conditional_t<kIsGeneral, Groups<kChunks>, NoGroups> groups(args);
