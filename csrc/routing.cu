@@ -125,12 +125,14 @@ __device__ __forceinline__ float log_slope(float g) {
   return softplus < 1e-7f ? 0.5f : -expm1f(-softplus) / (2.0f * softplus);
 }
 
+constexpr int forward_blocks_of(int chunks, bool is_general) {
+  return is_general && chunks == 4 ? 3 : blocks_of(chunks, is_general ? 8 : 16);
+}
+
 // The general kernel limits groups and sums by document, where it is asked to; the other has the
 // registers for itself.
 template <class T, int kChunks, bool kIsGeneral>
-__global__ void __launch_bounds__(kThreads, kIsGeneral&& kChunks == 4
-                                                ? 3
-                                                : blocks_of(kChunks, kIsGeneral ? 8 : 16))
+__global__ void __launch_bounds__(kThreads, forward_blocks_of(kChunks, kIsGeneral))
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   std::conditional_t<kIsGeneral, Groups<kChunks>, NoGroups> groups(args);
