@@ -148,7 +148,8 @@ class BuildExtensions(build_ext):
         }
         if nvcc:
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
-            gpu = [nvcc, "-std=c++17", "-O3", *host, *gpu_code(nvcc)]
+            # every GPU at once: a single file takes longest
+            gpu = [nvcc, "-std=c++17", "-O3", "--threads=0", *host, *gpu_code(nvcc)]
             # the longest first
             commands = dict.fromkeys(reversed(CUDA_SOURCES), gpu) | commands
         objects = {source: str(scratch / f"{Path(source).name}.o") for source in commands}

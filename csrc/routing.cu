@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(kThreads, forward_blocks_of(kChunks, kIsGenera
     pool_topk_kernel(RoutingArgs args, RoutingOutputs out, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
   std::conditional_t<kIsGeneral, Groups<kChunks>, NoGroups> groups(args);
-  const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kIsGeneral>(args),
-                      per_warp);
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
   const bool is_gated = has_gates(args.scoring);
   __shared__ unsigned choices[kChunks * 32];
   for (int e = threadIdx.x; e < kChunks * 32; e += kThreads) choices[e] = 0;
@@ -257,22 +256,23 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(RoutingOutputs out, lo
 }
 
 // The formulas are at emo::cpu::pool_topk_backward.
-template <class T, int kChunks, bool kByDocument>
+template <class T, int kChunks>
 __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
     pool_topk_backward_kernel(RoutingArgs args, RoutingGradients grads, int per_warp) {
   Pool<kChunks> pool(args.num_experts);
-  const Tokens tokens(args.document_ids, args.num_tokens, num_documents<kByDocument>(args),
-                      per_warp);
+  const Tokens tokens(args.document_ids, args.num_tokens, num_documents(args), per_warp);
   float score_grads[kChunks];
-  const auto load_score_grads = [&](long long row) {
+  int score_row = -1;
+  const auto load_score_grads = [&](int row) {
+    if (row == score_row) return;
+    score_row = row;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      score_grads[c] = grads.grad_score_sums != nullptr && has(pool.inside, c)
-                           ? grads.grad_score_sums[row * args.num_experts + c * 32 + lane_id()]
-                           : 0.0f;
+      score_grads[c] =
+          grads.grad_score_sums != nullptr && has(pool.inside, c)
+              ? grads.grad_score_sums[(long long)row * args.num_experts + c * 32 + lane_id()]
+              : 0.0f;
   };
-  long long score_row = -1;
-  if (!kByDocument) load_score_grads(0);
 
 #pragma unroll 1
   for (int i = 0; i < tokens.count; ++i) {
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kChunks, 8))
     bool is_counted = document >= 0;
     if (is_counted) {
       pool.set(args, document);
-      if (kByDocument && document != score_row) load_score_grads(score_row = document);
+      load_score_grads(args.by_document ? (int)document : 0);
       const unsigned carrying = pool.carrying(args);
       float x[kChunks], soft[kChunks], weight_grads[kChunks];
       load_row(static_cast<const T*>(args.logits) + row, pool.inside, x);
@@ -389,15 +389,11 @@ int pool_topk(const RoutingArgs& args, const RoutingOutputs& out, void* stream) 
 int pool_topk_backward(const RoutingArgs& args, const RoutingGradients& grads, void* stream) {
   if (args.num_tokens == 0) return 0;
   const int per_warp = tokens_per_warp(args.num_tokens);
-  const auto launch = [&](auto by_document) {
-    return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
-      EMO_LAUNCH((pool_topk_backward_kernel<decltype(type), decltype(chunks)::value,
-                                            decltype(by_document)::value>),
-                 blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
-                 args, grads, per_warp);
-    });
-  };
-  return args.by_document ? launch(std::true_type{}) : launch(std::false_type{});
+  return with_types(args.dtype, args.num_experts, [&](auto type, auto chunks) {
+    EMO_LAUNCH((pool_topk_backward_kernel<decltype(type), decltype(chunks)::value>),
+               blocks_for(args.num_tokens, per_warp), kThreads, static_cast<cudaStream_t>(stream),
+               args, grads, per_warp);
+  });
 }
 
 }  // namespace emo::cuda

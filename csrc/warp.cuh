@@ -151,10 +151,9 @@ inline int tokens_per_warp(int64_t num_tokens, int most = kMaxTokensPerWarp) {
   return (int)(wanted < 1 ? 1 : wanted > most ? most : wanted);
 }
 // Documents that ids may name: with one pool or none, any, unless each has sums of its own.
-template <bool kByDocument>
 __device__ __forceinline__ int64_t num_documents(const RoutingArgs& args) {
   const int64_t of_pools = args.num_pools > 1 ? args.num_pools : INT64_MAX;
-  const bool is_fewer = kByDocument && args.by_document && args.num_documents < of_pools;
+  const bool is_fewer = args.by_document && args.num_documents < of_pools;
   return is_fewer ? args.num_documents : of_pools;
 }
 inline unsigned blocks_for(int64_t num_tokens, int per_warp) {
