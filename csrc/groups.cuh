@@ -131,7 +131,8 @@ class Groups {
     const unsigned in_groups = groups_in_place();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const bool is_open = (admitted >> ((c * 32 + lane_id()) * in_groups >> 20)) & 1u;
+      const unsigned group = (c * 32 + lane_id()) * in_groups >> 20;
+      const bool is_open = (admitted >> (group % kMaxGroups)) & 1u;
       if (!is_open) keys[c] = kExcluded;
     }
     return __popc(admitted);

@@ -33,7 +33,8 @@ class PoolConfig:
     pool_min: int | None = None
     """Smallest pool, in routed experts (the shared expert does not count). None turns pools off."""
     pool_max: int | None = None
-    """Largest pool, in routed experts. None means all of them."""
+    """Largest pool, in routed experts. None means all of them; with --pool-group-scope document all that the groups of
+    a document hold."""
     pool_rule: PoolRule = "uniform"
     """uniform: the size is an integer drawn from [pool_min, pool_max] for every document and layer, uniformly (the
     paper) or as pool_skew says. top_p: the fewest experts that hold pool_top_p of the document's mean probability,
@@ -186,6 +187,10 @@ class PoolConfig:
         if self.pool_rule == "top_p" and self.pool_score != "probability":
             found.append(
                 f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}"
+            )
+        if self.pool_rule == "top_p" and self.pool_group_scope != "token":
+            found.append(
+                f"--pool-group-scope must be token with --pool-rule top_p; got {self.pool_group_scope!r}"
             )
         if self.pool_group_scope == "document" and self.pool_forced > 0:
             found.append(

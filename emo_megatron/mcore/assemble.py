@@ -30,6 +30,9 @@ from emo_megatron.modules.json_files import to_json
 from emo_megatron.modules.selection import Selection
 
 REPORT_FILE = "report.json"
+GROUPS = ("moe_router_num_groups", "moe_router_group_topk")
+GROUPS_OF_PARENT = "emo_groups_of_parent"
+"""Attribute of a module's flags: its parent's groups of experts, which the module does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,13 @@ class Assembly:
             for option in dataclasses.fields(PoolConfig):
                 if hasattr(args, option.name):
                     setattr(args, option.name, option.default)
-            args.moe_router_num_groups = args.moe_router_group_topk = None
+            if getattr(args, "moe_router_num_groups", None):
+                setattr(args, GROUPS_OF_PARENT, {name: getattr(args, name) for name in GROUPS})
+            for name in GROUPS:
+                setattr(args, name, None)
+        elif self.parent is None:
+            # of modules that are the whole model again
+            vars(args).update(vars(args).pop(GROUPS_OF_PARENT, {}))
         return args
 
     def write(self, output: Path, *, notes: Mapping[str, Note]) -> Path:

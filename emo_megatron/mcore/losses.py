@@ -68,9 +68,10 @@ class RouterLosses:
         router = self.router
         # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
         scope = router.scope
-        is_first = (
-            torch.is_grad_enabled() if scope is None else router.layer_number not in scope.counts
-        )
+        if scope is None and not torch.is_grad_enabled():
+            # recompute comes again, and nothing keeps what would be counted now
+            return probs_TE
+        is_first = scope is None or router.layer_number not in scope.counts
         z_coeff = router.config.moe_z_loss_coeff or 0.0
         counts = self._counts(routed, pool_DE, z_coeff=z_coeff, is_first=is_first)
         if is_first:
@@ -133,8 +134,9 @@ class RouterLosses:
         router, scope = self.router, self.router.scope
         if scope is not None and not is_first:
             return scope.counts[router.layer_number]
-        has_documents = self.coefficient("seq_aux_loss") > 0.0
-        is_reduced = has_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
+        is_reduced = (
+            self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
+        )
         counts_X = routed.counts_X
         if is_reduced:
             counts_X = balance.reduce_counts(counts_X, group=router.tp_dp_cp_group)
@@ -145,17 +147,23 @@ class RouterLosses:
             fraction = TokenCounts.of(so_far_X, num_experts=num_experts)
             if is_first:
                 self._step_counts_X = so_far_X
-        own = weights_DE = None
-        if self.coefficient("aux_loss") > 0.0:
-            own_X = balance.reduce_counts(routed.counts_X, group=router.tp_cp_group)
-            own = TokenCounts.of(own_X, num_experts=num_experts)
-        if has_documents:
+        own = weights_DE = choices_DE = None
+        if self.needs_documents:
             choices_DE = routed.document_choices_DE
+            choices_DE = balance.reduce_counts(choices_DE, group=router.tp_cp_group)
             weights_DE = balance.document_weights(
-                balance.reduce_counts(choices_DE, group=router.tp_cp_group),
+                choices_DE,
                 pool_sizes_D=None if pool_DE is None else pool_DE.sum(dim=-1),
                 population=population,
             )
+        if self.coefficient("aux_loss") > 0.0 and choices_DE is not None:
+            choices_E = choices_DE.sum(dim=0)
+            own = TokenCounts(
+                tokens_per_expert_E=choices_E, num_tokens=choices_E.sum() // router.topk
+            )
+        elif self.coefficient("aux_loss") > 0.0:
+            own_X = balance.reduce_counts(routed.counts_X, group=router.tp_cp_group)
+            own = TokenCounts.of(own_X, num_experts=num_experts)
         counts = LayerCounts(
             fraction=fraction, population=population, own=own, weights_DE=weights_DE
         )

@@ -54,7 +54,7 @@ CONFIG_REFUSALS = (
         field="moe_router_load_balancing_type",
         allowed=("global_aux_loss", "aux_loss", "seq_aux_loss", "none"),
         kind="impossible",
-        reason="it is another choice of experts, not a loss, and pools choose here",
+        reason="it is no loss but another choice of experts, which this router does not make",
     ),
     Refusal(
         field="moe_router_dtype",

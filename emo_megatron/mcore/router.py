@@ -63,6 +63,10 @@ class PoolRouter(TopKRouter):
             begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
         pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)
+        num_groups = self.num_groups
+        if self.pool.pool_group_scope == "document" and pool_DE is not None:
+            # a pool inside the groups leaves its tokens no others
+            num_groups = num_groups if self.pool.pool_unrestricted > 0.0 else None
         num_documents = None
         if self.losses.needs_documents:
             ids_T, num_documents = self._documents(ids_T, logits)
@@ -80,7 +84,7 @@ class PoolRouter(TopKRouter):
             expert_bias_E=self.expert_bias,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             mask=self.pool.pool_mask,
-            num_groups=self.num_groups,
+            num_groups=num_groups,
             group_topk=self.config.moe_router_group_topk,
             num_documents=num_documents,
             backend=backend,
@@ -181,7 +185,7 @@ class PoolRouter(TopKRouter):
         counted_TE = map_TE
         if ids_T is not None:
             is_text_T1 = (ids_T >= 0)[:, None]
-            probs_TE, counted_TE = probs_TE * is_text_T1, map_TE & is_text_T1
+            probs_TE, counted_TE = probs_TE.masked_fill(~is_text_T1, 0.0), map_TE & is_text_T1
         # on ties it may choose others than the op did
         counts_X = torch.cat([counted_TE.sum(dim=0), routed.counts_X[map_TE.shape[1] :]])
         choices_DE = routed.document_choices_DE
@@ -221,6 +225,10 @@ class PoolRouter(TopKRouter):
         if self._is_standard or self.layer_number in scope.pools:
             return scope.pools.get(self.layer_number), None
         scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)
+        if self.allowed_experts is not None:
+            # a bias could bring others into the pool, in the place of one that is allowed
+            lowest = torch.iinfo(torch.int64).min
+            choosing_DE = choosing_DE.masked_fill(~self.allowed_experts, lowest)
         choosing_DE, sizes_D = self._within_groups(choosing_DE, self._pool_sizes(scores_DE, scope))
         pool_DE = ops.select_pool(
             choosing_DE, pool_sizes_D=sizes_D, num_forced=self.pool.pool_forced, backend=backend

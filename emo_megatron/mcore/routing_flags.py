@@ -10,7 +10,6 @@ from megatron.core.transformer.moe import moe_layer
 from emo_megatron.config import PoolConfig
 
 GATES = ("sigmoid", "sqrtsoftplus")
-BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
 def problems_with_routing(pool: PoolConfig, values: Any) -> list[str]:
@@ -55,10 +54,7 @@ def _problems_with_balance(pool: PoolConfig, values: Any) -> Iterator[str]:
             f"got {coefficients!r}"
         )
     named = {kinds} if isinstance(kinds, str) else set(kinds)
-    if (
-        pool.pool_balance == "running"
-        and named & set(BALANCE_LOSSES) - {"global_aux_loss"} == named
-    ):
+    if pool.pool_balance == "running" and named <= {"aux_loss", "seq_aux_loss"}:
         yield (
             "--pool-balance must be micro without global_aux_loss, whose fraction it is about; got 'running' with "
             f"--moe-router-load-balancing-type {' '.join(sorted(named))}"
@@ -72,12 +68,12 @@ def _problems_with_groups(pool: PoolConfig, values: Any, num_experts: int) -> It
         values.moe_router_topk,
     )
     has_groups = bool(groups and limit)
-    if pool.pool_group_scope == "document" and not has_groups:
+    if pool.pool_group_scope == "document" and not (has_groups and limit < groups):
         yield (
-            "--moe-router-num-groups and --moe-router-group-topk must be given with --pool-group-scope document; "
-            f"got {groups} and {limit}"
+            "--moe-router-num-groups, and a smaller --moe-router-group-topk, must be given with --pool-group-scope "
+            f"document; got {groups} and {limit}"
         )
-    if bool(limit) != bool(groups) and (groups or 0) != 1:
+    if pool.is_on and bool(limit) != bool(groups) and (groups or 0) != 1:
         yield (
             "--moe-router-num-groups and --moe-router-group-topk go together, alone they limit nothing; got "
             f"{groups} and {limit}"

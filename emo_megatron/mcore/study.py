@@ -149,6 +149,9 @@ class MegatronStudy:
         """Run documents through Megatron's schedule; on the last stage the losses of this rank's micro-batches."""
         rows = pack_rows(documents, seq_length=self._seq_length)
         num_batches = -(-sum(1 for _ in rows) // self._rows_of_all)
+        if allowed_LE is not None and bool(allowed_LE.all()):
+            # no subset, which would route without groups of experts
+            allowed_LE = None
         for layer in self._layers:
             place = self.facts.layers.index(layer.layer_number)
             layer.pool_router.allowed_experts = (

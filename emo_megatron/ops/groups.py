@@ -62,11 +62,9 @@ def open_experts(
     return (is_allowed_TGM & is_admitted_TG[..., None]).reshape(num_tokens, num_experts)
 
 
-def groups_used(routing_map_TE: Tensor, num_groups: int | None) -> Tensor:
-    """[T] int64, in how many groups the chosen experts of each token lie; 0 without groups."""
+def groups_used(routing_map_TE: Tensor, num_groups: int) -> Tensor:
+    """[T] int64, in how many groups the chosen experts of each token lie."""
     num_tokens, num_experts = routing_map_TE.shape
-    if num_groups is None:
-        return routing_map_TE.new_zeros(num_tokens, dtype=torch.int64)
     in_groups = (num_tokens, num_groups, num_experts // num_groups)
     return routing_map_TE.reshape(in_groups).any(dim=-1).sum(dim=-1)
 

@@ -182,7 +182,9 @@ def pool_topk(
     z_T = torch.logsumexp(carrying_TE, dim=-1)
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, expert_ids_TK, True)
     probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_ids_TK, weights_TK.to(logits_TE.dtype))
-    over_T = groups_used(map_TE, num_groups) > (group_topk or 1)
+    is_over_T = None
+    if num_groups is not None and group_topk is not None:
+        is_over_T = groups_used(map_TE, num_groups) > group_topk
     return _assemble(
         probs_TE,
         map_TE,
@@ -190,7 +192,7 @@ def pool_topk(
         z_T,
         is_padding_T,
         is_nonfinite_T,
-        is_over_T=over_T,
+        is_over_T=is_over_T,
         document_ids_T=document_ids_T,
         num_documents=num_documents,
     )
@@ -247,7 +249,7 @@ def _assemble(
     is_padding_T: Tensor | None,
     is_nonfinite_T: Tensor,
     *,
-    is_over_T: Tensor,
+    is_over_T: Tensor | None,
     document_ids_T: Tensor | None,
     num_documents: int | None,
 ) -> Routing:
@@ -260,13 +262,11 @@ def _assemble(
     scores_TE = scores_TE.masked_fill(is_left_out_T[:, None], 0.0)
     counted_TE = map_TE & ~is_left_out_T[:, None]
     entropy_T = -torch.xlogy(scores_TE.detach(), scores_TE.detach()).sum(dim=-1)
-    is_over_T = is_over_T & ~is_left_out_T
-    totals = [
-        (~is_left_out_T).sum(),
-        is_nonfinite_T.sum(),
-        is_over_T.sum(),
-        to_units(entropy_T).sum(),
-    ]
+    num_nonfinite = is_nonfinite_T.sum()
+    num_over = torch.zeros_like(num_nonfinite)
+    if is_over_T is not None:
+        num_over = (is_over_T & ~is_left_out_T).sum()
+    totals = [(~is_left_out_T).sum(), num_nonfinite, num_over, to_units(entropy_T).sum()]
     sums_RE = scores_TE.sum(dim=0, keepdim=True)
     choices_DE = torch.zeros_like(counted_TE[:0], dtype=torch.int64)
     if num_documents is not None:

@@ -61,7 +61,8 @@ def document_tokens(logits_TE: Tensor, *, document_ids_T: Tensor, num_documents:
 def biased_scores(scores_DE: Tensor, tokens_D: Tensor, expert_bias_E: Tensor) -> Tensor:
     """Each document's sums of gates plus bias: what its pool is chosen by where the bias shall reach it.
 
-    Exact while |bias| is below 2**9 and a document has fewer than 2**26 tokens: the sums then fit in int64.
+    Exact while |bias| is below 2**9 and a document has fewer than 2**26 tokens: the sums then fit in int64. For pools
+    inside groups, which sums of K // group_topk of them choose, so many times fewer tokens.
 
     Args:
         scores_DE: [D, E] int64, `document_scores` of gates.
@@ -86,7 +87,8 @@ def gates(logits_TE: Tensor, score_function: ScoreFunction) -> Tensor:
     """[T, E] float, sigmoid or the square root of softplus of logits of the same dtype; differentiable, 0 at -inf."""
     if score_function == "sigmoid":
         return torch.sigmoid(logits_TE)
-    # far below zero softplus is e^x, and the derivative of the root at 0 would be 0 times infinity
+    # far below zero softplus is e^x, and the derivative of the root at 0 would be 0 times infinity; so there the last
+    # bits are not Megatron's
     is_low_TE = logits_TE < -20.0
     low_TE = torch.exp(0.5 * logits_TE.masked_fill(~is_low_TE, float("-inf")))
     high_TE = torch.nn.functional.softplus(logits_TE.masked_fill(is_low_TE, 0.0)).sqrt()

@@ -11,6 +11,7 @@ from support.checkpoints import selection_of
 
 from emo_megatron.cli import main
 from emo_megatron.mcore.extract import ExtractOptions, extract
+from emo_megatron.mcore.merge import ComposeOptions, compose
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.selection import load_selection
 
@@ -114,6 +115,20 @@ def test_a_module_has_no_groups(ranks, tmp_path):
         checkpoints.logits, folder=str(module), layout={}, config={"num_moe_experts": 4}
     )
     assert (cut - limited).abs().max() <= 1e-6 * limited.abs().max()
+    # modules that are the whole model again have its groups again, without the parent to ask
+    others = [sorted(set(range(8)) - set(experts)) for experts in KEPT]
+    rest = extract(
+        ExtractOptions(
+            checkpoint=parent,
+            selection=selection_of(parent, others).save(tmp_path / "others.json"),
+            output=tmp_path / "rest",
+        )
+    )
+    options = ComposeOptions(output=tmp_path / "whole", modules=(module, rest), shared="module")
+    compose(options)
+    whole = MegatronCheckpoint(tmp_path / "whole").args
+    assert whole.num_experts == 8
+    assert {name: getattr(whole, name) for name in groups} == groups
 
 
 def test_refusals(parent, module, tmp_path, capsys):

@@ -61,7 +61,7 @@ def _normalised(logits, score_function):
     return gates / gates.sum(-1, keepdim=True)
 
 
-def _against_the_definition(pool, kinds, score_function, per_token):
+def _against_the_definition(pool, kinds, score_function, per_token, **options):
     from support import tiny
 
     from emo_megatron.mcore.context import Shard, scope_of
@@ -74,7 +74,10 @@ def _against_the_definition(pool, kinds, score_function, per_token):
         pool=pool,
         moe_router_score_function=score_function,
         calculate_per_token_loss=per_token,
+        **options,
     )
+    if router.expert_bias is not None:
+        router.expert_bias.copy_(torch.linspace(-0.4, 0.4, 8))
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     router.scope = scope_of(
         tiny.packed(BOUNDS, tokens_per_sample=32),
@@ -143,6 +146,41 @@ def test_without_pools_a_document_balances_over_all_experts(ranks):
         score_function="softmax",
         per_token=False,
     )[0]
+    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
+    assert logged == pytest.approx(values, rel=1e-5)
+
+
+def test_losses_count_what_bias_and_groups_choose(ranks):
+    gradient, want, logged, values, _ = ranks(1).run(
+        _against_the_definition,
+        pool=PoolConfig(pool_min=3),
+        kinds={"seq_aux_loss": 0.2, "global_aux_loss": 0.05},
+        score_function="sigmoid",
+        per_token=False,
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=4,
+        moe_router_group_topk=1,
+    )[0]
+    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
+    assert logged == pytest.approx(values, rel=1e-5)
+
+
+def _with_fused_choice():
+    """Transformer Engine's choice, stood in for by one of other experts for token 0."""
+    from megatron.core.transformer.moe import moe_utils
+
+    def choose(logits, topk, **options):
+        found = moe_utils.topk_routing_with_score_function(logits, topk, **options)
+        return tuple(torch.cat([x[:1].roll(1, dims=1), x[1:]]) for x in found)
+
+    with mock.patch.multiple(moe_utils, HAVE_TE=True, fused_topk_with_score_function=choose):
+        return _against_the_definition(
+            PoolConfig(), {"seq_aux_loss": 0.2}, "softmax", False, moe_router_fusion=True
+        )
+
+
+def test_losses_count_what_a_fused_router_chooses(ranks):
+    gradient, want, logged, values, _ = ranks(1).run(_with_fused_choice)[0]
     torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
     assert logged == pytest.approx(values, rel=1e-5)
 
@@ -217,6 +255,7 @@ def _collectives(kinds):
         ({"aux_loss": 0.1}, 2),
         ({"seq_aux_loss": 0.1}, 3),
         ({"seq_aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
+        ({"seq_aux_loss": 0.1, "aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
     ],
 )
 def test_a_layer_has_three_collectives_at_most(ranks, kinds, wanted):

@@ -42,7 +42,7 @@ LAYOUTS = {
 # Megatron asks for bf16 with it, and here that is a mark only: weights and gradients stay float32
 OVERLAP = {"bf16": True, "overlap_moe_expert_parallel_comm": True}
 DEEPSEEK = {
-    "pool": {"pool_score": "gate_with_bias", "pool_unrestricted": 0.2},
+    "pool": {"pool_score": "gate_with_bias", "pool_unrestricted": 0.2, "pool_skew": 0.5},
     "config": {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -64,7 +64,7 @@ RANK_BY_RANK = {
     }
 }
 GROUPED_POOLS = {
-    "pool": {"pool_group_scope": "document", "pool_unrestricted": 0.3},
+    "pool": {"pool_group_scope": "document"},
     "config": {
         "moe_router_pre_softmax": True,
         "moe_router_num_groups": 4,
