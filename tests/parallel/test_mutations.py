@@ -60,7 +60,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "recomputation counts the load of a micro-batch twice": (
         "mcore/losses.py",
-        [("else router.layer_number not in scope.counts", "else True")],
+        [("scope is None or router.layer_number not in scope.counts", "True")],
         "PP2-recompute-full-mbs1-ga4-running",
     ),
     "recomputation reads what the module saw last": (
