@@ -307,8 +307,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "a non-finite token keeps to groups": (
         "routing.cu",
-        "if (limits_groups(args) && soft.is_finite()) num_admitted",
-        "if (limits_groups(args)) num_admitted",
+        "if (limits_groups(args) && soft.is_finite())",
+        "if (limits_groups(args))",
     ),
     "groups hold what lies before them": ("groups.cuh", "below_past & ~below_first", "below_past"),
     "groups are read before they are written": (
