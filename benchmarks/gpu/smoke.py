@@ -252,6 +252,29 @@ OPERATORS: dict[str, Callable[[int, str], Iterator[Case]]] = {
     "top_p_pool_sizes": check_definition(
         lambda scores_DE: ops.top_p_pool_sizes(scores_DE, top_p=0.7, low=8, high=128), _SCORES_DE
     ),
+    "document_tokens": check_definition(
+        lambda logits_TE, ids_T: ops.document_tokens(
+            logits_TE, document_ids_T=ids_T, num_documents=10
+        ),
+        _SCORES_DE.float(),
+        _POSITIONS_D // 30,
+    ),
+    "biased_scores": check_definition(
+        ops.biased_scores, _SCORES_DE, _POSITIONS_D, torch.linspace(-1.0, 1.0, EXPERTS)
+    ),
+    "limit_to_groups": check_definition(
+        lambda scores_DE, sizes_D: torch.cat(
+            [
+                x.reshape(len(sizes_D), -1)
+                for x in ops.limit_to_groups(
+                    scores_DE, sizes_D, num_groups=8, group_topk=4, top_k=8
+                )
+            ],
+            dim=1,
+        ),
+        _SCORES_DE,
+        _POSITIONS_D,
+    ),
     "draw_bits": check_against_reference(
         lambda positions_D, backend: ops.draw_bits(
             positions_D, positions_D * 7, layers=range(1, 9), seed=5, backend=backend

@@ -19,7 +19,9 @@ def problems_with_routing(pool: PoolConfig, values: Any) -> list[str]:
         pool: the method.
         values: Megatron's TransformerConfig or its parsed flags, which it checks in part, and by assertions.
     """
-    if not (num_experts := _num_experts(values)):
+    num_experts = _num_experts(values)
+    # flags that another host's parser does not have are passed over
+    if not num_experts or not hasattr(values, "moe_router_load_balancing_type"):
         return []
     return [
         *_problems_with_balance(pool, values),

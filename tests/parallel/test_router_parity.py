@@ -107,7 +107,7 @@ def test_data_parallel_gradient_is_that_of_one_process_with_their_batches(ranks,
     assert none == []
     for gradient, reductions in answers:
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-8)
-        assert reductions == [11], "one collective: the counts of 8 experts, and three totals"
+        assert reductions == [12], "one collective: the counts of 8 experts, and four totals"
 
 
 def _collectives(**layout):
@@ -135,9 +135,9 @@ def _collectives(**layout):
 def test_routing_makes_two_collectives_at_most_and_none_over_the_world(ranks):
     documents = len(BOUNDS) - 1
     for seen in ranks(4).run(_collectives, tensor_model_parallel_size=2):
-        assert seen == [(documents * 8, 2, False), (11, 4, False)]
+        assert seen == [(documents * 8, 2, False), (12, 4, False)]
     for seen in ranks(4).run(_collectives, pipeline_model_parallel_size=2):
-        assert seen == [(11, 2, False)], "no rank shares a document: the pools need no collective"
+        assert seen == [(12, 2, False)], "no rank shares a document: the pools need no collective"
 
 
 def _stock_balance_gradient():
