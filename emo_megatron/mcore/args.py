@@ -43,11 +43,10 @@ def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
     """The PoolConfig the flags describe.
 
     Raises:
-        ValueError: naming every problem of these flags, and those of Megatron's flags of the router.
+        ValueError: naming every problem of these flags, and groups and balance losses that Megatron asserts to fit.
     """
     pool = PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
-    # before Megatron makes its configuration of them, which would stop at assertions
-    _raise(problems_with_routing(pool, args))
+    _raise(problems_with_routing(pool, args, only_asserted=True))
     return pool
 
 

@@ -12,20 +12,28 @@ from emo_megatron.config import PoolConfig
 GATES = ("sigmoid", "sqrtsoftplus")
 
 
-def problems_with_routing(pool: PoolConfig, values: Any) -> list[str]:
+def problems_with_routing(
+    pool: PoolConfig, values: Any, *, only_asserted: bool = False
+) -> list[str]:
     """What does not go together, one sentence each.
 
     Args:
         pool: the method.
-        values: Megatron's TransformerConfig or its parsed flags, which it checks in part, and by assertions.
+        values: Megatron's TransformerConfig or its parsed flags.
+        only_asserted: look only for what Megatron stops at by an assertion when it makes the one of the other.
     """
     num_experts = _num_experts(values)
     # flags that another host's parser does not have are passed over
     if not num_experts or not hasattr(values, "moe_router_load_balancing_type"):
         return []
-    return [
+    asserted = [
         *_problems_with_balance(pool, values),
         *_problems_with_groups(pool, values, num_experts),
+    ]
+    if only_asserted:
+        return asserted
+    return [
+        *asserted,
         *_problems_with_bias(pool, values),
         *_problems_with_latents(values),
     ]

@@ -282,10 +282,11 @@ def test_flags_of_the_router_must_go_together(flag, host, pool):
     refused = pytest.raises(ValueError, match=flag) if flag else contextlib.nullcontext()
     with refused:
         pool_args.check_run(pool, host, host)
-    # the same from flags alone, before Megatron asserts
-    parsed = argparse.Namespace(**vars(host), **dataclasses.asdict(pool), num_experts=32)
-    with pytest.raises(ValueError, match=flag) if flag else contextlib.nullcontext():
-        assert pool_args.pool_config_from_args(parsed) == pool
+    if flag in ("--moe-aux-loss-coeff", "--moe-router-num-groups", "--moe-router-group-topk"):
+        # Megatron would stop at an assertion
+        parsed = argparse.Namespace(**vars(host), **dataclasses.asdict(pool), num_experts=32)
+        with pytest.raises(ValueError, match=flag):
+            pool_args.pool_config_from_args(parsed)
 
 
 def test_all_problems_come_at_once():
