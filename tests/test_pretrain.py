@@ -149,7 +149,7 @@ def test_without_pools_it_trains_the_standard_model_on_mock_data():
 def test_a_wrong_configuration_is_refused_before_anything_is_built():
     output = pretrain(1, "--pool-min", 1, "--moe-latent-size", 16, data=None, expect_failure=True)
     assert "--pool-min must be at least --moe-router-topk (2)" in output
-    assert "--moe-latent-size must be not given" in output
+    assert "--moe-latent-size 16 needs" in output
     assert "number of parameters" not in output
 
 
