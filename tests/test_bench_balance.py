@@ -11,6 +11,7 @@ from support.benchmarking import rows_of, run_benchmark
 from emo_megatron.demo.corpus import CorpusConfig, prepare_corpus
 
 
+@pytest.mark.slow
 def test_a_dead_expert_that_gets_no_token_gets_bias_in_every_step(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     done = run_benchmark(

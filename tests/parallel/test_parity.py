@@ -159,6 +159,7 @@ SLOW = {
     "TP2 + SP, aux_loss of each rank",
     "CP2 by sample, aux_loss of each rank",
     "PP2, aux_loss of each rank",
+    "CP2 by document, pools inside groups",
     "EP2, pools inside groups",
 }
 SHAPES = [(1, 1), (2, 4), (1, 4), (2, 1)]
