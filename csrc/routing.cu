@@ -102,13 +102,13 @@ struct DocumentSums<kChunks, true> {
   }
   __device__ __forceinline__ void finish(const RoutingArgs& args, const RoutingOutputs& out,
                                          unsigned* scores) {
-    if (!is_joined) flush(args, out, scores);
+    flush(args, out, scores);
   }
 
  private:
   __device__ __forceinline__ void flush(const RoutingArgs& args, const RoutingOutputs& out,
                                         unsigned* scores) {
-    if (document < 0) return;
+    if (document < 0) return;  // so it stays in a joined block
 #pragma unroll 1
     for (int e = lane_id(); e < args.num_experts; e += 32) {
       const long long at = (long long)document * args.num_experts + e;

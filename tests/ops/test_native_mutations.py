@@ -230,11 +230,6 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "      scores[e] = 0;\n",
         "",
     ),
-    "sums of a document in a whole block leave twice": (
-        "routing.cu",
-        "if (!is_joined) flush(args, out, scores);",
-        "flush(args, out, scores);",
-    ),
     "sums of a document are joined where a block only begins with it": (
         "routing.cu",
         "lane_id() >= tokens.count || tokens.my_document == wanted",
