@@ -147,34 +147,27 @@ def pool_topk(
             is_masked_TE & ~is_nonfinite_T[:, None], float("-inf")
         )
 
-    if score_function == "softmax":
-        scores_TE = torch.softmax(carrying_TE, dim=-1)
-        keys_TE = scores_TE if pre_softmax else carrying_TE
-    else:
-        gates_TE = gates(logits_f_TE, score_function)
-        keys_TE = gates_TE if expert_bias_E is None else gates_TE + expert_bias_E.float()
-        counted_TE = gates_TE if is_masked_TE is None else gates_TE * ~is_masked_TE
-        scores_TE = counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20)
+    scores_TE, keys_TE, weighing_TE = _scores(
+        logits_f_TE,
+        carrying_TE,
+        is_masked_TE,
+        score_function=score_function,
+        pre_softmax=pre_softmax,
+        expert_bias_E=expert_bias_E,
+    )
     is_open_TE = is_allowed_TE
     if num_groups is not None and group_topk is not None:
         is_open_TE = open_experts(
-            keys_TE.detach(),
-            is_allowed_TE,
-            num_groups=num_groups,
-            group_topk=group_topk,
-            top_k=top_k,
+            keys_TE, is_allowed_TE, num_groups=num_groups, group_topk=group_topk, top_k=top_k
         )
         is_any_TE = is_nonfinite_T[:, None].expand_as(is_open_TE)
         is_open_TE |= is_any_TE if is_allowed_TE is None else is_any_TE & is_allowed_TE
-    expert_ids_TK = _best(keys_TE.detach(), is_open_TE, is_nonfinite_T, top_k)
-    if score_function == "softmax":
-        weights_TK = (scores_TE if pre_softmax else logits_f_TE).gather(1, expert_ids_TK)
-        if not pre_softmax:
-            weights_TK = torch.softmax(weights_TK, dim=-1)
-    else:
-        weights_TK = gates_TE.gather(1, expert_ids_TK)
-        if top_k > 1:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    expert_ids_TK = _best(keys_TE, is_open_TE, is_nonfinite_T, top_k)
+    weights_TK = weighing_TE.gather(1, expert_ids_TK)
+    if score_function == "softmax" and not pre_softmax:
+        weights_TK = torch.softmax(weights_TK, dim=-1)
+    elif score_function != "softmax" and top_k > 1:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     if scaling_factor:
         weights_TK = weights_TK * scaling_factor
     weights_TK = weights_TK.masked_fill(is_nonfinite_T[:, None], float("nan"))
@@ -196,6 +189,32 @@ def pool_topk(
         document_ids_T=document_ids_T,
         num_documents=num_documents,
     )
+
+
+def _scores(
+    logits_TE: Tensor,
+    carrying_TE: Tensor,
+    is_masked_TE: Tensor | None,
+    *,
+    score_function: ScoreFunction,
+    pre_softmax: bool,
+    expert_bias_E: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, E] each: scores for the losses, what experts are ranked by (a constant), and what their weights are made of.
+
+    `carrying_TE` are the logits with -inf for those that `is_masked_TE` takes out of all but the choice.
+    """
+    if score_function == "softmax":
+        scores_TE = torch.softmax(carrying_TE, dim=-1)
+        if pre_softmax:
+            return scores_TE, scores_TE.detach(), scores_TE
+        return scores_TE, carrying_TE.detach(), logits_TE
+    gates_TE = gates(logits_TE, score_function)
+    keys_TE = gates_TE.detach()
+    if expert_bias_E is not None:
+        keys_TE = keys_TE + expert_bias_E.float()
+    counted_TE = gates_TE if is_masked_TE is None else gates_TE * ~is_masked_TE
+    return counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20), keys_TE, gates_TE
 
 
 def _best(
