@@ -1,13 +1,16 @@
 """The losses of a router, balance and z: what they count, over which ranks, and the gradient they add.
 
 Three kinds of balance, alone or together as Megatron's flags name them: `global_aux_loss` over the micro-batch of all
-ranks, `aux_loss` over that of one data-parallel rank, and `seq_aux_loss` of each document inside its pool. What a
-layer counts of a micro-batch is counted once and kept with it, so that recompute repeats no collective.
+ranks, `aux_loss` over that of one data-parallel rank, and `seq_aux_loss` of each document inside its pool. All count,
+as Megatron's own, the K highest scores of each token: neither the expert bias nor groups have a say (DeepSeek-V3,
+arXiv 2412.19437, equation 18). What a layer counts of a micro-batch is counted once and kept with it, so that
+recompute repeats no collective.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +24,9 @@ from emo_megatron.mcore.metrics import Groups, pool_metrics
 
 if TYPE_CHECKING:
     from emo_megatron.mcore.router import PoolRouter
+
+
+KINDS = ("global_aux_loss", "aux_loss", "seq_aux_loss")
 
 
 class RouterLosses:
@@ -55,6 +61,7 @@ class RouterLosses:
         ids_T: Tensor | None,
         pool_DE: Tensor | None,
         scores_DE: Tensor | None,
+        choose_plainly: Callable[[], ops.Routing] | None = None,
     ) -> Tensor:
         """Count the micro-batch, and attach this rank's shares of the losses to the gradient of `probs_TE`.
 
@@ -64,6 +71,7 @@ class RouterLosses:
             ids_T: document of each token; None: no boundaries.
             pool_DE: the documents' pools; None: all experts.
             scores_DE: what the pools were chosen by, where they were chosen in this pass.
+            choose_plainly: routes once more, without bias and groups; None: there are neither.
         """
         router = self.router
         # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
@@ -73,7 +81,7 @@ class RouterLosses:
             return probs_TE
         is_first = scope is None or router.layer_number not in scope.counts
         z_coeff = router.config.moe_z_loss_coeff or 0.0
-        counts = self._counts(routed, pool_DE, z_coeff=z_coeff, is_first=is_first)
+        counts = self._counts(routed, pool_DE, choose_plainly, z_coeff=z_coeff, is_first=is_first)
         if is_first:
             self._record(routed.routing_map_TE, ids_T, scores_DE)
         if not torch.is_grad_enabled():
@@ -128,19 +136,31 @@ class RouterLosses:
         return loss
 
     def _counts(
-        self, routed: ops.Routing, pool_DE: Tensor | None, *, z_coeff: float, is_first: bool
+        self,
+        routed: ops.Routing,
+        pool_DE: Tensor | None,
+        choose_plainly: Callable[[], ops.Routing] | None,
+        *,
+        z_coeff: float,
+        is_first: bool,
     ) -> LayerCounts:
         """What the losses are made of, reduced once and kept for recompute."""
         router, scope = self.router, self.router.scope
         if scope is not None and not is_first:
             return scope.counts[router.layer_number]
+        num_experts = routed.routing_map_TE.shape[1]
+        num_real = routed.counts_X.shape[0]
+        balanced, counts_X = routed, routed.counts_X
+        if choose_plainly is not None and any(map(self.coefficient, KINDS)):
+            with torch.no_grad():
+                balanced = choose_plainly()
+            # what the losses count comes first, what the metrics do comes last, in one collective
+            counts_X = torch.cat([balanced.counts_X[: num_experts + 1], counts_X])
         is_reduced = (
             self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
         )
-        counts_X = routed.counts_X
         if is_reduced:
             counts_X = balance.reduce_counts(counts_X, group=router.tp_dp_cp_group)
-        num_experts = routed.routing_map_TE.shape[1]
         population = fraction = TokenCounts.of(counts_X, num_experts=num_experts)
         if router.pool.pool_balance == "running":
             so_far_X = counts_X if self._step_counts_X is None else counts_X + self._step_counts_X
@@ -149,7 +169,7 @@ class RouterLosses:
                 self._step_counts_X = so_far_X
         own = weights_DE = choices_DE = None
         if self.needs_documents:
-            choices_DE = routed.document_choices_DE
+            choices_DE = balanced.document_choices_DE
             choices_DE = balance.reduce_counts(choices_DE, group=router.tp_cp_group)
             weights_DE = balance.document_weights(
                 choices_DE,
@@ -162,7 +182,8 @@ class RouterLosses:
                 tokens_per_expert_E=choices_E, num_tokens=choices_E.sum() // router.topk
             )
         elif self.coefficient("aux_loss") > 0.0:
-            own_X = balance.reduce_counts(routed.counts_X, group=router.tp_cp_group)
+            own_X = balanced.counts_X[: num_experts + 1]
+            own_X = balance.reduce_counts(own_X, group=router.tp_cp_group)
             own = TokenCounts.of(own_X, num_experts=num_experts)
         counts = LayerCounts(
             fraction=fraction, population=population, own=own, weights_DE=weights_DE
@@ -170,8 +191,9 @@ class RouterLosses:
         if is_first and scope is not None:
             scope.counts[router.layer_number] = counts
         if is_first and (tracker := pool_metrics()) is not None:
+            real_X = counts_X[-num_real:]
             tracker.add_counts(
-                router.layer_number, counts_X, groups=self._groups, is_reduced=is_reduced
+                router.layer_number, real_X, groups=self._groups, is_reduced=is_reduced
             )
         return counts
 

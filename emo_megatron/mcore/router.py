@@ -74,27 +74,36 @@ class PoolRouter(TopKRouter):
             # -inf alone would not keep them out: a bias, or an underflow to equal zeros, can pick them
             allowed_1E = self.allowed_experts[None]
             pool_DE = allowed_1E if pool_DE is None else pool_DE & allowed_1E
-        routed = ops.pool_topk(
-            logits_TE,
+        choose = functools.partial(
+            ops.pool_topk,
             document_ids_T=ids_T,
             pool_DE=pool_DE,
             top_k=self.topk,
             score_function=self.score_function,
             pre_softmax=self.config.moe_router_pre_softmax,
-            expert_bias_E=self.expert_bias,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             mask=self.pool.pool_mask,
-            num_groups=num_groups,
-            group_topk=self.config.moe_router_group_topk,
             num_documents=num_documents,
             backend=backend,
         )
+        routed = choose(
+            logits_TE,
+            expert_bias_E=self.expert_bias,
+            num_groups=num_groups,
+            group_topk=self.config.moe_router_group_topk,
+        )
+        is_plain = self.expert_bias is None and num_groups is None
         if self._is_fused and pool_DE is None:
             routed = self._with_fused_choice(routed, logits_TE, ids_T)
         probs_TE = routed.probs_TE
         if self.training:
             probs_TE = self.losses.attach(
-                probs_TE, routed, ids_T=ids_T, pool_DE=pool_DE, scores_DE=scores_DE
+                probs_TE,
+                routed,
+                ids_T=ids_T,
+                pool_DE=pool_DE,
+                scores_DE=scores_DE,
+                choose_plainly=None if is_plain else functools.partial(choose, logits_TE.detach()),
             )
         self._count_for_bias(routed)
         return probs_TE, self._dispatched_map(routed.routing_map_TE, ids_T)

@@ -39,6 +39,11 @@ def _router(cls, kinds, **options):
     return router.train()
 
 
+def _set_bias(router):
+    if router.expert_bias is not None:
+        router.expert_bias.copy_(torch.linspace(-0.4, 0.4, 8))
+
+
 def _route(router, logits):
     """The gradient of the attached losses alone, what was chosen, and what was logged."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -76,8 +81,7 @@ def _against_the_definition(pool, kinds, score_function, per_token, **options):
         calculate_per_token_loss=per_token,
         **options,
     )
-    if router.expert_bias is not None:
-        router.expert_bias.copy_(torch.linspace(-0.4, 0.4, 8))
+    _set_bias(router)
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     router.scope = scope_of(
         tiny.packed(BOUNDS, tokens_per_sample=32),
@@ -89,7 +93,7 @@ def _against_the_definition(pool, kinds, score_function, per_token, **options):
     logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     gradient, routing_map, logged = _route(router, logits)
     pools = router.scope.pools.get(1)
-    parts, scores_of, chosen_of = [], [], []
+    parts, scores_of, chosen_of, differing = [], [], [], 0
     for document, (start, end) in enumerate(itertools.pairwise(BOUNDS)):
         if start == end:
             continue
@@ -97,10 +101,16 @@ def _against_the_definition(pool, kinds, score_function, per_token, **options):
         rows = logits[start:end, 0].masked_fill(~inside, float("-inf"))
         scores = _normalised(rows, score_function)
         chosen = routing_map[start:end].double()
+        if router.expert_bias is not None:
+            best = scores.topk(router.topk, dim=-1).indices
+            counted = torch.zeros_like(chosen).scatter_(-1, best, 1.0)
+            differing += int((counted != chosen).any(-1).sum())
+            chosen = counted
         fraction = chosen.sum(0) / chosen.sum()
         parts.append((end - start) * inside.sum() * (fraction * scores.mean(0)).sum())
         scores_of.append(scores)
         chosen_of.append(chosen)
+    assert (differing > 10) == (router.expert_bias is not None)
     scores, chosen = torch.cat(scores_of), torch.cat(chosen_of)
     whole = 8 * (chosen.sum(0) / chosen.sum() * scores.mean(0)).sum()
     values = {
@@ -150,11 +160,15 @@ def test_without_pools_a_document_balances_over_all_experts(ranks):
     assert logged == pytest.approx(values, rel=1e-5)
 
 
-def test_losses_count_what_bias_and_groups_choose(ranks):
+@pytest.mark.parametrize(
+    "kinds",
+    [{"aux_loss": 0.3}, {"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}],
+)
+def test_losses_count_neither_bias_nor_groups(ranks, kinds):
     gradient, want, logged, values, _ = ranks(1).run(
         _against_the_definition,
         pool=PoolConfig(pool_min=3),
-        kinds={"seq_aux_loss": 0.2, "global_aux_loss": 0.05},
+        kinds=kinds,
         score_function="sigmoid",
         per_token=False,
         moe_router_enable_expert_bias=True,
@@ -195,6 +209,7 @@ def _beside_stock(kinds, options):
     answers = []
     for cls, pool in ((TopKRouter, None), (PoolRouter, PoolConfig())):
         router = _router(cls, kinds, pool=pool, **options)
+        _set_bias(router)
         logits = torch.randn(16, 3, 8, generator=torch.Generator().manual_seed(2))
         answers.append(_route(router, logits.requires_grad_()))
     return answers
@@ -207,6 +222,13 @@ def _beside_stock(kinds, options):
         {},
         {"calculate_per_token_loss": True, "moe_router_score_function": "sigmoid"},
         {"moe_router_score_function": "sqrtsoftplus"},
+        {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_pre_softmax": True},
+        {
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 1,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+        },
     ],
 )
 def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
@@ -218,7 +240,7 @@ def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
     assert NAMES[kind] in ours[2]
 
 
-def _collectives(kinds):
+def _collectives(kinds, options):
     """All-reduces of one layer in forward, and again in recompute, on two ranks that share documents."""
     from support import tiny
 
@@ -227,7 +249,7 @@ def _collectives(kinds):
 
     tiny.setup(tensor_model_parallel_size=2)
     pool = PoolConfig(pool_min=3)
-    router = _router(PoolRouter, kinds, pool=pool)
+    router = _router(PoolRouter, kinds, pool=pool, **options)
     rank = torch.distributed.get_rank()
     shard = Shard(tp_rank=rank, tp_size=2, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     router.scope = scope_of(
@@ -258,5 +280,6 @@ def _collectives(kinds):
         ({"seq_aux_loss": 0.1, "aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
     ],
 )
-def test_a_layer_has_three_collectives_at_most(ranks, kinds, wanted):
-    assert ranks(2).run(_collectives, kinds=kinds) == [[wanted, 0]] * 2
+@pytest.mark.parametrize("options", [{}, {"moe_router_num_groups": 4, "moe_router_group_topk": 1}])
+def test_a_layer_has_three_collectives_at_most(ranks, kinds, options, wanted):
+    assert ranks(2).run(_collectives, kinds=kinds, options=options) == [[wanted, 0]] * 2
