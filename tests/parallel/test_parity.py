@@ -72,6 +72,8 @@ GROUPED_POOLS = {
         "moe_router_load_balancing_type": "seq_aux_loss",
     },
 }
+LATE = {"pool": {"pool_delay_samples": 1, "pool_min_decay_samples": 16}}
+"""The first step trains the standard MoE, the next ones pools whose lower bound falls."""
 FEATURES = [
     Case(name="EP2, overlap", dp=2, ep=2, accumulation=4, per_token=True, features=OVERLAP),
     Case(
@@ -151,6 +153,16 @@ FEATURES = [
             "TP2 x PP2": {"tp": 2, "pp": 2, "mbs": 2, "accumulation": 4},
         }.items()
     ),
+    *(
+        Case(name=f"{name}, pools after the first step", **layout, **LATE)
+        for name, layout in {
+            "CP2 by document": {
+                **{"cp": 2, "cp_partition": "document", "mbs": 2, "recompute": "full"},
+                "per_token": True,
+            },
+            "PP2 x VPP2": {"pp": 2, "vpp": 2, "accumulation": 4, "recompute": "moe"},
+        }.items()
+    ),
 ]
 """Host features, each in a layout of its own; those of two processes run in `make test`, but for some."""
 SLOW = {
@@ -161,6 +173,7 @@ SLOW = {
     "PP2, aux_loss of each rank",
     "CP2 by document, pools inside groups",
     "EP2, pools inside groups",
+    "PP2 x VPP2, pools after the first step",
 }
 SHAPES = [(1, 1), (2, 4), (1, 4), (2, 1)]
 """Micro-batch and gradient accumulation."""
