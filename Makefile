@@ -9,6 +9,10 @@ PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
 # the oldest supported Megatron-Core, beside the environment's own: tests put it first on their path
 OLDEST_MEGATRON := $(VENV)/megatron-core-0.18
+# Megatron-Bridge and what it needs, beside too: its transformers is an older one
+BRIDGE := $(VENV)/megatron-bridge-0.6.2
+BRIDGE_PACKAGES := megatron-bridge==0.6.2 hydra-core==1.3.4 "omegaconf>=2.3" "antlr4-python3-runtime==4.9.*" \
+    transformers==5.12.1 "tokenizers<0.23" "huggingface_hub<2" httpx httpcore h11 anyio sniffio
 CPP := $(wildcard csrc/* tests/support/*.h tests/support/*.cpp)
 NEWS := printf '\n\033[1m%s\033[0m\n'
 
@@ -33,10 +37,10 @@ native: $(PACKAGES) ## compile csrc/ again, saying what the compilers say (EMO_C
 demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (ARGS="--quick")
 	@$(RUN) emo_megatron demo $(ARGS)
 
-test: $(STAMP) $(OLDEST_MEGATRON) ## run the tests that CI runs (ARGS="-k router")
+test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run the tests that CI runs (ARGS="-k router")
 	@$(RUN) pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: $(STAMP) $(OLDEST_MEGATRON) ## run all tests, the slow ones too, and the GPU ones where there is a GPU
+test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run all tests, the slow ones too, and the GPU ones where there is a GPU
 	@$(RUN) pytest $(ARGS)
 
 lint: $(STAMP) ## check style, spelling and which package imports which
@@ -96,4 +100,10 @@ $(OLDEST_MEGATRON): | $(STAMP)
 	@$(NEWS) "Installing megatron-core 0.18 beside, for its smoke test"
 	@rm -rf $@.part
 	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part megatron-core==0.18.2
+	@mv $@.part $@
+
+$(BRIDGE): | $(STAMP)
+	@$(NEWS) "Installing megatron-bridge 0.6.2 beside, for its tests"
+	@rm -rf $@.part
+	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part $(BRIDGE_PACKAGES)
 	@mv $@.part $@

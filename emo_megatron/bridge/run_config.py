@@ -1,0 +1,103 @@
+"""The run_config.yaml of a Bridge checkpoint, read as data: which pools its run had, and the file without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emo_megatron.bridge.pooled import POOL_FIELDS
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.checkpoint import MAY_DIFFER
+from emo_megatron.modules.files import whole
+
+RUN_CONFIG = "run_config.yaml"
+
+
+def check_resume(cfg: Any, *, step: int) -> None:
+    """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
+
+    Args:
+        cfg: the recipe's ConfigContainer.
+        step: of the checkpoint that was loaded; 0: none was.
+
+    Raises:
+        ValueError: naming every field that differs, and what to do.
+    """
+    checkpoint = cfg.checkpoint
+    if step == 0 or checkpoint.load is None or checkpoint.finetune:
+        return
+    folders = (Path(checkpoint.load), Path(checkpoint.load) / f"iter_{step:07d}")
+    path = next((f / RUN_CONFIG for f in folders if (f / RUN_CONFIG).is_file()), None)
+    if path is None:
+        return
+    stored, asked = stored_pool_config(path), cfg.model.pool_config()
+    differing = [
+        f"  - model.{name} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
+        for name in POOL_FIELDS
+        if name not in MAY_DIFFER and getattr(stored, name) != getattr(asked, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"the run in checkpoint.load {checkpoint.load} had other document pools:\n"
+            + "\n".join(differing)
+            + "\nGive the same fields; or checkpoint.finetune=true to start a new run from its weights"
+        )
+
+
+def stored_pool_config(path: Path) -> PoolConfig:
+    """The pools of the run that wrote this run_config.yaml; off if it knows none.
+
+    Raises:
+        ValueError: the file is no run_config.yaml, or its fields are wrong.
+    """
+    model = _read(path)["model"]
+    return PoolConfig(**{name: model[name] for name in POOL_FIELDS if name in model})
+
+
+def stock_run_config(path: Path, output: Path) -> None:
+    """Write the run_config.yaml of a run with pools as one of stock Bridge, for people without this package.
+
+    The weights need nothing: pools add none.
+
+    Args:
+        path: run_config.yaml of a checkpoint.
+        output: the file to write; may be `path`.
+
+    Raises:
+        ValueError: the file is no run_config.yaml of a provider with pools.
+    """
+    from emo_megatron.bridge.recipe import PROVIDERS
+
+    config = _read(path)
+    stock = {
+        f"{cls.__module__}.{cls.__qualname__}": f"{base.__module__}.{base.__qualname__}"
+        for base, cls in PROVIDERS.items()
+    }
+    model = config["model"]
+    target = model.get("_target_")
+    if target not in stock:
+        raise ValueError(
+            f"{path}: model._target_ must be one of {', '.join(stock)}; got {target!r}"
+        )
+    config["model"] = {
+        name: value
+        for name, value in (model | {"_target_": stock[target]}).items()
+        if name not in POOL_FIELDS
+    }
+    with whole(output) as part:
+        part.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file as plain data; nothing in it is called."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} must be a run_config.yaml; it is no YAML of plain data: {error}"
+        ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise ValueError(f"{path} must be a run_config.yaml, with a section named model")
+    return config
