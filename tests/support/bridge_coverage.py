@@ -1,0 +1,178 @@
+"""What pools do to every MoE pretraining recipe on text of the installed Megatron-Bridge, as rows of JSON.
+
+    python tests/support/bridge_coverage.py [--write]
+
+prints them, or replaces benchmarks/results/bridge-recipes.json and .md, which tests/bridge/test_coverage.py compares with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import logging
+import pkgutil
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from support import bridge_recipes, hub_configs
+from support.bridge_stand_ins import stand_ins
+
+with stand_ins():
+    import megatron.bridge.perf_recipes
+    import megatron.bridge.recipes
+
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConfig
+
+from emo_megatron.bridge import apply_pools
+from emo_megatron.bridge.pooled import require_possible
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.spec import with_pools
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bridge-recipes.json"
+OF_POOLS = {"dataset.inter_document_masking", "model.pool_documents"}
+"""What apply_pools says that it sets and is no option of a recipe's own."""
+
+FAMILIES = {
+    "OLMoE": "olmoe",
+    "Qwen3 30B-A3B": "qwen3_30b_a3b",
+    "Qwen3 235B-A22B": "qwen3_235b_a22b",
+    "Qwen3-Next": "qwen3_next",
+    "Qwen3.5": "qwen35",
+    "DeepSeek V2": "deepseek_v2",
+    "DeepSeek V3": "deepseek_v3",
+    "DeepSeek V4": "deepseek_v4",
+    "Kimi K2": "kimi_k2",
+    "Moonlight": "moonlight",
+    "GLM 4.5, 5": "glm",
+    "gpt-oss": "gpt_oss",
+    "Nemotron 3 Nano": "nemotron_3_nano",
+    "Nemotron 3.5 Lightning": "nemotron_3_5|nemotron_35",
+    "Nemotron 3 Super, Ultra": "nemotron_3_(super|ultra)",
+    "EXAONE": "exaone",
+    "MiniMax-M3": "minimax_m3",
+    "Step-3.5": "step35|step3",
+}
+"""Family -> a pattern in the names of its recipes."""
+
+
+def recipes() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every pretraining recipe, such as "perf_recipes.NAME", without aliases."""
+    with stand_ins():
+        modules = [
+            importlib.import_module(found.name)
+            for package in (megatron.bridge.recipes, megatron.bridge.perf_recipes)
+            for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+        ]
+    for module in modules:
+        if hasattr(module, "load_quantization_recipe"):
+            # the wheel lacks the file that it reads, which says nothing about routing
+            vars(module)["load_quantization_recipe"] = lambda *_: None
+    seen = set()
+    for module in modules:
+        for name, function in list(vars(module).items()):
+            is_own = inspect.isfunction(function) and function.__module__ == module.__name__
+            if is_own and function not in seen and re.fullmatch("(?!_).*pretrain.*_config", name):
+                seen.add(function)
+                library = module.__name__.split(".")[2]
+                yield f"{library}.{function.__name__}", function
+
+
+def family_of(name: str) -> str:
+    """The family of a recipe's name; an error if it is of none or of two."""
+    found = [family for family, pattern in FAMILIES.items() if re.search(pattern, name)]
+    if len(found) != 1:
+        raise ValueError(f"FAMILIES must have one pattern for {name}; {found} match")
+    return found[0]
+
+
+def coverage() -> dict[str, Any]:
+    """Rows of all recipes on text, and how many were left out and why."""
+    hub_configs.use()
+    rows, left_out, not_called = [], Counter[str](), {}
+    for name, recipe in recipes():
+        try:
+            cfg = _quietly(recipe)
+        except LookupError as error:
+            not_called[name] = f"{error}"
+        except RuntimeError as error:
+            not_called[name] = f"{error}"
+        else:
+            if not getattr(cfg.model, "num_moe_experts", None):
+                left_out["no experts"] += 1
+            elif type(cfg.dataset) not in (GPTDatasetConfig, MockGPTDatasetConfig):
+                left_out[type(cfg.dataset).__name__] += 1
+            else:
+                rows.append(_row(name, cfg))
+    return {
+        "recipes": sorted(rows, key=lambda row: row["recipe"]),
+        "left_out": dict(left_out),
+        "not_called": dict(sorted(not_called.items())),
+    }
+
+
+def _row(name: str, cfg: Any) -> dict[str, Any]:
+    model = cfg.model
+    pool = PoolConfig(pool_min=max(8, model.moe_router_topk))
+    row = {
+        "recipe": name,
+        "family": family_of(name),
+        "provider": type(model).__name__,
+        "has_mtp": bool(model.mtp_num_layers),
+        "is_fsdp": bool(cfg.ddp.use_megatron_fsdp),
+    }
+    try:
+        changes = _quietly(lambda: apply_pools(cfg, pool))
+        # Bridge folds it into the model later, before it checks that
+        if getattr(cfg.comm_overlap, "overlap_moe_expert_parallel_comm", None):
+            cfg.model.overlap_moe_expert_parallel_comm = True
+        require_possible(cfg.model)
+    except ValueError as error:
+        return row | {"verdict": "refused", "reason": str(error)}
+    changed = sorted(set(changes) - OF_POOLS)
+    return row | {
+        "verdict": "started" if changed else "unchanged",
+        "changed": changed,
+        "layers": _layers(cfg.model, pool),
+    }
+
+
+def _layers(model: Any, pool: PoolConfig) -> str:
+    """"built" if the recipe's own spec could be given pools here, or what the host says is missing."""
+    try:
+        if isinstance(model, HybridModelProvider):
+            model._resolve_hybrid_stack_spec()
+        else:
+            spec = with_pools(model.transformer_layer_spec, config=model, pool=pool)
+            if callable(spec):
+                spec(model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "built"
+
+
+def _quietly[Result](call: Callable[[], Result]) -> Result:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    found = coverage()
+    if "--write" in sys.argv[1:]:
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
