@@ -32,13 +32,6 @@ BRIDGE_REFUSALS = (
         kind="untried",
         reason="attention that keeps to documents needs batches that are padded and cut by document",
     ),
-    Refusal(
-        field="moe_expert_rank_capacity_factor",
-        allowed=(None,),
-        only_with_pools=True,
-        kind="untried",
-        reason="whether tokens were dropped is looked at by Megatron's own training loop only",
-    ),
 )
 """Rows on a provider of Bridge."""
 

@@ -1,35 +1,30 @@
-"""What pools do to every MoE pretraining recipe on text of the installed Megatron-Bridge, as rows of JSON.
-
-    python tests/support/bridge_coverage.py [--write]
-
-prints them, or replaces benchmarks/results/bridge-recipes.json and .md, which tests/bridge/test_coverage.py compares with.
-"""
+"""What pools do to every MoE pretraining recipe on text of the installed Megatron-Bridge, for tests."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib
 import inspect
 import io
-import json
-import logging
 import pkgutil
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from support import bridge_recipes, hub_configs
+from support import bridge_recipes  # noqa: F401  it readies the CPU before Bridge is imported
 from support.bridge_stand_ins import stand_ins
 
 with stand_ins():
     import megatron.bridge.perf_recipes
     import megatron.bridge.recipes
 
+from megatron.bridge.models.gpt_provider import default_layer_spec, local_layer_spec
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmoe_layer_spec
 from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConfig
 
 from emo_megatron.bridge import apply_pools
@@ -37,7 +32,6 @@ from emo_megatron.bridge.pooled import require_possible
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.spec import with_pools
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bridge-recipes.json"
 OF_POOLS = {"dataset.inter_document_masking", "model.pool_documents"}
 """What apply_pools says that it sets and is no option of a recipe's own."""
 
@@ -96,7 +90,6 @@ def family_of(name: str) -> str:
 
 def coverage() -> dict[str, Any]:
     """Rows of all recipes on text, and how many were left out and why."""
-    hub_configs.use()
     rows, left_out, not_called = [], Counter[str](), {}
     for name, recipe in recipes():
         try:
@@ -146,33 +139,40 @@ def _row(name: str, cfg: Any) -> dict[str, Any]:
 
 
 def _layers(model: Any, pool: PoolConfig) -> str:
-    """"built" if the recipe's own spec could be given pools here, or what the host says is missing."""
+    """Whether the recipe's own spec can be given pools, without Transformer Engine: "built", or the host's error."""
+    model = copy.copy(model)
+    model.transformer_impl = "local"
+    model.pipeline_model_parallel_size = 1
+    model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None
     try:
         if isinstance(model, HybridModelProvider):
             model._resolve_hybrid_stack_spec()
         else:
-            spec = with_pools(model.transformer_layer_spec, config=model, pool=pool)
-            if callable(spec):
-                spec(model)
+            build = without_transformer_engine(model.transformer_layer_spec)
+            with_pools(build, config=model, pool=pool)(model)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "built"
+
+
+def without_transformer_engine(spec: Any) -> Any:
+    """The function that builds a recipe's layers, asked for Megatron's local ones where it can build them."""
+    if spec is default_layer_spec:
+        return local_layer_spec
+    if spec is olmoe_layer_spec:
+        return _local_olmoe_layer_spec
+    if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
+        return functools.partial(spec, use_transformer_engine=False)
+    return spec
+
+
+def _local_olmoe_layer_spec(config: Any) -> Any:
+    spec = local_layer_spec(config)
+    spec.submodules.self_attention.module = OLMoESelfAttention
+    return spec
 
 
 def _quietly[Result](call: Callable[[], Result]) -> Result:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         return call()
-
-
-def main() -> None:
-    logging.disable(logging.CRITICAL)
-    found = coverage()
-    if "--write" in sys.argv[1:]:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    else:
-        print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
