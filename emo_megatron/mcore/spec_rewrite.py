@@ -132,7 +132,11 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
 
 
 def _pool_router(spec: Any) -> type[PoolRouter]:
-    """PoolRouter, over a recipe's own router where that has no more than a projection of its own."""
+    """PoolRouter, over a recipe's own router where that has no more than a projection of its own.
+
+    Raises:
+        ValueError: the router has more of its own, or is none.
+    """
     kind = _class_of(spec)
     if kind is TopKRouter:
         return PoolRouter

@@ -12,12 +12,15 @@ import json
 import logging
 import os
 import socket
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from support import hub_configs
 from support.bridge_coverage import coverage, recipes
 from support.bridge_families import RECIPES, outcome
+from support.bridge_table import table
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bridge-recipes.json"
 
@@ -27,6 +30,7 @@ def find() -> dict[str, Any]:
     hub_configs.use()
     found, functions = coverage(), dict(recipes())
     verdicts = {row["recipe"]: row["verdict"] for row in found["recipes"]}
+    found["versions"] = {name: version(f"megatron-{name}") for name in ("bridge", "core")}
     found["families"] = {
         family: {"recipe": name} | ({} if verdicts[name] == "refused" else outcome(functions[name]))
         for family, name in RECIPES.items()
@@ -34,9 +38,19 @@ def find() -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print what was found, or write it."""
     logging.disable(logging.CRITICAL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free.getsockname()[1]}"}
-    print(json.dumps(find()))
+    found = find()
+    if "--write" in sys.argv[1:]:
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(table(found))
+    else:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 from support import bridge_recipes  # noqa: F401  it readies the CPU before Bridge is imported
 from support.bridge_stand_ins import stand_ins
@@ -26,14 +27,22 @@ from megatron.bridge.models.gpt_provider import default_layer_spec, local_layer_
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmoe_layer_spec
 from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConfig
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_layer
 
 from emo_megatron.bridge import apply_pools
-from emo_megatron.bridge.pooled import require_possible
+from emo_megatron.bridge.pooled import POOL_FIELDS, in_words_of_bridge, require_possible
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.spec import with_pools
 
 OF_POOLS = {"dataset.inter_document_masking", "model.pool_documents"}
 """What apply_pools says that it sets and is no option of a recipe's own."""
+
+OF_GPUS = (
+    *("apply_rope_fusion", "moe_permute_fusion", "moe_router_padding_for_quantization"),
+    *("fp8_output_proj", "fp8_param"),
+)
+"""Options that need Transformer Engine, or a precision that is folded in later, when Bridge checks the model."""
 
 FAMILIES = {
     "OLMoE": "olmoe",
@@ -89,16 +98,16 @@ def family_of(name: str) -> str:
 
 
 def coverage() -> dict[str, Any]:
-    """Rows of all recipes on text, and how many were left out and why."""
-    rows, left_out, not_called = [], Counter[str](), {}
-    for name, recipe in recipes():
-        try:
-            cfg = _quietly(recipe)
-        except LookupError as error:
-            not_called[name] = f"{error}"
-        except RuntimeError as error:
-            not_called[name] = f"{error}"
-        else:
+    """Rows of all MoE recipes on text; how many were left out, by why; and how many could not be called, by why."""
+    rows, left_out, not_called = [], Counter[str](), Counter[str]()
+    # specs ask which stage they are for
+    with mock.patch.object(parallel_state, "get_pipeline_model_parallel_rank", return_value=0):
+        for name, recipe in recipes():
+            try:
+                cfg = _quietly(recipe)
+            except (LookupError, RuntimeError) as error:
+                not_called[str(error)] += 1
+                continue
             if not getattr(cfg.model, "num_moe_experts", None):
                 left_out["no experts"] += 1
             elif type(cfg.dataset) not in (GPTDatasetConfig, MockGPTDatasetConfig):
@@ -107,7 +116,7 @@ def coverage() -> dict[str, Any]:
                 rows.append(_row(name, cfg))
     return {
         "recipes": sorted(rows, key=lambda row: row["recipe"]),
-        "left_out": dict(left_out),
+        "left_out": dict(sorted(left_out.items())),
         "not_called": dict(sorted(not_called.items())),
     }
 
@@ -120,21 +129,51 @@ def _row(name: str, cfg: Any) -> dict[str, Any]:
         "family": family_of(name),
         "provider": type(model).__name__,
         "has_mtp": bool(model.mtp_num_layers),
-        "is_fsdp": bool(cfg.ddp.use_megatron_fsdp),
     }
+    # Bridge folds it into the model later, before it checks that
+    if getattr(cfg.comm_overlap, "overlap_moe_expert_parallel_comm", None):
+        model.overlap_moe_expert_parallel_comm = True
+    stopped = _finalized(model)
+    before = {section: dict(vars(getattr(cfg, section))) for section in ("model", "dataset")}
     try:
-        changes = _quietly(lambda: apply_pools(cfg, pool))
-        # Bridge folds it into the model later, before it checks that
-        if getattr(cfg.comm_overlap, "overlap_moe_expert_parallel_comm", None):
-            cfg.model.overlap_moe_expert_parallel_comm = True
-        require_possible(cfg.model)
+        # the verdict is that of a machine with Transformer Engine
+        with mock.patch.object(moe_layer, "HAVE_TE", True):
+            changes = _quietly(lambda: apply_pools(cfg, pool))
+            require_possible(cfg.model)
     except ValueError as error:
-        return row | {"verdict": "refused", "reason": str(error)}
+        head, *lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+        return row | {"verdict": "refused", "reason": lines or [head]}
     changed = sorted(set(changes) - OF_POOLS)
     return row | {
         "verdict": "started" if changed else "unchanged",
         "changed": changed,
+        "untold": sorted(_differences(before, cfg) - set(changes)),
+        "stopped": now if (now := _finalized(cfg.model)) != stopped else "",
         "layers": _layers(cfg.model, pool),
+    }
+
+
+def _finalized(model: Any) -> str:
+    """What Bridge says when it checks the model before training; nothing if it is content."""
+    model = copy.deepcopy(model)
+    model.bf16 = True  # the recipe's precision is folded in later
+    for name in OF_GPUS:
+        if hasattr(model, name):
+            setattr(model, name, False)
+    try:
+        _quietly(model.finalize)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _differences(before: dict[str, dict[str, Any]], cfg: Any) -> set[str]:
+    """Fields of the recipe that have another value than before, but for the pools' own."""
+    return {
+        f"{section}.{name}"
+        for section, values in before.items()
+        for name, value in values.items()
+        if name not in POOL_FIELDS and vars(getattr(cfg, section))[name] != value
     }
 
 
@@ -145,11 +184,16 @@ def _layers(model: Any, pool: PoolConfig) -> str:
     model.pipeline_model_parallel_size = 1
     model.virtual_pipeline_model_parallel_size = model.pipeline_model_parallel_layout = None
     try:
-        if isinstance(model, HybridModelProvider):
-            model._resolve_hybrid_stack_spec()
-        else:
-            build = without_transformer_engine(model.transformer_layer_spec)
-            with_pools(build, config=model, pool=pool)(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # of Megatron's flags, which a recipe does not have
+            warnings.filterwarnings("error", message="--")
+            if isinstance(model, HybridModelProvider):
+                model._resolve_hybrid_stack_spec()
+            else:
+                build = without_transformer_engine(model.transformer_layer_spec)
+                with in_words_of_bridge():
+                    with_pools(build, config=model, pool=pool)(model)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "built"

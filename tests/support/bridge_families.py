@@ -55,6 +55,10 @@ OF_LATENT_ATTENTION = {
 }
 
 
+RECOMPUTED_ON_GPUS = ("moe_act", "layernorm")
+"""Parts that Megatron recomputes with Transformer Engine only."""
+
+
 def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
     """The recipe with small sizes of whatever it has, and its own spec without Transformer Engine.
 
@@ -64,7 +68,9 @@ def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
     model, before = cfg.model, {}
     without = {
         "model.moe_token_dispatcher_type": "alltoall",
-        "model.recompute_modules": [x for x in model.recompute_modules or () if x != "moe_act"],
+        "model.recompute_modules": [
+            name for name in model.recompute_modules or () if name not in RECOMPUTED_ON_GPUS
+        ],
         "model.layernorm_zero_centered_gamma": False,
         "model.cuda_graph_impl": "none",
         "optimizer.optimizer": "adam",
@@ -115,7 +121,8 @@ def train(recipe: Callable[[], Any], *, has_pools: bool, is_without_mamba: bool 
     """Trains two steps.
 
     Returns:
-        "losses" of the steps, and what was "left_out" of the recipe; or the "error" of the host or the pools.
+        "losses" and mean "pool_sizes" of the steps, and what was "left_out" of the recipe; or the "error" of the host
+        or of the pools.
     """
     forget()
     destroy_moe_metrics_tracker()
@@ -130,8 +137,10 @@ def train(recipe: Callable[[], Any], *, has_pools: bool, is_without_mamba: bool 
             pretrain(cfg, pool_forward_step if has_pools else forward_step)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
-    losses = re.findall(r"lm loss: (\S+)", printed.getvalue())
-    return {"losses": [float(loss) for loss in losses], "left_out": left_out}
+    found: dict[str, Any] = {"left_out": left_out}
+    for name, pattern in {"losses": r"lm loss: (\S+)", "pool_sizes": r"pool_size: (\S+)"}.items():
+        found[name] = [float(number) for number in re.findall(pattern, printed.getvalue())]
+    return found
 
 
 def outcome(recipe: Callable[[], Any]) -> dict[str, Any]:
