@@ -37,13 +37,13 @@ BRIDGE_REFUSALS = (
         field="moe_n_hash_layers",
         allowed=(0, None),
         kind="untried",
-        reason="megatron-core 0.19 has no layers that choose experts by a token's hash, and would leave it out silently",
+        reason="megatron-core 0.19 has no layers that choose experts by a token's hash",
     ),
     Refusal(
         field="enable_hyper_connections",
         allowed=(False, None),
         kind="untried",
-        reason="megatron-core 0.19 has no hyper-connections, and would leave them out silently",
+        reason="megatron-core 0.19 has no hyper-connections",
     ),
 )
 """Rows on a provider of Bridge."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from support import hub_configs
 from support.bridge_coverage import coverage, recipes
-from support.bridge_families import RECIPES, outcome
+from support.bridge_families import RECIPES, outcome, train_over_budget
 from support.bridge_table import table
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bridge-recipes.json"
@@ -35,6 +35,7 @@ def find() -> dict[str, Any]:
         family: {"recipe": name} | ({} if verdicts[name] == "refused" else outcome(functions[name]))
         for family, name in RECIPES.items()
     }
+    found["over_budget"] = train_over_budget(functions[RECIPES["Moonlight"]])
     return found
 
 

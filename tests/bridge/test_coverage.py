@@ -117,3 +117,12 @@ def test_a_recipe_of_each_family_trains_two_steps(found, stored):
             assert result["error"] == result["stock"]["error"], family
         for name in ("recipe", "left_out", "error"):
             assert result.get(name) == stored["families"][family].get(name), family
+
+
+def test_steps_that_bridge_runs_again_draw_the_same_pools_and_count_once(found):
+    """Where moe_expert_rank_capacity_factor was too small; an expert bias is among what counts."""
+    want, again = found["families"]["Moonlight"], found["over_budget"]
+    for name in ("losses", "pool_sizes"):
+        assert again[name] == pytest.approx(want[name], rel=1e-5), name
+    # 2 steps of 4 micro-batches, twice
+    assert again["runs"] == 16

@@ -9,11 +9,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from megatron.bridge.models.exaone.exaone_moe import exaone_moe_provider
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from torch import Tensor
 
 from emo_megatron.bridge import apply_pools, pool_forward_step
 from emo_megatron.config import PoolConfig
@@ -117,8 +120,18 @@ def _sizes(model: Any) -> dict[str, Any]:
     return sizes
 
 
-def train(recipe: Callable[[], Any], *, has_pools: bool, is_without_mamba: bool = False) -> Any:
+def train(
+    recipe: Callable[[], Any],
+    *,
+    has_pools: bool,
+    change: Callable[[Any], None] = lambda model: None,
+) -> Any:
     """Trains two steps.
+
+    Args:
+        recipe: a function that gives a ConfigContainer.
+        has_pools: whether with pools, or as the recipe comes.
+        change: of the small model, in place.
 
     Returns:
         "losses" and mean "pool_sizes" of the steps, and what was "left_out" of the recipe; or the "error" of the host
@@ -129,8 +142,7 @@ def train(recipe: Callable[[], Any], *, has_pools: bool, is_without_mamba: bool 
     printed, left_out = io.StringIO(), []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         cfg, left_out = small(recipe(), Path(folder))
-        if is_without_mamba:
-            cfg.model.hybrid_layer_pattern, cfg.model.hybrid_stack_spec = "*E*E", local_stack_spec
+        change(cfg.model)
         try:
             if has_pools:
                 apply_pools(cfg, PoolConfig(pool_min=4))
@@ -143,11 +155,66 @@ def train(recipe: Callable[[], Any], *, has_pools: bool, is_without_mamba: bool 
     return found
 
 
+def _without_mamba(model: Any) -> None:
+    model.hybrid_layer_pattern, model.hybrid_stack_spec = "*E*E", local_stack_spec
+
+
+def train_over_budget(recipe: Callable[[], Any]) -> Any:
+    """As `train` with pools, where HybridEP may send half of the tokens and Bridge must run every step again.
+
+    Returns:
+        Beside what `train` gives, "runs" of the model.
+    """
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    def limit(model: Any) -> None:
+        model.register_pre_wrap_hook(
+            lambda chunks: [chunk.register_forward_hook(count) for chunk in chunks] and chunks
+        )
+
+        def finalize() -> None:
+            type(model).finalize(model)
+            # after the check, which asks for a GPU and for Transformer Engine's experts
+            model.moe_token_dispatcher_type, model.moe_flex_dispatcher_backend = "flex", "hybridep"
+            model.moe_expert_rank_capacity_factor = 0.5
+
+        model.finalize = finalize
+
+    library = {
+        "hybrid_ep_dispatch": _dispatch,
+        "hybrid_ep_combine": _combine,
+        "get_align_size_for_quantization": lambda _: 1,
+    }
+    with mock.patch.multiple("megatron.core.transformer.moe.token_dispatcher", **library):
+        return train(recipe, has_pools=True, change=limit) | {"runs": runs}
+
+
+def _dispatch(
+    x: Tensor, routing_map: Tensor, probs: Tensor, num_permuted_tokens: int | None = None, **_: Any
+) -> tuple[Any, ...]:
+    """HybridEP's dispatch on one rank: tokens by expert, those above the bound dropped."""
+    experts, tokens = routing_map.T.nonzero(as_tuple=True)
+    bound = len(tokens) if num_permuted_tokens is None else num_permuted_tokens
+    is_over = torch.tensor([len(tokens) > bound]).int()
+    tokens, experts = tokens[:bound], experts[:bound]
+    counts = torch.bincount(experts, minlength=routing_map.shape[1])
+    return x[tokens], probs[tokens, experts], None, counts, (tokens, x.shape, is_over)
+
+
+def _combine(x: Tensor, handle: Any, **_: Any) -> Tensor:
+    tokens, shape, _ = handle
+    return x.new_zeros(shape).index_add(0, tokens, x)
+
+
 def outcome(recipe: Callable[[], Any]) -> dict[str, Any]:
     """What `train` gives with pools; beside an error, what the stock recipe does, and without Mamba layers."""
     found = train(recipe, has_pools=True)
     if "error" in found:
         found["stock"] = train(recipe, has_pools=False)
         if "MambaSSM" in found["error"]:
-            found["without_mamba"] = train(recipe, has_pools=True, is_without_mamba=True)
+            found["without_mamba"] = train(recipe, has_pools=True, change=_without_mamba)
     return found
