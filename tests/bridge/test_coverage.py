@@ -44,7 +44,7 @@ LASTING = {
 
 @pytest.fixture(scope="module")
 def found(run_bridge):
-    printed = run_bridge(ROOT / "tests" / "bridge" / "coverage.py")
+    printed = run_bridge(ROOT / "tests" / "bridge" / "recipe_coverage.py")
     (line,) = (line for line in printed.splitlines() if line.startswith('{"recipes"'))
     return json.loads(line)
 
@@ -55,7 +55,7 @@ def stored():
 
 
 def test_verdicts_are_the_stored_ones(found, stored):
-    """python tests/bridge/coverage.py --write stores new ones."""
+    """python tests/bridge/recipe_coverage.py --write stores new ones."""
     by_name = [{row["recipe"]: row for row in results["recipes"]} for results in (found, stored)]
     assert len(by_name[0]) == len(found["recipes"]) > 270
     changed = {
@@ -104,8 +104,8 @@ def test_a_recipe_of_each_family_trains_two_steps(found, stored):
     assert {row["family"] for row in found["recipes"]} == set(families)
     assert {name for name, result in families.items() if "losses" in result} >= MUST_TRAIN
     for family, result in families.items():
-        for trained in (result, result.get("without_mamba", {})):
-            if "losses" not in trained:
+        for trained in [result.get("without_mamba"), result if "losses" in result else None]:
+            if trained is None:
                 continue
             first, second = trained["losses"]
             assert 0 < second < first < 10, family
@@ -115,8 +115,10 @@ def test_a_recipe_of_each_family_trains_two_steps(found, stored):
         if "error" in result:
             # no fault of pools: the recipe as it comes fails in the same words
             assert result["error"] == result["stock"]["error"], family
-        for name in ("recipe", "left_out", "error"):
-            assert result.get(name) == stored["families"][family].get(name), family
+        # where more is installed, more trains
+        for name in {"recipe", "left_out", "error"} & result.keys():
+            was = stored["families"][family]
+            assert result[name] == was.get(name) or "error" in was.keys() - result.keys(), family
 
 
 def test_steps_that_bridge_runs_again_draw_the_same_pools_and_count_once(found):

@@ -80,6 +80,7 @@ def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
     }
     for name, value in without.items():
         section, _, field = name.partition(".")
+        # None is what nothing of that kind is
         before[name] = getattr(getattr(cfg, section), field) or type(value)()
         setattr(getattr(cfg, section), field, value)
     spec = without_transformer_engine(getattr(model, "transformer_layer_spec", None))

@@ -14,7 +14,7 @@ Every MoE pretraining recipe on text of megatron-bridge {bridge}, with megatron-
 
 Layers: the recipe's own spec with pools in it, built without Transformer Engine. Two steps: one recipe of the family, \
 made small, trained on a CPU; its losses, or what the host says is missing, as it does to the stock recipe.
-Written by `python tests/bridge/coverage.py --write`; the rows by recipe are in bridge-recipes.json.
+Written by `python tests/bridge/recipe_coverage.py --write`; the rows by recipe are in bridge-recipes.json.
 
 | family | recipes | unchanged | started | refused | options changed | refused for | layers | two steps |
 | --- | --: | --: | --: | --: | --- | --- | --- | --- |
@@ -22,7 +22,7 @@ Written by `python tests/bridge/coverage.py --write`; the rows by recipe are in 
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown of what tests/bridge/coverage.py found."""
+    """Markdown of what tests/bridge/recipe_coverage.py found."""
     rows = found["recipes"]
     verdicts = Counter(row["verdict"] for row in rows)
     head = HEAD.replace("\\\n", "").format(

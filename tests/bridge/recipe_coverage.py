@@ -1,6 +1,6 @@
 """Which recipes of the installed Megatron-Bridge can have pools, as JSON.
 
-    python tests/bridge/coverage.py [--write]
+    python tests/bridge/recipe_coverage.py [--write]
 
 prints it, or replaces benchmarks/results/bridge-recipes.json, with which test_coverage.py compares, and its table,
 bridge-recipes.md.
