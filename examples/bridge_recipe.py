@@ -1,10 +1,10 @@
 """Pretrain with document pools in a Megatron-Bridge (NeMo) recipe, or train a Hugging Face MoE on with them.
 
-    torchrun --nproc-per-node 8 examples/bridge_recipe.py model.pool_min=16 'dataset.blend=[[data/web],null]'
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py model.pool_min=16 dataset.data_path=data/web
     torchrun --nproc-per-node 8 examples/bridge_recipe.py --hf allenai/OLMoE-1B-7B-0125 train.train_iters=1000
 
 The second starts from the weights of a hub's model or of a folder, of any architecture that AutoBridge knows and pools
-can have; checkpoint.save and export back are Bridge's own. Without `dataset.blend` it trains on random tokens.
+can have; checkpoint.save and export back are Bridge's own. Without dataset.data_path it trains on random tokens.
 """
 
 import argparse

@@ -41,7 +41,10 @@ REFUSED = {
 }
 ACCEPTED = {
     "list": ["--list"],
-    "train": [*SMALL, "model.pool_min=3", "model.pool_max=3", "train.train_iters=1", *UNSAVED],
+    "train": [
+        *(*SMALL, "model.pool_min=3", "model.pool_max=3", "model.pool_eval=2", *UNSAVED),
+        *("train.train_iters=1", "validation.eval_interval=1", "validation.eval_iters=1"),
+    ],
 }
 CALLS = {name: argv for name, (argv, _) in REFUSED.items()} | ACCEPTED
 
@@ -112,6 +115,7 @@ def test_a_recipe_trains_with_the_pools_of_the_command_line(answers):
     assert status == 0, said
     assert re.findall(r"pool_size: ([\d.]+)", printed) == ["3.00"]
     assert re.search(r"iteration\s+1/\s+1 .*lm loss: [56]\.", printed)
+    assert re.search(r"validation loss at iteration 1\b.*lm loss value: [56]\.", printed)
     assert "results:" not in printed
 
 
