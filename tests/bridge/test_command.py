@@ -9,6 +9,7 @@ import sys
 import pytest
 
 SMALL = ["--recipe", "support.bridge_command:small_olmoe"]
+WITH_MTP = ["--recipe", "support.bridge_command:with_mtp"]
 UNSAVED = ["checkpoint.save=null", "checkpoint.load=null"]
 
 REFUSED = {
@@ -33,16 +34,14 @@ REFUSED = {
     "below top-k": ([*SMALL, "model.pool_min=1"], "model.pool_min"),
     "above the experts": ([*SMALL, "model.pool_min=9"], "model.pool_min"),
     "unknown field": ([*SMALL, "model.pool_min=3", "train.train_itres=1"], "train_itres"),
-    "of the model": (
-        [*SMALL, "model.pool_min=3", "model.mtp_num_layers=1"],
-        "model.mtp_num_layers",
-    ),
+    "of the model": ([*WITH_MTP, "model.pool_min=3"], "model.mtp_num_layers"),
     "strict": ([*SMALL, "--strict", "model.pool_min=3"], "dataset.inter_document_masking"),
 }
 ACCEPTED = {
     "list": ["--list"],
     "train": [
-        *(*SMALL, "model.pool_min=3", "model.pool_max=3", "model.pool_eval=2", *UNSAVED),
+        *(*WITH_MTP, "model.mtp_num_layers=null", *UNSAVED),
+        *("model.pool_min=3", "model.pool_max=3", "model.pool_eval=2"),
         *("train.train_iters=1", "validation.eval_interval=1", "validation.eval_iters=1"),
     ],
 }

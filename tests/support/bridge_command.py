@@ -32,6 +32,13 @@ def small_olmoe() -> Any:
     )
 
 
+def with_mtp() -> Any:
+    """The same with multi-token prediction, which pools refuse."""
+    cfg = small_olmoe()
+    cfg.model.mtp_num_layers = 1
+    return cfg
+
+
 def needs_arguments(size: int) -> Any:
     """A recipe that the command cannot call."""
     raise NotImplementedError(size)
