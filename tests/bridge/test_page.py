@@ -61,9 +61,9 @@ def test_its_commands_reach_the_recipe(page):
 def test_its_table_has_every_option_that_is_changed():
     source = (ROOT / "emo_megatron" / "bridge" / "recipe.py").read_text()
     changed = set(re.findall(r'"((?:dataset|model)\.\w+)": ', source))
-    assert changed == set(
-        re.findall(r"^\| `((?:dataset|model)\.\w+)` \|", PAGE, flags=re.MULTILINE)
-    )
+    assert len(changed) >= 5
+    told = re.findall(r"^\| (`(?:dataset|model)\..*?) \|", PAGE, flags=re.MULTILINE)
+    assert changed <= set(re.findall(r"`(.*?)`", " ".join(told)))
 
 
 def test_its_links_lead_somewhere():
