@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,10 +20,10 @@ from megatron.bridge.training.utils.omegaconf_utils import (
     OverridesError,
     process_config_with_overrides,
 )
-from megatron.bridge.utils.common_utils import get_rank_safe
 
 from emo_megatron.bridge.pooled import in_words_of_bridge
-from emo_megatron.bridge.recipe import apply_pools
+from emo_megatron.bridge.recipe import apply_pools, is_first_rank
+from emo_megatron.bridge.run_config import check_resume
 from emo_megatron.bridge.step import pool_forward_step
 from emo_megatron.config import PoolConfig, pool_config_of
 
@@ -54,7 +55,7 @@ def run(recipe: str, overrides: Sequence[str], *, strict: bool) -> str | None:
         # the command line tells errors in one line, which of a long run on many ranks is not enough
         traceback.print_exc()
         raise
-    return cfg.checkpoint.save if get_rank_safe() == 0 else None
+    return cfg.checkpoint.save if is_first_rank() else None
 
 
 def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> Any:
@@ -63,7 +64,8 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
     The changes come first, so that they can make a recipe one that takes pools.
 
     Raises:
-        ValueError: there is no such recipe, or it cannot be trained like this; says what to write instead.
+        ValueError: there is no such recipe, it cannot be trained like this, or the run to resume had other pools; says
+            what to write instead.
     """
     pool = pool_of(overrides)
     cfg = _call(find_recipe(recipe), recipe)
@@ -73,6 +75,8 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
     except OverridesError as error:
         raise ValueError(str(error)) from None
     apply_pools(cfg, pool, strict=strict)
+    # the step checks what was loaded, after minutes of many ranks
+    check_resume(cfg, step=_step_to_load(cfg.checkpoint))
     return cfg
 
 
@@ -172,6 +176,15 @@ def _source_of(function: Any, *, seen: set[Any]) -> str:
         ):
             source += _source_of(called, seen=seen)
     return source
+
+
+def _step_to_load(checkpoint: Any) -> int:
+    """Of the checkpoint that Bridge will load; 0: none is there."""
+    if checkpoint.load is None or checkpoint.ckpt_step is not None:
+        return checkpoint.ckpt_step or 0
+    last = Path(checkpoint.load) / "latest_checkpointed_iteration.txt"
+    step = last.read_text().strip() if last.is_file() else ""
+    return int(step) if step.isdecimal() else 0
 
 
 def _call(recipe: Recipe, name: str) -> Any:

@@ -36,6 +36,11 @@ REFUSED = {
     "unknown field": ([*SMALL, "model.pool_min=3", "train.train_itres=1"], "train_itres"),
     "of the model": ([*WITH_MTP, "model.pool_min=3"], "model.mtp_num_layers"),
     "strict": ([*SMALL, "--strict", "model.pool_min=3"], "dataset.inter_document_masking"),
+    "other pools": ([*SMALL, "model.pool_min=3"], "model.pool_min was 4 and is 3"),
+    "other pools at a step": (
+        [*SMALL, "model.pool_min=3", "checkpoint.ckpt_step=2"],
+        "model.pool_min was 5 and is 3",
+    ),
 }
 ACCEPTED = {
     "list": ["--list"],
@@ -66,9 +71,17 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(run_bridge, tmp_path_factory):
-    """Of each call: exit status, what was printed, what was said on stderr, and whether a process group existed."""
-    folder = str(tmp_path_factory.mktemp("bridge"))
-    printed = run_bridge("-c", SCRIPT, json.dumps(CALLS), FOLDER=folder)
+    """Of each call: exit status, what was printed, what was said on stderr, and whether a process group existed.
+
+    The folder that recipes save into has two checkpoints of a run with other pools.
+    """
+    folder = tmp_path_factory.mktemp("bridge")
+    for step, pool_min in ((2, 5), (4, 4)):
+        saved = folder / f"iter_{step:07d}"
+        saved.mkdir()
+        (saved / "run_config.yaml").write_text(f"model: {{pool_min: {pool_min}}}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("4")
+    printed = run_bridge("-c", SCRIPT, json.dumps(CALLS), FOLDER=str(folder))
     lines = [line for line in printed.splitlines() if line.startswith('{"no recipe"')]
     return json.loads(lines[0])
 
@@ -130,6 +143,7 @@ def test_ranks_of_torchrun_train_save_and_resume(run_bridge, tmp_path):
 
     first = run("train.micro_batch_size=1")
     assert first.count(f"results: {tmp_path}") == 1
+    assert first.count("emo_megatron: model.pool_documents") == 1
     assert (tmp_path / "iter_0000002" / "run_config.yaml").is_file()
     second = run("train.micro_batch_size=1", "train.train_iters=3")
     assert re.findall(r"iteration\s+(\d+)/", second) == ["3"]
