@@ -1,9 +1,11 @@
 """The command line: parse, call one function, print where its result lies."""
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -30,10 +32,23 @@ class Command:
     options: str
     """Name of a dataclass in the module."""
     function: str
-    """Name of a function of it there, which returns where the result lies, and may say more of it in further lines."""
+    """Name of a function of it there, which returns where the result lies, and may say more of it in further lines;
+    None where there is nothing to say."""
+    extra: str = "demo"
+    """Brings the packages it needs."""
+    is_in_a_job: bool = False
+    """A rank of the training job around it, which has its own way with signals and may fetch what it needs."""
 
 
 COMMANDS = {
+    "bridge": Command(
+        summary="Train a Megatron-Bridge (NeMo) recipe with document pools.",
+        module="emo_megatron.cli",
+        options="BridgeOptions",
+        function="run_bridge",
+        extra="bridge",
+        is_in_a_job=True,
+    ),
     "demo": Command(
         summary="Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
         module="emo_megatron.demo.run",
@@ -123,8 +138,59 @@ class EnvOptions:
     """Print JSON instead of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BridgeOptions:
+    """Train a Megatron-Bridge (NeMo) recipe with document pools, as it is or under torchrun.
+
+    torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe olmoe_7b_pretrain_config model.pool_min=8
+
+    torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe qwen3_30b_a3b_pretrain_config model.pool_min=8
+    model.pool_unrestricted=0.05 train.train_iters=100 checkpoint.save=runs/qwen3
+
+    Options of the recipe that pools forbid are changed, and each change is printed. docs/bridge.md tells which.
+    """
+
+    overrides: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")
+    ] = ()
+    """Fields of the recipe and their values, as Megatron-Bridge takes them. model.pool_min must be among them."""
+    recipe: str = ""
+    """A function of megatron.bridge.recipes or perf_recipes, by its name; or module:function for one of your own."""
+    strict: bool = False
+    """Refuse a recipe of which an option must change, instead of changing it."""
+    list: bool = False
+    """Print the MoE pretraining recipes and train nothing."""
+
+
+def run_bridge(options: BridgeOptions) -> str | None:
+    """Train, or list the recipes.
+
+    Returns:
+        Where the checkpoints lie, if there are any.
+
+    Raises:
+        ImportError: Megatron-Bridge is missing or of another version.
+        ValueError: the recipe cannot be trained like this; says what to write instead.
+    """
+    from emo_megatron.mcore import cpu
+    from emo_megatron.mcore.compat import require_bridge
+
+    if not (options.list or options.recipe):
+        raise ValueError("--recipe must be given; --list prints the recipes")
+    require_bridge()
+    # before Bridge is imported, which asks for GPUs
+    cpu.activate()
+    from emo_megatron.bridge import command
+
+    if options.list:
+        _say("\n".join(command.moe_recipes()))
+        return None
+    return command.run(options.recipe, options.overrides, strict=options.strict)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; the Hugging Face libraries of this process stay offline afterwards.
+    """Run one command and return its exit status; the Hugging Face libraries of this process stay offline afterwards,
+    unless it trains in a job.
 
     Args:
         argv: the arguments after the program's name; None takes the process's own.
@@ -136,17 +202,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: it was ended by another signal, or the arguments say so.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
     write_any_name()
-    stay_offline()
     try:
-        with as_no_other_job(), stops_on_signals():
+        with contextlib.nullcontext() if command and command.is_in_a_job else _alone():
             _run(arguments)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":
             raise
         return _fail(
             f"{arguments[0]} needs {error.name}, which is not installed: "
-            "pip install 'emo_megatron[demo]'"
+            f"pip install 'emo_megatron[{command.extra if command else 'demo'}]'"
         )
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         return _fail(message_of(error))
@@ -154,6 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """A process of this package alone, whatever is around it."""
+    stay_offline()
+    with as_no_other_job(), stops_on_signals():
+        yield
 
 
 def _run(arguments: list[str]) -> None:
@@ -172,7 +246,8 @@ def _run(arguments: list[str]) -> None:
         return
     command = COMMANDS[chosen]
     function = getattr(importlib.import_module(command.module), command.function)
-    _say(f"results: {function(options)}")
+    if (result := function(options)) is not None:
+        _say(f"results: {result}")
 
 
 def _say(text: str) -> None:

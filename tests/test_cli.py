@@ -1,12 +1,14 @@
 """emo_megatron.cli: commands reach their function, and errors are one line and status 2."""
 
 import errno
+import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,41 @@ def test_a_missing_package_names_the_extra(
     assert "pip install 'emo_megatron[demo]'" in err
 
 
+def test_a_command_names_its_own_extra(
+    fake_demo: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run_demo(config: FakeDemoConfig) -> Path:
+        raise ModuleNotFoundError("no", name="megatron.bridge")
+
+    fake_demo.run_demo = run_demo
+    monkeypatch.setitem(cli.COMMANDS, "demo", replace(cli.COMMANDS["demo"], extra="bridge"))
+    assert cli.main(["demo"]) == 2
+    assert "emo_megatron[bridge]" in capsys.readouterr().err
+
+
+def test_bridge_missing_is_one_line_with_the_supported_versions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(distribution: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert cli.main(["bridge", "--list"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "megatron-bridge >= 0.6, < 0.7" in err
+
+
+def test_bridge_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda distribution: "0.5.1")
+    assert cli.main(["bridge", "--list"]) == 2
+    assert "found 0.5.1" in capsys.readouterr().err
+
+
 def test_a_bug_of_ours_keeps_its_traceback(fake_demo: types.ModuleType) -> None:
     def run_demo(config: FakeDemoConfig) -> Path:
         import emo_megatron.no_such_module as module
@@ -177,6 +214,25 @@ def test_a_command_is_no_part_of_the_job_around_it(
     assert cli.main(["demo"]) == 0
     assert seen
     assert set(seen) & OTHER_JOB.keys() == set()
+
+
+def test_a_command_that_trains_is_a_rank_of_the_job_around_it(
+    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setitem(cli.COMMANDS, "demo", replace(cli.COMMANDS["demo"], is_in_a_job=True))
+    before = signal.getsignal(signal.SIGTERM)
+    seen: dict[str, object] = {}
+
+    def run_demo(config: FakeDemoConfig) -> None:
+        seen.update(os.environ, signal=signal.getsignal(signal.SIGTERM))
+
+    fake_demo.run_demo = run_demo
+    assert cli.main(["demo"]) == 0
+    assert seen["RANK"] == "3"
+    assert "HF_HUB_OFFLINE" not in seen
+    assert seen["signal"] == before
 
 
 def test_env_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

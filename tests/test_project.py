@@ -117,6 +117,7 @@ def test_supported_versions_are_those_of_pyproject() -> None:
         f"python{project['requires-python']}",
         *project["dependencies"],
         *project["optional-dependencies"]["megatron"],
+        *project["optional-dependencies"]["bridge"],
     ]
     for name, (first, end) in SUPPORTED.items():
         dotted = [".".join(map(str, release)) for release in (first, end) if release]

@@ -9,11 +9,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.training.config.instantiate_utils import target_allowlist
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.refusals import Refusal, problems_of, problems_with_config
+from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec import with_pools
+
+# Hugging Face weights: how the gate lies on tensor-parallel ranks, as Bridge says it of Megatron's router
+AutoMapping.register_module_type(PoolRouter.__name__, "replicated")
 
 POOL_FIELDS = tuple(field.name for field in dataclasses.fields(PoolConfig))
 

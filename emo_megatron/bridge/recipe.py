@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -60,8 +61,9 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
         section, _, field = name.partition(".")
         setattr(getattr(cfg, section), field, new)
     require_possible(model)
-    for name, (old, new) in changes.items():
-        print(f"emo_megatron: {name}: {old!r} -> {new!r}", flush=True)
+    if is_first_rank():
+        for name, (old, new) in changes.items():
+            print(f"emo_megatron: {name}: {old!r} -> {new!r}", flush=True)
     if pool.is_on and cfg.dataset.dataloader_type != "single":
         warnings.warn(
             f"dataset.dataloader_type {cfg.dataset.dataloader_type}: pool sizes will depend on the number of "
@@ -69,6 +71,11 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
             stacklevel=2,
         )
     return changes
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that speaks for all, also before and after there are process groups."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _require_text(dataset: Any) -> None:

@@ -1,0 +1,59 @@
+"""Pretrain with document pools in a Megatron-Bridge (NeMo) recipe, or train a Hugging Face MoE on with them.
+
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py model.pool_min=16 dataset.data_path=data/web
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py --hf allenai/OLMoE-1B-7B-0125 train.train_iters=1000
+
+The second starts from the weights of a hub's model or of a folder, of any architecture that AutoBridge knows and pools
+can have; checkpoint.save and export back are Bridge's own. Without dataset.data_path it trains on random tokens.
+"""
+
+import argparse
+
+from emo_megatron.mcore import cpu
+
+cpu.activate()
+
+from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.recipes.olmoe import olmoe_7b_pretrain_config  # noqa: E402
+from megatron.bridge.training.config import ConfigContainer  # noqa: E402
+from megatron.bridge.training.pretrain import pretrain  # noqa: E402
+from megatron.bridge.training.utils.omegaconf_utils import (  # noqa: E402
+    process_config_with_overrides,
+)
+
+from emo_megatron.bridge import apply_pools, pool_forward_step  # noqa: E402
+from emo_megatron.config import PoolConfig  # noqa: E402
+
+
+def main() -> None:
+    """A recipe, pools, what the command line changes, and Bridge's own training."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--hf", metavar="MODEL", help="a name on the hub, or a folder")
+    parser.add_argument(
+        "overrides", metavar="FIELD=VALUE", nargs="*", help="such as model.pool_min=16"
+    )
+    options = parser.parse_args()
+
+    cfg = olmoe_7b_pretrain_config()
+    if options.hf:
+        use_model(cfg, options.hf)
+    apply_pools(cfg, PoolConfig(pool_min=cfg.model.moe_router_topk))
+    process_config_with_overrides(cfg, cli_overrides=options.overrides)
+    pretrain(cfg, pool_forward_step)
+
+
+def use_model(cfg: ConfigContainer, name: str) -> None:
+    """Put a Hugging Face model in the place of the recipe's, with its weights and its tokenizer."""
+    model = AutoBridge.from_hf_pretrained(name).to_megatron_provider()
+    model.seq_length = cfg.dataset.seq_length
+    model.expert_model_parallel_size = cfg.model.expert_model_parallel_size
+    cfg.model = model
+    cfg.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
+    cfg.tokenizer.tokenizer_model = name
+
+
+# checkpoints are written by processes that import this file
+if __name__ == "__main__":
+    main()
