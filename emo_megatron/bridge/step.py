@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 from emo_megatron.bridge.pooled import Pooled
 from emo_megatron.bridge.run_config import check_resume
 from emo_megatron.mcore.context import CLOCK
-from emo_megatron.mcore.metrics import PoolMetricsTracker, install_metrics
+from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.router_documents import (
     RouterDocuments,
     forward_with_documents,
@@ -131,12 +133,21 @@ def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:
     return torch.where(is_filler_B, num_left_out_B, num_padding_B).cuda(non_blocking=True)
 
 
+@dataclass(slots=True)
+class _Run:
+    state: weakref.ref[GlobalState] | None = None
+
+
+_RUN = _Run()
+"""The run that this process is in."""
+
+
 def _begin(state: GlobalState) -> None:
     """At the first step of a run: check what it resumes, and let Megatron report the routers' metrics.
 
     Bridge hands metrics to its loggers and drops the line for the console, so that line is printed here.
     """
-    if isinstance(get_moe_metrics_tracker(), PoolMetricsTracker):
+    if _RUN.state is not None and _RUN.state() is state:
         return
     model = state.cfg.model
     if not isinstance(model, Pooled):
@@ -157,3 +168,4 @@ def _begin(state: GlobalState) -> None:
         return line
 
     tracker.report = report_and_print
+    _RUN.state = weakref.ref(state)
