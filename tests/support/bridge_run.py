@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +249,6 @@ def write_documents(prefix: Path, *, eod: int, count: int = 2000) -> str:
 
 def main() -> None:
     """Runs of a file, `[{"name": ..., "folder": ...}, ...]`, one after another; or this rank of one, with overrides."""
-    warnings.filterwarnings("ignore")
     runs, *overrides = sys.argv[1:]
     loaded = json.loads(Path(runs).read_text())
     if "RANK" in os.environ:

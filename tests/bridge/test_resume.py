@@ -1,0 +1,129 @@
+"""A run with pools through Bridge that stops, or is killed, goes on as if it had not; validation and other loaders."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support.pretraining import stored_tensors
+import torch
+
+SAVED = "latest_checkpointed_iteration.txt"
+
+
+def _train(run_bridge, folder, *runs):
+    """The runs' results by name; each continues what lies in its folder."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    run_bridge("-m", "support.bridge_run", file)
+    return json.loads(file.with_suffix(".results.json").read_text())
+
+
+def _run(name, folder, *, options=None, **more):
+    return {
+        "name": name,
+        "folder": str(folder),
+        "steps": 6,
+        "options": {"checkpoint.save_interval": 2} | (options or {}),
+        **more,
+    }
+
+
+def _require_same_end(whole, first, resumed, folders):
+    for result in (whole, resumed):
+        assert not any(result["codes"]), result["printed"][-4000:]
+    assert len(first["losses"]) < 6
+    assert resumed["losses"] == whole["losses"][-len(resumed["losses"]) :]
+    assert len(resumed["losses"]) == 2
+    assert all(whole["pools"][key] == pool for key, pool in resumed["pools"].items())
+    stored = [stored_tensors(folder / "iter_0000006") for folder in folders]
+    assert stored[0].keys() == stored[1].keys()
+    assert any("exp_avg" in key for key in stored[0])
+    for key, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][key]), key
+
+
+def test_a_run_that_stops_goes_on_to_the_same_bits(run_bridge, tmp_path):
+    whole, parts, other = tmp_path / "whole", tmp_path / "parts", {"pool_min": 3}
+    results = _train(
+        run_bridge,
+        tmp_path,
+        _run("whole", whole),
+        _run("first", parts, options={"train.exit_interval": 4}),
+        _run("other pools", parts, pool=other),
+        _run("resumed", parts),
+        _run("finetuned", parts, pool=other, options={"checkpoint.finetune": True}, steps=2),
+        _run("validated", tmp_path / "eval", pool={"pool_eval": 4}, split="90,10,0", steps=2)
+        | {"options": {"validation.eval_iters": 1, "validation.eval_interval": 2}},
+    )
+    _require_same_end(*(results[name] for name in ("whole", "first", "resumed")), (whole, parts))
+    assert any(results["other pools"]["codes"])
+    assert not results["other pools"]["losses"]
+    assert "ValueError" in results["other pools"]["printed"]
+    assert "model.pool_min was 2 and is 3" in results["other pools"]["printed"]
+    finetuned = results["finetuned"]
+    assert not any(finetuned["codes"]), finetuned["printed"][-4000:]
+    # it starts from the trained weights, with its own pools
+    assert finetuned["losses"][0] < results["whole"]["losses"][3]
+    assert min(map(len, finetuned["pools"].values())) == 3
+    validated = results["validated"]
+    assert not any(validated["codes"]), validated["printed"][-4000:]
+    assert validated["eval_sizes"] == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(run_bridge, tmp_path, is_async):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {"checkpoint.async_save": is_async}
+    first, results = (
+        _train(run_bridge, tmp_path, *runs)
+        for runs in (
+            [_run("killed", killed, kill_at=5, options=options)],
+            [_run("whole", whole), _run("resumed", killed, options=options)],
+        )
+    )
+    assert first["killed"]["codes"] == [-9]
+    assert not (killed / "iter_0000006").exists()
+    _require_same_end(results["whole"], first["killed"], results["resumed"], (whole, killed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["cyclic", "batch"])
+def test_other_loaders_train_and_warn(run_bridge, tmp_path, loader):
+    options = {"options": {"dataset.dataloader_type": loader}, "steps": 2}
+    ranks = {"ranks": 2, "overrides": ["model.expert_model_parallel_size=2"]}
+    results = _train(
+        run_bridge,
+        tmp_path,
+        _run("one", tmp_path / "one") | options,
+        _run("two", tmp_path / "two") | options | ranks,
+        _run("single", tmp_path / "single", steps=2),
+    )
+    for result in results.values():
+        assert not any(result["codes"]), result["printed"][-4000:]
+        assert len(result["pools"]) > 4 * 2 * 8
+    assert f"dataset.dataloader_type {loader}" in results["one"]["printed"]
+    assert "dataset.dataloader_type" not in results["single"]["printed"]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_saves_and_takes_overrides(run_bridge, tmp_path):
+    from support.bridge_run import write_documents
+
+    data = write_documents(tmp_path / "documents", eod=511)
+    run = tmp_path / "run.json"
+    run.write_text(json.dumps({"folder": str(tmp_path / "run"), "data": data}))
+    (tmp_path / "run").mkdir()
+    printed = run_bridge(
+        *("-m", "support.bridge_run", run, "model.pool_min=3", "train.train_iters=4"),
+        *("model.expert_model_parallel_size=2", "checkpoint.save_interval=4"),
+        launcher=(Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2"),
+    )
+    seen = json.loads((tmp_path / "run" / "rank1.json").read_text())
+    assert len(seen["losses"]) == 4 and seen["losses"][-1] < seen["losses"][0]
+    assert min(map(len, seen["pools"].values())) == 3
+    assert " pools |" in printed
+    assert (tmp_path / "run" / SAVED).read_text() == "4"
+    config = (tmp_path / "run" / "iter_0000004" / "run_config.yaml").read_text()
+    assert "pool_min: 3" in config and "PoolOlMoEModelProvider" in config
