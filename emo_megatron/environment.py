@@ -13,13 +13,18 @@ from dataclasses import asdict, dataclass
 import emo_megatron
 
 Release = tuple[int, ...]
+MISSING = "not installed"
 
 SUPPORTED: dict[str, tuple[Release, Release | None]] = {
     "python": ((3, 12), None),
     "torch": ((2, 11), None),
     "megatron-core": ((0, 18), (0, 20)),
+    "megatron-bridge": ((0, 6), (0, 7)),
 }
 """First supported release of each, and the first one that is not."""
+
+OPTIONAL = ("megatron-bridge",)
+"""Supported as well where they are not installed."""
 
 PACKAGES = {
     "torch": "torch",
@@ -107,7 +112,8 @@ def _judge(name: str, version: str) -> Version:
     first, end = SUPPORTED[name]
     release = _parse_release(version)
     supported = f">={_join(first)}" + (f", <{_join(end)}" if end else "")
-    is_supported = release >= first and (end is None or release < end)
+    is_within = release >= first and (end is None or release < end)
+    is_supported = is_within or (name in OPTIONAL and version == MISSING)
     return Version(version=version, supported=supported, is_supported=is_supported)
 
 
@@ -132,7 +138,7 @@ def _find_version(distribution: str, module: str) -> str:
         is_found = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         is_found = False
-    return "importable, version unknown" if is_found else "not installed"
+    return "importable, version unknown" if is_found else MISSING
 
 
 def _torch_build_and_gpus() -> tuple[str, tuple[str, ...]]:

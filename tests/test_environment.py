@@ -66,6 +66,9 @@ def test_json_holds_the_whole_report() -> None:
         ("megatron-core", "0.20.0rc1", False),
         ("megatron-core", "not installed", False),
         ("apex", "not installed", True),
+        ("megatron-bridge", "0.6.2", True),
+        ("megatron-bridge", "0.7.0", False),
+        ("megatron-bridge", "not installed", True),
     ],
 )
 def test_judges_versions(name: str, version: str, is_supported: bool) -> None:

@@ -20,18 +20,31 @@ def require_megatron() -> tuple[int, int]:
     Raises:
         ImportError: Megatron-Core is missing or its version is outside the supported range.
     """
-    first, end = SUPPORTED["megatron-core"]
+    return _require("megatron-core", by="emo_megatron.mcore", extra="megatron")
+
+
+def require_bridge() -> tuple[int, int]:
+    """The (major, minor) version of the installed Megatron-Bridge.
+
+    Raises:
+        ImportError: Megatron-Bridge is missing or its version is outside the supported range.
+    """
+    return _require("megatron-bridge", by="emo_megatron.bridge", extra="bridge")
+
+
+def _require(distribution: str, *, by: str, extra: str) -> tuple[int, int]:
+    first, end = SUPPORTED[distribution]
     assert end is not None
-    wanted = f"megatron-core >= {_dotted(first)}, < {_dotted(end)}"
+    wanted = f"{distribution} >= {_dotted(first)}, < {_dotted(end)}"
     try:
-        version = importlib.metadata.version("megatron-core")
+        version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
-            f"emo_megatron.mcore needs {wanted}. Install it: pip install 'emo_megatron[megatron]'"
+            f"{by} needs {wanted}. Install it: pip install 'emo_megatron[{extra}]'"
         ) from None
     major, minor = (int(part) for part in version.split(".")[:2])
     if not first <= (major, minor) < end:
-        raise ImportError(f"emo_megatron.mcore supports {wanted}; found {version}")
+        raise ImportError(f"{by} supports {wanted}; found {version}")
     return major, minor
 
 

@@ -17,6 +17,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__mp_main__":
+    # a process that saves while training goes on asks for a CUDA device of its own
+    from emo_megatron.mcore import cpu
+
+    cpu.activate()
+
 OVERLAP = "overlap_moe_expert_parallel_comm"
 
 
@@ -43,10 +49,11 @@ def recipe(run: dict[str, Any]) -> Any:
     """The OLMoE recipe with pools as a run says, its overrides not yet in it.
 
     Args:
-        run: folder and data (paths), and of these what differs: load, steps, pool (fields), bf16, options such as
-            "validation.eval_iters" that have to be there before apply_pools.
+        run: folder and data (paths), and of these what differs: load, steps, pool (fields), bf16, spec ("bridge":
+            its own local layers), options such as "validation.eval_iters" that are set before apply_pools.
     """
     import torch
+    from megatron.bridge.models.gpt_provider import local_layer_spec
     from megatron.bridge.recipes.olmoe import olmoe_7b_pretrain_config
     from megatron.bridge.training.comm_overlap import CommOverlapConfig
     from megatron.bridge.training.mixed_precision import bf16_mixed
@@ -60,7 +67,7 @@ def recipe(run: dict[str, Any]) -> Any:
         Path(run["folder"]),
         steps=run.get("steps", 3),
         num_layers=4,
-        transformer_layer_spec=layers,
+        transformer_layer_spec=local_layer_spec if run.get("spec") == "bridge" else layers,
     )
     # OLMoE's own spans all heads, and fits one tensor-parallel rank only
     cfg.model.qk_layernorm = False
@@ -77,12 +84,16 @@ def recipe(run: dict[str, Any]) -> Any:
         cfg.mixed_precision = bf16_mixed()
         cfg.model.bf16, cfg.model.pipeline_dtype = True, torch.bfloat16
         cfg.model.params_dtype = torch.bfloat16
-        cfg.comm_overlap = CommOverlapConfig(tp_comm_overlap=False, **{OVERLAP: bool(run.get(OVERLAP))})
+        cfg.comm_overlap = CommOverlapConfig(
+            tp_comm_overlap=False, **{OVERLAP: bool(run.get(OVERLAP))}
+        )
         cfg.ddp.use_distributed_optimizer = cfg.optimizer.use_distributed_optimizer = True
     for name, value in run.get("options", {}).items():
         section, _, field = name.partition(".")
         setattr(getattr(cfg, section), field, value)
-    apply_pools(cfg, PoolConfig(**({"pool_min": 2, "pool_documents": "routers"} | run.get("pool", {}))))
+    apply_pools(
+        cfg, PoolConfig(**({"pool_min": 2, "pool_documents": "routers"} | run.get("pool", {})))
+    )
     return cfg
 
 
@@ -178,12 +189,15 @@ def start(run: dict[str, Any]) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for rank in range(ranks):
+        (folder / f"rank{rank}.json").unlink(missing_ok=True)
     began = time.monotonic()
     children = [_fork(run, rank, ranks, port) for rank in range(ranks)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     printed = "".join((folder / f"rank{rank}.txt").read_text() for rank in range(ranks))
-    files = [folder / f"rank{rank}.json" for rank in range(ranks)]
-    parts = [json.loads(file.read_text()) for file in files if file.exists()]
+    # a killed rank wrote none
+    files = [file for rank in range(ranks) if (file := folder / f"rank{rank}.json").exists()]
+    parts = [json.loads(file.read_text()) for file in files]
     seconds = time.monotonic() - began
     return _together(parts) | {"codes": codes, "printed": printed, "seconds": seconds}
 
@@ -201,6 +215,8 @@ def _fork(run: dict[str, Any], rank: int, ranks: int, port: int) -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         one_rank(run, rank)
         code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -210,15 +226,23 @@ def _fork(run: dict[str, Any], rank: int, ranks: int, port: int) -> int:
 
 
 def one_rank(run: dict[str, Any], rank: int) -> None:
-    """Train and write what this rank saw."""
+    """Train and write what this rank saw, even if it fails."""
     seen = Seen(kill_at=run.get("kill_at"))
-    train(run, seen)
-    (Path(run["folder"]) / f"rank{rank}.json").write_text(json.dumps(seen.as_json()))
+    try:
+        train(run, seen)
+    finally:
+        (Path(run["folder"]) / f"rank{rank}.json").write_text(json.dumps(seen.as_json()))
 
 
 def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """All ranks' values; those that several have must agree, and tokens are counted together."""
-    whole: dict[str, Any] = {"losses": [], "grad_norms": [], "metrics": {}, "pools": {}, "chosen": {}}
+    whole: dict[str, Any] = {
+        "losses": [],
+        "grad_norms": [],
+        "metrics": {},
+        "pools": {},
+        "chosen": {},
+    }
     whole["eval_sizes"] = sorted({size for part in parts for size in part["eval_sizes"]})
     for part in parts:
         whole["losses"] = part["losses"] or whole["losses"]
