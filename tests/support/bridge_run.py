@@ -273,17 +273,18 @@ def write_documents(prefix: Path, *, eod: int, count: int = 2000) -> str:
 
 def main() -> None:
     """Runs of a file, `[{"name": ..., "folder": ...}, ...]`, one after another; or this rank of one, with overrides."""
-    runs, *overrides = sys.argv[1:]
-    loaded = json.loads(Path(runs).read_text())
+    file, *overrides = sys.argv[1:]
+    loaded = json.loads(Path(file).read_text())
+    if "RANK" not in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = str(max(run.get("ranks", 1) for run in loaded))
+    from support import bridge_recipes
+
     if "RANK" in os.environ:
         one_rank(loaded | {"overrides": overrides}, int(os.environ["RANK"]))
         return
-    os.environ["LOCAL_WORLD_SIZE"] = str(max(run.get("ranks", 1) for run in loaded))
-    from support import bridge_recipes
-
-    data = write_documents(Path(runs).parent / "documents", eod=bridge_recipes.VOCAB - 1)
+    data = write_documents(Path(file).parent / "documents", eod=bridge_recipes.VOCAB - 1)
     results = {run["name"]: start({"data": data} | run) for run in loaded}
-    Path(runs).with_suffix(".results.json").write_text(json.dumps(results))
+    Path(file).with_suffix(".results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
