@@ -81,6 +81,7 @@ def _require_same(found, wanted):
     assert sizes == set(range(2, 9))
     # 4 layers of the documents in 3 steps of 8 samples
     assert len(wanted["pools"]) > 4 * 3 * 8
+    assert found["conflicts"] == []
     assert found["pools"] == wanted["pools"]
     assert found["chosen"] == wanted["chosen"]
 

@@ -235,7 +235,7 @@ def one_rank(run: dict[str, Any], rank: int) -> None:
 
 
 def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """All ranks' values; those that several have must agree, and tokens are counted together."""
+    """All ranks' values; several ranks' tokens of a document count together, and must have had one pool."""
     whole: dict[str, Any] = {
         "losses": [],
         "grad_norms": [],
@@ -243,13 +243,15 @@ def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "pools": {},
         "chosen": {},
     }
+    whole["conflicts"] = []
     whole["eval_sizes"] = sorted({size for part in parts for size in part["eval_sizes"]})
     for part in parts:
         whole["losses"] = part["losses"] or whole["losses"]
         whole["grad_norms"] = part["grad_norms"] or whole["grad_norms"]
         whole["metrics"] |= part["metrics"]
         for key, pool in part["pools"].items():
-            assert whole["pools"].setdefault(key, pool) == pool, key
+            if whole["pools"].setdefault(key, pool) != pool:
+                whole["conflicts"].append(key)
             before = whole["chosen"].get(key, [0] * len(part["chosen"][key]))
             whole["chosen"][key] = [a + b for a, b in zip(before, part["chosen"][key], strict=True)]
     return whole
