@@ -1,6 +1,5 @@
 """What a recipe cannot have is one ValueError that names the field, before any process group exists."""
 
-import json
 import os
 import subprocess
 import sys
@@ -33,15 +32,9 @@ NAMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(run_bridge, tmp_path_factory):
-    printed = run_bridge("-m", "support.bridge_checks", "bad_input", tmp_path_factory.mktemp("bad"))
-    return json.loads(next(line for line in printed.splitlines() if line.startswith('{"too')))
-
-
 @pytest.mark.parametrize("case", NAMED)
-def test_a_wrong_recipe_is_one_error_before_process_groups(found, case):
-    tried = found[case]
+def test_a_wrong_recipe_is_one_error_before_process_groups(checks, case):
+    tried = checks[case]
     assert tried["error"] == "ValueError"
     for name in NAMED[case]:
         assert name in tried["message"]
@@ -50,15 +43,15 @@ def test_a_wrong_recipe_is_one_error_before_process_groups(found, case):
     assert not tried["groups"]
 
 
-def test_an_unknown_field_is_named(found):
-    tried = found.pop("model.pool_mni=3")
+def test_an_unknown_field_is_named(checks):
+    tried = checks["model.pool_mni=3"]
     assert tried["error"] == "OverridesError"
     assert "model.pool_mni" in tried["message"]
     assert not tried["groups"]
 
 
-def test_a_refused_recipe_is_left_as_it_was(found):
-    assert found["strict"]["is_unchanged"]
+def test_a_refused_recipe_is_left_as_it_was(checks):
+    assert checks["strict"]["is_unchanged"]
 
 
 @pytest.mark.parametrize("version", [None, "0.5.0", "0.7.1"])

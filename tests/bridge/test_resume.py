@@ -19,14 +19,8 @@ def _train(run_bridge, folder, *runs):
     return json.loads(file.with_suffix(".results.json").read_text())
 
 
-def _run(name, folder, *, options=None, **more):
-    return {
-        "name": name,
-        "folder": str(folder),
-        "steps": 6,
-        "options": {"checkpoint.save_interval": 2} | (options or {}),
-        **more,
-    }
+def _run(name, folder, **more):
+    return {"name": name, "folder": str(folder), "steps": 6, **more}
 
 
 def _require_same_end(whole, resumed, folders):
@@ -43,31 +37,59 @@ def _require_same_end(whole, resumed, folders):
         assert torch.equal(tensor, stored[1][key]), key
 
 
-def test_a_run_that_stops_goes_on_to_the_same_bits(run_bridge, tmp_path):
-    whole, parts, other = tmp_path / "whole", tmp_path / "parts", {"pool_min": 3}
+@pytest.fixture(scope="module")
+def stopped(run_bridge, tmp_path_factory):
+    """Runs by name, and where they lie: whole; first and resumed; others that begin from those or alone."""
+    folder = tmp_path_factory.mktemp("resume")
+    whole, parts, other = folder / "whole", folder / "parts", {"pool_min": 3}
+    unsaved = {"checkpoint.save": None}
     results = _train(
         run_bridge,
-        tmp_path,
+        folder,
         _run("whole", whole),
         _run("first", parts, options={"train.exit_interval": 4}),
         _run("other pools", parts, pool=other),
         _run("resumed", parts),
-        _run("finetuned", parts, pool=other, options={"checkpoint.finetune": True}, steps=2),
-        _run("validated", tmp_path / "eval", pool={"pool_eval": 4}, split="90,10,0", steps=2)
-        | {"options": {"validation.eval_iters": 1, "validation.eval_interval": 2}},
+        _run(
+            "finetuned", parts, pool=other, options={"checkpoint.finetune": True} | unsaved, steps=2
+        ),
+        _run(
+            "validated",
+            folder / "eval",
+            pool={"pool_eval": 4},
+            split="90,10,0",
+            options={"validation.eval_iters": 1, "validation.eval_interval": 2} | unsaved,
+            steps=2,
+        ),
     )
-    _require_same_end(results["whole"], results["resumed"], (whole, parts))
+    return results, (whole, parts)
+
+
+def test_a_run_that_stops_goes_on_to_the_same_bits(stopped):
+    results, folders = stopped
+    _require_same_end(results["whole"], results["resumed"], folders)
     assert results["first"]["losses"] == results["whole"]["losses"][:4]
-    assert any(results["other pools"]["codes"])
-    assert not results["other pools"]["losses"]
-    assert "ValueError" in results["other pools"]["printed"]
-    assert "model.pool_min was 2 and is 3" in results["other pools"]["printed"]
+
+
+def test_other_pools_on_resume_are_an_error(stopped):
+    found = stopped[0]["other pools"]
+    assert any(found["codes"])
+    assert not found["losses"]
+    assert "ValueError" in found["printed"]
+    assert "model.pool_min was 2 and is 3" in found["printed"]
+
+
+def test_finetuning_may_have_other_pools(stopped):
+    results, _ = stopped
     finetuned = results["finetuned"]
     assert not any(finetuned["codes"]), finetuned["printed"][-4000:]
-    # it starts from the trained weights, with its own pools
+    # it starts from the trained weights
     assert finetuned["losses"][0] < results["whole"]["losses"][3]
     assert min(map(len, finetuned["pools"].values())) == 3
-    validated = results["validated"]
+
+
+def test_validation_has_pools_of_its_own_size(stopped):
+    validated = stopped[0]["validated"]
     assert not any(validated["codes"]), validated["printed"][-4000:]
     assert validated["eval_sizes"] == [4]
 
@@ -76,7 +98,7 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(run_bridge, tmp_path):
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(run_bridge, tmp_path, is_async):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = {"checkpoint.async_save": is_async}
+    options = {"checkpoint.async_save": is_async, "checkpoint.save_interval": 2}
     killed_run = _run("killed", killed, kill_at=5, options=options)
     first = _train(run_bridge, tmp_path, killed_run)["killed"]
     assert first["codes"] == [-9]
@@ -95,8 +117,12 @@ def test_other_loaders_train_and_warn(run_bridge, tmp_path):
         run_bridge,
         tmp_path,
         *(
-            _run(f"{loader} {ranks}", tmp_path / f"{loader}{ranks}", **more)
-            | {"options": {"dataset.dataloader_type": loader}, "steps": 2}
+            _run(
+                f"{loader} {ranks}",
+                tmp_path / f"{loader}{ranks}",
+                options={"dataset.dataloader_type": loader, "checkpoint.save": None},
+                **{"steps": 2} | more,
+            )
             for loader in loaders
             for ranks, more in ((1, {}), (2, two))
         ),

@@ -1,6 +1,6 @@
 """What Bridge refuses of a recipe with pools, and of a run_config.yaml: `python -m support.bridge_checks CASES FOLDER`.
 
-One process tries all cases of a kind, because importing Bridge takes longer than they do, and prints JSON last.
+One process tries all cases, because importing Bridge takes longer than they do, and writes CASES.json.
 """
 
 from __future__ import annotations
@@ -229,8 +229,17 @@ def stock(folder: Path) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    if sys.argv[1] != "stock":
+def main() -> None:
+    cases, folder = sys.argv[1], Path(sys.argv[2])
+    if cases == "stock":
+        found = stock(folder)
+    else:
         from support import bridge_recipes  # noqa: F401
-    cases = {"bad_input": bad_input, "safety": safety, "stock": stock}[sys.argv[1]]
-    print(json.dumps(cases(Path(sys.argv[2]))))
+
+        # forks ranks, before anything here has threads
+        found = safety(folder) | bad_input(folder)
+    (folder / f"{cases}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
