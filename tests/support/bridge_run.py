@@ -17,8 +17,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__mp_main__":
-    # a process that saves while training goes on asks for a CUDA device of its own
+ASYNC = "checkpoint.async_save"
+if __name__ == "__mp_main__" and ASYNC in os.environ:
+    # the process that saves while training goes on asks for a CUDA device too
     from emo_megatron.mcore import cpu
 
     cpu.activate()
@@ -213,6 +214,8 @@ def _fork(run: dict[str, Any], rank: int, ranks: int, port: int) -> int:
             os.dup2(printed.fileno(), 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if run.get("options", {}).get(ASYNC):
+            os.environ[ASYNC] = "true"
         one_rank(run, rank)
         code = 0
     except SystemExit as stop:
