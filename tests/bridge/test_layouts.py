@@ -27,9 +27,10 @@ LAYOUTS = {
         {"ep": 2},
         ("optimizer.use_distributed_optimizer=true", "ddp.use_distributed_optimizer=true"),
     ),
+    # between the stages of a pipeline, other micro-batches come before a backward
     "recompute moe": (
-        1,
-        {},
+        2,
+        {"pp": 2},
         ("model.recompute_granularity=selective", "model.recompute_modules=[moe]"),
     ),
     "recompute full": (
