@@ -3,8 +3,10 @@
 This module holds dataclasses and nothing else: a run_config.yaml may name them, and Bridge then calls them.
 """
 
+from megatron.bridge.models.exaone.exaone_moe.exaone_moe_provider import ExaoneMoeModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+from megatron.bridge.models.minimax_m3.minimax_m3_bridge import MiniMaxM3ModelProvider
 from megatron.bridge.models.mla_provider import MLAModelProvider
 from megatron.bridge.models.olmoe.olmoe_provider import OlMoEModelProvider
 
@@ -24,6 +26,16 @@ class PoolMLAModelProvider(PooledGPT, MLAModelProvider):
 @pooled
 class PoolOlMoEModelProvider(PooledGPT, OlMoEModelProvider):
     """Bridge's OLMoE provider, with pools."""
+
+
+@pooled
+class PoolExaoneMoeModelProvider(PooledGPT, ExaoneMoeModelProvider):
+    """Bridge's EXAONE MoE provider, with pools."""
+
+
+@pooled
+class PoolMiniMaxM3ModelProvider(PooledGPT, MiniMaxM3ModelProvider):
+    """Bridge's MiniMax-M3 provider of text models, with pools."""
 
 
 @pooled

@@ -93,7 +93,14 @@ def _changes(cfg: Any, pool: PoolConfig) -> dict[str, tuple[Any, Any]]:
             "model.moe_router_dtype": "fp32",
             "model.moe_router_force_load_balancing": False,
             "model.cuda_graph_impl": "none",
+            # Megatron turns graphs on by these, which are deprecated, when it checks the model
+            "model.enable_cuda_graph": False,
+            "model.external_cuda_graph": False,
         }
+        graphs: dict[str, Any] = {"cuda_graph_scope": None, "cuda_graph_modules": []}
+        for name, off in graphs.items():
+            if "full_iteration" in repr(getattr(cfg.model, name, None)):
+                wanted[f"model.{name}"] = off
     now = {
         name: getattr(pool if field in POOL_FIELDS else getattr(cfg, section), field)
         for name in wanted

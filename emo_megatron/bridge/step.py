@@ -97,6 +97,7 @@ def _get_batch(
         # on the host, where counting the documents costs nothing
         cu_seqlens=merged_bounds(loaded["cu_seqlens"]).cuda(non_blocking=True),
         tokens_per_sample=length,
+        num_padding_B=_num_padding(loaded["loss_mask"], state.cfg.dataset),
     )
     # the dataset starts them anew at every document, which the recipe's attention does not
     loaded["position_ids"] = torch.arange(length).expand(mbs, length)
@@ -113,6 +114,21 @@ def _get_batch(
     if groups.cp.size() > 1 and wanted:
         batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=groups.cp)
     return batch, documents
+
+
+def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:
+    """[B] int64, tokens of padding at the end of each sample, which the dataset counts to its last document.
+
+    Told by the loss, which leaves out padding and the token before it; None where it leaves out other tokens too.
+    """
+    if dataset.eod_mask_loss:
+        return None
+    is_left_out_BS = loss_mask_BS.flip(1).cumsum(1) == 0
+    num_left_out_B = is_left_out_BS.sum(1)
+    num_padding_B = (num_left_out_B - 1).clamp(min=0)
+    # a sample that fills up a batch has no loss at all
+    is_filler_B = num_left_out_B == loss_mask_BS.shape[1]
+    return torch.where(is_filler_B, num_left_out_B, num_padding_B).cuda(non_blocking=True)
 
 
 def _begin(state: GlobalState) -> None:

@@ -37,8 +37,9 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
     """A model's spec with document pools in every MoE layer; what else it holds stays.
 
     Only Megatron's TransformerLayer, MoELayer and TopKRouter give way, and MLASelfAttention where its gradient is not
-    whole (attention.LatentAttention). With `transformer_impl` local, Megatron's norms
-    and attention do too, which take neither packed sequences nor sequence parallelism.
+    whole (attention.LatentAttention). A router whose `gating` alone is a recipe's own keeps that. With
+    `transformer_impl` local, Megatron's norms and attention do too, which take neither packed sequences nor sequence
+    parallelism.
 
     Args:
         spec: of a transformer layer, of a block of them (its TransformerBlockSubmodules too) or of a hybrid stack; or

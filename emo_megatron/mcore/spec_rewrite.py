@@ -117,12 +117,8 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
     is_partial = isinstance(mlp, functools.partial)
     submodules = mlp.keywords.get("submodules") if is_partial else getattr(mlp, "submodules", None)
     if kind is MoELayer and isinstance(submodules, MoESubmodules):
-        if _class_of(submodules.router) is not TopKRouter:
-            raise ValueError(
-                f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {submodules.router!r}, "
-                "whose choice of experts would be lost. Use a recipe with TopKRouter"
-            )
-        moe = dataclasses.replace(submodules, router=functools.partial(PoolRouter, pool=pool))
+        router = functools.partial(_pool_router(submodules.router), pool=pool)
+        moe = dataclasses.replace(submodules, router=router)
         if is_partial:
             return functools.partial(PoolMoELayer, *mlp.args, **mlp.keywords | {"submodules": moe})
         return dataclasses.replace(mlp, module=PoolMoELayer, submodules=moe)
@@ -132,6 +128,26 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
     raise ValueError(
         f"PoolMoELayer takes the place of Megatron's MoELayer; this spec has {what}, {mlp!r}, which may hold experts "
         "that would see no pools. Use a spec of MoELayer with MoESubmodules, and of MLP where a layer is dense"
+    )
+
+
+def _pool_router(spec: Any) -> type[PoolRouter]:
+    """PoolRouter, over a recipe's own router where that has no more than a projection of its own.
+
+    Raises:
+        ValueError: the router has more of its own, or is none.
+    """
+    kind = _class_of(spec)
+    if kind is TopKRouter:
+        return PoolRouter
+    if kind is not None and issubclass(kind, TopKRouter):
+        own_classes = kind.__mro__[: kind.__mro__.index(TopKRouter)]
+        own = {n for cls in own_classes for n, value in vars(cls).items() if callable(value)}
+        if own == {"gating"}:
+            return type(f"Pool{kind.__name__}", (PoolRouter, kind), {})
+    raise ValueError(
+        f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {spec!r}, whose choice of experts "
+        "would be lost. Use a recipe with TopKRouter, or with a router that overrides its gating alone"
     )
 
 

@@ -16,7 +16,7 @@ BRIDGE = ROOT / ".venv" / "megatron-bridge-0.6.2"
 
 @pytest.fixture(scope="session")
 def run_bridge():
-    """Runs a script or `-m module` of this project beside Bridge and gives what it printed; an error if it fails."""
+    """Runs a script or `-m module` of this project beside Bridge and gives its output; an error if it fails."""
     if not BRIDGE.is_dir():
         pytest.skip(f"needs {BRIDGE.relative_to(ROOT)}: make test installs it")
 
@@ -32,7 +32,7 @@ def run_bridge():
             timeout=600,
         )
         assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-4000:]
-        return done.stdout + done.stderr
+        return done.stdout + done.stderr if expect_failure else done.stdout
 
     return run
 

@@ -183,6 +183,38 @@ def test_what_a_recipe_builds_of_its_own_is_refused_by_name(ranks):
         assert name in message
 
 
+def _with_own_gating():
+    from megatron.core.transformer.moe.router import TopKRouter
+    from support import tiny
+
+    from emo_megatron.mcore import spec
+
+    class OwnGating(TopKRouter):
+        def gating(self, input):
+            return super().gating(input) * 0 + 1
+
+    tiny.setup()
+    config = _config()
+    layer = _block(config).layer_specs[0]
+    moe = layer.submodules.mlp
+    own = dataclasses.replace(moe.keywords["submodules"], router=OwnGating)
+    mlp = functools.partial(moe.func, submodules=own)
+    layer = dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, mlp=mlp))
+    with mock.patch.object(spec, "HAVE_TE", True):
+        layer = spec.with_pools(layer, config=config, pool=POOLS)
+    router = layer.submodules.mlp.keywords["submodules"].router.func
+    return [cls.__name__ for cls in router.__mro__][:4]
+
+
+def test_a_routers_own_projection_stays(ranks):
+    assert ranks(1).run(_with_own_gating)[0] == [
+        "PoolOwnGating",
+        "PoolRouter",
+        "OwnGating",
+        "TopKRouter",
+    ]
+
+
 def _problems():
     from support import tiny
 
