@@ -1,4 +1,4 @@
-"""A run_config.yaml may name our four providers and nothing else of ours; our own readers call nothing in it."""
+"""A run_config.yaml may name our providers and nothing else of ours; our own readers call nothing in it."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def test_fields_are_overridden_by_hydra(checks):
 
 
 def test_only_providers_may_be_instantiated(checks):
-    kinds = ("GPT", "Hybrid", "MLA", "OlMoE")
+    kinds = ("ExaoneMoe", "GPT", "Hybrid", "MLA", "MiniMaxM3", "OlMoE")
     assert checks["exact"] == [f"{PROVIDERS}Pool{kind}ModelProvider" for kind in kinds]
     assert checks["prefixes"] == []
     assert len(checks["hostile"]) > 10
