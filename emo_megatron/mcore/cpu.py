@@ -123,6 +123,9 @@ class _CudaDevicesToCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            # memory is pinned for a device, and with one only
+            kwargs["pin_memory"] = False
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], torch.device("cpu"), *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,3 +35,16 @@ def run_bridge():
         return done.stdout + done.stderr if expect_failure else done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checks_folder(tmp_path_factory):
+    """Where the process of `checks` works."""
+    return tmp_path_factory.mktemp("checks")
+
+
+@pytest.fixture(scope="session")
+def checks(run_bridge, checks_folder):
+    """What one process found of bad input and of safety (tests/support/bridge_checks.py)."""
+    run_bridge("-m", "support.bridge_checks", "all", checks_folder)
+    return json.loads((checks_folder / "all.json").read_text())
