@@ -10,6 +10,7 @@ import collections
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -194,7 +195,7 @@ def start(run: dict[str, Any]) -> dict[str, Any]:
         (folder / f"rank{rank}.json").unlink(missing_ok=True)
     began = time.monotonic()
     children = [_fork(run, rank, ranks, port) for rank in range(ranks)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [_end_of(child) for child in children]
     printed = "".join((folder / f"rank{rank}.txt").read_text() for rank in range(ranks))
     # a killed rank wrote none
     files = [file for rank in range(ranks) if (file := folder / f"rank{rank}.json").exists()]
@@ -203,12 +204,21 @@ def start(run: dict[str, Any]) -> dict[str, Any]:
     return _together(parts) | {"codes": codes, "printed": printed, "seconds": seconds}
 
 
+def _end_of(child: int) -> int:
+    """The return code of a rank; what it started and left behind, such as a writer of checkpoints, ends with it."""
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status)
+
+
 def _fork(run: dict[str, Any], rank: int, ranks: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        os.setsid()
         with (Path(run["folder"]) / f"rank{rank}.txt").open("w") as printed:
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
