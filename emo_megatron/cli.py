@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from emo_megatron.environment import (
+    BRIDGE_INSTALL,
     collect_environment,
     format_json,
     format_text,
@@ -20,6 +21,9 @@ from emo_megatron.variables import as_no_other_job, stay_offline
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+
+DEMO_INSTALL = "pip install 'emo_megatron[demo]'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +38,8 @@ class Command:
     function: str
     """Name of a function of it there, which returns where the result lies, and may say more of it in further lines;
     None where there is nothing to say."""
-    extra: str = "demo"
-    """Brings the packages it needs."""
+    install: str = DEMO_INSTALL
+    """What brings the packages it needs."""
     is_in_a_job: bool = False
     """A rank of the training job around it, which has its own way with signals and may fetch what it needs."""
 
@@ -46,7 +50,7 @@ COMMANDS = {
         module="emo_megatron.cli",
         options="BridgeOptions",
         function="run_bridge",
-        extra="bridge",
+        install=BRIDGE_INSTALL,
         is_in_a_job=True,
     ),
     "demo": Command(
@@ -212,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(
             f"{arguments[0]} needs {error.name}, which is not installed: "
-            f"pip install 'emo_megatron[{command.extra if command else 'demo'}]'"
+            f"{command.install if command else DEMO_INSTALL}"
         )
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         return _fail(message_of(error))

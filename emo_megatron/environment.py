@@ -23,6 +23,9 @@ SUPPORTED: dict[str, tuple[Release, Release | None]] = {
 }
 """First supported release of each, and the first one that is not."""
 
+BRIDGE_INSTALL = "docs/bridge.md says how, under Versions"
+"""pip cannot resolve all that Megatron-Bridge asks for."""
+
 OPTIONAL = ("megatron-bridge",)
 """Supported as well where they are not installed."""
 

@@ -1,7 +1,7 @@
 """Pretrain with document pools in a Megatron-Bridge (NeMo) recipe, or train a Hugging Face MoE on with them.
 
-    torchrun --nproc-per-node 8 examples/bridge_recipe.py model.pool_min=16 dataset.data_path=data/web
-    torchrun --nproc-per-node 8 examples/bridge_recipe.py --hf allenai/OLMoE-1B-7B-0125 train.train_iters=1000
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py --pool-min 16 dataset.data_path=data/web
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py --pool-min 16 --hf allenai/OLMoE-1B-7B-0125
 
 The second starts from the weights of a hub's model or of a folder, of any architecture that AutoBridge knows and pools
 can have; checkpoint.save and export back are Bridge's own. Without dataset.data_path it trains on random tokens.
@@ -26,21 +26,24 @@ from emo_megatron.config import PoolConfig  # noqa: E402
 
 
 def main() -> None:
-    """A recipe, pools, what the command line changes, and Bridge's own training."""
+    """A recipe, what the command line changes, pools, and Bridge's own training."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--hf", metavar="MODEL", help="a name on the hub, or a folder")
     parser.add_argument(
-        "overrides", metavar="FIELD=VALUE", nargs="*", help="such as model.pool_min=16"
+        "--pool-min", type=int, required=True, help="smallest pool of a document, in routed experts"
+    )
+    parser.add_argument(
+        "overrides", metavar="FIELD=VALUE", nargs="*", help="such as train.train_iters=1000"
     )
     options = parser.parse_args()
 
     cfg = olmoe_7b_pretrain_config()
     if options.hf:
         use_model(cfg, options.hf)
-    apply_pools(cfg, PoolConfig(pool_min=cfg.model.moe_router_topk))
     process_config_with_overrides(cfg, cli_overrides=options.overrides)
+    apply_pools(cfg, PoolConfig(pool_min=options.pool_min))
     pretrain(cfg, pool_forward_step)
 
 

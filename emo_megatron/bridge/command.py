@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from megatron.bridge import perf_recipes, recipes
 from megatron.bridge.training.config import ConfigContainer
@@ -67,9 +68,8 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
         ValueError: there is no such recipe, it cannot be trained like this, or the run to resume had other pools; says
             what to write instead.
     """
-    pool = pool_of(overrides)
+    pool, others = pools_and_others(overrides)
     cfg = _call(find_recipe(recipe), recipe)
-    others = [text for text in overrides if not text.startswith(POOL_PREFIX)]
     try:
         process_config_with_overrides(cfg, cli_overrides=others)
     except OverridesError as error:
@@ -80,31 +80,35 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
     return cfg
 
 
-def pool_of(overrides: Sequence[str]) -> PoolConfig:
-    """The pools that overrides of model.pool_* say; model.pool_min must be among them.
+def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
+    """The pools that overrides of model.pool_* say, model.pool_min among them, and the overrides of other fields.
 
     Raises:
-        ValueError: it is missing, or a field is unknown or wrong.
+        ValueError: it is missing, a field is unknown or wrong, or an override is none.
     """
     values: dict[str, Any] = {}
+    others = []
     parser = OverridesParser.create()
     for text in overrides:
-        if not text.startswith(POOL_PREFIX):
-            continue
         try:
             parsed = parser.parse_override(text)
         except HydraException as error:
             raise ValueError(f"{text} must be FIELD=VALUE: {error}") from None
-        if parsed.is_sweep_override():
+        if not parsed.key_or_group.startswith(POOL_PREFIX):
+            others.append(text)
+        elif parsed.is_sweep_override():
             raise ValueError(f"{text} must give one value; this command runs one training")
-        values[parsed.key_or_group.removeprefix("model.")] = parsed.value()
+        elif parsed.type is not OverrideType.CHANGE:
+            raise ValueError(f"{text} must be FIELD=VALUE, without +, ++ or ~")
+        else:
+            values[parsed.key_or_group.removeprefix("model.")] = parsed.value()
     if "pool_min" not in values:
         raise ValueError(
             "model.pool_min must be given: the smallest pool in routed experts, such as model.pool_min=8; "
-            "model.pool_min=null trains the recipe's standard MoE"
+            "model.pool_min=null trains the standard MoE to compare with"
         )
     with in_words_of_bridge():
-        return pool_config_of(values, where="fields of model on the command line")
+        return pool_config_of(values, where="fields of model on the command line"), others
 
 
 def find_recipe(name: str) -> Recipe:

@@ -26,15 +26,13 @@ BRIDGE_REFUSALS = (
     Refusal(
         field="mtp_num_layers",
         allowed=(None, 0),
-        only_with_pools=True,
         kind="untried",
-        reason="Bridge gives multi-token-prediction layers the routers of the decoder, which then need documents of "
-        "their own",
+        reason="pools for the layers of multi-token prediction are not built; pipeline_model_parallel_layout, "
+        "mtp_hybrid_override_pattern and mtp_use_repeated_layer may name such layers too",
     ),
     Refusal(
         field="pool_documents",
         allowed=("routers",),
-        only_with_pools=True,
         kind="untried",
         reason="attention that keeps to documents needs batches that are padded and cut by document",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -19,9 +20,12 @@ PROVIDERS = {
 }
 """Bridge's provider -> the same with pools."""
 
+OF_POOLS = ("dataset.inter_document_masking", "model.pool_documents")
+"""Options that every run with pools sets, strict or not: no recipe chooses them."""
+
 
 def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Give a pretraining recipe document pools, in place, and print every option of its own that this changes.
+    """Give a pretraining recipe document pools, in place, and print every option that this changes.
 
     Only what would make pools wrong or has no place for them is changed: balancing of random logits, the router's
     precision, CUDA graphs. Boundaries of documents go to the routers alone (`pool_documents` routers), so that
@@ -29,16 +33,16 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
 
     Args:
         cfg: a recipe's ConfigContainer, not finalized.
-        pool: the method. pools off gives the recipe's standard MoE with this package's metrics.
-        strict: refuse instead of changing an option.
+        pool: the method. Pools off gives the standard MoE to compare with: the same changes, loader and metrics.
+        strict: refuse instead of changing an option of the recipe's own.
 
     Returns:
         Changed option, such as "model.moe_router_dtype" -> (before, after).
 
     Raises:
-        ValueError: the recipe cannot have pools; names the options, and what to write instead.
+        ValueError: the recipe cannot have pools, and stays as it was; names the options, and what to write instead.
     """
-    _require_text(cfg.dataset)
+    check_run(cfg, pool)
     model = cfg.model
     kind = PROVIDERS.get(type(model), type(model) if isinstance(model, Pooled) else None)
     if kind is None:
@@ -47,29 +51,31 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
             f"{type(model).__name__}, which may build layers of its own that would see no pools"
         )
     changes = _changes(cfg, pool)
-    if strict and changes:
+    of_recipe = {name: both for name, both in changes.items() if name not in OF_POOLS}
+    if strict and of_recipe:
         raise ValueError(
-            "with strict=True a recipe must need no changes; these options must be set first:\n"
+            "a strict run changes nothing of a recipe; these options must be set first:\n"
             + "\n".join(
-                f"  - {n} must be {new!r}; got {old!r}" for n, (old, new) in changes.items()
+                f"  - {n} must be {new!r}; got {old!r}" for n, (old, new) in of_recipe.items()
             )
         )
-    model.__class__ = kind
-    for name in POOL_FIELDS:
-        setattr(model, name, getattr(pool, name))
-    for name, (_, new) in changes.items():
-        section, _, field = name.partition(".")
-        setattr(getattr(cfg, section), field, new)
-    require_possible(model)
+    fields = {name: getattr(pool, name) for name in POOL_FIELDS}
+    fields |= {
+        name.removeprefix("model."): new
+        for name, (_, new) in changes.items()
+        if name.startswith("model.")
+    }
+    tried = copy.copy(model)
+    for place in (tried, model):
+        # a recipe that is refused stays as it was
+        place.__class__ = kind
+        vars(place).update(fields)
+        if place is tried:
+            require_possible(tried)
+    cfg.dataset.inter_document_masking = True
     if is_first_rank():
         for name, (old, new) in changes.items():
             print(f"emo_megatron: {name}: {old!r} -> {new!r}", flush=True)
-    if pool.is_on and cfg.dataset.dataloader_type != "single":
-        warnings.warn(
-            f"dataset.dataloader_type {cfg.dataset.dataloader_type}: pool sizes will depend on the number of "
-            "data-parallel ranks; with single they do not",
-            stacklevel=2,
-        )
     return changes
 
 
@@ -78,7 +84,13 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _require_text(dataset: Any) -> None:
+def check_run(cfg: Any, pool: PoolConfig) -> None:
+    """Refuse data and training options of a recipe that pools would be wrong with.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    dataset = cfg.dataset
     if type(dataset) not in (GPTDatasetConfig, MockGPTDatasetConfig):
         raise ValueError(
             f"cfg.dataset must be a GPTDatasetConfig or MockGPTDatasetConfig; got {type(dataset).__name__}: pools need "
@@ -89,25 +101,37 @@ def _require_text(dataset: Any) -> None:
             raise ValueError(
                 f"dataset.{name} must be False; got True: Bridge's boundaries of documents would replace what it does"
             )
+    skipped = cfg.train.iterations_to_skip
+    if skipped and cfg.model.pipeline_model_parallel_size > 2:
+        raise ValueError(
+            f"train.iterations_to_skip must be empty with model.pipeline_model_parallel_size above 2; got {skipped}: "
+            "Bridge skips the batches of the first and the last stage only, and the routers between them would get "
+            "the documents of other batches"
+        )
+    if pool.is_on and dataset.dataloader_type != "single":
+        warnings.warn(
+            f"dataset.dataloader_type {dataset.dataloader_type}: pool sizes will depend on the number of "
+            "data-parallel ranks; with single they do not",
+            stacklevel=3,
+        )
 
 
 def _changes(cfg: Any, pool: PoolConfig) -> dict[str, tuple[Any, Any]]:
     """Options that must have another value, "section.field" -> (now, then)."""
-    wanted: dict[str, Any] = {"dataset.inter_document_masking": True}
-    if pool.is_on:
-        wanted |= {
-            "model.pool_documents": "routers",
-            "model.moe_router_dtype": "fp32",
-            "model.moe_router_force_load_balancing": False,
-            "model.cuda_graph_impl": "none",
-            # Megatron turns graphs on by these, which are deprecated, when it checks the model
-            "model.enable_cuda_graph": False,
-            "model.external_cuda_graph": False,
-        }
-        graphs: dict[str, Any] = {"cuda_graph_scope": None, "cuda_graph_modules": []}
-        for name, off in graphs.items():
-            if "full_iteration" in repr(getattr(cfg.model, name, None)):
-                wanted[f"model.{name}"] = off
+    wanted: dict[str, Any] = {
+        "dataset.inter_document_masking": True,
+        "model.pool_documents": "routers",
+        "model.moe_router_dtype": "fp32",
+        "model.moe_router_force_load_balancing": False,
+        "model.cuda_graph_impl": "none",
+        # Megatron turns graphs on by these, which are deprecated, when it checks the model
+        "model.enable_cuda_graph": False,
+        "model.external_cuda_graph": False,
+    }
+    graphs: dict[str, Any] = {"cuda_graph_scope": None, "cuda_graph_modules": []}
+    for name, off in graphs.items():
+        if "full_iteration" in repr(getattr(cfg.model, name, None)):
+            wanted[f"model.{name}"] = off
     now = {
         name: getattr(pool if field in POOL_FIELDS else getattr(cfg, section), field)
         for name in wanted

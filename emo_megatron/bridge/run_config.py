@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,16 @@ def check_resume(cfg: Any, *, step: int) -> None:
     folders = (Path(checkpoint.load), Path(checkpoint.load) / f"iter_{step:07d}")
     path = next((f / RUN_CONFIG for f in folders if (f / RUN_CONFIG).is_file()), None)
     if path is None:
+        warnings.warn(
+            f"checkpoint.load {checkpoint.load} has no {RUN_CONFIG} at step {step}: the pools of its run are not known",
+            stacklevel=2,
+        )
         return
     stored, asked = stored_pool_config(path), cfg.model.pool_config()
     differing = [
         f"  - model.{name} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
-        for name in POOL_FIELDS
+        # a run without pools had none of the other fields
+        for name in (POOL_FIELDS if stored.is_on else ("pool_min",))
         if name not in MAY_DIFFER and getattr(stored, name) != getattr(asked, name)
     ]
     if differing:
@@ -86,6 +92,9 @@ def stock_run_config(path: Path, output: Path) -> None:
         for name, value in (model | {"_target_": stock[target]}).items()
         if name not in POOL_FIELDS
     }
+    if "inter_document_masking" in config.get("dataset", {}):
+        # Bridge's own step misreads what it makes the dataset give
+        config["dataset"]["inter_document_masking"] = False
     with whole(output) as part:
         part.write_text(yaml.safe_dump(config, sort_keys=False))
 

@@ -26,6 +26,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from emo_megatron.bridge.pooled import Pooled
+from emo_megatron.bridge.recipe import check_run
 from emo_megatron.bridge.run_config import check_resume
 from emo_megatron.mcore.context import CLOCK
 from emo_megatron.mcore.metrics import install_metrics
@@ -155,6 +156,8 @@ def _begin(state: GlobalState) -> None:
             "cfg.model must have document pools with pool_forward_step; call emo_megatron.bridge.apply_pools(cfg, "
             "PoolConfig(...)) first"
         )
+    # options that came after apply_pools
+    check_run(state.cfg, model.pool_config())
     check_resume(state.cfg, step=state.train_state.step)
     install_metrics(model.pool_config(), model, has_documents=True)
     tracker = get_moe_metrics_tracker()

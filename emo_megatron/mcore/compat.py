@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from emo_megatron.environment import SUPPORTED
+from emo_megatron.environment import BRIDGE_INSTALL, SUPPORTED
 
 
 def require_megatron() -> tuple[int, int]:
@@ -20,7 +20,9 @@ def require_megatron() -> tuple[int, int]:
     Raises:
         ImportError: Megatron-Core is missing or its version is outside the supported range.
     """
-    return _require("megatron-core", by="emo_megatron.mcore", extra="megatron")
+    return _require(
+        "megatron-core", by="emo_megatron.mcore", install="pip install 'emo_megatron[megatron]'"
+    )
 
 
 def require_bridge() -> tuple[int, int]:
@@ -29,19 +31,17 @@ def require_bridge() -> tuple[int, int]:
     Raises:
         ImportError: Megatron-Bridge is missing or its version is outside the supported range.
     """
-    return _require("megatron-bridge", by="emo_megatron.bridge", extra="bridge")
+    return _require("megatron-bridge", by="emo_megatron.bridge", install=BRIDGE_INSTALL)
 
 
-def _require(distribution: str, *, by: str, extra: str) -> tuple[int, int]:
+def _require(distribution: str, *, by: str, install: str) -> tuple[int, int]:
     first, end = SUPPORTED[distribution]
     assert end is not None
     wanted = f"{distribution} >= {_dotted(first)}, < {_dotted(end)}"
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(
-            f"{by} needs {wanted}. Install it: pip install 'emo_megatron[{extra}]'"
-        ) from None
+        raise ImportError(f"{by} needs {wanted}. Install it: {install}") from None
     major, minor = (int(part) for part in version.split(".")[:2])
     if not first <= (major, minor) < end:
         raise ImportError(f"{by} supports {wanted}; found {version}")

@@ -19,7 +19,9 @@ NAMED = {
     "reset_position_ids": ("dataset.reset_position_ids",),
     "reset_attention_mask": ("dataset.reset_attention_mask",),
     "own provider": ("cfg.model", "OwnProvider"),
-    "strict": ("model.moe_router_force_load_balancing", "dataset.inter_document_masking"),
+    "prediction layers": ("model.mtp_num_layers",),
+    "skipped": ("train.iterations_to_skip", "model.pipeline_model_parallel_size"),
+    "strict": ("model.moe_router_force_load_balancing",),
     "no pools": ("cfg.model", "apply_pools"),
     # on the command line, after apply_pools
     "model.pool_min=100": ("model.pool_min", "100"),
@@ -50,8 +52,9 @@ def test_an_unknown_field_is_named(checks):
     assert not tried["groups"]
 
 
-def test_a_refused_recipe_is_left_as_it_was(checks):
-    assert checks["strict"]["is_unchanged"]
+@pytest.mark.parametrize("case", ["strict", "too large", "prediction layers"])
+def test_a_refused_recipe_is_left_as_it_was(checks, case):
+    assert checks[case]["is_unchanged"]
 
 
 @pytest.mark.parametrize("version", [None, "0.5.0"])
@@ -70,4 +73,4 @@ def test_without_a_supported_bridge_the_import_says_what_to_install(tmp_path, ve
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ImportError")
     assert "megatron-bridge >= 0.6, < 0.7" in error
-    assert (version or "pip install 'emo_megatron[bridge]'") in error
+    assert (version or "docs/bridge.md") in error

@@ -10,16 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "bridge-recipes.json"
 MAY_CHANGE = {
-    "model.moe_router_load_balancing_type",
     "model.moe_router_dtype",
-    "model.moe_router_fusion",
     "model.moe_router_force_load_balancing",
     "model.cuda_graph_impl",
     "model.cuda_graph_modules",
     "model.cuda_graph_scope",
     "model.enable_cuda_graph",
     "model.external_cuda_graph",
-    "model.overlap_moe_expert_parallel_comm",
 }
 """Options that apply_pools may change in any recipe."""
 

@@ -41,6 +41,8 @@ def test_its_stock_file_has_no_pools(page):
     assert stock["_target_"].startswith("megatron.bridge.")
     assert not [name for name in stock if name.startswith("pool_")]
     assert stock["num_moe_experts"] == ours["num_moe_experts"]
+    data = yaml.safe_load(page["files"]["stock_run_config.yaml"])["dataset"]
+    assert data["inter_document_masking"] is False
 
 
 def test_its_commands_reach_the_recipe(page):
@@ -64,6 +66,19 @@ def test_its_table_has_every_option_that_is_changed():
     assert len(changed) >= 5
     told = re.findall(r"^\| (`(?:dataset|model)\..*?) \|", PAGE, flags=re.MULTILINE)
     assert changed <= set(re.findall(r"`(.*?)`", " ".join(told)))
+
+
+def test_its_table_of_families_counts_the_recipes():
+    results = json.loads((ROOT / "benchmarks" / "results" / "bridge-recipes.json").read_text())
+    counts = {
+        family: [0, 0, 0, 0] for family in ("all", *(r["family"] for r in results["recipes"]))
+    }
+    for row in results["recipes"]:
+        for family in ("all", row["family"]):
+            counts[family][0] += 1
+            counts[family][1 + ("unchanged", "started", "refused").index(row["verdict"])] += 1
+    for family, numbers in counts.items():
+        assert f"| {family} | {' | '.join(map(str, numbers))} |" in PAGE, family
 
 
 def test_its_links_lead_somewhere():

@@ -61,6 +61,7 @@ def stopped(run_bridge, tmp_path_factory):
             options={"validation.eval_iters": 1, "validation.eval_interval": 2} | unsaved,
             steps=2,
         ),
+        _run("standard", folder / "standard", pool={"pool_min": None}, options=unsaved, steps=1),
     )
     return results, (whole, parts)
 
@@ -77,6 +78,16 @@ def test_other_pools_on_resume_are_an_error(stopped):
     assert not found["losses"]
     assert "ValueError" in found["printed"]
     assert "model.pool_min was 2 and is 3" in found["printed"]
+
+
+def test_without_pools_it_is_the_standard_moe_with_the_same_documents(stopped):
+    results, _ = stopped
+    found, whole = results["standard"], results["whole"]
+    assert not any(found["codes"]), found["printed"][-4000:]
+    assert not found["pools"]
+    assert "pool_size" not in found["metrics"]
+    assert found["metrics"]["experts_per_document"][0] > whole["metrics"]["experts_per_document"][0]
+    assert found["losses"][0] == pytest.approx(whole["losses"][0], rel=0.01)
 
 
 def test_finetuning_may_have_other_pools(stopped):

@@ -67,7 +67,13 @@ def bad_input(folder: Path) -> dict[str, Any]:
 
     found = {}
     for name, pool in {"too large": {"pool_min": 100}, "below top-k": {"pool_min": 1}}.items():
-        found[name] = tried(apply_pools, small(folder), PoolConfig(**pool))
+        found[name] = _refused(small(folder), PoolConfig(**pool))
+    cfg = small(folder)
+    cfg.model.moe_router_dtype, cfg.model.mtp_num_layers = None, 1
+    found["prediction layers"] = _refused(cfg, PoolConfig(pool_min=2))
+    cfg = small(folder)
+    cfg.train.iterations_to_skip, cfg.model.pipeline_model_parallel_size = [3], 4
+    found["skipped"] = tried(apply_pools, cfg, PoolConfig(pool_min=2))
     for name in ("GPTSFTDatasetConfig", "MockVLMSFTDatasetConfig", "GPTFIMDatasetConfig", "packed"):
         cfg = small(folder)
         cfg.dataset = _dataset(name, cfg)
@@ -77,6 +83,16 @@ def bad_input(folder: Path) -> dict[str, Any]:
         setattr(cfg.dataset, field, True)
         found[field] = tried(apply_pools, cfg, PoolConfig(pool_min=2))
     return found | _models(folder) | _overrides(folder)
+
+
+def _refused(cfg: Any, pool: Any, **options: Any) -> dict[str, Any]:
+    """What apply_pools raises, and whether it leaves the recipe as it was."""
+    from emo_megatron.bridge import apply_pools
+
+    before = type(cfg.model), dict(vars(cfg.model)), dict(vars(cfg.dataset))
+    found = tried(apply_pools, cfg, pool, **options)
+    after = type(cfg.model), dict(vars(cfg.model)), dict(vars(cfg.dataset))
+    return found | {"is_unchanged": repr(before) == repr(after)}
 
 
 def _dataset(name: str, cfg: Any) -> Any:
@@ -112,10 +128,7 @@ def _models(folder: Path) -> dict[str, Any]:
     found["own provider"] = tried(apply_pools, cfg, PoolConfig(pool_min=2))
     cfg = small(folder)
     cfg.model.moe_router_force_load_balancing = True
-    before = type(cfg.model), dict(vars(cfg.model)), dict(vars(cfg.dataset))
-    found["strict"] = tried(apply_pools, cfg, PoolConfig(pool_min=2), strict=True)
-    after = type(cfg.model), dict(vars(cfg.model)), dict(vars(cfg.dataset))
-    found["strict"]["is_unchanged"] = repr(before) == repr(after)
+    found["strict"] = _refused(cfg, PoolConfig(pool_min=2), strict=True)
     state = SimpleNamespace(cfg=small(folder))
     found["no pools"] = tried(pool_forward_step, state, iter(()), None)
     return found

@@ -87,7 +87,7 @@ def _as_command(arguments: list[str]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     def run(recipe: str, overrides: list[str], *, strict: bool) -> None:
-        seen["pool_min"] = command.pool_of(overrides).pool_min
+        seen["pool_min"] = command.pools_and_others(overrides)[0].pool_min
         seen["recipe"] = command.find_recipe(recipe).__name__
         # others ask a hub
         if recipe.startswith("olmoe"):

@@ -195,7 +195,12 @@ def start(run: dict[str, Any]) -> dict[str, Any]:
         (folder / f"rank{rank}.json").unlink(missing_ok=True)
     began = time.monotonic()
     children = [_fork(run, rank, ranks, port) for rank in range(ranks)]
-    codes = [_end_of(child) for child in children]
+    try:
+        codes = [_end_of(child) for child in children]
+    finally:
+        # those of a run that was interrupted
+        for child in children:
+            _kill_group(child)
     printed = "".join((folder / f"rank{rank}.txt").read_text() for rank in range(ranks))
     # a killed rank wrote none
     files = [file for rank in range(ranks) if (file := folder / f"rank{rank}.json").exists()]
@@ -207,9 +212,13 @@ def start(run: dict[str, Any]) -> dict[str, Any]:
 def _end_of(child: int) -> int:
     """The return code of a rank; what it started and left behind, such as a writer of checkpoints, ends with it."""
     _, status = os.waitpid(child, 0)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    _kill_group(child)
     return os.waitstatus_to_exitcode(status)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _fork(run: dict[str, Any], rank: int, ranks: int, port: int) -> int:
