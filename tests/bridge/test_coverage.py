@@ -51,9 +51,17 @@ def stored():
     return json.loads(RESULTS.read_text())
 
 
+def _without_sentences(row):
+    """Of a reason the option that it names."""
+    return row | {"reason": [reason.split()[0] for reason in row.get("reason") or ()]}
+
+
 def test_verdicts_are_the_stored_ones(found, stored):
     """python tests/bridge/recipe_coverage.py --write stores new ones."""
-    by_name = [{row["recipe"]: row for row in results["recipes"]} for results in (found, stored)]
+    by_name = [
+        {row["recipe"]: _without_sentences(row) for row in results["recipes"]}
+        for results in (found, stored)
+    ]
     assert len(by_name[0]) == len(found["recipes"]) > 270
     changed = {
         name: [rows.get(name) for rows in by_name]
