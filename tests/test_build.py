@@ -145,6 +145,7 @@ def test_torch_is_found_from_an_isolated_build(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.slow
 def test_kernels_compile_for_every_gpu_and_none_spills(
     tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:

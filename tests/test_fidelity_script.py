@@ -139,6 +139,7 @@ def test_three_calls_compare_themselves_in_any_order(
     assert total < 1 << 20
 
 
+@pytest.mark.slow
 def test_every_stage_is_kept_when_it_is_done(
     made: Any, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

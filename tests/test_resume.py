@@ -43,6 +43,7 @@ def trained(data_prefix, tmp_path_factory):
     return folder, logged(output)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_nothing_but_time(data_prefix, tmp_path):
     flags = [*POOLS, *RESHARDABLE, "--expert-model-parallel-size", 2]
     flags += ["--train-iters", 6, "--save-interval", 2]

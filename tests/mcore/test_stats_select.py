@@ -83,6 +83,7 @@ def run_as(checkpoint, folder, flags):
     (run / "release").rename(folder)
 
 
+@pytest.mark.slow
 def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp_path):
     output = tmp_path / "s.safetensors"
     arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs", "--rows", "2")
@@ -106,6 +107,7 @@ def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(
     checkpoint, data, stats, tmp_path
 ):
@@ -178,6 +180,7 @@ def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_pat
     assert load_stats(output).data[0]["num_shots"] == 1
 
 
+@pytest.mark.slow
 def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
     model += ("--processes", "2", "--pipeline-parallel", "2")
@@ -239,6 +242,7 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(
     assert [losses[k] for k in shared] == pytest.approx([measured[k] for k in shared], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_path, capfd):
     cut = tmp_path / "cut"
     shutil.copytree(checkpoint / "iter_0000002", cut / "iter_0000002")

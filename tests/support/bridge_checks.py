@@ -226,6 +226,27 @@ def _hostile_files(folder: Path, mark: Path) -> dict[str, Any]:
     }
 
 
+def padding() -> dict[str, Any]:
+    """What the step takes for padding, from losses as Megatron's dataset leaves them out."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from emo_megatron.bridge.step import _num_padding
+
+    masks = torch.ones(6, 8)
+    for row, num_real in enumerate((6, 7, 8)):
+        masks[row, num_real - 1 :] = 0
+    masks[4] = 0
+    masks[5, 3] = 0
+    found = _num_padding(masks, SimpleNamespace(eod_mask_loss=False))
+    assert found is not None
+    return {
+        "padding": found.tolist(),
+        "padding without ends": _num_padding(masks, SimpleNamespace(eod_mask_loss=True)),
+    }
+
+
 def stock(folder: Path) -> dict[str, Any]:
     """What Bridge alone makes of the file that stock_run_config wrote."""
     from support.bridge_stand_ins import stand_ins
@@ -250,7 +271,7 @@ def main() -> None:
         from support import bridge_recipes  # noqa: F401
 
         # forks ranks, before anything here has threads
-        found = safety(folder) | bad_input(folder)
+        found = safety(folder) | bad_input(folder) | padding()
     (folder / f"{cases}.json").write_text(json.dumps(found))
 
 

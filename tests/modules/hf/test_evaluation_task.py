@@ -54,6 +54,7 @@ def exported(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_path: Path) -> None:
     # a folder with a name that is a pattern, and documents of which some are lists, templates or numbers
     tasks = tmp_path / "run [1]*? #%'\\" / "tasks"
