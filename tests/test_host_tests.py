@@ -51,8 +51,6 @@ REFUSED = {
     f"{_DISPATCHER}test_capacity_padding_forward_backward[False-1-1]": "moe_expert_capacity_factor",
     f"{_ROUTER}test_token_dropping[True-probs-2.0]": "moe_expert_capacity_factor",
     f"{_ROUTER}test_token_dropping[True-position-2.0]": "moe_expert_capacity_factor",
-    f"{_ROUTER}test_aux_loss": "aux_loss",
-    "test_aux_loss.py::TestRouterAuxLoss::test_seq_aux_loss_flattened_packed_sequences": "seq_aux_loss",
     f"{_QUANTILE}test_qb_beta_accumulates_in_training": "quantile_balancing",
     f"{_QUANTILE}test_qb_router_rejects_padding_mask": "quantile_balancing",
 }
