@@ -128,6 +128,9 @@ class _CudaDevicesToCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], torch.device("cpu"), *args[2:])
+        if func is torch.Tensor.to and kwargs.get("non_blocking") and args[1:2] == ("cpu",):
+            # from a device it is a copy, which an asynchronous checkpoint is written from while weights change
+            kwargs["copy"] = True
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # gradient clipping asserts that it was handed "torch.cuda.FloatTensor"
             return func(*args).replace("torch.", "torch.cuda.")

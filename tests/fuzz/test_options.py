@@ -340,7 +340,8 @@ def plain(value: Any) -> Any:
 
 
 @both_sizes
-@pytest.mark.parametrize("command", cli.COMMANDS)
+# nearly all that bridge takes are fields of Megatron-Bridge, which is not in this environment: tests/bridge
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "bridge"])
 def test_commands(command: str, inputs: int, folder: Path) -> None:
     kinds = kinds_of(options_of(command))
     known = [VALID[command].split()]

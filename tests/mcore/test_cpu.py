@@ -109,3 +109,15 @@ def test_megatron_casts_to_half_precision_and_back(ranks):
     halves, back = ranks(1).run(_casts)[0]
     assert halves == [[torch.float16, torch.int64], [torch.bfloat16, torch.int64]]
     assert back == [torch.float32, torch.int64] * 2
+
+
+def _staged():
+    weights = torch.zeros(2)
+    staged = weights.to("cpu", non_blocking=True)
+    same = weights.to("cpu")
+    weights += 1
+    return staged.tolist(), same.tolist()
+
+
+def test_a_checkpoint_that_is_written_later_holds_the_weights_of_its_step(ranks):
+    assert ranks(1).run(_staged)[0] == ([0.0, 0.0], [1.0, 1.0])
