@@ -373,6 +373,7 @@ def test_a_verdict_needs_the_whole_interval(monkeypatch: pytest.MonkeyPatch) -> 
     assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]).high == 2.0
 
 
+@pytest.mark.slow
 def test_dispatch_compares_two_dispatchers_on_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def wheel_in(folder: Path) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_serves_every_python_and_loads_without_its_sources(tmp_path: Path) -> None:
     done = build_wheel(tmp_path, path="/usr/local/bin:/usr/bin:/bin", EMO_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -111,6 +112,7 @@ def fake_tool(folder: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_an_nvcc_that_fails_costs_the_gpu_kernels_only(tmp_path: Path) -> None:
     fake_tool(tmp_path, "nvcc", 'case "$*" in --list*) echo compute_80;; *) exit 7;; esac')
     path = f"{tmp_path}/bin:/usr/local/bin:/usr/bin:/bin"

@@ -34,6 +34,7 @@ def folder(tmp_path_factory, data_prefix):
     return folder
 
 
+@pytest.mark.slow
 def test_stock_megatron_trains_and_resumes_it_under_another_layout(folder, data_prefix):
     def run(source, *flags):
         return pretraining.pretrain(

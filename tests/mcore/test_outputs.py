@@ -21,6 +21,8 @@ WRITERS = {
 }
 """Commands that make what they are told to write: their inputs."""
 ELSEWHERE = {
+    # writes checkpoints by Megatron-Bridge, which goes on with what it finds
+    "bridge",
     # goes on with what it finds in its folder
     "demo",
     # adds to a folder, see tests/modules/hf/test_evaluation_task.py
