@@ -8,7 +8,6 @@ import inspect
 import pkgutil
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +23,6 @@ from megatron.bridge.training.utils.omegaconf_utils import (
 
 from emo_megatron.bridge.pooled import in_words_of_bridge
 from emo_megatron.bridge.recipe import apply_pools, is_first_rank
-from emo_megatron.bridge.run_config import check_resume
 from emo_megatron.bridge.step import pool_forward_step
 from emo_megatron.config import PoolConfig, pool_config_of
 
@@ -75,8 +73,6 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
     except OverridesError as error:
         raise ValueError(str(error)) from None
     apply_pools(cfg, pool, strict=strict)
-    # the step checks what was loaded, after minutes of many ranks
-    check_resume(cfg, step=_step_to_load(cfg.checkpoint))
     return cfg
 
 
@@ -180,15 +176,6 @@ def _source_of(function: Any, *, seen: set[Any]) -> str:
         ):
             source += _source_of(called, seen=seen)
     return source
-
-
-def _step_to_load(checkpoint: Any) -> int:
-    """Of the checkpoint that Bridge will load; 0: none is there."""
-    if checkpoint.load is None or checkpoint.ckpt_step is not None:
-        return checkpoint.ckpt_step or 0
-    last = Path(checkpoint.load) / "latest_checkpointed_iteration.txt"
-    step = last.read_text().strip() if last.is_file() else ""
-    return int(step) if step.isdecimal() else 0
 
 
 def _call(recipe: Recipe, name: str) -> Any:

@@ -11,6 +11,7 @@ from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConf
 
 from emo_megatron.bridge import providers
 from emo_megatron.bridge.pooled import POOL_FIELDS, Pooled, require_possible
+from emo_megatron.bridge.run_config import check_resume, step_to_load
 from emo_megatron.config import PoolConfig
 
 PROVIDERS = {
@@ -40,7 +41,8 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
         Changed option, such as "model.moe_router_dtype" -> (before, after).
 
     Raises:
-        ValueError: the recipe cannot have pools, and stays as it was; names the options, and what to write instead.
+        ValueError: the recipe cannot have pools, or the run in checkpoint.load had others. The recipe stays as it was.
+            Names the options, and what to write instead.
     """
     check_run(cfg, pool)
     model = cfg.model
@@ -72,6 +74,8 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
         vars(place).update(fields)
         if place is tried:
             require_possible(tried)
+            # the step checks what was loaded, after minutes of many ranks
+            check_resume(cfg.checkpoint, tried.pool_config(), step=step_to_load(cfg.checkpoint))
     cfg.dataset.inter_document_masking = True
     if is_first_rank():
         for name, (old, new) in changes.items():

@@ -16,17 +16,17 @@ from emo_megatron.modules.files import whole
 RUN_CONFIG = "run_config.yaml"
 
 
-def check_resume(cfg: Any, *, step: int) -> None:
+def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
     """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
 
     Args:
-        cfg: the recipe's ConfigContainer.
-        step: of the checkpoint that was loaded; 0: none was.
+        checkpoint: a recipe's section of checkpoints.
+        asked: the pools that this run asks for.
+        step: of the checkpoint that is loaded; 0: none is.
 
     Raises:
         ValueError: naming every field that differs, and what to do.
     """
-    checkpoint = cfg.checkpoint
     if step == 0 or checkpoint.load is None or checkpoint.finetune:
         return
     folders = (Path(checkpoint.load), Path(checkpoint.load) / f"iter_{step:07d}")
@@ -37,7 +37,7 @@ def check_resume(cfg: Any, *, step: int) -> None:
             stacklevel=2,
         )
         return
-    stored, asked = stored_pool_config(path), cfg.model.pool_config()
+    stored = stored_pool_config(path)
     differing = [
         f"  - model.{name} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
         # a run without pools had none of the other fields
@@ -50,6 +50,15 @@ def check_resume(cfg: Any, *, step: int) -> None:
             + "\n".join(differing)
             + "\nGive the same fields; or checkpoint.finetune=true to start a new run from its weights"
         )
+
+
+def step_to_load(checkpoint: Any) -> int:
+    """Of the checkpoint that Bridge will load; 0: none is there."""
+    if checkpoint.load is None or checkpoint.ckpt_step is not None:
+        return checkpoint.ckpt_step or 0
+    last = Path(checkpoint.load) / "latest_checkpointed_iteration.txt"
+    step = last.read_text().strip() if last.is_file() else ""
+    return int(step) if step.isdecimal() else 0
 
 
 def stored_pool_config(path: Path) -> PoolConfig:

@@ -158,7 +158,7 @@ def _begin(state: GlobalState) -> None:
         )
     # options that came after apply_pools
     check_run(state.cfg, model.pool_config())
-    check_resume(state.cfg, step=state.train_state.step)
+    check_resume(state.cfg.checkpoint, model.pool_config(), step=state.train_state.step)
     install_metrics(model.pool_config(), model, has_documents=True)
     tracker = get_moe_metrics_tracker()
     report = tracker.report
