@@ -10,7 +10,7 @@ import yaml
 
 from emo_megatron.bridge.pooled import POOL_FIELDS
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.checkpoint import MAY_DIFFER
+from emo_megatron.mcore.checkpoint import differences
 from emo_megatron.modules.files import whole
 
 RUN_CONFIG = "run_config.yaml"
@@ -37,14 +37,7 @@ def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
             stacklevel=2,
         )
         return
-    stored = stored_pool_config(path)
-    differing = [
-        f"  - model.{name} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
-        # a run without pools had none of the other fields
-        for name in (POOL_FIELDS if stored.is_on else ("pool_min",))
-        if name not in MAY_DIFFER and getattr(stored, name) != getattr(asked, name)
-    ]
-    if differing:
+    if differing := differences(stored_pool_config(path), asked, name_of="model.{}".format):
         raise ValueError(
             f"the run in checkpoint.load {checkpoint.load} had other document pools:\n"
             + "\n".join(differing)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+from collections.abc import Callable
 from typing import Any
 
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -43,6 +44,21 @@ def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
     return PoolConfig(**stored)
 
 
+def differences(
+    stored: PoolConfig, asked: PoolConfig, *, name_of: Callable[[str], str]
+) -> list[str]:
+    """A line for each field in which a run to resume had other pools; `name_of` says a field in the host's words."""
+    names = [field.name for field in dataclasses.fields(PoolConfig)]
+    if asked.is_on and not stored.is_on:
+        # the run had no pools, and so none of the other fields
+        names = ["pool_min"]
+    return [
+        f"  - {name_of(name)} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
+        for name in names
+        if name not in MAY_DIFFER and getattr(stored, name) != getattr(asked, name)
+    ]
+
+
 def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
     """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
 
@@ -58,12 +74,7 @@ def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
     stored = stored_pool_config(args)
     if stored is None:
         return
-    differing = [
-        f"  - {flag(name)} was {getattr(stored, name)!r} and is {getattr(pool, name)!r}"
-        for name in (field.name for field in dataclasses.fields(PoolConfig))
-        if name not in MAY_DIFFER and getattr(stored, name) != getattr(pool, name)
-    ]
-    if differing:
+    if differing := differences(stored, pool, name_of=flag):
         raise ValueError(
             f"the run in --load {args.load} had other document pools:\n"
             + "\n".join(differing)

@@ -167,7 +167,7 @@ class RouterLosses:
             fraction = TokenCounts.of(so_far_X, num_experts=num_experts)
             if is_first:
                 self._step_counts_X = so_far_X
-        own = weights_DE = choices_DE = None
+        weights_DE = choices_DE = None
         if self.needs_documents:
             choices_DE = balanced.document_choices_DE
             choices_DE = balance.reduce_counts(choices_DE, group=router.tp_cp_group)
@@ -176,17 +176,11 @@ class RouterLosses:
                 pool_sizes_D=None if pool_DE is None else pool_DE.sum(dim=-1),
                 population=population,
             )
-        if self.coefficient("aux_loss") > 0.0 and choices_DE is not None:
-            choices_E = choices_DE.sum(dim=0)
-            own = TokenCounts(
-                tokens_per_expert_E=choices_E, num_tokens=choices_E.sum() // router.topk
-            )
-        elif self.coefficient("aux_loss") > 0.0:
-            own_X = balanced.counts_X[: num_experts + 1]
-            own_X = balance.reduce_counts(own_X, group=router.tp_cp_group)
-            own = TokenCounts.of(own_X, num_experts=num_experts)
         counts = LayerCounts(
-            fraction=fraction, population=population, own=own, weights_DE=weights_DE
+            fraction=fraction,
+            population=population,
+            own=self._own_counts(balanced, choices_DE),
+            weights_DE=weights_DE,
         )
         if is_first and scope is not None:
             scope.counts[router.layer_number] = counts
@@ -196,6 +190,24 @@ class RouterLosses:
                 router.layer_number, real_X, groups=self._groups, is_reduced=is_reduced
             )
         return counts
+
+    def _own_counts(self, balanced: ops.Routing, choices_DE: Tensor | None) -> TokenCounts | None:
+        """What `aux_loss` counts, over the ranks that share documents; None: it is not asked for.
+
+        Args:
+            balanced: with the choices that losses count.
+            choices_DE: those of every document, summed over these ranks already; None: they are not asked for.
+        """
+        if self.coefficient("aux_loss") <= 0.0:
+            return None
+        if choices_DE is not None:
+            choices_E = choices_DE.sum(dim=0)
+            num_tokens = choices_E.sum() // self.router.topk
+            return TokenCounts(tokens_per_expert_E=choices_E, num_tokens=num_tokens)
+        num_experts = balanced.routing_map_TE.shape[1]
+        own_X = balanced.counts_X[: num_experts + 1]
+        own_X = balance.reduce_counts(own_X, group=self.router.tp_cp_group)
+        return TokenCounts.of(own_X, num_experts=num_experts)
 
     def _record(
         self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None

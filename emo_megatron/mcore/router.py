@@ -63,17 +63,11 @@ class PoolRouter(TopKRouter):
             begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
         pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)
-        num_groups = self.num_groups
-        if self.pool.pool_group_scope == "document" and pool_DE is not None:
-            # a pool inside the groups leaves its tokens no others
-            num_groups = num_groups if self.pool.pool_unrestricted > 0.0 else None
+        num_groups = self._groups_of_tokens(pool_DE)
         num_documents = None
         if self.losses.needs_documents:
             ids_T, num_documents = self._documents(ids_T, logits)
-        if self.allowed_experts is not None:
-            # -inf alone would not keep them out: a bias, or an underflow to equal zeros, can pick them
-            allowed_1E = self.allowed_experts[None]
-            pool_DE = allowed_1E if pool_DE is None else pool_DE & allowed_1E
+        pool_DE = self._of_allowed(pool_DE)
         choose = functools.partial(
             ops.pool_topk,
             document_ids_T=ids_T,
@@ -128,6 +122,21 @@ class PoolRouter(TopKRouter):
         num_rows = logits.shape[1]
         rows_T = torch.arange(num_rows, device=logits.device).repeat(logits.shape[0])
         return rows_T if ids_T is None else rows_T.masked_fill(ids_T < 0, -1), num_rows
+
+    def _groups_of_tokens(self, pool_DE: Tensor | None) -> int | None:
+        """Groups that the choice of tokens in these pools is limited to some of; None: it needs no limit."""
+        if self.pool.pool_group_scope == "document" and pool_DE is not None:
+            # a pool inside the groups leaves its tokens no others
+            return self.num_groups if self.pool.pool_unrestricted > 0.0 else None
+        return self.num_groups
+
+    def _of_allowed(self, pool_DE: Tensor | None) -> Tensor | None:
+        """The pools without experts that are not allowed: -inf alone would not keep them out of every choice."""
+        if self.allowed_experts is None:
+            return pool_DE
+        # a bias, or an underflow to equal zeros, could pick them
+        allowed_1E = self.allowed_experts[None]
+        return allowed_1E if pool_DE is None else pool_DE & allowed_1E
 
     @property
     def num_groups(self) -> int | None:

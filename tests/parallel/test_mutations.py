@@ -115,8 +115,8 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "mcore/losses.py",
         [
             (
-                "reduce_counts(own_X, group=router.tp_cp_group)",
-                "reduce_counts(own_X, group=router.tp_dp_cp_group)",
+                "reduce_counts(own_X, group=self.router.tp_cp_group)",
+                "reduce_counts(own_X, group=self.router.tp_dp_cp_group)",
             )
         ],
         "DP2, aux_loss of each rank-recompute-none-mbs2-ga2",
