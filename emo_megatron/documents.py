@@ -31,6 +31,8 @@ class DocumentSegments:
     """[D] int64 in [0, T]: flat index of each document's first token, anything for an empty one."""
     tokens_per_sample: int
     """S, at least 1; flat index // S is the row of the sample in the micro-batch."""
+    real_starts_D: Tensor | None = None
+    """[D] int64: `starts_D` if padding between documents took no place; None: there is none."""
 
     def __post_init__(self) -> None:
         for name in ("document_ids_T", "starts_D"):
@@ -61,8 +63,14 @@ class DocumentSegments:
 
     @cached_property
     def offsets_D(self) -> Tensor:
-        """[D] int64 in [0, S): first token within the sample; S if an empty document ends it."""
-        return self.starts_D - self.rows_D * self.tokens_per_sample
+        """[D] int64 in [0, S]: tokens of the sample before the document, padding left out.
+
+        Pool sizes are drawn from them, and how much padding lies between documents depends on the layout.
+        """
+        if self.real_starts_D is None:
+            return self.starts_D - self.rows_D * self.tokens_per_sample
+        first_D = torch.searchsorted(self.rows_D, self.rows_D)
+        return self.real_starts_D - self.real_starts_D[first_D]
 
     @classmethod
     def from_cu_seqlens(
@@ -114,6 +122,7 @@ class DocumentSegments:
             document_ids_T=owner_T.masked_fill(is_padding_T, -1),
             starts_D=bounds[:-1],
             tokens_per_sample=tokens_per_sample,
+            real_starts_D=None if cu_seqlens_padded is None else cu[:-1],
         )
 
     @classmethod

@@ -24,6 +24,7 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 from emo_megatron.mcore import restart, train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
+from emo_megatron.mcore.builder import BUILDER  # noqa: E402
 from emo_megatron.mcore.checkpoint import check_resume  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
 from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook  # noqa: E402
@@ -54,6 +55,8 @@ def prepare() -> tuple[Any, ...]:
     check_run(pool, model.transformer, args)
     check_resume(pool, args)
     model.transformer_layer_spec = pool_spec_builder(pool)
+    model.builder = BUILDER
+    train.let_lengths_vary(args, model.transformer)
     model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
     return args, pool, model
 

@@ -36,6 +36,19 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="Resume a run although the pools it was trained with differ from these.",
     )
+    group.add_argument(
+        "--max-documents",
+        type=int,
+        metavar="N",
+        help="With context parallelism and packed documents: give every micro-batch the length that N documents need, "
+        "padding included. Without it, micro-batches are as long as their own documents need.",
+    )
+    group.add_argument(
+        "--mtp-exact-loss",
+        action="store_true",
+        help="Divide the losses of multi-token prediction by the tokens of the main loss, so that they are the same "
+        "under every parallel layout. Megatron divides by the counted tokens of each rank's micro-batch.",
+    )
     return parser
 
 
@@ -46,6 +59,9 @@ def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
         ValueError: naming every problem of these flags, and groups and balance losses that Megatron asserts to fit.
     """
     pool = PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
+    if getattr(args, "context_parallel_size", 1) > 1 and pool.pool_documents == "attention":
+        # as batches.py cuts
+        pool = dataclasses.replace(pool, pool_cp_partition="document")
     _raise(problems_with_routing(pool, args, only_asserted=True))
     return pool
 

@@ -34,8 +34,8 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from emo_megatron.config import PoolCpPartition, flag
-from emo_megatron.mcore.context import partition_bounds
 from emo_megatron.mcore.local_modules import NormedLinear
+from emo_megatron.mcore.padding import partition_bounds
 from emo_megatron.sharding import local_token_indices
 
 _SUPPORTED = {"apply_query_key_layer_scaling": False}

@@ -13,14 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from emo_megatron import ops
 from emo_megatron.balance import LayerCounts
-from emo_megatron.config import PoolConfig, PoolCpPartition
+from emo_megatron.config import PoolConfig
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
+from emo_megatron.mcore.padding import (
+    PACKING,
+    Packing,
+    packed_places,
+    partition_bounds,
+    require_padded,
+)
 from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
@@ -28,10 +36,6 @@ NO_BOUNDARIES = (
     "or pass PackedSeqParams to the model; with --pool-documents routers, call the model through "
     "emo_megatron.mcore.router_documents.forward_with_documents."
 )
-
-TRAILING_PADDING = "emo_num_padding_B"
-"""Attribute of packed_seq_params, optional: [B] int64, tokens of padding at the end of each sample. Boundaries count
-them to the last document, where attention does no harm by them; in the choice of a pool they would have a vote."""
 
 
 class SampleClock:
@@ -89,13 +93,19 @@ class PoolScope:
     """One micro-batch as the routers of one pipeline stage see it."""
 
     segments: DocumentSegments
-    """Documents of the whole micro-batch, all tensor- and context-parallel ranks together."""
+    """Documents of the whole micro-batch as it was packed, all tensor- and context-parallel ranks together."""
     document_ids_T: Tensor
     """[T] int64: document of each token this rank routes, -1 for padding."""
     sample_positions_D: Tensor
     """[D] int64: place in training of the sample that holds the document."""
     consumed_samples: int
     """Training samples consumed before this step."""
+    places_T: Tensor | None = None
+    """[T] int64: place in `segments` of each token this rank routes, -1 for padding put in later; None: all, in order.
+    """
+    attended_ids_T: Tensor | None = None
+    """[tokens of segments] int64: the document that attention keeps each token to, -1 for padding; None: attention
+    and the rolls of multi-token prediction go across documents."""
     sizes_LD: Tensor | None = None
     """[L, D] int64, drawn pool sizes of all layers: fifty small operations once a micro-batch, not once a layer."""
     pools: dict[int, Tensor] = field(default_factory=dict)
@@ -104,7 +114,28 @@ class PoolScope:
     """Layer number -> what its losses are made of."""
     backends: dict[int, ops.Backend] = field(default_factory=dict)
     """Layer number -> the routing ops that chose its pools."""
+    ids_at_depth: dict[int, Tensor] = field(default_factory=dict)
+    """Depth of multi-token prediction -> [T] int64, as `document_ids_T`."""
     layers_seen: set[int] = field(default_factory=set)
+
+    def ids_at(self, depth: int) -> Tensor:
+        """[T] int64: `document_ids_T` of the tokens that have a token so many places later in their document, else -1.
+
+        A layer of multi-token prediction joins the two; where there is no such token it learns nothing.
+
+        Args:
+            depth: of the layer, from 1; 0 for a layer of the decoder.
+        """
+        if depth == 0 or self.attended_ids_T is None:
+            return self.document_ids_T
+        if depth not in self.ids_at_depth:
+            attended_T = self.attended_ids_T
+            later_T = F.pad(attended_T[depth:], (0, min(depth, len(attended_T))), value=-1)
+            stays_T = (later_T == attended_T) & (attended_T >= 0)
+            if self.places_T is not None:
+                stays_T = stays_T[self.places_T.clamp(min=0)]
+            self.ids_at_depth[depth] = self.document_ids_T.masked_fill(~stays_T, -1)
+        return self.ids_at_depth[depth]
 
     def draw_sizes(
         self, pool: PoolConfig, *, num_layers: int, low: int, high: int, num_experts: int
@@ -148,108 +179,159 @@ def scope_of(
     carrier: Any = packed_seq_params
     scope: PoolScope | None = getattr(carrier, "emo_scope", None)
     if scope is None or (layer_number in scope.layers_seen and not is_in_backward()):
-        scope = make_scope(
-            packed_seq_params.cu_seqlens_q,
-            cu_seqlens_padded=packed_seq_params.cu_seqlens_q_padded,
-            tokens_per_sample=getattr(packed_seq_params, "tokens_per_sample", None),
-            num_padding_B=getattr(packed_seq_params, TRAILING_PADDING, None),
-            hidden_shape=hidden_shape,
-            shard=shard,
-            pool=pool,
-        )
+        scope = _scope_of_packed(packed_seq_params, hidden_shape, shard=shard, pool=pool)
         carrier.emo_scope = scope
     scope.layers_seen.add(layer_number)
     return scope
 
 
+def _scope_of_packed(
+    packed: PackedSeqParams, hidden_shape: torch.Size, *, shard: Shard, pool: PoolConfig
+) -> PoolScope:
+    packing: Packing | None = getattr(packed, PACKING, None)
+    num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
+    padded = packed.cu_seqlens_q_padded
+    if packing is None:
+        # boundaries are the packing's own
+        length = getattr(packed, "tokens_per_sample", None) or max(num_tokens, 1)
+        packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=length)
+        bounds = None
+    else:
+        if padded is not None:
+            raise ValueError(
+                f"packed_seq_params must have padded boundaries in cu_seqlens_q with {PACKING}; got cu_seqlens_q_padded"
+            )
+        bounds = None if packed.cu_seqlens_q is packing.cu_seqlens else packed.cu_seqlens_q
+    return make_scope(
+        packing,
+        hidden_shape=hidden_shape,
+        shard=shard,
+        pool=pool,
+        bounds=bounds,
+        cu_seqlens_padded=padded,
+        cut_bounds=partition_bounds(packed, pool.pool_cp_partition),
+    )
+
+
 def make_scope(
-    cu_seqlens: Tensor,
+    packing: Packing,
     *,
     hidden_shape: torch.Size,
     shard: Shard,
     pool: PoolConfig,
+    bounds: Tensor | None = None,
     cu_seqlens_padded: Tensor | None = None,
-    tokens_per_sample: int | None = None,
-    num_padding_B: Tensor | None = None,
+    cut_bounds: Tensor | None = None,
 ) -> PoolScope:
-    """The scope of a micro-batch with these boundaries.
+    """The scope of a micro-batch that was packed like this.
 
     Args:
-        cu_seqlens, cu_seqlens_padded, tokens_per_sample: as DocumentSegments.from_cu_seqlens takes them.
+        packing: of the whole micro-batch.
         hidden_shape: [s, b, h] of this rank's hidden states.
         shard: this rank's part.
         pool: the method's configuration.
-        num_padding_B: [B] int64, tokens of padding at the end of each sample; None: none.
+        bounds: [D' + 1], D' >= D: document d was moved to bounds[d] by padding behind the documents before it, and
+            what lies past the last one's end is padding; None: the tokens are those of the packing.
+        cu_seqlens_padded: as DocumentSegments.from_cu_seqlens takes it: the packing itself has padding.
+        cut_bounds: [D' + 1], the pieces that context parallelism cuts one by one; None: it cuts whole samples.
 
     Raises:
         ValueError: the boundaries do not fit the tokens.
         NotImplementedError: --pool-eos-starts-document with padding between documents.
     """
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
-    bounds = cu_seqlens
+    segments, attended_ids_T = _segments(
+        packing, pool, num_tokens=num_tokens, bounds=bounds, cu_seqlens_padded=cu_seqlens_padded
+    )
+    places_T = _places(
+        hidden_shape[1],
+        num_tokens,
+        shard=shard,
+        cut_bounds=cut_bounds,
+        device=packing.cu_seqlens.device,
+    )
+    if bounds is not None:
+        if pool.pool_check or bounds.device.type == "cpu":
+            require_padded(packing.cu_seqlens, bounds, num_tokens=num_tokens)
+        if places_T is None:
+            places_T = torch.arange(num_tokens, device=bounds.device)
+        places_T = packed_places(places_T, packing.cu_seqlens, bounds)
+    samples = segments.num_tokens // segments.tokens_per_sample
+    first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
+    return PoolScope(
+        segments=segments,
+        document_ids_T=_taken(segments, places_T, has_padding=bounds is not None),
+        sample_positions_D=segments.rows_D + first,
+        consumed_samples=CLOCK.consumed_samples,
+        places_T=places_T,
+        attended_ids_T=attended_ids_T if pool.pool_documents == "attention" else None,
+    )
+
+
+def _taken(segments: DocumentSegments, places_T: Tensor | None, *, has_padding: bool) -> Tensor:
+    """[T] int64, the document of each token at these places."""
+    if places_T is None:
+        return segments.document_ids_T
+    if not has_padding:
+        return segments.take(places_T)
+    return segments.take(places_T.clamp(min=0)).masked_fill(places_T < 0, -1)
+
+
+def _segments(
+    packing: Packing,
+    pool: PoolConfig,
+    *,
+    num_tokens: int,
+    bounds: Tensor | None,
+    cu_seqlens_padded: Tensor | None,
+) -> tuple[DocumentSegments, Tensor]:
+    """The documents of the routers, and the ids of those that attention keeps to."""
+    cu_seqlens, length = packing.cu_seqlens, packing.tokens_per_sample
+    if bounds is not None:
+        if packing.num_samples is None:
+            raise ValueError(f"{PACKING} must say num_samples where documents are padded")
+        num_tokens = packing.num_samples * length
+
+    def segments_of(starts: Tensor) -> DocumentSegments:
+        segments = DocumentSegments.from_cu_seqlens(
+            starts,
+            num_tokens=num_tokens,
+            tokens_per_sample=length,
+            cu_seqlens_padded=cu_seqlens_padded,
+            check=True if pool.pool_check else None,
+        )
+        if packing.num_padding_B is None:
+            return segments
+        return segments.without_tails(packing.num_padding_B)
+
+    segments = segments_of(cu_seqlens)
+    attended_ids_T = segments.document_ids_T
     if pool.pool_eos_starts_document:
         if cu_seqlens_padded is not None:
             raise NotImplementedError(
                 "--pool-eos-starts-document needs documents without padding between them; "
                 "drop the flag, or pass PackedSeqParams without cu_seqlens_q_padded"
             )
-        bounds = _before_last_token(bounds, tokens_per_sample or num_tokens)
-    segments = DocumentSegments.from_cu_seqlens(
-        bounds,
-        num_tokens=num_tokens,
-        tokens_per_sample=tokens_per_sample,
-        cu_seqlens_padded=cu_seqlens_padded,
-        check=True if pool.pool_check else None,
-    )
-    if pool.pool_scope == "sample":
-        segments = segments.whole_samples()
-    if num_padding_B is not None:
-        segments = segments.without_tails(num_padding_B)
-    samples = num_tokens // segments.tokens_per_sample
-    first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
-    return PoolScope(
-        segments=segments,
-        document_ids_T=_local_ids(
-            segments,
-            hidden_shape[1],
-            shard=shard,
-            bounds=_cut_bounds(cu_seqlens, cu_seqlens_padded, pool.pool_cp_partition),
-        ),
-        sample_positions_D=segments.rows_D + first,
-        consumed_samples=CLOCK.consumed_samples,
-    )
+        segments = segments_of(_before_last_token(cu_seqlens, length))
+    return segments.whole_samples() if pool.pool_scope == "sample" else segments, attended_ids_T
 
 
-def _local_ids(
-    segments: DocumentSegments, batch_size: int, *, shard: Shard, bounds: Tensor | None
-) -> Tensor:
-    """[T] int64, the document of each token that this rank routes."""
+def _places(
+    batch_size: int, num_tokens: int, *, shard: Shard, cut_bounds: Tensor | None, device: Any
+) -> Tensor | None:
+    """[T] int64, which tokens of the whole micro-batch this rank routes; None: all of them, in order."""
     if shard.tp_size == shard.cp_size == batch_size == 1:
-        return segments.document_ids_T
-    indices_T = local_token_indices(
-        num_tokens=segments.num_tokens,
+        return None
+    return local_token_indices(
+        num_tokens=num_tokens,
         batch_size=batch_size,
         tp_rank=shard.tp_rank,
         tp_size=shard.tp_size,
         cp_rank=shard.cp_rank,
         cp_size=shard.cp_size,
-        document_bounds=bounds,
-        device=segments.document_ids_T.device,
+        document_bounds=cut_bounds,
+        device=device,
     )
-    return segments.take(indices_T)
-
-
-def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Tensor | None:
-    """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples."""
-    return _cut_bounds(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, partition)
-
-
-def _cut_bounds(
-    cu_seqlens: Tensor, padded: Tensor | None, partition: PoolCpPartition
-) -> Tensor | None:
-    if partition == "sample":
-        return None
-    return cu_seqlens if padded is None else padded
 
 
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -75,4 +81,14 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
         if field.name.endswith("_layer")
     }
     layers |= {"attention_layer": attention, "mlp_layer": mlp, "moe_layer": moe}
-    return ModuleSpec(module=LocalHybridStack, submodules=HybridStackSubmodules(**layers))
+    submodules = HybridStackSubmodules(**layers, mtp_block_spec=_local_mtp_spec())
+    return ModuleSpec(module=LocalHybridStack, submodules=submodules)
+
+
+def _local_mtp_spec() -> ModuleSpec:
+    """The block of multi-token prediction, whose layers are a stack of the decoder's."""
+    layer = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+    )

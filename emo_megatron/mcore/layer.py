@@ -36,11 +36,6 @@ class PoolMoELayer(MoELayer):
     moe_layer_recompute: bool
 
     def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
-        if kwargs.get("is_mtp_layer"):
-            raise NotImplementedError(
-                "--mtp-num-layers builds layers without pools: make their spec from Megatron's own decoder spec, not "
-                "from pool_block_spec"
-            )
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
         if self.pool_router.pool.pool_dispatcher == "dedup":
@@ -108,8 +103,9 @@ class PoolTransformerLayer(TransformerLayer):
         return super()._forward_attention(hidden_states, *args, **kwargs)
 
     def _scope(self, hidden_states: Tensor, packed: PackedSeqParams | None) -> PoolScope | None:
-        pool = self.mlp.pool_router.pool
-        shape, shard, number = hidden_states.shape, self._shard(), self.layer_number
+        router = self.mlp.pool_router
+        pool = router.pool
+        shape, shard, number = hidden_states.shape, self._shard(), router.layer_number
         if pool.pool_documents == "attention":
             return scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=number)
         if packed is not None:

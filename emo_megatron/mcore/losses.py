@@ -20,7 +20,7 @@ from torch import Tensor
 
 from emo_megatron import balance, ops
 from emo_megatron.balance import LayerCounts, TokenCounts
-from emo_megatron.mcore.metrics import Groups, pool_metrics
+from emo_megatron.mcore.metrics import Groups, num_rows, pool_metrics
 
 if TYPE_CHECKING:
     from emo_megatron.mcore.router import PoolRouter
@@ -246,8 +246,7 @@ class RouterLosses:
             name,
             share,
             self.router.layer_number,
-            # as long as the record of Megatron's own router in its multi-token-prediction layers
-            config.num_layers + (config.mtp_num_layers or 0),
+            num_rows(config),
             reduce_group=group,
             needs_dp_avg=is_mean,
         )

@@ -57,7 +57,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
 
     Args:
         names: metrics to add; every rank must add the same ones, since reporting reduces each over all ranks.
-        num_layers: of the whole model, all pipeline stages.
+        num_layers: of the whole model, all pipeline stages, multi-token prediction included.
     """
 
     def __init__(self, names: tuple[str, ...], *, num_layers: int) -> None:
@@ -259,4 +259,12 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
     names += DOCUMENT_METRICS if has_documents else ()
     names += GROUP_METRICS if pool.is_on and config.moe_router_group_topk else ()
     names += BIAS_METRICS if pool.is_on and config.moe_router_enable_expert_bias else ()
-    set_moe_metrics_tracker(PoolMetricsTracker(names, num_layers=config.num_layers))
+    set_moe_metrics_tracker(PoolMetricsTracker(names, num_layers=num_rows(config)))
+
+
+def num_rows(config: TransformerConfig) -> int:
+    """Layers that are numbered, of all pipeline stages: the decoder's, then those of multi-token prediction.
+
+    Megatron's own routers record as many rows; stages sum them, so all of them must.
+    """
+    return int(config.num_layers + (config.mtp_num_layers or 0))

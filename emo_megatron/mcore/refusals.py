@@ -110,11 +110,10 @@ CONFIG_REFUSALS = (
         reason="a chunk of a micro-batch that knows its documents is not built",
     ),
     Refusal(
-        field="mtp_num_layers",
-        allowed=(None, 0),
-        only_in_attention=True,
+        field="mtp_use_repeated_layer",
+        allowed=(False,),
         kind="untried",
-        reason="Megatron builds multi-token-prediction layers with the stock router",
+        reason="one layer of multi-token prediction for several depths has one number, and pools are kept by number",
     ),
     Refusal(
         field="cuda_graph_impl",
@@ -191,12 +190,6 @@ PLACEMENT_REFUSALS = (
 
 SCRIPT_REFUSALS = (
     Refusal(
-        field="mtp_num_layers",
-        allowed=(None, 0),
-        kind="untried",
-        reason="Megatron builds multi-token-prediction layers with the stock router",
-    ),
-    Refusal(
         field="fim_data",
         allowed=(False,),
         kind="untried",
@@ -213,14 +206,6 @@ SCRIPT_REFUSALS = (
         allowed=(None,),
         kind="impossible",
         reason="this script builds the pool spec itself; --spec is for pretrain_gpt.py",
-    ),
-    Refusal(
-        field="context_parallel_size",
-        allowed=(1,),
-        only_in_attention=True,
-        kind="untried",
-        reason="a loader that cuts packed samples as packed attention takes them is not built "
-        "(NVIDIA/Megatron-LM issue 6156); use --pool-documents routers",
     ),
     Refusal(
         field="hybrid_context_parallel",
@@ -249,6 +234,21 @@ _STAGES = (
 )
 
 HOST_REFUSALS = (
+    Refusal(
+        field="mtp_num_layers",
+        allowed=(None, 0),
+        kind="impossible",
+        reason="Megatron's scripts build the layers of multi-token prediction with the stock router; use "
+        "examples/pretrain_emo.py",
+    ),
+    Refusal(
+        field="context_parallel_size",
+        allowed=(1,),
+        only_with_pools=True,
+        kind="impossible",
+        reason="Megatron's scripts cut packed samples as packed attention does not take them "
+        "(NVIDIA/Megatron-LM issue 6156); use examples/pretrain_emo.py",
+    ),
     Refusal(
         field="pipeline_model_parallel_size",
         allowed=(1, 2),
@@ -286,7 +286,6 @@ HOST_REFUSALS = (
         if row.field
         in {
             "fim_data",
-            "context_parallel_size",
             "hybrid_context_parallel",
             "heterogeneous_layers_config_path",
             "reset_attention_mask",

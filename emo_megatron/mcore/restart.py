@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from emo_megatron.mcore import router, router_documents
+from emo_megatron.mcore import backend, router_documents
 from emo_megatron.mcore.compat import training_args
 from emo_megatron.mcore.context import CLOCK
 
@@ -68,4 +68,4 @@ def forget_attempt() -> None:
     """Forget what this process keeps of a training run outside its model."""
     CLOCK.consumed_samples = None
     router_documents.forget()
-    router._tell.cache_clear()
+    backend._tell.cache_clear()

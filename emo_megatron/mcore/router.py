@@ -14,9 +14,11 @@ from torch import Tensor
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.backend import choose_backend
 from emo_megatron.mcore.context import CLOCK, NO_BOUNDARIES, PoolScope
 from emo_megatron.mcore.flex import leaves_padding_out
 from emo_megatron.mcore.losses import RouterLosses
+from emo_megatron.mcore.metrics import num_rows
 from emo_megatron.mcore.reruns import Runs, begin_run
 
 
@@ -30,17 +32,27 @@ class PoolRouter(TopKRouter):
         scope: the micro-batch being routed; PoolMoELayer sets it around every call.
         allowed_experts: [E] bool or None. Restricts routing to a subset, as a deployed module would route.
         observe_logits: called with the float32 logits [T, E] and document ids [T] (-1 padding) of every forward.
+        mtp_depth: how many tokens further than the decoder's this layer's prediction lies; 0 in the decoder.
     """
 
     scope: PoolScope | None = None
     allowed_experts: Tensor | None = None
     observe_logits: Callable[[Tensor, Tensor | None], None] | None = None
+    mtp_depth: int = 0
 
     def __init__(self, *args: Any, pool: PoolConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pool = pool
         self.losses = RouterLosses(self)
         self.runs = Runs()
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """As in Megatron, but layers of multi-token prediction count on behind the decoder's.
+
+        Megatron numbers them from 1; everything of a micro-batch is kept by layer number.
+        """
+        self.mtp_depth = layer_number if self.is_mtp_layer else 0
+        super().set_layer_number(layer_number + self.config.num_layers * self.is_mtp_layer)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -108,7 +120,7 @@ class PoolRouter(TopKRouter):
         self.losses.begin_step()
 
     def _document_ids(self, logits_TE: Tensor, padding_mask: Tensor | None) -> Tensor | None:
-        ids_T = None if self.scope is None else self.scope.document_ids_T
+        ids_T = None if self.scope is None else self.scope.ids_at(self.mtp_depth)
         if padding_mask is None:
             return ids_T
         if ids_T is None:
@@ -308,7 +320,7 @@ class PoolRouter(TopKRouter):
             assert self.pool.pool_top_p is not None
             return ops.top_p_pool_sizes(scores_DE, top_p=self.pool.pool_top_p, low=low, high=high)
         bounds = {"low": low, "high": high, "num_experts": num_experts}
-        sizes_LD = scope.draw_sizes(self.pool, num_layers=self.config.num_layers, **bounds)
+        sizes_LD = scope.draw_sizes(self.pool, num_layers=num_rows(self.config), **bounds)
         return sizes_LD[self.layer_number - 1]
 
     def _count_for_bias(self, routed: ops.Routing) -> None:
@@ -324,24 +336,3 @@ class PoolRouter(TopKRouter):
             pads = self.config.moe_router_padding_for_quantization
             return routing_map_TE.clone() if pads else routing_map_TE
         return routing_map_TE & (ids_T >= 0)[:, None]
-
-
-def choose_backend(
-    device_type: str, *, num_experts: int, top_k: int, dtype: torch.dtype, num_groups: int = 0
-) -> ops.Backend:
-    """The best backend for such logits. Rank 0 says, once a reason, why it is not the compiled one.
-
-    Raises:
-        RuntimeError: EMO_OPS=native asks for the compiled ops, and they cannot run.
-    """
-    backend = ops.best_backend(device_type, num_experts, top_k, dtype, num_groups)
-    if backend == "reference":
-        limits: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "dtype": dtype}
-        _tell(ops.why_not_native(device_type, **limits, num_groups=num_groups))
-    return backend
-
-
-@functools.cache
-def _tell(reason: str) -> None:
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(f"emo_megatron: routing runs in plain PyTorch, which is slower: {reason}", flush=True)

@@ -17,18 +17,13 @@ from torch import Tensor
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.compat import is_in_backward
 from emo_megatron.mcore.context import PoolScope, Shard, make_scope
+from emo_megatron.mcore.padding import Packing
 
 
 @dataclass(kw_only=True, eq=False)
-class RouterDocuments:
+class RouterDocuments(Packing):
     """The documents of one micro-batch, for one forward pass through one model (chunk) and its backward."""
 
-    cu_seqlens: Tensor
-    """[D + 1] int32 or int64: boundaries in the whole micro-batch, mbs * S tokens, sample after sample."""
-    tokens_per_sample: int
-    """S."""
-    num_padding_B: Tensor | None = None
-    """[mbs] int64: tokens of padding at the end of each sample."""
     _scope: PoolScope | None = field(default=None, init=False, repr=False)
     _asked: set[tuple[int, bool]] = field(default_factory=set, init=False, repr=False)
     """(layer number, whether in backward) of the layers that have asked."""
@@ -49,14 +44,7 @@ class RouterDocuments:
             )
         self._asked.add(asks)
         if self._scope is None:
-            self._scope = make_scope(
-                self.cu_seqlens,
-                tokens_per_sample=self.tokens_per_sample,
-                num_padding_B=self.num_padding_B,
-                hidden_shape=hidden_shape,
-                shard=shard,
-                pool=pool,
-            )
+            self._scope = make_scope(self, hidden_shape=hidden_shape, shard=shard, pool=pool)
         return self._scope
 
 

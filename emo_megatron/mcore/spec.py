@@ -17,6 +17,7 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,13 +28,17 @@ from emo_megatron.mcore.args import check_run
 from emo_megatron.mcore.compat import require_megatron, training_args
 from emo_megatron.mcore.hybrid_spec import local_stack_spec
 from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.mtp import pool_mtp_block
 from emo_megatron.mcore.refusals import HOST_REFUSALS, problems_with_config
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
 
 
-def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any]](
-    spec: Spec, *, config: TransformerConfig, pool: PoolConfig
-) -> Spec:
+def with_pools[
+    Spec: ModuleSpec
+    | TransformerBlockSubmodules
+    | MultiTokenPredictionBlockSubmodules
+    | Callable[..., Any]
+](spec: Spec, *, config: TransformerConfig, pool: PoolConfig) -> Spec:
     """A model's spec with document pools in every MoE layer; what else it holds stays.
 
     Only Megatron's TransformerLayer, MoELayer and TopKRouter give way, and MLASelfAttention where its gradient is not
@@ -42,9 +47,9 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
     parallelism.
 
     Args:
-        spec: of a transformer layer, of a block of them (its TransformerBlockSubmodules too) or of a hybrid stack; or
-            a function that returns one, as recipes have: the result is then a function of the same signature, and
-            errors come when it is called.
+        spec: of a transformer layer, of a block of them, of a hybrid stack or of a block of multi-token prediction
+            (the submodules of a block too); or a function that returns one, as recipes have: the result is then a
+            function of the same signature, and errors come when it is called.
         config: of the model.
         pool: the method; pools off gives the matched standard MoE.
 
@@ -58,7 +63,8 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
         ImportError: Transformer Engine is asked for and missing.
         NotImplementedError: an option of Megatron's attention that only Transformer Engine's has.
     """
-    if not isinstance(spec, ModuleSpec | TransformerBlockSubmodules) and callable(spec):
+    blocks = TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
+    if not isinstance(spec, ModuleSpec | blocks) and callable(spec):
 
         @functools.wraps(spec)
         def build(*args: Any, **kwargs: Any) -> Any:
@@ -68,19 +74,24 @@ def with_pools[Spec: ModuleSpec | TransformerBlockSubmodules | Callable[..., Any
     _check(config, pool)
     if isinstance(spec, TransformerBlockSubmodules):
         return _pool_block(spec, config, pool)
+    if isinstance(spec, MultiTokenPredictionBlockSubmodules):
+        return pool_mtp_block(spec, config=config, pool=pool)
     submodules = getattr(spec, "submodules", None)
     if isinstance(submodules, TransformerBlockSubmodules):
         rewritten: Any = _pool_block(submodules, config, pool)
     elif isinstance(submodules, HybridStackSubmodules):
         rewritten = _pool_stack(submodules, config, pool)
+    elif isinstance(submodules, MultiTokenPredictionBlockSubmodules):
+        rewritten = pool_mtp_block(submodules, config=config, pool=pool)
     elif isinstance(submodules, TransformerLayerSubmodules):
         layer, has_pools = _pool_layer(spec, config, pool)
         _require_pools(has_pools, [spec])
         return layer
     else:
         raise ValueError(
-            "pools go into a ModuleSpec of a transformer layer, of a block of them or of a hybrid stack, into "
-            f"TransformerBlockSubmodules, or into a function that returns one; got {spec!r}"
+            "pools go into a ModuleSpec of a transformer layer, of a block of them, of a hybrid stack or of a block "
+            "of multi-token prediction, into the submodules of a block, or into a function that returns one; got "
+            f"{spec!r}"
         )
     return dataclasses.replace(spec, submodules=rewritten)
 
@@ -93,8 +104,7 @@ def pool_block_spec(
     Args:
         config: Megatron's; `transformer_impl` chooses Transformer Engine or the local spec, `moe_layer_freq` which
             layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
-        pool: the method; pools off gives the matched standard MoE. With `pool_documents` routers the model may have
-            multi-token-prediction layers, without pools: make their spec from Megatron's own decoder spec.
+        pool: the method; pools off gives the matched standard MoE.
         vp_stage: virtual pipeline stage.
 
     Raises:
@@ -166,6 +176,10 @@ def _pool_stack(
     moe_layer, has_pools = pool_layer(stack.moe_layer, pool=pool)
     _require_pools(has_pools, [stack.moe_layer])
     stack = dataclasses.replace(stack, moe_layer=moe_layer)
+    if stack.mtp_block_spec is not None:
+        mtp = pool_mtp_block(stack.mtp_block_spec.submodules, config=config, pool=pool)
+        mtp_spec = dataclasses.replace(stack.mtp_block_spec, submodules=mtp)
+        stack = dataclasses.replace(stack, mtp_block_spec=mtp_spec)
     if config.transformer_impl != "local":
         return stack
     layers = {
@@ -233,12 +247,13 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
 
 
 def pool_spec_builder(pool: PoolConfig) -> Any:
-    """A function of Megatron's `GPTModelConfig` (and vp_stage), the form its model builder calls."""
+    """A function of Megatron's `GPTModelConfig` (and vp_stage), the form its model builder calls; it has `pool`."""
 
     def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         config = getattr(model_config, "transformer", model_config)
         return pool_block_spec(config, pool=pool, vp_stage=vp_stage)
 
+    build.pool = pool  # type: ignore[attr-defined]
     return build
 
 

@@ -1,4 +1,4 @@
-"""Pretraining on megatron.training: batches with document boundaries on every stage, the step, the loss, the datasets.
+"""Pretraining on megatron.training: the step, the loss, the datasets.
 
 The pieces `megatron.training.pretrain` asks for, for plain pretraining. Unlike pretrain_gpt.py's, every pipeline stage
 builds the dataset, so that the routers of middle stages see boundaries too; what that script does beyond this is in
@@ -15,32 +15,29 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import (
-    StragglerDetector,
-    flatten_batch_for_packed_sequences,
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_model_config
 from megatron.training import get_args, get_timers, print_rank_0
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from emo_megatron.documents import DocumentSegments
-from emo_megatron.mcore.context import TRAILING_PADDING
-from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
-from emo_megatron.mcore.router_documents import (
-    RouterDocuments,
-    forward_with_documents,
-    merged_bounds,
+from emo_megatron.mcore.batches import (
+    PADDED_TOKENS,
+    are_for_routers,
+    get_batch,
+    has_documents,
+    is_padded,
+    needs_tokens,
+    packed_documents,
+    router_documents,
 )
+from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
+from emo_megatron.mcore.router_documents import forward_with_documents
 from emo_megatron.mcore.samples import (
     NUM_PADDING,
-    ROUTER_BOUNDS,
     PoolDatasetConfig,
     PoolGPTDataset,
     PoolMockGPTDataset,
@@ -50,7 +47,6 @@ from emo_megatron.modules.json_files import read_object
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen")
 # a singleton: constructing it again resets what Megatron configured
 _STRAGGLERS = StragglerDetector()
 
@@ -60,158 +56,20 @@ def pack_conversations(args: Any) -> None:
     args.dataloader_inter_document_masking |= args.sft
 
 
-def has_documents(args: Any) -> bool:
-    """Whether batches carry document boundaries."""
-    return bool(args.dataloader_inter_document_masking or _are_for_routers(args))
+def loss_func(
+    loss_mask: Tensor, output_tensor: Tensor, *, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch, for Megatron to divide by the tokens it comes with.
 
-
-def _are_for_routers(args: Any) -> bool:
-    # a script that uses this module may have no flags of pools
-    return getattr(args, "pool_documents", "attention") == "routers"
-
-
-def get_batch(data_iterator: Iterator[Any] | None, vp_stage: int | None) -> dict[str, Any]:
-    """This stage's part of the next micro-batch.
+    Args:
+        loss_mask: [1 or mbs, s] of this rank's tokens.
+        output_tensor: their cross entropies.
+        padding: [2], how many of this rank's tokens are padding between documents, and all of them; None: no report.
 
     Returns:
-        BATCH_KEYS -> tensor or None, and NUM_PADDING with document boundaries. Token tensors are [1, mbs * s] with
-        boundaries and [mbs, s] without or with ROUTER_BOUNDS, this context-parallel rank's part of them; middle
-        stages get the boundaries and the padding only.
+        The summed cross entropy of this rank's tokens and their number; or, where Megatron averages the means of
+        context-parallel ranks, what makes that the mean of all their tokens. And sums and counts for the log.
     """
-    args = get_args()
-    if _are_for_routers(args):
-        return _get_batch_for_routers(data_iterator, vp_stage)
-    has_documents = args.dataloader_inter_document_masking
-    if not has_documents and not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
-    batch: dict[str, Any] = {}
-    num_padding_B = None
-    if has_documents:
-        num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        assert data_iterator is not None, "the dataset is built on every stage"
-        loaded = next(data_iterator)
-        if has_documents:
-            _check_documents(loaded["cu_seqlens"], seq_length=args.seq_length)
-            num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
-        batch = {
-            key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
-            for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
-        }
-    batch = _on_this_tp_rank(batch, has_cu_seqlens=has_documents)
-    if num_padding_B is not None:
-        _broadcast(num_padding_B)
-    return flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
-
-
-def _get_batch_for_routers(
-    data_iterator: Iterator[Any] | None, vp_stage: int | None
-) -> dict[str, Any]:
-    args = get_args()
-    batch: dict[str, Any] = {}
-    sizes = torch.zeros(1, dtype=torch.int64, device="cuda")
-    bounds = torch.empty(0)
-    num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
-    is_first = mpu.get_tensor_model_parallel_rank() == 0
-    if is_first:
-        assert data_iterator is not None, "the dataset is built on every stage"
-        loaded = next(data_iterator)
-        if ROUTER_BOUNDS not in loaded:
-            raise ValueError(
-                f"a batch must have {ROUTER_BOUNDS!r} with --pool-documents routers; got {sorted(loaded)}: build the "
-                "datasets with emo_megatron.mcore.train.datasets_provider"
-            )
-        _check_documents(loaded[ROUTER_BOUNDS], seq_length=args.seq_length)
-        # on the host, where counting the documents costs nothing
-        bounds = merged_bounds(loaded[ROUTER_BOUNDS])
-        sizes.fill_(len(bounds))
-        bounds = bounds.cuda(non_blocking=True)
-        num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
-        batch = {key: loaded[key].cuda(non_blocking=True) for key in BATCH_KEYS[:4]}
-    if mpu.get_tensor_model_parallel_world_size() > 1:
-        _broadcast(sizes)
-        if not is_first:
-            bounds = torch.empty(int(sizes.item()), dtype=torch.int64, device="cuda")
-        _broadcast(bounds)
-        _broadcast(num_padding_B)
-    documents = {ROUTER_BOUNDS: bounds, NUM_PADDING: num_padding_B}
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS) | documents
-    batch = _on_this_tp_rank(batch, has_cu_seqlens=False)
-    group = mpu.get_context_parallel_group()
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) | documents
-
-
-def _on_this_tp_rank(batch: dict[str, Any], *, has_cu_seqlens: bool) -> dict[str, Any]:
-    """Tensor-parallel rank 0's batch, and of it what this pipeline stage needs."""
-    args = get_args()
-    on_rank: dict[str, Any] = get_batch_on_this_tp_rank(
-        batch,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=has_cu_seqlens,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    return on_rank
-
-
-def _broadcast(values: Tensor) -> None:
-    """Give every tensor-parallel rank what rank 0 has."""
-    if mpu.get_tensor_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(
-            values,
-            mpu.get_tensor_model_parallel_src_rank(),
-            group=mpu.get_tensor_model_parallel_group(),
-        )
-
-
-def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
-    """The micro-batch's document boundaries for the routers only; None in every other mode."""
-    if batch.get(ROUTER_BOUNDS) is None:
-        return None
-    return RouterDocuments(
-        cu_seqlens=batch[ROUTER_BOUNDS],
-        tokens_per_sample=get_args().seq_length,
-        num_padding_B=batch[NUM_PADDING],
-    )
-
-
-def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
-    """Refuse impossible boundaries while they are still on the host, where looking at them costs nothing."""
-    for sample in cu_seqlens.reshape(-1, cu_seqlens.shape[-1]):
-        DocumentSegments.from_cu_seqlens(sample, num_tokens=seq_length)
-
-
-def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
-    """The micro-batch's document boundaries in the form Megatron's layers take; None without boundaries."""
-    if batch.get("cu_seqlens") is None:
-        return None
-    cu_seqlens = batch["cu_seqlens"].squeeze(0)
-    longest = int(batch["max_seqlen"].item())
-    update_seqlen_stats_from_cu_seqlens(cu_seqlens)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        tokens_per_sample=get_args().seq_length,
-    )
-    setattr(packed, TRAILING_PADDING, batch[NUM_PADDING])
-    return packed
-
-
-def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Summed cross entropy of this rank's tokens, their number, and both for the log."""
     args = get_args()
     is_counted = loss_mask.reshape(-1).float()
     loss = torch.sum(output_tensor.reshape(-1).float() * is_counted)
@@ -237,7 +95,13 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
             fatal=False,
         )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
-    return loss, num_tokens, report
+    if padding is not None and torch.is_grad_enabled():
+        report["padding share"] = padding
+    if args.calculate_per_token_loss or args.context_parallel_size == 1:
+        return loss, num_tokens, report
+    of_all_ranks = num_tokens.clone()
+    torch.distributed.all_reduce(of_all_ranks, group=mpu.get_context_parallel_group())
+    return loss * args.context_parallel_size, of_all_ranks, report
 
 
 def forward_step(
@@ -256,10 +120,13 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with _STRAGGLERS(bdata=True):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, get_model_config(model), vp_stage)
     packed = packed_documents(batch)
     timers("batch-generator").stop()
-    num_samples = 1 if packed is None else len(batch[NUM_PADDING])
+    # padded documents have no samples of one length, and their shapes travel between stages as they are
+    is_flat = packed is None or PADDED_TOKENS in batch
+    num_samples = 1 if is_flat else len(batch[NUM_PADDING])
     flatten_received(model, num_samples=num_samples)
     with _STRAGGLERS:
         output = forward_with_documents(
@@ -274,17 +141,33 @@ def forward_step(
         )
     if not return_schedule_plan:
         output = as_exchanged(output, model, num_samples=num_samples)
-    return output, functools.partial(loss_func, batch["loss_mask"])
+    padding = _padding(batch)
+    return output, functools.partial(loss_func, batch["loss_mask"], padding=padding)
+
+
+def _padding(batch: dict[str, Any]) -> Tensor | None:
+    """[2]: padding between documents, and tokens, of a stage with a loss; None where nothing was padded."""
+    if PADDED_TOKENS not in batch or batch["loss_mask"] is None:
+        return None
+    num_tokens, num_packed = batch[PADDED_TOKENS], len(batch[NUM_PADDING]) * get_args().seq_length
+    # every context-parallel rank counts its share of both
+    return batch["loss_mask"].new_tensor([num_tokens - num_packed, num_tokens])
+
+
+def let_lengths_vary(args: Any, config: TransformerConfig) -> None:
+    """Let pipeline stages send the shapes of padded micro-batches, which are as long as their documents need."""
+    config.variable_seq_lengths |= is_padded(args) and args.pipeline_model_parallel_size > 1
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Train, validation and test datasets, on tensor-parallel rank 0 of every stage that needs tokens or boundaries."""
     args = get_args()
+    config = core_transformer_config_from_args(args)
 
     def is_built_here() -> bool:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
-        return has_documents(args) or bool(is_first_or_last_pipeline_stage(vp_stage))
+        return has_documents(args) or needs_tokens(config, vp_stage)
 
     print_rank_0("> building train, validation, and test datasets ...")
     dataset = PoolMockGPTDataset if args.mock_data else PoolGPTDataset
@@ -336,5 +219,5 @@ def dataset_config(args: Any) -> PoolDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
-        gives_router_bounds=_are_for_routers(args),
+        gives_router_bounds=are_for_routers(args),
     )

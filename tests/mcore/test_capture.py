@@ -74,7 +74,11 @@ def _scope(pool: PoolConfig, *, cp: int, is_padded: bool, has_tails: bool) -> An
         cu_seqlens_q_padded=bounds if is_padded else None,
         cu_seqlens_kv_padded=bounds if is_padded else None,
     )
-    setattr(packed, context.TRAILING_PADDING, tails_B)
+    if not is_padded:
+        packing = context.Packing(
+            cu_seqlens=bounds, tokens_per_sample=SAMPLE, num_padding_B=tails_B
+        )
+        setattr(packed, context.PACKING, packing)
     return context.scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1)
 
 

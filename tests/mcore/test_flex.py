@@ -113,7 +113,7 @@ def _sent_by_a_layer(backend):
     from megatron.core.transformer.moe import token_dispatcher
     from support import tiny
 
-    from emo_megatron.mcore.context import CLOCK, TRAILING_PADDING, Shard, scope_of
+    from emo_megatron.mcore.context import CLOCK, PACKING, Packing, Shard, scope_of
 
     tiny.setup(expert_model_parallel_size=2)
     CLOCK.consumed_samples = 0
@@ -132,7 +132,10 @@ def _sent_by_a_layer(backend):
     # softmax gives all but one expert a weight of exactly 0
     hidden[3] *= 1e4
     packed = tiny.packed([0, 5, 16, 32])
-    setattr(packed, TRAILING_PADDING, torch.tensor([0, 6]))
+    packing = Packing(
+        cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16, num_padding_B=torch.tensor([0, 6])
+    )
+    setattr(packed, PACKING, packing)
     shard = dict.fromkeys(("tp_rank", "cp_rank", "dp_rank", "microbatch"), 0)
     layer.scope = scope_of(
         packed,

@@ -112,10 +112,10 @@ def _backends(environment):
 
     from support import tiny
 
-    from emo_megatron.mcore import router as pool_router
+    from emo_megatron.mcore import backend
 
     tiny.setup()
-    pool_router._tell.cache_clear()
+    backend._tell.cache_clear()
     os.environ.update(environment)
     told = io.StringIO()
     try:
@@ -126,7 +126,7 @@ def _backends(environment):
     finally:
         for name in environment:
             del os.environ[name]
-        pool_router._tell.cache_clear()
+        backend._tell.cache_clear()
     return taken, told.getvalue(), gradients
 
 
@@ -151,11 +151,11 @@ def _failing_probe(asked):
 
     from support import tiny
 
-    from emo_megatron.mcore import router as pool_router
+    from emo_megatron.mcore import backend
     from emo_megatron.ops import native
 
     tiny.setup()
-    pool_router._tell.cache_clear()
+    backend._tell.cache_clear()
     if asked:
         os.environ["EMO_OPS"] = "native"
     told, taken = io.StringIO(), []
@@ -172,7 +172,7 @@ def _failing_probe(asked):
         return str(error)
     finally:
         os.environ.pop("EMO_OPS", None)
-        pool_router._tell.cache_clear()
+        backend._tell.cache_clear()
     return taken, told.getvalue().count("out of memory")
 
 

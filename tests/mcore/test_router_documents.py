@@ -239,21 +239,22 @@ def _without_boundaries():
 
     from support import tiny
 
-    from emo_megatron.mcore import train
+    from emo_megatron.mcore import batches
 
     tiny.setup()
-    was, train.get_args = (
-        train.get_args,
+    was, batches.get_args = (
+        batches.get_args,
         lambda: types.SimpleNamespace(
             pool_documents="routers", micro_batch_size=ROWS, seq_length=SEQ
         ),
     )
     try:
-        train.get_batch(iter([{"tokens": torch.zeros(ROWS, SEQ)}]), None)
+        config = tiny.transformer_config()
+        batches.get_batch(iter([{"tokens": torch.zeros(ROWS, SEQ)}]), config, None)
     except ValueError as error:
         return str(error)
     finally:
-        train.get_args = was
+        batches.get_args = was
     return ""
 
 
@@ -294,13 +295,12 @@ def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path)
 
 
 def test_tokens_of_several_samples_keep_their_documents():
-    from emo_megatron.mcore.context import CLOCK, Shard, make_scope
+    from emo_megatron.mcore.context import CLOCK, Packing, Shard, make_scope
 
     CLOCK.consumed_samples = 0
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     scope = make_scope(
-        torch.tensor([0, 1, 4, 8]),
-        tokens_per_sample=4,
+        Packing(cu_seqlens=torch.tensor([0, 1, 4, 8]), tokens_per_sample=4),
         hidden_shape=torch.Size([4, 2, 8]),
         shard=shard,
         pool=PoolConfig(pool_min=2),

@@ -86,7 +86,12 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
     for sample in (dataset[i] for i in range(len(lines))):
         bounds, padding = sample["cu_seqlens"].unique().tolist(), sample[NUM_PADDING]
         packed = tiny.packed(bounds, tokens_per_sample=SEQ)
-        setattr(packed, context.TRAILING_PADDING, torch.tensor([padding]))
+        packing = context.Packing(
+            cu_seqlens=packed.cu_seqlens_q,
+            tokens_per_sample=SEQ,
+            num_padding_B=torch.tensor([padding]),
+        )
+        setattr(packed, context.PACKING, packing)
         shape = torch.Size((SEQ, 1, 32))
         router.scope = context.scope_of(
             packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1

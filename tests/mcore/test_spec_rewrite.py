@@ -120,10 +120,11 @@ def _of_stack():
         )
 
 
-def test_of_a_hybrid_stack_the_moe_layer_changes(ranks):
+def test_of_a_hybrid_stack_the_layers_with_experts_change(ranks):
     changes = ranks(1).run(_of_stack)[0]
-    assert all(path.startswith(".submodules.moe_layer") for path in changes)
-    names = {"PoolTransformerLayer", "PoolMoELayer", "PoolRouter"}
+    places = (".submodules.moe_layer", ".submodules.mtp_block_spec")
+    assert all(path.startswith(places) for path in changes)
+    names = {"PoolTransformerLayer", "PoolMoELayer", "PoolRouter", "PoolMTPLayer"}
     assert names <= set(changes.values())
 
 

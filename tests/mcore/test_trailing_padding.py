@@ -42,7 +42,7 @@ def _votes(padding):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from support import tiny
 
-    from emo_megatron.mcore.context import TRAILING_PADDING, Shard, scope_of
+    from emo_megatron.mcore.context import PACKING, Packing, Shard, scope_of
     from emo_megatron.mcore.router import PoolRouter
 
     tiny.setup()
@@ -52,7 +52,12 @@ def _votes(padding):
     router.set_layer_number(1)
     packed = tiny.packed([0, 6, 16, 32])
     if padding is not None:
-        setattr(packed, TRAILING_PADDING, torch.tensor(padding))
+        packing = Packing(
+            cu_seqlens=packed.cu_seqlens_q,
+            tokens_per_sample=16,
+            num_padding_B=torch.tensor(padding),
+        )
+        setattr(packed, PACKING, packing)
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     router.scope = scope_of(
         packed, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1

@@ -507,12 +507,14 @@ class Recorder:
                 experts[int(place)] = tuple(chosen.nonzero().flatten().tolist())
         if pool_DE is not None:
             pools = self.decisions.setdefault((layer, "pools"), {})
+            segments = scope.segments
+            starts_D = segments.starts_D - segments.rows_D * segments.tokens_per_sample
             is_empty = torch.bincount(scope.segments.document_ids_T + 1, minlength=len(pool_DE) + 1)
             for document, pool in enumerate(pool_DE):
                 if is_empty[document + 1] > 0:
                     key = (
                         int(scope.sample_positions_D[document]),
-                        int(scope.segments.offsets_D[document]),
+                        int(starts_D[document]),
                     )
                     pools[key] = tuple(pool.nonzero().flatten().tolist())
 

@@ -1,0 +1,276 @@
+"""Micro-batches of pretraining on megatron.training, with document boundaries on every pipeline stage.
+
+Tensor-parallel rank 0 of every stage loads, so that the routers of middle stages see boundaries too. With attention
+inside documents, context parallelism cuts by document: each document is padded first (padding.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from emo_megatron.documents import DocumentSegments
+from emo_megatron.mcore.padding import (
+    PACKING,
+    Packing,
+    cut_by_document,
+    longest_padded,
+    padded_bounds,
+    padding_multiple,
+)
+from emo_megatron.mcore.router_documents import RouterDocuments, merged_bounds
+from emo_megatron.mcore.samples import NUM_PADDING, ROUTER_BOUNDS
+
+TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+BATCH_KEYS = (*TOKEN_KEYS, "cu_seqlens", "max_seqlen")
+
+PADDED_BOUNDS = "padded_bounds"
+"""Key of a micro-batch that was padded by document: [D + 1] or, with --max-documents, [D + 2] int64."""
+PADDED_TOKENS = "padded_tokens"
+"""Key of such a micro-batch: tokens of all context-parallel ranks together, padding included, an int."""
+
+
+def has_documents(args: Any) -> bool:
+    """Whether batches carry document boundaries."""
+    return bool(args.dataloader_inter_document_masking or are_for_routers(args))
+
+
+def are_for_routers(args: Any) -> bool:
+    """Whether the boundaries are for the routers only."""
+    # a script that uses this module may have no flags of pools
+    return getattr(args, "pool_documents", "attention") == "routers"
+
+
+def is_padded(args: Any) -> bool:
+    """Whether documents are padded, because context parallelism cuts them one by one."""
+    is_packed = args.dataloader_inter_document_masking
+    return bool(is_packed and args.context_parallel_size > 1 and not are_for_routers(args))
+
+
+def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> bool:
+    """Whether this stage embeds tokens or has a loss."""
+    return bool(is_first_or_last_pipeline_stage(vp_stage)) or predicts_further(config, vp_stage)
+
+
+def predicts_further(config: TransformerConfig, vp_stage: int | None) -> bool:
+    """Whether this stage has layers of multi-token prediction."""
+    return bool(
+        mtp_on_this_rank(
+            layout=config.pipeline_model_parallel_layout,
+            mtp_num_layers=config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+    )
+
+
+def get_batch(
+    data_iterator: Iterator[Any] | None, config: TransformerConfig, vp_stage: int | None
+) -> dict[str, Any]:
+    """This stage's part of the next micro-batch.
+
+    Returns:
+        BATCH_KEYS -> tensor or None, and NUM_PADDING with document boundaries; PADDED_BOUNDS and PADDED_TOKENS where
+        documents were padded. Token tensors are [1, mbs * s] with boundaries and [mbs, s] without or with
+        ROUTER_BOUNDS, this context-parallel rank's part of them; middle stages get the boundaries and the padding
+        only. `cu_seqlens` are those before padding.
+    """
+    args = get_args()
+    if are_for_routers(args):
+        return _get_batch_for_routers(data_iterator, config, vp_stage)
+    has_documents = args.dataloader_inter_document_masking
+    if not has_documents and not needs_tokens(config, vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    num_padding_B = None
+    if has_documents:
+        num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None, "the dataset is built on every stage"
+        loaded = next(data_iterator)
+        _check_tokens(loaded["tokens"], seq_length=args.seq_length)
+        if has_documents:
+            _check_documents(loaded["cu_seqlens"], seq_length=args.seq_length)
+            num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
+        batch = {
+            key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
+            for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
+        }
+    batch = _on_this_tp_rank(batch, config, vp_stage, has_cu_seqlens=has_documents)
+    if num_padding_B is not None:
+        _broadcast(num_padding_B)
+    batch = flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
+    return _padded(batch) if is_padded(args) else batch
+
+
+def _padded(batch: dict[str, Any]) -> dict[str, Any]:
+    """A packed micro-batch with its documents padded, and this context-parallel rank's part of every one."""
+    args = get_args()
+    cp_size = args.context_parallel_size
+    tp_size = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    multiple = padding_multiple(cp_size=cp_size, tp_size=tp_size)
+    cu_seqlens, num_packed = batch["cu_seqlens"][0], len(batch[NUM_PADDING]) * args.seq_length
+    if args.max_documents is None:
+        bounds = padded_bounds(cu_seqlens, multiple=multiple)
+        num_tokens = int(bounds[-1])
+    else:
+        num_tokens = longest_padded(num_packed, max_documents=args.max_documents, multiple=multiple)
+        bounds = padded_bounds(cu_seqlens, multiple=multiple, num_tokens=num_tokens)
+        if bounds[-2] > num_tokens:
+            raise ValueError(
+                f"--max-documents must be at least the documents of every micro-batch; got {args.max_documents} and a "
+                f"micro-batch of {len(cu_seqlens) - 1}, which need {int(bounds[-2])} tokens and not {num_tokens}"
+            )
+    cut = cut_by_document(
+        batch,
+        TOKEN_KEYS,
+        cu_seqlens=cu_seqlens,
+        bounds=bounds,
+        num_tokens=num_tokens,
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=cp_size,
+    )
+    return cut | {PADDED_BOUNDS: bounds, PADDED_TOKENS: num_tokens}
+
+
+def _get_batch_for_routers(
+    data_iterator: Iterator[Any] | None, config: TransformerConfig, vp_stage: int | None
+) -> dict[str, Any]:
+    args = get_args()
+    batch: dict[str, Any] = {}
+    sizes = torch.zeros(1, dtype=torch.int64, device="cuda")
+    bounds = torch.empty(0)
+    num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
+    is_first = mpu.get_tensor_model_parallel_rank() == 0
+    if is_first:
+        assert data_iterator is not None, "the dataset is built on every stage"
+        loaded = next(data_iterator)
+        if ROUTER_BOUNDS not in loaded:
+            raise ValueError(
+                f"a batch must have {ROUTER_BOUNDS!r} with --pool-documents routers; got {sorted(loaded)}: build the "
+                "datasets with emo_megatron.mcore.train.datasets_provider"
+            )
+        _check_tokens(loaded["tokens"], seq_length=args.seq_length)
+        _check_documents(loaded[ROUTER_BOUNDS], seq_length=args.seq_length)
+        # on the host, where counting the documents costs nothing
+        bounds = merged_bounds(loaded[ROUTER_BOUNDS])
+        sizes.fill_(len(bounds))
+        bounds = bounds.cuda(non_blocking=True)
+        num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
+        batch = {key: loaded[key].cuda(non_blocking=True) for key in TOKEN_KEYS}
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        _broadcast(sizes)
+        if not is_first:
+            bounds = torch.empty(int(sizes.item()), dtype=torch.int64, device="cuda")
+        _broadcast(bounds)
+        _broadcast(num_padding_B)
+    documents = {ROUTER_BOUNDS: bounds, NUM_PADDING: num_padding_B}
+    if not needs_tokens(config, vp_stage):
+        return dict.fromkeys(BATCH_KEYS) | documents
+    batch = _on_this_tp_rank(batch, config, vp_stage, has_cu_seqlens=False)
+    group = mpu.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) | documents
+
+
+def _on_this_tp_rank(
+    batch: dict[str, Any], config: TransformerConfig, vp_stage: int | None, *, has_cu_seqlens: bool
+) -> dict[str, Any]:
+    """Tensor-parallel rank 0's batch, and of it what this pipeline stage needs."""
+    args = get_args()
+    on_rank: dict[str, Any] = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=has_cu_seqlens,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        # above 1 it would look for documents that the dataset has padded
+        cp_size=1,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=predicts_further(config, vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return on_rank
+
+
+def _broadcast(values: Tensor) -> None:
+    """Give every tensor-parallel rank what rank 0 has."""
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            values,
+            mpu.get_tensor_model_parallel_src_rank(),
+            group=mpu.get_tensor_model_parallel_group(),
+        )
+
+
+def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
+    """The micro-batch's document boundaries for the routers only; None in every other mode."""
+    if batch.get(ROUTER_BOUNDS) is None:
+        return None
+    return RouterDocuments(
+        cu_seqlens=batch[ROUTER_BOUNDS],
+        tokens_per_sample=get_args().seq_length,
+        num_padding_B=batch[NUM_PADDING],
+    )
+
+
+def _check_tokens(tokens_BS: Tensor, *, seq_length: int) -> None:
+    """Refuse samples that somebody has cut or padded already: labels and boundaries would belong to other tokens."""
+    if tokens_BS.shape[-1] != seq_length:
+        raise ValueError(
+            f"a sample must have --seq-length {seq_length} tokens when it is loaded; got {tokens_BS.shape[-1]}: it is "
+            "padded and cut over ranks here, so the loader must not"
+        )
+
+
+def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
+    """Refuse impossible boundaries while they are still on the host, where looking at them costs nothing."""
+    for sample in cu_seqlens.reshape(-1, cu_seqlens.shape[-1]):
+        DocumentSegments.from_cu_seqlens(sample, num_tokens=seq_length)
+
+
+def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
+    """The micro-batch's document boundaries in the form Megatron's layers take; None without boundaries."""
+    if batch.get("cu_seqlens") is None:
+        return None
+    args = get_args()
+    cu_seqlens = batch["cu_seqlens"].squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)
+    bounds: Tensor | None = batch.get(PADDED_BOUNDS)
+    longest = batch["max_seqlen"].item() if bounds is None else bounds.diff().max().item()
+    attended = cu_seqlens if bounds is None else bounds.int()
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=attended,
+        cu_seqlens_kv=attended,
+        max_seqlen_q=int(longest),
+        max_seqlen_kv=int(longest),
+        tokens_per_sample=args.seq_length if bounds is None else None,
+    )
+    packing = Packing(
+        cu_seqlens=cu_seqlens,
+        tokens_per_sample=args.seq_length,
+        num_samples=len(batch[NUM_PADDING]),
+        num_padding_B=batch[NUM_PADDING],
+    )
+    setattr(packed, PACKING, packing)
+    return packed
