@@ -69,6 +69,9 @@ def start(args: Any, pool: Any, model: Any, **restarts: Any) -> None:
         train.datasets_provider,
         ModelType.encoder_or_decoder,
         train.forward_step,
+        get_embedding_ranks=train.embedding_ranks(
+            model.transformer, is_tied=not args.untie_embeddings_and_output_weights
+        ),
         **restarts,
     )
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
+from emo_megatron.mcore.long_context_flags import problems_with_long_context
 from emo_megatron.mcore.refusals import (
     SCRIPT_REFUSALS,
     Refusal,
@@ -89,6 +90,7 @@ def check_run(
     problems = list(dict.fromkeys(problems))
     if refusals is SCRIPT_REFUSALS:
         problems += _problems_with_conversations(args) + problems_with_restarts(args)
+        problems += problems_with_long_context(pool, args)
     problems += _problems_with_boundaries(pool, args) + _problems_with_sharded_optimizer(args)
     problems += _problems_with_delay(pool, args)
     if pool.is_on and args.dataloader_type != "single":

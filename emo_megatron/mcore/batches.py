@@ -25,6 +25,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
+from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
 from emo_megatron.mcore.padding import (
     PACKING,
     Packing,
@@ -48,18 +49,6 @@ PADDED_TOKENS = "padded_tokens"
 def has_documents(args: Any) -> bool:
     """Whether batches carry document boundaries."""
     return bool(args.dataloader_inter_document_masking or are_for_routers(args))
-
-
-def are_for_routers(args: Any) -> bool:
-    """Whether the boundaries are for the routers only."""
-    # a script that uses this module may have no flags of pools
-    return getattr(args, "pool_documents", "attention") == "routers"
-
-
-def is_padded(args: Any) -> bool:
-    """Whether documents are padded, because context parallelism cuts them one by one."""
-    is_packed = args.dataloader_inter_document_masking
-    return bool(is_packed and args.context_parallel_size > 1 and not are_for_routers(args))
 
 
 def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> bool:

@@ -61,11 +61,13 @@ class PoolMoELayer(MoELayer):
         padding_mask: Tensor | None = None,
     ) -> Any:
         """As MoELayer.forward; see there for shapes."""
-        scope = self.scope
+        scope, depth = self.scope, self.pool_router.mtp_depth
 
         def run(hidden_states: Tensor) -> Any:
-            # in recompute too, when the scope of another micro-batch may have been left here
+            # in recompute too, when the scope of another micro-batch, or another depth, may have been left here
             self.scope = scope
+            if depth:
+                self.pool_router.set_layer_number(depth)
             return super(PoolMoELayer, self).forward(
                 hidden_states, intermediate_tensors, padding_mask
             )

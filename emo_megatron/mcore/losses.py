@@ -38,11 +38,11 @@ class RouterLosses:
 
     def __init__(self, router: PoolRouter) -> None:
         self.router = router
-        self._step_counts_X: Tensor | None = None
+        self._step_counts: dict[int, Tensor] = {}
 
     def begin_step(self) -> None:
         """Forget what the fraction of pool_balance=running has counted."""
-        self._step_counts_X = None
+        self._step_counts.clear()
 
     def coefficient(self, kind: str) -> float:
         """What a kind of balance loss is multiplied by; 0 where it is not asked for."""
@@ -90,6 +90,8 @@ class RouterLosses:
         num_ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
         is_per_token = router.calculate_per_token_loss
         attached = []
+        # of a layer that predicts at several depths the mean counts, as in Megatron
+        repeated = len(router.layer_numbers)
         if shares := self._shares_of_all_ranks(routed, counts, z_coeff):
             scale = 1 if is_per_token else num_ranks
             share = balance.weighted_sum([(loss, weight * scale) for loss, weight in shares])
@@ -99,7 +101,8 @@ class RouterLosses:
             attached.append(share * counts.own.num_tokens if is_per_token else share)
         if not attached:
             return probs_TE
-        return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(torch.add, attached))
+        total = functools.reduce(torch.add, attached)
+        return MoEAuxLossAutoScaler.apply(probs_TE, total / repeated if repeated > 1 else total)
 
     def _shares_of_all_ranks(
         self, routed: ops.Routing, counts: LayerCounts, z_coeff: float
@@ -163,10 +166,11 @@ class RouterLosses:
             counts_X = balance.reduce_counts(counts_X, group=router.tp_dp_cp_group)
         population = fraction = TokenCounts.of(counts_X, num_experts=num_experts)
         if router.pool.pool_balance == "running":
-            so_far_X = counts_X if self._step_counts_X is None else counts_X + self._step_counts_X
+            before_X = self._step_counts.get(router.layer_number)
+            so_far_X = counts_X if before_X is None else counts_X + before_X
             fraction = TokenCounts.of(so_far_X, num_experts=num_experts)
             if is_first:
-                self._step_counts_X = so_far_X
+                self._step_counts[router.layer_number] = so_far_X
         weights_DE = choices_DE = None
         if self.needs_documents:
             choices_DE = balanced.document_choices_DE

@@ -58,12 +58,17 @@ class PoolMetricsTracker(MoEMetricsTracker):
     Args:
         names: metrics to add; every rank must add the same ones, since reporting reduces each over all ranks.
         num_layers: of the whole model, all pipeline stages, multi-token prediction included.
+        adds_mtp_layers: whether layers of multi-token prediction have experts and are not among the MoE layers that
+            the host counts. Megatron adds them always, and its mean over layers is then too small.
     """
 
-    def __init__(self, names: tuple[str, ...], *, num_layers: int) -> None:
+    def __init__(
+        self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool = True
+    ) -> None:
         super().__init__()
         self.names = names
         self.num_layers = num_layers
+        self.adds_mtp_layers = adds_mtp_layers
         self._groups: Groups | None = None
         self._local_X: dict[int, Tensor] = {}
         self._global_X: dict[int, Tensor] = {}
@@ -111,7 +116,16 @@ class PoolMetricsTracker(MoEMetricsTracker):
         if track_names is not None:
             asked = [track_names] if isinstance(track_names, str) else list(track_names)
             track_names = asked + [name for name in self.names if name not in asked]
+            for name in asked:
+                # of a hybrid model the host counts other rows than its routers record
+                self.ensure_initialized(name, self.num_layers)
         return super().report(loss_scale, *args, track_names=track_names, **kwargs)
+
+    def _count_moe_layers(  # type: ignore[override]
+        self, num_layers: int | None, moe_layer_freq: int | list[int] | None, mtp_num_layers: Any
+    ) -> int:
+        counted = mtp_num_layers if self.adds_mtp_layers else None
+        return int(super()._count_moe_layers(num_layers, moe_layer_freq, counted))
 
     @property
     def _kept(self) -> tuple[dict[int, Any], ...]:
@@ -259,7 +273,14 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
     names += DOCUMENT_METRICS if has_documents else ()
     names += GROUP_METRICS if pool.is_on and config.moe_router_group_topk else ()
     names += BIAS_METRICS if pool.is_on and config.moe_router_enable_expert_bias else ()
-    set_moe_metrics_tracker(PoolMetricsTracker(names, num_layers=num_rows(config)))
+    frequency, last = config.moe_layer_freq, config.num_layers - 1
+    is_last_sparse = last % frequency == 0 if isinstance(frequency, int) else bool(frequency[last])
+    # of a hybrid model the host counts the whole pattern
+    is_hybrid = getattr(config, "is_hybrid_model", False)
+    tracker = PoolMetricsTracker(
+        names, num_layers=num_rows(config), adds_mtp_layers=is_last_sparse and not is_hybrid
+    )
+    set_moe_metrics_tracker(tracker)
 
 
 def num_rows(config: TransformerConfig) -> int:

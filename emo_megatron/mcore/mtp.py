@@ -14,15 +14,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.compat import is_in_backward
 from emo_megatron.mcore.layer import PoolTransformerLayer
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
 
 
 class PoolMTPLayer(MultiTokenPredictionLayer):
-    """One depth of multi-token prediction, whose router is told the depth and the micro-batch.
+    """One depth of multi-token prediction, or all of them, whose router is told the depth and the micro-batch.
 
-    In a hybrid model the layers of a depth are a stack, which Megatron numbers from 1 at every depth.
+    In a hybrid model the layers of a depth are a stack, which Megatron numbers from 1 at every depth. One layer for all
+    depths (mtp_use_repeated_layer) runs once per depth: forward passes from depth 1 on, and those that recompute
+    repeats from the last depth back, because each depth's input is the output of the one before.
 
     Raises:
         ValueError: on construction, if a depth has several MoE layers, which would have one number.
@@ -38,13 +41,27 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
             )
         for router in routers:
             router.set_layer_number(self.layer_number)
+        self._routers = routers
+        self._num_forward = self._num_backward = 0
 
     def _proj_and_transformer_layer(self, *args: Any, **kwargs: Any) -> Tensor:
         # Megatron tells the stack which micro-batch this is, and not its layers
         for layer in getattr(self.mtp_model_layer, "layers", ()):
             layer.current_microbatch = getattr(self.mtp_model_layer, "current_microbatch", 0)
+        if self.config.mtp_use_repeated_layer:
+            depth = self._next_depth()
+            for router in self._routers:
+                router.set_layer_number(depth)
         projected: Tensor = super()._proj_and_transformer_layer(*args, **kwargs)
         return projected
+
+    def _next_depth(self) -> int:
+        num_depths = self.config.mtp_num_layers
+        if is_in_backward():
+            self._num_backward = (self._num_backward + 1) % num_depths
+            return int(num_depths - (self._num_backward - 1) % num_depths)
+        self._num_forward = (self._num_forward + 1) % num_depths
+        return int((self._num_forward - 1) % num_depths + 1)
 
 
 def pool_mtp_block(

@@ -150,8 +150,19 @@ def require_padded(cu_seqlens: Tensor, bounds: Tensor, *, num_tokens: int) -> No
 
 
 def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Tensor | None:
-    """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples."""
-    if partition == "sample":
+    """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples.
+
+    A host that says how it cut decides (Megatron's `dev` branch: cp_partition_mode), and `partition` otherwise.
+
+    Raises:
+        ValueError: it was cut in a third way.
+    """
+    mode = getattr(packed, "cp_partition_mode", None)
+    if mode not in (None, "zigzag"):
+        raise ValueError(
+            f"--cp-partition-mode must be zigzag, two pieces of each document per rank; got {mode!r}"
+        )
+    if mode is None and partition == "sample":
         return None
     padded = packed.cu_seqlens_q_padded
     return packed.cu_seqlens_q if padded is None else padded

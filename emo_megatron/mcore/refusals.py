@@ -110,12 +110,6 @@ CONFIG_REFUSALS = (
         reason="a chunk of a micro-batch that knows its documents is not built",
     ),
     Refusal(
-        field="mtp_use_repeated_layer",
-        allowed=(False,),
-        kind="untried",
-        reason="one layer of multi-token prediction for several depths has one number, and pools are kept by number",
-    ),
-    Refusal(
         field="cuda_graph_impl",
         allowed=("none",),
         kind="untried",

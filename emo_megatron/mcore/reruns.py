@@ -50,7 +50,8 @@ def begin_run(router: Any, consumed_samples: int) -> None:
     runs.consumed_samples, runs.is_rerun, runs.has_ended = consumed_samples, is_rerun, False
     if is_same_step:
         router.reset_global_aux_loss_tracker()
-        forget_layer(router.layer_number)
+        for number in router.layer_numbers:
+            forget_layer(number)
         if runs.bias_E is not None:
             router.expert_bias.copy_(runs.bias_E)
             router.local_tokens_per_expert.zero_()

@@ -8,7 +8,7 @@ the refusal table.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_model_config
 from megatron.training import get_args, get_timers, print_rank_0
@@ -26,14 +27,13 @@ from torch import Tensor
 
 from emo_megatron.mcore.batches import (
     PADDED_TOKENS,
-    are_for_routers,
     get_batch,
     has_documents,
-    is_padded,
     needs_tokens,
     packed_documents,
     router_documents,
 )
+from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
 from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import forward_with_documents
 from emo_megatron.mcore.samples import (
@@ -152,6 +152,24 @@ def _padding(batch: dict[str, Any]) -> Tensor | None:
     num_tokens, num_packed = batch[PADDED_TOKENS], len(batch[NUM_PADDING]) * get_args().seq_length
     # every context-parallel rank counts its share of both
     return batch["loss_mask"].new_tensor([num_tokens - num_packed, num_tokens])
+
+
+def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[..., list[int]]:
+    """For Megatron's `pretrain`: which of a pipeline's ranks share the embedding of tokens.
+
+    Without it Megatron takes the first and the last, and a stage between them that has the layers of multi-token
+    prediction would train a table of its own, from zeros.
+
+    Args:
+        config: of the model.
+        is_tied: whether the output layer has the same weights.
+    """
+
+    def ranks_of(pipeline: list[int], *unused: Any) -> list[int]:
+        last = pipeline[-1:] if is_tied else []
+        return sorted({pipeline[0], *last, *get_mtp_ranks(pipeline, config)})
+
+    return ranks_of
 
 
 def let_lengths_vary(args: Any, config: TransformerConfig) -> None:

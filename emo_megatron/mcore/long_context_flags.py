@@ -1,0 +1,102 @@
+"""What Megatron's flags of context parallelism and multi-token prediction must be to each other, and to the pools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emo_megatron.config import PoolConfig
+
+
+def are_for_routers(args: Any) -> bool:
+    """Whether document boundaries are for the routers only."""
+    # a script that uses this package may have no flags of pools
+    return getattr(args, "pool_documents", "attention") == "routers"
+
+
+def is_padded(args: Any) -> bool:
+    """Whether documents are padded, because context parallelism cuts them one by one."""
+    is_packed = args.dataloader_inter_document_masking
+    return bool(is_packed and args.context_parallel_size > 1 and not are_for_routers(args))
+
+
+def problems_with_long_context(pool: PoolConfig, args: Any) -> list[str]:
+    """What does not go together in pretrain_emo.py, one sentence each."""
+    is_packed = args.dataloader_inter_document_masking and pool.pool_documents == "attention"
+    is_cut = is_packed and args.context_parallel_size > 1
+    return [
+        *_problems_with_lengths(args, is_cut=is_cut),
+        *_problems_with_exchange(args, is_cut=is_cut),
+        *_problems_with_prediction(args, is_packed=is_packed),
+    ]
+
+
+def _problems_with_lengths(args: Any, *, is_cut: bool) -> list[str]:
+    """Micro-batches that are as long as their documents need, where every rank's must be of one length."""
+    most = args.max_documents
+    if most is not None and not is_cut:
+        return [
+            "--max-documents must not be given without --context-parallel-size above 1 and packed documents; got "
+            f"{most}: documents are padded only there"
+        ]
+    if most is not None:
+        return [] if most > 0 else [f"--max-documents must be at least 1; got {most}"]
+    if not is_cut:
+        return []
+    kind = args.moe_token_dispatcher_type
+    if kind == "allgather" and args.expert_model_parallel_size > 1:
+        needs = "--moe-token-dispatcher-type allgather"
+    elif kind == "flex" and args.moe_flex_dispatcher_backend == "hybridep":
+        if args.moe_hybridep_pad_uneven_dispatch_inputs:
+            return []
+        needs = "--moe-flex-dispatcher-backend hybridep"
+    else:
+        return []
+    return [
+        f"--max-documents must be given with {needs} and --context-parallel-size {args.context_parallel_size}: that "
+        "takes equally many tokens of every rank, and documents are padded to other lengths on each"
+    ]
+
+
+def _problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
+    """How context-parallel ranks exchange keys and values, where attention does something else."""
+    if args.context_parallel_size == 1:
+        return []
+    asked = args.cp_comm_type or []
+    kinds = {asked} if isinstance(asked, str) else set(asked)
+    problems = []
+    if args.transformer_impl == "local" and kinds - {"p2p"}:
+        problems.append(
+            f"--cp-comm-type must not be given with --transformer-impl local; got {sorted(kinds)}: its attention "
+            "gathers keys and values, and the exchanges are Transformer Engine's"
+        )
+    elif is_cut and "a2a+p2p" in kinds:
+        problems.append(
+            "--cp-comm-type must not be a2a+p2p with packed documents: Transformer Engine has it for whole samples only"
+        )
+    sizes = args.hierarchical_context_parallel_sizes
+    if sizes and "a2a+p2p" not in kinds:
+        problems.append(
+            f"--hierarchical-context-parallel-sizes must not be given without --cp-comm-type a2a+p2p; got {sizes}: "
+            "nothing else reads it"
+        )
+    return problems
+
+
+def _problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
+    if not args.mtp_num_layers:
+        return []
+    problems = []
+    if args.overlap_moe_expert_parallel_comm and is_packed:
+        problems.append(
+            "--mtp-num-layers must not be given with --overlap-moe-expert-parallel-comm and packed documents; got "
+            f"{args.mtp_num_layers}: Megatron's plan of a pass asserts that there are none; give --pool-documents "
+            "routers and drop --dataloader-inter-document-masking"
+        )
+    has_positions = args.position_embedding_type == "learned_absolute"
+    if has_positions and args.pipeline_model_parallel_size > 1:
+        problems.append(
+            "--position-embedding-type must not be learned_absolute with --mtp-num-layers and "
+            "--pipeline-model-parallel-size above 1: Megatron shares the embedding of tokens with the stage of "
+            "multi-token prediction, and leaves that of positions apart on each"
+        )
+    return problems
