@@ -240,6 +240,8 @@ def make_scope(
         NotImplementedError: --pool-eos-starts-document with padding between documents.
     """
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
+    if bounds is not None and (pool.pool_check or bounds.device.type == "cpu"):
+        require_padded(packing.cu_seqlens, bounds, num_tokens=num_tokens)
     segments, attended_ids_T = _segments(
         packing, pool, num_tokens=num_tokens, bounds=bounds, cu_seqlens_padded=cu_seqlens_padded
     )
@@ -251,8 +253,6 @@ def make_scope(
         device=packing.cu_seqlens.device,
     )
     if bounds is not None:
-        if pool.pool_check or bounds.device.type == "cpu":
-            require_padded(packing.cu_seqlens, bounds, num_tokens=num_tokens)
         if places_T is None:
             places_T = torch.arange(num_tokens, device=bounds.device)
         places_T = packed_places(places_T, packing.cu_seqlens, bounds)
