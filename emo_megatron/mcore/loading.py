@@ -63,6 +63,7 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
         ValueError: there is no `--load`, no checkpoint where it points, or a flag that names another.
     """
     cpu.activate()
+    from emo_megatron.mcore.weight_names import refuse_prediction
     from emo_megatron.mcore.weights import MegatronCheckpoint
 
     given = [part.partition("=")[0] for part in argv]
@@ -80,6 +81,7 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
     if not checkpoint.moe_layers:
         raise ValueError(f"the model in {checkpoint.path} has no routed experts")
+    refuse_prediction(checkpoint.path, checkpoint.names)
     return checkpoint
 
 

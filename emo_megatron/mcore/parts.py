@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from emo_megatron.mcore.weight_names import ROUTER, is_of_experts
+from emo_megatron.mcore.weight_names import ROUTER, is_of_experts, refuse_prediction
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.selection import Selection, load_selection, router_fingerprint
 
@@ -48,11 +48,7 @@ def open_parent(path: Path, selection: Selection | None) -> MegatronCheckpoint:
     args = parent.args
     if not parent.moe_layers:
         raise ValueError(f"{path} has no routed experts")
-    if any(name.startswith("mtp.") for name in parent.names):
-        raise ValueError(
-            f"{path} has multi-token prediction layers, which a Selection does not cover: "
-            "train without --mtp-num-layers"
-        )
+    refuse_prediction(path, parent.names)
     for name in filter(is_of_experts, parent.names):
         if parent.names[name].shape[:1] != (args.num_experts,):
             raise ValueError(

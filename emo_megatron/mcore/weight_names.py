@@ -8,8 +8,9 @@ one tensor ([L, ...], `decoder.layers.mlp.router.weight`) unless told otherwise,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 EXPERTS = "mlp.experts.experts."
 """Begins, after the layer, the name of every tensor that has the routed experts on its first axis."""
@@ -89,3 +90,20 @@ def split_name(name: str) -> tuple[int, str]:
 def is_of_experts(name: str) -> bool:
     """Whether a weight has the routed experts on its first axis."""
     return split_name(name)[1].startswith((EXPERTS, ROUTER))
+
+
+def refuse_prediction(path: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint with layers of multi-token prediction, which commands for trained models do not know.
+
+    Args:
+        path: of the checkpoint.
+        names: of its weights.
+
+    Raises:
+        ValueError: it has such layers.
+    """
+    if any(name.startswith("mtp.") for name in names):
+        raise ValueError(
+            f"{path} has layers of multi-token prediction, which this command does not know: train without "
+            "--mtp-num-layers"
+        )
