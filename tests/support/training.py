@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SEQ = 32
-VOCAB = 64
+from .micro_batches import SEQ, VOCAB, micro_batch, part_of
+from .recorder import Recorder
+
 STEPS = 3
-NOISE = 1e-4
-"""Of logits, under which no decision may change that is to be compared."""
-SLOT = 4
-"""Documents lie in slots of a multiple of so many tokens, so that two context-parallel ranks can cut each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +41,13 @@ class Case:
     pools: bool = True
     documents: str = "attention"
     """attention or routers: who sees the boundaries."""
+    has_slots: bool = True
+    """Whether padding between documents leaves context parallelism nothing to pad; without, they are packed side by
+    side, padded after that, and cut one by one, as pretrain_emo.py does."""
+    has_fixed_length: bool = False
+    """Whether every micro-batch that is padded is so to one length."""
+    is_exact: bool = True
+    """Whether the loss of multi-token prediction is a sum over all tokens, and not Megatron's mean of means."""
     pool: dict[str, Any] = field(default_factory=dict)
     """More of PoolConfig."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +74,8 @@ class Case:
             cp_partition=self.cp_partition,
             pools=self.pools,
             documents=self.documents,
+            has_slots=self.has_slots,
+            is_exact=self.is_exact,
             pool=self.pool,
             config=self.config,
         )
@@ -103,46 +108,6 @@ class Case:
 def with_samples(case: Case, samples: int) -> Case:
     """The case with so many samples a step, one at a time (an interleaved pipeline needs a multiple of its stages)."""
     return dataclasses.replace(case, accumulation=samples // case.dp)
-
-
-def sample(index: int) -> dict[str, Tensor]:
-    """A packed sample: documents of any length, empty ones too, in padded slots; 16 tokens count in the loss."""
-    generator = torch.Generator().manual_seed(1000 + index)
-    slots: list[int] = []
-    while sum(slots) < SEQ:
-        room = (SEQ - sum(slots)) // SLOT
-        slots.append(SLOT * int(torch.randint(0, min(room, 4) + 1, (), generator=generator)))
-    lengths = [max(slot - int(torch.randint(0, 3, (), generator=generator)), 0) for slot in slots]
-    tokens = torch.randint(VOCAB, (SEQ,), generator=generator)
-    starts = torch.tensor([0, *slots]).cumsum(0)
-    is_real = torch.zeros(SEQ)
-    for start, length in zip(starts.tolist(), lengths, strict=False):
-        is_real[start : start + length] = 1
-    real = is_real.nonzero().flatten()
-    is_counted = torch.zeros(SEQ)
-    is_counted[real[torch.randperm(len(real), generator=generator)[:16]]] = 1
-    return {
-        "tokens": tokens,
-        "labels": tokens.roll(-1),
-        "loss_mask": is_counted,
-        "positions": torch.arange(SEQ),
-        "lengths": torch.tensor(lengths),
-        "slots": torch.tensor(slots),
-    }
-
-
-def micro_batch(first: int, rows: int) -> dict[str, Any]:
-    """`rows` consecutive samples as one packed stream, and the place of every token: sample * SEQ + position."""
-    samples = [sample(first + row) for row in range(rows)]
-    batch: dict[str, Any] = {
-        key: torch.cat([s[key] for s in samples])
-        for key in ("tokens", "labels", "loss_mask", "positions")
-    }
-    batch["places"] = torch.arange(first * SEQ, (first + rows) * SEQ)
-    for key, source in (("cu", "lengths"), ("cu_padded", "slots")):
-        sizes = torch.cat([torch.zeros(1, dtype=torch.long), *(s[source] for s in samples)])
-        batch[key] = sizes.cumsum(0).int()
-    return batch
 
 
 def train(case: Case, *, seed: int) -> dict[str, Any]:
@@ -232,6 +197,7 @@ def report_metrics(case: Case) -> dict[str, float]:
         track_names=case.logged_losses,
         num_layers=options["num_layers"],
         moe_layer_freq=options["moe_layer_freq"],
+        mtp_num_layers=options.get("mtp_num_layers"),
     )
     return logged
 
@@ -308,6 +274,8 @@ def _options(case: Case) -> dict[str, Any]:
         "overlap_p2p_comm": case.vpp is not None,
         "deallocate_pipeline_outputs": True,
         "batch_p2p_comm": case.vpp is None,
+        # padded micro-batches are as long as their documents need
+        "variable_seq_lengths": not case.has_slots and case.cp > 1 and case.pp > 1,
     }
     if case.recompute == "moe":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -341,6 +309,7 @@ def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
     return GPTModel(
         config=config,
         transformer_layer_spec=pool_block_spec(config, pool=pool_config(case), vp_stage=vp_stage),
+        mtp_block_spec=_mtp_spec(case, config, vp_stage),
         vocab_size=VOCAB,
         max_sequence_length=SEQ * 8,
         # Megatron's rotary embedding of packed sequences knows the cut by document only
@@ -356,13 +325,34 @@ def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
     )
 
 
+def _mtp_spec(case: Case, config: Any, vp_stage: int | None) -> Any:
+    """Layers of multi-token prediction like the decoder's last, on the stage that has them."""
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
+
+    from emo_megatron.mcore.spec import with_pools
+
+    if not config.mtp_num_layers:
+        return None
+    layers = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    block = get_gpt_mtp_block_spec(
+        config, layers[-1], use_transformer_engine=False, vp_stage=vp_stage
+    )
+    return None if block is None else with_pools(block, config=config, pool=pool_config(case))
+
+
 def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
     """This data-parallel rank's micro-batches of a step, whole: every rank of it gets all tokens."""
     from megatron.core import parallel_state
 
     rank = parallel_state.get_data_parallel_rank()
     for index in range(case.accumulation):
-        yield micro_batch(consumed + (index * case.dp + rank) * case.mbs, case.mbs)
+        first = consumed + (index * case.dp + rank) * case.mbs
+        yield micro_batch(first, case.mbs, has_slots=case.has_slots)
 
 
 def _forward_step(
@@ -374,82 +364,39 @@ def _forward_step(
     recorder: Recorder | None,
 ) -> Any:
     from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
-    from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents
+    from emo_megatron.mcore.router_documents import forward_with_documents
 
-    batch = next(iterator)
-    is_packed = case.documents == "attention"
-    held = _held(batch, case)[None] if is_packed else _held_of_rows(batch, case)
+    part = part_of(next(iterator), case)
     if recorder is not None:
-        # the router sees tokens of [s, mbs, h]
-        recorder.places = _sequence_part(batch["places"][held].T.flatten(), case)
-    num_flat = case.mbs if is_packed else 1
-    flatten_received(model, num_samples=num_flat)
+        recorder.places_T = part.places_T
+    flatten_received(model, num_samples=part.num_flat)
     output = forward_with_documents(
         model.build_schedule_plan if return_schedule_plan else model,
-        None
-        if is_packed
-        else RouterDocuments(cu_seqlens=batch["cu_padded"], tokens_per_sample=SEQ),
-        batch["tokens"][held],
-        batch["positions"][held],
+        part.documents,
+        part.tokens,
+        part.positions,
         None,
-        labels=batch["labels"][held],
-        packed_seq_params=_packed(batch) if is_packed else None,
+        labels=part.labels,
+        loss_mask=part.loss_mask,
+        packed_seq_params=part.packed,
     )
     if not return_schedule_plan:
-        output = as_exchanged(output, model, num_samples=num_flat)
-    return output, functools.partial(_loss, batch["loss_mask"][held].flatten())
+        output = as_exchanged(output, model, num_samples=part.num_flat)
+    return output, functools.partial(_loss, part.loss_mask.flatten(), case=case)
 
 
-def _packed(batch: dict[str, Any]) -> Any:
-    from . import tiny
+def _loss(is_counted: Tensor, losses: Tensor, *, case: Case) -> Any:
+    from megatron.core import parallel_state
 
-    longest = int(batch["cu_padded"].diff().max())
-    return tiny.packed(
-        batch["cu"].tolist(),
-        cu_seqlens_q_padded=batch["cu_padded"],
-        cu_seqlens_kv_padded=batch["cu_padded"],
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        tokens_per_sample=SEQ,
-    )
-
-
-def _loss(is_counted: Tensor, losses: Tensor) -> Any:
     total = (losses.reshape(-1) * is_counted).sum()
     count = is_counted.sum()
-    return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
-
-
-def _held(batch: dict[str, Any], case: Case) -> Tensor:
-    """What this context-parallel rank holds: two chunks of the stream or, by document, of every slot."""
-    from megatron.core import parallel_state
-
-    stream = torch.arange(len(batch["tokens"]))
-    if case.cp == 1:
-        return stream
-    rank = parallel_state.get_context_parallel_rank()
-    bounds = batch["cu_padded"].tolist() if case.cp_partition == "document" else [0, len(stream)]
-    held = []
-    for start, end in itertools.pairwise(bounds):
-        pieces = stream[start:end].chunk(2 * case.cp) if end > start else ()
-        held += [pieces[rank], pieces[2 * case.cp - 1 - rank]] if pieces else []
-    return torch.cat(held)
-
-
-def _held_of_rows(batch: dict[str, Any], case: Case) -> Tensor:
-    """The same of samples that are not packed, [mbs, s]: two chunks of each."""
-    from megatron.core import parallel_state
-
-    rows = torch.arange(len(batch["tokens"])).view(-1, SEQ)
-    rank = parallel_state.get_context_parallel_rank()
-    chunks = rows.chunk(2 * case.cp, dim=1)
-    return torch.cat([chunks[rank], chunks[2 * case.cp - 1 - rank]], dim=1)
-
-
-def _sequence_part(values: Tensor, case: Case) -> Tensor:
-    from megatron.core import parallel_state
-
-    return values.chunk(case.tp)[parallel_state.get_tensor_model_parallel_rank()]
+    report = {"lm loss": torch.stack([total.detach(), count])}
+    if case.per_token or case.cp == 1:
+        return total, count.int(), report
+    # Megatron averages the means of context-parallel ranks
+    of_all_ranks = count.clone()
+    torch.distributed.all_reduce(of_all_ranks, group=parallel_state.get_context_parallel_group())
+    return total * case.cp, of_all_ranks.int(), report
 
 
 def _gathered(chunks: list[Any], case: Case) -> list[Any]:
@@ -465,108 +412,3 @@ def _gathered(chunks: list[Any], case: Case) -> list[Any]:
                 )
                 bucket.grad_data.copy_(whole)
     return [chunk.module for chunk in chunks]
-
-
-class Recorder:
-    """Notes what the routers of this rank decided in forward; recomputation is passed over."""
-
-    def __init__(self, chunks: list[Any]) -> None:
-        from emo_megatron.mcore.router import PoolRouter
-
-        self.is_on = False
-        self.places = torch.empty(0)
-        self.decisions: dict[tuple[int, str], dict[Any, tuple[int, ...]]] = {}
-        self.margin = float("inf")
-        self.noise = torch.Generator().manual_seed(3)
-        for module in (m for chunk in chunks for m in chunk.modules()):
-            if isinstance(module, PoolRouter):
-                module.routing = functools.partial(self._routing, module, module.routing)
-
-    def _routing(self, router: Any, routing: Any, logits: Tensor, **options: Any) -> Any:
-        from emo_megatron.mcore.compat import is_in_backward
-
-        answer = routing(logits, **options)
-        if is_in_backward():
-            return answer
-        scope = router.scope
-        pool_DE = scope.pools.get(router.layer_number)
-        logits_TE = logits.detach().flatten(0, -2).float()
-        if router.score_function == "softmax" and router.num_groups is None:
-            self._margins(router, logits_TE, scope, pool_DE)
-        elif router.tp_dp_cp_group.size() == 1:
-            self._margin_of_noise(router, logits_TE, scope, pool_DE)
-        if self.is_on:
-            self._record(router.layer_number, answer[1], scope, pool_DE)
-        return answer
-
-    def _record(self, layer: int, routing_map: Tensor, scope: Any, pool_DE: Tensor | None) -> None:
-        ids = scope.document_ids_T
-        experts = self.decisions.setdefault((layer, "experts"), {})
-        for place, document, chosen in zip(self.places, ids, routing_map, strict=True):
-            if document >= 0:
-                experts[int(place)] = tuple(chosen.nonzero().flatten().tolist())
-        if pool_DE is not None:
-            pools = self.decisions.setdefault((layer, "pools"), {})
-            segments = scope.segments
-            starts_D = segments.starts_D - segments.rows_D * segments.tokens_per_sample
-            is_empty = torch.bincount(scope.segments.document_ids_T + 1, minlength=len(pool_DE) + 1)
-            for document, pool in enumerate(pool_DE):
-                if is_empty[document + 1] > 0:
-                    key = (
-                        int(scope.sample_positions_D[document]),
-                        int(starts_D[document]),
-                    )
-                    pools[key] = tuple(pool.nonzero().flatten().tolist())
-
-    def _margins(self, router: Any, logits_TE: Tensor, scope: Any, pool_DE: Any) -> None:
-        """Smallest gap in probability between an expert that was taken and one that was not."""
-        ids = scope.document_ids_T
-        for document in ids.unique().tolist():
-            rows = logits_TE[ids == document]
-            if document < 0:
-                continue
-            inside = torch.ones(rows.shape[1], dtype=torch.bool)
-            if pool_DE is not None:
-                inside = pool_DE[document]
-                mean = rows.softmax(-1).mean(0)
-                if not inside.all():
-                    self._note(mean[inside].min() - mean[~inside].max())
-            scores = rows.masked_fill(~inside, float("-inf")).softmax(-1)
-            best = scores.topk(min(router.topk + 1, scores.shape[1])).values
-            if inside.sum() > router.topk:
-                self._note((best[:, router.topk - 1] - best[:, router.topk]).min())
-
-    def _margin_of_noise(
-        self, router: Any, logits_TE: Tensor, scope: Any, pool_DE: Tensor | None
-    ) -> None:
-        """A margin of 0 where noise far above rounding changes what gates, groups or biases decide."""
-        from emo_megatron import ops
-
-        ids_T = scope.document_ids_T
-        wanted: Any = None
-        for scale in (0.0, *[NOISE] * 4):
-            noisy_TE = logits_TE + scale * torch.randn(logits_TE.shape, generator=self.noise)
-            if pool_DE is not None:
-                _, choosing_DE = router._document_scores(noisy_TE, ids_T, scope, "reference")
-                choosing_DE, sizes_D = router._within_groups(choosing_DE, pool_DE.sum(dim=-1))
-                pool_DE = ops.select_pool(choosing_DE, pool_sizes_D=sizes_D, backend="reference")
-            routed = ops.pool_topk(
-                noisy_TE,
-                document_ids_T=ids_T,
-                pool_DE=pool_DE,
-                top_k=router.topk,
-                score_function=router.score_function,
-                pre_softmax=router.config.moe_router_pre_softmax,
-                expert_bias_E=router.expert_bias,
-                num_groups=router.num_groups,
-                group_topk=router.config.moe_router_group_topk,
-                backend="reference",
-            )
-            is_real_T1 = (ids_T >= 0)[:, None]
-            found = [pool_DE, routed.routing_map_TE & is_real_T1]
-            wanted = wanted or found
-            if not all(a is b or torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
-                self.margin = 0.0
-
-    def _note(self, gap: Tensor) -> None:
-        self.margin = min(self.margin, float(gap))
