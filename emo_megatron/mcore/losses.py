@@ -45,8 +45,12 @@ class RouterLosses:
         self._step_counts.clear()
 
     def coefficient(self, kind: str) -> float:
-        """What a kind of balance loss is multiplied by; 0 where it is not asked for."""
-        return float(self.router.get_aux_loss_coeff(kind))
+        """What a kind of balance loss is multiplied by; 0 where it is not asked for.
+
+        Of a layer that predicts at several depths their mean counts. Megatron does so with balance losses, and not
+        with the z loss.
+        """
+        return float(self.router.get_aux_loss_coeff(kind)) / len(self.router.layer_numbers)
 
     @property
     def needs_documents(self) -> bool:
@@ -90,8 +94,6 @@ class RouterLosses:
         num_ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
         is_per_token = router.calculate_per_token_loss
         attached = []
-        # of a layer that predicts at several depths the mean counts, as in Megatron
-        repeated = len(router.layer_numbers)
         if shares := self._shares_of_all_ranks(routed, counts, z_coeff):
             scale = 1 if is_per_token else num_ranks
             share = balance.weighted_sum([(loss, weight * scale) for loss, weight in shares])
@@ -101,8 +103,7 @@ class RouterLosses:
             attached.append(share * counts.own.num_tokens if is_per_token else share)
         if not attached:
             return probs_TE
-        total = functools.reduce(torch.add, attached)
-        return MoEAuxLossAutoScaler.apply(probs_TE, total / repeated if repeated > 1 else total)
+        return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(torch.add, attached))
 
     def _shares_of_all_ranks(
         self, routed: ops.Routing, counts: LayerCounts, z_coeff: float
