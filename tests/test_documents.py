@@ -415,3 +415,15 @@ def test_segments_are_frozen() -> None:
     segments = DocumentSegments.from_cu_seqlens(offsets(0, 8), num_tokens=8)
     with pytest.raises(dataclasses.FrozenInstanceError):
         segments.tokens_per_sample = 4  # type: ignore[misc]
+
+
+def test_padding_between_documents_changes_no_offset():
+    """Pool sizes are drawn from offsets, and how much padding a layout needs must not change them."""
+    cu = torch.tensor([0, 3, 3, 10, 12, 12])
+    found = []
+    for padded in ([0, 4, 4, 16, 20, 32], [0, 8, 8, 16, 24, 32]):
+        segments = DocumentSegments.from_cu_seqlens(
+            cu, num_tokens=32, tokens_per_sample=16, cu_seqlens_padded=torch.tensor(padded)
+        )
+        found.append((segments.rows_D.tolist(), segments.offsets_D.tolist()))
+    assert found == [([0, 0, 0, 1, 1], [0, 3, 3, 0, 2])] * 2
