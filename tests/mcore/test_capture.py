@@ -39,6 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
     "trailing padding": {"pool": {}, "has_tails": True},
     "CP2 by sample": {"pool": {}, "cp": 2},
     "CP2 by document": {"pool": {"pool_cp_partition": "document"}, "is_padded": True, "cp": 2},
+    "CP2, padded after packing": {
+        "pool": {"pool_cp_partition": "document"},
+        **{"cp": 2, "is_moved": True, "has_tails": True},
+    },
+    "multi-token prediction": {"pool": {}, "depth": 2},
+    "multi-token prediction, CP2, padded after packing": {
+        "pool": {"pool_cp_partition": "document", "pool_eos_starts_document": True},
+        **{"cp": 2, "is_moved": True, "depth": 1},
+    },
     "sigmoid with bias": {"pool": {}, "config": SIGMOID},
     "post-softmax": {"pool": {}, "config": {"moe_router_pre_softmax": False}},
     "boundaries for the routers": {"pool": {"pool_documents": "routers"}, "has_tails": True},
@@ -47,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _scope(pool: PoolConfig, *, cp: int, is_padded: bool, has_tails: bool) -> Any:
+def _scope(pool: PoolConfig, *, cp: int, is_padded: bool, is_moved: bool, has_tails: bool) -> Any:
     """The scope of a micro-batch whose boundaries have no values."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -76,7 +85,10 @@ def _scope(pool: PoolConfig, *, cp: int, is_padded: bool, has_tails: bool) -> An
     )
     if not is_padded:
         packing = context.Packing(
-            cu_seqlens=bounds, tokens_per_sample=SAMPLE, num_padding_B=tails_B
+            cu_seqlens=torch.empty_like(bounds) if is_moved else bounds,
+            tokens_per_sample=SAMPLE // 2 if is_moved else SAMPLE,
+            num_samples=TOKENS // SAMPLE,
+            num_padding_B=tails_B,
         )
         setattr(packed, context.PACKING, packing)
     return context.scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1)
@@ -88,6 +100,8 @@ def _forward_and_backward(
     config: dict[str, Any] | None = None,
     cp: int = 1,
     is_padded: bool = False,
+    is_moved: bool = False,
+    depth: int = 0,
     has_tails: bool = False,
     is_training: bool = True,
     is_restricted: bool = False,
@@ -104,7 +118,7 @@ def _forward_and_backward(
     from emo_megatron.mcore.router import PoolRouter
 
     tiny.setup()
-    transformer = tiny.transformer_config(**(config or {}))
+    transformer = tiny.transformer_config(**(config or {}), mtp_num_layers=depth or None)
     pools = PoolConfig(**({"pool_min": 3} | pool))
     install_metrics(pools, transformer, has_documents=True)
     with FakeTensorMode(), torch.device("meta"), contextlib.ExitStack() as stack:
@@ -113,7 +127,8 @@ def _forward_and_backward(
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
         router = PoolRouter(transformer, pg_collection=get_default_pg_collection(), pool=pools)
         router.backend = lambda logits_TE: backend
-        router.set_layer_number(1)
+        router.is_mtp_layer = depth > 0
+        router.set_layer_number(depth or 1)
         router.train(is_training)
         # Megatron makes these on the machine's own device, whatever the default is
         for name, buffer in list(router.named_buffers()):
@@ -121,7 +136,8 @@ def _forward_and_backward(
         if is_restricted:
             router.allowed_experts = torch.empty(EXPERTS, dtype=torch.bool)
         for _ in range(2):
-            router.scope = _scope(pools, cp=cp, is_padded=is_padded, has_tails=has_tails)
+            forms = {"is_padded": is_padded, "is_moved": is_moved, "has_tails": has_tails}
+            router.scope = _scope(pools, cp=cp, **forms)
             logits = torch.empty(TOKENS // cp, 1, EXPERTS, requires_grad=True)
             probs, routing_map = router.routing(logits)
             probs.sum().backward()
