@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from emo_megatron.variables import process_environment
 
 RECIPES = ROOT / "tests" / "data" / "recipes"
 SCRIPT = ROOT / "tests" / "support" / "pretrain_seen.py"
+HYBRID_SCRIPT = ROOT / "tests" / "support" / "host_script.py"
 QUICK = ("deepseek_v2", "kimi_k2")
 SLOW = (
+    *("deepseek_v3", "glm_45", "nemotron_3_nano_30b_a3b", "nemotron_35_lightning_30b_a3b"),
     *("gpt_oss_20b", "mixtral_8x7b", "moonlight_16b_a3b", "olmoe_1b_7b"),
     *("qwen3_30b_a3b", "qwen3_235b_a22b"),
 )
+REFUSED = {"qwen3_next_80b_a3b": "--experimental-attention-variant"}
+"""A recipe whose layers Megatron builds of Transformer Engine's modules alone -> the flag that asks for them."""
 Flags = dict[str, list[str]]
 """Flag -> its values."""
 
@@ -30,11 +35,11 @@ PADDING = "--moe-router-padding-for-quantization"
 SWITCHED_OFF = {
     "--transformer-impl transformer_engine": ("TE", "not installed"),
     "--use-precision-aware-optimizer": ("TE", "its Adam"),
+    "--apply-layernorm-1p": ("TE", "its norms"),
     "--main-params-dtype": ("TE", "of that Adam"),
     "--main-grads-dtype": ("TE", "of that Adam"),
     "--exp-avg-dtype": ("TE", "of that Adam"),
     "--exp-avg-sq-dtype": ("TE", "of that Adam"),
-    "--recompute-modules moe_act layernorm": ("TE", "both ask for its fp8 state"),
     "--moe-permute-fusion": ("fused kernel", "in TE"),
     "--fp8-recipe": ("fp8/fp4", "in TE"),
     "--fp8-format": ("fp8/fp4", "in TE"),
@@ -65,9 +70,11 @@ def _number(recipe: Flags, flag: str) -> int:
     return int(recipe[flag][0])
 
 
-def _layer_freq(recipe: Flags) -> str:
+def _num_dense(recipe: Flags) -> int:
+    if "--moe-layer-freq" not in recipe:
+        return 1
     (dense,) = re.fullmatch(r"\(\[0\]\*(\d)\+\[1\]\*\d+\)", recipe["--moe-layer-freq"][0]).groups()
-    return f"([0]*{dense}+[1]*{SHRINK['--num-layers'] - int(dense)})"
+    return int(dense)
 
 
 def _query_groups(recipe: Flags) -> int:
@@ -81,13 +88,29 @@ def _kv_channels(recipe: Flags) -> int:
     return 8 * max(1, round(_number(recipe, "--kv-channels") * heads / hidden))
 
 
+def _recomputed(recipe: Flags) -> list[str] | None:
+    """The modules whose recomputation does not ask for Transformer Engine's fp8 state."""
+    asking = {"layernorm", "mla_up_proj", "moe_act"}
+    return [module for module in recipe["--recompute-modules"] if module not in asking] or None
+
+
 def _sixteenth(flag: str) -> Any:
     return lambda recipe: _number(recipe, flag) // 16
 
 
+def _hybrid_pattern(recipe: Flags) -> str:
+    """The first layers, and each depth of multi-token prediction, with attention in the place of Mamba layers.
+
+    A Mamba layer needs Transformer Engine, and mamba-ssm's kernels.
+    """
+    main, *depths = recipe["--hybrid-layer-pattern"][0].split("/")
+    return "/".join([main[: main.index("*") + 2].replace("M", "*"), *depths])
+
+
 SHRINK: dict[str, Any] = {
-    "--num-layers": 3,
-    "--moe-layer-freq": _layer_freq,
+    "--hybrid-layer-pattern": _hybrid_pattern,
+    "--num-layers": lambda recipe: _num_dense(recipe) + 2,
+    "--moe-layer-freq": lambda recipe: f"([0]*{_num_dense(recipe)}+[1]*2)",
     "--hidden-size": 64,
     "--ffn-hidden-size": 64,
     "--moe-ffn-hidden-size": 32,
@@ -115,11 +138,15 @@ SHRINK: dict[str, Any] = {
     "--expert-tensor-parallel-size": 1,
     "--context-parallel-size": 1,
     "--pipeline-model-parallel-layout": None,
+    "--decoder-first-pipeline-num-layers": None,
+    "--decoder-last-pipeline-num-layers": None,
     "--num-virtual-stages-per-pipeline-rank": None,
+    "--cp-comm-type": None,
     "--account-for-embedding-in-pipeline-split": None,
     "--account-for-loss-in-pipeline-split": None,
     "--overlap-moe-expert-parallel-comm": None,
     "--delay-wgrad-compute": None,
+    "--recompute-modules": _recomputed,
 }
 """Sizes for one process on a CPU: flag -> value, or a function of the recipe. None: one process has no use for it."""
 
@@ -132,7 +159,7 @@ PROCESS = shlex.split("""
 --split 100,0,0 --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1
 --moe-token-dispatcher-type alltoall
 """)
-POOLS = ["--dataloader-inter-document-masking", "--moe-router-dtype", "fp32", "--pool-min"]
+POOLS = ["--dataloader-inter-document-masking", "--moe-router-dtype", "fp32"]
 
 
 def published(name: str) -> Flags:
@@ -164,20 +191,28 @@ def shrunk(recipe: Flags) -> Flags:
     return small
 
 
-def train(flags: Flags) -> str:
-    """What two steps with pools print."""
+def train(flags: Flags, folder: Path, *, expect_failure: bool = False) -> str:
+    """What two steps with pools print; of a hybrid model under a script that knows of none."""
     words = [word for flag, values in flags.items() for word in (flag, *values)]
-    pools = [*POOLS, *flags["--moe-router-topk"]]
+    (top_k,) = flags["--moe-router-topk"]
+    variables = {"EMO_DEVICE": "cpu"}
+    if "--hybrid-layer-pattern" in flags:
+        (folder / "pool.json").write_text(json.dumps({"pool_min": int(top_k)}))
+        variables["EMO_POOL_CONFIG"] = str(folder / "pool.json")
+        spec = ("--spec", "emo_megatron.mcore.spec", "pool_hybrid_layer_spec")
+        start: list[Any] = [HYBRID_SCRIPT, *PROCESS, *POOLS, *spec]
+    else:
+        start = [*PROCESS, *POOLS, "--pool-min", top_k]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *PROCESS, *pools, *words],
-        env=process_environment() | {"EMO_DEVICE": "cpu"},
+        [sys.executable, str(SCRIPT), *map(str, start), *words],
+        env=process_environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert (done.returncode != 0) == expect_failure, done.stdout[-4000:]
     return done.stdout
 
 
@@ -208,12 +243,31 @@ def plain(value: Any) -> Any:
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
-def test_a_published_recipe_trains_with_pools(name):
+def test_a_published_recipe_trains_with_pools(name, tmp_path):
     flags = shrunk(published(name))
-    output = train(flags)
+    check_training(train(flags, tmp_path), flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_transformer_engine_is_named_and_the_rest_trains(name, tmp_path):
+    flags = shrunk(published(name))
+    output = train(flags, tmp_path, expect_failure=True)
+    (problem,) = re.findall(r"  - (--\S+) must not be given with --transformer-impl local", output)
+    assert problem == REFUSED[name]
+    rest = {f: v for f, v in flags.items() if f != problem and not f.startswith("--linear-")}
+    check_training(train(rest, tmp_path), rest)
+
+
+def check_training(output: str, flags: Flags) -> None:
+    """Losses, metrics of the pools, and the flags that Megatron says it goes by."""
     losses = logged(output)
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
+    for depth in range(1, int(flags.get("--mtp-num-layers", [0])[0]) + 1):
+        further = logged(output, f"mtp_{depth} loss")
+        assert len(further) == 2
+        assert all(map(math.isfinite, further))
     sizes = logged(output, "pool_size")
     assert len(sizes) == 2
     top_k, experts = (_number(flags, flag) for flag in ("--moe-router-topk", "--num-experts"))
@@ -242,7 +296,7 @@ def test_a_published_recipe_trains_with_pools(name):
 
 def test_every_recipe_is_tried_and_says_where_it_is_from():
     files = {path.stem: path.read_text() for path in RECIPES.glob("*.sh")}
-    assert files.keys() == {*QUICK, *SLOW}
+    assert files.keys() == {*QUICK, *SLOW, *REFUSED}
     for text in files.values():
         assert re.search(r"^# .*(NVIDIA|yanring|allenai)[\w-]*/[\w-]+", text, flags=re.MULTILINE)
 
@@ -259,7 +313,9 @@ def problems(switched_off: dict[str, tuple[str, str]]) -> list[str]:
 def test_only_what_a_cpu_lacks_is_switched_off():
     assert problems(SWITCHED_OFF) == []
     everything = [
-        (flag, values) for name in (*QUICK, *SLOW) for flag, values in published(name).items()
+        (flag, values)
+        for name in (*QUICK, *SLOW, *REFUSED)
+        for flag, values in published(name).items()
     ]
     used = {row for flag, values in everything for row in (flag, shlex.join([flag, *values]))}
     assert SWITCHED_OFF.keys() <= used, "rows that no recipe needs"

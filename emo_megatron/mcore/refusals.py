@@ -229,13 +229,6 @@ _STAGES = (
 
 HOST_REFUSALS = (
     Refusal(
-        field="mtp_num_layers",
-        allowed=(None, 0),
-        kind="impossible",
-        reason="Megatron's scripts build the layers of multi-token prediction with the stock router; use "
-        "examples/pretrain_emo.py",
-    ),
-    Refusal(
         field="context_parallel_size",
         allowed=(1,),
         only_with_pools=True,

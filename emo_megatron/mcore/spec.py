@@ -272,16 +272,27 @@ def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> Transform
         ValueError: EMO_POOL_CONFIG is not set or names no valid configuration, or the run would not do what it says.
     """
     config = model_config.transformer
-    return pool_block_spec(config, pool=_prepare_script(config), vp_stage=vp_stage)
+    pool = _prepare_script(config)
+    if config.mtp_num_layers:
+        from emo_megatron.mcore.builder import pool_prediction
+
+        pool_prediction(model_config, pool)
+    return pool_block_spec(config, pool=pool, vp_stage=vp_stage)
 
 
 class _StackOfScript:
     """Builds the stack of pool_hybrid_spec, when the model is built."""
 
-    def __new__(cls, config: TransformerConfig, **options: Any) -> Any:
-        return build_module(
-            pool_hybrid_spec(config, pool=_prepare_script(config)), config, **options
-        )
+    def __new__(
+        cls,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules | None = None,
+        **options: Any,
+    ) -> Any:
+        stack = pool_hybrid_spec(config, pool=_prepare_script(config))
+        # HybridModel looks there for its block of multi-token prediction, once this stack is built
+        pool_hybrid_layer_spec.submodules = stack.submodules
+        return build_module(stack, config, **options)
 
 
 # a ready spec and no function: HybridModel's builder calls none

@@ -33,14 +33,17 @@ def _train(config_file, flags):
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.training import global_vars
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.models import gpt
     from support import tiny
 
     from emo_megatron.mcore import cpu
     from emo_megatron.mcore.router import PoolRouter
 
+    of_megatron = gpt.mtp_block_spec
     # Megatron leaves this choice in the environment of a process, where other tests build models too
     sys.argv = ["pretrain_gpt.py", *cpu.with_cpu_flags([*flags, "--attention-backend", "auto"])]
     if config_file is not None:
@@ -67,12 +70,11 @@ def _train(config_file, flags):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     return {
-        "routers": [
-            (type(layer.mlp.router) is PoolRouter, layer.mlp.router.pool)
-            for layer in model.decoder.layers
-        ],
+        "routers": [(type(r) is PoolRouter, r.pool) for r in routers],
         "pools": [pool.sum(-1).tolist() for pool in packed.emo_scope.pools.values()],
+        "is_megatrons": gpt.mtp_block_spec is of_megatron,
         "losses": losses,
         "metrics": get_moe_metrics_tracker().names,
     }
@@ -96,6 +98,17 @@ def test_the_model_builder_makes_the_pools_of_the_file(ranks, pool_file):
     assert all(len(sizes) == 3 and set(sizes) <= {3, 4} for sizes in answer["pools"])
     assert answer["losses"][1] < answer["losses"][0]
     assert {"pool_size", "experts_per_document"} <= set(answer["metrics"])
+
+
+def test_layers_of_multi_token_prediction_have_pools_too(ranks, pool_file):
+    path = pool_file('{"pool_min": 3, "pool_max": 4}')
+    flags = [*FLAGS, DOCUMENTS, "--mtp-num-layers", "2"]
+    answer = ranks(1).run(_train, config_file=path, flags=flags)[0]
+    assert answer["routers"] == [(True, PoolConfig(pool_min=3, pool_max=4))] * 4
+    assert len(answer["pools"]) == 4
+    assert all(set(sizes) <= {3, 4} for sizes in answer["pools"])
+    assert answer["losses"][1] < answer["losses"][0]
+    assert answer["is_megatrons"], "what Megatron's builder calls is put back"
 
 
 def test_an_empty_object_is_the_standard_model(ranks, pool_file):

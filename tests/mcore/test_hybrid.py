@@ -172,8 +172,11 @@ def test_it_is_gpts_model_with_gpts_weights(ranks):
     assert routers == 2
 
 
-def _built_by_megatron(config_text, tmp):
-    """As pretrain_hybrid.py builds the model of --spec emo_megatron.mcore.spec pool_hybrid_layer_spec."""
+def _built_by_megatron(config_text, tmp, pattern="*E*E", depths=None):
+    """The routers of the model that pretrain_hybrid.py builds of --spec emo_megatron.mcore.spec pool_hybrid_layer_spec.
+
+    Their pools, layer numbers and depths of prediction; or the error.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import import_module
     from megatron.training.models.hybrid import HybridModelConfig
@@ -184,9 +187,9 @@ def _built_by_megatron(config_text, tmp):
     tiny.setup()
     spec = import_module(("emo_megatron.mcore.spec", "pool_hybrid_layer_spec"))
     config = HybridModelConfig(
-        transformer=tiny.transformer_config(num_layers=4),
+        transformer=tiny.transformer_config(num_layers=4, mtp_num_layers=depths),
         hybrid_stack_spec=spec,
-        hybrid_layer_pattern="*E*E",
+        hybrid_layer_pattern=pattern,
         vocab_size=tiny.VOCAB,
         seq_length=tiny.SEQ,
     )
@@ -194,19 +197,26 @@ def _built_by_megatron(config_text, tmp):
         (tmp / "pool.json").write_text(config_text)
         os.environ["EMO_POOL_CONFIG"] = str(tmp / "pool.json")
     try:
-        model = config.get_builder_cls()(config).build_model(
-            ProcessGroupCollection.use_mpu_process_groups()
-        )
+        builder = config.get_builder_cls()(config)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        # twice: virtual stages are built one after the other of one spec
+        builder.build_model(groups)
+        model = builder.build_model(groups)
     except ValueError as error:
         return str(error)
     finally:
         os.environ.pop("EMO_POOL_CONFIG", None)
-    return [m.pool for m in model.modules() if isinstance(m, PoolRouter)]
+    routers = [m for m in model.modules() if isinstance(m, PoolRouter)]
+    return [(router.pool, router.layer_number, router.mtp_depth) for router in routers]
 
 
 def test_megatrons_builder_takes_it_as_a_spec(ranks, tmp_path):
     run = functools.partial(ranks(1).run, _built_by_megatron, tmp=tmp_path)
-    assert run(config_text='{"pool_min": 3}')[0] == [PoolConfig(pool_min=3)] * 2
+    pool, text = PoolConfig(pool_min=3), '{"pool_min": 3}'
+    assert run(config_text=text)[0] == [(pool, 2, 0), (pool, 4, 0)]
+    # a depth's stack is numbered from 1 by Megatron, its MoE layer not marked as one of prediction
+    predicting = run(config_text=text, pattern="*E*E/*E/*E", depths=2)[0]
+    assert predicting == [(pool, 2, 0), (pool, 4, 0), (pool, 5, 1), (pool, 6, 2)]
     assert "EMO_POOL_CONFIG is not set" in run(config_text=None)[0]
     assert "--num-experts (8); got 9" in run(config_text='{"pool_min": 9}')[0]
 

@@ -1,4 +1,7 @@
-"""examples/pretrain_emo.py that prints a line of JSON more: the flags, and over them the configuration of a router."""
+"""A pretraining script that prints a line of JSON more: the flags, and over them the configuration of a router.
+
+It is examples/pretrain_emo.py, or the one whose path is the first argument, run as emo_megatron.mcore.on_cpu runs it.
+"""
 
 from __future__ import annotations
 
@@ -34,5 +37,8 @@ def build_and_show(self: PoolRouter, *args: Any, **kwargs: Any) -> None:
 
 PoolRouter.__init__ = build_and_show  # type: ignore[method-assign]
 script = ROOT / "examples" / "pretrain_emo.py"
+if sys.argv[1].endswith(".py"):
+    script = Path(sys.argv.pop(1))
+    sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
 sys.argv[0] = str(script)
 runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,71 @@
+# Nemotron-3.5-Lightning-30B-A3B: Nemotron-3-Nano trained with multi-token prediction, two ranks a sample.
+#
+# nemotron_3_nano_30b_a3b.sh with what nemotron_3_5_lightning_pretrain_config changes of it in NVIDIA-NeMo/Megatron-Bridge,
+# src/megatron/bridge/recipes/nemotronh/h100/nemotron_3_nano.py (bcd2d134), its fields spelt as flags;
+# its mtp_hybrid_override_pattern is what stands behind each / of --hybrid-layer-pattern. Left out: keep_mtp_spec_in_bf16,
+# for which Megatron-Core 0.19.2 has no flag.
+flags=(
+    --hybrid-layer-pattern 'MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME/*E/*E'
+    --hidden-size 2688
+    --ffn-hidden-size 1856
+    --squared-relu
+    --use-fused-weighted-squared-relu
+    --disable-bias-linear
+    --normalization RMSNorm
+    --untie-embeddings-and-output-weights
+    --seq-length 8192
+    --max-position-embeddings 8192
+    --init-method-std 0.0173
+    --attention-dropout 0.0
+    --hidden-dropout 0.0
+    --cross-entropy-loss-fusion
+    --cross-entropy-fusion-impl native
+
+    --num-attention-heads 32
+    --group-query-attention
+    --num-query-groups 2
+    --kv-channels 128
+    --position-embedding-type none
+    --attention-backend flash
+    --mamba-num-heads 64
+    --mamba-head-dim 64
+
+    --num-experts 128
+    --moe-shared-expert-intermediate-size 3712
+    --moe-router-topk 6
+    --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias
+    --moe-router-topk-scaling-factor 2.5
+    --moe-router-dtype fp32
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-aux-loss-coeff 1e-4
+    --moe-grouped-gemm
+    --moe-permute-fusion
+    --moe-token-dispatcher-type flex
+    --moe-flex-dispatcher-backend hybridep
+    --moe-hybridep-num-sms 16
+
+    --mtp-num-layers 2
+    --mtp-use-repeated-layer
+    --mtp-loss-scaling-factor 0.3
+
+    --use-mcore-models
+    --transformer-impl transformer_engine
+    --cuda-graph-impl transformer_engine
+    --cuda-graph-modules mamba
+    --micro-batch-size 1
+    --global-batch-size 512
+    --bf16
+    --recompute-granularity selective
+    --recompute-modules moe layernorm core_attn
+    --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1
+    --expert-model-parallel-size 8
+    --expert-tensor-parallel-size 1
+    --context-parallel-size 2
+    --cp-comm-type p2p
+    --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
+    --enable-experimental
+)
