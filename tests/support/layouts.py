@@ -62,6 +62,7 @@ GROUPED_POOLS: dict[str, Any] = {
 LATE: dict[str, Any] = {"pool": {"pool_delay_samples": 1, "pool_min_decay_samples": 16}}
 """The first step trains the standard MoE, the next ones pools whose lower bound falls."""
 MTP: dict[str, Any] = {"config": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.3}}
+REPEATED_MTP: dict[str, Any] = {"config": {**MTP["config"], "mtp_use_repeated_layer": True}}
 ONE_MTP: dict[str, Any] = {"config": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}}
 PADDED: dict[str, Any] = {"has_slots": False, "cp_partition": "document"}
 """Documents of any length side by side, which context parallelism pads and cuts as pretrain_emo.py does."""
@@ -228,6 +229,20 @@ FEATURES: list[Case] = [
     ),
     *(
         Case(
+            name=f"{name}, one layer of multi-token prediction", **layout, **REPEATED_MTP, **PADDED
+        )
+        for name, layout in {
+            "CP2": {"cp": 2, "mbs": 2, "accumulation": 2, "recompute": "full"},
+            "PP2": {"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "moe", "per_token": True},
+            "EP2, dedup": {
+                **{"dp": 2, "ep": 2, "accumulation": 2, "recompute": "moe", "balance": "running"},
+                "dispatcher": "dedup",
+            },
+            "CP2 x PP2": {"cp": 2, "pp": 2, "mbs": 2, "accumulation": 4, "recompute": "full"},
+        }.items()
+    ),
+    *(
+        Case(
             name=f"{name}, routers, multi-token prediction",
             documents="routers",
             has_slots=False,
@@ -236,7 +251,11 @@ FEATURES: list[Case] = [
         for name, layout in {
             "DP2": {"dp": 2, "mbs": 2, "accumulation": 2, "per_token": True, **MTP},
             "CP2 by sample": {"cp": 2, "mbs": 2, "recompute": "full", **MTP},
-            "PP2": {"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "full", **MTP},
+            "PP2": {
+                **{"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "full", **MTP},
+                # learned ones are on two stages, and Megatron does not sum their gradients
+                "positions": "rope",
+            },
             "EP2, overlap": {
                 **{"dp": 2, "ep": 2, "accumulation": 4, "per_token": True, **ONE_MTP},
                 "features": OVERLAP,

@@ -25,6 +25,9 @@ class Case:
     tp: int = 1
     cp: int = 1
     cp_partition: str = "sample"
+    positions: str | None = None
+    """Megatron's position_embedding_type; None: learned_absolute where samples are cut, of whose packed documents its
+    rotary embedding knows nothing, else rope."""
     ep: int = 1
     etp: int | None = None
     pp: int = 1
@@ -72,6 +75,7 @@ class Case:
             per_token=self.per_token,
             balance=self.balance,
             cp_partition=self.cp_partition,
+            positions=self.positions,
             pools=self.pools,
             documents=self.documents,
             has_slots=self.has_slots,
@@ -124,6 +128,7 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
 
     from . import shards
 
+    _choose_mtp_loss(case)
     chunks, optimizer = build(case, seed=seed)
     install_metrics(pool_config(case), chunks[0].config, has_documents=True)
     recorder = Recorder(chunks)
@@ -146,7 +151,16 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
     CLOCK.consumed_samples = None
     answer["weights"] = shards.parts([chunk.module for chunk in chunks])
     break_cycles(chunks)
+    _forget_mtp_losses()
     return answer | {"decisions": recorder.decisions, "margin": recorder.margin}
+
+
+def _choose_mtp_loss(case: Case) -> None:
+    if not case.config.get("mtp_num_layers"):
+        return
+    from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
+
+    use_exact_mtp_loss(case.is_exact)
 
 
 def forward_backward(
@@ -202,6 +216,13 @@ def report_metrics(case: Case) -> dict[str, float]:
     return logged
 
 
+def _forget_mtp_losses() -> None:
+    """Megatron's record of them keeps groups and a shape of this run."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker = {}
+
+
 def break_cycles(chunks: list[Any]) -> None:
     """Let the model be freed, and its process groups' threads with it.
 
@@ -233,6 +254,7 @@ def build(case: Case, *, seed: int) -> tuple[list[Any], Any]:
         virtual_pipeline_model_parallel_size=case.vpp,
         expert_model_parallel_size=case.ep,
         expert_tensor_parallel_size=case.etp or 1,
+        **_embedding_groups(case),
     )
     config = tiny.transformer_config(**_options(case))
     models = [_model(case, config, stage) for stage in (range(case.vpp) if case.vpp else [None])]
@@ -312,8 +334,8 @@ def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
         mtp_block_spec=_mtp_spec(case, config, vp_stage),
         vocab_size=VOCAB,
         max_sequence_length=SEQ * 8,
-        # Megatron's rotary embedding of packed sequences knows the cut by document only
-        position_embedding_type="learned_absolute" if case.cp_partition == "sample" else "rope",
+        position_embedding_type=case.positions
+        or ("learned_absolute" if case.cp_partition == "sample" else "rope"),
         share_embeddings_and_output_weights=False,
         pre_process=parallel_state.is_pipeline_first_stage(
             ignore_virtual=case.vpp is None, vp_stage=vp_stage
@@ -323,6 +345,17 @@ def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
         ),
         vp_stage=vp_stage,
     )
+
+
+def _embedding_groups(case: Case) -> dict[str, Any]:
+    """Which stages of a pipeline share the embedding of tokens, as Megatron's script tells with such layers."""
+    if not case.config.get("mtp_num_layers"):
+        return {}
+    stages = case.features.get("pipeline_model_parallel_layout") or [["mtp"]]
+    (with_mtp,) = [stage - len(stages) for stage, layers in enumerate(stages) if "mtp" in layers]
+    return {
+        "get_embedding_ranks": lambda pp_ranks: sorted({pp_ranks[0], pp_ranks[with_mtp]}),
+    }
 
 
 def _mtp_spec(case: Case, config: Any, vp_stage: int | None) -> Any:
