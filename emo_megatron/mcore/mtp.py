@@ -40,6 +40,8 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
                 f"{len(routers)}: Megatron reports one MoE layer per depth"
             )
         for router in routers:
+            # a hybrid stack does not tell its MoE layers
+            router.is_mtp_layer = True
             router.set_layer_number(self.layer_number)
         self._routers = routers
         self._num_forward = self._num_backward = 0
