@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 from unittest import mock
 
+from megatron.bridge.models import gpt_provider
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
-from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.config.instantiate_utils import target_allowlist
@@ -92,7 +95,11 @@ class PooledGPT(Pooled):
     def provide(self, *args: Any, **kwargs: Any) -> Any:
         """One stage of the model, built of the recipe's own layers with pools in them."""
         recipes_own, pool = self.transformer_layer_spec, self.pool_config()  # type: ignore[has-type]
-        with in_words_of_bridge(), _pools_in_prediction_layers(self, pool):
+        prediction_block = functools.partial(_prediction_block, recipes_own, pool)
+        with (
+            in_words_of_bridge(),
+            mock.patch.object(gpt_provider, "mtp_block_spec", prediction_block),
+        ):
             # run_config.yaml keeps the recipe's, and the callable keeps its signature, which Bridge looks at
             self.transformer_layer_spec = with_pools(recipes_own, config=self, pool=pool)
             try:
@@ -101,24 +108,35 @@ class PooledGPT(Pooled):
                 self.transformer_layer_spec = recipes_own
 
 
-@contextlib.contextmanager
-def _pools_in_prediction_layers(config: Any, pool: PoolConfig) -> Iterator[None]:
-    """Let Bridge build layers of multi-token prediction of the recipe's layers with pools.
+_ONE_STAGE = {
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
 
-    It makes them of the decoder's spec and always with Transformer Engine's modules around it, and Megatron takes the
-    spec of one layer only where it is of Megatron's own class.
+
+def _prediction_block(
+    recipes_own: Any, pool: PoolConfig, config: Any, vp_stage: int | None = None
+) -> Any:
+    """This stage's layers of multi-token prediction, like the last of the recipe's decoder; None: it has none.
+
+    Bridge's own function takes Megatron's layer in the place of the recipe's where a stage has no decoder layers, and
+    asks for Transformer Engine always.
     """
-    of_megatron = gpt_layer_specs.get_gpt_mtp_block_spec
+    if not config.mtp_num_layers:
+        return None
+    whole = copy.copy(config)
+    vars(whole).update(_ONE_STAGE)
+    spec = recipes_own if isinstance(recipes_own, ModuleSpec) else recipes_own(whole)
+    if isinstance(spec, ModuleSpec):
+        spec = TransformerBlockSubmodules(layer_specs=[spec])
     uses_te = config.transformer_impl == "transformer_engine"
-
-    def block_spec(config: Any, spec: Any, *, use_transformer_engine: bool, **stage: Any) -> Any:
-        if isinstance(spec, ModuleSpec):
-            spec = TransformerBlockSubmodules(layer_specs=[spec])
-        block = of_megatron(config, spec, use_transformer_engine=uses_te, **stage)
-        return None if block is None else with_pools(block, config=config, pool=pool)
-
-    with mock.patch.object(gpt_layer_specs, "get_gpt_mtp_block_spec", block_spec):
-        yield
+    block = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=uses_te, vp_stage=vp_stage)
+    return None if block is None else with_pools(block, config=config, pool=pool)
 
 
 class PooledHybrid(Pooled):
