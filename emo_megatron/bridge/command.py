@@ -72,7 +72,7 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
         process_config_with_overrides(cfg, cli_overrides=others)
     except OverridesError as error:
         raise ValueError(str(error)) from None
-    apply_pools(cfg, pool, strict=strict)
+    apply_pools(cfg, pool, pool_documents=pool.pool_documents, strict=strict)
     return cfg
 
 
@@ -82,7 +82,7 @@ def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
     Raises:
         ValueError: it is missing, a field is unknown or wrong, or an override is none.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"pool_documents": "routers"}
     others = []
     parser = OverridesParser.create()
     for text in overrides:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, get_type_hints
+from unittest import mock
 
+from megatron.bridge.models import gpt_provider
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.config.instantiate_utils import target_allowlist
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.long_context_flags import (
+    equal_lengths_flag,
+    problems_with_exchange,
+    problems_with_prediction,
+)
 from emo_megatron.mcore.refusals import Refusal, problems_of, problems_with_config
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec import with_pools
@@ -23,19 +35,6 @@ AutoMapping.register_module_type(PoolRouter.__name__, "replicated")
 POOL_FIELDS = tuple(field.name for field in dataclasses.fields(PoolConfig))
 
 BRIDGE_REFUSALS = (
-    Refusal(
-        field="mtp_num_layers",
-        allowed=(None, 0),
-        kind="untried",
-        reason="pools for the layers of multi-token prediction are not built; pipeline_model_parallel_layout, "
-        "mtp_hybrid_override_pattern and mtp_use_repeated_layer may name such layers too",
-    ),
-    Refusal(
-        field="pool_documents",
-        allowed=("routers",),
-        kind="untried",
-        reason="attention that keeps to documents needs batches that are padded and cut by document",
-    ),
     Refusal(
         field="moe_n_hash_layers",
         allowed=(0, None),
@@ -55,14 +54,27 @@ BRIDGE_REFUSALS = (
 class Pooled:
     """A provider with PoolConfig's fields."""
 
+    pool_documents: str
+    context_parallel_size: int
+    pipeline_model_parallel_size: int
+
+    @property
+    def cuts_documents(self) -> bool:
+        """Whether context parallelism cuts documents one by one, for which each is padded."""
+        return self.pool_documents == "attention" and self.context_parallel_size > 1
+
     def pool_config(self) -> PoolConfig:
         """The pools that the fields say.
 
         Raises:
             ValueError: naming every field that is wrong.
         """
+        fields = {name: getattr(self, name) for name in POOL_FIELDS}
+        if self.cuts_documents:
+            # as step.py does
+            fields["pool_cp_partition"] = "document"
         with in_words_of_bridge():
-            return PoolConfig(**{name: getattr(self, name) for name in POOL_FIELDS})
+            return PoolConfig(**fields)
 
     def finalize(self) -> None:
         """Bridge's own, and the check that this model can have these pools.
@@ -70,6 +82,9 @@ class Pooled:
         Raises:
             ValueError: naming every field that is wrong.
         """
+        if self.cuts_documents and self.pipeline_model_parallel_size > 1:
+            # a padded micro-batch is as long as its documents need
+            self.variable_seq_lengths = True
         super().finalize()  # type: ignore[misc]
         require_possible(self)
 
@@ -79,30 +94,62 @@ class PooledGPT(Pooled):
 
     def provide(self, *args: Any, **kwargs: Any) -> Any:
         """One stage of the model, built of the recipe's own layers with pools in them."""
-        recipes_own = self.transformer_layer_spec  # type: ignore[has-type]
-        with in_words_of_bridge():
+        recipes_own, pool = self.transformer_layer_spec, self.pool_config()  # type: ignore[has-type]
+        prediction_block = functools.partial(_prediction_block, recipes_own, pool)
+        with (
+            in_words_of_bridge(),
+            mock.patch.object(gpt_provider, "mtp_block_spec", prediction_block),
+        ):
             # run_config.yaml keeps the recipe's, and the callable keeps its signature, which Bridge looks at
-            self.transformer_layer_spec = with_pools(
-                recipes_own,
-                config=self,
-                pool=self.pool_config(),
-            )
+            self.transformer_layer_spec = with_pools(recipes_own, config=self, pool=pool)
             try:
                 return super().provide(*args, **kwargs)  # type: ignore[misc]
             finally:
                 self.transformer_layer_spec = recipes_own
 
 
+_ONE_STAGE = {
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
+
+
+def _prediction_block(
+    recipes_own: Any, pool: PoolConfig, config: Any, vp_stage: int | None = None
+) -> Any:
+    """This stage's layers of multi-token prediction, like the last of the recipe's decoder; None: it has none.
+
+    Bridge's own function takes Megatron's layer in the place of the recipe's where a stage has no decoder layers, and
+    asks for Transformer Engine always.
+    """
+    if not config.mtp_num_layers:
+        return None
+    whole = copy.copy(config)
+    vars(whole).update(_ONE_STAGE)
+    spec = recipes_own if isinstance(recipes_own, ModuleSpec) else recipes_own(whole)
+    if isinstance(spec, ModuleSpec):
+        spec = TransformerBlockSubmodules(layer_specs=[spec])
+    uses_te = config.transformer_impl == "transformer_engine"
+    block = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=uses_te, vp_stage=vp_stage)
+    return None if block is None else with_pools(block, config=config, pool=pool)
+
+
 class PooledHybrid(Pooled):
     """Of providers that build a HybridModel from a stack."""
 
-    def _resolve_hybrid_stack_spec(self) -> Any:
+    def provide(self, *args: Any, **kwargs: Any) -> Any:
+        """One stage of the model, built of the recipe's own layers with pools in them."""
         with in_words_of_bridge():
-            return with_pools(
-                super()._resolve_hybrid_stack_spec(),  # type: ignore[misc]
-                config=self,
-                pool=self.pool_config(),
-            )
+            return super().provide(*args, **kwargs)  # type: ignore[misc]
+
+    def _resolve_hybrid_stack_spec(self) -> Any:
+        stack = super()._resolve_hybrid_stack_spec()  # type: ignore[misc]
+        return with_pools(stack, config=self, pool=self.pool_config())
 
 
 def pooled[Provider](cls: type[Provider]) -> type[Provider]:
@@ -122,16 +169,31 @@ def require_possible(model: Any) -> None:
         ValueError: naming every field that is wrong.
     """
     pool = model.pool_config()
-    problems = problems_of(BRIDGE_REFUSALS, model, pool)
-    told = {refusal.field for refusal in BRIDGE_REFUSALS}
-    for problem in problems_with_config(pool, model):
-        if not any(problem.startswith("--" + field.replace("_", "-") + " ") for field in told):
-            problems.append(problem)
+    problems = problems_of(BRIDGE_REFUSALS, model, pool) + problems_with_config(pool, model)
+    problems += _problems_with_layout(model, pool)
     if problems:
         raise ValueError(
             "this recipe cannot train with document pools:\n"
             + "\n".join(f"  - {_in_words_of_bridge(p)}" for p in problems)
         )
+
+
+def _problems_with_layout(model: Any, pool: PoolConfig) -> list[str]:
+    """What context parallelism, multi-token prediction and packed attention cannot go with, one sentence each."""
+    is_packed = pool.pool_documents == "attention"
+    problems = problems_with_exchange(model, is_cut=model.cuts_documents)
+    problems += problems_with_prediction(model, is_packed=is_packed)
+    if is_packed and "M" in (getattr(model, "hybrid_layer_pattern", None) or ""):
+        problems.append(
+            "--pool-documents must be routers with Mamba layers, M in --hybrid-layer-pattern; got 'attention': that "
+            "they start anew at every document has not been tried"
+        )
+    if model.cuts_documents and (needs := equal_lengths_flag(model)):
+        problems.append(
+            f"--pool-documents must be routers with {needs} and --context-parallel-size above 1; got 'attention': that "
+            "takes equally many tokens of every rank, and documents are padded to other lengths on each"
+        )
+    return problems
 
 
 _RENAMED = {"num_experts": "num_moe_experts"}

@@ -12,7 +12,7 @@ from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConf
 from emo_megatron.bridge import providers
 from emo_megatron.bridge.pooled import POOL_FIELDS, Pooled, require_possible
 from emo_megatron.bridge.run_config import check_resume, step_to_load
-from emo_megatron.config import PoolConfig
+from emo_megatron.config import PoolConfig, PoolDocuments
 
 PROVIDERS = {
     cls.__mro__[cls.__mro__.index(Pooled) + 1]: cls
@@ -25,16 +25,24 @@ OF_POOLS = ("dataset.inter_document_masking", "model.pool_documents")
 """Options that every run with pools sets, strict or not: no recipe chooses them."""
 
 
-def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str, tuple[Any, Any]]:
+def apply_pools(
+    cfg: Any,
+    pool: PoolConfig,
+    *,
+    pool_documents: PoolDocuments = "routers",
+    strict: bool = False,
+) -> dict[str, tuple[Any, Any]]:
     """Give a pretraining recipe document pools, in place, and print every option that this changes.
 
     Only what would make pools wrong or has no place for them is changed: balancing of random logits, the router's
-    precision, CUDA graphs. Boundaries of documents go to the routers alone (`pool_documents` routers), so that
-    attention, loader, positions and context parallelism stay the recipe's.
+    precision, CUDA graphs.
 
     Args:
         cfg: a recipe's ConfigContainer, not finalized.
         pool: the method. Pools off gives the standard MoE to compare with: the same changes, loader and metrics.
+        pool_documents: takes the place of the pool's own, whose default no recipe has. routers: boundaries of documents
+            go to the routers alone, and attention, positions and the cut of context parallelism stay the recipe's.
+            attention: all of these keep to documents.
         strict: refuse instead of changing an option of the recipe's own.
 
     Returns:
@@ -52,7 +60,7 @@ def apply_pools(cfg: Any, pool: PoolConfig, *, strict: bool = False) -> dict[str
             f"cfg.model must be one of {', '.join(sorted(cls.__name__ for cls in PROVIDERS))}; got "
             f"{type(model).__name__}, which may build layers of its own that would see no pools"
         )
-    changes = _changes(cfg, pool)
+    changes = _changes(cfg, pool, pool_documents)
     of_recipe = {name: both for name, both in changes.items() if name not in OF_POOLS}
     if strict and of_recipe:
         raise ValueError(
@@ -120,11 +128,13 @@ def check_run(cfg: Any, pool: PoolConfig) -> None:
         )
 
 
-def _changes(cfg: Any, pool: PoolConfig) -> dict[str, tuple[Any, Any]]:
+def _changes(
+    cfg: Any, pool: PoolConfig, pool_documents: PoolDocuments
+) -> dict[str, tuple[Any, Any]]:
     """Options that must have another value, "section.field" -> (now, then)."""
     wanted: dict[str, Any] = {
         "dataset.inter_document_masking": True,
-        "model.pool_documents": "routers",
+        "model.pool_documents": pool_documents,
         "model.moe_router_dtype": "fp32",
         "model.moe_router_force_load_balancing": False,
         "model.cuda_graph_impl": "none",

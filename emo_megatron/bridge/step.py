@@ -15,26 +15,32 @@ from megatron.bridge.training.utils.flop_utils import (
     get_model_chunk_vp_stage,
 )
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from megatron.core.pipeline_parallel.utils import (
-    is_pp_first_stage,
-    is_pp_last_stage,
-    is_vp_first_stage,
-    is_vp_last_stage,
-)
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch import Tensor
 
 from emo_megatron.bridge.pooled import Pooled
 from emo_megatron.bridge.recipe import check_run
 from emo_megatron.bridge.run_config import check_resume
+from emo_megatron.mcore.batches import TOKEN_KEYS
 from emo_megatron.mcore.context import CLOCK
 from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.padding import (
+    Packing,
+    cut_by_document,
+    packed_params,
+    padded_bounds,
+    padding_multiple,
+)
+from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import (
     RouterDocuments,
     forward_with_documents,
     merged_bounds,
 )
+
+Batch = dict[str, Tensor | None]
 
 
 def pool_forward_step(
@@ -56,14 +62,20 @@ def pool_forward_step(
     """
     _begin(state)
     CLOCK.consumed_samples = state.train_state.consumed_train_samples
-    vp_stage = get_model_chunk_vp_stage(model)
+    config, groups = state.cfg.model, get_pg_collection(model)
     state.timers("batch-generator", log_level=2).start()
     with state.straggler_timer(bdata=True):
-        batch, documents = _get_batch(state, data_iterator, model, vp_stage)
+        batch, packing = _get_batch(state, data_iterator, unwrap_model(model))
+        _count_flops(state, get_model_chunk_vp_stage(model), batch, packing)
+        documents = packed = None
+        if config.pool_documents == "routers":
+            batch, documents = _cut_by_sample(batch, packing, groups)
+        else:
+            batch, packed = _packed(batch, packing, config, groups)
     state.timers("batch-generator").stop()
-    accumulate_flops_metadata(
-        state, batch["tokens"], vp_stage=vp_stage, config_seq_len=state.cfg.model.seq_length
-    )
+    # padded documents have no samples of one length, and their shapes travel between stages
+    num_samples = packing.num_samples if packed and not config.cuts_documents else 1
+    flatten_received(model, num_samples=num_samples)
     with state.straggler_timer:
         output = forward_with_documents(
             model.build_schedule_plan if return_schedule_plan else model,
@@ -72,8 +84,11 @@ def pool_forward_step(
             batch["position_ids"],
             None,
             labels=batch["labels"],
-            **({"loss_mask": batch["loss_mask"]} if return_schedule_plan else {}),
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=packed,
         )
+    if not return_schedule_plan:
+        output = as_exchanged(output, model, num_samples=num_samples)
     checks = state.cfg.rerun_state_machine
     loss = functools.partial(
         masked_next_token_loss,
@@ -81,42 +96,105 @@ def pool_forward_step(
         check_for_nan_in_loss=checks.check_for_nan_in_loss,
         check_for_spiky_loss=checks.check_for_spiky_loss,
     )
-    return output, loss
+    if groups.cp.size() == 1 or config.calculate_per_token_loss:
+        return output, loss
+    return output, functools.partial(_of_all_tokens, loss, groups.cp)
 
 
-def _get_batch(
-    state: GlobalState, data_iterator: Any, model: Any, vp_stage: int | None
-) -> tuple[dict[str, Tensor | None], RouterDocuments]:
-    """This stage's part of the next micro-batch, [mbs, s] each or None, and the documents of all of it."""
-    groups, config = get_pg_collection(model), state.cfg.model
+def _get_batch(state: GlobalState, data_iterator: Any, stage: Any) -> tuple[Batch, Packing]:
+    """The next micro-batch, all context-parallel ranks' part of it and still on the host.
+
+    Returns:
+        TOKEN_KEYS -> [mbs, S], None where this stage has no need of it; and the documents.
+    """
     loaded = next(data_iterator)
     if "cu_seqlens" not in loaded:
         raise ValueError(
             f"dataset.inter_document_masking must be True; got a batch of {sorted(loaded)}: the documents of a batch "
             "come with it"
         )
-    mbs, length = loaded["tokens"].shape
-    documents = RouterDocuments(
-        # on the host, where counting the documents costs nothing
-        cu_seqlens=merged_bounds(loaded["cu_seqlens"]).cuda(non_blocking=True),
+    num_samples, length = loaded["tokens"].shape
+    packing = Packing(
+        cu_seqlens=merged_bounds(loaded["cu_seqlens"]).int(),
         tokens_per_sample=length,
+        num_samples=num_samples,
         num_padding_B=_num_padding(loaded["loss_mask"], state.cfg.dataset),
     )
-    # the dataset starts them anew at every document, which the recipe's attention does not
-    loaded["position_ids"] = torch.arange(length).expand(mbs, length)
-    vp = {"vp_stage": vp_stage, "vp_size": config.virtual_pipeline_model_parallel_size}
-    wanted: tuple[str, ...] = ()
-    if is_pp_first_stage(groups.pp) and (vp_stage is None or is_vp_first_stage(**vp)):
-        wanted += ("tokens", "position_ids")
-    if is_pp_last_stage(groups.pp) and (vp_stage is None or is_vp_last_stage(**vp)):
-        wanted += ("labels", "loss_mask")
-    batch = {
-        key: loaded[key].cuda(non_blocking=True) if key in wanted else None
-        for key in ("tokens", "position_ids", "labels", "loss_mask")
-    }
-    if groups.cp.size() > 1 and wanted:
+    needed: tuple[str, ...] = ("labels", "loss_mask") if stage.post_process else ()
+    # layers of multi-token prediction embed tokens too
+    if stage.pre_process or stage.mtp_process:
+        needed += ("tokens", "position_ids")
+    return {key: loaded[key] if key in needed else None for key in TOKEN_KEYS}, packing
+
+
+def _count_flops(state: GlobalState, vp_stage: int | None, batch: Batch, packing: Packing) -> None:
+    model = state.cfg.model
+    # Bridge counts the attention inside documents without context parallelism only
+    is_packed = model.pool_documents == "attention" and not model.cuts_documents
+    accumulate_flops_metadata(
+        state,
+        batch["tokens"],
+        vp_stage=vp_stage,
+        config_seq_len=model.seq_length,
+        cu_seqlens=packing.cu_seqlens if is_packed else None,
+    )
+
+
+def _cut_by_sample(batch: Batch, packing: Packing, groups: Any) -> tuple[Batch, RouterDocuments]:
+    """This rank's part of the micro-batch as the recipe's attention takes it, and documents for the routers."""
+    if batch["position_ids"] is not None:
+        # the dataset starts them anew at every document
+        shape = batch["position_ids"].shape
+        batch["position_ids"] = torch.arange(shape[1]).expand(shape)
+    batch = _on_device(batch)
+    if groups.cp.size() > 1:
         batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=groups.cp)
-    return batch, documents
+    return batch, RouterDocuments(**_on_device(vars(packing)))
+
+
+def _packed(
+    batch: Batch, packing: Packing, config: Any, groups: Any
+) -> tuple[Batch, PackedSeqParams]:
+    """This rank's part of the micro-batch as one sequence of documents, [1, t] each, and the documents for all."""
+    batch = {key: None if value is None else value.view(1, -1) for key, value in batch.items()}
+    bounds, cu_seqlens = None, packing.cu_seqlens
+    if config.cuts_documents:
+        tp_size = groups.tp.size() if config.sequence_parallel else 1
+        multiple = padding_multiple(cp_size=groups.cp.size(), tp_size=tp_size)
+        bounds = padded_bounds(cu_seqlens, multiple=multiple)
+        batch = cut_by_document(
+            batch,
+            TOKEN_KEYS,
+            cu_seqlens=cu_seqlens,
+            bounds=bounds,
+            num_tokens=int(bounds[-1]),
+            cp_rank=groups.cp.rank(),
+            cp_size=groups.cp.size(),
+        )
+    longest = int((cu_seqlens if bounds is None else bounds).diff().max())
+    packed = packed_params(
+        Packing(**_on_device(vars(packing))),
+        longest=longest,
+        **_on_device({"bounds": bounds}),
+    )
+    return _on_device(batch), packed
+
+
+def _on_device(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.cuda(non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in values.items()
+    }
+
+
+def _of_all_tokens(
+    loss: Any, group: Any, output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A context-parallel rank's loss such that the mean over ranks, which Megatron takes, is that over all tokens."""
+    summed, num_tokens, report = loss(output)
+    of_all_ranks = num_tokens.clone()
+    torch.distributed.all_reduce(of_all_ranks, group=group)
+    return summed * group.size(), of_all_ranks, report
 
 
 def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:
@@ -131,7 +209,7 @@ def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:
     num_padding_B = (num_left_out_B - 1).clamp(min=0)
     # a sample that fills up a batch has no loss at all
     is_filler_B = num_left_out_B == loss_mask_BS.shape[1]
-    return torch.where(is_filler_B, num_left_out_B, num_padding_B).cuda(non_blocking=True)
+    return torch.where(is_filler_B, num_left_out_B, num_padding_B)
 
 
 @dataclass(slots=True)

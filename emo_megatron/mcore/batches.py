@@ -27,10 +27,10 @@ from torch import Tensor
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
 from emo_megatron.mcore.padding import (
-    PACKING,
     Packing,
     cut_by_document,
     longest_padded,
+    packed_params,
     padded_bounds,
     padding_multiple,
 )
@@ -246,20 +246,10 @@ def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
     update_seqlen_stats_from_cu_seqlens(cu_seqlens)
     bounds: Tensor | None = batch.get(PADDED_BOUNDS)
     longest = batch["max_seqlen"].item() if bounds is None else bounds.diff().max().item()
-    attended = cu_seqlens if bounds is None else bounds.int()
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=attended,
-        cu_seqlens_kv=attended,
-        max_seqlen_q=int(longest),
-        max_seqlen_kv=int(longest),
-        tokens_per_sample=args.seq_length if bounds is None else None,
-    )
     packing = Packing(
         cu_seqlens=cu_seqlens,
         tokens_per_sample=args.seq_length,
         num_samples=len(batch[NUM_PADDING]),
         num_padding_B=batch[NUM_PADDING],
     )
-    setattr(packed, PACKING, packing)
-    return packed
+    return packed_params(packing, longest=int(longest), bounds=bounds)

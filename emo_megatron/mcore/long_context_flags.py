@@ -25,8 +25,8 @@ def problems_with_long_context(pool: PoolConfig, args: Any) -> list[str]:
     is_cut = is_packed and args.context_parallel_size > 1
     return [
         *_problems_with_lengths(args, is_cut=is_cut),
-        *_problems_with_exchange(args, is_cut=is_cut),
-        *_problems_with_prediction(args, is_packed=is_packed),
+        *problems_with_exchange(args, is_cut=is_cut),
+        *problems_with_prediction(args, is_packed=is_packed),
     ]
 
 
@@ -40,16 +40,7 @@ def _problems_with_lengths(args: Any, *, is_cut: bool) -> list[str]:
         ]
     if most is not None:
         return [] if most > 0 else [f"--max-documents must be at least 1; got {most}"]
-    if not is_cut:
-        return []
-    kind = args.moe_token_dispatcher_type
-    if kind == "allgather" and args.expert_model_parallel_size > 1:
-        needs = "--moe-token-dispatcher-type allgather"
-    elif kind == "flex" and args.moe_flex_dispatcher_backend == "hybridep":
-        if args.moe_hybridep_pad_uneven_dispatch_inputs:
-            return []
-        needs = "--moe-flex-dispatcher-backend hybridep"
-    else:
+    if not is_cut or (needs := equal_lengths_flag(args)) is None:
         return []
     return [
         f"--max-documents must be given with {needs} and --context-parallel-size {args.context_parallel_size}: that "
@@ -57,8 +48,24 @@ def _problems_with_lengths(args: Any, *, is_cut: bool) -> list[str]:
     ]
 
 
-def _problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
-    """How context-parallel ranks exchange keys and values, where attention does something else."""
+def equal_lengths_flag(config: Any) -> str | None:
+    """The flag for which every rank must have equally many tokens; None if ranks need not."""
+    kind = config.moe_token_dispatcher_type
+    if kind == "allgather" and config.expert_model_parallel_size > 1:
+        return "--moe-token-dispatcher-type allgather"
+    is_hybridep = kind == "flex" and config.moe_flex_dispatcher_backend == "hybridep"
+    if is_hybridep and not config.moe_hybridep_pad_uneven_dispatch_inputs:
+        return "--moe-flex-dispatcher-backend hybridep"
+    return None
+
+
+def problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
+    """How context-parallel ranks exchange keys and values, where attention does something else.
+
+    Args:
+        args: parsed flags, or a model's configuration.
+        is_cut: whether documents are cut one by one.
+    """
     if args.context_parallel_size == 1:
         return []
     asked = args.cp_comm_type or []
@@ -82,7 +89,13 @@ def _problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
     return problems
 
 
-def _problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
+def problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
+    """What does not go with multi-token prediction.
+
+    Args:
+        args: parsed flags, or a model's configuration.
+        is_packed: whether attention keeps to documents.
+    """
     if not args.mtp_num_layers:
         return []
     problems = []
@@ -90,7 +103,7 @@ def _problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
         problems.append(
             "--mtp-num-layers must not be given with --overlap-moe-expert-parallel-comm and packed documents; got "
             f"{args.mtp_num_layers}: Megatron's plan of a pass asserts that there are none; give --pool-documents "
-            "routers and drop --dataloader-inter-document-masking"
+            "routers"
         )
     has_positions = args.position_embedding_type == "learned_absolute"
     if has_positions and args.pipeline_model_parallel_size > 1:

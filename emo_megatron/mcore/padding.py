@@ -129,6 +129,29 @@ def cut_by_document(
     return batch | cut
 
 
+def packed_params(
+    packing: Packing, *, longest: int, bounds: Tensor | None = None
+) -> PackedSeqParams:
+    """A micro-batch's documents in the form Megatron's layers take; routers take the packing, which rides on it.
+
+    Args:
+        packing: with int32 boundaries.
+        longest: tokens of the longest document, padding included.
+        bounds: [D' + 1], where documents lie once they are padded; None: as packed.
+    """
+    attended = packing.cu_seqlens if bounds is None else bounds.int()
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=attended,
+        cu_seqlens_kv=attended,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=packing.tokens_per_sample if bounds is None else None,
+    )
+    setattr(packed, PACKING, packing)
+    return packed
+
+
 def require_padded(cu_seqlens: Tensor, bounds: Tensor, *, num_tokens: int) -> None:
     """Check boundaries of both orders against each other; waits for device tensors.
 

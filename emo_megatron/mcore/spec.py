@@ -160,10 +160,11 @@ def _pool_block(
 ) -> TransformerBlockSubmodules:
     pairs = [_pool_layer(layer, config, pool) for layer in block.layer_specs]
     frequency = config.moe_layer_freq
-    # a pipeline stage may be all dense; the model may not
+    # a pipeline stage may be all dense, or have no layer; the model may not
     has_sparse_layers = isinstance(frequency, int) or any(frequency)
     is_dense_stage = len(pairs) < config.num_layers and frequency != 1 and has_sparse_layers
-    _require_pools(is_dense_stage or any(has_pools for _, has_pools in pairs), block.layer_specs)
+    has_pools = not pairs or is_dense_stage or any(has_pools for _, has_pools in pairs)
+    _require_pools(has_pools, block.layer_specs)
     block = dataclasses.replace(block, layer_specs=[layer for layer, _ in pairs])
     return with_torch_norms(block) if config.transformer_impl == "local" else block
 

@@ -142,7 +142,7 @@ def test_ranks_of_torchrun_train_save_and_resume(run_bridge, tmp_path):
 
     first = run("train.micro_batch_size=1")
     assert first.count(f"results: {tmp_path}") == 1
-    assert first.count("emo_megatron: model.pool_documents") == 1
+    assert first.count("emo_megatron: dataset.inter_document_masking") == 1
     assert (tmp_path / "iter_0000002" / "run_config.yaml").is_file()
     second = run("train.micro_batch_size=1", "train.train_iters=3")
     assert re.findall(r"iteration\s+(\d+)/", second) == ["3"]

@@ -161,7 +161,8 @@ def _finalized(model: Any) -> str:
         if hasattr(model, name):
             setattr(model, name, False)
     try:
-        _quietly(model.finalize)
+        with mock.patch.object(moe_layer, "HAVE_TE", True):
+            _quietly(model.finalize)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -188,11 +189,11 @@ def _layers(model: Any, pool: PoolConfig) -> str:
             warnings.simplefilter("ignore")
             # of Megatron's flags, which a recipe does not have
             warnings.filterwarnings("error", message="--")
-            if isinstance(model, HybridModelProvider):
-                model._resolve_hybrid_stack_spec()
-            else:
-                build = without_transformer_engine(model.transformer_layer_spec)
-                with in_words_of_bridge():
+            with in_words_of_bridge():
+                if isinstance(model, HybridModelProvider):
+                    model._resolve_hybrid_stack_spec()
+                else:
+                    build = without_transformer_engine(model.transformer_layer_spec)
                     with_pools(build, config=model, pool=pool)(model)
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -36,13 +36,10 @@ def layers(config: Any, vp_stage: int | None = None) -> Any:
         get_num_layers_to_build,
     )
 
-    from emo_megatron.config import PoolConfig
     from emo_megatron.mcore.local_modules import TorchNorm
     from emo_megatron.mcore.spec_rewrite import document_layer
 
-    layer = document_layer(
-        local_layer_spec(config), config=config, pool=PoolConfig(pool_documents="routers")
-    )
+    layer = document_layer(local_layer_spec(config), config=config, pool=config.pool_config())
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
 
@@ -93,9 +90,8 @@ def recipe(run: dict[str, Any]) -> Any:
     for name, value in run.get("options", {}).items():
         section, _, field = name.partition(".")
         setattr(getattr(cfg, section), field, value)
-    apply_pools(
-        cfg, PoolConfig(**({"pool_min": 2, "pool_documents": "routers"} | run.get("pool", {})))
-    )
+    pool = PoolConfig(**{"pool_min": 2} | run.get("pool", {}))
+    apply_pools(cfg, pool, pool_documents=run.get("documents", "routers"))
     return cfg
 
 
