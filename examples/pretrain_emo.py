@@ -57,6 +57,7 @@ def prepare() -> tuple[Any, ...]:
     model.transformer_layer_spec = pool_spec_builder(pool)
     model.builder = BUILDER
     train.let_lengths_vary(args, model.transformer)
+    train.prepare_prediction(args)
     model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
     return args, pool, model
 

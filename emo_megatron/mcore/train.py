@@ -34,6 +34,7 @@ from emo_megatron.mcore.batches import (
     router_documents,
 )
 from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
+from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import forward_with_documents
 from emo_megatron.mcore.samples import (
@@ -152,6 +153,12 @@ def _padding(batch: dict[str, Any]) -> Tensor | None:
     num_tokens, num_packed = batch[PADDED_TOKENS], len(batch[NUM_PADDING]) * get_args().seq_length
     # every context-parallel rank counts its share of both
     return batch["loss_mask"].new_tensor([num_tokens - num_packed, num_tokens])
+
+
+def prepare_prediction(args: Any) -> None:
+    """Let Megatron roll the documents of a micro-batch all at once, where multi-token prediction rolls them."""
+    if args.mtp_num_layers:
+        use_packed_roll()
 
 
 def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[..., list[int]]:
