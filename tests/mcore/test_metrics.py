@@ -441,3 +441,39 @@ def test_the_standard_model_logs_the_same_in_every_layout(ranks, layout):
     assert "pool_size" not in want
     for got in ranks(2).run(_logged, case=case):
         assert got == pytest.approx(want, rel=1e-5)
+
+
+def _logged_by_stages():
+    """What a two-stage hybrid model logs whose first stage has no MoE layer, `*-*-|*E*E/*E`, as Megatron asks for it."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from support import tiny
+
+    from emo_megatron.mcore.metrics import install_metrics
+
+    tiny.setup(pipeline_model_parallel_size=2)
+    config = tiny.transformer_config(num_layers=8, mtp_num_layers=1)
+    config.is_hybrid_model = True
+    install_metrics(POOLS, config, has_documents=True)
+    tracker = get_moe_metrics_tracker()
+    if parallel_state.is_pipeline_last_stage():
+        for layer in (6, 8, 9):
+            tracker.record("z_loss", torch.tensor(float(layer)), layer, 9)
+    logged = {}
+    writer = mock.Mock(add_scalar=lambda name, value, _: logged.update({name: float(value)}))
+    tracker.report(
+        loss_scale=1.0,
+        iteration=1,
+        writer=writer,
+        force_initialize=True,
+        track_names=["z_loss"],
+        # all MoE layers of the pattern, those of multi-token prediction too
+        num_layers=3,
+        moe_layer_freq=1,
+        mtp_num_layers=1,
+    )
+    return logged["z_loss"]
+
+
+def test_a_stage_without_experts_logs_what_the_others_do(ranks):
+    assert ranks(2).run(_logged_by_stages) == [pytest.approx((6 + 8 + 9) / 3)] * 2
