@@ -35,8 +35,11 @@ _IN_0_18 = {
 _IN_0_19 = _IN_0_18 | {"tp_group", "input_ids"}
 
 
-def use_exact_mtp_loss() -> None:
+def use_exact_mtp_loss(is_exact: bool = True) -> None:
     """Let Megatron's models compute the losses of multi-token prediction with `exact_mtp_loss`.
+
+    Args:
+        is_exact: False puts Megatron's own function back.
 
     Raises:
         ValueError: this version of Megatron-Core hands other things to its loss.
@@ -53,7 +56,7 @@ def use_exact_mtp_loss() -> None:
                 f"--mtp-exact-loss must be left out with this Megatron-Core: {module.__name__} must call "
                 "process_mtp_loss; got a module without it"
             )
-        module.process_mtp_loss = exact_mtp_loss
+        module.process_mtp_loss = exact_mtp_loss if is_exact else _HOST_LOSS
 
 
 def exact_mtp_loss(

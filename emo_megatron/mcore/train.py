@@ -34,6 +34,7 @@ from emo_megatron.mcore.batches import (
     router_documents,
 )
 from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
+from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
 from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import forward_with_documents
@@ -156,9 +157,10 @@ def _padding(batch: dict[str, Any]) -> Tensor | None:
 
 
 def prepare_prediction(args: Any) -> None:
-    """Let Megatron roll the documents of a micro-batch all at once, where multi-token prediction rolls them."""
+    """Let Megatron roll the documents of a micro-batch all at once, and divide losses as --mtp-exact-loss says."""
     if args.mtp_num_layers:
         use_packed_roll()
+        use_exact_mtp_loss(args.mtp_exact_loss)
 
 
 def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[..., list[int]]:

@@ -293,9 +293,10 @@ def test_takes_the_place_of_megatrons_loss(monkeypatch):
 
     for module in mtp_loss._CALLERS:
         monkeypatch.setattr(module, "process_mtp_loss", mtp_loss._HOST_LOSS)
-    for _ in range(2):
-        mtp_loss.use_exact_mtp_loss()
-        assert all(m.process_mtp_loss is mtp_loss.exact_mtp_loss for m in mtp_loss._CALLERS)
+    for is_exact, want in ((True, mtp_loss.exact_mtp_loss), (False, mtp_loss._HOST_LOSS)):
+        for _ in range(2):
+            mtp_loss.use_exact_mtp_loss(is_exact)
+            assert all(module.process_mtp_loss is want for module in mtp_loss._CALLERS)
 
 
 def test_another_megatron_is_refused(monkeypatch):
