@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import PARITY_TABLE, shards, training
 from support.layouts import FEATURES, LAYOUTS, MTP, PADDED, SLOW
+from support.micro_batches import places_with_a_vote
 from support.training import Case
 
 MARGIN = 1e-5
@@ -147,13 +148,22 @@ def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
         for key, chosen in answer["decisions"].items():
             _merge(decisions.setdefault(key, {}), chosen)
     assert decisions == want["decisions"]
-    samples = set(range(case.accumulation * case.mbs * case.dp))
-    for (_, kind), chosen in decisions.items():
-        if kind == "pools":
-            # what both got wrong alike would pass: a sample's place in training decides the sizes of its pools
-            assert {sample for sample, _ in chosen} == samples
+    _check_keys(case, decisions)
     assert {name: value for name, value in seen.items() if not value < TOLERANCE} == {}
     table[case.id] = (case, seen, sum(len(chosen) for chosen in decisions.values()))
+
+
+def _check_keys(case, decisions):
+    """What all ranks and the single process got wrong alike would pass without."""
+    num_samples = case.accumulation * case.mbs * case.dp
+    assert {layer for layer, _ in decisions} == set(case.depths)
+    for (layer, kind), chosen in decisions.items():
+        if kind == "pools":
+            # a sample's place in training decides the sizes of its pools
+            assert {sample for sample, _ in chosen} == set(range(num_samples))
+        else:
+            depth = case.depths[layer]
+            assert set(chosen) == places_with_a_vote(case, num_samples=num_samples, depth=depth)
 
 
 def _merge(into, chosen):

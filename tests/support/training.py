@@ -85,6 +85,16 @@ class Case:
         )
 
     @property
+    def depths(self) -> dict[int, int]:
+        """Layer number -> how many tokens further than the decoder it predicts, of all MoE layers."""
+        options = _options(self)
+        decoder = dict.fromkeys(
+            (layer for layer, is_moe in enumerate(options["moe_layer_freq"], 1) if is_moe), 0
+        )
+        further = range(1, options.get("mtp_num_layers", 0) + 1)
+        return decoder | {options["num_layers"] + depth: depth for depth in further}
+
+    @property
     def balance_kinds(self) -> list[str]:
         """Balance losses, as Megatron's configuration names them."""
         kinds = self.config.get("moe_router_load_balancing_type", "global_aux_loss")
