@@ -86,6 +86,23 @@ def micro_batch(first: int, rows: int, *, has_slots: bool = True) -> dict[str, A
     return batch
 
 
+def places_with_a_vote(case: Case, *, num_samples: int, depth: int = 0) -> set[int]:
+    """Places of the first samples' tokens that have a token `depth` places later in their document."""
+    is_packed = case.documents == "attention"
+    # elsewhere the host trains across documents
+    depth = depth if is_packed else 0
+    places = set()
+    for index in range(num_samples):
+        found = sample(index, has_slots=case.has_slots)
+        starts = torch.tensor([0, *found["slots"]]).cumsum(0)
+        real_end = SEQ - int(found["num_padding"])
+        lengths = found["lengths" if is_packed else "slots"]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=False):
+            end = min(start + length, real_end) - depth
+            places |= set(range(index * SEQ + start, index * SEQ + end))
+    return places
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """What a rank's model takes of a micro-batch, its tokens [1, s] where they are packed and else [mbs, s]."""

@@ -85,6 +85,16 @@ class Case:
         )
 
     @property
+    def depths(self) -> dict[int, int]:
+        """Layer number -> how many tokens further than the decoder it predicts, of all MoE layers."""
+        options = _options(self)
+        decoder = dict.fromkeys(
+            (layer for layer, is_moe in enumerate(options["moe_layer_freq"], 1) if is_moe), 0
+        )
+        further = range(1, options.get("mtp_num_layers", 0) + 1)
+        return decoder | {options["num_layers"] + depth: depth for depth in further}
+
+    @property
     def balance_kinds(self) -> list[str]:
         """Balance losses, as Megatron's configuration names them."""
         kinds = self.config.get("moe_router_load_balancing_type", "global_aux_loss")
@@ -121,14 +131,16 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
         losses (on the last stage: sum and count of every step), gradients of step 1, weights at the end (shards.Parts),
         decisions of step 1: {(layer, "pools"): {(sample, offset): experts}, (layer, "experts"): {place: experts}},
         margin: smallest gap a decision was made by (only where one rank sees all),
-        metrics: what Megatron would log of step 1, by name.
+        metrics: what Megatron would log of step 1, by name,
+        further_losses: the same of multi-token prediction (on the stage that has it).
     """
     from emo_megatron.mcore.context import CLOCK
     from emo_megatron.mcore.metrics import install_metrics
 
     from . import shards
 
-    _choose_mtp_loss(case)
+    if case.config.get("mtp_num_layers"):
+        _choose_mtp_loss(case)
     chunks, optimizer = build(case, seed=seed)
     install_metrics(pool_config(case), chunks[0].config, has_documents=True)
     recorder = Recorder(chunks)
@@ -141,9 +153,9 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
         optimizer.zero_grad()
         recorder.is_on = step == 0
         loss = forward_backward(case, chunks, consumed=consumed, recorder=recorder)
-        metrics = report_metrics(case)
+        metrics, further_losses = report_metrics(case), _report_further_losses(case)
         if step == 0:
-            answer["metrics"] = metrics
+            answer |= {"metrics": metrics, "further_losses": further_losses}
             answer["gradients"] = shards.parts(_gathered(chunks, case), gradients=True)
         optimizer.step()
         consumed += case.accumulation * case.mbs * case.dp
@@ -156,11 +168,20 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
 
 
 def _choose_mtp_loss(case: Case) -> None:
-    if not case.config.get("mtp_num_layers"):
-        return
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.models.hybrid import hybrid_model
+    from megatron.core.transformer import multi_token_prediction
+
     from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
 
-    use_exact_mtp_loss(case.is_exact)
+    if case.is_exact:
+        use_exact_mtp_loss()
+        return
+    # this process may have trained a case that is
+    host: Any = multi_token_prediction
+    callers: tuple[Any, ...] = (gpt_model, hybrid_model)
+    for module in callers:
+        module.process_mtp_loss = host.process_mtp_loss
 
 
 def forward_backward(
@@ -192,28 +213,42 @@ def forward_backward(
     return float(total[0] / total[1])
 
 
+class Writer:
+    """Stands for TensorBoard's."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+
+    def add_scalar(self, name: str, value: Any, _: int) -> None:
+        self.logged[name] = float(value)
+
+
 def report_metrics(case: Case) -> dict[str, float]:
     """What Megatron's training loop logs of a step, for which it asks by the losses' names."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    logged: dict[str, float] = {}
-
-    class Writer:
-        def add_scalar(self, name: str, value: Any, _: int) -> None:
-            logged[name] = float(value)
-
+    writer = Writer()
     options = _options(case)
     get_moe_metrics_tracker().report(
         loss_scale=1 / case.accumulation,
         iteration=1,
-        writer=Writer(),
+        writer=writer,
         force_initialize=True,
         track_names=case.logged_losses,
         num_layers=options["num_layers"],
         moe_layer_freq=options["moe_layer_freq"],
         mtp_num_layers=options.get("mtp_num_layers"),
     )
-    return logged
+    return writer.logged
+
+
+def _report_further_losses(case: Case) -> dict[str, float]:
+    """The same of multi-token prediction, where this rank has it: losses, and how often a prediction is right."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    writer = Writer()
+    MTPLossLoggingHelper.track_mtp_metrics(1 / case.accumulation, 1, writer)
+    return writer.logged
 
 
 def _forget_mtp_losses() -> None:
