@@ -238,7 +238,8 @@ def _begin(state: GlobalState) -> None:
     check_run(state.cfg, model.pool_config())
     check_resume(state.cfg.checkpoint, model.pool_config(), step=state.train_state.step)
     install_metrics(model.pool_config(), model, has_documents=True)
-    tracker = get_moe_metrics_tracker()
+    tracker: Any = get_moe_metrics_tracker()
+    tracker.adds_mtp_layers &= not model.predicts_by_dense_layers
     report = tracker.report
     is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
