@@ -54,6 +54,8 @@ BRIDGE_REFUSALS = (
 class Pooled:
     """A provider with PoolConfig's fields."""
 
+    predicts_by_dense_layers = False
+    """Whether layers of multi-token prediction have no experts, though the decoder's last has."""
     pool_documents: str
     context_parallel_size: int
     pipeline_model_parallel_size: int

@@ -9,6 +9,7 @@ from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.minimax_m3.minimax_m3_bridge import MiniMaxM3ModelProvider
 from megatron.bridge.models.mla_provider import MLAModelProvider
 from megatron.bridge.models.olmoe.olmoe_provider import OlMoEModelProvider
+from megatron.bridge.models.stepfun.step35_provider import Step35ModelProvider
 
 from emo_megatron.bridge.pooled import PooledGPT, PooledHybrid, pooled
 
@@ -36,6 +37,13 @@ class PoolExaoneMoeModelProvider(PooledGPT, ExaoneMoeModelProvider):
 @pooled
 class PoolMiniMaxM3ModelProvider(PooledGPT, MiniMaxM3ModelProvider):
     """Bridge's MiniMax-M3 provider of text models, with pools."""
+
+
+@pooled
+class PoolStep35ModelProvider(PooledGPT, Step35ModelProvider):
+    """Bridge's Step-3.5 provider, with pools."""
+
+    predicts_by_dense_layers = True
 
 
 @pooled

@@ -26,6 +26,7 @@ from emo_megatron.bridge.run_config import check_resume
 from emo_megatron.mcore.batches import TOKEN_KEYS
 from emo_megatron.mcore.context import CLOCK
 from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.padding import (
     Packing,
     cut_by_document,
@@ -222,7 +223,7 @@ _RUN = _Run()
 
 
 def _begin(state: GlobalState) -> None:
-    """At the first step of a run: check what it resumes, and let Megatron report the routers' metrics.
+    """At the first step of a run: check what it resumes, and let Megatron report the routers' metrics and roll fast.
 
     Bridge hands metrics to its loggers and drops the line for the console, so that line is printed here.
     """
@@ -237,8 +238,10 @@ def _begin(state: GlobalState) -> None:
     # options that came after apply_pools
     check_run(state.cfg, model.pool_config())
     check_resume(state.cfg.checkpoint, model.pool_config(), step=state.train_state.step)
+    use_packed_roll()
     install_metrics(model.pool_config(), model, has_documents=True)
-    tracker = get_moe_metrics_tracker()
+    tracker: Any = get_moe_metrics_tracker()
+    tracker.adds_mtp_layers &= not model.predicts_by_dense_layers
     report = tracker.report
     is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 

@@ -88,7 +88,7 @@ def _pool_mtp_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConf
     submodules = with_torch_norms(layer.submodules) if is_local else layer.submodules
     inner = submodules.mtp_model_layer
     # a hybrid model has none: it builds a stack of the decoder's
-    if inner is not None and get_module(inner) is not PoolTransformerLayer:
+    if inner is not None and not issubclass(get_module(inner), PoolTransformerLayer):
         inner, _ = pool_layer(inner, pool=pool)
         if is_local:
             inner = document_layer(inner, config=config, pool=pool)

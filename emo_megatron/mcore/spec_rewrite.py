@@ -36,16 +36,18 @@ def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool
         ValueError: names the class in Megatron's place: a layer, MoE layer or router of a recipe's own.
     """
     # the second differs from the first in its CUDA graphs only, and those are refused
-    if _class_of(layer) not in (TransformerLayer, MoETransformerLayer):
+    of_megatron = TransformerLayer, MoETransformerLayer
+    module = _with_own(PoolTransformerLayer, _class_of(layer), of_megatron, own={"__init__"})
+    if module is None:
         raise ValueError(
             f"pools take the place of Megatron's TransformerLayer; this spec builds {layer.module}. "
-            "Use a spec of TransformerLayer"
+            "Use a spec of TransformerLayer, or of a layer that overrides its __init__ alone"
         )
     mlp = _pool_mlp(layer.submodules.mlp, pool)
     has_pools = mlp is not layer.submodules.mlp
     attention = _with_whole_gradient(layer.submodules.self_attention)
     submodules = dataclasses.replace(layer.submodules, mlp=mlp, self_attention=attention)
-    return dataclasses.replace(layer, module=PoolTransformerLayer, submodules=submodules), has_pools
+    return dataclasses.replace(layer, module=module, submodules=submodules), has_pools
 
 
 def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
@@ -137,18 +139,27 @@ def _pool_router(spec: Any) -> type[PoolRouter]:
     Raises:
         ValueError: the router has more of its own, or is none.
     """
-    kind = _class_of(spec)
-    if kind is TopKRouter:
-        return PoolRouter
-    if kind is not None and issubclass(kind, TopKRouter):
-        own_classes = kind.__mro__[: kind.__mro__.index(TopKRouter)]
-        own = {n for cls in own_classes for n, value in vars(cls).items() if callable(value)}
-        if own == {"gating"}:
-            return type(f"Pool{kind.__name__}", (PoolRouter, kind), {})
+    router = _with_own(PoolRouter, _class_of(spec), (TopKRouter,), own={"gating"})
+    if router is not None:
+        return router
     raise ValueError(
         f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {spec!r}, whose choice of experts "
         "would be lost. Use a recipe with TopKRouter, or with a router that overrides its gating alone"
     )
+
+
+def _with_own[Pooled](
+    pooled: type[Pooled], kind: type | None, of_megatron: tuple[type, ...], *, own: set[str]
+) -> type[Pooled] | None:
+    """The class of pools in the place of Megatron's; over a recipe's own that overrides `own` alone; else None."""
+    if kind in of_megatron:
+        return pooled
+    base = of_megatron[0]
+    if kind is None or not issubclass(kind, base):
+        return None
+    own_classes = kind.__mro__[: kind.__mro__.index(base)]
+    overridden = {n for cls in own_classes for n, value in vars(cls).items() if callable(value)}
+    return type(f"Pool{kind.__name__}", (pooled, kind), {}) if overridden == own else None
 
 
 def _class_of(spec: Any) -> type | None:

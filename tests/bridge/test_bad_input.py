@@ -19,7 +19,12 @@ NAMED = {
     "reset_position_ids": ("dataset.reset_position_ids",),
     "reset_attention_mask": ("dataset.reset_attention_mask",),
     "own provider": ("cfg.model", "OwnProvider"),
-    "prediction layers": ("model.mtp_num_layers",),
+    "capacity": ("model.moe_expert_capacity_factor",),
+    # with attention that keeps to documents
+    "mamba": ("model.pool_documents", "model.hybrid_layer_pattern"),
+    "overlap": ("model.mtp_num_layers", "model.overlap_moe_expert_parallel_comm"),
+    "uneven ranks": ("model.pool_documents", "model.moe_token_dispatcher_type"),
+    "exchange": ("model.cp_comm_type",),
     "skipped": ("train.iterations_to_skip", "model.pipeline_model_parallel_size"),
     "strict": ("model.moe_router_force_load_balancing",),
     "no pools": ("cfg.model", "apply_pools"),
@@ -28,7 +33,7 @@ NAMED = {
     "model.pool_min=1": ("model.pool_min", "model.moe_router_topk"),
     "model.pool_min=3.5": ("model.pool_min", "3.5"),
     "model.pool_rule=gaussian": ("model.pool_rule", "gaussian"),
-    "model.pool_documents=attention": ("model.pool_documents",),
+    "model.pool_documents=mlp": ("model.pool_documents", "mlp"),
     "model.moe_router_dtype=null": ("model.moe_router_dtype",),
     "model.moe_router_force_load_balancing=true": ("model.moe_router_force_load_balancing",),
 }
@@ -52,7 +57,7 @@ def test_an_unknown_field_is_named(checks):
     assert not tried["groups"]
 
 
-@pytest.mark.parametrize("case", ["strict", "too large", "prediction layers"])
+@pytest.mark.parametrize("case", ["strict", "too large", "capacity"])
 def test_a_refused_recipe_is_left_as_it_was(checks, case):
     assert checks[case]["is_unchanged"]
 

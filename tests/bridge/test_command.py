@@ -34,7 +34,10 @@ REFUSED = {
     "below top-k": ([*SMALL, "model.pool_min=1"], "model.pool_min"),
     "above the experts": ([*SMALL, "model.pool_min=9"], "model.pool_min"),
     "unknown field": ([*SMALL, "model.pool_min=3", "train.train_itres=1"], "train_itres"),
-    "of the model": ([*WITH_MTP, "model.pool_min=3"], "model.mtp_num_layers"),
+    "of the model": (
+        [*SMALL, "model.pool_min=3", "model.moe_expert_capacity_factor=1.1"],
+        "model.moe_expert_capacity_factor",
+    ),
     "added": ([*SMALL, "model.pool_min=3", "++model.pool_max=4"], "++model.pool_max=4"),
     "strict": (
         [*SMALL, "--strict", "model.pool_min=3", "model.moe_router_dtype=null"],
@@ -49,7 +52,7 @@ REFUSED = {
 ACCEPTED = {
     "list": ["--list"],
     "train": [
-        *(*WITH_MTP, "model.mtp_num_layers=null", *UNSAVED),
+        *(*WITH_MTP, "model.pool_documents=attention", *UNSAVED),
         *("model.pool_min=3", "model.pool_max=3", "model.pool_eval=2"),
         *("train.train_iters=1", "validation.eval_interval=1", "validation.eval_iters=1"),
     ],

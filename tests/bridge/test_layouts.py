@@ -15,59 +15,102 @@ PARALLEL = {
         "cp": "context",
     }.items()
 }
+KINDS = {
+    "plain": {},
+    "prediction": {"options": {"model.mtp_num_layers": 2}},
+    # Megatron divides the loss of prediction by the tokens of a rank's part of a micro-batch, which context
+    # parallelism changes; without it the rest must be the same
+    "prediction by balance": {
+        "options": {"model.mtp_num_layers": 2, "model.mtp_loss_scaling_factor": 0.0}
+    },
+    "attention": {"documents": "attention"},
+}
+KINDS["attention, prediction"] = KINDS["prediction by balance"] | KINDS["attention"]
+SHARD = ("model.sequence_parallel=true",)
+RECOMPUTE = (
+    "model.recompute_granularity=full",
+    "model.recompute_method=uniform",
+    "model.recompute_num_layers=1",
+)
+# in one batch, messages both ways between two stages would be mixed up over gloo
+INTERLEAVED = ("model.overlap_p2p_comm=true", "model.batch_p2p_comm=false")
 LAYOUTS = {
-    "pp2 ep2": (4, {"pp": 2, "ep": 2}, ()),
-    "pp4": (4, {"pp": 4}, ()),
-    # in one batch, messages both ways between two stages would be mixed up over gloo
-    "vpp2": (2, {"pp": 2, "vpp": 2}, ("model.overlap_p2p_comm=true", "model.batch_p2p_comm=false")),
-    "tp2": (2, {"tp": 2}, ("model.sequence_parallel=true",)),
-    "cp2": (2, {"cp": 2}, ()),
+    "pp2 ep2": ("plain", 4, {"pp": 2, "ep": 2}, ()),
+    "pp4": ("plain", 4, {"pp": 4}, ()),
+    "vpp2": ("plain", 2, {"pp": 2, "vpp": 2}, INTERLEAVED),
+    "tp2": ("plain", 2, {"tp": 2}, SHARD),
+    "cp2": ("plain", 2, {"cp": 2}, ()),
     "distributed optimizer": (
+        "plain",
         2,
         {"ep": 2},
         ("optimizer.use_distributed_optimizer=true", "ddp.use_distributed_optimizer=true"),
     ),
     # between the stages of a pipeline, other micro-batches come before a backward
     "recompute moe": (
+        "plain",
         2,
         {"pp": 2},
         ("model.recompute_granularity=selective", "model.recompute_modules=[moe]"),
     ),
-    "recompute full": (
-        2,
-        {"pp": 2},
-        (
-            "model.recompute_granularity=full",
-            "model.recompute_method=uniform",
-            "model.recompute_num_layers=1",
-        ),
+    "recompute full": ("plain", 2, {"pp": 2}, RECOMPUTE),
+    "prediction pp2": ("prediction", 2, {"pp": 2}, ()),
+    "prediction vpp2": ("prediction", 2, {"pp": 2, "vpp": 2}, INTERLEAVED),
+    # on a stage of its own
+    "prediction pp4": (
+        "prediction",
+        4,
+        {"pp": 4},
+        ("model.pipeline_model_parallel_layout='Ett|tt|mm|L'",),
     ),
+    "prediction tp2": ("prediction", 2, {"tp": 2}, SHARD),
+    "prediction recompute": ("prediction", 2, {"pp": 2}, RECOMPUTE),
+    "prediction cp2": ("prediction by balance", 2, {"cp": 2}, ()),
+    "attention pp2": ("attention", 2, {"pp": 2}, ()),
+    "attention cp4": ("attention", 4, {"cp": 4}, ()),
+    "attention cp2 ep2": ("attention", 4, {"cp": 2, "ep": 2}, ()),
+    "attention cp2 pp2": ("attention, prediction", 4, {"cp": 2, "pp": 2}, ()),
+    "attention cp2 tp2": ("attention, prediction", 4, {"cp": 2, "tp": 2}, SHARD),
 }
+"""Name -> kind of run, ranks, sizes of parallelism, other overrides."""
+
 SAME = 1e-6
 """Relative: sums in another order."""
 
 
-def _run(name, folder, *, ranks=1, sizes=None, overrides=(), **options):
+def _run(name, folder, *, kind, ranks=1, sizes=None, overrides=(), **options):
     parallel = [PARALLEL[axis] + str(size) for axis, size in (sizes or {}).items()]
     return {
         "name": name,
         "folder": str(folder / name.replace(" ", "_")),
-        "load": str(folder / "start"),
+        "load": str(folder / _start(kind)),
         "ranks": ranks,
         "overrides": [*parallel, *overrides],
+        **KINDS[kind],
         **options,
     }
 
 
-def _train(run_bridge, folder, runs):
-    start = {"name": "start", "folder": str(folder / "start"), "steps": 1}
+def _start(kind):
+    """The folder with the weights that runs of this kind begin from."""
+    return "with_prediction" if "options" in KINDS[kind] else "without"
+
+
+def _train(run_bridge, folder, runs, *, kinds):
+    """The runs' results by name, and by its name that of one process of each kind."""
+    starts = {_start(kind): KINDS[kind].get("options", {}) for kind in kinds}
+    before = [
+        {"name": name, "folder": str(folder / name), "steps": 1, "options": options}
+        for name, options in starts.items()
+    ]
+    before += [_run(kind, folder, kind=kind) for kind in kinds]
     file = folder / "runs.json"
-    file.write_text(json.dumps([start, *runs]))
+    file.write_text(json.dumps([*before, *runs]))
     run_bridge("-m", "support.bridge_run", file)
     return json.loads(file.with_suffix(".results.json").read_text())
 
 
-def _require_same(found, wanted):
+def _require_same(found, wanted, *, layers):
     for run in (wanted, found):
         assert not any(run["codes"]), run["printed"][-4000:]
     assert len(wanted["losses"]) == 3
@@ -80,41 +123,55 @@ def _require_same(found, wanted):
         assert found["metrics"][name] == pytest.approx(values, rel=SAME), name
     sizes = {len(pool) for pool in wanted["pools"].values()}
     assert sizes == set(range(2, 9))
-    # 4 layers of the documents in 3 steps of 8 samples
-    assert len(wanted["pools"]) > 4 * 3 * 8
+    # of the documents in 3 steps of 8 samples
+    assert len(wanted["pools"]) > layers * 3 * 8
+    assert {key.split("/")[0] for key in wanted["pools"]} == set(map(str, range(1, layers + 1)))
     assert found["conflicts"] == []
     assert found["pools"] == wanted["pools"]
     assert found["chosen"] == wanted["chosen"]
 
 
-def test_expert_parallelism_gives_the_run_of_one_process(run_bridge, tmp_path):
-    runs = [_run("one", tmp_path), _run("ep2", tmp_path, ranks=2, sizes={"ep": 2})]
-    results = _train(run_bridge, tmp_path, runs)
-    _require_same(results["ep2"], results["one"])
+@pytest.fixture(scope="module")
+def few(run_bridge, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    kinds = ("prediction", "attention, prediction")
+    runs = [
+        _run("ep2", folder, kind="prediction", ranks=2, sizes={"ep": 2}),
+        _run("cp2", folder, kind="attention, prediction", ranks=2, sizes={"cp": 2}),
+    ]
+    return _train(run_bridge, folder, runs, kinds=kinds)
+
+
+def test_expert_parallelism_gives_the_run_of_one_process(few):
+    _require_same(few["ep2"], few["prediction"], layers=6)
+
+
+def test_documents_cut_over_ranks_give_the_run_of_one_process(few):
+    _require_same(few["cp2"], few["attention, prediction"], layers=6)
+    # attention that keeps to documents is another model
+    assert few["cp2"]["losses"][0] != pytest.approx(few["prediction"]["losses"][0], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def trained(run_bridge, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    runs = [_run("one", folder)]
-    runs += [
-        _run(name, folder, ranks=ranks, sizes=sizes, overrides=overrides)
-        for name, (ranks, sizes, overrides) in LAYOUTS.items()
+    runs = [
+        _run(name, folder, kind=kind, ranks=ranks, sizes=sizes, overrides=overrides)
+        for name, (kind, ranks, sizes, overrides) in LAYOUTS.items()
     ]
     overlap = "overlap_moe_expert_parallel_comm"
-    runs += [
-        _run(name, folder, ranks=2, sizes={"ep": 2}, bf16=True, **{overlap: is_on})
-        for name, is_on in (("bf16", False), ("bf16 overlap", True))
-    ]
-    return _train(run_bridge, folder, runs)
+    bf16 = {"kind": "plain", "ranks": 2, "sizes": {"ep": 2}, "bf16": True}
+    runs += [_run("bf16", folder, **bf16), _run("bf16 overlap", folder, **bf16 | {overlap: True})]
+    return _train(run_bridge, folder, runs, kinds=KINDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_gives_the_run_of_one_process(trained, layout):
-    _require_same(trained[layout], trained["one"])
+    kind = LAYOUTS[layout][0]
+    _require_same(trained[layout], trained[kind], layers=6 if "options" in KINDS[kind] else 4)
 
 
 @pytest.mark.slow
 def test_overlap_of_expert_parallelism_changes_nothing(trained):
-    _require_same(trained["bf16 overlap"], trained["bf16"])
+    _require_same(trained["bf16 overlap"], trained["bf16"], layers=4)

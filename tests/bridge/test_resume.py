@@ -23,7 +23,7 @@ def _run(name, folder, **more):
     return {"name": name, "folder": str(folder), "steps": 6, **more}
 
 
-def _require_same_end(whole, resumed, folders):
+def _require_same_end(whole, resumed, folders, *, has_prediction):
     for result in (whole, resumed):
         assert not any(result["codes"]), result["printed"][-4000:]
     # 4 where the kill came before an asynchronous save of step 4 was whole
@@ -33,27 +33,36 @@ def _require_same_end(whole, resumed, folders):
     stored = [stored_tensors(folder / "iter_0000006") for folder in folders]
     assert stored[0].keys() == stored[1].keys()
     assert any("exp_avg" in key for key in stored[0])
+    assert any(key.startswith("mtp.") for key in stored[0]) == has_prediction
     for key, tensor in stored[0].items():
         assert torch.equal(tensor, stored[1][key]), key
 
 
 @pytest.fixture(scope="module")
 def stopped(run_bridge, tmp_path_factory):
-    """Runs by name, and where they lie: whole; first and resumed; others that begin from those or alone."""
+    """Runs by name, and where they lie: whole; first and resumed; others that begin from those or alone.
+
+    They have a layer of multi-token prediction, and attention keeps to documents.
+    """
     folder = tmp_path_factory.mktemp("resume")
     whole, parts, other = folder / "whole", folder / "parts", {"pool_min": 3}
     unsaved = {"checkpoint.save": None}
+
+    def predicting(*args, options=(), **more):
+        options = {"model.mtp_num_layers": 1, **dict(options)}
+        return _run(*args, documents="attention", options=options, **more)
+
     results = _train(
         run_bridge,
         folder,
-        _run("whole", whole),
-        _run("first", parts, options={"train.exit_interval": 4}),
-        _run("other pools", parts, pool=other),
-        _run("resumed", parts),
-        _run(
+        predicting("whole", whole),
+        predicting("first", parts, options={"train.exit_interval": 4}),
+        predicting("other pools", parts, pool=other),
+        predicting("resumed", parts),
+        predicting(
             "finetuned", parts, pool=other, options={"checkpoint.finetune": True} | unsaved, steps=2
         ),
-        _run(
+        predicting(
             "validated",
             folder / "eval",
             pool={"pool_eval": 4},
@@ -61,14 +70,16 @@ def stopped(run_bridge, tmp_path_factory):
             options={"validation.eval_iters": 1, "validation.eval_interval": 2} | unsaved,
             steps=2,
         ),
-        _run("standard", folder / "standard", pool={"pool_min": None}, options=unsaved, steps=1),
+        predicting(
+            "standard", folder / "standard", pool={"pool_min": None}, options=unsaved, steps=1
+        ),
     )
     return results, (whole, parts)
 
 
 def test_a_run_that_stops_goes_on_to_the_same_bits(stopped):
     results, folders = stopped
-    _require_same_end(results["whole"], results["resumed"], folders)
+    _require_same_end(results["whole"], results["resumed"], folders, has_prediction=True)
     assert results["first"]["losses"] == results["whole"]["losses"][:4]
 
 
@@ -117,7 +128,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(run_bridge, tmp_path, is_
     results = _train(
         run_bridge, tmp_path, _run("whole", whole), _run("resumed", killed, options=options)
     )
-    _require_same_end(results["whole"], results["resumed"], (whole, killed))
+    folders = (whole, killed)
+    _require_same_end(results["whole"], results["resumed"], folders, has_prediction=False)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_fields_are_overridden_by_hydra(checks):
 
 
 def test_only_providers_may_be_instantiated(checks):
-    kinds = ("ExaoneMoe", "GPT", "Hybrid", "MLA", "MiniMaxM3", "OlMoE")
+    kinds = ("ExaoneMoe", "GPT", "Hybrid", "MLA", "MiniMaxM3", "OlMoE", "Step35")
     assert checks["exact"] == [f"{PROVIDERS}Pool{kind}ModelProvider" for kind in kinds]
     assert checks["prefixes"] == []
     assert len(checks["hostile"]) > 10

@@ -69,8 +69,8 @@ def bad_input(folder: Path) -> dict[str, Any]:
     for name, pool in {"too large": {"pool_min": 100}, "below top-k": {"pool_min": 1}}.items():
         found[name] = _refused(small(folder), PoolConfig(**pool))
     cfg = small(folder)
-    cfg.model.moe_router_dtype, cfg.model.mtp_num_layers = None, 1
-    found["prediction layers"] = _refused(cfg, PoolConfig(pool_min=2))
+    cfg.model.moe_router_dtype, cfg.model.moe_expert_capacity_factor = None, 1.1
+    found["capacity"] = _refused(cfg, PoolConfig(pool_min=2))
     cfg = small(folder)
     cfg.train.iterations_to_skip, cfg.model.pipeline_model_parallel_size = [3], 4
     found["skipped"] = tried(apply_pools, cfg, PoolConfig(pool_min=2))
@@ -82,7 +82,7 @@ def bad_input(folder: Path) -> dict[str, Any]:
         cfg = small(folder)
         setattr(cfg.dataset, field, True)
         found[field] = tried(apply_pools, cfg, PoolConfig(pool_min=2))
-    return found | _models(folder) | _overrides(folder)
+    return found | _models(folder) | _layouts(folder) | _overrides(folder)
 
 
 def _refused(cfg: Any, pool: Any, **options: Any) -> dict[str, Any]:
@@ -134,6 +134,30 @@ def _models(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _layouts(folder: Path) -> dict[str, Any]:
+    """What attention that keeps to documents does not go with."""
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    from emo_megatron.config import PoolConfig
+
+    overlap = "overlap_moe_expert_parallel_comm"
+    allgather = {"moe_token_dispatcher_type": "allgather", "expert_model_parallel_size": 2}
+    models: dict[str, dict[str, Any]] = {
+        "mamba": {"hybrid_layer_pattern": "ME*E", "num_layers": 4},
+        "overlap": {"mtp_num_layers": 1, overlap: True},
+        "uneven ranks": {"context_parallel_size": 2} | allgather,
+        "exchange": {"context_parallel_size": 2, "cp_comm_type": "a2a"},
+    }
+    found = {}
+    for name, fields in models.items():
+        cfg = small(folder)
+        if name == "mamba":
+            cfg.model.__class__ = HybridModelProvider
+        vars(cfg.model).update(fields)
+        found[name] = _refused(cfg, PoolConfig(pool_min=2), pool_documents="attention")
+    return found
+
+
 def _overrides(folder: Path) -> dict[str, Any]:
     """What comes on the command line after apply_pools, through pretrain()."""
     from megatron.bridge.training.pretrain import pretrain
@@ -155,7 +179,7 @@ def _overrides(folder: Path) -> dict[str, Any]:
             "model.pool_min=1",
             "model.pool_min=3.5",
             "model.pool_rule=gaussian",
-            "model.pool_documents=attention",
+            "model.pool_documents=mlp",
             "model.moe_router_dtype=null",
             "model.moe_router_force_load_balancing=true",
         )

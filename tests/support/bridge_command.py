@@ -33,7 +33,7 @@ def small_olmoe() -> Any:
 
 
 def with_mtp() -> Any:
-    """The same with multi-token prediction, which pools refuse."""
+    """The same with a layer of multi-token prediction."""
     cfg = small_olmoe()
     cfg.model.mtp_num_layers = 1
     return cfg

@@ -26,8 +26,13 @@ with stand_ins():
 from megatron.bridge.models.gpt_provider import default_layer_spec, local_layer_spec
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmoe_layer_spec
+from megatron.bridge.models.stepfun import step35_bridge
 from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConfig
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
 from megatron.core.transformer.moe import moe_layer
 
 from emo_megatron.bridge import apply_pools
@@ -206,6 +211,8 @@ def without_transformer_engine(spec: Any) -> Any:
         return local_layer_spec
     if spec is olmoe_layer_spec:
         return _local_olmoe_layer_spec
+    if spec is step35_bridge.build_step35_layer_spec:
+        return _local_step35_layer_spec
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
         return functools.partial(spec, use_transformer_engine=False)
     return spec
@@ -215,6 +222,20 @@ def _local_olmoe_layer_spec(config: Any) -> Any:
     spec = local_layer_spec(config)
     spec.submodules.self_attention.module = OLMoESelfAttention
     return spec
+
+
+def _local_step35_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    def block_spec(config: Any, *, use_transformer_engine: bool, **options: Any) -> Any:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=False, **options)
+
+    with mock.patch.multiple(
+        step35_bridge,
+        get_gpt_decoder_block_spec=block_spec,
+        get_gpt_layer_with_transformer_engine_spec=functools.partial(
+            get_gpt_layer_local_spec, normalization="RMSNorm"
+        ),
+    ):
+        return step35_bridge.build_step35_layer_spec(config, vp_stage=vp_stage)
 
 
 def _quietly[Result](call: Callable[[], Result]) -> Result:
