@@ -444,7 +444,7 @@ def test_the_standard_model_logs_the_same_in_every_layout(ranks, layout):
 
 
 def _logged_by_stages():
-    """What a two-stage hybrid model logs whose first stage has no MoE layer, `*-*-|*E*E/*E`, as Megatron asks for it."""
+    """What the stages of the hybrid model `*-*-|*E*E/*E` log, the first of which has no MoE layer."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from support import tiny
