@@ -102,9 +102,14 @@ def test_a_layout_trains_the_run_of_one_process(
     assert _differences(got, want) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "seen"),
-    [("labels are shifted", "losses"), ("samples are cut", "decisions")],
+    [
+        ("labels are shifted", "losses"),
+        ("samples are cut", "decisions"),
+        ("means of ranks are averaged", "decisions"),
+    ],
 )
 def test_a_planted_bug_is_seen(bug, seen, data_prefix, tmp_path, single):
     got = _run(2, *CP2, "--bug", bug, data=data_prefix, folder=tmp_path / "decisions")

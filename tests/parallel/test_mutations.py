@@ -16,7 +16,9 @@ TABLE = "tests/parallel/test_parity.py::test_layout_trains_the_model_of_one_proc
 
 SEEN = (
     "assert decisions ==",
+    "assert {layer for",
     "assert {sample for",
+    "assert set(chosen) ==",
     "assert {name: value",
     "assert into.setdefault",
 )
@@ -130,6 +132,51 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
             )
         ],
         "DP2-recompute-none-mbs1-ga1-running",
+    ),
+    "the size of a pool is drawn from where padding has moved its document": (
+        "mcore/context.py",
+        [
+            (
+                "        segments=segments,\n        document_ids_T=_taken(",
+                "        segments=segments if bounds is None else DocumentSegments(\n"
+                "            document_ids_T=segments.document_ids_T,\n"
+                "            starts_D=segments.starts_D,\n"
+                "            tokens_per_sample=segments.tokens_per_sample,\n"
+                "            real_starts_D=bounds[: segments.num_documents].long(),\n"
+                "        ),\n        document_ids_T=_taken(",
+            )
+        ],
+        "CP2, documents padded-recompute-full-mbs2-ga2",
+    ),
+    "padding behind documents has a vote": (
+        "mcore/context.py",
+        [(".masked_fill(places_T < 0, -1)", "")],
+        "CP2, documents padded-recompute-full-mbs2-ga2",
+    ),
+    "positions vote for what is not in their document": (
+        "mcore/context.py",
+        [("if depth == 0 or self.attended_ids_T is None:", "if True:")],
+        "CP2, multi-token prediction-recompute-full-mbs2-ga1",
+    ),
+    "layers of multi-token prediction are numbered from 1": (
+        "mcore/router.py",
+        [("layer_number + self.config.num_layers * self.is_mtp_layer", "layer_number")],
+        "CP2, multi-token prediction-recompute-full-mbs2-ga1",
+    ),
+    "the loss of multi-token prediction is divided by the tokens of one rank": (
+        "mcore/mtp_loss.py",
+        [("    if cp_size > 1:", "    if cp_size > 99:")],
+        "CP2, multi-token prediction-recompute-full-mbs2-ga1",
+    ),
+    "recomputation takes depths in the order of forward": (
+        "mcore/mtp.py",
+        [
+            (
+                "num_depths - (self._num_backward - 1) % num_depths",
+                "(self._num_backward - 1) % num_depths + 1",
+            )
+        ],
+        "CP2, one layer of multi-token prediction-recompute-full-mbs2-ga2",
     ),
 }
 

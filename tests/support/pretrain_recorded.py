@@ -27,7 +27,7 @@ cpu.activate()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from emo_megatron.mcore import batches, padding  # noqa: E402
+from emo_megatron.mcore import batches, padding, train  # noqa: E402
 from emo_megatron.mcore.builder import PoolGPTModelBuilder  # noqa: E402
 from support import shards  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
@@ -91,9 +91,21 @@ def _cut_samples() -> None:
     padding.local_token_indices = lambda **options: indices(**options | {"document_bounds": None})
 
 
+def _average_means() -> None:
+    """The loss is the mean of what context-parallel ranks have as theirs."""
+    loss_func = train.loss_func
+
+    def loss_of_rank(loss_mask: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        loss, _, report = loss_func(loss_mask, *args, **kwargs)
+        return loss, loss_mask.sum().int(), report
+
+    train.loss_func = loss_of_rank
+
+
 BUGS: dict[str, Callable[[], None]] = {
     "labels are shifted": _shift_labels,
     "samples are cut": _cut_samples,
+    "means of ranks are averaged": _average_means,
 }
 
 if __name__ == "__main__":
