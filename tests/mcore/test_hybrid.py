@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from support import shards, training
+from support.layouts import MTP, PADDED
 from support.training import Case
 
 from emo_megatron.config import PoolConfig
@@ -18,6 +19,8 @@ MARGIN = 1e-5
 TOLERANCE = 1e-5
 PATTERN = "*-*E|*E*E"
 CONFIG = {"num_layers": 8, "moe_layer_freq": 1}
+FURTHER = {**PADDED, "config": CONFIG | MTP["config"]}
+SLOW = pytest.mark.slow
 
 
 def _hybrid(config, pool, pattern, **options):
@@ -40,13 +43,15 @@ def _hybrid(config, pool, pattern, **options):
 def _train(case, seed):
     """As training.train, with a HybridModel of PATTERN."""
     original = training._model
+    pattern = PATTERN if case.pp > 1 else PATTERN.replace("|", "")
+    pattern += "/*E" * case.config.get("mtp_num_layers", 0)
     training._model = lambda case, config, vp_stage: _hybrid(
         config,
         training.pool_config(case),
-        PATTERN if case.pp > 1 else PATTERN.replace("|", ""),
+        pattern,
         vocab_size=training.VOCAB,
         max_sequence_length=training.SEQ * 8,
-        position_embedding_type="learned_absolute",
+        position_embedding_type="learned_absolute" if case.has_slots else "rope",
     )
     try:
         return training.train(case, seed=seed)
@@ -56,18 +61,18 @@ def _train(case, seed):
 
 @pytest.fixture(scope="module")
 def reference(ranks):
-    """Seed and what one process trains with it, by micro-batch size."""
+    """Seed of a case, and what one process trains with it."""
 
     found = {}
 
-    def get(mbs):
-        for seed in itertools.count(1) if mbs not in found else ():
-            case = Case(mbs=mbs, accumulation=2, config=CONFIG)
+    def get(case):
+        key = repr(case)
+        for seed in itertools.count(1) if key not in found else ():
             (answer,) = ranks(1).run(_train, case=case, seed=seed)
             if answer["margin"] > MARGIN:
-                found[mbs] = seed, answer
+                found[key] = seed, answer
                 break
-        return found[mbs]
+        return found[key]
 
     return get
 
@@ -78,15 +83,27 @@ def reference(ranks):
         Case(name="EP2", dp=2, ep=2, recompute="moe", accumulation=2, config=CONFIG),
         Case(name="PP2", pp=2, recompute="moe", mbs=2, accumulation=2, config=CONFIG),
         Case(name="TP2", tp=2, recompute="full", mbs=2, accumulation=2, config=CONFIG),
+        *(
+            pytest.param(Case(name=f"{name}, prediction", **layout, **FURTHER), marks=marks)
+            for name, layout, *marks in [
+                ("CP2", {"cp": 2, "mbs": 2, "accumulation": 2, "recompute": "full"}),
+                ("PP2", {"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "moe"}, SLOW),
+                ("EP2", {"dp": 2, "ep": 2, "accumulation": 2, "recompute": "full"}, SLOW),
+                ("TP2", {"tp": 2, "accumulation": 2, "recompute": "moe"}, SLOW),
+                ("CP2 x PP2", {"cp": 2, "pp": 2, "accumulation": 4, "recompute": "full"}, SLOW),
+            ]
+        ),
     ],
     ids=lambda case: case.id,
 )
 def test_layouts_train_the_model_of_one_process(ranks, reference, case):
-    seed, want = reference(case.mbs * case.dp)
-    got = ranks(2).run(_train, case=case, seed=seed)
+    seed, want = reference(case.reference)
+    got = ranks(case.world_size).run(_train, case=case, seed=seed)
     for answer in got:
+        assert answer["metrics"] == pytest.approx(want["metrics"], rel=TOLERANCE)
         if answer["losses"]:
-            assert answer["losses"] == pytest.approx(want["losses"], rel=TOLERANCE)
+            for kind in ("losses", "further_losses"):
+                assert answer[kind] == pytest.approx(want[kind], rel=TOLERANCE)
     for kind in ("gradients", "weights"):
         wanted, found = shards.join([want[kind]]), shards.join([answer[kind] for answer in got])
         assert found.keys() == wanted.keys()
@@ -96,11 +113,12 @@ def test_layouts_train_the_model_of_one_process(ranks, reference, case):
     for answer in got:
         for key, chosen in answer["decisions"].items():
             decisions.setdefault(key, {}).update(chosen)
+    assert max(layer for layer, _ in decisions) == 8 + case.config.get("mtp_num_layers", 0)
     assert decisions == want["decisions"]
 
 
 def test_every_token_keeps_to_the_pool_of_its_document(reference):
-    _, answer = reference(2)
+    _, answer = reference(Case(mbs=2, accumulation=2, config=CONFIG))
     layers = {layer for layer, _ in answer["decisions"]}
     assert layers == {4, 6, 8}, "the places of E in the pattern"
     for layer in layers:
