@@ -358,6 +358,16 @@ def test_evaluation_has_the_micro_batches_of_training_under_tensor_parallelism()
         pool_args.check_run(pools, host, host)
 
 
+def test_megatrons_own_scripts_cut_whole_samples():
+    pools = PoolConfig(pool_min=4)
+    cut = _host(context_parallel_size=2, mtp_num_layers=1)
+    pool_args.check_run(pools, cut, cut)
+    with pytest.raises(ValueError, match="--context-parallel-size must be 1") as caught:
+        pool_args.check_run(pools, cut, cut, refusals=HOST_REFUSALS)
+    assert str(caught.value).count("  - ") == 1, "multi-token prediction is fine"
+    pool_args.check_run(PoolConfig(), cut, cut, refusals=HOST_REFUSALS)
+
+
 def test_megatrons_own_scripts_have_boundaries_on_two_stages():
     pools = PoolConfig(pool_min=4)
     for stages in (
