@@ -22,7 +22,7 @@ def page(run_bridge, tmp_path_factory):
 
 def test_its_findings_are_what_bridge_does(page):
     findings = [block for block in page["blocks"] if block["page"]]
-    assert len(findings) == 5
+    assert len(findings) == 6
     for block in findings:
         assert block["printed"] == block["page"]
 

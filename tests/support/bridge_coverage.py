@@ -201,7 +201,7 @@ def _layers(model: Any, pool: PoolConfig) -> str:
                     build = without_transformer_engine(model.transformer_layer_spec)
                     with_pools(build, config=model, pool=pool)(model)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return "built"
 
 

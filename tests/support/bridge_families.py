@@ -16,6 +16,7 @@ from megatron.bridge.models.exaone.exaone_moe import exaone_moe_provider
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
 from emo_megatron.bridge import apply_pools, pool_forward_step
@@ -43,7 +44,7 @@ RECIPES = {
     "gpt-oss": "recipes.gpt_oss_20b_pretrain_16gpu_h100_bf16_config",
     "Nemotron 3 Nano": "recipes.nemotron_3_nano_pretrain_8gpu_h100_bf16_config",
     "Nemotron 3.5 Lightning": "recipes.nemotron_3_5_lightning_pretrain_8k_config",
-    "Nemotron 3 Super, Ultra": "recipes.nemotron_3_super_pretrain_config",
+    "Nemotron 3 Super, Ultra": "recipes.nemotron_3_super_pretrain_64gpu_gb200_bf16_config",
     "EXAONE": "recipes.exaone_moe_236b_a23b_pretrain_64gpu_h100_bf16_config",
     "MiniMax-M3": "recipes.minimax_m3_pretrain_256gpu_h100_bf16_config",
     "Step-3.5": "recipes.step35_196b_a11b_pretrain_512gpu_h100_bf16_config",
@@ -75,6 +76,7 @@ def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
             name for name in model.recompute_modules or () if name not in RECOMPUTED_ON_GPUS
         ],
         "model.layernorm_zero_centered_gamma": False,
+        "model.moe_latent_size": None,
         "model.cuda_graph_impl": "none",
         "optimizer.optimizer": "adam",
     }
@@ -87,6 +89,7 @@ def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
     sizes = _sizes(model) | {"transformer_layer_spec": spec}
     bridge_recipes.shrink(cfg, folder, steps=2, **sizes)
     cfg.checkpoint.save = cfg.checkpoint.load = None
+    cfg.checkpoint.async_save = False
     return cfg, [
         f"{n}: {before[n]!r} -> {without[n]!r}" for n in without if before[n] != without[n]
     ]
@@ -140,6 +143,7 @@ def train(
     """
     forget()
     destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
     printed, left_out = io.StringIO(), []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed):
         cfg, left_out = small(recipe(), Path(folder))
