@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
-from support.pretraining import ROOT, logged, pretrain
+from support.recorded_runs import differences, run
 
-RECORDED = ROOT / "tests" / "support" / "pretrain_recorded.py"
 MARGIN = 1e-6
 """Smallest gap in probability a decision may be made by: a closer one could flip with the order of a sum."""
-TOLERANCE = 1e-6
-"""Of a loss, of which Megatron prints seven digits."""
 SAMPLES, SEQ, LAYERS = 32, 64, (2, 3, 4)
 CP2 = ["--context-parallel-size", 2]
 PP2 = ["--pipeline-model-parallel-size", 2]
@@ -24,27 +19,6 @@ FULL += ["--recompute-num-layers", 1]
 MTP = ["--mtp-num-layers", 2, "--mtp-loss-scaling-factor", 0.3, "--mtp-exact-loss"]
 
 
-def _run(processes, *flags, data, folder):
-    """What such a run logs and decides: losses and pool sizes of all steps, decisions, their margin."""
-    folder.mkdir()
-    flags = ["--pool-min", 3, "--record", folder, *flags]
-    output = pretrain(processes, *flags, data=data, script=RECORDED)
-    decisions, margins = {}, []
-    for path in sorted(folder.iterdir()):
-        content = pickle.loads(path.read_bytes())
-        margins.append(content["margin"])
-        for key, chosen in content["decisions"].items():
-            into = decisions.setdefault(key, {})
-            # ranks that saw the same document or token must have decided alike
-            assert all(into.setdefault(place, found) == found for place, found in chosen.items())
-    return {
-        "losses": logged(output),
-        "pool sizes": logged(output, "pool_size"),
-        "decisions": decisions,
-        "margin": min(margins),
-    }
-
-
 @pytest.fixture(scope="module")
 def single(data_prefix, tmp_path_factory):
     """The run of one process with these flags, done once."""
@@ -53,20 +27,10 @@ def single(data_prefix, tmp_path_factory):
     def get(*flags):
         if flags not in found:
             folder = tmp_path_factory.mktemp("single") / "decisions"
-            found[flags] = _run(1, *flags, data=data_prefix, folder=folder)
+            found[flags] = run(1, *flags, data=data_prefix, folder=folder)
         return found[flags]
 
     return get
-
-
-def _differences(got, want):
-    """The names of what is not the same."""
-    is_equal = {
-        "losses": got["losses"] == pytest.approx(want["losses"], rel=TOLERANCE),
-        "pool sizes": got["pool sizes"] == want["pool sizes"],
-        "decisions": got["decisions"] == want["decisions"],
-    }
-    return {name for name, equal in is_equal.items() if not equal}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +62,8 @@ def test_a_layout_trains_the_run_of_one_process(
     assert len(want["losses"]) == 4
     for layer in LAYERS:
         assert len(want["decisions"][layer, "experts"]) == SAMPLES * SEQ
-    got = _run(processes, *model, *layout, data=data_prefix, folder=tmp_path / "decisions")
-    assert _differences(got, want) == set()
+    got = run(processes, *model, *layout, data=data_prefix, folder=tmp_path / "decisions")
+    assert differences(got, want) == set()
 
 
 @pytest.mark.slow
@@ -112,5 +76,5 @@ def test_a_layout_trains_the_run_of_one_process(
     ],
 )
 def test_a_planted_bug_is_seen(bug, seen, data_prefix, tmp_path, single):
-    got = _run(2, *CP2, "--bug", bug, data=data_prefix, folder=tmp_path / "decisions")
-    assert seen in _differences(got, single())
+    got = run(2, *CP2, "--bug", bug, data=data_prefix, folder=tmp_path / "decisions")
+    assert seen in differences(got, single())

@@ -92,7 +92,7 @@ def get_batch(
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None, "the dataset is built on every stage"
         loaded = next(data_iterator)
-        _check_tokens(loaded["tokens"], seq_length=args.seq_length)
+        _check_tokens(loaded, seq_length=args.seq_length)
         if has_documents:
             _check_documents(loaded["cu_seqlens"], seq_length=args.seq_length)
             num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
@@ -154,7 +154,7 @@ def _get_batch_for_routers(
                 f"a batch must have {ROUTER_BOUNDS!r} with --pool-documents routers; got {sorted(loaded)}: build the "
                 "datasets with emo_megatron.mcore.train.datasets_provider"
             )
-        _check_tokens(loaded["tokens"], seq_length=args.seq_length)
+        _check_tokens(loaded, seq_length=args.seq_length)
         _check_documents(loaded[ROUTER_BOUNDS], seq_length=args.seq_length)
         # on the host, where counting the documents costs nothing
         bounds = merged_bounds(loaded[ROUTER_BOUNDS])
@@ -222,12 +222,18 @@ def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
     )
 
 
-def _check_tokens(tokens_BS: Tensor, *, seq_length: int) -> None:
+def _check_tokens(loaded: dict[str, Any], *, seq_length: int) -> None:
     """Refuse samples that somebody has cut or padded already: labels and boundaries would belong to other tokens."""
-    if tokens_BS.shape[-1] != seq_length:
+    lengths = {key: loaded[key].shape[-1] for key in TOKEN_KEYS}
+    if set(lengths.values()) != {seq_length}:
         raise ValueError(
-            f"a sample must have --seq-length {seq_length} tokens when it is loaded; got {tokens_BS.shape[-1]}: it is "
+            f"a sample must have --seq-length {seq_length} of everything when it is loaded; got {lengths}: it is "
             "padded and cut over ranks here, so the loader must not"
+        )
+    if loaded.get("cu_seqlens_padded") is not None:
+        raise ValueError(
+            "a sample must come without cu_seqlens_padded: its documents are padded here as --context-parallel-size "
+            "needs, and padding that is in a sample already would choose experts like text"
         )
 
 
@@ -235,6 +241,11 @@ def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
     """Refuse impossible boundaries while they are still on the host, where looking at them costs nothing."""
     for sample in cu_seqlens.reshape(-1, cu_seqlens.shape[-1]):
         DocumentSegments.from_cu_seqlens(sample, num_tokens=seq_length)
+        if sample[-1] != seq_length:
+            raise ValueError(
+                f"cu_seqlens of a sample must end with its --seq-length {seq_length} tokens; got {int(sample[-1])}: "
+                "what lies behind would be in no document, and padding between documents comes later"
+            )
 
 
 def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:

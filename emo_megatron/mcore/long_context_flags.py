@@ -25,6 +25,7 @@ def problems_with_long_context(pool: PoolConfig, args: Any) -> list[str]:
     is_cut = is_packed and args.context_parallel_size > 1
     return [
         *_problems_with_lengths(args, is_cut=is_cut),
+        *([] if is_cut else _problems_with_samples(args, is_packed=is_packed)),
         *problems_with_exchange(args, is_cut=is_cut),
         *problems_with_prediction(args, is_packed=is_packed),
     ]
@@ -45,6 +46,20 @@ def _problems_with_lengths(args: Any, *, is_cut: bool) -> list[str]:
     return [
         f"--max-documents must be given with {needs} and --context-parallel-size {args.context_parallel_size}: that "
         "takes equally many tokens of every rank, and documents are padded to other lengths on each"
+    ]
+
+
+def _problems_with_samples(args: Any, *, is_packed: bool) -> list[str]:
+    """Samples that nobody pads and sequence parallelism can't cut; what padding makes of documents it can."""
+    if not args.sequence_parallel:
+        return []
+    held = args.seq_length // args.context_parallel_size
+    held *= args.micro_batch_size if is_packed else 1
+    if held % args.tensor_model_parallel_size == 0:
+        return []
+    return [
+        "--seq-length must give every context-parallel rank a multiple of --tensor-model-parallel-size "
+        f"({args.tensor_model_parallel_size}) tokens with --sequence-parallel; got {args.seq_length}, and {held} tokens"
     ]
 
 

@@ -143,6 +143,8 @@ def _host(**overrides):
         "micro_batch_size": 2,
         "eval_micro_batch_size": 2,
         "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "seq_length": 64,
         "world_size": 8,
         "inprocess_active_world_size": 8,
         "pipeline_model_parallel_size": 1,

@@ -46,12 +46,18 @@ def write_data(folder: Path) -> Path:
 
 
 def start(
-    processes: int, *flags: object, data: Path | None, script: Path = SCRIPT
+    processes: int,
+    *flags: object,
+    data: Path | None,
+    script: Path = SCRIPT,
+    is_tied: bool = False,
 ) -> subprocess.Popen[str]:
     """A run of FLAGS and `flags`, the later of which win; without data on Megatron's mock data."""
     source = ["--data-path", data, "--data-cache-path", data.parent] if data else ["--mock-data"]
     # a switch cannot be taken back
-    own = [flag for flag in FLAGS if flag != MASKING or not {"routers", "--sft"} & {*flags}]
+    left_out = {MASKING} if {"routers", "--sft"} & {*flags} else set()
+    left_out |= {"--untie-embeddings-and-output-weights"} if is_tied else set()
+    own = [flag for flag in FLAGS if flag not in left_out]
     arguments = (script, *own, *source, "--vocab-size", VOCAB, *flags)
     return subprocess.Popen(
         python(*arguments, processes=processes),
@@ -82,9 +88,10 @@ def pretrain(
     data: Path | None,
     script: Path = SCRIPT,
     expect_failure: bool = False,
+    is_tied: bool = False,
 ) -> str:
     """Such a run to its end; what it printed."""
-    run = start(processes, *flags, data=data, script=script)
+    run = start(processes, *flags, data=data, script=script, is_tied=is_tied)
     try:
         output, _ = run.communicate(timeout=300)
     finally:
