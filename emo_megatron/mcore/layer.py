@@ -97,7 +97,13 @@ class PoolMoELayer(MoELayer):
 
 
 class PoolTransformerLayer(TransformerLayer):
-    """A transformer layer that hands the micro-batch's scope to its MoE layer. Overrides nothing of `forward`."""
+    """A transformer layer that hands the micro-batch's scope to its MoE layer. Overrides nothing of `forward`.
+
+    Attributes:
+        num_recomputed: how often full recompute repeats the layer in a backward pass.
+    """
+
+    num_recomputed: int = 1
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.mlp, PoolMoELayer):
@@ -115,7 +121,13 @@ class PoolTransformerLayer(TransformerLayer):
         documents = current_documents()
         if documents is None:
             return None
-        return documents.scope_for(number, hidden_shape=shape, shard=shard, pool=pool)
+        return documents.scope_for(
+            number,
+            hidden_shape=shape,
+            shard=shard,
+            pool=pool,
+            num_recomputed=self.num_recomputed,
+        )
 
     def _maybe_unflatten_for_moe(
         self,

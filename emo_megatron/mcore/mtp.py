@@ -43,6 +43,10 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
             # a hybrid stack does not tell its MoE layer
             router.is_mtp_layer = True
             router.set_layer_number(self.layer_number)
+        if self.config.recompute_granularity == "full":
+            # a hybrid stack recomputes its layers inside the depth that is recomputed
+            for layer in getattr(self.mtp_model_layer, "layers", ()):
+                layer.num_recomputed = 2
         self._routers = routers
         self._num_forward = self._num_backward = 0
 

@@ -7,6 +7,7 @@ hook on the model's output, which autograd calls before anything of that backwar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,24 +26,35 @@ class RouterDocuments(Packing):
     """The documents of one micro-batch, for one forward pass through one model (chunk) and its backward."""
 
     _scope: PoolScope | None = field(default=None, init=False, repr=False)
-    _asked: set[tuple[int, bool]] = field(default_factory=set, init=False, repr=False)
-    """(layer number, whether in backward) of the layers that have asked."""
+    _asked: Counter[tuple[int, bool]] = field(default_factory=Counter, init=False, repr=False)
+    """(layer number, whether in backward) -> how often the layer has asked."""
 
     def scope_for(
-        self, layer_number: int, *, hidden_shape: torch.Size, shard: Shard, pool: PoolConfig
+        self,
+        layer_number: int,
+        *,
+        hidden_shape: torch.Size,
+        shard: Shard,
+        pool: PoolConfig,
+        num_recomputed: int = 1,
     ) -> PoolScope:
         """The scope of this micro-batch, for a layer that starts its forward pass or repeats it in backward.
+
+        Args:
+            layer_number: of the router.
+            hidden_shape, shard, pool: as make_scope takes them.
+            num_recomputed: how often full recompute repeats the layer in a backward pass.
 
         Raises:
             ValueError: it has done so already: these are the documents of an earlier micro-batch.
         """
         asks = (layer_number, is_in_backward())
-        if asks in self._asked:
+        self._asked[asks] += 1
+        if self._asked[asks] > (num_recomputed if asks[1] else 1):
             raise ValueError(
                 f"layer {layer_number} got the documents of an earlier micro-batch: with --pool-documents routers "
                 "every forward pass must go through emo_megatron.mcore.router_documents.forward_with_documents"
             )
-        self._asked.add(asks)
         if self._scope is None:
             self._scope = make_scope(self, hidden_shape=hidden_shape, shard=shard, pool=pool)
         return self._scope

@@ -19,13 +19,11 @@ KINDS = {
     "plain": {},
     "prediction": {"options": {"model.mtp_num_layers": 2}},
     # Megatron divides the loss of prediction by the tokens of a rank's part of a micro-batch, which context
-    # parallelism changes; without it the rest must be the same
-    "prediction by balance": {
-        "options": {"model.mtp_num_layers": 2, "model.mtp_loss_scaling_factor": 0.0}
-    },
+    # parallelism changes
+    "exact prediction": {"options": {"model.mtp_num_layers": 2}, "exact": True},
     "attention": {"documents": "attention"},
 }
-KINDS["attention, prediction"] = KINDS["prediction by balance"] | KINDS["attention"]
+KINDS["attention, prediction"] = KINDS["exact prediction"] | KINDS["attention"]
 SHARD = ("model.sequence_parallel=true",)
 RECOMPUTE = (
     "model.recompute_granularity=full",
@@ -65,7 +63,7 @@ LAYOUTS = {
     ),
     "prediction tp2": ("prediction", 2, {"tp": 2}, SHARD),
     "prediction recompute": ("prediction", 2, {"pp": 2}, RECOMPUTE),
-    "prediction cp2": ("prediction by balance", 2, {"cp": 2}, ()),
+    "prediction cp2": ("exact prediction", 2, {"cp": 2}, ()),
     "attention pp2": ("attention", 2, {"pp": 2}, ()),
     "attention cp4": ("attention", 4, {"cp": 4}, ()),
     "attention cp2 ep2": ("attention", 4, {"cp": 2, "ep": 2}, ()),

@@ -239,6 +239,57 @@ def test_megatrons_builder_takes_it_as_a_spec(ranks, tmp_path):
     assert "--num-experts (8); got 9" in run(config_text='{"pool_min": 9}')[0]
 
 
+def _with_prediction(repeated, **recompute):
+    """Losses and gradients of two micro-batches, whose boundaries go to the routers only."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from support import shards, tiny
+
+    from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents
+
+    tiny.setup()
+    destroy_moe_metrics_tracker()
+    predicting = {"mtp_num_layers": 2, "mtp_use_repeated_layer": repeated}
+    model = _hybrid(
+        tiny.transformer_config(num_layers=4, **predicting, **recompute),
+        PoolConfig(pool_min=2, pool_max=4, pool_documents="routers"),
+        "*E*E/*E/*E",
+        vocab_size=tiny.VOCAB,
+        max_sequence_length=tiny.SEQ,
+        position_embedding_type="rope",
+    )
+    shards.initialise([model], seed=5)
+    losses = []
+    for step in range(2):
+        shape = (tiny.ROWS, tiny.SEQ)
+        tokens = torch.randint(tiny.VOCAB, shape, generator=torch.Generator().manual_seed(step))
+        positions = torch.arange(tiny.SEQ).expand(shape)
+        documents = RouterDocuments(
+            cu_seqlens=torch.tensor([0, 5 + step, tiny.SEQ, tiny.ROWS * tiny.SEQ]),
+            tokens_per_sample=tiny.SEQ,
+        )
+        output = forward_with_documents(model, documents, tokens, positions, None, labels=tokens)
+        output.mean().backward()
+        losses.append(output.mean().item())
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["layers", "one layer"])
+def test_recompute_of_prediction_repeats_its_pools(ranks, repeated):
+    full = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    (losses, gradients), (again, repeated_gradients) = (
+        ranks(1).run(_with_prediction, repeated=repeated, **options)[0] for options in ({}, full)
+    )
+    assert again == losses
+    assert gradients.keys() == repeated_gradients.keys()
+    for name, gradient in gradients.items():
+        difference = (repeated_gradients[name] - gradient).norm()
+        assert difference <= TOLERANCE * gradient.norm().clamp(min=1e-12), name
+
+
 def _stacks():
     """Which layers of Megatron's Transformer Engine stack change, and what a local stack without them says."""
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec

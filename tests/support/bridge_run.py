@@ -48,8 +48,9 @@ def recipe(run: dict[str, Any]) -> Any:
     """The OLMoE recipe with pools as a run says, its overrides not yet in it.
 
     Args:
-        run: folder and data (paths), and of these what differs: load, steps, pool (fields), bf16, spec ("bridge":
-            its own local layers), options such as "validation.eval_iters" that are set before apply_pools.
+        run: folder and data (paths), and of these what differs: load, steps, pool (fields), documents (who gets
+            boundaries), bf16, spec ("bridge": its own local layers), options such as "validation.eval_iters" that are
+            set before apply_pools, exact (whether losses of prediction are).
     """
     import torch
     from megatron.bridge.models.gpt_provider import local_layer_spec
@@ -101,7 +102,10 @@ def train(run: dict[str, Any], seen: Seen) -> None:
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
     from emo_megatron.bridge import pool_forward_step
+    from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
 
+    if run.get("exact"):
+        use_exact_mtp_loss()
     cfg = process_config_with_overrides(recipe(run), cli_overrides=run.get("overrides", []))
     with seen:
         pretrain(cfg, pool_forward_step)
