@@ -17,6 +17,8 @@ EP2 = ["--expert-model-parallel-size", 2, "--micro-batch-size", 1]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 FULL += ["--recompute-num-layers", 1]
 MTP = ["--mtp-num-layers", 2, "--mtp-loss-scaling-factor", 0.3, "--mtp-exact-loss"]
+# on a CPU Megatron's rotary embedding of whole samples does not know context parallelism: it pins memory
+ROUTERS = ["--pool-documents", "routers", "--position-embedding-type", "learned_absolute"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,8 @@ def single(data_prefix, tmp_path_factory):
                 ("CP2 x EP2 x DP2, dedup", 4, [], [*CP2, *EP2, "--pool-dispatcher", "dedup"]),
                 ("CP2, prediction", 2, MTP, CP2),
                 ("CP2 x PP2, prediction", 4, MTP, [*CP2, *PP2]),
+                ("CP2 by sample", 2, ROUTERS, CP2),
+                ("CP2 by sample, prediction", 2, [*ROUTERS, *MTP], CP2),
             ]
         ),
     ],

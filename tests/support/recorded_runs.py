@@ -31,6 +31,7 @@ def run(processes: int, *flags: Any, data: Path, folder: Path, **options: Any) -
             assert all(into.setdefault(place, found) == found for place, found in chosen.items())
     return {
         "losses": logged(output),
+        "further losses": logged(output, "mtp_1 loss"),
         "pool sizes": logged(output, "pool_size"),
         "decisions": decisions,
         "margin": min(margins),
@@ -41,8 +42,8 @@ def run(processes: int, *flags: Any, data: Path, folder: Path, **options: Any) -
 def differences(got: dict[str, Any], want: dict[str, Any]) -> set[str]:
     """The names of what is not the same."""
     is_equal = {
-        "losses": got["losses"] == pytest.approx(want["losses"], rel=TOLERANCE),
-        "pool sizes": got["pool sizes"] == want["pool sizes"],
-        "decisions": got["decisions"] == want["decisions"],
+        kind: got[kind] == pytest.approx(want[kind], rel=TOLERANCE)
+        for kind in ("losses", "further losses", "pool sizes")
     }
+    is_equal["decisions"] = got["decisions"] == want["decisions"]
     return {name for name, equal in is_equal.items() if not equal}
