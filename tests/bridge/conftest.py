@@ -29,7 +29,7 @@ def run_bridge():
             | variables,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1000,
         )
         assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout + done.stderr if expect_failure else done.stdout

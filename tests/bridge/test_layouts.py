@@ -21,6 +21,8 @@ KINDS = {
     # Megatron divides the loss of prediction by the tokens of a rank's part of a micro-batch, which context
     # parallelism changes
     "exact prediction": {"options": {"model.mtp_num_layers": 2}, "exact": True},
+    # as many as Megatron can overlap
+    "one prediction": {"options": {"model.mtp_num_layers": 1}},
     "attention": {"documents": "attention"},
 }
 KINDS["attention, prediction"] = KINDS["exact prediction"] | KINDS["attention"]
@@ -71,6 +73,12 @@ LAYOUTS = {
     "attention cp2 tp2": ("attention, prediction", 4, {"cp": 2, "tp": 2}, SHARD),
 }
 """Name -> kind of run, ranks, sizes of parallelism, other overrides."""
+OVERLAPPED = {
+    "plain": (2, {"ep": 2}, ()),
+    "attention": (2, {"ep": 2}, ()),
+    "one prediction": (4, {"ep": 2, "pp": 2, "vpp": 2}, INTERLEAVED),
+}
+"""Kind of run -> layout in which expert-parallel messages overlap with computing."""
 
 SAME = 1e-6
 """Relative: sums in another order."""
@@ -91,7 +99,12 @@ def _run(name, folder, *, kind, ranks=1, sizes=None, overrides=(), **options):
 
 def _start(kind):
     """The folder with the weights that runs of this kind begin from."""
-    return "with_prediction" if "options" in KINDS[kind] else "without"
+    return f"start_{_layers(kind)}"
+
+
+def _layers(kind):
+    """How many layers have pools."""
+    return 4 + KINDS[kind].get("options", {}).get("model.mtp_num_layers", 0)
 
 
 def _train(run_bridge, folder, runs, *, kinds):
@@ -108,7 +121,7 @@ def _train(run_bridge, folder, runs, *, kinds):
     return json.loads(file.with_suffix(".results.json").read_text())
 
 
-def _require_same(found, wanted, *, layers):
+def _require_same(found, wanted, *, kind):
     for run in (wanted, found):
         assert not any(run["codes"]), run["printed"][-4000:]
     assert len(wanted["losses"]) == 3
@@ -121,6 +134,7 @@ def _require_same(found, wanted, *, layers):
         assert found["metrics"][name] == pytest.approx(values, rel=SAME), name
     sizes = {len(pool) for pool in wanted["pools"].values()}
     assert sizes == set(range(2, 9))
+    layers = _layers(kind)
     # of the documents in 3 steps of 8 samples
     assert len(wanted["pools"]) > layers * 3 * 8
     assert {key.split("/")[0] for key in wanted["pools"]} == set(map(str, range(1, layers + 1)))
@@ -141,11 +155,13 @@ def few(run_bridge, tmp_path_factory):
 
 
 def test_expert_parallelism_gives_the_run_of_one_process(few):
-    _require_same(few["ep2"], few["prediction"], layers=6)
+    _require_same(few["ep2"], few["prediction"], kind="prediction")
+    assert few["ep2"]["are_predictions_masked"] == [True]
 
 
 def test_documents_cut_over_ranks_give_the_run_of_one_process(few):
-    _require_same(few["cp2"], few["attention, prediction"], layers=6)
+    kind = "attention, prediction"
+    _require_same(few["cp2"], few[kind], kind=kind)
     # attention that keeps to documents is another model
     assert few["cp2"]["losses"][0] != pytest.approx(few["prediction"]["losses"][0], rel=1e-4)
 
@@ -157,9 +173,12 @@ def trained(run_bridge, tmp_path_factory):
         _run(name, folder, kind=kind, ranks=ranks, sizes=sizes, overrides=overrides)
         for name, (kind, ranks, sizes, overrides) in LAYOUTS.items()
     ]
-    overlap = "overlap_moe_expert_parallel_comm"
-    bf16 = {"kind": "plain", "ranks": 2, "sizes": {"ep": 2}, "bf16": True}
-    runs += [_run("bf16", folder, **bf16), _run("bf16 overlap", folder, **bf16 | {overlap: True})]
+    for kind, (ranks, sizes, overrides) in OVERLAPPED.items():
+        bf16 = {"kind": kind, "ranks": ranks, "sizes": sizes, "overrides": overrides, "bf16": True}
+        runs += [
+            _run(f"{kind} bf16", folder, **bf16),
+            _run(f"{kind} overlap", folder, **bf16, overlap_moe_expert_parallel_comm=True),
+        ]
     return _train(run_bridge, folder, runs, kinds=KINDS)
 
 
@@ -167,9 +186,10 @@ def trained(run_bridge, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_gives_the_run_of_one_process(trained, layout):
     kind = LAYOUTS[layout][0]
-    _require_same(trained[layout], trained[kind], layers=6 if "options" in KINDS[kind] else 4)
+    _require_same(trained[layout], trained[kind], kind=kind)
 
 
 @pytest.mark.slow
-def test_overlap_of_expert_parallelism_changes_nothing(trained):
-    _require_same(trained["bf16 overlap"], trained["bf16"], layers=4)
+@pytest.mark.parametrize("kind", OVERLAPPED)
+def test_overlap_of_expert_parallelism_changes_nothing(trained, kind):
+    _require_same(trained[f"{kind} overlap"], trained[f"{kind} bf16"], kind=kind)

@@ -216,6 +216,38 @@ def test_a_routers_own_projection_stays(ranks):
     ]
 
 
+def _with_own_constructor():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from support import tiny
+
+    from emo_megatron.mcore import spec
+
+    class OwnLayer(TransformerLayer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    tiny.setup()
+    config = _config(mtp_num_layers=1)
+    block = _block(config)
+    block.layer_specs = [dataclasses.replace(s, module=OwnLayer) for s in block.layer_specs]
+    prediction = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+    with mock.patch.object(spec, "HAVE_TE", True):
+        with_pools = functools.partial(spec.with_pools, config=config, pool=POOLS)
+        layers = with_pools(block).layer_specs
+        for made in (with_pools(prediction), with_pools(with_pools(prediction))):
+            layers.append(made.layer_specs[0].submodules.mtp_model_layer)
+        empty = with_pools(dataclasses.replace(block, layer_specs=[]))
+    return [[cls.__name__ for cls in s.module.__mro__][:4] for s in layers], empty.layer_specs
+
+
+def test_a_layers_own_constructor_stays(ranks):
+    layers, empty = ranks(1).run(_with_own_constructor)[0]
+    assert layers == [["PoolOwnLayer", "PoolTransformerLayer", "OwnLayer", "TransformerLayer"]] * 4
+    # the stage of a pipeline may have no layer
+    assert empty == []
+
+
 def _problems():
     from support import tiny
 

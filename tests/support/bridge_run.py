@@ -124,14 +124,22 @@ class Seen(contextlib.AbstractContextManager["Seen"]):
         self.chosen: dict[str, list[int]] = {}
         """The same -> how many of this rank's tokens each expert got."""
         self.eval_sizes: set[int] = set()
+        self.are_predictions_masked: set[bool] = set()
+        """Whether losses of multi-token prediction got the loss mask."""
 
     def __enter__(self) -> Seen:
         from megatron.bridge.training import train as loop
         from megatron.bridge.training.utils import train_utils
+        from megatron.core.models.gpt import gpt_model
 
         from emo_megatron.mcore.router import PoolRouter
 
         log, track, route = loop.training_log, train_utils.track_moe_metrics, PoolRouter.routing
+        predict = gpt_model.process_mtp_loss
+
+        def process_mtp_loss(*args: Any, **kwargs: Any) -> Any:
+            self.are_predictions_masked.add(kwargs["loss_mask"] is not None)
+            return predict(*args, **kwargs)
 
         def training_log(losses: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self.losses += [float(loss) for name, loss in losses.items() if name == "lm loss"]
@@ -149,7 +157,7 @@ class Seen(contextlib.AbstractContextManager["Seen"]):
             return answer
 
         loop.training_log, train_utils.track_moe_metrics = training_log, track_moe_metrics
-        PoolRouter.routing = routing
+        PoolRouter.routing, gpt_model.process_mtp_loss = routing, process_mtp_loss
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -266,7 +274,8 @@ def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "chosen": {},
     }
     whole["conflicts"] = []
-    whole["eval_sizes"] = sorted({size for part in parts for size in part["eval_sizes"]})
+    for name in ("eval_sizes", "are_predictions_masked"):
+        whole[name] = sorted({value for part in parts for value in part[name]})
     for part in parts:
         whole["losses"] = part["losses"] or whole["losses"]
         whole["grad_norms"] = part["grad_norms"] or whole["grad_norms"]
