@@ -75,7 +75,8 @@ def pool_forward_step(
             batch, packed = _packed(batch, packing, config, groups)
     state.timers("batch-generator").stop()
     # padded documents have no samples of one length, and their shapes travel between stages
-    num_samples = packing.num_samples if packed and not config.cuts_documents else 1
+    is_flat = packed is None or config.cuts_documents
+    num_samples = 1 if is_flat else packing.num_samples or 1
     flatten_received(model, num_samples=num_samples)
     with state.straggler_timer:
         output = forward_with_documents(
