@@ -17,15 +17,15 @@ MTP = ("--mtp-num-layers", DEPTHS, "--mtp-loss-scaling-factor", 0.3, "--mtp-exac
 OWN_STAGE = ("--pipeline-model-parallel-size", 3, "--pipeline-model-parallel-layout", "Ett|ttmmm|L")
 
 
-def _get_batch(change, kind):
-    """What the script makes of a sample with this change, or its error."""
+def _get_batch(change, kind, cp=1, **flags):
+    """The tokens that the script makes of a sample with this change, or its error."""
     from megatron.training import global_vars
     from support import tiny
 
     from emo_megatron.mcore import batches
     from emo_megatron.mcore.samples import NUM_PADDING, ROUTER_BOUNDS
 
-    tiny.setup()
+    tiny.setup(context_parallel_size=cp)
     bounds = ROUTER_BOUNDS if kind == "routers" else "cu_seqlens"
     sample = {
         **{key: torch.arange(SEQ)[None] for key in batches.TOKEN_KEYS},
@@ -33,6 +33,8 @@ def _get_batch(change, kind):
         "max_seqlen": torch.tensor([SEQ]),
         NUM_PADDING: torch.zeros(1, dtype=torch.int64),
     }
+    if kind == "neither":
+        del sample[bounds]
     for key, value in change.items():
         sample[bounds if key == "bounds" else key] = value
     global_vars._GLOBAL_ARGS = SimpleNamespace(
@@ -40,8 +42,10 @@ def _get_batch(change, kind):
         dataloader_inter_document_masking=kind == "attention",
         micro_batch_size=1,
         seq_length=SEQ,
-        context_parallel_size=1,
+        context_parallel_size=cp,
         pipeline_model_parallel_size=1,
+        sequence_parallel=False,
+        **flags,
     )
     try:
         return batches.get_batch(iter([sample]), tiny.transformer_config(), None)["tokens"].tolist()
@@ -74,6 +78,58 @@ def test_a_loader_that_cuts_or_pads_is_refused(ranks, kind, change, says):
 @pytest.mark.parametrize("kind", ["attention", "routers"])
 def test_whole_samples_are_taken(ranks, kind):
     assert ranks(1).run(_get_batch, change={}, kind=kind)[0] == [list(range(SEQ))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        # documents of 5 and 11 tokens, padded to 8 and 12; 0 is the first token, and padding
+        ("attention", [[0, 1, 0, 0, 5, 6, 7, 14, 15, 0], [2, 3, 4, 0, 8, 9, 10, 11, 12, 13]]),
+        ("routers", [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]),
+        ("neither", [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]),
+    ],
+)
+def test_each_rank_holds_its_part(ranks, kind, parts):
+    """The standard model too, which may have no boundaries at all."""
+    found = ranks(2).run(_get_batch, change={}, kind=kind, cp=2)
+    assert found == [[part] for part in parts]
+
+
+def test_a_micro_batch_of_too_many_documents_is_an_error(ranks):
+    three = {"bounds": torch.tensor([[0, 1, 2, SEQ]], dtype=torch.int32)}
+    (short, _), (long, _) = (
+        ranks(2).run(_get_batch, change=three, kind="attention", cp=2, max_documents=most)
+        for most in (1, 3)
+    )
+    assert "--max-documents" in short
+    # three documents need 16 + 3 * 3 tokens at most, which two ranks can share if they are 28
+    assert len(long[0]) == 14
+
+
+def test_the_share_of_padding_is_told():
+    from megatron.training import global_vars
+
+    from emo_megatron.mcore import batches, train
+    from emo_megatron.mcore.samples import NUM_PADDING
+
+    mask = torch.ones(1, 12)
+    batch = {NUM_PADDING: torch.zeros(1), "loss_mask": mask, batches.PADDED_TOKENS: 24}
+    global_vars._GLOBAL_ARGS = SimpleNamespace(
+        seq_length=SEQ,
+        calculate_per_token_loss=True,
+        check_for_nan_in_loss_and_grad=False,
+        check_for_spiky_loss=False,
+    )
+    try:
+        padding = train._padding(batch)
+        _, _, report = train.loss_func(mask, mask, padding=padding)
+        with torch.no_grad():
+            _, _, of_evaluation = train.loss_func(mask, mask, padding=padding)
+    finally:
+        global_vars._GLOBAL_ARGS = None
+    assert report["padding share"].tolist() == [8, 24]
+    assert "padding share" not in of_evaluation
+    assert train._padding(batch | {"loss_mask": None}) is None
 
 
 @pytest.mark.slow

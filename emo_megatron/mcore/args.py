@@ -13,7 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
-from emo_megatron.mcore.long_context_flags import problems_with_long_context
+from emo_megatron.mcore.long_context_flags import (
+    problems_with_long_context,
+    problems_with_prediction,
+)
 from emo_megatron.mcore.refusals import (
     SCRIPT_REFUSALS,
     Refusal,
@@ -42,7 +45,8 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="With context parallelism and packed documents: give every micro-batch the length that N documents need, "
-        "padding included. Without it, micro-batches are as long as their own documents need.",
+        "those of all its samples together, padding included. Without it, micro-batches are as long as their own "
+        "documents need.",
     )
     group.add_argument(
         "--mtp-exact-loss",
@@ -91,6 +95,8 @@ def check_run(
     if refusals is SCRIPT_REFUSALS:
         problems += _problems_with_conversations(args) + problems_with_restarts(args)
         problems += problems_with_long_context(pool, args)
+    else:
+        problems += problems_with_prediction(args, is_packed=args.dataloader_inter_document_masking)
     problems += _problems_with_boundaries(pool, args) + _problems_with_sharded_optimizer(args)
     problems += _problems_with_delay(pool, args)
     if pool.is_on and args.dataloader_type != "single":

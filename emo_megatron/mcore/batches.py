@@ -103,8 +103,17 @@ def get_batch(
     batch = _on_this_tp_rank(batch, config, vp_stage, has_cu_seqlens=has_documents)
     if num_padding_B is not None:
         _broadcast(num_padding_B)
+    if num_padding_B is None:
+        return _cut_samples(batch) | {NUM_PADDING: None}
     batch = flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
     return _padded(batch) if is_padded(args) else batch
+
+
+def _cut_samples(batch: dict[str, Any]) -> dict[str, Any]:
+    """Of samples without boundaries for attention, the two pieces of each that this context-parallel rank holds."""
+    group = mpu.get_context_parallel_group()
+    cut: dict[str, Any] = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return cut
 
 
 def _padded(batch: dict[str, Any]) -> dict[str, Any]:
@@ -114,16 +123,18 @@ def _padded(batch: dict[str, Any]) -> dict[str, Any]:
     tp_size = args.tensor_model_parallel_size if args.sequence_parallel else 1
     multiple = padding_multiple(cp_size=cp_size, tp_size=tp_size)
     cu_seqlens, num_packed = batch["cu_seqlens"][0], len(batch[NUM_PADDING]) * args.seq_length
-    if args.max_documents is None:
+    # a script that uses this module may have no such flag
+    most = getattr(args, "max_documents", None)
+    if most is None:
         bounds = padded_bounds(cu_seqlens, multiple=multiple)
         num_tokens = int(bounds[-1])
     else:
-        num_tokens = longest_padded(num_packed, max_documents=args.max_documents, multiple=multiple)
+        num_tokens = longest_padded(num_packed, max_documents=most, multiple=multiple)
         bounds = padded_bounds(cu_seqlens, multiple=multiple, num_tokens=num_tokens)
         if bounds[-2] > num_tokens:
             raise ValueError(
-                f"--max-documents must be at least the documents of every micro-batch; got {args.max_documents} and a "
-                f"micro-batch of {len(cu_seqlens) - 1}, which need {int(bounds[-2])} tokens and not {num_tokens}"
+                f"--max-documents must be at least the documents of every micro-batch; got {most} and a micro-batch of "
+                f"{len(cu_seqlens) - 1}, which need {int(bounds[-2])} tokens and not {num_tokens}"
             )
     cut = cut_by_document(
         batch,
@@ -172,8 +183,7 @@ def _get_batch_for_routers(
     if not needs_tokens(config, vp_stage):
         return dict.fromkeys(BATCH_KEYS) | documents
     batch = _on_this_tp_rank(batch, config, vp_stage, has_cu_seqlens=False)
-    group = mpu.get_context_parallel_group()
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group) | documents
+    return _cut_samples(batch) | documents
 
 
 def _on_this_tp_rank(

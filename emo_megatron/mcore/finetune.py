@@ -64,6 +64,11 @@ def freeze_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]] | 
                 f"--train-selection needs --train-only experts; got {policy}: the other weights have no experts of "
                 "their own"
             )
+        if args.mtp_num_layers:
+            raise ValueError(
+                "--train-selection cannot go with --mtp-num-layers: a Selection names experts of the decoder's layers "
+                f"alone; got {args.mtp_num_layers}"
+            )
         if not args.no_save_optim:
             raise ValueError(
                 "--train-selection needs --no-save-optim: Megatron stores the optimizer's state of all experts of a "

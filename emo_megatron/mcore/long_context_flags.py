@@ -112,6 +112,10 @@ def problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
         is_packed: whether attention keeps to documents.
     """
     if not args.mtp_num_layers:
+        if getattr(args, "mtp_exact_loss", False):
+            return [
+                "--mtp-exact-loss must not be given without --mtp-num-layers: there is no such loss"
+            ]
         return []
     problems = []
     if args.overlap_moe_expert_parallel_comm and is_packed:

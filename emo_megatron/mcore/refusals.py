@@ -164,6 +164,12 @@ PLACEMENT_REFUSALS = (
         "Selection of its checkpoint",
     ),
     Refusal(
+        field="mtp_num_layers",
+        allowed=(None, 0),
+        kind="untried",
+        reason="a placement has no order for experts of multi-token prediction",
+    ),
+    Refusal(
         field="pool_forced",
         allowed=(0,),
         kind="impossible",
@@ -231,7 +237,6 @@ HOST_REFUSALS = (
     Refusal(
         field="context_parallel_size",
         allowed=(1,),
-        only_with_pools=True,
         kind="impossible",
         reason="Megatron's scripts cut packed samples as packed attention does not take them "
         "(NVIDIA/Megatron-LM issue 6156); use examples/pretrain_emo.py",

@@ -12,6 +12,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
 from emo_megatron.mcore import backend, router_documents
 from emo_megatron.mcore.compat import training_args
 from emo_megatron.mcore.context import CLOCK
@@ -68,4 +70,6 @@ def forget_attempt() -> None:
     """Forget what this process keeps of a training run outside its model."""
     CLOCK.consumed_samples = None
     router_documents.forget()
+    # what the failed step has recorded would be in the first log of the next attempt
+    MTPLossLoggingHelper.tracker.clear()
     backend._tell.cache_clear()

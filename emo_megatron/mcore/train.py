@@ -151,16 +151,19 @@ def _padding(batch: dict[str, Any]) -> Tensor | None:
     """[2]: padding between documents, and tokens, of a stage with a loss; None where nothing was padded."""
     if PADDED_TOKENS not in batch or batch["loss_mask"] is None:
         return None
+    mask = batch["loss_mask"]
     num_tokens, num_packed = batch[PADDED_TOKENS], len(batch[NUM_PADDING]) * get_args().seq_length
-    # every context-parallel rank counts its share of both
-    return batch["loss_mask"].new_tensor([num_tokens - num_packed, num_tokens])
+    # every context-parallel rank counts its share of both; filled on the device, for which nobody waits
+    shares = (num_tokens - num_packed, num_tokens)
+    return torch.stack([mask.new_full((), float(share)) for share in shares])
 
 
 def prepare_prediction(args: Any) -> None:
     """Let Megatron roll the documents of a micro-batch all at once, and divide losses as --mtp-exact-loss says."""
     if args.mtp_num_layers:
         use_packed_roll()
-        use_exact_mtp_loss(args.mtp_exact_loss)
+    if args.mtp_exact_loss:
+        use_exact_mtp_loss()
 
 
 def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[..., list[int]]:
