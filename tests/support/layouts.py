@@ -67,6 +67,9 @@ ONE_MTP: dict[str, Any] = {"config": {"mtp_num_layers": 1, "mtp_loss_scaling_fac
 PADDED: dict[str, Any] = {"has_slots": False, "cp_partition": "document"}
 """Documents of any length side by side, which context parallelism pads and cuts as pretrain_emo.py does."""
 FOUR = ["decoder"] * 4
+LIKE_DEEPSEEK: dict[str, Any] = DEEPSEEK | {
+    "config": DEEPSEEK["config"] | ONE_MTP["config"] | {"multi_latent_attention": True}
+}
 FEATURES: list[Case] = [
     Case(name="EP2, overlap", dp=2, ep=2, accumulation=4, per_token=True, features=OVERLAP),
     Case(
@@ -197,6 +200,28 @@ FEATURES: list[Case] = [
         }.items()
     ),
     *(
+        Case(name=f"{name}, documents padded", **layout, **PADDED)
+        for name, layout in {
+            "CP2, aux_loss of each rank": {"cp": 2, "mbs": 2, "accumulation": 2, **RANK_BY_RANK},
+            "CP2, pools inside groups": {"cp": 2, "mbs": 2, "recompute": "moe", **GROUPED_POOLS},
+            "CP2, pools of samples": {"cp": 2, "mbs": 2, "pool": {"pool_scope": "sample"}},
+            "CP2, end tokens open documents": {
+                **{"cp": 2, "mbs": 2, "accumulation": 2, "config": MTP["config"]},
+                "pool": {"pool_eos_starts_document": True},
+            },
+            "CP2, like DeepSeek-V3": {
+                **{"cp": 2, "mbs": 2, "accumulation": 2, "recompute": "full", **LIKE_DEEPSEEK},
+            },
+            "CP2 x PP2 x EP2, like DeepSeek-V3": {
+                **{"cp": 2, "pp": 2, "ep": 2, "accumulation": 4, "recompute": "moe"},
+                **{"dispatcher": "dedup", **LIKE_DEEPSEEK},
+            },
+            "CP2 x PP2 x VPP2 x EP2, overlap": {
+                **{"cp": 2, "pp": 2, "vpp": 2, "ep": 2, "accumulation": 4, "features": OVERLAP},
+            },
+        }.items()
+    ),
+    *(
         Case(name=f"{name}, multi-token prediction", **layout, **MTP, **PADDED)
         for name, layout in {
             "DP2": {"dp": 2, "accumulation": 2, "per_token": True},
@@ -276,6 +301,11 @@ SLOW = {
     "CP2, running balance, documents padded",
     "CP2 x EP2, dedup, documents padded",
     "CP2, one length, documents padded",
+    "CP2, aux_loss of each rank, documents padded",
+    "CP2, pools inside groups, documents padded",
+    "CP2, pools of samples, documents padded",
+    "CP2, end tokens open documents, documents padded",
+    "CP2, like DeepSeek-V3, documents padded",
     "DP2, multi-token prediction",
     "EP2, multi-token prediction",
     "PP2, multi-token prediction",
