@@ -54,7 +54,9 @@ def _problems_with_samples(args: Any, *, is_packed: bool) -> list[str]:
     if not args.sequence_parallel:
         return []
     held = args.seq_length // args.context_parallel_size
-    held *= args.micro_batch_size if is_packed else 1
+    if is_packed and args.pipeline_model_parallel_size == 1:
+        # one after the other; between stages samples are sent side by side
+        held *= args.micro_batch_size
     if held % args.tensor_model_parallel_size == 0:
         return []
     return [
