@@ -149,13 +149,6 @@ def _write(folder, lengths):
 
 
 @pytest.mark.slow
-def test_more_documents_than_there_is_room_for_are_an_error(tmp_path):
-    data = _write(tmp_path, [3] * 800)
-    output = pretrain(2, *CP2, "--max-documents", 1, data=data, expect_failure=True)
-    assert "--max-documents must be at least" in output
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "counted"),
     [

@@ -50,7 +50,7 @@ class RouterLosses:
         Of a layer that predicts at several depths their mean counts. Megatron does so with balance losses, and not
         with the z loss.
         """
-        return float(self.router.get_aux_loss_coeff(kind)) / len(self.router.layer_numbers)
+        return float(self.router.get_aux_loss_coeff(kind)) / self.router.num_depths
 
     @property
     def needs_documents(self) -> bool:

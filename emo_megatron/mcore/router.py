@@ -55,15 +55,16 @@ class PoolRouter(TopKRouter):
         super().set_layer_number(layer_number + self.config.num_layers * self.is_mtp_layer)
 
     @property
-    def is_repeated(self) -> bool:
-        """Whether this layer predicts at several depths, one after the other: it has the number of each in turn."""
-        return bool(self.is_mtp_layer and self.config.mtp_use_repeated_layer)
+    def num_depths(self) -> int:
+        """At how many depths this layer predicts, one after the other: it has the number of each in turn."""
+        is_repeated = self.is_mtp_layer and self.config.mtp_use_repeated_layer
+        return int(self.config.mtp_num_layers) if is_repeated else 1
 
     @property
     def layer_numbers(self) -> range:
         """The layer numbers this router has in a forward pass."""
-        first = self.config.num_layers + 1 if self.is_repeated else self.layer_number
-        return range(first, first + (self.config.mtp_num_layers if self.is_repeated else 1))
+        first = self.layer_number if self.num_depths == 1 else self.config.num_layers + 1
+        return range(first, first + self.num_depths)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.

@@ -372,65 +372,12 @@ def test_megatrons_own_scripts_cut_whole_samples():
         pool_args.check_run(PoolConfig(), cut, cut, refusals=HOST_REFUSALS)
 
 
-CP2 = {"context_parallel_size": 2}
-MTP = {"mtp_num_layers": 1}
-
-
-@pytest.mark.parametrize(
-    ("flag", "wrong", "right"),
-    [
-        ("--max-documents", {"max_documents": 9}, CP2 | {"max_documents": 9}),
-        ("--max-documents", CP2 | {"max_documents": 0}, CP2 | {"max_documents": 1}),
-        *(
-            ("--max-documents", CP2 | uneven, CP2 | uneven | {"max_documents": 9})
-            for uneven in (
-                {"moe_token_dispatcher_type": "allgather", "expert_model_parallel_size": 2},
-                {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},
-            )
-        ),
-        ("--cp-comm-type", CP2 | {"cp_comm_type": ["a2a"]}, CP2),
-        (
-            "--cp-comm-type",
-            CP2 | {"cp_comm_type": "a2a+p2p", "transformer_impl": "transformer_engine"},
-            CP2 | {"cp_comm_type": "a2a", "transformer_impl": "transformer_engine"},
-        ),
-        (
-            "--hierarchical-context-parallel-sizes",
-            CP2 | {"hierarchical_context_parallel_sizes": [2, 1]},
-            {"hierarchical_context_parallel_sizes": [2, 1]},
-        ),
-        (
-            "--overlap-moe-expert-parallel-comm",
-            MTP | {"overlap_moe_expert_parallel_comm": True},
-            {"overlap_moe_expert_parallel_comm": True},
-        ),
-        (
-            "--position-embedding-type",
-            MTP
-            | {"position_embedding_type": "learned_absolute", "pipeline_model_parallel_size": 2},
-            MTP | {"position_embedding_type": "learned_absolute"},
-        ),
-        ("--mtp-exact-loss", {"mtp_exact_loss": True}, MTP | {"mtp_exact_loss": True}),
-        (
-            "--seq-length",
-            {"sequence_parallel": True, "tensor_model_parallel_size": 3, "micro_batch_size": 1},
-            {"sequence_parallel": True, "tensor_model_parallel_size": 4, "micro_batch_size": 1},
-        ),
-    ],
-)
-def test_long_context_and_prediction_go_with_what_they_can(flag, wrong, right):
-    pools = PoolConfig(pool_min=4)
-    one = {"eval_micro_batch_size": None}
-    host = _host(**(one | right))
-    pool_args.check_run(pools, host, host)
-    host = _host(**(one | wrong))
-    with pytest.raises(ValueError, match=flag) as caught:
-        pool_args.check_run(pools, host, host)
-    assert str(caught.value).count("  - ") == 1
-
-
 def test_megatrons_own_scripts_have_no_positions_for_a_second_stage():
-    host = _host(**MTP, position_embedding_type="learned_absolute", pipeline_model_parallel_size=2)
+    host = _host(
+        mtp_num_layers=1,
+        position_embedding_type="learned_absolute",
+        pipeline_model_parallel_size=2,
+    )
     with pytest.raises(ValueError, match="--position-embedding-type"):
         pool_args.check_run(PoolConfig(pool_min=4), host, host, refusals=HOST_REFUSALS)
 

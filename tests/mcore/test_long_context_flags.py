@@ -26,6 +26,7 @@ FINE = {
     "cp_comm_type": ["p2p"],
     "hierarchical_context_parallel_sizes": None,
     "mtp_num_layers": None,
+    "mtp_exact_loss": False,
     "overlap_moe_expert_parallel_comm": False,
     "position_embedding_type": "rope",
 }
@@ -62,6 +63,7 @@ def _problems(change):
         ("--cp-comm-type", CP4 | TE | {"cp_comm_type": ["a2a+p2p"]}),
         ("--hierarchical-context-parallel-sizes", CP4),
         ("--hierarchical-context-parallel-sizes", CP4 | TE | {"cp_comm_type": ["a2a"]}),
+        ("--mtp-exact-loss", {"mtp_exact_loss": True}),
         ("--mtp-num-layers", MTP | {"overlap_moe_expert_parallel_comm": True}),
         (
             "--position-embedding-type",
@@ -95,7 +97,7 @@ def test_what_does_not_go_together_is_named(flag, change):
         {"cp_comm_type": ["a2a"]},
         CP2 | TE | {"cp_comm_type": ["a2a"]},
         CP4 | TE | ROUTERS | {"cp_comm_type": ["a2a+p2p"]},
-        MTP | CP2,
+        MTP | CP2 | {"mtp_exact_loss": True},
         MTP | ROUTERS | {"overlap_moe_expert_parallel_comm": True},
         MTP | {"position_embedding_type": "learned_absolute"},
         # documents are padded to what sequence parallelism can cut

@@ -2,7 +2,7 @@
 
     pretrain_recorded.py --record FOLDER [--bug NAME] <flags of the script>
 
-Every rank writes FOLDER/<rank>.pickle: `decisions` of all steps, as recorder.Recorder's, and `margin`.
+Every rank writes FOLDER/<rank>.txt, a Python literal: `decisions` of all steps, as recorder.Recorder's, and `margin`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import pickle
 import runpy
 import sys
 from collections.abc import Callable
@@ -58,7 +57,6 @@ def build_and_record(self: Any, *args: Any, **kwargs: Any) -> Any:
     model = build(self, *args, **kwargs)
     shards.initialise([model], seed=SEED)
     recorder = RecorderOfRun([model])
-    recorder.is_on = True
     RECORDERS.append(recorder)
     return model
 
@@ -68,8 +66,8 @@ def write(folder: Path) -> None:
     for recorder in RECORDERS:
         decisions |= recorder.decisions
     margin = min(recorder.margin for recorder in RECORDERS)
-    content = pickle.dumps({"decisions": decisions, "margin": margin})
-    (folder / f"{os.environ.get('RANK', '0')}.pickle").write_bytes(content)
+    content = repr({"decisions": decisions, "margin": str(margin)})
+    (folder / f"{os.environ.get('RANK', '0')}.txt").write_text(content)
 
 
 def _shift_labels() -> None:

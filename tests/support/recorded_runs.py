@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ def run(processes: int, *flags: Any, data: Path, folder: Path, **options: Any) -
     decisions: dict[Any, Any] = {}
     margins = []
     for path in sorted(folder.iterdir()):
-        content = pickle.loads(path.read_bytes())
-        margins.append(content["margin"])
+        content = ast.literal_eval(path.read_text())
+        margins.append(float(content["margin"]))
         for key, chosen in content["decisions"].items():
             into = decisions.setdefault(key, {})
             # ranks that saw the same document or token must have decided alike

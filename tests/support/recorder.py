@@ -13,12 +13,11 @@ NOISE = 1e-4
 
 
 class Recorder:
-    """Notes what the routers of this rank decided in forward; recomputation is passed over."""
+    """Notes what the routers of this rank decide in training; what recomputation repeats is passed over."""
 
     def __init__(self, chunks: list[Any]) -> None:
         from emo_megatron.mcore.router import PoolRouter
 
-        self.is_on = False
         self.places_T = torch.empty(0)
         self.decisions: dict[tuple[int, str], dict[Any, tuple[int, ...]]] = {}
         self.margin = float("inf")
@@ -31,7 +30,7 @@ class Recorder:
         from emo_megatron.mcore.compat import is_in_backward
 
         answer = routing(logits, **options)
-        if is_in_backward():
+        if is_in_backward() or not router.training:
             return answer
         scope = router.scope
         pool_DE = scope.pools.get(router.layer_number)
@@ -42,8 +41,7 @@ class Recorder:
             self._margins(router, logits_TE, ids_T, pool_DE)
         elif router.tp_dp_cp_group.size() == 1:
             self._margin_of_noise(router, logits_TE, ids_T, scope, pool_DE)
-        if self.is_on:
-            self._record(router.layer_number, answer[1], ids_T, scope, pool_DE)
+        self._record(router.layer_number, answer[1], ids_T, scope, pool_DE)
         return answer
 
     def _record(

@@ -129,7 +129,7 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
 
     Returns:
         losses (on the last stage: sum and count of every step), gradients of step 1, weights at the end (shards.Parts),
-        decisions of step 1: {(layer, "pools"): {(sample, offset): experts}, (layer, "experts"): {place: experts}},
+        decisions of all steps: {(layer, "pools"): {(sample, offset): experts}, (layer, "experts"): {place: experts}},
         margin: smallest gap a decision was made by (only where one rank sees all),
         metrics: what Megatron would log of step 1, by name,
         further_losses: the same of multi-token prediction (on the stage that has it).
@@ -151,7 +151,6 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        recorder.is_on = step == 0
         loss = forward_backward(case, chunks, consumed=consumed, recorder=recorder)
         metrics, further_losses = report_metrics(case), _report_further_losses(case)
         if step == 0:
