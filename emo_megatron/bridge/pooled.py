@@ -47,6 +47,12 @@ BRIDGE_REFUSALS = (
         kind="untried",
         reason="megatron-core 0.19 has no hyper-connections",
     ),
+    Refusal(
+        field="hybrid_context_parallel",
+        allowed=(False,),
+        kind="untried",
+        reason="its batches are cut differently on every rank",
+    ),
 )
 """Rows on a provider of Bridge."""
 

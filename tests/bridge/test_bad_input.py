@@ -25,6 +25,7 @@ NAMED = {
     "overlap": ("model.mtp_num_layers", "model.overlap_moe_expert_parallel_comm"),
     "uneven ranks": ("model.pool_documents", "model.moe_token_dispatcher_type"),
     "exchange": ("model.cp_comm_type",),
+    "hybrid": ("model.hybrid_context_parallel",),
     "skipped": ("train.iterations_to_skip", "model.pipeline_model_parallel_size"),
     "strict": ("model.moe_router_force_load_balancing",),
     "no pools": ("cfg.model", "apply_pools"),

@@ -147,6 +147,7 @@ def _layouts(folder: Path) -> dict[str, Any]:
         "overlap": {"mtp_num_layers": 1, overlap: True},
         "uneven ranks": {"context_parallel_size": 2} | allgather,
         "exchange": {"context_parallel_size": 2, "cp_comm_type": "a2a"},
+        "hybrid": {"context_parallel_size": 2, "hybrid_context_parallel": True},
     }
     found = {}
     for name, fields in models.items():
