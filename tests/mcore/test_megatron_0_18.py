@@ -1,4 +1,4 @@
-"""Megatron-Core 0.18.2, beside the developed-against version: a training step in EP2 and in PP2, specs rewritten.
+"""Megatron-Core 0.18.2, beside the developed-against version: training in layouts, long context too, specs rewritten.
 
 `make test` installs it into .venv/megatron-core-0.18 without touching the environment's own.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import training
+from support.layouts import FEATURES
 from support.ranks import Ranks
 
 MEGATRON = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.18"
@@ -87,6 +89,38 @@ def test_one_training_step(old_ranks, layout):
         if is_last:
             assert len(losses) == 2
             assert all(0 < loss["loss"] < 20 for loss in losses)
+
+
+def _train(case, seed):
+    return training.train(case, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CP2, documents padded",
+        "CP2, loss over tokens, multi-token prediction",
+        "PP2, one layer of multi-token prediction",
+    ],
+)
+def test_long_context_trains_the_model_of_one_process(old_ranks, name):
+    (case,) = [case for case in FEATURES if case.name == name]
+    alone = Ranks(1, megatron=MEGATRON)
+    try:
+        for seed in range(1, 50):
+            (want,) = alone.run(_train, case=case.reference, seed=seed)
+            if want["margin"] > 1e-5:
+                break
+    finally:
+        alone.close()
+    decisions = {}
+    for answer in old_ranks.run(_train, case=case, seed=seed):
+        if answer["losses"]:
+            assert answer["losses"] == pytest.approx(want["losses"], rel=1e-5)
+        for key, chosen in answer["decisions"].items():
+            decisions.setdefault(key, {}).update(chosen)
+    assert decisions == want["decisions"]
 
 
 def _rewritten():
