@@ -34,6 +34,7 @@ def _train(config_file, flags):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import global_vars
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
@@ -71,6 +72,8 @@ def _train(config_file, flags):
         optimizer.step()
         losses.append(loss.item())
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    # a process of the tests trains other models too
+    MTPLossLoggingHelper.tracker = {}
     return {
         "routers": [(type(r) is PoolRouter, r.pool) for r in routers],
         "pools": [pool.sum(-1).tolist() for pool in packed.emo_scope.pools.values()],
