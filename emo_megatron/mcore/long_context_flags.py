@@ -33,7 +33,8 @@ def problems_with_long_context(pool: PoolConfig, args: Any) -> list[str]:
 
 def _problems_with_lengths(args: Any, *, is_cut: bool) -> list[str]:
     """Micro-batches that are as long as their documents need, where every rank's must be of one length."""
-    most = args.max_documents
+    # commands that open a trained model have no such flag
+    most = getattr(args, "max_documents", None)
     if most is not None and not is_cut:
         return [
             "--max-documents must not be given without --context-parallel-size above 1 and packed documents; got "

@@ -39,6 +39,7 @@ def _timed() -> list[str]:
             get_batch=get_batch,
             get_timers=mock.MagicMock(),
             get_attr_wrapped_model=mock.Mock(),
+            get_model_config=mock.Mock(),
         ),
     ):
         for _ in range(2):
