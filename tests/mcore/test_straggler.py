@@ -12,7 +12,7 @@ def _timed() -> list[str]:
     import torch
     from megatron.core.utils import StragglerDetector
 
-    from emo_megatron.mcore import train
+    from emo_megatron.mcore import batches, train
 
     seen: list[str] = []
     detector: Any = train._STRAGGLERS
@@ -26,7 +26,7 @@ def _timed() -> list[str]:
     def get_batch(*_: Any) -> dict[str, Any]:
         seen.append("get_batch")
         keys = ("tokens", "position_ids", "labels", "loss_mask")
-        return dict.fromkeys(train.BATCH_KEYS) | dict.fromkeys(keys, torch.ones(1))
+        return dict.fromkeys(batches.BATCH_KEYS) | dict.fromkeys(keys, torch.ones(1))
 
     def model(*_: Any, **__: Any) -> torch.Tensor:
         seen.append("model")
