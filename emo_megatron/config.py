@@ -87,7 +87,7 @@ class PoolConfig:
     pool_cp_partition: PoolCpPartition = "sample"
     """How the host cuts packed micro-batches over context-parallel ranks: sample is one zigzag over the micro-batch,
     document one over every document, as Transformer Engine's packed attention needs. Batches do not say.
-    pretrain_emo.py cuts by document where attention keeps to documents, whatever this says."""
+    pretrain_emo.py and Bridge cut by document where attention keeps to documents, whatever this says."""
     pool_dispatcher: PoolDispatcher = "megatron"
     """Who carries tokens to their experts: megatron is what --moe-token-dispatcher-type says; dedup takes the place of
     its alltoall and sends a token to each rank once, however many of its experts are there. Works without pools too."""

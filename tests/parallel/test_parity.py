@@ -118,7 +118,7 @@ def test_megatrons_own_loss_of_prediction_depends_on_the_layout(ranks):
     for answer in got:
         for key, chosen in answer["decisions"].items():
             _merge(decisions.setdefault(key, {}), chosen)
-    assert decisions == want["decisions"]
+    assert _of_first_step(case, decisions) == _of_first_step(case, want["decisions"])
     assert got[0]["losses"][0] == pytest.approx(want["losses"][0], rel=TOLERANCE)
     assert got[0]["losses"][2] != pytest.approx(want["losses"][2], rel=10 * TOLERANCE)
 
@@ -169,6 +169,18 @@ def _check_keys(case, decisions):
         else:
             depth = case.depths[layer]
             assert set(chosen) == places_with_a_vote(case, num_samples=num_samples, depth=depth)
+
+
+def _of_first_step(case, decisions):
+    num_samples = case.accumulation * case.mbs * case.dp
+    return {
+        (layer, kind): {
+            key: found
+            for key, found in chosen.items()
+            if (key[0] if kind == "pools" else key // training.SEQ) < num_samples
+        }
+        for (layer, kind), chosen in decisions.items()
+    }
 
 
 def _merge(into, chosen):
