@@ -51,8 +51,8 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--mtp-exact-loss",
         action="store_true",
-        help="Divide the losses of multi-token prediction by the tokens of the main loss, so that parallel layouts change "
-        "them as little as the main loss. Megatron divides by the counted tokens of each rank's micro-batch.",
+        help="Divide the losses of multi-token prediction by the tokens of the main loss, so that parallel layouts "
+        "change them as little as the main loss. Megatron divides by the counted tokens of each rank's micro-batch.",
     )
     return parser
 
