@@ -17,6 +17,9 @@ EP2 = ["--expert-model-parallel-size", 2, "--micro-batch-size", 1]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
 FULL += ["--recompute-num-layers", 1]
 MTP = ["--mtp-num-layers", 2, "--mtp-loss-scaling-factor", 0.3, "--mtp-exact-loss"]
+# one layer for two depths, which counts its calls in evaluation too
+ONE_MTP = [*MTP, "--mtp-use-repeated-layer"]
+VALIDATION = ["--split", "50,50,0", "--eval-iters", 1, "--eval-interval", 2, "--seed", 8]
 # Megatron's rotary embedding under context parallelism pins memory, which a CPU has not, and it predicts further with
 # rotary positions or none
 ROUTERS = ["--pool-documents", "routers", "--position-embedding-type", "none"]
@@ -53,6 +56,7 @@ def single(data_prefix, tmp_path_factory):
                 ("CP2 x EP2 x DP2, dedup", 4, [], [*CP2, *EP2, "--pool-dispatcher", "dedup"]),
                 ("CP2, prediction", 2, MTP, CP2),
                 ("CP2 x PP2, prediction", 4, MTP, [*CP2, *PP2]),
+                ("CP2, prediction and validation", 2, [*ONE_MTP, *VALIDATION], CP2),
                 ("CP2 by sample", 2, ROUTERS, CP2),
                 ("CP2 by sample, prediction", 2, [*ROUTERS, *MTP], CP2),
             ]
@@ -67,6 +71,7 @@ def test_a_layout_trains_the_run_of_one_process(
     assert len(want["losses"]) == 4
     for layer in LAYERS:
         assert len(want["decisions"][layer, "experts"]) == SAMPLES * SEQ
+    assert len(want["validation losses"]) == 3 * ("--eval-iters" in model)
     got = run(processes, *model, *layout, data=data_prefix, folder=tmp_path / "decisions")
     assert differences(got, want) == set()
 

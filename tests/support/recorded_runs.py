@@ -33,6 +33,7 @@ def run(processes: int, *flags: Any, data: Path, folder: Path, **options: Any) -
         "losses": logged(output),
         "further losses": logged(output, "mtp_1 loss"),
         "pool sizes": logged(output, "pool_size"),
+        "validation losses": logged(output, "lm loss value"),
         "decisions": decisions,
         "margin": min(margins),
         "output": output,
@@ -43,7 +44,7 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> set[str]:
     """The names of what is not the same."""
     is_equal = {
         kind: got[kind] == pytest.approx(want[kind], rel=TOLERANCE)
-        for kind in ("losses", "further losses", "pool sizes")
+        for kind in ("losses", "further losses", "pool sizes", "validation losses")
     }
     is_equal["decisions"] = got["decisions"] == want["decisions"]
     return {name for name, equal in is_equal.items() if not equal}
