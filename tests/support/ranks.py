@@ -7,6 +7,7 @@ name, so that the ranks import it themselves; Megatron's groups are destroyed af
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import importlib.util
 import multiprocessing
@@ -80,7 +81,8 @@ class Ranks:
                     self._fail(f"rank {pending[pipe]} died")
                 if is_error:
                     self._fail(f"rank {pending[pipe]}: {value}")
-                answers[pending[pipe]] = value
+                # every tensor that came holds an open file, and tests keep thousands of them
+                answers[pending[pipe]] = copy.deepcopy(value)
         return [answers[rank] for rank in range(self.world_size)]
 
     @property
