@@ -72,28 +72,31 @@ def with_pools[
 
         return build  # type: ignore[return-value]
     _check(config, pool)
-    if isinstance(spec, TransformerBlockSubmodules):
-        return _pool_block(spec, config, pool)
-    if isinstance(spec, MultiTokenPredictionBlockSubmodules):
-        return pool_mtp_block(spec, config=config, pool=pool)
+    if (rewritten := _pool_submodules(spec, config, pool)) is not None:
+        return rewritten
     submodules = getattr(spec, "submodules", None)
-    if isinstance(submodules, TransformerBlockSubmodules):
-        rewritten: Any = _pool_block(submodules, config, pool)
-    elif isinstance(submodules, HybridStackSubmodules):
-        rewritten = _pool_stack(submodules, config, pool)
-    elif isinstance(submodules, MultiTokenPredictionBlockSubmodules):
-        rewritten = pool_mtp_block(submodules, config=config, pool=pool)
-    elif isinstance(submodules, TransformerLayerSubmodules):
+    if isinstance(submodules, TransformerLayerSubmodules):
         layer, has_pools = _pool_layer(spec, config, pool)
         _require_pools(has_pools, [spec])
         return layer
-    else:
+    if (rewritten := _pool_submodules(submodules, config, pool)) is None:
         raise ValueError(
             "pools go into a ModuleSpec of a transformer layer, of a block of them, of a hybrid stack or of a block "
             "of multi-token prediction, into the submodules of a block, or into a function that returns one; got "
             f"{spec!r}"
         )
     return dataclasses.replace(spec, submodules=rewritten)
+
+
+def _pool_submodules(parts: Any, config: TransformerConfig, pool: PoolConfig) -> Any:
+    """The same parts of a block, of a stack or of multi-token prediction, with pools; None: they are none of these."""
+    if isinstance(parts, TransformerBlockSubmodules):
+        return _pool_block(parts, config, pool)
+    if isinstance(parts, HybridStackSubmodules):
+        return _pool_stack(parts, config, pool)
+    if isinstance(parts, MultiTokenPredictionBlockSubmodules):
+        return pool_mtp_block(parts, config=config, pool=pool)
+    return None
 
 
 def pool_block_spec(
