@@ -113,7 +113,8 @@ def _flags(tmp_path, *flags, no_save_optim=True, **selection):
     file = _selection(**selection).save(tmp_path / "s.json")
     given = [str(file) if flag == "FILE" else flag for flag in flags]
     args = add_finetune_args(argparse.ArgumentParser()).parse_args(given)
-    return argparse.Namespace(**vars(args), num_experts=8, no_save_optim=no_save_optim)
+    model = {"num_experts": 8, "mtp_num_layers": None}
+    return argparse.Namespace(**vars(args), **model, no_save_optim=no_save_optim)
 
 
 def _hooked(flags, layout):
@@ -156,7 +157,7 @@ def test_a_selection_of_the_model_in_load(ranks, tmp_path):
     parsed = add_finetune_args(argparse.ArgumentParser()).parse_args(given)
 
     def flags(load, *, pretrained=None, step=None):
-        model = {"num_experts": 8, "no_save_optim": True}
+        model = {"num_experts": 8, "mtp_num_layers": None, "no_save_optim": True}
         start = {"load": load, "pretrained_checkpoint": pretrained, "ckpt_step": step}
         return argparse.Namespace(**vars(parsed) | model | start)
 
@@ -199,5 +200,9 @@ def test_flags(tmp_path):
     chosen = ("--train-only", "experts", "--train-selection", "FILE")
     with pytest.raises(ValueError, match="needs --no-save-optim"):
         freeze_hook(_flags(tmp_path, *chosen, no_save_optim=False))
+    given = _flags(tmp_path, *chosen)
+    given.mtp_num_layers = 1
+    with pytest.raises(ValueError, match="cannot go with --mtp-num-layers"):
+        freeze_hook(given)
     with pytest.raises(ValueError, match="of a model of 16 experts, and --num-experts is 8"):
         freeze_hook(_flags(tmp_path, *chosen, num_experts=16))
