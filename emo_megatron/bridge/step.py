@@ -30,6 +30,7 @@ from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.padding import (
     Packing,
     cut_by_document,
+    over_all_tokens,
     packed_params,
     padded_bounds,
     padding_multiple,
@@ -194,9 +195,7 @@ def _of_all_tokens(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A context-parallel rank's loss such that the mean over ranks, which Megatron takes, is that over all tokens."""
     summed, num_tokens, report = loss(output)
-    of_all_ranks = num_tokens.clone()
-    torch.distributed.all_reduce(of_all_ranks, group=group)
-    return summed * group.size(), of_all_ranks, report
+    return *over_all_tokens(summed, num_tokens, group), report
 
 
 def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:

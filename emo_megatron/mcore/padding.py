@@ -152,6 +152,26 @@ def packed_params(
     return packed
 
 
+def over_all_tokens(
+    loss: Tensor, num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """A context-parallel rank's summed loss and tokens, such that Megatron's mean of ranks is that over all tokens.
+
+    Megatron divides each rank's loss by its tokens and averages over ranks, which may hold differently many.
+
+    Args:
+        loss: [], summed over this rank's tokens.
+        num_tokens: [] int32, how many they are.
+        cp_group: of context parallelism.
+
+    Returns:
+        The loss times the ranks, and the tokens of all of them.
+    """
+    of_all_ranks = num_tokens.clone()
+    torch.distributed.all_reduce(of_all_ranks, group=cp_group)
+    return loss * cp_group.size(), of_all_ranks
+
+
 def require_padded(cu_seqlens: Tensor, bounds: Tensor, *, num_tokens: int) -> None:
     """Check boundaries of both orders against each other; waits for device tensors.
 

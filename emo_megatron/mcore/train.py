@@ -36,6 +36,7 @@ from emo_megatron.mcore.batches import (
 from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
 from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
 from emo_megatron.mcore.mtp_roll import use_packed_roll
+from emo_megatron.mcore.padding import over_all_tokens
 from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import forward_with_documents
 from emo_megatron.mcore.samples import (
@@ -101,9 +102,7 @@ def loss_func(
         report["padding share"] = padding
     if args.calculate_per_token_loss or args.context_parallel_size == 1:
         return loss, num_tokens, report
-    of_all_ranks = num_tokens.clone()
-    torch.distributed.all_reduce(of_all_ranks, group=mpu.get_context_parallel_group())
-    return loss * args.context_parallel_size, of_all_ranks, report
+    return *over_all_tokens(loss, num_tokens, mpu.get_context_parallel_group()), report
 
 
 def forward_step(
