@@ -36,10 +36,7 @@ CPU_SOURCES = [
     *("csrc/scores_cpu.cpp", "csrc/groups_cpu.cpp", "csrc/routing_cpu.cpp"),
     *("csrc/documents_cpu.cpp", "csrc/dispatch_cpu.cpp"),
 ]
-CUDA_SOURCES = [
-    *("csrc/rows.cu", "csrc/dispatch.cu", "csrc/documents.cu"),
-    *("csrc/scores.cu", "csrc/routing.cu"),
-]
+CUDA_SOURCES = [*("csrc/rows.cu", "csrc/dispatch.cu", "csrc/documents.cu"), *("csrc/scores.cu", "csrc/routing.cu")]
 BINDINGS = ["csrc/routing_binding.cpp", "csrc/documents_binding.cpp", "csrc/dispatch_binding.cpp"]
 HEADERS = [
     *("csrc/pool_ops.h", "csrc/document_ops.h", "csrc/dispatch_ops.h", "csrc/binding.h"),
@@ -176,10 +173,6 @@ class Wheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension(
-                "emo_megatron._native", [*CPU_SOURCES, *CUDA_SOURCES, *BINDINGS], depends=HEADERS
-            )
-        ],
+        ext_modules=[Extension("emo_megatron._native", [*CPU_SOURCES, *CUDA_SOURCES, *BINDINGS], depends=HEADERS)],
         cmdclass={"build_ext": BuildExtensions, "bdist_wheel": Wheel},
     )

@@ -27,13 +27,7 @@ from emo_megatron.demo.prepared import Corpus
 from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, main_models
 from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
 from emo_megatron.mcore.launch import python
-from emo_megatron.report.retention_rows import (
-    CHOSEN,
-    RANDOM,
-    RetentionSummary,
-    load_rows,
-    summarise,
-)
+from emo_megatron.report.retention_rows import CHOSEN, RANDOM, RetentionSummary, load_rows, summarise
 from emo_megatron.report.retention_rows import FULL as WHOLE
 from emo_megatron.retention import run_retention, versions
 
@@ -43,10 +37,7 @@ KINDS = {
         "aux_loss: every row by itself",
         ("--moe-router-load-balancing-type", "aux_loss", "--micro-batch-size", "1"),
     ),
-    "documents": (
-        "seq_aux_loss: every document in its pool",
-        ("--moe-router-load-balancing-type", "seq_aux_loss"),
-    ),
+    "documents": ("seq_aux_loss: every document in its pool", ("--moe-router-load-balancing-type", "seq_aux_loss")),
 }
 """Name of the run -> what is balanced, and the flags on top of EMO's of the demo."""
 FRACTIONS = (0.25, 0.125)
@@ -75,9 +66,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("steps", "evaluation_tokens", "seed"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}"
-                )
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
 
         every = max(1, self.steps // 4)
         if self.stop is not None and (self.quick or self.stop > self.steps or self.stop % every):
@@ -92,10 +81,7 @@ class Options:
         if self.quick:
             return dataclasses.replace(QUICK, steps=4, fractions=(0.25,), evaluation_tokens=512)
         return dataclasses.replace(
-            FULL,
-            steps=self.steps,
-            fractions=FRACTIONS,
-            evaluation_tokens=self.evaluation_tokens,
+            FULL, steps=self.steps, fractions=FRACTIONS, evaluation_tokens=self.evaluation_tokens
         )
 
 
@@ -111,11 +97,7 @@ def main(options: Options) -> list[Path]:
     last = size.steps if options.stop is None else options.stop
     emo, *_ = main_models(size, seed=options.seed)
     models = [
-        Model(
-            name=name,
-            flags=(*emo.flags, *flags, "--exit-interval", str(last)),
-            seed=options.seed,
-        )
+        Model(name=name, flags=(*emo.flags, *flags, "--exit-interval", str(last)), seed=options.seed)
         for name, (_, flags) in KINDS.items()
     ]
     run_chains([[_training(model, size, last, corpus, runs)] for model in models], at_once=1)
@@ -160,9 +142,7 @@ def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
     }
 
 
-def _page(
-    rows: Sequence[dict[str, Any]], facts: dict[str, str], size: Size, flags: Sequence[str]
-) -> str:
+def _page(rows: Sequence[dict[str, Any]], facts: dict[str, str], size: Size, flags: Sequence[str]) -> str:
     """A line for each kind of balance: loss whole, then of each size of module, with the rise in brackets."""
     kept = [round(fraction * size.experts) for fraction in size.fractions]
     head = ["balance", f"all {size.experts}"]
@@ -177,9 +157,7 @@ def _page(
             line += [f"{row['loss']:.3f} ({row['rise']:+.3f})" for row in sets]
         table.append([*line, f"{found[kept[0], CHOSEN]['selectivity']:+.3f}"])
     head.append(f"selectivity of {kept[0]}")
-    differing = [
-        f"- {balance}: `{shlex.join(added) or 'none'}`" for balance, added in KINDS.values()
-    ]
+    differing = [f"- {balance}: `{shlex.join(added) or 'none'}`" for balance, added in KINDS.values()]
     return "\n".join(
         [
             "# Kinds of balance\n",
@@ -198,6 +176,4 @@ def _page(
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -79,13 +79,9 @@ class Options:
         size = dataclasses.replace(default, **asked)
         for ranks in self.ranks:
             if size.experts % ranks:
-                raise ValueError(
-                    f"--experts must divide into --ranks; got {size.experts} experts and {ranks} ranks"
-                )
+                raise ValueError(f"--experts must divide into --ranks; got {size.experts} experts and {ranks} ranks")
         if size.top_k > size.experts:
-            raise ValueError(
-                f"--top-k must be at most --experts ({size.experts}); got {size.top_k}"
-            )
+            raise ValueError(f"--top-k must be at most --experts ({size.experts}); got {size.top_k}")
         return size
 
 
@@ -235,6 +231,4 @@ def _verdict(answer: Answer, size: DispatchSize) -> str:
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

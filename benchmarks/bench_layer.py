@@ -113,24 +113,16 @@ def main(options: Options) -> list[Path]:
 
     seconds = options.seconds or (2.0 if options.quick else 12.0 if on_gpu else 80.0)
     rounds = Rounds(fewest=5, most=200, seconds=seconds)
-    samples = {
-        layers.expert_kind: interleave(layers.layer_steps(), device=device, rounds=rounds)
-        for layers in kinds
-    }
+    samples = {layers.expert_kind: interleave(layers.layer_steps(), device=device, rounds=rounds) for layers in kinds}
     routers = interleave(
-        kinds[0].router_steps(),
-        device=device,
-        rounds=dataclasses.replace(rounds, seconds=seconds / 10),
+        kinds[0].router_steps(), device=device, rounds=dataclasses.replace(rounds, seconds=seconds / 10)
     )
     pieces = router_pieces(kinds[0], rounds=10 if options.quick else 50)
 
-    rows = [
-        row for kind, found in samples.items() for row in _rows("layer", found, size, experts=kind)
-    ]
+    rows = [row for kind, found in samples.items() for row in _rows("layer", found, size, experts=kind)]
     rows += _rows("router", routers, size)
     rows += [
-        _row(size, part=f"forward: {name}", variant=POOLS, mode="forward", time=time)
-        for name, time in pieces.items()
+        _row(size, part=f"forward: {name}", variant=POOLS, mode="forward", time=time) for name, time in pieces.items()
     ]
     page = _page(samples, routers, facts=facts, size=size, is_cpu=not on_gpu, not_run=not_run)
     page += "\n" + _pieces(pieces, count_operations(kinds[0]))
@@ -153,14 +145,7 @@ def _check(kinds: list[Layers]) -> dict[str, str]:
 
 
 def _row(
-    size: LayerSize,
-    *,
-    part: str,
-    variant: str,
-    mode: str,
-    time: Estimate,
-    expert_kind: str = "",
-    **more: Any,
+    size: LayerSize, *, part: str, variant: str, mode: str, time: Estimate, expert_kind: str = "", **more: Any
 ) -> dict[str, Any]:
     row = dataclasses.asdict(size) | {"part": part, "expert_kind": expert_kind}
     row |= {"variant": variant, "mode": mode}
@@ -169,9 +154,7 @@ def _row(
     return row | {name: more.get(name, "") for name in names}
 
 
-def _rows(
-    part: str, samples: dict[str, Samples], size: LayerSize, *, experts: str = ""
-) -> list[dict[str, Any]]:
+def _rows(part: str, samples: dict[str, Samples], size: LayerSize, *, experts: str = "") -> list[dict[str, Any]]:
     """The CSV of one set of contenders."""
     rows = []
     for variant, found in samples.items():
@@ -218,9 +201,7 @@ def _page(
         layer = estimate((first if found is routers else found)[STOCK].total).median
         table = []
         for variant, times in found.items():
-            overhead = estimate(
-                [(a - b) / layer for a, b in zip(times.total, found[STOCK].total, strict=True)]
-            )
+            overhead = estimate([(a - b) / layer for a, b in zip(times.total, found[STOCK].total, strict=True)])
             milliseconds = estimate(times.total).scaled(1e3)
             fastest = f"{min(times.total) * 1e3:.2f}"
             table.append([variant, str(milliseconds), fastest, str(overhead.scaled(100))])
@@ -253,6 +234,4 @@ def _verdict(samples: dict[str, Samples], size: LayerSize, *, is_cpu: bool) -> s
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -26,14 +26,7 @@ import tyro
 from model_check import check_models
 from model_cost import peak_flops, step_flops
 from model_traces import trace_models
-from models import (
-    METRICS_OFF,
-    STANDARD,
-    ModelSize,
-    Training,
-    batches_of,
-    build_training,
-)
+from models import METRICS_OFF, STANDARD, ModelSize, Training, batches_of, build_training
 from timing import (
     RESULTS,
     Device,
@@ -165,22 +158,16 @@ def main(options: Options) -> list[Path]:
         return trace_models(training, options.trace, name, head=head, device=device)
 
     seconds = options.seconds or (1.0 if options.quick else 60.0)
-    samples = interleave(
-        training.steps(), device=device, rounds=Rounds(fewest=5, most=200, seconds=seconds)
-    )
+    samples = interleave(training.steps(), device=device, rounds=Rounds(fewest=5, most=200, seconds=seconds))
     memory = _peak_memory(training) if device.type == "cuda" else {}
     flops = step_flops(size, training.batches[0])
-    rows = list(
-        _rows(samples, memory, size, dispatcher=options.dispatcher, gpu_name=gpu_name, flops=flops)
-    )
+    rows = list(_rows(samples, memory, size, dispatcher=options.dispatcher, gpu_name=gpu_name, flops=flops))
     page = head + _page(rows, samples, gpu_name=gpu_name, flops=flops)
     print(page)
     return write_results(options.output, name, rows=rows, page=page)
 
 
-def _checked(
-    training: Training, size: ModelSize, device: torch.device
-) -> tuple[Training, ModelSize]:
+def _checked(training: Training, size: ModelSize, device: torch.device) -> tuple[Training, ModelSize]:
     """The models after their check, with half the rows as often as the memory of the GPU asks for it."""
     while True:
         try:
@@ -215,13 +202,7 @@ def _peer(name: str) -> str:
 
 
 def _rows(
-    samples: dict[str, Samples],
-    memory: Memory,
-    size: ModelSize,
-    *,
-    dispatcher: str,
-    gpu_name: str,
-    flops: int,
+    samples: dict[str, Samples], memory: Memory, size: ModelSize, *, dispatcher: str, gpu_name: str, flops: int
 ) -> Iterator[dict[str, Any]]:
     """The CSV: a row a contender. Times are of a GPU only, and empty on a CPU."""
     peak = peak_flops(gpu_name)
@@ -255,15 +236,9 @@ def _head(facts: dict[str, str], size: ModelSize) -> str:
     )
 
 
-def _page(
-    rows: list[dict[str, Any]], samples: dict[str, Samples], *, gpu_name: str, flops: int
-) -> str:
+def _page(rows: list[dict[str, Any]], samples: dict[str, Samples], *, gpu_name: str, flops: int) -> str:
     head = ["contender", "x the standard MoE", "x itself with metrics off"]
-    head += (
-        ["ms a step", "tokens/s", "MFU", "peak allocated, GB", "peak reserved, GB"]
-        if gpu_name
-        else []
-    )
+    head += ["ms a step", "tokens/s", "MFU", "peak allocated, GB", "peak reserved, GB"] if gpu_name else []
     table = []
     for row in rows:
         name = row["contender"]
@@ -273,9 +248,7 @@ def _page(
         if gpu_name:
             cells += [str(estimate(samples[name].total).scaled(1e3)), f"{row['tokens_per_second']}"]
             cells.append("not known" if row["mfu"] == "" else f"{row['mfu']:.1%}")
-            cells += [
-                f"{row[key] / 1e9:.2f}" for key in ("peak_allocated_bytes", "peak_reserved_bytes")
-            ]
+            cells += [f"{row[key] / 1e9:.2f}" for key in ("peak_allocated_bytes", "peak_reserved_bytes")]
         table.append(cells)
     parts = ["## Forward, backward and optimizer\n", markdown_table(head, table)]
     parts.append(
@@ -293,6 +266,4 @@ def _page(
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -150,11 +150,7 @@ def main(options: Options) -> list[Path]:
     facts = describe_machine(device, threads=options.threads)
     bandwidth = copy_bandwidth(device)
     facts["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s"
-    contenders: dict[str, Permute] = {
-        NATIVE: _own("native"),
-        REFERENCE: _own("reference"),
-        STOCK: _stock,
-    }
+    contenders: dict[str, Permute] = {NATIVE: _own("native"), REFERENCE: _own("reference"), STOCK: _stock}
     results: dict[Size, dict[str, Samples]] = {}
     sizes = list(options.sizes())
     fewest, seconds = (5, 0.2) if options.quick else (21, options.seconds)
@@ -189,16 +185,10 @@ def _own(backend: ops.Backend) -> Permute:
             num_pairs=num_tokens * case.size.top_k,
             backend=backend,
         )
-        receive = dispatch.plan_receive(
-            send.codes_P, num_rows=num_tokens, num_experts=num_experts, backend=backend
-        )
+        receive = dispatch.plan_receive(send.codes_P, num_rows=num_tokens, num_experts=num_experts, backend=backend)
         rows_PH = dispatch.copy_rows(tokens_TH, fanout=receive.pairs, backend=backend)
         probs_P = probs_TE.flatten().gather(0, send.places_P).gather(0, receive.order_P)
-        return (
-            rows_PH,
-            probs_P,
-            lambda rows_PH: dispatch.sum_rows(rows_PH, fanout=receive.pairs, backend=backend),
-        )
+        return (rows_PH, probs_P, lambda rows_PH: dispatch.sum_rows(rows_PH, fanout=receive.pairs, backend=backend))
 
     return permute
 
@@ -208,31 +198,22 @@ def _stock(tokens_TH: Tensor, probs_TE: Tensor, case: Case) -> Any:
 
     num_pairs = len(tokens_TH) * case.size.top_k
     case.routing_map_TE.sum(dim=0)
-    rows_PH, probs_P, order, *_ = moe_utils.permute(
-        tokens_TH, case.routing_map_TE, probs_TE, num_out_tokens=num_pairs
-    )
+    rows_PH, probs_P, order, *_ = moe_utils.permute(tokens_TH, case.routing_map_TE, probs_TE, num_out_tokens=num_pairs)
     return rows_PH, probs_P, lambda rows_PH: moe_utils.unpermute(rows_PH, order, tokens_TH.shape)
 
 
 def _step(permute: Permute, case: Case) -> Step:
     def forward() -> Permuted:
-        leaves = (
-            case.tokens_TH.detach().requires_grad_(),
-            case.probs_TE.detach().requires_grad_(),
-        )
+        leaves = (case.tokens_TH.detach().requires_grad_(), case.probs_TE.detach().requires_grad_())
         rows_PH, probs_P, unpermute = permute(*leaves, case)
-        return Permuted(
-            leaves=leaves, rows_PH=rows_PH, probs_P=probs_P, output_TH=unpermute(rows_PH)
-        )
+        return Permuted(leaves=leaves, rows_PH=rows_PH, probs_P=probs_P, output_TH=unpermute(rows_PH))
 
     return Step(forward=forward, backward=lambda permuted: _gradients(permuted, case))
 
 
 def _gradients(permuted: Permuted, case: Case) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
-        [permuted.output_TH, permuted.probs_P],
-        permuted.leaves,
-        [case.upstream_TH, torch.ones_like(permuted.probs_P)],
+        [permuted.output_TH, permuted.probs_P], permuted.leaves, [case.upstream_TH, torch.ones_like(permuted.probs_P)]
     )
 
 
@@ -242,8 +223,7 @@ def _make_case(size: Size, device: torch.device) -> Case:
     chosen_TK = scores_TE.topk(size.top_k).indices
     routing_map_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
     numbers_TH, upstream_TH = (
-        torch.randn(size.tokens, size.width, generator=generator).to(DTYPES[size.dtype])
-        for _ in range(2)
+        torch.randn(size.tokens, size.width, generator=generator).to(DTYPES[size.dtype]) for _ in range(2)
     )
     return Case(
         size=size,
@@ -298,10 +278,7 @@ def _rows(results: dict[Size, dict[str, Samples]], bandwidth: float) -> Iterator
 
 
 def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str], bandwidth: float) -> str:
-    modes: tuple[tuple[Mode, str], ...] = (
-        ("forward", "Forward"),
-        ("total", "Forward + backward"),
-    )
+    modes: tuple[tuple[Mode, str], ...] = (("forward", "Forward"), ("total", "Forward + backward"))
     parts = ["# Permutation of tokens to experts, and back\n"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
     parts.append(
@@ -327,8 +304,7 @@ def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str], bandwi
 def _verdict(results: dict[Size, dict[str, Samples]], mode: Mode, title: str) -> str:
     """Of all sizes, by the interval that reaches lowest."""
     against = {
-        size: ratio(getattr(found[STOCK], mode), getattr(found[NATIVE], mode))
-        for size, found in results.items()
+        size: ratio(getattr(found[STOCK], mode), getattr(found[NATIVE], mode)) for size, found in results.items()
     }
     nearest = min(against, key=lambda size: against[size].low)
     return (
@@ -338,6 +314,4 @@ def _verdict(results: dict[Size, dict[str, Samples]], mode: Mode, title: str) ->
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -24,30 +24,8 @@ from typing import Any
 import torch
 import tyro
 from clocks import Replay, Step, replay_of
-from routers import (
-    Case,
-    Groups,
-    Router,
-    Shape,
-    check,
-    make_case,
-    pool_router,
-    route_by_loop,
-    step_of,
-    stock_router,
-)
-from targets import (
-    FUSED,
-    GROUPED,
-    LOOP,
-    MODES,
-    NATIVE,
-    REFERENCE,
-    STOCK,
-    TARGET_THREADS,
-    Result,
-    verdicts,
-)
+from routers import Case, Groups, Router, Shape, check, make_case, pool_router, route_by_loop, step_of, stock_router
+from targets import FUSED, GROUPED, LOOP, MODES, NATIVE, REFERENCE, STOCK, TARGET_THREADS, Result, verdicts
 from timing import (
     RESULTS,
     Device,
@@ -167,9 +145,7 @@ def main(options: Options) -> list[Path]:
     return write_results(options.output, name, rows=rows, page=page)
 
 
-def _routers(
-    device: torch.device, limit: Groups | None
-) -> tuple[dict[str, Router], dict[str, str]]:
+def _routers(device: torch.device, limit: Groups | None) -> tuple[dict[str, Router], dict[str, str]]:
     """The routers to time, and why others are not."""
     routers = {NATIVE: pool_router("native"), REFERENCE: pool_router("reference")}
     if limit is not None:
@@ -191,9 +167,7 @@ def _routers(
     return routers, not_run
 
 
-def _measure(
-    case: Case, routers: dict[str, Router], *, seconds: float, limit: Groups | None = None
-) -> Result:
+def _measure(case: Case, routers: dict[str, Router], *, seconds: float, limit: Groups | None = None) -> Result:
     for name, router in routers.items():
         groups = limit if name == GROUPED else None
         check(name, router, case, has_pools=name not in (STOCK, FUSED), groups=groups)
@@ -232,9 +206,7 @@ def _rows(result: Result, not_run: dict[str, str], bandwidth: float) -> Iterator
             "documents": result.shape.num_documents,
             "router": router,
             "mode": mode,
-            "status": not_run.get(
-                router, "measured" if router in result.samples else "not captured as a graph"
-            ),
+            "status": not_run.get(router, "measured" if router in result.samples else "not captured as a graph"),
         }
         numbers: dict[str, float | int] = {}
         if router in result.samples:
@@ -308,10 +280,7 @@ def _table(results: list[Result], mode: str, *, bandwidth: float) -> str:
         shape = result.shape
         sizes = (shape.num_tokens, shape.num_experts, shape.top_k, shape.num_documents)
         row = [*map(str, sizes), f"{estimate(result.values(NATIVE, mode)).median * 1e3:.3f}"]
-        row += [
-            str(result.times_native(other, mode)) if other in result.samples else "-"
-            for other in others
-        ]
+        row += [str(result.times_native(other, mode)) if other in result.samples else "-" for other in others]
         row.append(f"{result.floor(mode, bandwidth) * 1e3:.3f}")
         if eager:
             values = result.values(NATIVE, mode, is_eager=True)
@@ -321,6 +290,4 @@ def _table(results: list[Result], mode: str, *, bandwidth: float) -> str:
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -32,9 +32,7 @@ class Replay:
     """Forward and backward in one graph."""
 
 
-def capture(
-    call: Callable[[], Any], *, prepare: Callable[[], Any] = lambda: None
-) -> Callable[[], Any]:
+def capture(call: Callable[[], Any], *, prepare: Callable[[], Any] = lambda: None) -> Callable[[], Any]:
     """Capture a call as a CUDA graph and return what replays it.
 
     Args:

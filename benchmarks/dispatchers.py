@@ -73,9 +73,7 @@ class Dispatchers:
         for key, want in answers[STOCK].items():
             deviation = float((answers[DEDUP][key] - want).norm() / want.norm().clamp(min=1e-12))
             if not deviation < TOLERANCE:
-                raise ValueError(
-                    f"{key} must equal Megatron's to {TOLERANCE:.0e}; it differs by {deviation:.1e}"
-                )
+                raise ValueError(f"{key} must equal Megatron's to {TOLERANCE:.0e}; it differs by {deviation:.1e}")
 
     def traffic(self) -> dict[str, Traffic]:
         """What each dispatcher sends, counted at the collective."""
@@ -183,9 +181,7 @@ def _build(size: DispatchSize) -> Any:
 def _dedup(layer: Any) -> Any:
     from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
 
-    return PoolAlltoAllDispatcher(
-        layer.num_local_experts, config=layer.config, pg_collection=_groups()
-    )
+    return PoolAlltoAllDispatcher(layer.num_local_experts, config=layer.config, pg_collection=_groups())
 
 
 def _groups() -> Any:

@@ -28,9 +28,7 @@ class GroupedExperts(torch.nn.Module):
         self.fc1_EFH = torch.nn.Parameter(stacked([e.linear_fc1.weight for e in experts]))
         self.fc2_EHF = torch.nn.Parameter(stacked([e.linear_fc2.weight for e in experts]))
 
-    def forward(
-        self, rows_PH: Tensor, tokens_per_expert: Tensor, probs_P: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(self, rows_PH: Tensor, tokens_per_expert: Tensor, probs_P: Tensor) -> tuple[Tensor, None]:
         """Outputs [P, H], weighted; no bias."""
         grouped_mm = torch.nn.functional.grouped_mm
         ends_E = tokens_per_expert.cumsum(0).to(device=rows_PH.device, dtype=torch.int32)

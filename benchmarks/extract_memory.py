@@ -46,9 +46,7 @@ def write(options: Options, folder: Path) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     layers, experts, hidden = options.layers, options.experts, options.hidden
     shapes = {
         "mlp.experts.experts.linear_fc1.weight": (2 * options.expert_hidden, hidden),
@@ -60,18 +58,11 @@ def write(options: Options, folder: Path) -> None:
             for expert in range(experts):
                 weight = torch.empty(shape, dtype=torch.bfloat16).normal_()
                 state[f"{name}.{layer}.{expert}"] = ShardedTensor.from_rank_offsets(
-                    f"decoder.layers.{name}",
-                    weight,
-                    (0, layer, layers),
-                    (1, expert, experts),
-                    prepend_axis_num=2,
+                    f"decoder.layers.{name}", weight, (0, layer, layers), (1, expert, experts), prepend_axis_num=2
                 )
     for layer in range(layers):
         state[f"router.{layer}"] = ShardedTensor.from_rank_offsets(
-            "decoder.layers.mlp.router.weight",
-            torch.randn(experts, hidden),
-            (0, layer, layers),
-            prepend_axis_num=1,
+            "decoder.layers.mlp.router.weight", torch.randn(experts, hidden), (0, layer, layers), prepend_axis_num=1
         )
     args = argparse.Namespace(num_experts=experts, moe_router_topk=2)
     folder.mkdir(parents=True)
@@ -91,18 +82,12 @@ def extract_here(options: Options, folder: Path) -> None:
         row[torch.randperm(options.experts, generator=generator)[: options.keep]] = True
     routers = [parent.layer_view(n).read("mlp.router.weight") for n in parent.moe_layers]
     selection = Selection.from_mask(
-        mask_LE,
-        layers=parent.moe_layers,
-        method="random",
-        seed=0,
-        model=router_fingerprint(routers),
+        mask_LE, layers=parent.moe_layers, method="random", seed=0, model=router_fingerprint(routers)
     ).save(folder / "selection.json")
     # a new count of the largest size: a process inherits its parent's
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _peak(), time.perf_counter()
-    extract(
-        ExtractOptions(checkpoint=folder / "parent", selection=selection, output=folder / "module")
-    )
+    extract(ExtractOptions(checkpoint=folder / "parent", selection=selection, output=folder / "module"))
     seconds = time.perf_counter() - start
     experts = 6 * options.hidden * options.expert_hidden * options.experts / 1e6
     print(f"checkpoint      {_size(folder / 'parent'):8.0f} MB")

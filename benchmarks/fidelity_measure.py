@@ -53,28 +53,19 @@ class DocumentLosses:
 
 def main() -> None:
     """Load the checkpoint and write `measured.json`."""
-    opened = open_study(
-        RetentionOptions, step="retention", texts=("data", "held_out"), check=check_output
-    )
+    opened = open_study(RetentionOptions, step="retention", texts=("data", "held_out"), check=check_output)
     options = opened.options
     model = DocumentLosses(opened.model)
     for number in range(len(options.keep) + 1):
         keep = options.keep[:number]
-        stage = replace(
-            options, keep=keep, cross=tuple(size for size in options.crossed if size in keep)
-        )
+        stage = replace(options, keep=keep, cross=tuple(size for size in options.crossed if size in keep))
         measure_retention(stage, model=model, read=opened.documents)
         _write(options.output / MEASURED, read_rows(options.rows_file), model.told)
 
 
-def _write(
-    path: Path, rows: list[dict[str, Any]], told: list[tuple[list[float], list[int]]]
-) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], told: list[tuple[list[float], list[int]]]) -> None:
     """Rows lie in the order in which they were measured, one call of `loss` each."""
-    measured = [
-        row | {"nats": nats, "document_tokens": tokens}
-        for row, (nats, tokens) in zip(rows, told, strict=True)
-    ]
+    measured = [row | {"nats": nats, "document_tokens": tokens} for row, (nats, tokens) in zip(rows, told, strict=True)]
     with whole(path) as unfinished:
         unfinished.write_text(to_json(measured), encoding="utf-8")
 

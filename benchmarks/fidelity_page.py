@@ -122,19 +122,14 @@ def _training(result: Result) -> str:
         f"vocabulary {result.corpus['vocab_size']}, hash {result.settings['corpus']}",
     ]
     lines += [
-        f"training loss at step {iteration}: {loss:.3f}"
-        for iteration, loss in result.curve[-1:]
-        if loss is not None
+        f"training loss at step {iteration}: {loss:.3f}" for iteration, loss in result.curve[-1:] if loss is not None
     ]
     return "\n".join(f"- {line}" for line in lines)
 
 
 def losses_of(result: Result, name: str) -> dict[str, float]:
     """Domain -> loss of a condition."""
-    return {
-        domain: sum(nats) / sum(result.document_tokens[domain])
-        for domain, nats in result.nats[name].items()
-    }
+    return {domain: sum(nats) / sum(result.document_tokens[domain]) for domain, nats in result.nats[name].items()}
 
 
 def full_condition(result: Result) -> str:
@@ -157,13 +152,7 @@ def _losses(result: Result) -> str:
     ]
     early = f"{fmean(result.early.values()):.4f}" if result.early else MISSING
     rows.append(["mean", "", "", early, f"{fmean(full.values()):.4f}"])
-    head = [
-        "domain",
-        "documents",
-        "tokens",
-        f"at {result.plan['early']:.0%} of the steps",
-        "at the end",
-    ]
+    head = ["domain", "documents", "tokens", f"at {result.plan['early']:.0%} of the steps", "at the end"]
     return markdown_table(head, rows)
 
 
@@ -171,9 +160,7 @@ def _fewer(result: Result) -> str:
     summaries = summarise(result.rows)
     lines = []
     for chosen in (s for s in summaries if s.method == CHOSEN):
-        chance = find_summary(
-            summaries, model=result.model, method=RANDOM, keep_fraction=chosen.keep_fraction
-        )
+        chance = find_summary(summaries, model=result.model, method=RANDOM, keep_fraction=chosen.keep_fraction)
         elsewhere = chosen.rise_elsewhere
         lines.append(
             [
@@ -184,10 +171,7 @@ def _fewer(result: Result) -> str:
             ]
         )
     head = ["experts kept", "chosen for the domain", "random", "increase on other domains"]
-    return (
-        "Loss, and in brackets its increase over all experts; means over domains.\n\n"
-        + markdown_table(head, lines)
-    )
+    return "Loss, and in brackets its increase over all experts; means over domains.\n\n" + markdown_table(head, lines)
 
 
 def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
@@ -200,9 +184,7 @@ def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
         if partner is None:
             lines.append(f"- {model}: partner not found: run gpu.sh C {model}")
         elif partner.differing:
-            lines.append(
-                f"- {model}: not compared with {partner.place}: {'; '.join(partner.differing)}"
-            )
+            lines.append(f"- {model}: not compared with {partner.place}: {'; '.join(partner.differing)}")
         elif not partner.result.nats:
             lines.append(f"- {model}: not compared: {partner.place} ended before its losses")
         else:
@@ -223,18 +205,11 @@ def _gap(together: Mapping[str, Result]) -> str:
     if not {EMO, STANDARD} <= together.keys():
         return ""
     emo, standard = together[EMO], together[STANDARD]
-    gaps = paired(
-        emo.nats[full_condition(emo)],
-        standard.nats[full_condition(standard)],
-        emo.document_tokens,
-    )
+    gaps = paired(emo.nats[full_condition(emo)], standard.nats[full_condition(standard)], emo.document_tokens)
     rows = [[domain, str(gap)] for domain, gap in gaps.items()]
     rows.append(["mean", str(mean_of(gaps))])
     head = ["domain", "EMO less standard"]
-    return (
-        "All experts, nats a token, paired over documents, with the standard error:\n\n"
-        + markdown_table(head, rows)
-    )
+    return "All experts, nats a token, paired over documents, with the standard error:\n\n" + markdown_table(head, rows)
 
 
 def _quarter(together: Mapping[str, Result]) -> str:
@@ -245,13 +220,7 @@ def _quarter(together: Mapping[str, Result]) -> str:
     kept = next((row.num_experts_kept for row in emo.rows if row.keep_fraction == QUARTER), None)
     if kept is None or condition(CHOSEN, kept) not in emo.nats:
         return "EMO's quarter against the small model: the quarter is not measured yet."
-    found = mean_of(
-        paired(
-            emo.nats[condition(CHOSEN, kept)],
-            small.nats[full_condition(small)],
-            emo.document_tokens,
-        )
-    )
+    found = mean_of(paired(emo.nats[condition(CHOSEN, kept)], small.nats[full_condition(small)], emo.document_tokens))
     return f"EMO's quarter, {kept} experts chosen for the domain, less the small model trained from scratch: {found}."
 
 

@@ -57,11 +57,7 @@ def read_log(log: Path) -> list[LogLine]:
     if not log.exists():
         return []
     return [
-        LogLine(
-            iteration=int(number),
-            seconds=float(milliseconds) / 1e3,
-            loss=float(loss) if loss else None,
-        )
+        LogLine(iteration=int(number), seconds=float(milliseconds) / 1e3, loss=float(loss) if loss else None)
         for number, milliseconds, loss in LINE.findall(log.read_text(errors="replace"))
     ]
 
@@ -89,9 +85,7 @@ class Speed:
     """From the start of the process to its first step."""
 
 
-def evaluation_seconds(
-    size: Size, speed: Speed, *, num_domains: int, fractions: tuple[float, ...]
-) -> float:
+def evaluation_seconds(size: Size, speed: Speed, *, num_domains: int, fractions: tuple[float, ...]) -> float:
     """What two evaluations may take: the whole model at two checkpoints, and every fraction of its experts.
 
     Args:

@@ -103,9 +103,7 @@ class Partner:
     differing: tuple[str, ...]
 
 
-def find_partners(
-    folder: Path | None, *, model: str, settings: dict[str, Any]
-) -> dict[str, Partner]:
+def find_partners(folder: Path | None, *, model: str, settings: dict[str, Any]) -> dict[str, Partner]:
     """Results of the other models below a folder, also inside archives.
 
     Args:
@@ -126,8 +124,7 @@ def find_partners(
             result=result,
             place=place,
             differing=tuple(
-                f"{name} is {was} there and {now} here"
-                for name, was, now in differences(result.settings, wanted)
+                f"{name} is {was} there and {now} here" for name, was, now in differences(result.settings, wanted)
             ),
         )
         if result.model not in found or _rank(found[result.model]) < _rank(partner):
@@ -156,11 +153,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
-                if (
-                    not member.isfile()
-                    or not _is_result(Path(member.name).name)
-                    or member.size > LARGEST
-                ):
+                if not member.isfile() or not _is_result(Path(member.name).name) or member.size > LARGEST:
                     continue
                 file = archive.extractfile(member)
                 if file is not None:

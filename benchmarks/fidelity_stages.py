@@ -185,10 +185,7 @@ class Run:
         speed = Speed(steps=done, step_seconds=step, startup_seconds=startup)
         is_whole = self.result.model == SMALL
         after = evaluation_seconds(
-            self.size,
-            speed,
-            num_domains=len(self.corpus.domains),
-            fractions=() if is_whole else self.size.fractions,
+            self.size, speed, num_domains=len(self.corpus.domains), fractions=() if is_whole else self.size.fractions
         )
         steps = choose_steps(
             self.size.steps,
@@ -255,10 +252,7 @@ class Run:
     @contextlib.contextmanager
     def _started(self, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """A Python of rank 0, which ends with the block, and so does all that it started."""
-        environment = process_environment() | {
-            "EMO_DEVICE": self.device,
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = process_environment() | {"EMO_DEVICE": self.device, "OMP_NUM_THREADS": "1"}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -42,9 +42,5 @@ def hash_corpus(corpus: Corpus) -> str:
 
 def _files(corpus: Corpus) -> list[Path]:
     """The files with tokens."""
-    held_out = [
-        corpus.path / split / f"{domain}.safetensors"
-        for split in HELD_OUT_SPLITS
-        for domain in corpus.domains
-    ]
+    held_out = [corpus.path / split / f"{domain}.safetensors" for split in HELD_OUT_SPLITS for domain in corpus.domains]
     return [corpus.path / "train.bin", corpus.path / "train.idx", *held_out]

@@ -48,9 +48,7 @@ def check_routing(layers: Layers) -> None:
     _refuse_many_ties(is_clear_T)
     is_clear_T &= is_settled_D[ids_T]
     if not torch.equal(map_TE[is_clear_T], want_map_TE[is_clear_T]):
-        raise ValueError(
-            f"{POOLS} chooses other experts than with the reference ops, so nothing is reported"
-        )
+        raise ValueError(f"{POOLS} chooses other experts than with the reference ops, so nothing is reported")
     found = _results(layers, POOLS, is_clear_T)
     with _reference_ops(layers):
         want = _results(layers, POOLS, is_clear_T)
@@ -75,8 +73,7 @@ def check_experts(grouped: Layers, sequential: Layers) -> None:
         want = _results(sequential, name, all_T)
         for grouped_name, linear in (("fc1_EFH", "linear_fc1"), ("fc2_EHF", "linear_fc2")):
             gradients = [
-                want.pop(f"gradient of experts.local_experts.{expert}.{linear}.weight")
-                for expert in range(num_experts)
+                want.pop(f"gradient of experts.local_experts.{expert}.{linear}.weight") for expert in range(num_experts)
             ]
             want[f"gradient of experts.{grouped_name}"] = stacked(gradients)
         _compare(
@@ -109,18 +106,14 @@ def _routed_in_pools(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
     return routing_map_TE, pool_DE, ids_T
 
 
-def _settled_documents(
-    logits_TE: Tensor, ids_T: Tensor, pool_DE: Tensor, want_pool_DE: Tensor
-) -> Tensor:
+def _settled_documents(logits_TE: Tensor, ids_T: Tensor, pool_DE: Tensor, want_pool_DE: Tensor) -> Tensor:
     """[D] bool: documents with the same pool in both. Few may differ, and only by experts that score alike.
 
     Raises:
         ValueError: more of them differ, or by more.
     """
     is_settled_D = (pool_DE == want_pool_DE).all(dim=-1)
-    scores_DE = ops.document_scores(
-        logits_TE, document_ids_T=ids_T, num_documents=len(pool_DE), backend="reference"
-    )
+    scores_DE = ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=len(pool_DE), backend="reference")
     for document in (~is_settled_D).nonzero().flatten().tolist():
         scores = scores_DE[document, pool_DE[document] != want_pool_DE[document]].double()
         if scores.max() - scores.min() > CLEAR_GAP * scores.max():
@@ -130,8 +123,7 @@ def _settled_documents(
             )
     if (~is_settled_D).sum() > max(1, NUM_SPARE * len(pool_DE)):
         raise ValueError(
-            f"{(~is_settled_D).sum()} of {len(pool_DE)} documents have a near tie in their pool, "
-            "so nothing is reported"
+            f"{(~is_settled_D).sum()} of {len(pool_DE)} documents have a near tie in their pool, so nothing is reported"
         )
     return is_settled_D
 
@@ -180,6 +172,4 @@ def _compare(found: Results, wanted: Results, *, tolerance: float, says: str) ->
             largest = want.abs().max().clamp(min=1e-30)
             error = ((got - want).abs().max() / largest).item()
         if not error < tolerance:  # NaN is not below
-            raise ValueError(
-                f"{says}, so nothing is reported: its {what} differs by {error:.1e} of the largest"
-            )
+            raise ValueError(f"{says}, so nothing is reported: its {what} differs by {error:.1e} of the largest")

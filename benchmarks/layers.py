@@ -42,13 +42,9 @@ class LayerSize:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k < self.experts:
-            raise ValueError(
-                f"--top-k must lie in [1, experts), experts being {self.experts}; got {self.top_k}"
-            )
+            raise ValueError(f"--top-k must lie in [1, experts), experts being {self.experts}; got {self.top_k}")
         if not 1 <= self.documents <= self.tokens:
-            raise ValueError(
-                f"--documents must lie in [1, tokens], tokens being {self.tokens}; got {self.documents}"
-            )
+            raise ValueError(f"--documents must lie in [1, tokens], tokens being {self.tokens}; got {self.documents}")
 
     def __str__(self) -> str:
         return (
@@ -76,9 +72,7 @@ class Layers:
         from emo_megatron.mcore.context import CLOCK, Shard, scope_of
 
         CLOCK.consumed_samples = next(self.steps) if micro_batch is None else micro_batch
-        shard = Shard(
-            tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0
-        )
+        shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
         return scope_of(
             self.packed,
             hidden_shape=self.hidden_T1H.shape,
@@ -93,8 +87,7 @@ class Layers:
         A model makes the scope once a micro-batch for all its layers, so a layer's own cost is a little less.
         """
         return {
-            name: self.step(layer, router_only=False, get_scope=self.new_scope)
-            for name, layer in self.layers.items()
+            name: self.step(layer, router_only=False, get_scope=self.new_scope) for name, layer in self.layers.items()
         }
 
     def router_steps(self, *, is_first_layer: bool = False) -> dict[str, Step]:
@@ -107,10 +100,7 @@ class Layers:
             return scope
 
         get_scope = self.new_scope if is_first_layer else used_scope
-        return {
-            name: self.step(layer, router_only=True, get_scope=get_scope)
-            for name, layer in self.layers.items()
-        }
+        return {name: self.step(layer, router_only=True, get_scope=get_scope) for name, layer in self.layers.items()}
 
     def step(self, layer: Any, *, router_only: bool, get_scope: Callable[[], Any]) -> Step:
         """Forward and backward of a layer or its router; gradients come back in the order of the parameters."""
@@ -149,14 +139,9 @@ def build_layers(size: LayerSize, *, device: torch.device) -> list[Layers]:
     from emo_megatron.mcore.spec import pool_block_spec
 
     config = _config(size, on_gpu=device.type == "cuda", uses_te=uses_te)
-    pools = {
-        SAME_CHOICES: PoolConfig(pool_min=size.experts),
-        POOLS: PoolConfig(pool_min=size.top_k),
-    }
+    pools = {SAME_CHOICES: PoolConfig(pool_min=size.experts), POOLS: PoolConfig(pool_min=size.top_k)}
     install_metrics(pools[POOLS], config, has_documents=True)
-    stock_spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=uses_te, normalization="RMSNorm"
-    )
+    stock_spec = get_gpt_decoder_block_spec(config, use_transformer_engine=uses_te, normalization="RMSNorm")
     specs = {STOCK: stock_spec}
     specs |= {name: pool_block_spec(config, pool=pool) for name, pool in pools.items()}
     mlps = {name: spec.layer_specs[0].submodules.mlp for name, spec in specs.items()}
@@ -200,9 +185,7 @@ def _meeting_place() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
-def _build_all(
-    mlps: dict[str, Any], config: Any, device: torch.device, *, like: Any = None
-) -> dict[str, Any]:
+def _build_all(mlps: dict[str, Any], config: Any, device: torch.device, *, like: Any = None) -> dict[str, Any]:
     """One layer of each spec, all with the weights of `like`, or else of the first."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -256,20 +239,13 @@ def _config(size: LayerSize, *, on_gpu: bool, uses_te: bool) -> Any:
 
 
 def _with_batch(
-    layers: dict[str, Any],
-    size: LayerSize,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    expert_kind: str,
+    layers: dict[str, Any], size: LayerSize, dtype: torch.dtype, device: torch.device, *, expert_kind: str
 ) -> Layers:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     generator = torch.Generator().manual_seed(2)
     shape = (size.tokens, 1, size.model_dim)
-    hidden, upstream = (
-        torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(2)
-    )
+    hidden, upstream = (torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(2))
     cuts = torch.randperm(size.tokens - 1, generator=generator)[: size.documents - 1] + 1
     bounds = torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([size.tokens])])
     bounds = bounds.int().to(device)

@@ -21,9 +21,7 @@ def library_texts(*, shortest: int) -> list[bytes]:
     return [text for text in found if len(text) > shortest]
 
 
-def packed_batches(
-    texts: Sequence[bytes], *, rows: int, seq_length: int, seed: int
-) -> Iterator[Batch]:
+def packed_batches(texts: Sequence[bytes], *, rows: int, seq_length: int, seed: int) -> Iterator[Batch]:
     """Micro-batches for ever: rows of two documents, each a piece of one text."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -90,9 +90,7 @@ def _compare_routing(number: int, router: Any, standard: Any, hidden: Tensor, fo
 def _look_for_strays(number: int, router: Any, inputs: Any, output: Any) -> None:
     scope, map_TE = router.scope, output[1]
     if (map_TE & ~scope.pools[number][scope.document_ids_T]).any():
-        raise ValueError(
-            f"tokens leave the pool of their document in layer {number}, so nothing is reported"
-        )
+        raise ValueError(f"tokens leave the pool of their document in layer {number}, so nothing is reported")
 
 
 def _gradients(training: Training, name: str) -> tuple[float, dict[str, Tensor]]:
@@ -103,9 +101,7 @@ def _gradients(training: Training, name: str) -> tuple[float, dict[str, Tensor]]
     return loss.item(), {weight: value.main_grad.clone() for weight, value in weights}
 
 
-def _compare(
-    found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]
-) -> None:
+def _compare(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
     says = f"{ALL_EXPERTS} does not compute what the standard model does, so nothing is reported"
     (loss, gradients), (want_loss, want_gradients) = found, wanted
     if not abs(loss - want_loss) < LOSS_TOLERANCE * abs(want_loss):

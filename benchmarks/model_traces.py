@@ -13,9 +13,7 @@ TRACED = {STANDARD: "standard", EMO: "emo"}
 """Contender -> its part of a file's name."""
 
 
-def trace_models(
-    training: Training, folder: Path, name: str, *, head: str, device: torch.device
-) -> list[Path]:
+def trace_models(training: Training, folder: Path, name: str, *, head: str, device: torch.device) -> list[Path]:
     """Trace a step of the standard model and of EMO; returns the traces and the tables."""
     on_gpu = device.type == "cuda"
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,13 +52,10 @@ class ModelSize:
         if not self.top_k < self.experts:
             raise ValueError(f"--top-k must be below --experts ({self.experts}); got {self.top_k}")
         if self.model_dim % self.heads:
-            raise ValueError(
-                f"--model-dim must be a multiple of --heads ({self.heads}); got {self.model_dim}"
-            )
+            raise ValueError(f"--model-dim must be a multiple of --heads ({self.heads}); got {self.model_dim}")
         if self.document_tokens > self.seq_length:
             raise ValueError(
-                f"--document-tokens must be at most --seq-length ({self.seq_length}); "
-                f"got {self.document_tokens}"
+                f"--document-tokens must be at most --seq-length ({self.seq_length}); got {self.document_tokens}"
             )
 
     @property
@@ -129,9 +126,7 @@ class Training:
         self.distributed.module = self.models[name]
         self.distributed.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses_1T: Tensor = self.distributed(
-            **batch.tokens, attention_mask=None, packed_seq_params=batch.packed()
-        )
+        losses_1T: Tensor = self.distributed(**batch.tokens, attention_mask=None, packed_seq_params=batch.packed())
         return losses_1T.mean()
 
     def backward(self, loss: Tensor) -> None:
@@ -185,12 +180,7 @@ def build_training(size: ModelSize, *, device: torch.device, dispatcher: str) ->
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
-            lr=LEARNING_RATE,
-            weight_decay=0.1,
-            clip_grad=1.0,
-            bf16=True,
-            params_dtype=torch.bfloat16,
+            optimizer="adam", lr=LEARNING_RATE, weight_decay=0.1, clip_grad=1.0, bf16=True, params_dtype=torch.bfloat16
         ),
         [distributed],
         use_gloo_process_groups=False,
@@ -250,9 +240,7 @@ def _model(config: Any, size: ModelSize, pool: PoolConfig | None) -> Any:
 
     spec = pool_block_spec(config, pool=pool or PoolConfig())
     if pool is None:
-        stock = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=config.normalization
-        )
+        stock = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
         spec = _with_attention_of(stock, spec)
     # not rotary: without Transformer Engine it goes through the documents one by one, launches that hide all others
     return GPTModel(
@@ -292,10 +280,7 @@ def _share_weights(model: Any, like: Any) -> None:
 
 def _tracker(name: str, pool: PoolConfig | None, config: Any) -> Any:
     """What Megatron would have the routers record into; one that keeps nothing for contenders without metrics."""
-    from megatron.core.transformer.moe.moe_logging import (
-        MoEMetricsTracker,
-        get_moe_metrics_tracker,
-    )
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker
 
     from emo_megatron.mcore.metrics import install_metrics
 

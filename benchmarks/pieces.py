@@ -73,9 +73,7 @@ def count_operations(layers: Layers) -> dict[str, int]:
     """Operations in the forward pass of each layer's router."""
     counts = {}
     first = layers.router_steps(is_first_layer=True)[POOLS]
-    for name, step in (
-        layers.router_steps() | {f"{POOLS}, first layer and its scope": first}
-    ).items():
+    for name, step in (layers.router_steps() | {f"{POOLS}, first layer and its scope": first}).items():
         step.forward()
         with _Operations() as operations:
             step.forward()

@@ -67,9 +67,7 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     if run.pools:
         _train_with_pools(loaded.model, layers, stored)
     fit, test = _halves(runs, tokens=tokens)
-    study.statistics(fit, outputs=False).of({"documents": "first half"}).save(
-        stem.with_suffix(".stats")
-    )
+    study.statistics(fit, outputs=False).of({"documents": "first half"}).save(stem.with_suffix(".stats"))
     recorders = [_Recorder(layer) for layer in layers]
     study.loss(test)
     tensors = {str(recorder.layer.layer_number): torch.cat(recorder.seen) for recorder in recorders}
@@ -121,8 +119,5 @@ def _halves(runs: Path, *, tokens: int) -> tuple[list[Tensor], list[Tensor]]:
                 halves[number % 2].append(stored["tokens"][start:stop].long())
                 taken += stop - start
     generator = torch.Generator().manual_seed(0)
-    fit, test = (
-        [half[i] for i in torch.randperm(len(half), generator=generator).tolist()]
-        for half in halves
-    )
+    fit, test = ([half[i] for i in torch.randperm(len(half), generator=generator).tolist()] for half in halves)
     return fit, test

@@ -35,12 +35,7 @@ MICRO_BATCH = 4096
 """Tokens over which load imbalance is taken: the demo's micro-batch."""
 BF16, PAIR = 2, 8
 """Bytes of a number in a hidden state, and of an expert's number and probability."""
-ALLTOALL, DEDUP, LOAD, TOGETHER = (
-    "alltoall",
-    "dedup",
-    "dedup, placed by load",
-    "dedup, placed together",
-)
+ALLTOALL, DEDUP, LOAD, TOGETHER = ("alltoall", "dedup", "dedup, placed by load", "dedup, placed together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +94,7 @@ def main(options: Options) -> list[Path]:
             stem = Path(scratch) / run.name.replace(" ", "-")
             # a process each: Megatron keeps its flags for the life of one
             process = torch.multiprocessing.get_context("spawn").Process(
-                target=record,
-                args=(run,),
-                kwargs={"runs": options.runs, "tokens": options.tokens, "stem": stem},
+                target=record, args=(run,), kwargs={"runs": options.runs, "tokens": options.tokens, "stem": stem}
             )
             process.start()
             process.join()
@@ -110,9 +103,7 @@ def main(options: Options) -> list[Path]:
             rows += _replay(run, options, stem)
     table = _table(rows)
     print(table)
-    written = write_results(
-        options.output, "traffic", rows=[_plain(row) for row in rows], page=table
-    )
+    written = write_results(options.output, "traffic", rows=[_plain(row) for row in rows], page=table)
     return [*written, *_publish(rows, table, options.page)]
 
 
@@ -134,9 +125,7 @@ def _replay(run: Run, options: Options, stem: Path) -> list[Row]:
         own = [tuple(range(stats.model.num_experts))] * len(stats.model.layers)
         orders = {ALLTOALL: own, DEDUP: own}
         for name, method in ((LOAD, "load"), (TOGETHER, "together")):
-            found = place(
-                stats, num_ranks=ranks, method=method, max_imbalance=options.max_imbalance
-            )
+            found = place(stats, num_ranks=ranks, method=method, max_imbalance=options.max_imbalance)
             orders[name] = list(found.order)
         for dispatch, order in orders.items():
             of_layers = dict(zip(stats.model.layers, order, strict=True))
@@ -185,14 +174,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = [
-        "routing",
-        "EP",
-        "dispatch",
-        "rows a token",
-        "of alltoall",
-        "bytes a token to other ranks",
-    ]
+    head = ["routing", "EP", "dispatch", "rows a token", "of alltoall", "bytes a token to other ranks"]
     head += ["fullest rank / mean: experts' work", "rows"]
     stock = {(r.run, r.ranks): r.rows_per_token for r in rows if r.dispatch == ALLTOALL}
     return markdown_table(
@@ -231,9 +213,7 @@ def _figure(rows: Sequence[Row], path: Path) -> Path:
         axis.set_title(run.name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("rows a token, each way")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     with whole(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)
@@ -241,6 +221,4 @@ def _figure(rows: Sequence[Row], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -27,10 +27,7 @@ from watched_router import HALF_SHARE, RECENT, Watched
 from emo_megatron.config import PoolConfig, PoolScore
 
 STANDARD = "standard MoE"
-POOLS: dict[str, PoolScore] = {
-    "pools by probability": "probability",
-    "pools by gate_with_bias": "gate_with_bias",
-}
+POOLS: dict[str, PoolScore] = {"pools by probability": "probability", "pools by gate_with_bias": "gate_with_bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +103,7 @@ def main(options: Options) -> list[Path]:
 
 def _revive(name: str, seed: int, texts: Sequence[bytes], options: Options) -> list[dict[str, Any]]:
     """One contender with one seed: a row for every layer."""
-    from megatron.core.distributed.finalize_model_grads import (
-        _update_router_expert_bias,
-        reset_model_temporary_tensors,
-    )
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
 
     from emo_megatron.mcore.context import CLOCK
     from emo_megatron.mcore.router import PoolRouter
@@ -140,10 +134,7 @@ def _revive(name: str, seed: int, texts: Sequence[bytes], options: Options) -> l
             if done == options.cap or all(HALF_SHARE in layer.first for layer in watched):
                 break
     run = {"router": name, "seed": seed, "update_rate": options.update_rate, "steps": done}
-    return [
-        run | layer.row() | {"loss": round(float(losses_1T.detach().mean()), 3)}
-        for layer in watched
-    ]
+    return [run | layer.row() | {"loss": round(float(losses_1T.detach().mean()), 3)} for layer in watched]
 
 
 def _model(name: str, options: Options) -> Any:
@@ -184,9 +175,7 @@ def _model(name: str, options: Options) -> Any:
     )
     pool = PoolConfig()
     if name != STANDARD:
-        pool = PoolConfig(
-            pool_min=options.pool_min, pool_max=options.pool_max, pool_score=POOLS[name]
-        )
+        pool = PoolConfig(pool_min=options.pool_min, pool_max=options.pool_max, pool_score=POOLS[name])
     model = GPTModel(
         config=config,
         transformer_layer_spec=pool_block_spec(config, pool=pool),
@@ -201,9 +190,7 @@ def _model(name: str, options: Options) -> Any:
 
 def _page(rows: Sequence[dict[str, Any]], options: Options, facts: dict[str, str]) -> str:
     described = ", ".join(
-        f"{f.name} {getattr(options, f.name)}"
-        for f in dataclasses.fields(options)
-        if f.name != "output"
+        f"{f.name} {getattr(options, f.name)}" for f in dataclasses.fields(options) if f.name != "output"
     )
     hidden = {"update_rate", "expert", "bias at death", "loss"}
     head = [name for name in rows[0] if name not in hidden]
@@ -221,6 +208,4 @@ def _page(rows: Sequence[dict[str, Any]], options: Options, facts: dict[str, str
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    )
+    run_script(lambda: main(tyro.cli(Options, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))

@@ -83,9 +83,7 @@ def make_case(shape: Shape, *, device: torch.device, seed: int = 0) -> Case:
     ids_T = DocumentSegments.from_cu_seqlens(bounds, num_tokens=num_tokens).document_ids_T
     taste_DE = torch.randn(shape.num_documents, num_experts, generator=generator)
     logits_TE = torch.randn(num_tokens, num_experts, generator=generator) + taste_DE[ids_T]
-    drawn_D = torch.randint(
-        shape.top_k, num_experts + 1, (shape.num_documents,), generator=generator
-    )
+    drawn_D = torch.randint(shape.top_k, num_experts + 1, (shape.num_documents,), generator=generator)
     sizes_D = _clear_sizes(logits_TE, ids_T, drawn_D)
     upstream_TE = torch.randn(num_tokens, num_experts, generator=generator) / num_tokens
     return Case(
@@ -115,17 +113,12 @@ def _clear_sizes(logits_TE: Tensor, ids_T: Tensor, drawn_D: Tensor) -> Tensor:
 def pools_of(case: Case, backend: ops.Backend) -> Tensor:
     """[D, E] bool."""
     scores_DE = ops.document_scores(
-        case.logits_TE,
-        document_ids_T=case.document_ids_T,
-        num_documents=case.shape.num_documents,
-        backend=backend,
+        case.logits_TE, document_ids_T=case.document_ids_T, num_documents=case.shape.num_documents, backend=backend
     )
     return ops.select_pool(scores_DE, pool_sizes_D=case.sizes_D, backend=backend)
 
 
-def pool_router(
-    backend: ops.Backend, *, has_pools: bool = True, groups: Groups | None = None
-) -> Router:
+def pool_router(backend: ops.Backend, *, has_pools: bool = True, groups: Groups | None = None) -> Router:
     """This package's ops, with the losses of PoolRouter on one rank; without pools the standard router."""
     limits = {} if groups is None else {"num_groups": groups[0], "group_topk": groups[1]}
 
@@ -138,9 +131,7 @@ def pool_router(
             **limits,
             backend=backend,
         )
-        counts = balance.TokenCounts(
-            tokens_per_expert_E=routed.tokens_per_expert_E, num_tokens=case.num_tokens
-        )
+        counts = balance.TokenCounts(tokens_per_expert_E=routed.tokens_per_expert_E, num_tokens=case.num_tokens)
         balance_loss = balance.load_balancing_loss(
             routed.score_sums_E, fraction=counts, population=counts, top_k=case.shape.top_k
         )
@@ -227,9 +218,7 @@ def gradient(leaf_TE: Tensor, routed: Routed, case: Case) -> Tensor:
     return grad_TE
 
 
-def check(
-    name: str, router: Router, case: Case, *, has_pools: bool, groups: Groups | None = None
-) -> None:
+def check(name: str, router: Router, case: Case, *, has_pools: bool, groups: Groups | None = None) -> None:
     """Compare weights, map, losses and gradient with the reference ops, where no near tie decides.
 
     Raises:
@@ -278,9 +267,7 @@ def _is_clear(case: Case, *, has_pools: bool, groups: Groups | None) -> Tensor:
         return is_clear_choice(logits_TE, top_k=top_k)
     num_groups, group_topk = groups
     scores_TE = logits_TE.softmax(dim=-1)
-    is_open_TE = open_experts(
-        scores_TE, scores_TE > 0, num_groups=num_groups, group_topk=group_topk, top_k=top_k
-    )
+    is_open_TE = open_experts(scores_TE, scores_TE > 0, num_groups=num_groups, group_topk=group_topk, top_k=top_k)
     in_groups_TGM = scores_TE.unflatten(1, (num_groups, -1))
     sums_TG = in_groups_TGM.topk(top_k // group_topk, dim=-1).values.sum(dim=-1)
     sums_TG = sums_TG.sort(dim=-1, descending=True).values
@@ -291,9 +278,7 @@ def _is_clear(case: Case, *, has_pools: bool, groups: Groups | None) -> Tensor:
     return is_apart_T & is_clear_choice(open_TE, top_k=top_k)
 
 
-def kernel_bytes(
-    *, num_tokens: int, num_experts: int, num_documents: int, logit_bytes: int = 4
-) -> dict[str, int]:
+def kernel_bytes(*, num_tokens: int, num_experts: int, num_documents: int, logit_bytes: int = 4) -> dict[str, int]:
     """Bytes that each compiled op must read and write if every tensor moves once: the floor of its time.
 
     Args:
@@ -318,10 +303,6 @@ def kernel_bytes(
 
 def bytes_moved(shape: Shape, *, with_backward: bool) -> int:
     """The floor of the compiled ops together, with float32 logits."""
-    found = kernel_bytes(
-        num_tokens=shape.num_tokens,
-        num_experts=shape.num_experts,
-        num_documents=shape.num_documents,
-    )
+    found = kernel_bytes(num_tokens=shape.num_tokens, num_experts=shape.num_experts, num_documents=shape.num_documents)
     kernels = ["document_scores", "select_pool", "pool_topk"]
     return sum(found[name] for name in kernels + ["pool_topk backward"] * with_backward)

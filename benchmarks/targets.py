@@ -67,12 +67,7 @@ def _targets(num_tokens: int, against: str, *, long: float, short: float) -> lis
     """The factors for documents of 512 and of 32 tokens; 128 experts, top-8."""
     return [
         Target(
-            shape=Shape(
-                num_tokens=num_tokens,
-                num_experts=128,
-                top_k=8,
-                num_documents=num_tokens // document_tokens,
-            ),
+            shape=Shape(num_tokens=num_tokens, num_experts=128, top_k=8, num_documents=num_tokens // document_tokens),
             against=against,
             factor=factor,
         )
@@ -81,10 +76,7 @@ def _targets(num_tokens: int, against: str, *, long: float, short: float) -> lis
 
 
 TARGETS = {
-    "cpu": [
-        *_targets(8192, LOOP, long=2.5, short=6.0),
-        *_targets(8192, STOCK, long=3.0, short=3.0),
-    ],
+    "cpu": [*_targets(8192, LOOP, long=2.5, short=6.0), *_targets(8192, STOCK, long=3.0, short=3.0)],
     "cuda": [
         *_targets(1024, STOCK, long=1.0, short=1.0),
         *_targets(8192, STOCK, long=1.0, short=1.0),
@@ -101,9 +93,7 @@ KERNELS_FACTOR = 2.0
 
 def kernels_verdict(floors: Estimate | None, *, device: torch.device) -> str:
     """Whether the routing kernels are near their floor; `floors` says how many times they take it, None: not run."""
-    target = (
-        f"routing kernels at {KERNELS}, float32: at most {KERNELS_FACTOR} x the bandwidth floor"
-    )
+    target = f"routing kernels at {KERNELS}, float32: at most {KERNELS_FACTOR} x the bandwidth floor"
     if device.type != "cuda":
         return f"not measured: {target} (a GPU's target)"
     if floors is None:

@@ -74,9 +74,7 @@ def pick_device(wish: Device) -> torch.device:
     """
     has_gpu = torch.cuda.is_available()
     if wish == "cuda" and not has_gpu:
-        raise ValueError(
-            "--device cuda needs a CUDA device, and torch finds none; use --device cpu"
-        )
+        raise ValueError("--device cuda needs a CUDA device, and torch finds none; use --device cpu")
     return torch.device("cuda" if wish == "cuda" or (wish == "auto" and has_gpu) else "cpu")
 
 
@@ -88,9 +86,7 @@ def interleave(
     on_round: Callable[[], Any] = lambda: None,
 ) -> dict[str, Samples]:
     """Time all contenders in turns, another one first in every round; one round before that warms up."""
-    clock: Callable[[Any], tuple[float, float]] = (
-        time_on_gpu if device.type == "cuda" else time_on_cpu
-    )
+    clock: Callable[[Any], tuple[float, float]] = time_on_gpu if device.type == "cuda" else time_on_cpu
     found = {name: Samples(forward=[], total=[]) for name in steps}
     names = list(steps)
     for name in names:
@@ -136,9 +132,7 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.zeros(L2_BYTES // 4, device=device)
     target = torch.empty_like(source)
     step = Step(forward=lambda: target.copy_(source), backward=lambda _: None)
-    seconds = interleave(
-        {"copy": step}, device=device, rounds=Rounds(fewest=5, most=20, seconds=0.5)
-    )
+    seconds = interleave({"copy": step}, device=device, rounds=Rounds(fewest=5, most=20, seconds=0.5))
     return 2 * L2_BYTES / min(seconds["copy"].forward)
 
 
@@ -174,9 +168,7 @@ def describe_machine(device: torch.device, *, threads: int) -> dict[str, str]:
     return facts
 
 
-def write_results(
-    folder: Path, name: str, *, rows: Sequence[Mapping[str, Any]], page: str
-) -> list[Path]:
+def write_results(folder: Path, name: str, *, rows: Sequence[Mapping[str, Any]], page: str) -> list[Path]:
     """Write `name`.csv and `name`.md, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     table, text = folder / f"{name}.csv", folder / f"{name}.md"
@@ -246,9 +238,7 @@ def _commit() -> str:
     git = ["git", "-C", str(root)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True)
-        changed = subprocess.check_output(
-            [*git, "status", "--porcelain", "--untracked-files=no"], text=True
-        )
+        changed = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.strip() + (" with local changes" if changed.strip() else "")

@@ -97,10 +97,7 @@ def gaps_of(operations: Sequence[Operation]) -> Gaps:
             gaps.append(operation.start_us - end)
         end = max(end, operation.end_us)
     return Gaps(
-        count=len(gaps),
-        total_us=sum(gaps),
-        longest_us=max(gaps, default=0.0),
-        span_us=end - operations[0].start_us,
+        count=len(gaps), total_us=sum(gaps), longest_us=max(gaps, default=0.0), span_us=end - operations[0].start_us
     )
 
 

@@ -103,11 +103,7 @@ class Study:
         self.output = options.output / model
         (recipe,) = (m for m in main_models(FULL, seed=1234) if m.name == model)
         self.flags = functools.partial(
-            megatron_flags,
-            FULL,
-            recipe,
-            tokenizer=corpus.tokenizer_dir,
-            data_prefix=folder / "train",
+            megatron_flags, FULL, recipe, tokenizer=corpus.tokenizer_dir, data_prefix=folder / "train"
         )
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
@@ -123,13 +119,8 @@ class Study:
                 *("stats", "--checkpoint", self.parent, "--data", data),
                 *("--tokens", 8192, "--seq-length", FULL.seq_length, "--rows", FULL.rows),
             ),
-            self._command(
-                self.selection, *("select", "--stats", stats, "--keep", self.options.keep)
-            ),
-            self._command(
-                self.module,
-                *("extract", "--checkpoint", self.parent, "--selection", self.selection),
-            ),
+            self._command(self.selection, *("select", "--stats", stats, "--keep", self.options.keep)),
+            self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
         ]
         # what was trained in the full model goes back in part too: a module of all experts
         everything = self.output / "everything.json"
@@ -156,10 +147,7 @@ class Study:
         return [
             Variant(name="parent", path=self.parent),
             *(Variant(name=name, path=self.output / name) for name in names),
-            *(
-                Variant(name=name, path=self.output / name)
-                for name in ("module", "alone", "alone-router")
-            ),
+            *(Variant(name=name, path=self.output / name) for name in ("module", "alone", "alone-router")),
         ]
 
     def losses(self, variant: Variant) -> dict[str, float]:
@@ -181,9 +169,7 @@ class Study:
         command = [sys.executable, "-m", "emo_megatron", *arguments, "--output", result]
         return self._job(result.name, command, done=result.exists, log=result.with_suffix(".log"))
 
-    def _training(
-        self, name: str, policy: str, start: Path, *extra: object, pools: bool = True
-    ) -> Job:
+    def _training(self, name: str, policy: str, start: Path, *extra: object, pools: bool = True) -> Job:
         folder, steps = self.output / name, self.options.steps
         log = folder.with_suffix(".log")
         own: list[object] = ["--load", start, "--save", folder, "--finetune"]
@@ -276,9 +262,7 @@ def main(options: Options) -> None:
         study.output.mkdir(parents=True, exist_ok=True)
     chains = [study.jobs() for study in studies]
     run_chains(chains, at_once=options.processes)
-    head = (
-        f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
-    )
+    head = f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
     rows = [row for study in studies for row in table(study, domains=[*corpus.domains, DOMAIN])]
     text = "\n".join([head, "|---|---|--:|--:|--:|--:|---|", *rows])
     (options.output / "update.md").write_text(text + "\n")

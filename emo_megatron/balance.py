@@ -67,9 +67,7 @@ def reduce_counts(counts_X: Tensor, *, group: dist.ProcessGroup | None) -> Tenso
     return summed_X
 
 
-def load_balancing_loss(
-    score_sums_E: Tensor, *, fraction: TokenCounts, population: TokenCounts, top_k: int
-) -> Tensor:
+def load_balancing_loss(score_sums_E: Tensor, *, fraction: TokenCounts, population: TokenCounts, top_k: int) -> Tensor:
     """This rank's share of E * sum_i f_i * P_i.
 
     Args:
@@ -87,9 +85,7 @@ def load_balancing_loss(
     return torch.dot(fraction.tokens_per_expert_E * scale / num_tokens, score_sums_E)
 
 
-def document_weights(
-    choices_DE: Tensor, *, pool_sizes_D: Tensor | None, population: TokenCounts
-) -> Tensor:
+def document_weights(choices_DE: Tensor, *, pool_sizes_D: Tensor | None, population: TokenCounts) -> Tensor:
     """What the score of an expert weighs in the balance loss of a document, which is
 
         sum_d (T_d / T) * (|P_d| / (K * T_d)) * sum_i n_di * (1 / T_d) * sum_t s_ti

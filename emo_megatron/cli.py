@@ -9,12 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from emo_megatron.environment import (
-    BRIDGE_INSTALL,
-    collect_environment,
-    format_json,
-    format_text,
-)
+from emo_megatron.environment import BRIDGE_INSTALL, collect_environment, format_json, format_text
 from emo_megatron.modules.files import message_of, to_output, write_any_name
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.variables import as_no_other_job, stay_offline
@@ -154,9 +149,7 @@ class BridgeOptions:
     Options of the recipe that pools forbid are changed, and each change is printed. docs/bridge.md tells which.
     """
 
-    overrides: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")
-    ] = ()
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")] = ()
     """Fields of the recipe and their values, as Megatron-Bridge takes them. model.pool_min must be among them."""
     recipe: str = ""
     """A function of megatron.bridge.recipes or perf_recipes, by its name; or module:function for one of your own."""
@@ -215,8 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":
             raise
         return _fail(
-            f"{arguments[0]} needs {error.name}, which is not installed: "
-            f"{command.install if command else DEMO_INSTALL}"
+            f"{arguments[0]} needs {error.name}, which is not installed: {command.install if command else DEMO_INSTALL}"
         )
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         return _fail(message_of(error))
@@ -237,8 +229,7 @@ def _alone() -> Iterator[None]:
 def _run(arguments: list[str]) -> None:
     chosen = arguments[0] if arguments else ""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"env": EnvOptions}
-        | {name: _options(command, is_chosen=name == chosen) for name, command in COMMANDS.items()},
+        {"env": EnvOptions} | {name: _options(command, is_chosen=name == chosen) for name, command in COMMANDS.items()},
         prog="emo_megatron",
         description="Pretrain EMO through Megatron and take modules out of it.",
         args=arguments,
@@ -262,9 +253,7 @@ def _say(text: str) -> None:
 def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:
     """What tyro parses; of the others it needs the summary only."""
     if is_chosen:
-        options: Callable[..., object] = getattr(
-            importlib.import_module(command.module), command.options
-        )
+        options: Callable[..., object] = getattr(importlib.import_module(command.module), command.options)
         return options
 
     def other() -> None:

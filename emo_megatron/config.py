@@ -128,9 +128,7 @@ class PoolConfig:
             ("pool_group_scope", PoolGroupScope),
         ):
             if getattr(self, name) not in get_args(kind):
-                found.append(
-                    f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}"
-                )
+                found.append(f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
         if self.pool_documents == "routers" and self.pool_cp_partition == "document":
             found.append(
                 "--pool-cp-partition must be sample with --pool-documents routers, where context parallelism cuts "
@@ -154,9 +152,7 @@ class PoolConfig:
             if getattr(self, name) < 0:
                 found.append(f"{flag(name)} must not be negative; got {getattr(self, name)}")
         if not 0.0 <= self.pool_unrestricted <= 1.0:
-            found.append(
-                f"{flag('pool_unrestricted')} must lie in [0, 1]; got {self.pool_unrestricted}"
-            )
+            found.append(f"{flag('pool_unrestricted')} must lie in [0, 1]; got {self.pool_unrestricted}")
         if not 0.0 < self.pool_skew < float("inf"):
             found.append(f"--pool-skew must be finite and above 0; got {self.pool_skew}")
         return found + (self._problems_when_on() if self.is_on else self._problems_when_off())
@@ -165,18 +161,14 @@ class PoolConfig:
         assert self.pool_min is not None
         found = []
         if self.pool_max is not None and self.pool_max < self.pool_min:
-            found.append(
-                f"--pool-max must be at least --pool-min ({self.pool_min}); got {self.pool_max}"
-            )
+            found.append(f"--pool-max must be at least --pool-min ({self.pool_min}); got {self.pool_max}")
         if self.pool_forced > self.pool_min:
             found.append(
                 f"--pool-forced must be at most --pool-min ({self.pool_min}), or small pools hold "
                 f"more than their size; got {self.pool_forced}"
             )
         if self.pool_eval is not None and self.pool_forced > self.pool_eval:
-            found.append(
-                f"--pool-forced must be at most --pool-eval ({self.pool_eval}); got {self.pool_forced}"
-            )
+            found.append(f"--pool-forced must be at most --pool-eval ({self.pool_eval}); got {self.pool_forced}")
         if self.pool_rule == "top_p" and self.pool_unrestricted > 0:
             found.append("--pool-unrestricted goes with --pool-rule uniform only")
         if self.pool_rule == "top_p" and self.pool_skew != 1.0:
@@ -186,13 +178,9 @@ class PoolConfig:
         if self.pool_top_p is not None and not 0.0 < self.pool_top_p < 1.0:
             found.append(f"--pool-top-p must lie in (0, 1); got {self.pool_top_p}")
         if self.pool_rule == "top_p" and self.pool_score != "probability":
-            found.append(
-                f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}"
-            )
+            found.append(f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}")
         if self.pool_rule == "top_p" and self.pool_group_scope != "token":
-            found.append(
-                f"--pool-group-scope must be token with --pool-rule top_p; got {self.pool_group_scope!r}"
-            )
+            found.append(f"--pool-group-scope must be token with --pool-rule top_p; got {self.pool_group_scope!r}")
         if self.pool_group_scope == "document" and self.pool_forced > 0:
             found.append(
                 "--pool-forced must be 0 with --pool-group-scope document, or pools reach into the groups of the "
@@ -203,13 +191,11 @@ class PoolConfig:
                 found.append("--pool-min-start needs --pool-min-decay-samples above 0")
             if self.pool_min_start < self.pool_min:
                 found.append(
-                    f"--pool-min-start must be at least --pool-min ({self.pool_min}); got "
-                    f"{self.pool_min_start}"
+                    f"--pool-min-start must be at least --pool-min ({self.pool_min}); got {self.pool_min_start}"
                 )
             if self.pool_max is not None and self.pool_min_start > self.pool_max:
                 found.append(
-                    f"--pool-min-start must be at most --pool-max ({self.pool_max}); got "
-                    f"{self.pool_min_start}"
+                    f"--pool-min-start must be at most --pool-max ({self.pool_max}); got {self.pool_min_start}"
                 )
         return found
 
@@ -245,8 +231,7 @@ class PoolConfig:
             value = getattr(self, name)
             if value is not None and value > num_experts:
                 found.append(
-                    f"{flag(name)} counts routed experts and must be at most --num-experts "
-                    f"({num_experts}); got {value}"
+                    f"{flag(name)} counts routed experts and must be at most --num-experts ({num_experts}); got {value}"
                 )
             if name in ("pool_min", "pool_eval") and value is not None and value < top_k:
                 found.append(

@@ -157,9 +157,7 @@ class DocumentSegments:
         return cls._from_openings(opens_T, is_real_T, before_T, sample_length=tokens_BS.shape[1])
 
     @classmethod
-    def from_position_ids(
-        cls, position_ids_BS: Tensor, *, is_padding_BS: Tensor | None = None
-    ) -> DocumentSegments:
+    def from_position_ids(cls, position_ids_BS: Tensor, *, is_padding_BS: Tensor | None = None) -> DocumentSegments:
         """Read boundaries from position ids that restart with every document.
 
         A document opens where the position id is 0 or not one more than the one before, and with
@@ -214,9 +212,7 @@ class DocumentSegments:
         row_T = index_T // self.tokens_per_sample
         left_T = (row_T + 1) * self.tokens_per_sample - index_T
         is_padding_T = left_T <= num_padding_B[row_T]
-        return dataclasses.replace(
-            self, document_ids_T=self.document_ids_T.masked_fill(is_padding_T, -1)
-        )
+        return dataclasses.replace(self, document_ids_T=self.document_ids_T.masked_fill(is_padding_T, -1))
 
     def take(self, token_indices: Tensor) -> Tensor:
         """The document ids of tokens: int64, in the shape of `token_indices` (int64 in [0, T))."""
@@ -266,9 +262,7 @@ def _check_offsets_form(cu_seqlens: Tensor, *, padded: Tensor | None) -> None:
             f"{list(cu_seqlens.shape)}. Drop a batch dimension; one document is [0, num_tokens]."
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens_q must be int32 or int64; got {cu_seqlens.dtype}. Convert it."
-        )
+        raise ValueError(f"cu_seqlens_q must be int32 or int64; got {cu_seqlens.dtype}. Convert it.")
     if padded is not None and (padded.shape, padded.dtype) != (cu_seqlens.shape, cu_seqlens.dtype):
         raise ValueError(
             f"cu_seqlens_padded must match cu_seqlens_q, {list(cu_seqlens.shape)} "

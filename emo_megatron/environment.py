@@ -152,9 +152,7 @@ def _torch_build_and_gpus() -> tuple[str, tuple[str, ...]]:
         gpus = tuple(
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB"
-            for properties in map(
-                torch.cuda.get_device_properties, range(torch.cuda.device_count())
-            )
+            for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         )
     except ModuleNotFoundError:
         return "", ()
@@ -177,9 +175,7 @@ def _first_line(*command: str, pattern: str = r"(.+)") -> str:
     if shutil.which(command[0]) is None:
         return "not found"
     try:
-        output = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"fails: {error}"
     found = re.search(pattern, output)

@@ -11,12 +11,7 @@ from emo_megatron.modules.files import whole
 from emo_megatron.modules.retention import read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.select import MaxRise
-from emo_megatron.report.retention_methods import (
-    cliffs_table,
-    find_cliffs,
-    full_report,
-    methods_table,
-)
+from emo_megatron.report.retention_methods import cliffs_table, find_cliffs, full_report, methods_table
 from emo_megatron.report.retention_methods_figure import plot_methods
 from emo_megatron.report.retention_rows import RetentionRow, load_rows, rows_of, save_rows
 
@@ -52,17 +47,13 @@ def run_retention(options: RetentionOptions) -> Path:
 def versions() -> str:
     """What measures, for people."""
     names = ("torch", "megatron-core")
-    return ", ".join(
-        [f"emo_megatron {__version__}", *(f"{n} {importlib.metadata.version(n)}" for n in names)]
-    )
+    return ", ".join([f"emo_megatron {__version__}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
 
 
 def _beside(options: RetentionOptions) -> list[RetentionRow]:
     rows = [row for path in options.beside for row in load_rows(path)]
     if any(row.model == options.name for row in rows):
-        raise ValueError(
-            f"--beside holds rows of a model called {options.name}, too; give this one another --name"
-        )
+        raise ValueError(f"--beside holds rows of a model called {options.name}, too; give this one another --name")
     return rows
 
 

@@ -46,58 +46,40 @@ def local_token_indices(
     """
     _check_layout("tp", tp_rank, tp_size)
     _check_layout("cp", cp_rank, cp_size)
-    sequence = divide_exactly(
-        num_tokens, batch_size, "num_tokens", "batch_size", "Pad the samples."
-    )
+    sequence = divide_exactly(num_tokens, batch_size, "num_tokens", "batch_size", "Pad the samples.")
     if document_bounds is None or cp_size == 1:
         position_S = _zigzag_by_sample(sequence, cp_rank=cp_rank, cp_size=cp_size, device=device)
     else:
         if batch_size != 1:
             raise ValueError(f"document_bounds go with batch_size 1; got {batch_size}")
-        position_S = _zigzag_by_document(
-            document_bounds.long(), sequence, cp_rank=cp_rank, cp_size=cp_size
-        )
+        position_S = _zigzag_by_document(document_bounds.long(), sequence, cp_rank=cp_rank, cp_size=cp_size)
     per_rank = divide_exactly(
-        sequence // cp_size,
-        tp_size,
-        "the sequence length per context-parallel rank",
-        "tp_size",
-        "Change --seq-length.",
+        sequence // cp_size, tp_size, "the sequence length per context-parallel rank", "tp_size", "Change --seq-length."
     )
     position_S = position_S[tp_rank * per_rank : (tp_rank + 1) * per_rank]
     sample_B = torch.arange(batch_size, device=device)
     return (position_S[:, None] + sample_B * sequence).reshape(-1)
 
 
-def _zigzag_by_sample(
-    sequence: int, *, cp_rank: int, cp_size: int, device: torch.device | str | None
-) -> Tensor:
+def _zigzag_by_sample(sequence: int, *, cp_rank: int, cp_size: int, device: torch.device | str | None) -> Tensor:
     if cp_size == 1:
         return torch.arange(sequence, device=device)
-    chunk = divide_exactly(
-        sequence, 2 * cp_size, "the sequence length", "2 * cp_size", "Change --seq-length."
-    )
+    chunk = divide_exactly(sequence, 2 * cp_size, "the sequence length", "2 * cp_size", "Change --seq-length.")
     held = (cp_rank, 2 * cp_size - 1 - cp_rank)
     return torch.cat([torch.arange(c * chunk, (c + 1) * chunk, device=device) for c in held])
 
 
 def _zigzag_by_document(bounds: Tensor, sequence: int, *, cp_rank: int, cp_size: int) -> Tensor:
     length_D = bounds.diff()
-    if bounds.device.type == "cpu" and (
-        int(bounds[-1]) != sequence or bool((length_D % (2 * cp_size)).any())
-    ):
+    if bounds.device.type == "cpu" and (int(bounds[-1]) != sequence or bool((length_D % (2 * cp_size)).any())):
         raise ValueError(
             f"documents cut over {cp_size} context-parallel ranks must have lengths that are multiples of "
             f"{2 * cp_size} and fill the {sequence} tokens; got boundaries {bounds.tolist()}. Pad the documents."
         )
-    num_local = divide_exactly(
-        sequence, cp_size, "the packed length", "cp_size", "Pad the documents."
-    )
+    num_local = divide_exactly(sequence, cp_size, "the packed length", "cp_size", "Pad the documents.")
     # the size is given so that a device is not asked for it
     owner_S = torch.repeat_interleave(
-        torch.arange(length_D.shape[0], device=bounds.device),
-        length_D // cp_size,
-        output_size=num_local,
+        torch.arange(length_D.shape[0], device=bounds.device), length_D // cp_size, output_size=num_local
     )
     chunk_S = length_D[owner_S] // (2 * cp_size)
     within_S = torch.arange(num_local, device=bounds.device) - bounds[owner_S] // cp_size
@@ -116,7 +98,5 @@ def _check_layout(name: str, rank: int, size: int) -> None:
 def divide_exactly(value: int, by: int, value_name: str, by_name: str, remedy: str) -> int:
     """value / by, or a ValueError that names both and says what to do."""
     if value < 0 or by < 1 or value % by:
-        raise ValueError(
-            f"{value_name} must be a multiple of {by_name} = {by}; got {value}. {remedy}"
-        )
+        raise ValueError(f"{value_name} must be a multiple of {by_name} = {by}; got {value}. {remedy}")
     return value // by

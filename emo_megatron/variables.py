@@ -49,11 +49,7 @@ ALONE = {
     "MASTER_PORT": "0",
 }
 """A process that is rank 0 without torchrun; torchrun replaces these in its ranks."""
-DEFAULTS = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "ignore",
-}
+DEFAULTS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 """For what is not around."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """Variables that keep the Hugging Face libraries off the network, in this process and those it starts."""

@@ -17,9 +17,7 @@ from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.recipes.olmoe import olmoe_7b_pretrain_config  # noqa: E402
 from megatron.bridge.training.config import ConfigContainer  # noqa: E402
 from megatron.bridge.training.pretrain import pretrain  # noqa: E402
-from megatron.bridge.training.utils.omegaconf_utils import (  # noqa: E402
-    process_config_with_overrides,
-)
+from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides  # noqa: E402
 
 from emo_megatron.bridge import apply_pools, pool_forward_step  # noqa: E402
 from emo_megatron.config import PoolConfig  # noqa: E402
@@ -27,16 +25,10 @@ from emo_megatron.config import PoolConfig  # noqa: E402
 
 def main() -> None:
     """A recipe, what the command line changes, pools, and Bridge's own training."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hf", metavar="MODEL", help="a name on the hub, or a folder")
-    parser.add_argument(
-        "--pool-min", type=int, required=True, help="smallest pool of a document, in routed experts"
-    )
-    parser.add_argument(
-        "overrides", metavar="FIELD=VALUE", nargs="*", help="such as train.train_iters=1000"
-    )
+    parser.add_argument("--pool-min", type=int, required=True, help="smallest pool of a document, in routed experts")
+    parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="such as train.train_iters=1000")
     options = parser.parse_args()
 
     cfg = olmoe_7b_pretrain_config()

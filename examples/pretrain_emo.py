@@ -16,10 +16,7 @@ cpu.activate()
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 from emo_megatron.mcore import restart, train  # noqa: E402
@@ -44,9 +41,7 @@ def main() -> None:
 def prepare() -> tuple[Any, ...]:
     """The flags, the pools and the model they describe; an error if this run cannot be."""
     args = parse_and_validate_args(
-        extra_args_provider=lambda parser: add_placement_args(
-            add_finetune_args(add_pool_args(parser))
-        ),
+        extra_args_provider=lambda parser: add_placement_args(add_finetune_args(add_pool_args(parser))),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     train.pack_conversations(args)

@@ -24,14 +24,11 @@ HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--parity-table",
-        help="benchmarks/results/parity.md: rewrite its table from this run's parity cases",
+        "--parity-table", help="benchmarks/results/parity.md: rewrite its table from this run's parity cases"
     )
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lines = config.stash.get(PARITY_TABLE, None)
     if lines:
         terminalreporter.section("parity with one process")
@@ -62,9 +59,7 @@ def _fixed_seeds() -> None:
 def _no_cpu_backend_here() -> Iterator[None]:
     """The CPU backend changes torch for the rest of a process; tests that need it run in processes of their own."""
     yield
-    assert not cpu.is_active(), (
-        "this test left Megatron's CPU backend on in the process of all tests"
-    )
+    assert not cpu.is_active(), "this test left Megatron's CPU backend on in the process of all tests"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -50,10 +50,7 @@ def test_kinds_of_balance_are_trained_and_measured(tmp_path: Path) -> None:
         for number in range(60):
             words = ("".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(120))
             (tmp_path / "texts" / name / f"{number}.txt").write_text(" ".join(words))
-    prepare_corpus(
-        tmp_path / "corpus",
-        CorpusConfig(corpus_dir=tmp_path / "texts", min_documents=12, vocab_size=400),
-    )
+    prepare_corpus(tmp_path / "corpus", CorpusConfig(corpus_dir=tmp_path / "texts", min_documents=12, vocab_size=400))
     folders = ("--corpus", tmp_path / "corpus", "--runs", tmp_path / "runs")
     done = run_benchmark("balance_kinds", "--quick", *folders, "--output", tmp_path / "results")
     assert done.returncode == 0, done.stderr[-3000:]

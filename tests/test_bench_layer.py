@@ -97,9 +97,7 @@ def test_only_near_ties_pass_the_gate():
     assert found["kinds"] == 1
 
 
-@pytest.mark.parametrize(
-    ("other_expert", "says"), [(1, ""), (2, "chooses another pool for document 1")]
-)
+@pytest.mark.parametrize(("other_expert", "says"), [(1, ""), (2, "chooses another pool for document 1")])
 def test_a_pool_may_differ_by_experts_that_score_the_same(other_expert, says):
     from layer_check import _settled_documents
 

@@ -13,18 +13,7 @@ from support.benchmarking import BENCHMARKS, answer_of, rows_of, run_benchmark
 
 TINY = (
     *("--quick", "--device", "cpu", "--threads", "1", "--layers", "1", "--model-dim", "32"),
-    *(
-        "--experts",
-        "4",
-        "--ffn-dim",
-        "16",
-        "--vocab",
-        "64",
-        "--seq-length",
-        "32",
-        "--document-tokens",
-        "8",
-    ),
+    *("--experts", "4", "--ffn-dim", "16", "--vocab", "64", "--seq-length", "32", "--document-tokens", "8"),
 )
 GPU_NAME = "NVIDIA H100 80GB HBM3"
 
@@ -60,9 +49,7 @@ def test_a_trace_is_of_the_standard_model_and_of_emo(tmp_path):
     done = run_benchmark("bench_model", *TINY, "--dispatcher", "dedup", "--trace", traces)
     assert done.returncode == 0, done.stderr[-3000:]
     written = sorted(path.name for path in traces.iterdir())
-    assert [name.split("-trace", 1)[1] for name in written] == [
-        *("-emo.json.gz", "-standard.json.gz", ".csv", ".md")
-    ]
+    assert [name.split("-trace", 1)[1] for name in written] == [*("-emo.json.gz", "-standard.json.gz", ".csv", ".md")]
     assert all(name.startswith("model-dedup-") for name in written)
     found = {}
     for path in traces.glob("*.json.gz"):
@@ -73,9 +60,7 @@ def test_a_trace_is_of_the_standard_model_and_of_emo(tmp_path):
     assert any("pool_topk" in name for name in found["emo.json.gz"])
     assert not any("pool_topk" in name for name in found["standard.json.gz"])
     rows = rows_of(next(traces.glob("*.csv")))
-    assert {row["contender"] for row in rows} == {
-        *("standard MoE", "EMO, pools of top-k to all experts")
-    }
+    assert {row["contender"] for row in rows} == {*("standard MoE", "EMO, pools of top-k to all experts")}
     assert all(int(row["count"]) > 0 and row["device_us"] == "" for row in rows)
     assert [row["operation"] for row in rows].count("all") == 2
 
@@ -196,13 +181,7 @@ def test_operations_of_a_step_are_those_counted_by_torch():
 
 
 @pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        (GPU_NAME, 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("Some GPU", None),
-    ],
+    ("name", "tflops"), [(GPU_NAME, 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("Some GPU", None)]
 )
 def test_the_peak_of_a_gpu_is_known_or_left_out(name, tflops):
     from model_cost import peak_flops
@@ -217,9 +196,7 @@ def test_a_gpu_page_has_times_and_memory(gpu, mfu):
     from timing import Samples
 
     seconds = {STANDARD: 0.5, STANDARD + METRICS_OFF: 0.25, EMO: 1.0, EMO + METRICS_OFF: 0.75}
-    samples = {
-        name: Samples(forward=[value / 4] * 3, total=[value] * 3) for name, value in seconds.items()
-    }
+    samples = {name: Samples(forward=[value / 4] * 3, total=[value] * 3) for name, value in seconds.items()}
     memory = dict.fromkeys(samples, (2 * 10**9, 3 * 10**9))
     flops = 989 * 10**12 // 4
     rows = list(_rows(samples, memory, QUICK, dispatcher="megatron", gpu_name=gpu, flops=flops))
@@ -288,12 +265,7 @@ def test_rows_that_do_not_fit_are_halved(monkeypatch):
     monkeypatch.setattr(bench_model, "check_models", check)
     size, cpu = dataclasses.replace(bench_model.QUICK, rows=7), torch.device("cpu")
     whole = Training(
-        models={},
-        trackers={},
-        distributed=None,
-        optimizer=None,
-        batches=batches_of(size, cpu),
-        num_layers=1,
+        models={}, trackers={}, distributed=None, optimizer=None, batches=batches_of(size, cpu), num_layers=1
     )
     fits = 3 * size.seq_length
     training, found = bench_model._checked(whole, size, cpu)
@@ -304,9 +276,7 @@ def test_rows_that_do_not_fit_are_halved(monkeypatch):
         bench_model._checked(whole, size, cpu)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"top_k": 8}, {"heads": 5}, {"rows": 0}, {"document_tokens": 65}]
-)
+@pytest.mark.parametrize("changes", [{"top_k": 8}, {"heads": 5}, {"rows": 0}, {"document_tokens": 65}])
 def test_sizes_that_cannot_be_are_refused(changes):
     from bench_model import QUICK, Options
 

@@ -26,9 +26,7 @@ LAYER = (
     *("--quick", "--device", "cpu", "--tokens", "48", "--model-dim", "32", "--experts", "8"),
     *("--ffn-dim", "16", "--top-k", "2", "--documents", "3", "--seconds", "0.01"),
 )
-needs_native = pytest.mark.skipif(
-    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
-)
+needs_native = pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 
 
 @pytest.fixture
@@ -92,9 +90,7 @@ def test_pages_of_all_sizes_say_what_was_left_out(monkeypatch: pytest.MonkeyPatc
     assert {shape.top_k for shape in options.shapes() if shape.num_tokens == 65536} == {8}
     samples = {targets.NATIVE: Samples(forward=[1.0], total=[2.0])}
     results = [targets.Result(shape=shape, samples=samples) for shape in options.shapes()]
-    page = bench_routing._page(
-        results, {}, {}, bandwidth=1e9, device=torch.device("cpu"), options=options
-    )
+    page = bench_routing._page(results, {}, {}, bandwidth=1e9, device=torch.device("cpu"), options=options)
     assert "Above 8192 tokens only K=8 is run" in page
 
 
@@ -106,8 +102,7 @@ def test_gpu_targets_are_judged_on_replays(monkeypatch: pytest.MonkeyPatch) -> N
     def result(tokens: int, *, stock: float) -> Result:
         found = next(t.shape for t in TARGETS["cuda"] if t.shape.num_tokens == tokens)
         samples = {
-            name: Samples(forward=[1.0] * 3, total=[total] * 3)
-            for name, total in {NATIVE: 1.0, STOCK: stock}.items()
+            name: Samples(forward=[1.0] * 3, total=[total] * 3) for name, total in {NATIVE: 1.0, STOCK: stock}.items()
         }
         # the host's time decides nothing
         eager = {name: Samples(forward=[9.0] * 3, total=[9.0] * 3) for name in samples}
@@ -144,14 +139,8 @@ def test_a_page_of_replays_has_eager_times_too(monkeypatch: pytest.MonkeyPatch) 
     assert (loop["median_us"], loop["eager_us"]) == ("", 3000)
     assert loop["status"] != "measured"
     table = bench_routing._table([result], "forward", bandwidth=1e9).splitlines()
-    cells = dict(
-        zip(*([c.strip() for c in line.split("|")] for line in (table[0], table[2])), strict=True)
-    )
-    assert (cells["native ops, ms"], cells["eager, ms"], cells[f"{LOOP}, x"]) == (
-        "1.000",
-        "3.000",
-        "-",
-    )
+    cells = dict(zip(*([c.strip() for c in line.split("|")] for line in (table[0], table[2])), strict=True))
+    assert (cells["native ops, ms"], cells["eager, ms"], cells[f"{LOOP}, x"]) == ("1.000", "3.000", "-")
 
 
 def test_the_floor_is_the_bytes_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +247,7 @@ def test_an_ended_run_keeps_the_sizes_it_has(
             assert not (tmp_path / "results").exists()
 
 
-def test_routing_needs_the_compiled_ops(
-    routing: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_routing_needs_the_compiled_ops(routing: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMO_OPS", "reference")
     with pytest.raises(ValueError, match="no compiled ops to time: EMO_OPS=reference"):
         routing()
@@ -296,11 +283,7 @@ def test_layer_leaves_layers_routers_and_pieces(tmp_path: Path) -> None:
         for row in rows
         if row["times_stock"]
     }
-    kinds = {
-        ("layer", "SequentialMLP"),
-        ("layer", "torch.nn.functional.grouped_mm"),
-        ("router", ""),
-    }
+    kinds = {("layer", "SequentialMLP"), ("layer", "torch.nn.functional.grouped_mm"), ("router", "")}
     assert {key[:2] for key in times} == kinds
     assert len(times) == 9
     assert all(times[*kind, "standard router"] == 1.0 for kind in kinds)
@@ -343,9 +326,7 @@ NativeOps.pool_topk = broken
         (BREAK_ROUTING, "pools of all experts does not compute what .*: its output differs"),
         (BREAK_POOLS, "tokens leave the pool"),
         pytest.param(
-            BREAK_COMPILED,
-            "pools of top-k .*with the reference ops does.*: its output differs",
-            marks=needs_native,
+            BREAK_COMPILED, "pools of top-k .*with the reference ops does.*: its output differs", marks=needs_native
         ),
     ],
 )
@@ -374,9 +355,7 @@ def test_a_verdict_needs_the_whole_interval(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_dispatch_compares_two_dispatchers_on_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dispatch_compares_two_dispatchers_on_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("megatron.core")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from bench_dispatch import QUICK
@@ -412,20 +391,13 @@ def _dispatch(folder: Path, *flags: str) -> Path:
 
 
 @needs_native
-def test_permutation_is_compared_and_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_permutation_is_compared_and_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_permute
 
-    options = bench_permute.Options(
-        quick=True, device="cpu", threads=torch.get_num_threads(), output=tmp_path
-    )
-    sizes = [
-        bench_permute.Size(tokens=40, experts=8, top_k=2, width=24, dtype=dtype)
-        for dtype in bench_permute.DTYPES
-    ]
+    options = bench_permute.Options(quick=True, device="cpu", threads=torch.get_num_threads(), output=tmp_path)
+    sizes = [bench_permute.Size(tokens=40, experts=8, top_k=2, width=24, dtype=dtype) for dtype in bench_permute.DTYPES]
     monkeypatch.setattr(bench_permute.Options, "sizes", lambda _: iter(sizes))
     table, page = bench_permute.main(options)
     assert len(_rows(table)) == 2 * 3 * 2
@@ -485,9 +457,7 @@ def test_replay_counts_rows_and_bytes_of_a_routing(monkeypatch: pytest.MonkeyPat
     assert _row(RUNS[0], 2, DEDUP, other, routing, 16).rows_per_token == 7 / 4
 
 
-def test_replay_rewrites_its_table_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_replay_rewrites_its_table_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from replay_routing import ALLTOALL, BEGIN, DEDUP, END, RUNS, Row, _publish, _table
@@ -516,9 +486,7 @@ def test_replay_rewrites_its_table_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_replay_runs_models_of_a_demo(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_prefix: Path
-) -> None:
+def test_replay_runs_models_of_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_prefix: Path) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import replay_routing

@@ -88,17 +88,12 @@ def test_the_wheel_serves_every_python_and_loads_without_its_sources(tmp_path: P
 def test_a_machine_without_a_compiler_builds_a_wheel(tmp_path: Path) -> None:
     done = build_wheel(tmp_path, path=str(tmp_path), EMO_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no compiled ops, the reference ops will run: there is no C++ compiler" in (
-        done.stdout + done.stderr
-    )
+    assert "no compiled ops, the reference ops will run: there is no C++ compiler" in (done.stdout + done.stderr)
     with zipfile.ZipFile(wheel_in(tmp_path)) as wheel:
         assert "emo_megatron/_native.so" not in wheel.namelist()
 
 
-@pytest.mark.parametrize(
-    ("wish", "message"),
-    [("yes", "EMO_CUDA must be auto, 0 or 1; got 'yes'")],
-)
+@pytest.mark.parametrize(("wish", "message"), [("yes", "EMO_CUDA must be auto, 0 or 1; got 'yes'")])
 def test_a_wish_that_cannot_be_met_fails(tmp_path: Path, wish: str, message: str) -> None:
     done = build_wheel(tmp_path, path="/usr/bin:/bin", EMO_CUDA=wish, CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
@@ -133,9 +128,7 @@ def test_a_failed_build_leaves_no_older_library(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     for wish, status in (("auto", 0), ("1", 1)):
         environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "EMO_CUDA": "0", "EMO_BUILD": wish}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stdout + done.stderr
         assert not library.exists()
 
@@ -148,9 +141,7 @@ def test_torch_is_found_from_an_isolated_build(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.slow
-def test_kernels_compile_for_every_gpu_and_none_spills(
-    tmp_path: Path, record_property: pytest.RecordProperty
-) -> None:
+def test_kernels_compile_for_every_gpu_and_none_spills(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     assert NVCC is not None
 
     def compile_for(arch: str, source: str) -> str:
@@ -184,9 +175,7 @@ def kernel_bits(folder: Path, compiler: str, *flags: str, run_with: tuple[str, .
     program = folder / f"bits{len(list(folder.iterdir()))}"
     sources = [ROOT / name for name in ("tests/support/kernel_bits.cpp", *SETUP.CPU_SOURCES)]
     command = [compiler, *SETUP.CPP, *SETUP.CPU_KERNELS, "-Wall", "-Werror", *flags]
-    subprocess.run(
-        [*command, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)], check=True
-    )
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)], check=True)
     done = subprocess.run([*run_with, str(program)], capture_output=True, text=True, check=True)
     return done.stdout
 

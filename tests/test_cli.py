@@ -42,9 +42,7 @@ def test_demo_gets_its_options_and_says_where_results_lie(
     assert capsys.readouterr().out == "results: runs/7-True\n"
 
 
-def test_demo_help_lists_its_options(
-    fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_help_lists_its_options(fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "--help"])
     assert stop.value.code == 0
@@ -74,10 +72,7 @@ def test_errors_of_the_user_are_one_line(
     ],
 )
 def test_errors_of_the_machine_are_one_line(
-    error: Exception,
-    told: str,
-    fake_demo: types.ModuleType,
-    capsys: pytest.CaptureFixture[str],
+    error: Exception, told: str, fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_demo(config: FakeDemoConfig) -> Path:
         raise error
@@ -91,9 +86,7 @@ def test_errors_of_the_machine_are_one_line(
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), AssertionError("a")])
-def test_an_unknown_error_keeps_its_traceback(
-    error: Exception, fake_demo: types.ModuleType
-) -> None:
+def test_an_unknown_error_keeps_its_traceback(error: Exception, fake_demo: types.ModuleType) -> None:
     def run_demo(config: FakeDemoConfig) -> Path:
         raise error
 
@@ -131,9 +124,7 @@ def test_a_name_that_the_output_cannot_encode_is_written_with_escapes(tmp_path: 
 
 
 def test_a_missing_package_names_the_extra(
-    fake_demo: types.ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
 
@@ -151,17 +142,13 @@ def test_a_missing_package_names_the_extra(
 
 
 def test_a_command_says_how_to_install_what_it_needs(
-    fake_demo: types.ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_demo(config: FakeDemoConfig) -> Path:
         raise ModuleNotFoundError("no", name="megatron.bridge")
 
     fake_demo.run_demo = run_demo
-    monkeypatch.setitem(
-        cli.COMMANDS, "demo", replace(cli.COMMANDS["demo"], install="read this page")
-    )
+    monkeypatch.setitem(cli.COMMANDS, "demo", replace(cli.COMMANDS["demo"], install="read this page"))
     assert cli.main(["demo"]) == 2
     assert "read this page" in capsys.readouterr().err
 
@@ -250,9 +237,7 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'megatron', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "env" in done.stdout
     assert "demo" in done.stdout

@@ -25,42 +25,24 @@ def test_default_is_off():
         ({"pool_min": 4, "pool_rule": "nearest"}, ["--pool-rule"]),
         ({"pool_min": 4, "pool_min_start": 8}, ["--pool-min-decay-samples"]),
         ({"pool_min": 4, "pool_min_start": 2, "pool_min_decay_samples": 9}, ["--pool-min-start"]),
-        (
-            {"pool_min": 4, "pool_max": 8, "pool_min_start": 9, "pool_min_decay_samples": 9},
-            ["--pool-min-start"],
-        ),
-        (
-            {"pool_max": 8, "pool_forced": 1, "pool_eval": 4},
-            ["--pool-max", "--pool-forced", "--pool-eval"],
-        ),
+        ({"pool_min": 4, "pool_max": 8, "pool_min_start": 9, "pool_min_decay_samples": 9}, ["--pool-min-start"]),
+        ({"pool_max": 8, "pool_forced": 1, "pool_eval": 4}, ["--pool-max", "--pool-forced", "--pool-eval"]),
         ({"pool_min": 4, "pool_forced": 3, "pool_eval": 2}, ["--pool-forced", "--pool-eval"]),
-        (
-            {"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_unrestricted": 0.1},
-            ["--pool-unrestricted"],
-        ),
+        ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_unrestricted": 0.1}, ["--pool-unrestricted"]),
         ({"pool_mask": "selection", "pool_scope": "sample"}, ["--pool-mask", "--pool-scope"]),
         ({"pool_min": 4, "pool_max": 3, "pool_forced": -1}, ["--pool-max", "--pool-forced"]),
         ({"pool_min": 4, "pool_unrestricted": float("nan")}, ["--pool-unrestricted"]),
         ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": float("nan")}, ["--pool-top-p"]),
         ({"pool_documents": "mlp"}, ["--pool-documents"]),
-        (
-            {"pool_documents": "routers", "pool_cp_partition": "document"},
-            ["--pool-documents", "--pool-cp-partition"],
-        ),
+        ({"pool_documents": "routers", "pool_cp_partition": "document"}, ["--pool-documents", "--pool-cp-partition"]),
         *(
             ({"pool_min": 4} | {name: value}, [f"--{name.replace('_', '-')}"])
             for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval", "pool_forced")
             for value in (float("nan"), float("inf"), 2.5, True)
         ),
         ({"pool_min_decay_samples": float("inf"), "pool_seed": None}, ["-decay-", "--pool-seed"]),
-        *(
-            ({"pool_min": 4, "pool_skew": value}, ["--pool-skew"])
-            for value in (0.0, -1.0, float("nan"), float("inf"))
-        ),
-        (
-            {"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_skew": 2.0},
-            ["--pool-skew"],
-        ),
+        *(({"pool_min": 4, "pool_skew": value}, ["--pool-skew"]) for value in (0.0, -1.0, float("nan"), float("inf"))),
+        ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_skew": 2.0}, ["--pool-skew"]),
         ({"pool_min": 4, "pool_delay_samples": -1}, ["--pool-delay-samples"]),
         ({"pool_min": 4, "pool_delay_samples": 0.5}, ["--pool-delay-samples"]),
         ({"pool_skew": 2.0, "pool_delay_samples": 9}, ["--pool-skew", "--pool-delay-samples"]),
@@ -90,9 +72,7 @@ def test_problems_with_the_model(fields, name):
 
 def test_lower_bound_falls_linearly_and_stays():
     config = PoolConfig(pool_min=4, pool_min_decay_samples=100)
-    lows = [
-        config.size_bounds(num_experts=32, consumed_samples=n)[0] for n in (0, 25, 50, 100, 500)
-    ]
+    lows = [config.size_bounds(num_experts=32, consumed_samples=n)[0] for n in (0, 25, 50, 100, 500)]
     assert lows == [32, 25, 18, 4, 4]
     assert config.size_bounds(num_experts=32, consumed_samples=0)[1] == 32
 
@@ -144,10 +124,7 @@ def test_a_file_holds_any_fields(tmp_path, text, fields):
         ('{"pool_min": 8, "pool_mix": 1, "min": 2}', ["unknown: pool_mix, min;", "pool_max"]),
         ('{"pool_min": "8"}', ["pool_min must be int | None; got '8'"]),
         ('{"pool_min": true, "pool_seed": 1.5}', ["pool_min must be", "pool_seed must be"]),
-        (
-            '{"pool_check": 1, "pool_top_p": "a"}',
-            ["pool_check must be", "pool_top_p must be float"],
-        ),
+        ('{"pool_check": 1, "pool_top_p": "a"}', ["pool_check must be", "pool_top_p must be float"]),
         ('{"pool_min": 8, "pool_mask": "weights"}', ["--pool-mask must be one of"]),
     ],
 )

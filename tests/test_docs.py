@@ -99,11 +99,7 @@ def quick_demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "-m", "emo_megatron", "demo", "--quick", "--output", str(output)]
     first = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     tracker = output / "emo" / "checkpoint" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 240
@@ -202,9 +198,7 @@ def _two_lines():
     code = [line[1:].strip() for line in diff[1].splitlines() if "..." not in line]
     exec("\n".join(code), namespace)
     config = namespace["model_cfg"]
-    model = config.get_builder_cls()(config).build_model(
-        ProcessGroupCollection.use_mpu_process_groups()
-    )
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     return sorted({type(m).__name__ for m in model.modules() if "Pool" in type(m).__name__})
 
 
@@ -217,9 +211,7 @@ def _megatron_commands() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", MEGATRON_PAGE, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     words = [shlex.split(line) for line in lines if line.startswith("torchrun")]
-    return [
-        line[next(i for i, word in enumerate(line) if word.endswith(".py")) :] for line in words
-    ]
+    return [line[next(i for i, word in enumerate(line) if word.endswith(".py")) :] for line in words]
 
 
 @pytest.mark.parametrize("words", _megatron_commands(), ids=lambda words: Path(words[0]).stem)
@@ -250,8 +242,6 @@ def test_names_on_the_megatron_page_exist():
 
     for name in set(re.findall(r"emo_megatron(?:\.\w+)+", MEGATRON_PAGE)):
         module, _, attribute = name.rpartition(".")
-        assert (ROOT / (name.replace(".", "/") + ".py")).exists() or hasattr(
-            import_module(module), attribute
-        ), name
+        assert (ROOT / (name.replace(".", "/") + ".py")).exists() or hasattr(import_module(module), attribute), name
     for path in re.findall(r"`((?:examples|tests)/[\w./]+)`", MEGATRON_PAGE):
         assert (ROOT / path).exists(), path

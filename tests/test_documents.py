@@ -55,9 +55,7 @@ def assert_same_documents(got: DocumentSegments, want: DocumentSegments) -> None
 
 @examples
 @given(packed=packed_lengths(), dtype=st.sampled_from([torch.int32, torch.int64]))
-def test_from_cu_seqlens_round_trip(
-    packed: tuple[list[list[int]], int], dtype: torch.dtype
-) -> None:
+def test_from_cu_seqlens_round_trip(packed: tuple[list[list[int]], int], dtype: torch.dtype) -> None:
     samples, tokens_per_sample = packed
     lengths = flat(samples)
     num_tokens = len(samples) * tokens_per_sample
@@ -92,10 +90,7 @@ def test_tokens_past_the_last_document_are_padding(lengths: list[int], tail: int
 
 
 @examples
-@given(
-    slots=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6),
-    tail=st.integers(0, 4),
-)
+@given(slots=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6), tail=st.integers(0, 4))
 def test_padded_cu_seqlens(slots: list[tuple[int, int]], tail: int) -> None:
     want = []
     for document, (real, filler) in enumerate(slots):
@@ -179,9 +174,7 @@ def test_no_value_is_read_unless_wanted(check: bool | None) -> None:
         DocumentSegments.from_cu_seqlens(cu, num_tokens=8, check=True)
 
 
-def naive_boundaries(
-    lengths_of_samples: list[list[int]], *, eos_starts_document: bool = False
-) -> list[list[int]]:
+def naive_boundaries(lengths_of_samples: list[list[int]], *, eos_starts_document: bool = False) -> list[list[int]]:
     """Token rows: EOD ends every document but a sample's last, or starts all but its first."""
     rows = []
     for lengths in lengths_of_samples:
@@ -242,24 +235,17 @@ def naive_from_eod(
 
 @examples
 @given(data=padded_rows(), eos_starts=st.booleans())
-def test_from_eod_with_padding(
-    data: tuple[list[list[int]], list[list[bool]]], eos_starts: bool
-) -> None:
+def test_from_eod_with_padding(data: tuple[list[list[int]], list[list[bool]]], eos_starts: bool) -> None:
     rows, padding = data
     segments = DocumentSegments.from_eod(
-        torch.tensor(rows),
-        eod_token=EOD,
-        eos_starts_document=eos_starts,
-        is_padding_BS=torch.tensor(padding),
+        torch.tensor(rows), eod_token=EOD, eos_starts_document=eos_starts, is_padding_BS=torch.tensor(padding)
     )
     ids, starts = naive_from_eod(rows, padding, eos_starts_document=eos_starts)
     assert segments.document_ids_T.tolist() == ids
     assert segments.starts_D.tolist() == starts
 
 
-def naive_from_position_ids(
-    rows: list[list[int]], padding: list[list[bool]]
-) -> tuple[list[int], list[int]]:
+def naive_from_position_ids(rows: list[list[int]], padding: list[list[bool]]) -> tuple[list[int], list[int]]:
     """Walk the tokens one by one: ids, starts."""
     ids, starts = [], []
     for row_idx, (row, pads) in enumerate(zip(rows, padding, strict=True)):
@@ -283,9 +269,7 @@ def test_from_position_ids_with_padding(data: st.DataObject, shape: tuple[int, i
         return data.draw(st.lists(row, min_size=shape[0], max_size=shape[0]))
 
     rows, padding = rows_of(st.integers(-1, 3)), rows_of(st.booleans())
-    segments = DocumentSegments.from_position_ids(
-        torch.tensor(rows), is_padding_BS=torch.tensor(padding)
-    )
+    segments = DocumentSegments.from_position_ids(torch.tensor(rows), is_padding_BS=torch.tensor(padding))
     ids, starts = naive_from_position_ids(rows, padding)
     assert segments.document_ids_T.tolist() == ids
     assert segments.starts_D.tolist() == starts
@@ -293,10 +277,7 @@ def test_from_position_ids_with_padding(data: st.DataObject, shape: tuple[int, i
 
 @pytest.mark.parametrize(
     ("eos_starts", "ids", "starts"),
-    [
-        (False, [0, 0, 0, 1, 2, 3, 3, 3], [0, 3, 4, 5]),
-        (True, [0, 0, 1, 2, 3, 3, 3, 3], [0, 2, 3, 4]),
-    ],
+    [(False, [0, 0, 0, 1, 2, 3, 3, 3], [0, 3, 4, 5]), (True, [0, 0, 1, 2, 3, 3, 3, 3], [0, 2, 3, 4])],
 )
 def test_golden_from_eod(eos_starts: bool, ids: list[int], starts: list[int]) -> None:
     tokens_BS = torch.tensor([[1, 1, EOD, EOD, EOD, 1, 1, 1]])
@@ -318,9 +299,7 @@ def test_golden_eod_at_the_edges_of_samples() -> None:
 
 @examples
 @given(data=padded_rows())
-def test_whole_samples_keeps_only_padding(
-    data: tuple[list[list[int]], list[list[bool]]],
-) -> None:
+def test_whole_samples_keeps_only_padding(data: tuple[list[list[int]], list[list[bool]]]) -> None:
     rows, padding = data
     segments = DocumentSegments.from_eod(
         torch.tensor(rows), eod_token=EOD, is_padding_BS=torch.tensor(padding)
@@ -346,11 +325,7 @@ def offsets(*values: int) -> Tensor:
         (offsets(1, 4), {}, "must start at 0; got 1"),
         (offsets(0, 3, 2, 4), {}, "never decrease; got 3, then 2 at entry 2"),
         (offsets(0, 9), {}, "at or before num_tokens = 8; got 9"),
-        (
-            offsets(0, 5, 8),
-            {"tokens_per_sample": 4},
-            r"every multiple .* = 4.*\[0, 5\)",
-        ),
+        (offsets(0, 5, 8), {"tokens_per_sample": 4}, r"every multiple .* = 4.*\[0, 5\)"),
         (offsets(0, 4, 8), {"tokens_per_sample": 3}, "num_tokens must be a multiple of .* = 3"),
         (offsets(0, 8), {"tokens_per_sample": 0}, "num_tokens must be a multiple of .* = 0"),
         (offsets(0, 0), {"num_tokens": -1}, "num_tokens must be a multiple.*got -1"),
@@ -371,10 +346,7 @@ def test_bad_cu_seqlens(cu: Tensor, options: dict[str, object], match: str) -> N
 def test_a_slot_may_not_cross_a_sample_either() -> None:
     with pytest.raises(ValueError, match="cu_seqlens must contain every multiple"):
         DocumentSegments.from_cu_seqlens(
-            offsets(0, 2, 4),
-            num_tokens=8,
-            tokens_per_sample=4,
-            cu_seqlens_padded=offsets(0, 6, 8),
+            offsets(0, 2, 4), num_tokens=8, tokens_per_sample=4, cu_seqlens_padded=offsets(0, 6, 8)
         )
 
 

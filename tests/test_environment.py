@@ -107,8 +107,6 @@ def test_survives_missing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         (("no-such-tool-anywhere",), "not found"),
     ],
 )
-def test_first_line_of_a_tool(
-    command: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_line_of_a_tool(command: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert environment._first_line(*command).startswith(expected)

@@ -39,9 +39,7 @@ def _flags_of(words: list[str]) -> list[str]:
     return words[words.index(str(EXAMPLES / "pretrain_emo.py")) + 1 :]
 
 
-def _validated(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch, *, world_size: int
-) -> argparse.Namespace:
+def _validated(flags: list[str], monkeypatch: pytest.MonkeyPatch, *, world_size: int) -> argparse.Namespace:
     """Parse and check flags as Megatron does on the first of many H100s."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -52,9 +50,7 @@ def _validated(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0)
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
     args = parse_args(add_pool_args)
     validate_args(args)
     return args
@@ -68,15 +64,10 @@ def test_launchers_have_no_syntax_errors(script: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "experts", "data_parallel_size"),
-    [("emo_1b14b.sh", 127, 64), ("emo_1b14b_ep.sh", 128, 128)],
+    ("script", "experts", "data_parallel_size"), [("emo_1b14b.sh", 127, 64), ("emo_1b14b_ep.sh", 128, 128)]
 )
 def test_flags_say_the_papers_model(
-    script: str,
-    experts: int,
-    data_parallel_size: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    script: str, experts: int, data_parallel_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -94,9 +85,7 @@ def test_flags_say_the_papers_model(
     assert args.data_path == ["0.7", "web", "0.3", "code"]
     assert args.data_parallel_size == data_parallel_size
     assert args.global_batch_size * args.seq_length == 4_194_304
-    assert args.train_iters * args.global_batch_size * args.seq_length == pytest.approx(
-        1e12, rel=1e-4
-    )
+    assert args.train_iters * args.global_batch_size * args.seq_length == pytest.approx(1e12, rel=1e-4)
     assert args.params_dtype is torch.bfloat16
     assert args.accumulate_allreduce_grads_in_fp32
     assert args.lr_decay_iters in (None, args.train_iters)
@@ -178,13 +167,7 @@ def test_the_preset_of_the_megatron_page_is_olmos_variant(monkeypatch: pytest.Mo
 
 def test_the_users_flags_and_variables_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = _launch(
-        tmp_path,
-        "emo_1b14b_ep.sh",
-        *("--lr", "1e-3"),
-        EP="4",
-        TRAIN_ITERS="30995",
-        MICRO_BATCH="2",
-        NPROC="8",
+        tmp_path, "emo_1b14b_ep.sh", *("--lr", "1e-3"), EP="4", TRAIN_ITERS="30995", MICRO_BATCH="2", NPROC="8"
     )
     assert "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "8"
@@ -197,9 +180,7 @@ def test_the_users_flags_and_variables_win(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_several_nodes_need_to_know_each_other(tmp_path: Path) -> None:
-    words = _launch(
-        tmp_path, "pretrain_emo.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="first", NPROC="4"
-    )
+    words = _launch(tmp_path, "pretrain_emo.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="first", NPROC="4")
     assert words[words.index("--nnodes") :][:8] == [
         *("--nnodes", "2", "--node-rank", "1"),
         *("--master-addr", "first", "--master-port", "29500"),

@@ -66,17 +66,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = ("".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(120))
             (texts / name / f"{number}.txt").write_text(" ".join(words))
     output = tmp_path_factory.mktemp("corpus")
-    prepare_corpus(
-        output,
-        CorpusConfig(corpus_dir=texts, min_documents=12, min_document_chars=50, vocab_size=400),
-    )
+    prepare_corpus(output, CorpusConfig(corpus_dir=texts, min_documents=12, min_document_chars=50, vocab_size=400))
     return output
 
 
 @pytest.fixture
-def made(
-    scripts: SimpleNamespace, corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Any:
+def made(scripts: SimpleNamespace, corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs the whole script on stand-ins for training and evaluation; gives the stored result and the page."""
     monkeypatch.setattr(scripts.stages, "PRETRAIN", Path(made_up.__file__))
     monkeypatch.setattr(scripts.stages, "MEASURE", Path(made_up.__file__))
@@ -111,9 +106,7 @@ def _expected_gap(first: str, second: str, *, method: str = "full", kept: int = 
     return float(losses[0]) - float(losses[1])  # type: ignore[arg-type]
 
 
-def test_three_calls_compare_themselves_in_any_order(
-    made: Any, scripts: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_three_calls_compare_themselves_in_any_order(made: Any, scripts: SimpleNamespace, tmp_path: Path) -> None:
     small = made("small")
     assert small.stored["is_finished"]
     assert small.page.count("partner not found") == 2
@@ -178,12 +171,9 @@ def test_slow_first_steps_mean_fewer_steps_and_shorter_schedules(made: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "difference"),
-    [({"seed": 1}, "seed is 1234 there and 1 here"), (SLOW, "steps is 24")],
+    ("change", "difference"), [({"seed": 1}, "seed is 1234 there and 1 here"), (SLOW, "steps is 24")]
 )
-def test_models_that_differ_otherwise_are_not_compared(
-    made: Any, change: dict[str, Any], difference: str
-) -> None:
+def test_models_that_differ_otherwise_are_not_compared(made: Any, change: dict[str, Any], difference: str) -> None:
     emo = made("emo")
     standard = made("standard", **change)
     assert emo.stored["settings"] != standard.stored["settings"]
@@ -191,9 +181,7 @@ def test_models_that_differ_otherwise_are_not_compared(
     assert "±" not in standard.page
 
 
-def test_another_corpus_is_not_compared(
-    scripts: SimpleNamespace, made: Any, corpus: Path, tmp_path: Path
-) -> None:
+def test_another_corpus_is_not_compared(scripts: SimpleNamespace, made: Any, corpus: Path, tmp_path: Path) -> None:
     made("emo")
     other = tmp_path / "other"
     other.mkdir()
@@ -228,9 +216,7 @@ def test_what_is_no_result_is_passed_over(made: Any, tmp_path: Path) -> None:
     assert "±" in standard.page
 
 
-def test_the_comparable_partner_with_most_stages_is_taken(
-    made: Any, scripts: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_the_comparable_partner_with_most_stages_is_taken(made: Any, scripts: SimpleNamespace, tmp_path: Path) -> None:
     found = made("emo")
     parse, folder = scripts.results.Result.parse, tmp_path / "several"
     stored = next(found.output.glob("*.json")).read_bytes()
@@ -242,9 +228,7 @@ def test_the_comparable_partner_with_most_stages_is_taken(
         result.save(folder / place / "fidelity-emo.json")
 
     def find() -> Any:
-        return scripts.results.find_partners(
-            folder, model="standard", settings=found.stored["settings"]
-        )["emo"]
+        return scripts.results.find_partners(folder, model="standard", settings=found.stored["settings"])["emo"]
 
     assert find().place == str(folder / "b" / "fidelity-emo.json")
     (folder / "b" / "fidelity-emo.json").unlink()
@@ -256,12 +240,9 @@ def test_the_comparable_partner_with_most_stages_is_taken(
     assert scripts.results.find_partners(None, model="small", settings=good.settings) == {}
 
 
-def test_a_partner_that_was_stopped_is_compared_in_what_it_has(
-    made: Any, scripts: SimpleNamespace
-) -> None:
+def test_a_partner_that_was_stopped_is_compared_in_what_it_has(made: Any, scripts: SimpleNamespace) -> None:
     emo, small = (
-        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes())
-        for model in ("emo", "small")
+        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes()) for model in ("emo", "small")
     )
     emo.rows = [row for row in emo.rows if row.method == "full"]
     emo.nats = {name: nats for name, nats in emo.nats.items() if name.startswith("full")}
@@ -275,8 +256,7 @@ def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) 
     from fidelity_measure import DocumentLosses
 
     study = SimpleNamespace(
-        facts="facts",
-        document_nats=lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double(),
+        facts="facts", document_nats=lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
     )
     losses = DocumentLosses(study)
     assert losses.facts == "facts"
@@ -285,9 +265,7 @@ def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) 
     assert losses.told == [([6.0, 0.0, 3.0], [3, 0, 6])]
 
 
-def test_sigterm_leaves_what_is_known_in_whole_files(
-    made: Any, corpus: Path, tmp_path: Path
-) -> None:
+def test_sigterm_leaves_what_is_known_in_whole_files(made: Any, corpus: Path, tmp_path: Path) -> None:
     """During training: the plan and the log so far; no process and no work folder stays."""
     driver = (
         "import runpy, sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
@@ -302,12 +280,7 @@ def test_sigterm_leaves_what_is_known_in_whole_files(
     process = subprocess.Popen(
         [sys.executable, "-c", driver, *map(str, command)],
         env=os.environ
-        | {
-            "PYTHONPATH": str(ROOT),
-            "TMPDIR": str(temporary),
-            "MADE_UP_WAIT": "0.3",
-            "MADE_UP_HANG": "12",
-        }
+        | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "MADE_UP_WAIT": "0.3", "MADE_UP_HANG": "12"}
         | {"MADE_UP_MS": "600", "MADE_UP_FLAGS": str(tmp_path / "flags")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -327,11 +300,7 @@ def test_sigterm_leaves_what_is_known_in_whole_files(
     assert "Not finished" in page.read_text()
     assert sorted(p.suffix for p in output.iterdir()) == [".json", ".md"]
     assert not list(temporary.iterdir())
-    assert not [
-        path
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if str(temporary).encode() in _content(path)
-    ]
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(temporary).encode() in _content(path)]
     # such a result has nothing to compare with, and that is no error
     emo = made("emo", partners=output)
     assert "ended before its losses" in emo.page
@@ -389,9 +358,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def _speed(scripts: SimpleNamespace, **changes: float) -> Any:
-    return scripts.plan.Speed(
-        **{"steps": 100, "step_seconds": 0.5, "startup_seconds": 20.0} | changes
-    )
+    return scripts.plan.Speed(**{"steps": 100, "step_seconds": 0.5, "startup_seconds": 20.0} | changes)
 
 
 def _choose(scripts: SimpleNamespace, **changes: Any) -> int:
@@ -451,11 +418,7 @@ def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
     from emo_megatron.demo.recipe import ON_GPU
 
     def steps(train_tokens: int) -> int:
-        return int(
-            scripts.plan.planned_steps(
-                ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS
-            )
-        )
+        return int(scripts.plan.planned_steps(ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS))
 
     assert steps(100_000_000) == 915
     assert steps(9_000_000) == scripts.plan.PASSES * 9_000_000 // (128 * 1024) < 915
@@ -466,10 +429,7 @@ def test_the_gap_is_paired_over_documents(scripts: SimpleNamespace) -> None:
     rng = random.Random(3)
     tokens = {"a": [100.0] * 400, "b": [float(rng.randint(20, 900)) for _ in range(400)]}
     second = {d: [n * rng.gauss(3, 1) for n in tokens[d]] for d in tokens}
-    first = {
-        d: [x + n * rng.gauss(0.05, 0.2) for x, n in zip(second[d], tokens[d], strict=True)]
-        for d in tokens
-    }
+    first = {d: [x + n * rng.gauss(0.05, 0.2) for x, n in zip(second[d], tokens[d], strict=True)] for d in tokens}
     found = scripts.page.paired(first, second, tokens)
     # of documents of one length, the standard error of a mean
     apart = [(x - y) / 100 for x, y in zip(first["a"], second["a"], strict=True)]
@@ -492,9 +452,7 @@ def test_the_gap_is_paired_over_documents(scripts: SimpleNamespace) -> None:
         scripts.page.paired(first, {"a": second["a"]}, tokens)
 
 
-def test_a_corpus_is_whole_and_known_by_its_tokens(
-    scripts: SimpleNamespace, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_corpus_is_whole_and_known_by_its_tokens(scripts: SimpleNamespace, corpus: Path, tmp_path: Path) -> None:
     found = scripts.text.open_corpus(corpus)
     assert len(found.domains) == 3
     assert scripts.text.hash_corpus(found) == scripts.text.hash_corpus(found)
@@ -529,8 +487,6 @@ def test_megatron_trains_and_measures_both(corpus: Path, tmp_path: Path) -> None
             nats = sum(stored["nats"]["full 8"][row["domain"]])
             assert nats / row["tokens"] == pytest.approx(row["loss"])
     # it learned, and the earlier checkpoint is another one
-    assert fmean(stored["early"].values()) > fmean(
-        row["loss"] for row in stored["rows"] if row["method"] == "full"
-    )
+    assert fmean(stored["early"].values()) > fmean(row["loss"] for row in stored["rows"] if row["method"] == "full")
     assert page.count("±") == 4
     assert "partner not found: run gpu.sh C small" in page

@@ -65,10 +65,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place, domain in enumerate(DOMAINS):
             tokens = (torch.arange(24) * (first + place) % 40).int()
             boundaries = torch.tensor([0, 10, 24], dtype=torch.int32)
-            save_file(
-                {"tokens": tokens, "cu_seqlens": boundaries},
-                root / kind / f"{domain}.safetensors",
-            )
+            save_file({"tokens": tokens, "cu_seqlens": boundaries}, root / kind / f"{domain}.safetensors")
     texts = ("the experts route the token", "the module keeps the experts")
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert run("import", "--folder", root / "hf", "--output", root / "megatron", *NO_PARITY) == 0

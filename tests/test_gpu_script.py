@@ -22,9 +22,7 @@ from emo_megatron import ops
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSED = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("A", "B", "C standard")]
 """Stages, with their models."""
-pytestmark = pytest.mark.skipif(
-    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
-)
+pytestmark = pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 
 
 @pytest.fixture(scope="module")
@@ -159,17 +157,13 @@ steps.STAGES["B"] = (
 """
 
 
-@pytest.mark.parametrize(
-    ("mib", "kept"), [("2", ["large", "larger"]), ("0.7", ["large"]), ("0.2", [])]
-)
+@pytest.mark.parametrize(("mib", "kept"), [("2", ["large", "larger"]), ("0.7", ["large"]), ("0.2", [])])
 def test_the_largest_files_go_to_keep_within_the_limit(
     machine: DeviceMachine, tmp_path: Path, mib: str, kept: list[str]
 ) -> None:
     left = run_driver(machine, tmp_path / "output", LARGE, "B", "--max-mib", mib)
     assert left.status == 0
-    found = [
-        name for name in ("large", "larger") if any(f"/{name}.bin" in key for key in left.archive)
-    ]
+    found = [name for name in ("large", "larger") if any(f"/{name}.bin" in key for key in left.archive)]
     assert found == kept
     assert left.archive["03-small.log"] == b"small\n"
     summary = (left.output / "summary.md").read_text()
@@ -199,9 +193,7 @@ time.sleep(300)\"\"\", seconds=100, on_gpu=({pid!r},)),
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_its_bundle(
-    machine: DeviceMachine, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_killed_run_leaves_its_bundle(machine: DeviceMachine, tmp_path: Path, number: signal.Signals) -> None:
     pid, output = tmp_path / "pid", tmp_path / "output"
     process = start_driver(machine, KILLED.format(pid=str(pid)), "B", "--output", str(output))
     _wait_for(lambda: pid.exists() and pid.read_text())
@@ -282,9 +274,7 @@ def _refused(left: Left, says: list[str]) -> None:
 
 
 @pytest.mark.parametrize("smi", [None, "exit 0", "echo No devices were found; exit 6"])
-def test_without_a_gpu_nothing_begins(
-    machine: DeviceMachine, tmp_path: Path, smi: str | None
-) -> None:
+def test_without_a_gpu_nothing_begins(machine: DeviceMachine, tmp_path: Path, smi: str | None) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     if smi:
@@ -296,9 +286,7 @@ def test_without_a_gpu_nothing_begins(
     assert not (tmp_path / "output").exists()
 
 
-def test_wheels_that_are_missing_or_broken_are_named(
-    machine: DeviceMachine, tmp_path: Path
-) -> None:
+def test_wheels_that_are_missing_or_broken_are_named(machine: DeviceMachine, tmp_path: Path) -> None:
     wheels, output = tmp_path / "wheels", tmp_path / "output"
     shutil.copytree(machine.wheels, wheels)
     next(wheels.glob("typeguard*")).unlink()
@@ -319,9 +307,7 @@ def test_wheels_that_are_missing_or_broken_are_named(
     assert run_driver(machine, output, table, "B", "--wheels", str(empty), **plain).status == 0
 
 
-def test_an_output_folder_must_be_new_and_open_to_writing(
-    machine: DeviceMachine, tmp_path: Path
-) -> None:
+def test_an_output_folder_must_be_new_and_open_to_writing(machine: DeviceMachine, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     _refused(run_driver(machine, tmp_path, ""), ["not an empty folder", str(tmp_path)])
@@ -339,8 +325,5 @@ def test_the_script_wants_a_python_with_torch(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    _refused(
-        Left(status=done.returncode, out=done.stdout, error=done.stderr, output=tmp_path),
-        ["/bin/false", "torch"],
-    )
+    _refused(Left(status=done.returncode, out=done.stdout, error=done.stderr, output=tmp_path), ["/bin/false", "torch"])
     assert not list(tmp_path.iterdir())

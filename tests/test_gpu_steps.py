@@ -17,9 +17,7 @@ from support.gpu_script import GPU, run_driver
 from emo_megatron import ops
 from emo_megatron.ops import dispatch, native
 
-pytestmark = pytest.mark.skipif(
-    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
-)
+pytestmark = pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 
 
 @pytest.fixture
@@ -35,12 +33,7 @@ def test_smoke_has_every_public_op(scripts: pytest.MonkeyPatch) -> None:
     import smoke
 
     asks = {"available_backends", "best_backend", "why_not_native"}
-    public = [
-        name
-        for module in (ops, dispatch)
-        for name in module.__all__
-        if name.islower() and name not in asks
-    ]
+    public = [name for module in (ops, dispatch) for name in module.__all__ if name.islower() and name not in asks]
     assert set(public) == set(smoke.OPERATORS)
 
 
@@ -48,9 +41,7 @@ def _rolled(routing: ops.Routing) -> ops.Routing:
     return replace(routing, routing_map_TE=routing.routing_map_TE.roll(1, dims=1))
 
 
-def test_smoke_tells_a_wrong_op_and_goes_on(
-    scripts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_smoke_tells_a_wrong_op_and_goes_on(scripts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import smoke
 
     real = smoke.route
@@ -92,9 +83,7 @@ def test_a_check_that_fails_leaves_the_others_their_turn(
     def broken(_: object) -> str:
         raise RuntimeError("out of memory")
 
-    scripts.setattr(
-        sys, "argv", ["checks", "decisions", "equal-bits", "--device", "cpu", "--tokens", "256"]
-    )
+    scripts.setattr(sys, "argv", ["checks", "decisions", "equal-bits", "--device", "cpu", "--tokens", "256"])
     scripts.setitem(checks.CHECKS, "decisions", broken)
     assert checks.main() == 1
     lines = capsys.readouterr().out.splitlines()
@@ -152,9 +141,7 @@ def test_the_commit_comes_from_the_caller(scripts: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def package(
-    scripts: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[[str], tuple[Path, list[list[str]]]]:
+def package(scripts: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], tuple[Path, list[list[str]]]]:
     """Gives the package a library that does not work, for a reason; what is compiled is a file, which then works."""
 
     def prepare(reason: str) -> tuple[Path, list[list[str]]]:
@@ -194,9 +181,7 @@ def test_a_library_that_does_not_work_is_compiled_even_if_one_was_brought(
     assert library.read_text() == "for CPUs"
 
 
-def test_builds_are_compared_in_the_order_of_the_question(
-    scripts: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_builds_are_compared_in_the_order_of_the_question(scripts: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import builds
 
     folder, output = tmp_path / "builds", tmp_path / "output"
@@ -215,9 +200,7 @@ def test_builds_are_compared_in_the_order_of_the_question(
     assert asked == [*builds.VARIANTS, "_native"]
 
 
-def test_a_step_may_take_longer_where_nothing_works_without_it(
-    tmp_path: Path,
-) -> None:
+def test_a_step_may_take_longer_where_nothing_works_without_it(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     machine = make_machine(tmp_path / "machine", python=sys.executable)
     table = """

@@ -16,8 +16,7 @@ MOE_TESTS = "tests/unit_tests/transformer/moe"
 KERNELS = "not Multihot and not router_gating"
 
 needs_clone = pytest.mark.skipif(
-    CLONE not in os.environ,
-    reason=f"{CLONE} must name a clone of Megatron-LM, see docs/megatron.md",
+    CLONE not in os.environ, reason=f"{CLONE} must name a clone of Megatron-LM, see docs/megatron.md"
 )
 
 FAKE = """
@@ -60,9 +59,7 @@ REFUSED = {
 ROUNDING = f"{_ROUTER}test_force_load_balancing"
 
 
-def _run(
-    clone: Path, *arguments: str, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def _run(clone: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), str(clone), "-q", *arguments],
         env=os.environ | {"EMO_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},

@@ -63,9 +63,7 @@ def single(data_prefix, tmp_path_factory):
         ),
     ],
 )
-def test_a_layout_trains_the_run_of_one_process(
-    processes, model, layout, data_prefix, tmp_path, single
-):
+def test_a_layout_trains_the_run_of_one_process(processes, model, layout, data_prefix, tmp_path, single):
     want = single(*model)
     assert want["margin"] > MARGIN
     assert len(want["losses"]) == 4
@@ -79,11 +77,7 @@ def test_a_layout_trains_the_run_of_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "seen"),
-    [
-        ("labels are shifted", "losses"),
-        ("samples are cut", "decisions"),
-        ("means of ranks are averaged", "decisions"),
-    ],
+    [("labels are shifted", "losses"), ("samples are cut", "decisions"), ("means of ranks are averaged", "decisions")],
 )
 def test_a_planted_bug_is_seen(bug, seen, data_prefix, tmp_path, single):
     got = run(2, *CP2, "--bug", bug, data=data_prefix, folder=tmp_path / "decisions")

@@ -98,8 +98,7 @@ def test_each_rank_holds_its_part(ranks, kind, parts):
 def test_a_micro_batch_of_too_many_documents_is_an_error(ranks):
     three = {"bounds": torch.tensor([[0, 1, 2, SEQ]], dtype=torch.int32)}
     (short, _), (long, _) = (
-        ranks(2).run(_get_batch, change=three, kind="attention", cp=2, max_documents=most)
-        for most in (1, 3)
+        ranks(2).run(_get_batch, change=three, kind="attention", cp=2, max_documents=most) for most in (1, 3)
     )
     assert "--max-documents" in short
     # three documents need 16 + 3 * 3 tokens at most, which two ranks can share if they are 28
@@ -115,10 +114,7 @@ def test_the_share_of_padding_is_told():
     mask = torch.ones(1, 12)
     batch = {NUM_PADDING: torch.zeros(1), "loss_mask": mask, batches.PADDED_TOKENS: 24}
     global_vars._GLOBAL_ARGS = SimpleNamespace(
-        seq_length=SEQ,
-        calculate_per_token_loss=True,
-        check_for_nan_in_loss_and_grad=False,
-        check_for_spiky_loss=False,
+        seq_length=SEQ, calculate_per_token_loss=True, check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False
     )
     try:
         padding = train._padding(batch)

@@ -55,11 +55,7 @@ def test_stock_megatron_trains_and_resumes_it_under_another_layout(folder, data_
 
 def test_the_launcher_trains_its_experts_and_merge_puts_them_back(folder, data_prefix):
     environment = {"MODULE": folder / "module", "OUTPUT": folder / "tuned", "STEPS": 2}
-    environment |= {
-        "DATA_PATH": data_prefix,
-        "PYTHON": sys.executable,
-        "PYTHONPATH": pretraining.ROOT,
-    }
+    environment |= {"DATA_PATH": data_prefix, "PYTHON": sys.executable, "PYTHONPATH": pretraining.ROOT}
     script = pretraining.ROOT / "examples" / "finetune_module.sh"
     # what the launcher sets itself would win if it came again
     flags = list(pretraining.FLAGS)

@@ -28,10 +28,7 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
     [
         (2, ["--expert-model-parallel-size", 2]),
         (2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"]),
-        (
-            2,
-            ["--pipeline-model-parallel-size", 2, *SELECTIVE],
-        ),
+        (2, ["--pipeline-model-parallel-size", 2, *SELECTIVE]),
         pytest.param(
             2,
             ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2],
@@ -79,9 +76,7 @@ def test_evaluation_on_mock_data(processes, flags):
     evaluation = ["--pool-eval", 4, "--eval-iters", 1, "--eval-interval", 2]
     output = pretrain(processes, "--pool-min", 3, *evaluation, *flags, data=None)
     assert all(2 < size < 8 for size in logged(output, "pool_size"))
-    validated = re.findall(
-        r"validation loss at iteration \d+ .*?lm loss value: ([\d.E+-]+)", output
-    )
+    validated = re.findall(r"validation loss at iteration \d+ .*?lm loss value: ([\d.E+-]+)", output)
     assert len(validated) >= 2
     assert all(float(loss) < 7 for loss in validated)
 

@@ -11,12 +11,7 @@ from support.running import Command
 
 from emo_megatron.processes import stops_on_signals
 
-RETURN_CODES = {
-    signal.SIGTERM: 143,
-    signal.SIGINT: 130,
-    signal.SIGHUP: 129,
-    signal.SIGKILL: -signal.SIGKILL,
-}
+RETURN_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGKILL: -signal.SIGKILL}
 
 DEAF = """
 import emo_megatron, os, signal, sys, time
@@ -90,9 +85,7 @@ run_chains([[job], [job]], at_once=2)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_of_a_test_end_with_it(number):
-    code = (
-        "import textwrap; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text='')"
-    )
+    code = "import textwrap; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text='')"
     started = Command([sys.executable, "-c", code])
     started.wait_for(lambda: sum("spawn_main" in line for line in started.running()) == 2)
     started.end(number)
@@ -114,8 +107,7 @@ run_command(main)
 
 
 @pytest.mark.parametrize(
-    "numbers",
-    [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],
+    "numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
 )
 def test_what_is_half_written_goes_with_its_command(tmp_path, numbers):
     script, folder = tmp_path / "writing.py", tmp_path / "folder"

@@ -25,17 +25,13 @@ def _files() -> list[Path]:
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [
-            name
-            for name in folders
-            if name not in NOT_OURS and not name.endswith(("cache", "cache__", ".egg-info"))
+            name for name in folders if name not in NOT_OURS and not name.endswith(("cache", "cache__", ".egg-info"))
         ]
         found += [Path(folder) / name for name in names if not name.startswith(".coverage")]
     return found
 
 
-def _make(
-    *arguments: str, cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def _make(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=cwd,
@@ -66,9 +62,7 @@ def test_make_setup_takes_another_torch() -> None:
     assert 'pip install --disable-pip-version-check "torch==2.13.0"' in done.stdout
 
 
-@pytest.mark.parametrize(
-    "works", ["bin/python3.13", "bin/python3", "home/.pyenv/versions/3.12.1/bin/python"]
-)
+@pytest.mark.parametrize("works", ["bin/python3.13", "bin/python3", "home/.pyenv/versions/3.12.1/bin/python"])
 def test_make_finds_an_interpreter_by_running_it(tmp_path: Path, works: str) -> None:
     for name in CANDIDATES:
         _executable(tmp_path / "bin" / name, "echo 'pyenv: command not found' >&2; exit 127")
@@ -90,12 +84,7 @@ def test_make_says_what_to_install_without_an_interpreter(tmp_path: Path) -> Non
         _executable(tmp_path / "bin" / name, "exit 127")
     for name in ("Makefile", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
-    done = _make(
-        "setup",
-        cwd=tmp_path,
-        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        HOME=str(tmp_path),
-    )
+    done = _make("setup", cwd=tmp_path, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", HOME=str(tmp_path))
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if not line.startswith("make: ")]
     assert len(errors) == 1
@@ -105,9 +94,7 @@ def test_make_says_what_to_install_without_an_interpreter(tmp_path: Path) -> Non
 
 def test_the_version_has_one_source() -> None:
     assert PYPROJECT["project"]["dynamic"] == ["version"]
-    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {
-        "attr": "emo_megatron.__version__"
-    }
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "emo_megatron.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", emo_megatron.__version__)
 
 

@@ -45,10 +45,7 @@ SWITCHED_OFF = {
     "--fp8-format": ("fp8/fp4", "in TE"),
     "--fp8-param-gather": ("fp8/fp4", "in TE"),
     "--reuse-grad-buf-for-mxfp8-param-ag": ("fp8/fp4", "in TE"),
-    PADDING: (
-        "fp8/fp4",
-        "pads the rows of an expert once they are chosen, and is refused without either",
-    ),
+    PADDING: ("fp8/fp4", "pads the rows of an expert once they are chosen, and is refused without either"),
     "--cuda-graph-impl": ("graph", "no CUDA"),
     "--cuda-graph-modules": ("graph", "no CUDA"),
     "--moe-token-dispatcher-type flex": ("DeepEP", "PROCESS has Megatron's other one"),
@@ -220,10 +217,7 @@ def expected(flag: str, values: list[str]) -> tuple[str, Any]:
     """Megatron's name of what a flag sets, and the value."""
     name = flag.removeprefix("--").replace("-", "_")
     if not values:
-        switches = {
-            "disable_bias_linear": "add_bias_linear",
-            "no_position_embedding": "add_position_embedding",
-        }
+        switches = {"disable_bias_linear": "add_bias_linear", "no_position_embedding": "add_position_embedding"}
         name = switches.get(name, name)
         is_on = name.removeprefix("no_") == name and name not in switches.values()
         return name.removeprefix("no_"), is_on
@@ -240,9 +234,7 @@ def plain(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_published_recipe_trains_with_pools(name, tmp_path):
     flags = shrunk(published(name))
     check_training(train(flags, tmp_path), flags)
@@ -274,23 +266,14 @@ def check_training(output: str, flags: Flags) -> None:
     assert all(top_k <= size <= experts for size in sizes)
     assert min(sizes) < experts
     assert logged(output, "nonfinite_tokens") == [0.0, 0.0]
-    assert all(
-        0 < used <= size
-        for used, size in zip(logged(output, "experts_per_document"), sizes, strict=True)
-    )
+    assert all(0 < used <= size for used, size in zip(logged(output, "experts_per_document"), sizes, strict=True))
     if float(flags["--moe-aux-loss-coeff"][0]) > 0:
         (kind,) = flags["--moe-router-load-balancing-type"]
         balance = logged(output, BALANCE[kind])
         assert len(balance) == 2
         assert all(loss > 0 for loss in balance)
-    (seen,) = (
-        json.loads(line.removeprefix("SEEN "))
-        for line in output.splitlines()
-        if line.startswith("SEEN ")
-    )
-    wanted = dict(
-        expected(flag, values) for flag, values in flags.items() if ESSENTIAL.search(flag)
-    )
+    (seen,) = (json.loads(line.removeprefix("SEEN ")) for line in output.splitlines() if line.startswith("SEEN "))
+    wanted = dict(expected(flag, values) for flag, values in flags.items() if ESSENTIAL.search(flag))
     assert {name: plain(seen[name]) for name in wanted} == {n: plain(v) for n, v in wanted.items()}
 
 
@@ -312,11 +295,7 @@ def problems(switched_off: dict[str, tuple[str, str]]) -> list[str]:
 
 def test_only_what_a_cpu_lacks_is_switched_off():
     assert problems(SWITCHED_OFF) == []
-    everything = [
-        (flag, values)
-        for name in (*QUICK, *SLOW, *REFUSED)
-        for flag, values in published(name).items()
-    ]
+    everything = [(flag, values) for name in (*QUICK, *SLOW, *REFUSED) for flag, values in published(name).items()]
     used = {row for flag, values in everything for row in (flag, shlex.join([flag, *values]))}
     assert SWITCHED_OFF.keys() <= used, "rows that no recipe needs"
     # sizes, and what needs more than one process, may change; no switch of the router or of the attention

@@ -98,21 +98,15 @@ def test_documents_that_cannot_be_cut_are_refused() -> None:
         with pytest.raises(ValueError, match=r"multiples of 4 and fill the 12 tokens; got .* Pad"):
             local_token_indices(num_tokens=12, cp_size=2, document_bounds=torch.tensor(bounds))
     with pytest.raises(ValueError, match="batch_size 1; got 2"):
-        local_token_indices(
-            num_tokens=8, batch_size=2, cp_size=2, document_bounds=torch.tensor([0, 8])
-        )
+        local_token_indices(num_tokens=8, batch_size=2, cp_size=2, document_bounds=torch.tensor([0, 8]))
 
 
 def test_golden_local_token_indices() -> None:
     assert local_token_indices(num_tokens=4).tolist() == [0, 1, 2, 3]
     assert local_token_indices(num_tokens=6, batch_size=2).tolist() == [0, 3, 1, 4, 2, 5]
-    zigzag = [
-        local_token_indices(num_tokens=8, cp_rank=rank, cp_size=2).tolist() for rank in range(2)
-    ]
+    zigzag = [local_token_indices(num_tokens=8, cp_rank=rank, cp_size=2).tolist() for rank in range(2)]
     assert zigzag == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    last = local_token_indices(
-        num_tokens=16, batch_size=2, cp_rank=1, cp_size=2, tp_rank=1, tp_size=2
-    )
+    last = local_token_indices(num_tokens=16, batch_size=2, cp_rank=1, cp_size=2, tp_rank=1, tp_size=2)
     assert last.tolist() == [4, 12, 5, 13]
 
 

@@ -58,13 +58,7 @@ def save_checkpoint(folder: str, tokenizer: str) -> None:
         max_positions=64,
         norm_eps=1e-5,
     )
-    flags = flags_of(
-        model,
-        dtype=torch.float32,
-        moe_norm=FUSED_NORM,
-        pools={"pool_min": 3},
-        tokenizer=Path(tokenizer),
-    )
+    flags = flags_of(model, dtype=torch.float32, moe_norm=FUSED_NORM, pools={"pool_min": 3}, tokenizer=Path(tokenizer))
     checkpoints.ARGS = vars(flags) | {"consumed_train_samples": 16, "seq_length": 64}
     checkpoints.save(folder, layout={}, config={"num_moe_experts": 16})
 
@@ -74,8 +68,7 @@ def write_text(path: Path, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 50, (8,), generator=generator).tolist()
     documents = [
-        torch.cat([torch.randint(2, VOCAB, (n,), generator=generator), torch.zeros(1).long()])
-        for n in lengths
+        torch.cat([torch.randint(2, VOCAB, (n,), generator=generator), torch.zeros(1).long()]) for n in lengths
     ]
     bounds = torch.tensor([0, *map(len, documents)]).cumsum(0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,13 +92,7 @@ def environment() -> dict[str, str]:
 def call(command: str, root: Path) -> str:
     """Run a command of a page there; what it printed."""
     done = subprocess.run(
-        shlex.split(command),
-        cwd=root,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+        shlex.split(command), cwd=root, env=environment(), capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, command + done.stdout + done.stderr[-3000:]
     return done.stdout
@@ -158,9 +145,7 @@ def test_commands_of_the_dispatch_page_relabel_the_experts(folder):
     for command in commands:
         call(command, root)
     order = load_placement(root / "runs/ep4/placement.json").order
-    old, new = map(
-        MegatronCheckpoint, (root / RUN / "emo/checkpoint", root / "runs/ep4/checkpoint")
-    )
+    old, new = map(MegatronCheckpoint, (root / RUN / "emo/checkpoint", root / "runs/ep4/checkpoint"))
     for number, of_layer in zip(old.moe_layers, order, strict=True):
         want = old.layer_view(number).read("mlp.router.weight", of_layer)
         assert torch.equal(new.layer_view(number).read("mlp.router.weight"), want)

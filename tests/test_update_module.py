@@ -66,10 +66,7 @@ def test_every_command_is_one(study) -> None:
 def _command(job: Job, known: set[Path]) -> Path:
     """Parse a command of the package; what it leaves."""
     name, *arguments = job.command[job.command.index("emo_megatron") + 1 :]
-    options = tyro.cli(
-        getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].options),
-        args=arguments,
-    )
+    options = tyro.cli(getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].options), args=arguments)
     pairs = itertools.pairwise(arguments)
     assert {Path(value) for flag, value in pairs if flag in INPUTS} <= known
     return Path(options.output)

@@ -54,9 +54,7 @@ def test_no_variable_of_torch_distributed_is_undecided():
         "|TORCH_DISTRIBUTED_DEBUG|TORCH_FR_.*|FR_.*"
     )
     folder = Path(torch.distributed.__file__).parent
-    read = re.compile(
-        r"""(?:environ(?:\.get|\.setdefault)?|getenv)[\[(]\s*["']([A-Z][A-Z0-9_]+)["']"""
-    )
+    read = re.compile(r"""(?:environ(?:\.get|\.setdefault)?|getenv)[\[(]\s*["']([A-Z][A-Z0-9_]+)["']""")
     names = {name for file in folder.rglob("*.py") for name in read.findall(file.read_text())}
     assert {"RANK", "LOGLEVEL", "PYTHON_EXEC"} <= names
     kept = without_other_jobs(dict.fromkeys(names, "")).keys()

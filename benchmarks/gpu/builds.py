@@ -18,9 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = {"default": ""} | {
-    f"warps-{warps}": f"-DEMO_WARPS_WANTED={warps}" for warps in (4096, 8192)
-}
+VARIANTS = {"default": ""} | {f"warps-{warps}": f"-DEMO_WARPS_WANTED={warps}" for warps in (4096, 8192)}
 """What nvcc gets beside this GPU's architecture; by default 2048 warps are wanted."""
 NEEDED = ("csrc", "emo_megatron", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BROUGHT = "brought"
@@ -46,9 +44,7 @@ def make(folder: Path, *, logs: Path, variants: list[str]) -> None:
         environment = os.environ | {"EMO_BUILD": "1", "EMO_CUDA": "1", "NVCC_APPEND_FLAGS": flags}
         started = time.monotonic()
         with (logs / f"{variant}.txt").open("w") as log:
-            done = subprocess.run(
-                build, cwd=tree, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            done = subprocess.run(build, cwd=tree, env=environment, stdout=log, stderr=subprocess.STDOUT)
         took = f"{time.monotonic() - started:.0f} s"
         if done.returncode:
             (folder / f"{variant}.failed").touch()
@@ -146,9 +142,7 @@ def main() -> None:
     elif options.task == "wait":
         wait(options.folder, logs=options.logs, device=options.device)
     else:
-        compare(
-            options.folder, device=options.device, output=options.output, is_quick=options.quick
-        )
+        compare(options.folder, device=options.device, output=options.output, is_quick=options.quick)
 
 
 if __name__ == "__main__":

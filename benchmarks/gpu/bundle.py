@@ -85,8 +85,7 @@ class Bundle:
             parts.append(f"There is no {ARCHIVE}: one file is allowed.\n")
         if dropped:
             names = ", ".join(
-                f"{path.relative_to(self.results)} ({path.stat().st_size / MIB:.1f} MiB)"
-                for path in dropped
+                f"{path.relative_to(self.results)} ({path.stat().st_size / MIB:.1f} MiB)" for path in dropped
             )
             limit = self.max_bytes / MIB
             parts.append(f"Left out of {ARCHIVE}, to keep within {limit:g} MiB: {names}.\n")
@@ -123,9 +122,7 @@ def _section(row: Row) -> str:
     """A step's pages, or without any the end of its log."""
     if row.folder is None:
         return ""
-    parts = [
-        page.read_text(encoding="utf-8")[:PAGE_BYTES] for page in sorted(row.folder.glob("*.md"))
-    ]
+    parts = [page.read_text(encoding="utf-8")[:PAGE_BYTES] for page in sorted(row.folder.glob("*.md"))]
     # below the summary's own headings
     parts = [re.sub(r"^#", "###", part, flags=re.MULTILINE) for part in parts]
     if row.status != OK or not parts:

@@ -28,8 +28,7 @@ def routing_calls(inputs: list[Inputs]) -> Iterator[tuple[str, list[Call], Call]
     select = partial(ops.select_pool, backend="native")
     sizes = [x.sizes_D for x in inputs]
     selects = [
-        partial(select, scores_DE, pool_sizes_D=sizes_D)
-        for scores_DE, sizes_D in zip(scores, sizes, strict=True)
+        partial(select, scores_DE, pool_sizes_D=sizes_D) for scores_DE, sizes_D in zip(scores, sizes, strict=True)
     ]
     yield "select_pool", selects, nothing
     yield "pool_topk", [partial(route, x, pool_DE) for x, pool_DE in pairs], nothing
@@ -64,12 +63,7 @@ def _metrics_calls(
     ]
     yield "experts_used", used, nothing
     statistics = [
-        partial(
-            *(ops.document_statistics, scores_DE),
-            pool_DE=pool_DE,
-            used_DW=used_of(),
-            backend="native",
-        )
+        partial(*(ops.document_statistics, scores_DE), pool_DE=pool_DE, used_DW=used_of(), backend="native")
         for scores_DE, pool_DE, used_of in zip(scores, pools, used, strict=True)
     ]
     yield "document_statistics", statistics, nothing

@@ -66,9 +66,7 @@ def other_stream(options: argparse.Namespace) -> str:
     """Inputs made on the stream itself, behind work that a wrong stream would not wait for."""
     is_cpu = options.device == "cpu"
     map_TE = random_map(options.tokens, EXPERTS, 8, options.device)
-    want = _all_ops(
-        make_inputs(num_tokens=options.tokens, num_experts=EXPERTS, device=options.device), map_TE
-    )
+    want = _all_ops(make_inputs(num_tokens=options.tokens, num_experts=EXPERTS, device=options.device), map_TE)
     stream = None if is_cpu else torch.cuda.Stream()
     for _ in range(1 if is_cpu else 10):
         with nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -78,16 +76,12 @@ def other_stream(options: argparse.Namespace) -> str:
                 large = torch.ones(1 << 27, device=options.device)
                 for _ in range(20):
                     large.mul_(1.0)
-            inputs = make_inputs(
-                num_tokens=options.tokens, num_experts=EXPERTS, device=options.device
-            )
+            inputs = make_inputs(num_tokens=options.tokens, num_experts=EXPERTS, device=options.device)
             got = _all_ops(inputs, map_TE.clone())
         if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
         _same(got, want)
-    return (
-        f"{'a CPU has no streams: called once' if is_cpu else '10 runs'}; {len(want)} results equal"
-    )
+    return f"{'a CPU has no streams: called once' if is_cpu else '10 runs'}; {len(want)} results equal"
 
 
 def compiled(options: argparse.Namespace) -> str:
@@ -96,10 +90,7 @@ def compiled(options: argparse.Namespace) -> str:
 
     def step(logits_TE: Tensor) -> tuple[Tensor, ...]:
         moved = Inputs(
-            logits_TE=logits_TE,
-            document_ids_T=inputs.document_ids_T,
-            sizes_D=inputs.sizes_D,
-            top_k=inputs.top_k,
+            logits_TE=logits_TE, document_ids_T=inputs.document_ids_T, sizes_D=inputs.sizes_D, top_k=inputs.top_k
         )
         return differentiable(route(moved, pools_of(moved)))
 
@@ -181,12 +172,8 @@ def _all_ops(inputs: Inputs, map_TE: Tensor) -> Named:
     num_tokens, num_experts = map_TE.shape
     num_pairs = 8 * num_tokens
     found["counts"] = dispatch.count_sends(map_TE, num_ranks=1, backend="native")
-    plan = dispatch.plan_send(
-        map_TE, num_ranks=1, num_rows=num_tokens, num_pairs=num_pairs, backend="native"
-    )
-    received = dispatch.plan_receive(
-        plan.codes_P, num_rows=num_tokens, num_experts=num_experts, backend="native"
-    )
+    plan = dispatch.plan_send(map_TE, num_ranks=1, num_rows=num_tokens, num_pairs=num_pairs, backend="native")
+    received = dispatch.plan_receive(plan.codes_P, num_rows=num_tokens, num_experts=num_experts, backend="native")
     found |= {"places": plan.places_P, "codes": plan.codes_P, "order": received.order_P}
     rows_TH = inputs.logits_TE.detach()
     copies_PH = dispatch.copy_rows(rows_TH, fanout=received.pairs, backend="native")

@@ -13,9 +13,7 @@ from inputs import parser
 
 from emo_megatron.environment import collect_environment, format_text
 
-CLOCKS = (
-    "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,ecc.mode.current"
-)
+CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,ecc.mode.current"
 
 
 def main() -> None:

@@ -28,9 +28,7 @@ DOCUMENT_TOKENS = 512
 def parser(description: str | None, *, tokens: int | None = None) -> argparse.ArgumentParser:
     """With the arguments that every step has."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda", help="where the ops run"
-    )
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where the ops run")
     found.add_argument("--output", type=Path, default=Path(), help="folder of the files it writes")
     if tokens:
         about = "tokens of a batch, default %(default)s"
@@ -106,10 +104,7 @@ def make_inputs(
 def scores_of(inputs: Inputs, backend: ops.Backend = "native") -> Tensor:
     """[D, E] int64."""
     scores_DE: Tensor = ops.document_scores(
-        inputs.logits_TE,
-        document_ids_T=inputs.document_ids_T,
-        num_documents=inputs.num_documents,
-        backend=backend,
+        inputs.logits_TE, document_ids_T=inputs.document_ids_T, num_documents=inputs.num_documents, backend=backend
     )
     return scores_DE
 
@@ -147,12 +142,7 @@ def outputs(routing: ops.Routing) -> Iterator[tuple[str, Tensor]]:
 def gradient(inputs: Inputs, pool_DE: Tensor, scoring: str = "softmax") -> Tensor:
     """[T, E], of the logits, for gradients of probs, score_sums and z that are a fixed pattern."""
     leaf_TE = inputs.logits_TE.detach().requires_grad_()
-    moved = Inputs(
-        logits_TE=leaf_TE,
-        document_ids_T=inputs.document_ids_T,
-        sizes_D=inputs.sizes_D,
-        top_k=inputs.top_k,
-    )
+    moved = Inputs(logits_TE=leaf_TE, document_ids_T=inputs.document_ids_T, sizes_D=inputs.sizes_D, top_k=inputs.top_k)
     found = differentiable(route(moved, pool_DE, scoring))
     (grad_TE,) = torch.autograd.grad(found, [leaf_TE], [upstream(x) for x in found])
     return grad_TE

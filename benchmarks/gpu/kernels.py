@@ -20,22 +20,10 @@ from typing import Any
 import torch
 from calls import Call, nothing, routing_calls
 from clocks import capture, time_call
-from inputs import (
-    DTYPES,
-    make_inputs,
-    parser,
-    random_map,
-    use_library,
-)
+from inputs import DTYPES, make_inputs, parser, random_map, use_library
 from routers import kernel_bytes
 from targets import KERNELS, kernels_verdict
-from timing import (
-    Estimate,
-    copy_bandwidth,
-    estimate,
-    markdown_table,
-    write_results,
-)
+from timing import Estimate, copy_bandwidth, estimate, markdown_table, write_results
 
 from emo_megatron.ops import dispatch
 
@@ -144,9 +132,7 @@ def time_routing(
         )
 
 
-def time_dispatch(
-    num_tokens: int, num_ranks: int, *, device: torch.device, width: int
-) -> Iterator[Timed]:
+def time_dispatch(num_tokens: int, num_ranks: int, *, device: torch.device, width: int) -> Iterator[Timed]:
     """Every dispatch op at one size, in bfloat16."""
     num_experts = 128
     map_TE = random_map(num_tokens, num_experts, TOP_K, device.type)
@@ -161,9 +147,7 @@ def time_dispatch(
     # as if every rank's rows were sent to one
     local = num_experts // num_ranks
     plan_receive = partial(
-        *(dispatch.plan_receive, plan.codes_P),
-        **{"num_rows": num_rows, "num_experts": local},
-        backend="native",
+        *(dispatch.plan_receive, plan.codes_P), **{"num_rows": num_rows, "num_experts": local}, backend="native"
     )
     received = plan_receive()
     shape = num_rows, width
@@ -210,9 +194,7 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[s
         yield from _routing_cases(options.tokens[1:], options.experts, device)
 
 
-def _routing_cases(
-    tokens: Sequence[int], experts: Sequence[int], device: torch.device
-) -> Iterator[tuple[str, Call]]:
+def _routing_cases(tokens: Sequence[int], experts: Sequence[int], device: torch.device) -> Iterator[tuple[str, Call]]:
     for T, E, dtype in product(tokens, experts, DTYPES):
         yield f"T={T} E={E} {dtype}", partial(time_routing, T, E, dtype, device=device)
         if (T, E, dtype) == (*INTERLEAVED[:2], "float32"):
@@ -230,9 +212,7 @@ def page_of(timed: list[Timed], bandwidth: float, device: torch.device, failed: 
     sums, head = [], ("T", "E", "dtype", "ids or ranks")
     at_target = None
     for size in dict.fromkeys((x.tokens, x.experts, x.dtype, x.layout) for x in timed):
-        found_here = {
-            x.kernel: x for x in timed if (x.tokens, x.experts, x.dtype, x.layout) == size
-        }
+        found_here = {x.kernel: x for x in timed if (x.tokens, x.experts, x.dtype, x.layout) == size}
         if not set(ROUTING) <= found_here.keys():
             continue
         here = [found_here[name] for name in ROUTING]

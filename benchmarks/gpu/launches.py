@@ -17,12 +17,8 @@ def main() -> None:
     gradient(inputs, pools_of(inputs))
     map_TE = random_map(options.tokens, EXPERTS, TOP_K, options.device)
     pairs = options.tokens * TOP_K
-    plan = dispatch.plan_send(
-        map_TE, num_ranks=1, num_rows=options.tokens, num_pairs=pairs, backend="native"
-    )
-    received = dispatch.plan_receive(
-        plan.codes_P, num_rows=options.tokens, num_experts=EXPERTS, backend="native"
-    )
+    plan = dispatch.plan_send(map_TE, num_ranks=1, num_rows=options.tokens, num_pairs=pairs, backend="native")
+    received = dispatch.plan_receive(plan.codes_P, num_rows=options.tokens, num_experts=EXPERTS, backend="native")
     rows_NH = torch.ones(options.tokens, WIDTH, dtype=torch.bfloat16, device=options.device)
     copies_PH = dispatch.copy_rows(rows_NH, fanout=received.pairs, backend="native")
     sums_NH = dispatch.sum_rows(copies_PH, fanout=received.pairs, backend="native")

@@ -28,10 +28,7 @@ class Expected:
 def scores_by_loop(inputs: Inputs) -> Tensor:
     """[D, E] float64: sums of softmax."""
     probs_TE = inputs.logits_TE.double().softmax(-1)
-    sums = [
-        probs_TE[inputs.document_ids_T == document].sum(0)
-        for document in range(inputs.num_documents)
-    ]
+    sums = [probs_TE[inputs.document_ids_T == document].sum(0) for document in range(inputs.num_documents)]
     return torch.stack(sums)
 
 

@@ -41,12 +41,7 @@ def main() -> int:
     for case, (name, dtype) in ((case, kind) for case in SIZES for kind in DTYPES.items()):
         tokens, experts, rows = case
         here = make_inputs(
-            num_tokens=tokens,
-            num_experts=experts,
-            dtype=dtype,
-            document_tokens=20,
-            num_rows=rows,
-            padding=tokens // 10,
+            num_tokens=tokens, num_experts=experts, dtype=dtype, document_tokens=20, num_rows=rows, padding=tokens // 10
         )
         problems = [
             *_routing(here, options.device),
@@ -67,10 +62,7 @@ def _routing(here: Inputs, device: str) -> list[str]:
         inputs = here.to(where)
         leaf_TE = inputs.logits_TE.detach().requires_grad_()
         moved = Inputs(
-            logits_TE=leaf_TE,
-            document_ids_T=inputs.document_ids_T,
-            sizes_D=inputs.sizes_D,
-            top_k=inputs.top_k,
+            logits_TE=leaf_TE, document_ids_T=inputs.document_ids_T, sizes_D=inputs.sizes_D, top_k=inputs.top_k
         )
         routing = route(moved, pool_DE.to(where))
         results = differentiable(routing)
@@ -84,9 +76,7 @@ def _routing(here: Inputs, device: str) -> list[str]:
         named["scores"] /= 2**SCORE_FRACTION_BITS
     tolerance = 1e-4 if here.logits_TE.dtype == torch.float32 else 1e-2
     return [
-        name
-        for name, want_X in want.items()
-        if not torch.allclose(got[name], want_X, rtol=tolerance, atol=tolerance)
+        name for name, want_X in want.items() if not torch.allclose(got[name], want_X, rtol=tolerance, atol=tolerance)
     ]
 
 
@@ -99,18 +89,13 @@ def _documents(here: Inputs, device: str) -> list[str]:
     for where in ("cpu", device):
         inputs = here.to(where)
         used_DW = ops.experts_used(
-            map_TE.to(where),
-            document_ids_T=inputs.document_ids_T,
-            num_documents=inputs.num_documents,
-            backend="native",
+            map_TE.to(where), document_ids_T=inputs.document_ids_T, num_documents=inputs.num_documents, backend="native"
         )
         statistics = ops.document_statistics(
             scores_DE.to(where), pool_DE=pool_DE.to(where), used_DW=used_DW, backend="native"
         )
         positions_D = torch.arange(inputs.num_documents, device=where)
-        bits_LD = ops.draw_bits(
-            positions_D, positions_D * 3, layers=range(1, 4), seed=1, backend="native"
-        )
+        bits_LD = ops.draw_bits(positions_D, positions_D * 3, layers=range(1, 4), seed=1, backend="native")
         named = {"experts used": used_DW, "statistics": statistics, "bits": bits_LD}
         found.append({name: x.cpu() for name, x in named.items()})
     want, got = found
@@ -130,17 +115,10 @@ def _dispatch(here: Inputs, device: str) -> list[str]:
             counts_X = dispatch.count_sends(map_TE.to(where), num_ranks=num_ranks, backend="native")
             num_rows, num_pairs = int(counts_X[:num_ranks].sum()), num_tokens * here.top_k
             plan = dispatch.plan_send(
-                map_TE.to(where),
-                num_ranks=num_ranks,
-                num_rows=num_rows,
-                num_pairs=num_pairs,
-                backend="native",
+                map_TE.to(where), num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs, backend="native"
             )
             received = dispatch.plan_receive(
-                plan.codes_P,
-                num_rows=num_rows,
-                num_experts=num_experts // num_ranks,
-                backend="native",
+                plan.codes_P, num_rows=num_rows, num_experts=num_experts // num_ranks, backend="native"
             )
             names = ("counts", "places", "codes", "order", "sources")
             values = (counts_X, plan.places_P, plan.codes_P, received.order_P, plan.rows.source_P)

@@ -48,15 +48,11 @@ def check_document_scores(tokens: int, device: str) -> Iterator[Case]:
 
 def check_select_pool(tokens: int, device: str) -> Iterator[Case]:
     """Equal scores, all of them, and scores below zero among others."""
-    scores_DE = scores_of(
-        make_inputs(num_tokens=tokens, num_experts=EXPERTS, document_tokens=tokens // 8)
-    )
+    scores_DE = scores_of(make_inputs(num_tokens=tokens, num_experts=EXPERTS, document_tokens=tokens // 8))
     scores_DE[0] = 5
     scores_DE[1] -= scores_DE[1].max() // 2
     sizes_D = torch.randint(0, EXPERTS + 2, (len(scores_DE),))
-    got_DE = ops.select_pool(
-        scores_DE.to(device), pool_sizes_D=sizes_D.to(device), backend="native"
-    )
+    got_DE = ops.select_pool(scores_DE.to(device), pool_sizes_D=sizes_D.to(device), backend="native")
     yield "int64", _unequal(got_DE, pools_by_loop(scores_DE, sizes_D))
 
 
@@ -71,16 +67,9 @@ def check_pool_topk(tokens: int, device: str) -> Iterator[Case]:
             yield f"{name}, {scoring}", _routing_problem(got, inputs, pool_DE, scoring, name)
 
 
-def _routing_problem(
-    got: dict[str, Tensor], inputs: Inputs, pool_DE: Tensor, scoring: str, dtype: str
-) -> str:
+def _routing_problem(got: dict[str, Tensor], inputs: Inputs, pool_DE: Tensor, scoring: str, dtype: str) -> str:
     leaf_TE = inputs.logits_TE.double().requires_grad_()
-    moved = Inputs(
-        logits_TE=leaf_TE,
-        document_ids_T=inputs.document_ids_T,
-        sizes_D=inputs.sizes_D,
-        top_k=inputs.top_k,
-    )
+    moved = Inputs(logits_TE=leaf_TE, document_ids_T=inputs.document_ids_T, sizes_D=inputs.sizes_D, top_k=inputs.top_k)
     want = route_by_loop(moved, pool_DE, scoring)
     is_clear_T, is_padding_T = want.is_clear_T, inputs.document_ids_T < 0
     problems = []
@@ -97,11 +86,7 @@ def _routing_problem(
     # as the compiled op gets them: rounded to its dtype
     gradients = [upstream(got[key]).double() for key in ("probs_TE", "score_sums_E", "z_T")]
     (grad_TE,) = torch.autograd.grad(found, [leaf_TE], gradients)
-    for key, want_X in {
-        "probs_TE": want.probs_TE,
-        "z_T": want.z_T,
-        "gradient": grad_TE,
-    }.items():
+    for key, want_X in {"probs_TE": want.probs_TE, "z_T": want.z_T, "gradient": grad_TE}.items():
         if far := _far(got[key][is_clear_T], want_X[is_clear_T], TOLERANCE[dtype]):
             problems.append(f"{key}: {far}")
     if far := _far(got["score_sums_E"], want.score_sums_E, 1e-4):
@@ -133,9 +118,7 @@ def check_dispatch(name: str, tokens: int, device: str) -> Iterator[Case]:
                 yield f"{num_ranks} ranks, {dtype}", problem
 
 
-def _row_problem(
-    name: str, rows: dispatch.Fanout, num_copies: int, num_rows: int, dtype: str, device: str
-) -> str:
+def _row_problem(name: str, rows: dispatch.Fanout, num_copies: int, num_rows: int, dtype: str, device: str) -> str:
     is_copy = name == "copy_rows"
     shape = (num_rows if is_copy else num_copies, WIDTH)
     values_XH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
@@ -172,9 +155,7 @@ def check_definition(call: Callable[..., Any], *arguments: Tensor) -> Callable[.
     return check
 
 
-def check_against_reference(
-    call: Callable[..., Tensor], *arguments: Tensor
-) -> Callable[..., Iterator[Case]]:
+def check_against_reference(call: Callable[..., Tensor], *arguments: Tensor) -> Callable[..., Iterator[Case]]:
     """An op of integers: the compiled one gives the definition's."""
 
     def check(_: int, device: str) -> Iterator[Case]:
@@ -197,18 +178,13 @@ def check_statistics(tokens: int, device: str) -> Iterator[Case]:
     )
     want = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW, backend="reference")
     got = ops.document_statistics(
-        scores_DE.to(device),
-        pool_DE=pool_DE.to(device),
-        used_DW=used_DW.to(device),
-        backend="native",
+        scores_DE.to(device), pool_DE=pool_DE.to(device), used_DW=used_DW.to(device), backend="native"
     ).cpu()
     yield "counts", _unequal(got[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
     yield "entropy", _far(got[2:3], want[2:3].double(), 1e-5)
 
 
-def _differs_from_definition(
-    call: Callable[..., Any], arguments: tuple[Tensor, ...], device: str
-) -> str:
+def _differs_from_definition(call: Callable[..., Any], arguments: tuple[Tensor, ...], device: str) -> str:
     got = call(*(x.to(device) for x in arguments), backend="native")
     return _unequal(got, call(*arguments, backend="reference"))
 
@@ -246,29 +222,22 @@ OPERATORS: dict[str, Callable[[int, str], Iterator[Case]]] = {
         for name in ("count_sends", "plan_send", "plan_receive", "copy_rows", "sum_rows")
     },
     "draw_pool_sizes": check_definition(
-        lambda positions_D: ops.draw_pool_sizes(positions_D, offsets_D=positions_D * 7, **_DRAW),
-        _POSITIONS_D,
+        lambda positions_D: ops.draw_pool_sizes(positions_D, offsets_D=positions_D * 7, **_DRAW), _POSITIONS_D
     ),
     "top_p_pool_sizes": check_definition(
         lambda scores_DE: ops.top_p_pool_sizes(scores_DE, top_p=0.7, low=8, high=128), _SCORES_DE
     ),
     "document_tokens": check_definition(
-        lambda logits_TE, ids_T: ops.document_tokens(
-            logits_TE, document_ids_T=ids_T, num_documents=10
-        ),
+        lambda logits_TE, ids_T: ops.document_tokens(logits_TE, document_ids_T=ids_T, num_documents=10),
         _SCORES_DE.float(),
         _POSITIONS_D // 30,
     ),
-    "biased_scores": check_definition(
-        ops.biased_scores, _SCORES_DE, _POSITIONS_D, torch.linspace(-1.0, 1.0, EXPERTS)
-    ),
+    "biased_scores": check_definition(ops.biased_scores, _SCORES_DE, _POSITIONS_D, torch.linspace(-1.0, 1.0, EXPERTS)),
     "limit_to_groups": check_definition(
         lambda scores_DE, sizes_D: torch.cat(
             [
                 x.reshape(len(sizes_D), -1)
-                for x in ops.limit_to_groups(
-                    scores_DE, sizes_D, num_groups=8, group_topk=4, top_k=8
-                )
+                for x in ops.limit_to_groups(scores_DE, sizes_D, num_groups=8, group_topk=4, top_k=8)
             ],
             dim=1,
         ),

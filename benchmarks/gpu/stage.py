@@ -43,9 +43,7 @@ class Stage:
         scratch: an empty folder for everything but the bundle; the caller removes it.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, *, gpu: machine.Gpu | None, scratch: Path
-    ) -> None:
+    def __init__(self, options: argparse.Namespace, *, gpu: machine.Gpu | None, scratch: Path) -> None:
         self._options = options
         self._pace = REHEARSAL_PACE if options.rehearse else 1
         seconds = (options.budget - table.BUNDLE_SECONDS) * self._pace
@@ -169,21 +167,11 @@ class Stage:
         for path in (folder, self._scratch / "builds"):
             path.mkdir()
         variants = builds.VARIANTS if is_compared and not self._options.rehearse else ["default"]
-        command = [
-            sys.executable,
-            "benchmarks/gpu/builds.py",
-            "make",
-            str(self._scratch / "builds"),
-        ]
+        command = [sys.executable, "benchmarks/gpu/builds.py", "make", str(self._scratch / "builds")]
         self._start([*command, "--logs", str(folder), "--variants", *variants], log_of(folder))
 
     def _variables(self, commit: str, gpu: machine.Gpu | None) -> dict[str, str]:
-        paths = [
-            ROOT,
-            ROOT / "benchmarks",
-            self._scratch / "site",
-            os.environ.get("PYTHONPATH", ""),
-        ]
+        paths = [ROOT, ROOT / "benchmarks", self._scratch / "site", os.environ.get("PYTHONPATH", "")]
         variables = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, map(str, paths))),
             "PYTHONUNBUFFERED": "1",

@@ -93,28 +93,15 @@ STAGE_A = (
     Step(name="smoke", command=_gpu("smoke"), seconds=20, rehearsal=("--tokens", "512")),
     Step(
         name="gpu tests",
-        command=(
-            "{python}",
-            *("-m", "pytest", "-q", "-m", "gpu"),
-            *("tests/ops", "-p", "no:cacheprovider"),
-        ),
+        command=("{python}", *("-m", "pytest", "-q", "-m", "gpu"), *("tests/ops", "-p", "no:cacheprovider")),
         seconds=65,
         needs=("pytest",),
     ),
     _check("first call in a capture", "first-capture", seconds=12),
-    _check(
-        "stream, bits, decisions",
-        *("other-stream", "equal-bits", "decisions", "--tokens", "65536"),
-        seconds=40,
-    ),
+    _check("stream, bits, decisions", *("other-stream", "equal-bits", "decisions", "--tokens", "65536"), seconds=40),
     # inductor's C++ would take most of a rehearsal
     _check("inductor", "compile", seconds=30, rehearsal=("--compiler", "aot_eager")),
-    Step(
-        name="kernels",
-        command=_gpu("kernels", "--output", "{output}"),
-        seconds=75,
-        rehearsal=("--quick",),
-    ),
+    Step(name="kernels", command=_gpu("kernels", "--output", "{output}"), seconds=75, rehearsal=("--quick",)),
     Step(
         name="builds",
         command=_gpu("builds", "compare", "{builds}", "--output", "{output}"),
@@ -137,10 +124,7 @@ STAGE_A = (
         command=_routing(),
         seconds=45,
         needs=("wheels",),
-        on_gpu=(
-            *("--tokens", "8192", "65536", "--experts", "128", "--top-k", "8"),
-            *("--seconds", "1"),
-        ),
+        on_gpu=(*("--tokens", "8192", "65536", "--experts", "128", "--top-k", "8"), *("--seconds", "1")),
         rehearsal=_TINY_ROUTING,
     ),
 )
@@ -183,10 +167,7 @@ STAGE_B = (
     ),
     Step(
         name="model, dedup",
-        command=_script(
-            *("bench_model", "--device", "{device}", "--dispatcher", "dedup"),
-            *("--output", "{output}"),
-        ),
+        command=_script(*("bench_model", "--device", "{device}", "--dispatcher", "dedup"), *("--output", "{output}")),
         seconds=60,
         needs=("wheels",),
         on_gpu=("--seconds", "15"),
@@ -206,10 +187,7 @@ STAGE_B = (
         command=_routing(),
         seconds=55,
         needs=("wheels",),
-        on_gpu=(
-            *("--tokens", "8192", "65536", "--experts", "512", "--top-k", "8"),
-            *("--seconds", "1"),
-        ),
+        on_gpu=(*("--tokens", "8192", "65536", "--experts", "512", "--top-k", "8"), *("--seconds", "1")),
         rehearsal=_TINY_ROUTING,
     ),
 )

@@ -26,9 +26,7 @@ class Work:
         environment: all of its variables.
     """
 
-    def __init__(
-        self, command: Sequence[str], *, log: Path, folder: Path, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, command: Sequence[str], *, log: Path, folder: Path, environment: Mapping[str, str]) -> None:
         self._is_over = False
         with log.open("wb") as file:
             self._process = subprocess.Popen(

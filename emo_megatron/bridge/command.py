@@ -16,10 +16,7 @@ from hydra.errors import HydraException
 from megatron.bridge import perf_recipes, recipes
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
-from megatron.bridge.training.utils.omegaconf_utils import (
-    OverridesError,
-    process_config_with_overrides,
-)
+from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
 from emo_megatron.bridge.pooled import in_words_of_bridge
 from emo_megatron.bridge.recipe import apply_pools, is_first_rank
@@ -191,7 +188,5 @@ def _call(recipe: Recipe, name: str) -> Any:
         )
     cfg = recipe()
     if not isinstance(cfg, ConfigContainer):
-        raise ValueError(
-            f"--recipe {name} must return a ConfigContainer; it returned a {type(cfg).__name__}"
-        )
+        raise ValueError(f"--recipe {name} must return a ConfigContainer; it returned a {type(cfg).__name__}")
     return cfg

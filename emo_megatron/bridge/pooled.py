@@ -20,11 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.training.config.instantiate_utils import target_allowlist
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.long_context_flags import (
-    equal_lengths_flag,
-    problems_with_exchange,
-    problems_with_prediction,
-)
+from emo_megatron.mcore.long_context_flags import equal_lengths_flag, problems_with_exchange, problems_with_prediction
 from emo_megatron.mcore.refusals import Refusal, problems_of, problems_with_config
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec import with_pools
@@ -104,10 +100,7 @@ class PooledGPT(Pooled):
         """One stage of the model, built of the recipe's own layers with pools in them."""
         recipes_own, pool = self.transformer_layer_spec, self.pool_config()  # type: ignore[has-type]
         prediction_block = functools.partial(_prediction_block, recipes_own, pool)
-        with (
-            in_words_of_bridge(),
-            mock.patch.object(gpt_provider, "mtp_block_spec", prediction_block),
-        ):
+        with in_words_of_bridge(), mock.patch.object(gpt_provider, "mtp_block_spec", prediction_block):
             # run_config.yaml keeps the recipe's, and the callable keeps its signature, which Bridge looks at
             self.transformer_layer_spec = with_pools(recipes_own, config=self, pool=pool)
             try:
@@ -127,9 +120,7 @@ _ONE_STAGE = {
 }
 
 
-def _prediction_block(
-    recipes_own: Any, pool: PoolConfig, config: Any, vp_stage: int | None = None
-) -> Any:
+def _prediction_block(recipes_own: Any, pool: PoolConfig, config: Any, vp_stage: int | None = None) -> Any:
     """This stage's layers of multi-token prediction, like the last of the recipe's decoder; None: it has none.
 
     Bridge's own function takes Megatron's layer in the place of the recipe's where a stage has no decoder layers, and

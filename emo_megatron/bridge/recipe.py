@@ -26,11 +26,7 @@ OF_POOLS = ("dataset.inter_document_masking", "model.pool_documents")
 
 
 def apply_pools(
-    cfg: Any,
-    pool: PoolConfig,
-    *,
-    pool_documents: PoolDocuments = "routers",
-    strict: bool = False,
+    cfg: Any, pool: PoolConfig, *, pool_documents: PoolDocuments = "routers", strict: bool = False
 ) -> dict[str, tuple[Any, Any]]:
     """Give a pretraining recipe document pools, in place, and print every option that this changes.
 
@@ -65,16 +61,10 @@ def apply_pools(
     if strict and of_recipe:
         raise ValueError(
             "a strict run changes nothing of a recipe; these options must be set first:\n"
-            + "\n".join(
-                f"  - {n} must be {new!r}; got {old!r}" for n, (old, new) in of_recipe.items()
-            )
+            + "\n".join(f"  - {n} must be {new!r}; got {old!r}" for n, (old, new) in of_recipe.items())
         )
     fields = {name: getattr(pool, name) for name in POOL_FIELDS}
-    fields |= {
-        name.removeprefix("model."): new
-        for name, (_, new) in changes.items()
-        if name.startswith("model.")
-    }
+    fields |= {name.removeprefix("model."): new for name, (_, new) in changes.items() if name.startswith("model.")}
     tried = copy.copy(model)
     for place in (tried, model):
         # a recipe that is refused stays as it was
@@ -128,9 +118,7 @@ def check_run(cfg: Any, pool: PoolConfig) -> None:
         )
 
 
-def _changes(
-    cfg: Any, pool: PoolConfig, pool_documents: PoolDocuments
-) -> dict[str, tuple[Any, Any]]:
+def _changes(cfg: Any, pool: PoolConfig, pool_documents: PoolDocuments) -> dict[str, tuple[Any, Any]]:
     """Options that must have another value, "section.field" -> (now, then)."""
     wanted: dict[str, Any] = {
         "dataset.inter_document_masking": True,

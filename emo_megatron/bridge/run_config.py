@@ -86,13 +86,9 @@ def stock_run_config(path: Path, output: Path) -> None:
     model = config["model"]
     target = model.get("_target_")
     if target not in stock:
-        raise ValueError(
-            f"{path}: model._target_ must be one of {', '.join(stock)}; got {target!r}"
-        )
+        raise ValueError(f"{path}: model._target_ must be one of {', '.join(stock)}; got {target!r}")
     config["model"] = {
-        name: value
-        for name, value in (model | {"_target_": stock[target]}).items()
-        if name not in POOL_FIELDS
+        name: value for name, value in (model | {"_target_": stock[target]}).items() if name not in POOL_FIELDS
     }
     if "inter_document_masking" in config.get("dataset", {}):
         # Bridge's own step misreads what it makes the dataset give
@@ -106,9 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{path} must be a run_config.yaml; it is no YAML of plain data: {error}"
-        ) from None
+        raise ValueError(f"{path} must be a run_config.yaml; it is no YAML of plain data: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise ValueError(f"{path} must be a run_config.yaml, with a section named model")
     return config

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.training.utils.flop_utils import (
-    accumulate_flops_metadata,
-    get_model_chunk_vp_stage,
-)
+from megatron.bridge.training.utils.flop_utils import accumulate_flops_metadata, get_model_chunk_vp_stage
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -36,11 +33,7 @@ from emo_megatron.mcore.padding import (
     padding_multiple,
 )
 from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
-from emo_megatron.mcore.router_documents import (
-    RouterDocuments,
-    forward_with_documents,
-    merged_bounds,
-)
+from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents, merged_bounds
 
 Batch = dict[str, Tensor | None]
 
@@ -155,9 +148,7 @@ def _cut_by_sample(batch: Batch, packing: Packing, groups: Any) -> tuple[Batch, 
     return batch, RouterDocuments(**_on_device(vars(packing)))
 
 
-def _packed(
-    batch: Batch, packing: Packing, config: Any, groups: Any
-) -> tuple[Batch, PackedSeqParams]:
+def _packed(batch: Batch, packing: Packing, config: Any, groups: Any) -> tuple[Batch, PackedSeqParams]:
     """This rank's part of the micro-batch as one sequence of documents, [1, t] each, and the documents for all."""
     batch = {key: None if value is None else value.view(1, -1) for key, value in batch.items()}
     bounds, cu_seqlens = None, packing.cu_seqlens
@@ -175,24 +166,15 @@ def _packed(
             cp_size=groups.cp.size(),
         )
     longest = int((cu_seqlens if bounds is None else bounds).diff().max())
-    packed = packed_params(
-        Packing(**_on_device(vars(packing))),
-        longest=longest,
-        **_on_device({"bounds": bounds}),
-    )
+    packed = packed_params(Packing(**_on_device(vars(packing))), longest=longest, **_on_device({"bounds": bounds}))
     return _on_device(batch), packed
 
 
 def _on_device(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.cuda(non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in values.items()
-    }
+    return {key: value.cuda(non_blocking=True) if isinstance(value, Tensor) else value for key, value in values.items()}
 
 
-def _of_all_tokens(
-    loss: Any, group: Any, output: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _of_all_tokens(loss: Any, group: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A context-parallel rank's loss such that the mean over ranks, which Megatron takes, is that over all tokens."""
     summed, num_tokens, report = loss(output)
     return *over_all_tokens(summed, num_tokens, group), report

@@ -85,9 +85,7 @@ def run_chains(chains: list[list[Job]], *, at_once: int) -> None:
                 item.bar.close()
                 running.remove(item)
                 if item.process.returncode != 0:
-                    raise RuntimeError(
-                        failure(item.job.title, item.job.log, item.process.returncode)
-                    )
+                    raise RuntimeError(failure(item.job.title, item.job.log, item.process.returncode))
                 if item.rest:
                     # last in line: evaluations fill the gaps beside the next training
                     waiting.append(item.rest)

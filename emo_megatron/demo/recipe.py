@@ -106,13 +106,7 @@ ON_GPU = Size(
 )
 """120 million tokens for a GPU without Transformer Engine: benchmarks/fidelity.py."""
 ON_GPU_QUICK = replace(
-    QUICK,
-    steps=24,
-    micro_rows=4,
-    shared_hidden=64,
-    warmup=4,
-    positions=ON_GPU.positions,
-    flags=ON_GPU.flags,
+    QUICK, steps=24, micro_rows=4, shared_hidden=64, warmup=4, positions=ON_GPU.positions, flags=ON_GPU.flags
 )
 """All that `ON_GPU` does, in seconds on a CPU."""
 
@@ -173,9 +167,7 @@ def _long_samples(size: Size, times: int) -> tuple[str, ...]:
     )
 
 
-def megatron_flags(
-    size: Size, model: Model, *, tokenizer: Path, data_prefix: Path, run_dir: Path
-) -> list[str]:
+def megatron_flags(size: Size, model: Model, *, tokenizer: Path, data_prefix: Path, run_dir: Path) -> list[str]:
     """Flags of examples/pretrain_emo.py for one model; the evaluation takes the same.
 
     The model's own flags come last, so that they win.

@@ -18,15 +18,7 @@ from emo_megatron.config import PoolDocuments
 from emo_megatron.demo import corpus as corpora
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.prepared import Corpus
-from emo_megatron.demo.recipe import (
-    FULL,
-    QUICK,
-    Model,
-    Size,
-    extra_models,
-    main_models,
-    megatron_flags,
-)
+from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, extra_models, main_models, megatron_flags
 from emo_megatron.mcore.launch import python, step_arguments
 from emo_megatron.modules.files import whole
 from emo_megatron.modules.json_files import read_object
@@ -108,10 +100,7 @@ def run_demo(config: DemoConfig) -> Path:
         flush=True,
     )
     chains = [
-        [
-            _training(model, size, corpus=corpus, output=output),
-            _evaluation(model, size, corpus=corpus, output=output),
-        ]
+        [_training(model, size, corpus=corpus, output=output), _evaluation(model, size, corpus=corpus, output=output)]
         for model in models
     ]
     run_chains(chains, at_once=config.processes)
@@ -125,9 +114,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     path = output / "demo.json"
     found = read_object(path, kind="the settings of a run") if path.exists() else {}
-    differing = [
-        f"{name} is {was} there and {now} here" for name, was, now in differences(found, settings)
-    ]
+    differing = [f"{name} is {was} there and {now} here" for name, was, now in differences(found, settings)]
     if differing:
         raise ValueError(
             f"{output} holds a run with other settings: {'; '.join(differing)}. "
@@ -137,9 +124,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         unfinished.write_text(json.dumps(found | settings, indent=1), encoding="utf-8")
 
 
-def differences(
-    found: dict[str, Any], wanted: dict[str, Any]
-) -> Iterator[tuple[str, object, object]]:
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
     """Name, value found and value wanted of the settings that both have and that differ, in the order of `wanted`."""
     for name in (name for name in wanted if name in found):
         if isinstance(wanted[name], dict) and isinstance(found[name], dict):
@@ -158,13 +143,7 @@ def corpus_config(folder: Path | None, *, seed: int, quick: bool) -> corpora.Cor
 
 def pretraining_flags(model: Model, size: Size, *, corpus: Corpus, run_dir: Path) -> list[str]:
     """What examples/pretrain_emo.py is started with; the checkpoint goes to `run_dir`/checkpoint."""
-    return megatron_flags(
-        size,
-        model,
-        tokenizer=corpus.tokenizer_dir,
-        data_prefix=corpus.train_prefix,
-        run_dir=run_dir,
-    )
+    return megatron_flags(size, model, tokenizer=corpus.tokenizer_dir, data_prefix=corpus.train_prefix, run_dir=run_dir)
 
 
 def _training(model: Model, size: Size, *, corpus: Corpus, output: Path) -> Job:
@@ -204,9 +183,7 @@ def _evaluation(model: Model, size: Size, *, corpus: Corpus, output: Path) -> Jo
     )
 
 
-def retention_options(
-    model: Model, size: Size, *, corpus: Corpus, output: Path
-) -> RetentionOptions:
+def retention_options(model: Model, size: Size, *, corpus: Corpus, output: Path) -> RetentionOptions:
     """How the model in `output`/NAME/checkpoint is measured."""
     # the shared expert counts where sizes are named
     keep = {f: str(round(f * size.experts) + size.num_shared) for f in size.fractions}
@@ -227,19 +204,13 @@ def retention_options(
     )
 
 
-def _rows(
-    model: Model, size: Size, *, corpus: Corpus, output: Path
-) -> list[retention.RetentionRow]:
+def _rows(model: Model, size: Size, *, corpus: Corpus, output: Path) -> list[retention.RetentionRow]:
     """The model's evaluation as rows of the report."""
     options = retention_options(model, size, corpus=corpus, output=output)
-    return retention.rows_of(
-        read_rows(options.rows_file), model=model.name, seed=model.seed, versions=versions()
-    )
+    return retention.rows_of(read_rows(options.rows_file), model=model.name, seed=model.seed, versions=versions())
 
 
-def _report(
-    rows: list[retention.RetentionRow], *, output: Path, corpus: Corpus, size: Size
-) -> None:
+def _report(rows: list[retention.RetentionRow], *, output: Path, corpus: Corpus, size: Size) -> None:
     retention.save_rows(rows, output / "retention")
     caption = (
         f"{size.experts} routed experts + 1 shared, top-{size.top_k}, {size.layers} layers, "

@@ -71,11 +71,7 @@ def spread[T](items: Iterable[tuple[str, T]], *, rng: random.Random) -> list[T]:
 
 
 def find_files(
-    roots: Sequence[Path],
-    suffixes: tuple[str, ...],
-    *,
-    rng: random.Random,
-    skip: frozenset[str] = SKIPPED_FOLDERS,
+    roots: Sequence[Path], suffixes: tuple[str, ...], *, rng: random.Random, skip: frozenset[str] = SKIPPED_FOLDERS
 ) -> Iterator[Path]:
     """Yield the regular files below each root in turn, spread over the entries of that root.
 

@@ -13,16 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
-from emo_megatron.mcore.long_context_flags import (
-    problems_with_long_context,
-    problems_with_prediction,
-)
-from emo_megatron.mcore.refusals import (
-    SCRIPT_REFUSALS,
-    Refusal,
-    problems_of,
-    problems_with_config,
-)
+from emo_megatron.mcore.long_context_flags import problems_with_long_context, problems_with_prediction
+from emo_megatron.mcore.refusals import SCRIPT_REFUSALS, Refusal, problems_of, problems_with_config
 from emo_megatron.mcore.restart import problems_with_restarts
 from emo_megatron.mcore.routing_flags import problems_with_routing
 
@@ -31,8 +23,7 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for every PoolConfig field, documented by that field (Megatron's extra_args_provider)."""
     repair_help(parser)
     group = parser.add_argument_group(
-        "document pools",
-        "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min.",
+        "document pools", "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min."
     )
     add_fields(group, PoolConfig, flag=flag)
     group.add_argument(
@@ -133,10 +124,7 @@ def _problems_with_boundaries(pool: PoolConfig, args: argparse.Namespace) -> lis
             "--micro-batch-size must be 1 in an interleaved pipeline with --overlap-moe-expert-parallel-comm and "
             f"{packing}; got {args.micro_batch_size}: Megatron's plan of a pass can't send packed samples"
         )
-    if args.tensor_model_parallel_size > 1 and args.eval_micro_batch_size not in (
-        None,
-        args.micro_batch_size,
-    ):
+    if args.tensor_model_parallel_size > 1 and args.eval_micro_batch_size not in (None, args.micro_batch_size):
         problems.append(
             f"--eval-micro-batch-size must be --micro-batch-size ({args.micro_batch_size}) with "
             f"--tensor-model-parallel-size above 1; got {args.eval_micro_batch_size}: all ranks but the first expect "
@@ -198,11 +186,7 @@ def _problems_with_conversations(args: argparse.Namespace) -> list[str]:
     if not args.sft:
         return []
     wanted = (
-        (
-            "context_parallel_size",
-            1,
-            "context parallelism pads between conversations, and routers are not told where",
-        ),
+        ("context_parallel_size", 1, "context parallelism pads between conversations, and routers are not told where"),
         ("tokenizer_type", "SFTTokenizer", "it reads conversations"),
         ("mock_data", False, "there are no made-up conversations"),
         ("reset_position_ids", False, "positions restart with every conversation as it is"),

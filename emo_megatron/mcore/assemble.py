@@ -79,12 +79,7 @@ class Assembly:
     """
 
     def __init__(
-        self,
-        *,
-        parent: MegatronCheckpoint | None,
-        modules: list[Module],
-        target: Selection | None,
-        policies: Policies,
+        self, *, parent: MegatronCheckpoint | None, modules: list[Module], target: Selection | None, policies: Policies
     ) -> None:
         self.parent, self.modules, self.policies = parent, modules, policies
         self.model = parent if parent is not None else modules[0].checkpoint
@@ -97,9 +92,7 @@ class Assembly:
         self._rows = {
             module.name: {
                 layer: {expert: row for row, expert in enumerate(experts)}
-                for layer, experts in zip(
-                    module.selection.layers, module.selection.experts, strict=True
-                )
+                for layer, experts in zip(module.selection.layers, module.selection.experts, strict=True)
             }
             for module in modules
         }
@@ -190,13 +183,7 @@ class Assembly:
         return self._decide(name, None, candidates=candidates, parent=parent, policy=policy)
 
     def _decide(
-        self,
-        name: str,
-        expert: int | None,
-        *,
-        candidates: dict[str, Tensor],
-        parent: Tensor | None,
-        policy: str,
+        self, name: str, expert: int | None, *, candidates: dict[str, Tensor], parent: Tensor | None, policy: str
     ) -> Tensor:
         changed = _changed(candidates, parent)
         disagree = _disagree(changed)
@@ -233,10 +220,7 @@ class Assembly:
                 raise ValueError(f"--{option} must be one of {', '.join(known)}; got {value!r}")
         for module in self.modules:
             check_fits(
-                module,
-                self.model,
-                num_experts=self.num_parent_experts,
-                fingerprint=self.modules[0].selection.model,
+                module, self.model, num_experts=self.num_parent_experts, fingerprint=self.modules[0].selection.model
             )
         if len(self.modules) > 1:
             self._check_conflicts()
@@ -244,17 +228,11 @@ class Assembly:
     def _check_parentless(self) -> None:
         used = {self.policies.shared, self.policies.router, self.policies.conflict}
         if PARENT in used or self.policies.blend != 1.0:
-            raise ValueError(
-                "a policy takes values of the parent: give --parent, or another policy"
-            )
+            raise ValueError("a policy takes values of the parent: give --parent, or another policy")
         for layer, experts in self._experts.items():
-            orphans = [
-                e for e in experts if not any(e in rows[layer] for rows in self._rows.values())
-            ]
+            orphans = [e for e in experts if not any(e in rows[layer] for rows in self._rows.values())]
             if orphans:
-                raise ValueError(
-                    f"no module has expert {orphans[0]} of layer {layer}: give --parent, which has all"
-                )
+                raise ValueError(f"no module has expert {orphans[0]} of layer {layer}: give --parent, which has all")
             named = self._rows.get(self.policies.router)
             lacking = [] if named is None else [e for e in experts if e not in named[layer]]
             if lacking:
@@ -293,11 +271,7 @@ class Assembly:
 
 
 def _read(
-    checkpoint: MegatronCheckpoint,
-    name: str,
-    index: int | slice | Sequence[int],
-    *,
-    experts: int | Sequence[int] = (),
+    checkpoint: MegatronCheckpoint, name: str, index: int | slice | Sequence[int], *, experts: int | Sequence[int] = ()
 ) -> Tensor:
     """A part of a weight. `experts`: the parent's numbers of those that it is of.
 
@@ -312,11 +286,7 @@ def _read(
 
 def _changed(values: Mapping[str, Tensor], parent: Tensor | None) -> dict[str, Tensor]:
     """The values that are not the parent's; all of them where there is no parent to compare with."""
-    return {
-        module: value
-        for module, value in values.items()
-        if parent is None or not torch.equal(value, parent)
-    }
+    return {module: value for module, value in values.items() if parent is None or not torch.equal(value, parent)}
 
 
 def _disagree(values: Mapping[str, Tensor]) -> bool:

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -27,10 +24,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    is_layer_window_attention,
-    make_sharded_tensors_for_checkpoint,
-)
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from emo_megatron.config import PoolCpPartition, flag
@@ -83,17 +77,13 @@ class DocumentAttention(torch.nn.Module):
         super().__init__()
         require_supported(config)
         if attn_mask_type is not AttnMaskType.causal:
-            raise NotImplementedError(
-                f"attention is causal here; the spec asks for {attn_mask_type}"
-            )
+            raise NotImplementedError(f"attention is causal here; the spec asks for {attn_mask_type}")
         self.softmax_scale = softmax_scale
         self.cp_partition = cp_partition
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp", "tp"])
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
         self.tp_group = groups.tp
-        has_window = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        )
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window_size = config.window_size if has_window else None
         self.softmax_offset: Tensor | None = None
         if config.softmax_type != "vanilla":
@@ -139,9 +129,7 @@ class DocumentAttention(torch.nn.Module):
         out = self._attend(q, k, v, self._visible(query, packed_seq_params, rows))
         return out.transpose(1, 2).reshape(num_tokens, -1)
 
-    def _across_ranks(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None
-    ) -> Tensor:
+    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None) -> Tensor:
         """Attention of this rank's tokens to everybody's."""
         assert self.cp_group is not None
         size, rank = self.cp_group.size(), self.cp_group.rank()
@@ -149,18 +137,13 @@ class DocumentAttention(torch.nn.Module):
         bounds = None if packed is None else partition_bounds(packed, self.cp_partition)
         positions_RT = [
             local_token_indices(
-                num_tokens=num_tokens,
-                cp_rank=r,
-                cp_size=size,
-                document_bounds=bounds,
-                device=query.device,
+                num_tokens=num_tokens, cp_rank=r, cp_size=size, document_bounds=bounds, device=query.device
             )
             for r in range(size)
         ]
         order_T = torch.cat(positions_RT).argsort()
         k, v = (
-            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[order_T]
-            for x in (key, value)
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[order_T] for x in (key, value)
         )
         visible = self._visible(k, packed, 1)[:, :, positions_RT[rank]]
         if packed is None:
@@ -209,11 +192,7 @@ class DocumentAttention(torch.nn.Module):
 
     def _add_offset(self, config: TransformerConfig) -> None:
         """Every rank draws the offsets of all heads and keeps its own, so that they do not depend on the layout."""
-        offsets = torch.zeros(
-            config.num_attention_heads,
-            device=torch.cuda.current_device(),
-            dtype=config.params_dtype,
-        )
+        offsets = torch.zeros(config.num_attention_heads, device=torch.cuda.current_device(), dtype=config.params_dtype)
         if config.softmax_type == "learnable" and config.perform_initialization:
             config.init_method(offsets)
         own = offsets.chunk(self.tp_group.size())[self.tp_group.rank()].clone()
@@ -254,11 +233,7 @@ class LatentAttention(MLASelfAttention):
 
     def _resolve_qk_norm_config(self, submodules: Any) -> Any:
         is_compressed = self.config.q_lora_rank is not None
-        if (
-            is_compressed
-            or not self.config.qk_layernorm
-            or submodules.linear_q_proj is not ColumnParallelLinear
-        ):
+        if is_compressed or not self.config.qk_layernorm or submodules.linear_q_proj is not ColumnParallelLinear:
             return super()._resolve_qk_norm_config(submodules)
         return {
             "linear_q_proj": NormedLinear,

@@ -14,11 +14,7 @@ from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import (
-    flatten_batch_for_packed_sequences,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
+from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
@@ -68,9 +64,7 @@ def predicts_further(config: TransformerConfig, vp_stage: int | None) -> bool:
     )
 
 
-def get_batch(
-    data_iterator: Iterator[Any] | None, config: TransformerConfig, vp_stage: int | None
-) -> dict[str, Any]:
+def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp_stage: int | None) -> dict[str, Any]:
     """This stage's part of the next micro-batch.
 
     Returns:
@@ -215,9 +209,7 @@ def _broadcast(values: Tensor) -> None:
     """Give every tensor-parallel rank what rank 0 has."""
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
-            values,
-            mpu.get_tensor_model_parallel_src_rank(),
-            group=mpu.get_tensor_model_parallel_group(),
+            values, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
         )
 
 
@@ -226,9 +218,7 @@ def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
     if batch.get(ROUTER_BOUNDS) is None:
         return None
     return RouterDocuments(
-        cu_seqlens=batch[ROUTER_BOUNDS],
-        tokens_per_sample=get_args().seq_length,
-        num_padding_B=batch[NUM_PADDING],
+        cu_seqlens=batch[ROUTER_BOUNDS], tokens_per_sample=get_args().seq_length, num_padding_B=batch[NUM_PADDING]
     )
 
 

@@ -38,15 +38,12 @@ def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
     if not isinstance(found, tuple):
         return None
     stored: dict[str, Any] = {
-        field.name: getattr(found[1], field.name, field.default)
-        for field in dataclasses.fields(PoolConfig)
+        field.name: getattr(found[1], field.name, field.default) for field in dataclasses.fields(PoolConfig)
     }
     return PoolConfig(**stored)
 
 
-def differences(
-    stored: PoolConfig, asked: PoolConfig, *, name_of: Callable[[str], str]
-) -> list[str]:
+def differences(stored: PoolConfig, asked: PoolConfig, *, name_of: Callable[[str], str]) -> list[str]:
     """A line for each field in which a run to resume had other pools; `name_of` says a field in the host's words."""
     names = [field.name for field in dataclasses.fields(PoolConfig)]
     if asked.is_on and not stored.is_on:

@@ -20,9 +20,7 @@ def require_megatron() -> tuple[int, int]:
     Raises:
         ImportError: Megatron-Core is missing or its version is outside the supported range.
     """
-    return _require(
-        "megatron-core", by="emo_megatron.mcore", install="pip install 'emo_megatron[megatron]'"
-    )
+    return _require("megatron-core", by="emo_megatron.mcore", install="pip install 'emo_megatron[megatron]'")
 
 
 def require_bridge() -> tuple[int, int]:

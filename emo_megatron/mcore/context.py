@@ -22,13 +22,7 @@ from emo_megatron.balance import LayerCounts
 from emo_megatron.config import PoolConfig
 from emo_megatron.documents import DocumentSegments
 from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
-from emo_megatron.mcore.padding import (
-    PACKING,
-    Packing,
-    packed_places,
-    partition_bounds,
-    require_padded,
-)
+from emo_megatron.mcore.padding import PACKING, Packing, packed_places, partition_bounds, require_padded
 from emo_megatron.sharding import local_token_indices
 
 NO_BOUNDARIES = (
@@ -137,9 +131,7 @@ class PoolScope:
             self.ids_at_depth[depth] = self.document_ids_T.masked_fill(~stays_T, -1)
         return self.ids_at_depth[depth]
 
-    def draw_sizes(
-        self, pool: PoolConfig, *, num_layers: int, low: int, high: int, num_experts: int
-    ) -> Tensor:
+    def draw_sizes(self, pool: PoolConfig, *, num_layers: int, low: int, high: int, num_experts: int) -> Tensor:
         """`sizes_LD`, drawn by the first layer that asks, from [low, high]."""
         if self.sizes_LD is None:
             self.sizes_LD = ops.draw_pool_sizes(
@@ -185,9 +177,7 @@ def scope_of(
     return scope
 
 
-def _scope_of_packed(
-    packed: PackedSeqParams, hidden_shape: torch.Size, *, shard: Shard, pool: PoolConfig
-) -> PoolScope:
+def _scope_of_packed(packed: PackedSeqParams, hidden_shape: torch.Size, *, shard: Shard, pool: PoolConfig) -> PoolScope:
     packing: Packing | None = getattr(packed, PACKING, None)
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
     padded = packed.cu_seqlens_q_padded
@@ -246,11 +236,7 @@ def make_scope(
         packing, pool, num_tokens=num_tokens, bounds=bounds, cu_seqlens_padded=cu_seqlens_padded
     )
     places_T = _places(
-        hidden_shape[1],
-        num_tokens,
-        shard=shard,
-        cut_bounds=cut_bounds,
-        device=packing.cu_seqlens.device,
+        hidden_shape[1], num_tokens, shard=shard, cut_bounds=cut_bounds, device=packing.cu_seqlens.device
     )
     if bounds is not None:
         if places_T is None:
@@ -278,12 +264,7 @@ def _taken(segments: DocumentSegments, places_T: Tensor | None, *, has_padding: 
 
 
 def _segments(
-    packing: Packing,
-    pool: PoolConfig,
-    *,
-    num_tokens: int,
-    bounds: Tensor | None,
-    cu_seqlens_padded: Tensor | None,
+    packing: Packing, pool: PoolConfig, *, num_tokens: int, bounds: Tensor | None, cu_seqlens_padded: Tensor | None
 ) -> tuple[DocumentSegments, Tensor]:
     """The documents of the routers, and the ids of those that attention keeps to."""
     cu_seqlens, length = packing.cu_seqlens, packing.tokens_per_sample
@@ -316,9 +297,7 @@ def _segments(
     return segments.whole_samples() if pool.pool_scope == "sample" else segments, attended_ids_T
 
 
-def _places(
-    batch_size: int, num_tokens: int, *, shard: Shard, cut_bounds: Tensor | None, device: Any
-) -> Tensor | None:
+def _places(batch_size: int, num_tokens: int, *, shard: Shard, cut_bounds: Tensor | None, device: Any) -> Tensor | None:
     """[T] int64, which tokens of the whole micro-batch this rank routes; None: all of them, in order."""
     if shard.tp_size == shard.cp_size == batch_size == 1:
         return None

@@ -61,10 +61,7 @@ def activate() -> bool:
         _mode.__enter__()
         _keep_in_backward(_mode)
         if int(os.environ.get("RANK", "0")) == 0:
-            print(
-                "emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo",
-                flush=True,
-            )
+            print("emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo", flush=True)
     return True
 
 
@@ -117,9 +114,7 @@ class _Event:
 class _CudaDevicesToCpu(TorchFunctionMode):
     """Sends tensors asked for on a CUDA device to the CPU and names CPU tensor types as CUDA's."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = torch.device("cpu")
@@ -279,9 +274,7 @@ def _redirect_collectives() -> None:
         async_op: bool = False,
     ) -> Any:
         if async_op:
-            raise NotImplementedError(
-                "reduce_scatter over gloo is synchronous here; got async_op=True"
-            )
+            raise NotImplementedError("reduce_scatter over gloo is synchronous here; got async_op=True")
         whole = torch.cat([part.reshape(-1) for part in inputs])
         all_reduce_with_average(whole, op, group)
         rank = dist.get_rank(group)
@@ -312,10 +305,5 @@ def with_cpu_flags(argv: list[str]) -> list[str]:
     return [*CPU_FLAGS, *argv] if is_active() else argv
 
 
-CPU_FLAGS = (
-    *("--distributed-backend", "gloo"),
-    *local_flags(),
-    "--use-cpu-initialization",
-    "--no-bias-gelu-fusion",
-)
+CPU_FLAGS = (*("--distributed-backend", "gloo"), *local_flags(), "--use-cpu-initialization", "--no-bias-gelu-fusion")
 """Megatron's flags for a CPU."""

@@ -25,9 +25,7 @@ _MOST_NAMES = 3
 
 
 @contextlib.contextmanager
-def damage_of(
-    files: Collection[str], *, folder: Path, is_unpickled: bool = False
-) -> Iterator[None]:
+def damage_of(files: Collection[str], *, folder: Path, is_unpickled: bool = False) -> Iterator[None]:
     """Read files of a checkpoint in this block.
 
     Args:
@@ -54,9 +52,7 @@ def damage_of(
                 f"{_first_line(cause)}"
             ) from error
         if isinstance(cause, _DAMAGE) and not _is_of_the_machine(cause):
-            raise ValueError(
-                f"{folder} is not whole: {_named(files)} is damaged ({_first_line(cause)})"
-            ) from error
+            raise ValueError(f"{folder} is not whole: {_named(files)} is damaged ({_first_line(cause)})") from error
         if cause is error:
             raise
         raise cause from error

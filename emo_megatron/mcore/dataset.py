@@ -16,21 +16,14 @@ from emo_megatron.modules.files import whole
 with warnings.catch_warnings():
     # Megatron warns of each library for GPUs that is missing; writing tokens needs none of them
     warnings.simplefilter("ignore")
-    from megatron.core.datasets.indexed_dataset import (
-        _INDEX_HEADER,
-        DType,
-        IndexedDataset,
-        IndexedDatasetBuilder,
-    )
+    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDataset, IndexedDatasetBuilder
 
 HEADER = struct.Struct("<9sQBQQ")
 """Of an index: mark, version, code of the tokens' type, sequences and bounds of documents."""
 _INTEGERS = {kind.value for kind in DType if not kind.name.startswith("float")}
 
 
-def write_indexed_dataset(
-    prefix: Path, documents: Iterable[Sequence[int]], *, vocab_size: int
-) -> None:
+def write_indexed_dataset(prefix: Path, documents: Iterable[Sequence[int]], *, vocab_size: int) -> None:
     """Write `prefix`.bin and `prefix`.idx, one sequence a document, in the order given.
 
     Both files appear whole or not at all, the index last, so an interrupted call never leaves an index without its

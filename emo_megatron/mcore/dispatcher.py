@@ -19,23 +19,12 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.moe_utils import (
-    get_align_size_for_quantization,
-    pad_routing_map,
-)
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, pad_routing_map
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from emo_megatron.ops.dispatch import (
-    ReceivePlan,
-    SendPlan,
-    copy_rows,
-    count_sends,
-    plan_receive,
-    plan_send,
-    sum_rows,
-)
+from emo_megatron.ops.dispatch import ReceivePlan, SendPlan, copy_rows, count_sends, plan_receive, plan_send, sum_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,16 +67,12 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
     before they travel, where Megatron rounds each.
     """
 
-    def __init__(
-        self, num_local_experts: int, *, config: TransformerConfig, pg_collection: Any
-    ) -> None:
+    def __init__(self, num_local_experts: int, *, config: TransformerConfig, pg_collection: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self._last: _Dispatch | None = None
 
-    def dispatch_preprocess(
-        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Lay out what is sent, and tell its receivers.
 
         Args:
@@ -105,21 +90,12 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
             routing_map = pad_routing_map(routing_map, multiple)
         exchange = self._exchange_of(routing_map)
         send = plan_send(
-            routing_map,
-            num_ranks=self.ep_size,
-            num_rows=sum(exchange.rows_to),
-            num_pairs=sum(exchange.pairs_to),
+            routing_map, num_ranks=self.ep_size, num_rows=sum(exchange.rows_to), num_pairs=sum(exchange.pairs_to)
         )
         codes_P = all_to_all(self.ep_group, send.codes_P, exchange.pairs_from, exchange.pairs_to)
         codes_P = self._gather_partners(codes_P, exchange.pairs_of_partners)
-        receive = plan_receive(
-            codes_P,
-            num_rows=sum(exchange.rows_of_partners),
-            num_experts=self.num_local_experts,
-        )
-        self._last = _Dispatch(
-            shape=hidden_states.shape, exchange=exchange, send=send, receive=receive
-        )
+        receive = plan_receive(codes_P, num_rows=sum(exchange.rows_of_partners), num_experts=self.num_local_experts)
+        self._last = _Dispatch(shape=hidden_states.shape, exchange=exchange, send=send, receive=receive)
         rows_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not self._last.rows_are_tokens:
             rows_NH = copy_rows(rows_NH, fanout=send.rows)
@@ -132,9 +108,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         probs_P = all_to_all(self.ep_group, probs, exchange.pairs_from, exchange.pairs_to)
         return rows_NH, probs_P
 
-    def dispatch_postprocess(
-        self, hidden_states: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copy rows to their experts.
 
         Returns:
@@ -177,9 +151,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         """What all expert-tensor-parallel ranks hold, whose experts are shards of the same."""
         if self.tp_size == 1:
             return tensor_X
-        return gather_from_sequence_parallel_region(
-            tensor_X, group=self.tp_group, output_split_sizes=sizes
-        )
+        return gather_from_sequence_parallel_region(tensor_X, group=self.tp_group, output_split_sizes=sizes)
 
     def _exchange_of(self, routing_map_TE: Tensor) -> _Exchange:
         """Tell every rank what this one sends. The only wait for the device: collectives need their sizes."""

@@ -21,16 +21,10 @@ def facts_of(checkpoint: MegatronCheckpoint) -> ModelFacts:
     args = checkpoint.args
     num_experts = int(args.num_experts)
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.names.items()}
-    routed = sum(
-        size
-        for name, size in sizes.items()
-        if ".mlp.experts." in name or name.endswith(".mlp.router.weight")
-    )
+    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name or name.endswith(".mlp.router.weight"))
     stored = {info.dtype for name, info in checkpoint.names.items() if ".mlp.experts." in name}
     return ModelFacts(
-        fingerprint=router_fingerprint(
-            checkpoint.layer_view(number).read("mlp.router.weight") for number in layers
-        ),
+        fingerprint=router_fingerprint(checkpoint.layer_view(number).read("mlp.router.weight") for number in layers),
         num_experts=num_experts,
         num_shared=num_shared_experts(args),
         top_k=int(args.moe_router_topk),

@@ -164,9 +164,7 @@ def expert_parameters(layer: MoELayer) -> list[tuple[int, Tensor]]:
     for name, parameter in layer.experts.named_parameters():
         match = _EXPERT.fullmatch(name)
         if match is None:
-            raise ValueError(
-                f"the experts' weights lie in one parameter ({name}): drop --moe-single-grouped-weight"
-            )
+            raise ValueError(f"the experts' weights lie in one parameter ({name}): drop --moe-single-grouped-weight")
         local = int(match[1] or match[2])
         found.append((layer.local_expert_indices[local], parameter))
     return found
@@ -179,6 +177,4 @@ def _keep_graph(model: torch.nn.Module) -> None:
     """
     embedding = getattr(model, "embedding", None)
     if embedding is not None:
-        embedding.register_forward_hook(
-            lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
-        )
+        embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))

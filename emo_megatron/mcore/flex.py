@@ -20,10 +20,7 @@ def leaves_padding_out(config: Any) -> bool:
     All-to-all counts on K experts a token, and whether NCCL EP takes fewer is not documented: there padding goes
     where its own logits send it, which spreads it.
     """
-    return config.moe_token_dispatcher_type == "flex" and _backend(config) in (
-        "deepep",
-        "hybridep",
-    )
+    return config.moe_token_dispatcher_type == "flex" and _backend(config) in ("deepep", "hybridep")
 
 
 def follow_routing_map(dispatcher: Any, config: Any) -> None:
@@ -44,15 +41,11 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
 def _setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
     type(manager).setup_metadata(manager, routing_map, probs)
     manager.token_indices, manager.token_probs = indices_of_map(
-        routing_map.reshape(len(routing_map), -1),
-        probs.reshape(len(probs), -1),
-        top_k=manager.router_topk,
+        routing_map.reshape(len(routing_map), -1), probs.reshape(len(probs), -1), top_k=manager.router_topk
     )
 
 
-def indices_of_map(
-    routing_map_TE: Tensor, probs_TE: Tensor, *, top_k: int
-) -> tuple[Tensor, Tensor]:
+def indices_of_map(routing_map_TE: Tensor, probs_TE: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
     """The experts of every token, [T, K] int64 with -1 for none, and their weights, [T, K], differentiable.
 
     Args:

@@ -57,9 +57,7 @@ class FsdpCheckpoint(MegatronCheckpoint):
         # Megatron's layers of multi-latent attention keep the names of their norms
         is_local = self.args.transformer_impl == "local" and not is_latent
         stored = {
-            _name(name, is_local=is_local): name
-            for name in sizes
-            if _MODEL.match(name) and "_extra_state" not in name
+            _name(name, is_local=is_local): name for name in sizes if _MODEL.match(name) and "_extra_state" not in name
         }
         if not stored:
             raise ValueError(f"{self.path} holds no model of Megatron-FSDP")
@@ -106,9 +104,7 @@ def convert(checkpoint: Path, output: Path) -> Path:
     args = copy.copy(source.args)
     args.use_megatron_fsdp, args.ckpt_format = False, "torch_dist"
     weights = {
-        name: LazyWeight(
-            shape=info.shape, dtype=info.dtype, rows=functools.partial(_rows, source, name)
-        )
+        name: LazyWeight(shape=info.shape, dtype=info.dtype, rows=functools.partial(_rows, source, name))
         for name, info in source.names.items()
     }
     return write_checkpoint(output, weights, args=args)

@@ -86,9 +86,7 @@ def export(options: ExportOptions) -> Converted:
             + "\n".join(f"  - {problem}" for problem in problems)
         )
     weights = MegatronWeights(checkpoint, architecture)
-    tokenizer = hugging_face_tokenizer(
-        checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size
-    )
+    tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
     selection = _selection(options, architecture)
     retention = _retention(options, selection)
     dtype = _dtype(options, checkpoint)

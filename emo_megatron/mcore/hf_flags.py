@@ -12,12 +12,7 @@ import torch
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.args import add_pool_args
 from emo_megatron.mcore.hf_names import FUSED_NORM, NormPlace
-from emo_megatron.mcore.model_flags import (
-    BALANCE_LOSSES,
-    megatron_parser,
-    model_flags,
-    stored_flags,
-)
+from emo_megatron.mcore.model_flags import BALANCE_LOSSES, megatron_parser, model_flags, stored_flags
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.hf.architecture import Architecture
 
@@ -44,9 +39,7 @@ def _only(name: str, *values: Any, reason: str) -> Requirement:
 _ROPE = "positions there are rotary over the whole head, halves apart, unscaled"
 _NORM = "norms there are RMSNorm with the weight as it is, before attention and MLP"
 _MLP = "MLPs there are down(silu(gate) * up) without bias"
-_ATTENTION = (
-    "attention there is plain multi-head or grouped-query attention without norms of q and k"
-)
+_ATTENTION = "attention there is plain multi-head or grouped-query attention without norms of q and k"
 _ROUTER = "routers there are a softmax and its top-k, without bias, groups or scaling"
 _RANDOM = "routers there read their input and score it as it is, without noise"
 _DROPLESS = "no token is dropped there"
@@ -176,12 +169,7 @@ def _alternatives(values: tuple[Any, ...]) -> str:
 
 
 def flags_of(
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    moe_norm: NormPlace,
-    pools: dict[str, Any],
-    tokenizer: str | None,
+    architecture: Architecture, *, dtype: torch.dtype, moe_norm: NormPlace, pools: dict[str, Any], tokenizer: str | None
 ) -> argparse.Namespace:
     """Flags of a Megatron run of a model, as its own parser gives them.
 
@@ -241,9 +229,7 @@ def _values(architecture: Architecture) -> dict[str, Any]:
         "padded_vocab_size": a.vocab_size,
         "num_experts": a.num_experts,
         # a list, even of ones, has Megatron name layers apart
-        "moe_layer_freq": (
-            [int(layer in a.moe_layers) for layer in range(a.num_layers)] if a.dense_layers else 1
-        ),
+        "moe_layer_freq": ([int(layer in a.moe_layers) for layer in range(a.num_layers)] if a.dense_layers else 1),
         "moe_router_topk": a.top_k,
         "moe_router_pre_softmax": not a.renormalise,
         "moe_ffn_hidden_size": a.expert_hidden,

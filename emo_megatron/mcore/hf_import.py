@@ -86,9 +86,7 @@ def import_folder(options: ImportOptions) -> Converted:
     return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
 
 
-def _flags(
-    source: HuggingFaceFolder, options: ImportOptions, *, has_tokenizer: bool
-) -> argparse.Namespace:
+def _flags(source: HuggingFaceFolder, options: ImportOptions, *, has_tokenizer: bool) -> argparse.Namespace:
     where = f"{source.path / CONFIG_FILE}, {RECORD}"
     pools = record(source.config, RECORD).get("pools") or {}
     return flags_of(

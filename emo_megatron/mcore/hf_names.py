@@ -67,9 +67,7 @@ def joined(architecture: Architecture, *, moe_norm: NormPlace) -> dict[str, Join
     for layer in range(a.num_layers):
         m, w = f"decoder.layers.{layer}.", f"layers.{layer}."
         add(f"{m}self_attention.linear_qkv.layer_norm_weight", f"{w}attention_norm")
-        add(
-            f"{m}self_attention.linear_qkv.weight", *(w + name for name in ATTENTION), kind="groups"
-        )
+        add(f"{m}self_attention.linear_qkv.weight", *(w + name for name in ATTENTION), kind="groups")
         if a.qkv_bias:
             biases = (f"{w}{name}_bias" for name in ATTENTION)
             add(f"{m}self_attention.linear_qkv.bias", *biases, kind="groups")
@@ -129,11 +127,7 @@ def norm_place(checkpoint: MegatronCheckpoint, architecture: Architecture) -> No
 
 
 def megatron_weights(
-    architecture: Architecture,
-    read: Callable[[str], Tensor],
-    *,
-    dtype: torch.dtype,
-    moe_norm: NormPlace,
+    architecture: Architecture, read: Callable[[str], Tensor], *, dtype: torch.dtype, moe_norm: NormPlace
 ) -> dict[str, LazyWeight]:
     """The tensors of a model's Megatron checkpoint, each made while it is written.
 
@@ -149,9 +143,7 @@ def megatron_weights(
     }
 
 
-def _rows(
-    tensor: Joined, architecture: Architecture, read: Callable[[str], Tensor]
-) -> Callable[[int, int], Tensor]:
+def _rows(tensor: Joined, architecture: Architecture, read: Callable[[str], Tensor]) -> Callable[[int, int], Tensor]:
     def rows(start: int, stop: int) -> Tensor:
         if tensor.kind == "groups":
             return _into_groups([read(w) for w in tensor.weights], architecture)[start:stop]

@@ -63,9 +63,7 @@ class Converted:
         if self.parity is not None:
             lines.append(f"parity with Megatron: {self.parity}")
         if not self.has_tokenizer:
-            lines.append(
-                "no tokenizer: none of Hugging Face's was found, and --tokenizer names none"
-            )
+            lines.append("no tokenizer: none of Hugging Face's was found, and --tokenizer names none")
         return "\n".join(lines)
 
 
@@ -79,9 +77,7 @@ def check_parity_tokens(tokens: int) -> None:
         raise ValueError(f"--parity-tokens must be 0 or more; got {tokens}")
 
 
-def measure_parity(
-    checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int
-) -> Parity:
+def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int) -> Parity:
     """The difference between both models' logits on one sequence of so many random tokens.
 
     The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation.
@@ -111,9 +107,7 @@ def measure_parity(
     # written so that a difference that is not a number fails too
     tolerance = TOLERANCES.get(folder.dtype, ROUNDED_TOLERANCE)
     if not parity.max_difference <= tolerance * max(1.0, parity.max_logit):
-        raise RuntimeError(
-            f"the Megatron checkpoint and the Hugging Face folder are not the same model: {parity}"
-        )
+        raise RuntimeError(f"the Megatron checkpoint and the Hugging Face folder are not the same model: {parity}")
     return parity
 
 
@@ -201,14 +195,7 @@ def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
         "moe_token_dispatcher_type": "alltoall",
         "no_persist_layer_norm": True,
     }
-    fusions = (
-        "masked_softmax",
-        "bias_gelu",
-        "bias_swiglu",
-        "bias_dropout",
-        "apply_rope",
-        "gradient_accumulation",
-    )
+    fusions = ("masked_softmax", "bias_gelu", "bias_swiglu", "bias_dropout", "apply_rope", "gradient_accumulation")
     plain |= {f"{name}_fusion": False for name in fusions}
     for name, value in (plain | model_flags(checkpoint, parser)).items():
         setattr(args, name, value)

@@ -27,9 +27,7 @@ class LocalHybridStack(HybridStack):
         super().__init__(*args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = TorchNorm(
-                self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon
-            )
+            self.final_norm = TorchNorm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
 
 
 class _NeedsTransformerEngine:
@@ -89,6 +87,5 @@ def _local_mtp_spec() -> ModuleSpec:
     """The block of multi-token prediction, whose layers are a stack of the decoder's."""
     layer = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
     return ModuleSpec(
-        module=MultiTokenPredictionBlock,
-        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
     )

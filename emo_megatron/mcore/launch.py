@@ -79,12 +79,7 @@ def run_retention(options: RetentionOptions) -> Path:
 
         hf_commands.run_retention(options)
     else:
-        _run(
-            "retention",
-            options,
-            checkpoint=options.checkpoint,
-            log=options.output / "retention.log",
-        )
+        _run("retention", options, checkpoint=options.checkpoint, log=options.output / "retention.log")
     return options.rows_file
 
 
@@ -129,9 +124,7 @@ def _run(step: str, options: ModelOptions, *, checkpoint: Path, log: Path) -> No
     if code == USER_ERROR:
         sys.exit(code)
     if code != 0:
-        raise RuntimeError(
-            f"{step} stopped with exit code {code}; Megatron's own output is in {log}"
-        )
+        raise RuntimeError(f"{step} stopped with exit code {code}; Megatron's own output is in {log}")
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -55,10 +55,7 @@ class PoolMoELayer(MoELayer):
         return cast(PoolRouter, getattr(self.router, "to_wrap", self.router))
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        intermediate_tensors: Any = None,
-        padding_mask: Tensor | None = None,
+        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> Any:
         """As MoELayer.forward; see there for shapes."""
         scope, depth = self.scope, self.pool_router.mtp_depth
@@ -68,9 +65,7 @@ class PoolMoELayer(MoELayer):
             self.scope = scope
             if depth:
                 self.pool_router.set_layer_number(depth)
-            return super(PoolMoELayer, self).forward(
-                hidden_states, intermediate_tensors, padding_mask
-            )
+            return super(PoolMoELayer, self).forward(hidden_states, intermediate_tensors, padding_mask)
 
         if not (self.recomputes_itself and self.training):
             return run(hidden_states)
@@ -80,9 +75,7 @@ class PoolMoELayer(MoELayer):
             return te_checkpoint(run, False, rng_tracker, self.tp_group, hidden_states)
         return tensor_parallel.checkpoint(run, False, hidden_states)
 
-    def route(
-        self, hidden_states: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As MoELayer.route, with the scope that was left for this call: the one place where a router gets it.
 
         Megatron's schedule that overlaps expert-parallel communication calls this, and not `forward`.
@@ -122,18 +115,11 @@ class PoolTransformerLayer(TransformerLayer):
         if documents is None:
             return None
         return documents.scope_for(
-            number,
-            hidden_shape=shape,
-            shard=shard,
-            pool=pool,
-            num_recomputed=self.num_recomputed,
+            number, hidden_shape=shape, shard=shard, pool=pool, num_recomputed=self.num_recomputed
         )
 
     def _maybe_unflatten_for_moe(
-        self,
-        hidden_states: Tensor,
-        padding_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
+        self, hidden_states: Tensor, padding_mask: Tensor | None, packed_seq_params: PackedSeqParams | None
     ) -> tuple[Tensor, Tensor | None, None]:
         """Keep the flat packed order, which the document ids are in."""
         return hidden_states, padding_mask, None

@@ -56,16 +56,8 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
         ),
         (stored.get("num_experts"), "experts", "--expert-parallel", expert),
         (layers if is_even else None, "layers", "--pipeline-parallel", pipeline),
-        (
-            processes,
-            "processes",
-            *("--tensor-parallel times --pipeline-parallel,", tensor * pipeline * context),
-        ),
-        (
-            processes // pipeline,
-            "processes of a pipeline stage",
-            *("--expert-parallel", expert * expert_tensor),
-        ),
+        (processes, "processes", *("--tensor-parallel times --pipeline-parallel,", tensor * pipeline * context)),
+        (processes // pipeline, "processes of a pipeline stage", *("--expert-parallel", expert * expert_tensor)),
     )
     problems = [
         f"{size} {what} do not divide by {option} {parts}"
@@ -84,9 +76,7 @@ def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
     """
     ranks = args.tensor_model_parallel_size
     if seq_length * rows % ranks:
-        raise ValueError(
-            f"--seq-length {seq_length} times --rows {rows} does not divide by --tensor-parallel {ranks}"
-        )
+        raise ValueError(f"--seq-length {seq_length} times --rows {rows} does not divide by --tensor-parallel {ranks}")
 
 
 def _sizes_in(argv: Sequence[str]) -> tuple[int, int, int, int, int]:

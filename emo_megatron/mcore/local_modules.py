@@ -43,9 +43,7 @@ class NormedLinear(ColumnParallelLinear):
     The norm's parameters are `layer_norm_weight` and, with LayerNorm, `layer_norm_bias`, as in Transformer Engine's.
     """
 
-    def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any
-    ) -> None:
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
         for name, parameter in TorchNorm(config, input_size).named_parameters():
             self.register_parameter(f"layer_norm_{name}", parameter)

@@ -116,9 +116,7 @@ def problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
     """
     if not args.mtp_num_layers:
         if getattr(args, "mtp_exact_loss", False):
-            return [
-                "--mtp-exact-loss must not be given without --mtp-num-layers: there is no such loss"
-            ]
+            return ["--mtp-exact-loss must not be given without --mtp-num-layers: there is no such loss"]
         return []
     problems = []
     if args.overlap_moe_expert_parallel_comm and is_packed:

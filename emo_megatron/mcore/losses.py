@@ -113,10 +113,7 @@ class RouterLosses:
         weighted = []
         if (coefficient := self.coefficient("global_aux_loss")) > 0.0:
             loss = balance.load_balancing_loss(
-                routed.score_sums_E,
-                fraction=counts.fraction,
-                population=counts.population,
-                top_k=self.router.topk,
+                routed.score_sums_E, fraction=counts.fraction, population=counts.population, top_k=self.router.topk
             )
             weighted.append((loss, coefficient))
             self._record_share("global_load_balancing_loss", loss, everyone)
@@ -133,9 +130,7 @@ class RouterLosses:
 
     def _share_of_own(self, routed: ops.Routing, own: TokenCounts) -> Tensor:
         """This rank's share of the `aux_loss` of its data-parallel rank."""
-        loss = balance.load_balancing_loss(
-            routed.score_sums_E, fraction=own, population=own, top_k=self.router.topk
-        )
+        loss = balance.load_balancing_loss(routed.score_sums_E, fraction=own, population=own, top_k=self.router.topk)
         self._record_share("load_balancing_loss", loss, self.router.tp_cp_group, is_mean=True)
         return loss
 
@@ -160,9 +155,7 @@ class RouterLosses:
                 balanced = choose_plainly()
             # what the losses count comes first, what the metrics do comes last, in one collective
             counts_X = torch.cat([balanced.counts_X[: num_experts + 1], counts_X])
-        is_reduced = (
-            self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
-        )
+        is_reduced = self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
         if is_reduced:
             counts_X = balance.reduce_counts(counts_X, group=router.tp_dp_cp_group)
         population = fraction = TokenCounts.of(counts_X, num_experts=num_experts)
@@ -177,23 +170,16 @@ class RouterLosses:
             choices_DE = balanced.document_choices_DE
             choices_DE = balance.reduce_counts(choices_DE, group=router.tp_cp_group)
             weights_DE = balance.document_weights(
-                choices_DE,
-                pool_sizes_D=None if pool_DE is None else pool_DE.sum(dim=-1),
-                population=population,
+                choices_DE, pool_sizes_D=None if pool_DE is None else pool_DE.sum(dim=-1), population=population
             )
         counts = LayerCounts(
-            fraction=fraction,
-            population=population,
-            own=self._own_counts(balanced, choices_DE),
-            weights_DE=weights_DE,
+            fraction=fraction, population=population, own=self._own_counts(balanced, choices_DE), weights_DE=weights_DE
         )
         if is_first and scope is not None:
             scope.counts[router.layer_number] = counts
         if is_first and (tracker := pool_metrics()) is not None:
             real_X = counts_X[-num_real:]
-            tracker.add_counts(
-                router.layer_number, real_X, groups=self._groups, is_reduced=is_reduced
-            )
+            tracker.add_counts(router.layer_number, real_X, groups=self._groups, is_reduced=is_reduced)
         return counts
 
     def _own_counts(self, balanced: ops.Routing, choices_DE: Tensor | None) -> TokenCounts | None:
@@ -214,27 +200,19 @@ class RouterLosses:
         own_X = balance.reduce_counts(own_X, group=self.router.tp_cp_group)
         return TokenCounts.of(own_X, num_experts=num_experts)
 
-    def _record(
-        self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None
-    ) -> None:
+    def _record(self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None) -> None:
         """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
         router = self.router
         tracker, scope = pool_metrics(), router.scope
         if tracker is None or scope is None or ids_T is None:
             return
-        used_DW = ops.experts_used(
-            routing_map_TE,
-            document_ids_T=ids_T,
-            num_documents=scope.segments.num_documents,
-        )
+        used_DW = ops.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=scope.segments.num_documents)
         is_split = router.tp_cp_group.size() > 1
         if is_split:
             tracker.hold_used(router.layer_number, used_DW, groups=self._groups)
         if scores_DE is not None or not is_split:
             pool_DE = None if scores_DE is None else scope.pools[router.layer_number]
-            statistics_S = ops.document_statistics(
-                scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW
-            )
+            statistics_S = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW)
             tracker.add_documents(router.layer_number, statistics_S, groups=self._groups)
         if scores_DE is not None:
             pool_DE = scope.pools[router.layer_number]
@@ -248,12 +226,7 @@ class RouterLosses:
         """
         config = self.router.config
         get_moe_metrics_tracker().record(
-            name,
-            share,
-            self.router.layer_number,
-            num_rows(config),
-            reduce_group=group,
-            needs_dp_avg=is_mean,
+            name, share, self.router.layer_number, num_rows(config), reduce_group=group, needs_dp_avg=is_mean
         )
 
     @property

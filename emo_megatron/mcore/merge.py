@@ -14,14 +14,7 @@ from typing import Literal
 from emo_megatron.mcore.assemble import Assembly, Policies
 from emo_megatron.mcore.facts import facts_of
 from emo_megatron.mcore.parts import SELECTION_FILE, Module, check_target, open_module, open_parent
-from emo_megatron.modules.compose import (
-    OWNER,
-    PARENT,
-    POLICIES,
-    REFUSE,
-    Rule,
-    compose_selections,
-)
+from emo_megatron.modules.compose import OWNER, PARENT, POLICIES, REFUSE, Rule, compose_selections
 from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.select import parse_keep
 from emo_megatron.modules.selection import Selection, load_selection
@@ -119,10 +112,7 @@ def compose(options: ComposeOptions) -> Path:
     if options.keep is not None:
         keep = parse_keep(options.keep, _facts(modules, stats=stats))
     composed = compose_selections(
-        selections,
-        keep=keep,
-        scores=[measured.mean_probability_LE for measured in stats],
-        rule=options.rule,
+        selections, keep=keep, scores=[measured.mean_probability_LE for measured in stats], rule=options.rule
     )
     if not modules:
         return composed.save(options.output)
@@ -152,9 +142,7 @@ def _facts(modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> M
 def _stats(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[ExpertStatistics]:
     """Statistics of the files, each of the model that its Selection is of."""
     if paths and len(paths) != len(selections):
-        raise ValueError(
-            f"--stats must name one file for each selection: {len(paths)} for {len(selections)}"
-        )
+        raise ValueError(f"--stats must name one file for each selection: {len(paths)} for {len(selections)}")
     found = [load_stats(path) for path in paths]
     for stats, selection in zip(found, selections, strict=False):
         facts = stats.model
@@ -164,9 +152,7 @@ def _stats(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[Ex
 
 def _open(paths: Sequence[Path], selections: Sequence[Path]) -> list[Module]:
     if selections and len(selections) != len(paths):
-        raise ValueError(
-            f"--selections must name one file for each module: {len(selections)} for {len(paths)}"
-        )
+        raise ValueError(f"--selections must name one file for each module: {len(selections)} for {len(paths)}")
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         # policies and the report name modules, so each needs a name of its own

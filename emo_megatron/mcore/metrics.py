@@ -62,9 +62,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
             the host counts. Megatron adds them always, and its mean over layers is then too small.
     """
 
-    def __init__(
-        self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool = True
-    ) -> None:
+    def __init__(self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool = True) -> None:
         super().__init__()
         self.names = names
         self.num_layers = num_layers
@@ -76,9 +74,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
         self._used: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._pooled: dict[int, Tensor] = {}
 
-    def add_counts(
-        self, layer_number: int, counts_X: Tensor, *, groups: Groups, is_reduced: bool
-    ) -> None:
+    def add_counts(self, layer_number: int, counts_X: Tensor, *, groups: Groups, is_reduced: bool) -> None:
         """Add a micro-batch's `Routing.counts_X`, [E + 4] int64, of this rank or, if reduced, of all ranks."""
         self._groups = groups
         _add(self._global_X if is_reduced else self._local_X, layer_number, counts_X)
@@ -88,9 +84,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
         self._groups = groups
         _add(self._documents, layer_number, statistics_S)
 
-    def add_pools(
-        self, layer_number: int, pool_DE: Tensor, scores_DE: Tensor, *, groups: Groups
-    ) -> None:
+    def add_pools(self, layer_number: int, pool_DE: Tensor, scores_DE: Tensor, *, groups: Groups) -> None:
         """Add a micro-batch's pools, and what their documents score, equal on the ranks of groups.tp_cp.
 
         Nothing happens where experts in no pool are not reported.
@@ -150,9 +144,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
         found = self._token_ratios() | self._document_ratios() | self._unpooled()
         for name in self.names:
             layers, ratios_L = found.get(name, ([], None))
-            self.ensure_initialized(
-                name, self.num_layers, None if ratios_L is None else ratios_L.device
-            )
+            self.ensure_initialized(name, self.num_layers, None if ratios_L is None else ratios_L.device)
             self._metrics[name].needs_dp_avg = False
             if ratios_L is not None:
                 # the parent multiplies by loss_scale, to average over micro-batches
@@ -220,8 +212,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
         dist.all_gather(parts, mine_RW, group=groups.tp_cp)
         joined = functools.reduce(torch.bitwise_or, parts).split([len(w) for w in words.values()])
         return {
-            layer: ops.document_statistics(None, used_DW=used_DW)
-            for layer, used_DW in zip(words, joined, strict=True)
+            layer: ops.document_statistics(None, used_DW=used_DW) for layer, used_DW in zip(words, joined, strict=True)
         }
 
     def _warn_of_nonfinite(self, layers: list[int], nonfinite_L: Tensor) -> None:
@@ -277,9 +268,7 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
     is_last_sparse = last % frequency == 0 if isinstance(frequency, int) else bool(frequency[last])
     # of a hybrid model the host counts the whole pattern
     is_hybrid = getattr(config, "is_hybrid_model", False)
-    tracker = PoolMetricsTracker(
-        names, num_layers=num_rows(config), adds_mtp_layers=is_last_sparse and not is_hybrid
-    )
+    tracker = PoolMetricsTracker(names, num_layers=num_rows(config), adds_mtp_layers=is_last_sparse and not is_hybrid)
     set_moe_metrics_tracker(tracker)
 
 

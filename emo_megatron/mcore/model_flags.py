@@ -151,10 +151,7 @@ BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 """Values of --moe-router-load-balancing-type that are losses; the others choose other experts, in evaluation too."""
 KNOWN_SPECS = ("megatron.core", "emo_megatron.")
 """Where the layers of --spec may come from: other layers may compute anything."""
-OLDER_NAMES = {
-    "norm_epsilon": "layernorm_epsilon",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-}
+OLDER_NAMES = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 """What earlier versions of Megatron stored -> the name it has now."""
 
 
@@ -201,12 +198,7 @@ def model_flags(
 
 def flags_of_models(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The flags of Megatron's parser in the groups that describe models."""
-    return [
-        action
-        for group in parser._action_groups
-        if group.title in MODEL_GROUPS
-        for action in group._group_actions
-    ]
+    return [action for group in parser._action_groups if group.title in MODEL_GROUPS for action in group._group_actions]
 
 
 def megatron_parser() -> argparse.ArgumentParser:

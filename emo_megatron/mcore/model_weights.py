@@ -60,9 +60,7 @@ def check_weights(model: torch.nn.Module) -> None:
 def model_weights(model: torch.nn.Module) -> Iterator[ModelWeight]:
     """Parameters and stored buffers of this rank, in the model's order."""
     layers: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if re.fullmatch(r"decoder\.layers\.\d+", name)
+        name: module for name, module in model.named_modules() if re.fullmatch(r"decoder\.layers\.\d+", name)
     }
     for name, tensor in _stored(model):
         prefix = ".".join(name.split(".")[:3])
@@ -84,9 +82,7 @@ def model_weights(model: torch.nn.Module) -> Iterator[ModelWeight]:
         for ours, stored in getattr(submodules, "sharded_state_dict_keys_map", {}).items():
             if rest.startswith(ours):
                 rest = stored + rest.removeprefix(ours)
-        yield ModelWeight(
-            name=f"decoder.layers.{number - 1}.{rest}", layer=number, experts=experts, tensor=tensor
-        )
+        yield ModelWeight(name=f"decoder.layers.{number - 1}.{rest}", layer=number, experts=experts, tensor=tensor)
 
 
 def _own_experts(layer: Any) -> list[int]:

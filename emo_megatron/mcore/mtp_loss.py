@@ -16,11 +16,7 @@ from megatron.core.models.gpt import gpt_model
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import multi_token_prediction
-from megatron.core.transformer.multi_token_prediction import (
-    MTPLossAutoScaler,
-    MTPLossLoggingHelper,
-    roll_tensor,
-)
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper, roll_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -128,9 +124,7 @@ def _targets(
     return targets, torch.stack(counts)
 
 
-def _scale(
-    num_tokens: Tensor, config: TransformerConfig, cp_group: dist.ProcessGroup | None
-) -> Tensor | float:
+def _scale(num_tokens: Tensor, config: TransformerConfig, cp_group: dist.ProcessGroup | None) -> Tensor | float:
     """What a depth's summed loss is multiplied by.
 
     Args:
@@ -172,27 +166,18 @@ class _Log:
         dist.all_reduce(self._counts_K, group=self._group)
         self._head = head
 
-    def save(
-        self, depth_idx: int, loss: Tensor, logits: Tensor, labels: Tensor, loss_mask: Tensor
-    ) -> None:
+    def save(self, depth_idx: int, loss: Tensor, logits: Tensor, labels: Tensor, loss_mask: Tensor) -> None:
         """One depth's losses [b, s], so that the average of all ranks is the mean over the tokens of all."""
         share = self._group.size() / self._counts_K[depth_idx].clamp(min=1)
         saved = (loss.detach().sum() * share).float()
         num_layers = len(self._counts_K)
         if hasattr(MTPLossLoggingHelper, "save_loss_to_tracker"):
             # 0.18 logs no acceptance
-            MTPLossLoggingHelper.save_loss_to_tracker(
-                saved, depth_idx, num_layers, avg_group=self._group
-            )
+            MTPLossLoggingHelper.save_loss_to_tracker(saved, depth_idx, num_layers, avg_group=self._group)
             return
         head = self._head
         correct, total = _host._compute_mtp_acceptance_counts(
-            logits,
-            labels,
-            loss_mask,
-            head["output_layer"],
-            head["runtime_gather_output"],
-            head.get("tp_group"),
+            logits, labels, loss_mask, head["output_layer"], head["runtime_gather_output"], head.get("tp_group")
         )
         MTPLossLoggingHelper.save_metrics_to_tracker(
             saved, correct, total, depth_idx, num_layers, avg_group=self._group

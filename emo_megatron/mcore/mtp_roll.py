@@ -22,10 +22,7 @@ _HOST_PARAMETERS = ("tensor", "shifts", "dims", "packed_seq_params", "cp_group")
 
 def use_packed_roll() -> None:
     """Let Megatron roll packed documents with `roll_packed`; a version that calls its own otherwise is left alone."""
-    if (
-        _HOST_ROLL is not None
-        and tuple(inspect.signature(_HOST_ROLL).parameters) == _HOST_PARAMETERS
-    ):
+    if _HOST_ROLL is not None and tuple(inspect.signature(_HOST_ROLL).parameters) == _HOST_PARAMETERS:
         _host._roll_tensor_packed_seq = roll_packed
 
 
@@ -56,9 +53,7 @@ def roll_packed(
     mode = getattr(packed_seq_params, "cp_partition_mode", None)
     if shifts != -1 or dims not in (-1, tensor.dim() - 1) or mode not in (None, "zigzag"):
         assert _HOST_ROLL is not None
-        rolled: tuple[Tensor, Tensor] = _HOST_ROLL(
-            tensor, shifts, dims, packed_seq_params, cp_group
-        )
+        rolled: tuple[Tensor, Tensor] = _HOST_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)
         return rolled
     bounds = packed_seq_params.cu_seqlens_q.long()
     num_local = tensor.shape[-1]
@@ -105,7 +100,5 @@ def _first_of_next_piece(first_P: Tensor, cp_group: Any) -> Tensor:
     dist.all_gather_into_tensor(received, sent, group=cp_group)
     first_RP = received.view(first_P.dtype).view(size, *first_P.shape)
     behind_first_D = first_RP[rank + 1, ..., ::2] if rank < size - 1 else first_RP[rank, ..., 1::2]
-    behind_second_D = (
-        first_RP[rank - 1, ..., 1::2] if rank > 0 else torch.zeros_like(behind_first_D)
-    )
+    behind_second_D = first_RP[rank - 1, ..., 1::2] if rank > 0 else torch.zeros_like(behind_first_D)
     return torch.stack([behind_first_D, behind_second_D], dim=-1).flatten(-2)

@@ -54,23 +54,15 @@ class LayerObserver:
     def __init__(self, layer: PoolMoELayer, *, outputs: bool) -> None:
         router = layer.pool_router
         self.layer = layer
-        self.sums = LayerSums(
-            int(layer.config.num_moe_experts), outputs=outputs, device=router.weight.device
-        )
+        self.sums = LayerSums(int(layer.config.num_moe_experts), outputs=outputs, device=router.weight.device)
         # without sequence parallelism every tensor-parallel rank routes the same tokens
-        self._counts_here = (
-            bool(layer.config.sequence_parallel)
-            or parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        self._counts_here = bool(layer.config.sequence_parallel) or parallel_state.get_tensor_model_parallel_rank() == 0
         self._logits_TE: Tensor | None = None
         self._ids_T: Tensor | None = None
         self._routing_map_TE: Tensor | None = None
         self._norms_TE: Tensor | None = None
         router.observe_logits = self._scored
-        self._handles = [
-            layer.router.register_forward_hook(self._routed),
-            layer.register_forward_hook(self._finished),
-        ]
+        self._handles = [layer.router.register_forward_hook(self._routed), layer.register_forward_hook(self._finished)]
         if outputs:
             self._handles.append(layer.experts.register_forward_hook(self._computed))
 

@@ -13,19 +13,8 @@ from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.layout import check_rows
 from emo_megatron.mcore.loading import checkpoint_in, load_model
 from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
-from emo_megatron.mcore.run_tokenizer import (
-    TOKENIZER_FLAGS,
-    null_flags,
-    text_tokenizer,
-    tokenizer_args,
-)
-from emo_megatron.modules.calibration import (
-    NO_TOKENIZER,
-    Calibration,
-    Documents,
-    TextTokenizer,
-    read_documents,
-)
+from emo_megatron.mcore.run_tokenizer import TOKENIZER_FLAGS, null_flags, text_tokenizer, tokenizer_args
+from emo_megatron.modules.calibration import NO_TOKENIZER, Calibration, Documents, TextTokenizer, read_documents
 from emo_megatron.modules.document_files import is_text
 from emo_megatron.modules.files import mark_of, to_output, write_any_name
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
@@ -109,9 +98,7 @@ def open_study[T: ModelOptions](
     return Opened(options=options, model=model, args=loaded.args, tokenizer=tokenizer)
 
 
-def _tokenizer(
-    options: ModelOptions, stored: argparse.Namespace, *, texts: Sequence[Path]
-) -> TextTokenizer | None:
+def _tokenizer(options: ModelOptions, stored: argparse.Namespace, *, texts: Sequence[Path]) -> TextTokenizer | None:
     """What reads the texts, before the model is loaded; None if there are none.
 
     Raises:
@@ -119,9 +106,7 @@ def _tokenizer(
     """
     given = {word.partition("=")[0] for word in sys.argv[1:]} & set(TOKENIZER_FLAGS)
     if options.tokenizer is not None and given:
-        raise ValueError(
-            f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one"
-        )
+        raise ValueError(f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one")
     if not texts:
         return None
     args = tokenizer_args(stored, sys.argv[1:])

@@ -113,25 +113,15 @@ def cut_by_document(
         `keys` -> [1, num_tokens / cp_size], 0 on padding, or None.
     """
     held_T = local_token_indices(
-        num_tokens=num_tokens,
-        cp_rank=cp_rank,
-        cp_size=cp_size,
-        document_bounds=bounds,
-        device=bounds.device,
+        num_tokens=num_tokens, cp_rank=cp_rank, cp_size=cp_size, document_bounds=bounds, device=bounds.device
     )
     places_T = packed_places(held_T, cu_seqlens, bounds)
     is_padding_T, safe_T = places_T < 0, places_T.clamp(min=0)
-    cut = {
-        key: batch[key][0, safe_T].masked_fill(is_padding_T, 0)[None]
-        for key in keys
-        if batch.get(key) is not None
-    }
+    cut = {key: batch[key][0, safe_T].masked_fill(is_padding_T, 0)[None] for key in keys if batch.get(key) is not None}
     return batch | cut
 
 
-def packed_params(
-    packing: Packing, *, longest: int, bounds: Tensor | None = None
-) -> PackedSeqParams:
+def packed_params(packing: Packing, *, longest: int, bounds: Tensor | None = None) -> PackedSeqParams:
     """A micro-batch's documents in the form Megatron's layers take; routers take the packing, which rides on it.
 
     Args:
@@ -202,9 +192,7 @@ def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Ten
     """
     mode = getattr(packed, "cp_partition_mode", None)
     if mode not in (None, "zigzag"):
-        raise ValueError(
-            f"--cp-partition-mode must be zigzag, two pieces of each document per rank; got {mode!r}"
-        )
+        raise ValueError(f"--cp-partition-mode must be zigzag, two pieces of each document per rank; got {mode!r}")
     if mode is None and partition == "sample":
         return None
     padded = packed.cu_seqlens_q_padded

@@ -58,9 +58,7 @@ def open_parent(path: Path, selection: Selection | None) -> MegatronCheckpoint:
     if selection is not None:
         routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
         try:
-            selection.check_model(
-                router_fingerprint(routers), num_experts=args.num_experts, layers=parent.moe_layers
-            )
+            selection.check_model(router_fingerprint(routers), num_experts=args.num_experts, layers=parent.moe_layers)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return parent
@@ -80,9 +78,7 @@ def check_target(target: Selection, args: argparse.Namespace) -> None:
         )
 
 
-def check_fits(
-    module: Module, model: MegatronCheckpoint, *, num_experts: int, fingerprint: str
-) -> None:
+def check_fits(module: Module, model: MegatronCheckpoint, *, num_experts: int, fingerprint: str) -> None:
     """Refuse a module that was not cut from the same parent as this model.
 
     Args:

@@ -55,9 +55,7 @@ def placement_hook(args: argparse.Namespace) -> Callable[[list[Any]], list[Any]]
         if hasattr(args, row.field) and not row.allows(getattr(args, row.field))
     ]
     if problems:
-        raise ValueError(
-            "this run cannot place experts:\n" + "\n".join(f"  - {p}" for p in problems)
-        )
+        raise ValueError("this run cannot place experts:\n" + "\n".join(f"  - {p}" for p in problems))
     if not args.finetune and args.pretrained_checkpoint is None:
         raise ValueError(
             "--expert-placement needs weights of another run: --load with --finetune, or --pretrained-checkpoint. "
@@ -98,9 +96,7 @@ def place_when_loaded(
 class _Placing:
     """A layer that waits for the weights to place."""
 
-    def __init__(
-        self, layer: MoELayer, *, order: tuple[int, ...], source: MegatronCheckpoint | None
-    ) -> None:
+    def __init__(self, layer: MoELayer, *, order: tuple[int, ...], source: MegatronCheckpoint | None) -> None:
         self.order, self.source = order, source
         self.is_placed = False
         layer.register_load_state_dict_post_hook(self._loaded)

@@ -61,8 +61,7 @@ CONFIG_REFUSALS = (
         allowed=("fp32",),
         only_with_pools=True,
         kind="impossible",
-        reason="in lower precision experts tie at the edge of the pool and of the top-k; "
-        "add --moe-router-dtype fp32",
+        reason="in lower precision experts tie at the edge of the pool and of the top-k; add --moe-router-dtype fp32",
     ),
     Refusal(
         field="moe_router_score_function",
@@ -189,12 +188,7 @@ PLACEMENT_REFUSALS = (
 """Rows on the parsed flags for runs with --expert-placement."""
 
 SCRIPT_REFUSALS = (
-    Refusal(
-        field="fim_data",
-        allowed=(False,),
-        kind="untried",
-        reason="fill-in-the-middle has its own dataset",
-    ),
+    Refusal(field="fim_data", allowed=(False,), kind="untried", reason="fill-in-the-middle has its own dataset"),
     Refusal(
         field="logits_load_dir",
         allowed=(None,),
@@ -242,11 +236,7 @@ HOST_REFUSALS = (
         "(NVIDIA/Megatron-LM issue 6156); use examples/pretrain_emo.py",
     ),
     Refusal(
-        field="pipeline_model_parallel_size",
-        allowed=(1, 2),
-        only_with_pools=True,
-        kind="impossible",
-        reason=_STAGES,
+        field="pipeline_model_parallel_size", allowed=(1, 2), only_with_pools=True, kind="impossible", reason=_STAGES
     ),
     Refusal(
         field="virtual_pipeline_model_parallel_size",
@@ -276,12 +266,7 @@ HOST_REFUSALS = (
         row
         for row in SCRIPT_REFUSALS
         if row.field
-        in {
-            "fim_data",
-            "hybrid_context_parallel",
-            "heterogeneous_layers_config_path",
-            "reset_attention_mask",
-        }
+        in {"fim_data", "hybrid_context_parallel", "heterogeneous_layers_config_path", "reset_attention_mask"}
     ),
 )
 """Rows on the parsed flags of Megatron's own scripts: what these cannot do, and what would not be the pools' there."""
@@ -291,9 +276,7 @@ def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[st
     """What a model of this configuration cannot do with the pool layers, one sentence each."""
     if not config.num_moe_experts:
         return ["--num-experts must be given: the pool layers are mixture-of-experts layers"]
-    problems = pool.problems_with_model(
-        num_experts=config.num_moe_experts, top_k=config.moe_router_topk
-    )
+    problems = pool.problems_with_model(num_experts=config.num_moe_experts, top_k=config.moe_router_topk)
     rows = CONFIG_REFUSALS + (DEDUP_REFUSALS if pool.pool_dispatcher == "dedup" else ())
     return problems + problems_with_routing(pool, config) + problems_of(rows, config, pool)
 

@@ -65,9 +65,7 @@ def relabel(options: RelabelOptions) -> Path:
         )
         for name, info in parent.names.items()
     }
-    return write_checkpoint(
-        options.output, weights, args=parent.args, notes={PLACEMENT_FILE: placement.save}
-    )
+    return write_checkpoint(options.output, weights, args=parent.args, notes={PLACEMENT_FILE: placement.save})
 
 
 def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:

@@ -62,9 +62,7 @@ def begin_run(router: Any, consumed_samples: int) -> None:
 def _is_rerun() -> bool:
     # the public getter makes a machine where there is none, and says so
     machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
-    return (
-        machine is not None and machine.state is rerun_state_machine.RerunState.RERUNNING_IN_PLACE
-    )
+    return machine is not None and machine.state is rerun_state_machine.RerunState.RERUNNING_IN_PLACE
 
 
 def follow_reruns(dispatcher: Any, router: Any) -> None:

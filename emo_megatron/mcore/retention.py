@@ -16,12 +16,7 @@ from emo_megatron.modules.retention_options import RetentionOptions
 
 def main() -> None:
     """Load the checkpoint and write the rows."""
-    opened = open_study(
-        RetentionOptions,
-        step="retention",
-        texts=("data", "held_out"),
-        check=check_output,
-    )
+    opened = open_study(RetentionOptions, step="retention", texts=("data", "held_out"), check=check_output)
     measure_retention(opened.options, model=opened.model, read=opened.documents)
 
 

@@ -205,9 +205,7 @@ class PoolRouter(TopKRouter):
             return not self.pool.is_on
         return not self.pool.is_on_after(self.scope.consumed_samples)
 
-    def _with_fused_choice(
-        self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None
-    ) -> ops.Routing:
+    def _with_fused_choice(self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None) -> ops.Routing:
         """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay.
 
         Raises:
@@ -232,15 +230,9 @@ class PoolRouter(TopKRouter):
         counts_X = torch.cat([counted_TE.sum(dim=0), routed.counts_X[map_TE.shape[1] :]])
         choices_DE = routed.document_choices_DE
         if ids_T is not None and len(choices_DE):
-            choices_DE = torch.zeros_like(choices_DE).index_add_(
-                0, ids_T.clamp(min=0), counted_TE.to(choices_DE.dtype)
-            )
+            choices_DE = torch.zeros_like(choices_DE).index_add_(0, ids_T.clamp(min=0), counted_TE.to(choices_DE.dtype))
         return dataclasses.replace(
-            routed,
-            probs_TE=probs_TE,
-            routing_map_TE=map_TE,
-            counts_X=counts_X,
-            document_choices_DE=choices_DE,
+            routed, probs_TE=probs_TE, routing_map_TE=map_TE, counts_X=counts_X, document_choices_DE=choices_DE
         )
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
@@ -272,9 +264,7 @@ class PoolRouter(TopKRouter):
             lowest = torch.iinfo(torch.int64).min
             choosing_DE = choosing_DE.masked_fill(~self.allowed_experts, lowest)
         choosing_DE, sizes_D = self._within_groups(choosing_DE, self._pool_sizes(scores_DE, scope))
-        pool_DE = ops.select_pool(
-            choosing_DE, pool_sizes_D=sizes_D, num_forced=self.pool.pool_forced, backend=backend
-        )
+        pool_DE = ops.select_pool(choosing_DE, pool_sizes_D=sizes_D, num_forced=self.pool.pool_forced, backend=backend)
         scope.pools[self.layer_number] = pool_DE
         return pool_DE, scores_DE
 
@@ -286,15 +276,9 @@ class PoolRouter(TopKRouter):
         Both are [D, E] int64 in units of 2**-27; they differ by the expert bias, alike on all ranks in a step.
         """
         is_biased = self.pool.pool_score == "gate_with_bias"
-        documents: dict[str, Any] = {
-            "document_ids_T": ids_T,
-            "num_documents": scope.segments.num_documents,
-        }
+        documents: dict[str, Any] = {"document_ids_T": ids_T, "num_documents": scope.segments.num_documents}
         scores_DE = ops.document_scores(
-            logits_TE,
-            **documents,
-            score_function=self.score_function if is_biased else "softmax",
-            backend=backend,
+            logits_TE, **documents, score_function=self.score_function if is_biased else "softmax", backend=backend
         )
         sums_DX = scores_DE
         if is_biased:
@@ -325,9 +309,7 @@ class PoolRouter(TopKRouter):
         num_experts = scores_DE.shape[1]
         if not self.training and self.pool.pool_eval is not None:
             return torch.full_like(scope.sample_positions_D, self.pool.pool_eval)
-        low, high = self.pool.size_bounds(
-            num_experts=self.most_in_pool, consumed_samples=scope.consumed_samples
-        )
+        low, high = self.pool.size_bounds(num_experts=self.most_in_pool, consumed_samples=scope.consumed_samples)
         if self.pool.pool_rule == "top_p":
             assert self.pool.pool_top_p is not None
             return ops.top_p_pool_sizes(scores_DE, top_p=self.pool.pool_top_p, low=low, high=high)

@@ -30,13 +30,7 @@ class RouterDocuments(Packing):
     """(layer number, whether in backward) -> how often the layer has asked."""
 
     def scope_for(
-        self,
-        layer_number: int,
-        *,
-        hidden_shape: torch.Size,
-        shard: Shard,
-        pool: PoolConfig,
-        num_recomputed: int = 1,
+        self, layer_number: int, *, hidden_shape: torch.Size, shard: Shard, pool: PoolConfig, num_recomputed: int = 1
     ) -> PoolScope:
         """The scope of this micro-batch, for a layer that starts its forward pass or repeats it in backward.
 

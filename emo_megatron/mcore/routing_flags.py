@@ -12,9 +12,7 @@ from emo_megatron.config import PoolConfig
 GATES = ("sigmoid", "sqrtsoftplus")
 
 
-def problems_with_routing(
-    pool: PoolConfig, values: Any, *, only_asserted: bool = False
-) -> list[str]:
+def problems_with_routing(pool: PoolConfig, values: Any, *, only_asserted: bool = False) -> list[str]:
     """What does not go together, one sentence each.
 
     Args:
@@ -26,24 +24,15 @@ def problems_with_routing(
     # flags that another host's parser does not have are passed over
     if not num_experts or not hasattr(values, "moe_router_load_balancing_type"):
         return []
-    asserted = [
-        *_problems_with_balance(pool, values),
-        *_problems_with_groups(pool, values, num_experts),
-    ]
+    asserted = [*_problems_with_balance(pool, values), *_problems_with_groups(pool, values, num_experts)]
     if only_asserted:
         return asserted
-    return [
-        *asserted,
-        *_problems_with_bias(pool, values),
-        *_problems_with_latents(values),
-    ]
+    return [*asserted, *_problems_with_bias(pool, values), *_problems_with_latents(values)]
 
 
 def _num_experts(values: Any) -> int | None:
     """Routed experts, by either name."""
-    found: int | None = getattr(values, "num_moe_experts", None) or getattr(
-        values, "num_experts", None
-    )
+    found: int | None = getattr(values, "num_moe_experts", None) or getattr(values, "num_experts", None)
     return found
 
 
@@ -72,11 +61,7 @@ def _problems_with_balance(pool: PoolConfig, values: Any) -> Iterator[str]:
 
 
 def _problems_with_groups(pool: PoolConfig, values: Any, num_experts: int) -> Iterator[str]:
-    groups, limit, top_k = (
-        values.moe_router_num_groups,
-        values.moe_router_group_topk,
-        values.moe_router_topk,
-    )
+    groups, limit, top_k = (values.moe_router_num_groups, values.moe_router_group_topk, values.moe_router_topk)
     has_groups = bool(groups and limit)
     if pool.pool_group_scope == "document" and not (has_groups and limit < groups):
         yield (

@@ -23,9 +23,7 @@ _FILES = {
 """Files of Megatron's kinds; of the others, their model."""
 
 
-def hugging_face_tokenizer(
-    args: argparse.Namespace, *, named: Path | None, vocab_size: int
-) -> Tokenizer | None:
+def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> Tokenizer | None:
     """The Hugging Face tokenizer that was named, or that the run had; None if it had no such one.
 
     Args:
@@ -57,9 +55,7 @@ def hugging_face_tokenizer(
     return tokenizer
 
 
-def text_tokenizer(
-    args: argparse.Namespace, *, named: Path | None, vocab_size: int
-) -> TextTokenizer | None:
+def text_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> TextTokenizer | None:
     """What reads text for a run's model: as `hugging_face_tokenizer`, or Megatron's own; None for a run on token ids.
 
     Raises:

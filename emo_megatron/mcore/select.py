@@ -19,10 +19,7 @@ from emo_megatron.modules.options import SelectOptions
 def main() -> None:
     """Load the checkpoint and write the Selection file."""
     opened = open_study(
-        SelectOptions,
-        step="select",
-        texts=("data", "held_out"),
-        check=lambda options: must_not_exist(options.output),
+        SelectOptions, step="select", texts=("data", "held_out"), check=lambda options: must_not_exist(options.output)
     )
     options = opened.options
     documents = held_out = None

@@ -82,8 +82,7 @@ def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
         check_weight(f"{ROUTER}{name}", tensor, layer=number, experts=range(len(tensor)))
     # a bias of the experts is stored beside the weight, and chooses as much
     is_same = "weight" in wanted and all(
-        name in found and torch.equal(found[name], tensor.to(found[name].dtype))
-        for name, tensor in wanted.items()
+        name in found and torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in wanted.items()
     )
     if not is_same:
         raise ValueError(

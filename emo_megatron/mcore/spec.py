@@ -34,10 +34,7 @@ from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_tor
 
 
 def with_pools[
-    Spec: ModuleSpec
-    | TransformerBlockSubmodules
-    | MultiTokenPredictionBlockSubmodules
-    | Callable[..., Any]
+    Spec: ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules | Callable[..., Any]
 ](spec: Spec, *, config: TransformerConfig, pool: PoolConfig) -> Spec:
     """A model's spec with document pools in every MoE layer; what else it holds stays.
 
@@ -120,9 +117,7 @@ def pool_block_spec(
         )
     _check(config, pool)
     if config.experimental_attention_variant is not None:
-        block = get_transformer_block_with_experimental_attention_variant_spec(
-            config, vp_stage=vp_stage
-        )
+        block = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
     else:
         block = get_gpt_decoder_block_spec(
             config,
@@ -149,9 +144,7 @@ def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSp
     return with_pools(stack, config=config, pool=pool)
 
 
-def _pool_layer(
-    layer: ModuleSpec, config: TransformerConfig, pool: PoolConfig
-) -> tuple[ModuleSpec, bool]:
+def _pool_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConfig) -> tuple[ModuleSpec, bool]:
     layer, has_pools = pool_layer(layer, pool=pool)
     if config.transformer_impl == "local":
         layer = document_layer(layer, config=config, pool=pool)
@@ -172,9 +165,7 @@ def _pool_block(
     return with_torch_norms(block) if config.transformer_impl == "local" else block
 
 
-def _pool_stack(
-    stack: HybridStackSubmodules, config: TransformerConfig, pool: PoolConfig
-) -> HybridStackSubmodules:
+def _pool_stack(stack: HybridStackSubmodules, config: TransformerConfig, pool: PoolConfig) -> HybridStackSubmodules:
     """The stack with pools in its MoE layer, the one kind of layer that has experts."""
     _require_pools(isinstance(stack.moe_layer, ModuleSpec), [stack.moe_layer])
     moe_layer, has_pools = pool_layer(stack.moe_layer, pool=pool)
@@ -239,10 +230,7 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
             stacklevel=2,
         )
     if problems:
-        raise ValueError(
-            "this model cannot be built with pool layers:\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
+        raise ValueError("this model cannot be built with pool layers:\n" + "\n".join(f"  - {p}" for p in problems))
     if uses_te and not HAVE_TE:
         raise ImportError(
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; "
@@ -287,12 +275,7 @@ def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> Transform
 class _StackOfScript:
     """Builds the stack of pool_hybrid_spec, when the model is built."""
 
-    def __new__(
-        cls,
-        config: TransformerConfig,
-        submodules: HybridStackSubmodules | None = None,
-        **options: Any,
-    ) -> Any:
+    def __new__(cls, config: TransformerConfig, submodules: HybridStackSubmodules | None = None, **options: Any) -> Any:
         stack = pool_hybrid_spec(config, pool=_prepare_script(config))
         # HybridModel looks there for its block of multi-token prediction, once this stack is built
         pool_hybrid_layer_spec.submodules = stack.submodules

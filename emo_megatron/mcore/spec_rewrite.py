@@ -59,9 +59,7 @@ def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolCo
     submodules = with_torch_norms(layer.submodules)
     attention = submodules.self_attention
     if isinstance(attention, ModuleSpec):
-        submodules = dataclasses.replace(
-            submodules, self_attention=_document_attention(attention, config, pool)
-        )
+        submodules = dataclasses.replace(submodules, self_attention=_document_attention(attention, config, pool))
     if config.add_bias_linear:
         submodules = dataclasses.replace(submodules, mlp=_with_addable_outputs(submodules.mlp))
     return dataclasses.replace(layer, submodules=submodules)
@@ -77,9 +75,7 @@ def with_torch_norms[Submodules](submodules: Submodules) -> Submodules:
     return dataclasses.replace(submodules, **dict.fromkeys(norms, TorchNorm))  # type: ignore[type-var]
 
 
-def _document_attention(
-    attention: ModuleSpec, config: TransformerConfig, pool: PoolConfig
-) -> ModuleSpec:
+def _document_attention(attention: ModuleSpec, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
     submodules = attention.submodules
     if not dataclasses.is_dataclass(submodules):
         return attention

@@ -15,12 +15,7 @@ from emo_megatron.modules.study import collect_stats, stats_in
 
 def main() -> None:
     """Load the checkpoint and write the statistics file."""
-    opened = open_study(
-        StatsOptions,
-        step="stats",
-        texts=("data",),
-        check=lambda options: stats_in(options.output),
-    )
+    opened = open_study(StatsOptions, step="stats", texts=("data",), check=lambda options: stats_in(options.output))
     options = opened.options
     collect_stats(
         opened.model,

@@ -54,9 +54,7 @@ class MegatronStudy:
         megatron: str = "",
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
-            raise NotImplementedError(
-                "experts are studied without context parallelism; drop --context-parallel-size"
-            )
+            raise NotImplementedError("experts are studied without context parallelism; drop --context-parallel-size")
         check_weights(model)
         self.facts = facts
         self._model: Any = model.eval()
@@ -64,9 +62,7 @@ class MegatronStudy:
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         parameter = next(model.parameters())
         self._device = parameter.device
-        self.setting = Setting(
-            weights=weights, seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron
-        )
+        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron)
 
     @property
     def is_writer(self) -> bool:
@@ -123,9 +119,7 @@ class MegatronStudy:
         check_nats(nats, self, documents, allowed_LE=allowed_LE)
         return Loss.mean(nats, num_tokens=num_tokens)
 
-    def document_nats(
-        self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None
-    ) -> Tensor:
+    def document_nats(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Tensor:
         """[D] float64 on the CPU: cross entropy of each document, summed over all its tokens but the first.
 
         Raises:
@@ -143,9 +137,7 @@ class MegatronStudy:
         return nats_D
 
     @torch.no_grad()
-    def _run(
-        self, documents: Sequence[Tensor], allowed_LE: Tensor | None
-    ) -> list[dict[str, Tensor]]:
+    def _run(self, documents: Sequence[Tensor], allowed_LE: Tensor | None) -> list[dict[str, Tensor]]:
         """Run documents through Megatron's schedule; on the last stage the losses of this rank's micro-batches."""
         rows = pack_rows(documents, seq_length=self._seq_length)
         num_batches = -(-sum(1 for _ in rows) // self._rows_of_all)
@@ -154,9 +146,7 @@ class MegatronStudy:
             allowed_LE = None
         for layer in self._layers:
             place = self.facts.layers.index(layer.layer_number)
-            layer.pool_router.allowed_experts = (
-                None if allowed_LE is None else allowed_LE[place].to(self._device)
-            )
+            layer.pool_router.allowed_experts = None if allowed_LE is None else allowed_LE[place].to(self._device)
         try:
             found = get_forward_backward_func()(
                 forward_step_func=_forward_step,
@@ -181,8 +171,7 @@ class MegatronStudy:
     def _batches(self, documents: Sequence[Tensor], num_batches: int) -> Iterator[_Batch]:
         """This data-parallel rank's micro-batches, made as they are asked for; padding where there is nothing left."""
         rows = itertools.chain(
-            pack_rows(documents, seq_length=self._seq_length),
-            itertools.repeat(empty_row(self._seq_length)),
+            pack_rows(documents, seq_length=self._seq_length), itertools.repeat(empty_row(self._seq_length))
         )
         first = parallel_state.get_data_parallel_rank() * self._rows_at_once
         for _ in range(num_batches):
@@ -248,13 +237,7 @@ def _batch(rows: list[Row], device: torch.device) -> _Batch:
 
 def _forward_step(batches: Iterator[_Batch], model: Any) -> tuple[Tensor, Any]:
     batch = next(batches)
-    output = model(
-        batch.tokens,
-        batch.positions,
-        None,
-        labels=batch.labels,
-        packed_seq_params=batch.packed,
-    )
+    output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
     return output, functools.partial(_loss, batch.is_predicted_T)
 
 

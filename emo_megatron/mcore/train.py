@@ -201,10 +201,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     print_rank_0("> building train, validation, and test datasets ...")
     dataset = PoolMockGPTDataset if args.mock_data else PoolGPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        PoolSFTDataset if args.sft else dataset,
-        num_samples,
-        is_built_here,
-        dataset_config(args),
+        PoolSFTDataset if args.sft else dataset, num_samples, is_built_here, dataset_config(args)
     )
     train, valid, test = builder.build()
     return train, valid, test
@@ -219,9 +216,7 @@ def dataset_config(args: Any) -> PoolDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
-        sequences_per_dataset = read_object(
-            Path(args.per_dataset_sequences_path), kind="sequences of each dataset"
-        )
+        sequences_per_dataset = read_object(Path(args.per_dataset_sequences_path), kind="sequences of each dataset")
     return PoolDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

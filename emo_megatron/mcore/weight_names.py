@@ -41,13 +41,7 @@ def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
     for stored_name, size in stored.items():
         match = _LAYER.fullmatch(stored_name)
         if match is None:
-            whole = Piece(
-                stored=stored_name,
-                lead=(),
-                offset=(0,) * len(size),
-                shape=size,
-                extra=0,
-            )
+            whole = Piece(stored=stored_name, lead=(), offset=(0,) * len(size), shape=size, extra=0)
             found[stored_name] = [whole]
             continue
         is_stacked = match["layer"] is None
@@ -63,11 +57,7 @@ def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
             offset[axis] = shape[axis] if half["half"] == "v" else 0
         for layer in range(size[0]) if is_stacked else [int(match["layer"])]:
             piece = Piece(
-                stored=stored_name,
-                lead=(layer,) if is_stacked else (),
-                offset=tuple(offset),
-                shape=shape,
-                extra=extra,
+                stored=stored_name, lead=(layer,) if is_stacked else (), offset=tuple(offset), shape=shape, extra=extra
             )
             found.setdefault(f"decoder.layers.{layer}.{rest}", []).append(piece)
     return found

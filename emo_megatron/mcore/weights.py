@@ -24,11 +24,7 @@ from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -107,10 +103,7 @@ class MegatronCheckpoint:
         Raises:
             ValueError: its file is damaged, or holds what this Megatron does not have.
         """
-        with (
-            damage_of([self._common_file], folder=self.path, is_unpickled=True),
-            warnings.catch_warnings(),
-        ):
+        with damage_of([self._common_file], folder=self.path, is_unpickled=True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")
             return dict(load_common_state_dict(str(self.path)))
 
@@ -135,9 +128,7 @@ class MegatronCheckpoint:
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Numbers of the layers with a router, from 1."""
-        found = (
-            re.fullmatch(r"decoder\.layers\.(\d+)\.mlp\.router\.weight", n) for n in self.names
-        )
+        found = (re.fullmatch(r"decoder\.layers\.(\d+)\.mlp\.router\.weight", n) for n in self.names)
         return tuple(sorted(int(match[1]) + 1 for match in found if match))
 
     def layer_view(self, number: int) -> LayerView:
@@ -191,8 +182,7 @@ class MegatronCheckpoint:
         for piece in self._pieces[name]:
             low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
             high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(offset, result.shape, piece.offset, piece.shape, strict=True)
+                min(a + n, b + m) for a, n, b, m in zip(offset, result.shape, piece.offset, piece.shape, strict=True)
             ]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue

@@ -22,17 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
@@ -149,9 +140,7 @@ class _Bytes(io.BytesIO):
 class _Writer(DefaultSavePlanner):
     """Plans a chunk for every expert and one for every other weight, and makes each when it is its turn."""
 
-    def __init__(
-        self, weights: Mapping[str, Tensor | LazyWeight], *, common: dict[str, Any]
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Tensor | LazyWeight], *, common: dict[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights = weights
         self._objects: dict[str, Any] = {"common_state/shard_0_1": common}
@@ -160,10 +149,7 @@ class _Writer(DefaultSavePlanner):
         self._bar: Any = None
 
     def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO)
-            for name in self._objects
-        ]
+        items = [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in self._objects]
         for name, weight in self._weights.items():
             items += _chunks(name, weight)
         self._bar = tqdm(total=len(items), desc="writing", disable=None, leave=False)

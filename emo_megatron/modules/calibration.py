@@ -117,12 +117,7 @@ def load_documents(
             break
     if not chosen:
         raise ValueError(f"{path} holds no document")
-    source = {
-        "file": path.name,
-        "sha256": _digest(chosen),
-        "documents": len(chosen),
-        "tokens": num_tokens,
-    }
+    source = {"file": path.name, "sha256": _digest(chosen), "documents": len(chosen), "tokens": num_tokens}
     return Documents(tokens=tuple(chosen), source=source | asdict(calibration))
 
 
@@ -220,9 +215,7 @@ def pack_rows(documents: Sequence[Tensor], *, seq_length: int) -> Iterator[Row]:
     for document in documents:
         # a cut document predicts across the cut, and its last token predicts nothing
         labels = torch.cat([document[1:], torch.tensor([-1])])
-        for piece in zip(
-            torch.split(document, seq_length), torch.split(labels, seq_length), strict=True
-        ):
+        for piece in zip(torch.split(document, seq_length), torch.split(labels, seq_length), strict=True):
             if len(piece[0]) > room:
                 yield _row(pieces, seq_length)
                 pieces, room = [], seq_length

@@ -64,22 +64,13 @@ def select(
     if model is None:
         choose = _chooser(options, facts, stats=stats)
         return _selected(options, facts, choose=choose, keep=keep, calibration=calibration)
-    question = _question(
-        options, model, keep=keep, stats=stats, calibration=calibration, held_out=held_out
-    )
+    question = _question(options, model, keep=keep, stats=stats, calibration=calibration, held_out=held_out)
     with Progress(options.output, model=model, question=question) as progress:
         if stats is None and options.method not in (LAYERWISE, RANDOM):
             assert documents is not None
             outputs = options.method in NEEDS_OUTPUTS
             stats = collect_stats(model, documents, output=progress.statistics, outputs=outputs)
-        choose = _chooser(
-            options,
-            facts,
-            stats=stats,
-            model=model,
-            documents=documents,
-            remember=progress.remember,
-        )
+        choose = _chooser(options, facts, stats=stats, model=model, documents=documents, remember=progress.remember)
         return _selected(
             options,
             facts,
@@ -144,11 +135,7 @@ def _keep(options: SelectOptions, facts: ModelFacts) -> int | None:
 
 
 def _calibration(
-    options: SelectOptions,
-    *,
-    stats: ExpertStatistics | None,
-    documents: Documents | None,
-    held_out: Documents | None,
+    options: SelectOptions, *, stats: ExpertStatistics | None, documents: Documents | None, held_out: Documents | None
 ) -> list[dict[str, Any]]:
     """Where the documents that choose the experts came from.
 
@@ -160,9 +147,7 @@ def _calibration(
         return []
     found = [documents.source] if documents else [*stats.data] if stats else []
     if held_out and held_out.source["sha256"] in [entry.get("sha256") for entry in found]:
-        raise ValueError(
-            f"--held-out {options.held_out} holds the documents that choose the experts: give others"
-        )
+        raise ValueError(f"--held-out {options.held_out} holds the documents that choose the experts: give others")
     return found
 
 
@@ -195,9 +180,7 @@ def _facts(stats: ExpertStatistics | None, model: StudiedModel | None) -> ModelF
         assert model is not None
         return model.facts
     if model is not None and not stats.model.is_same(model.facts):
-        raise ValueError(
-            "--stats and --checkpoint are of different models: run stats on this checkpoint"
-        )
+        raise ValueError("--stats and --checkpoint are of different models: run stats on this checkpoint")
     return stats.model
 
 
@@ -217,10 +200,7 @@ def _chooser(
         return lambda keep: select_layerwise(model, documents, keep=keep, remember=remember)
     if options.method == RANDOM:
         return lambda keep: select_random(
-            num_layers=len(facts.layers),
-            num_experts=facts.num_experts,
-            keep=keep,
-            seed=options.seed,
+            num_layers=len(facts.layers), num_experts=facts.num_experts, keep=keep, seed=options.seed
         )
     assert stats is not None
     # now: that statistics lack what the method needs is said before a loss is measured

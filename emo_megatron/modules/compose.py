@@ -33,11 +33,7 @@ class Taken:
 
 
 def compose_selections(
-    selections: Sequence[Selection],
-    *,
-    keep: int | None = None,
-    scores: Sequence[Tensor] = (),
-    rule: Rule = "union",
+    selections: Sequence[Selection], *, keep: int | None = None, scores: Sequence[Tensor] = (), rule: Rule = "union"
 ) -> Selection:
     """The experts that several modules of one parent need together.
 
@@ -59,9 +55,7 @@ def compose_selections(
             raise ValueError("--rule score needs --keep: scores alone set no number of experts")
         keep = int(sizes_L.max())
     if not 1 <= keep <= first.num_experts:
-        raise ValueError(
-            f"--keep must lie in [1, {first.num_experts}], the parent's routed experts; got {keep}"
-        )
+        raise ValueError(f"--keep must lie in [1, {first.num_experts}], the parent's routed experts; got {keep}")
     total_LE = torch.zeros(union_LE.shape, dtype=torch.float64)
     if scores:
         total_LE = _added(scores, selections=selections)
@@ -81,10 +75,7 @@ def compose_selections(
         seed=None,
         model=first.model,
         data={
-            "of": [
-                {"method": s.method, "seed": s.seed, "kept": list(s.num_kept), "data": s.data}
-                for s in selections
-            ],
+            "of": [{"method": s.method, "seed": s.seed, "kept": list(s.num_kept), "data": s.data} for s in selections],
             "union": sizes_L.tolist(),
         },
     )
@@ -130,22 +121,16 @@ def _check_parents(selections: Sequence[Selection]) -> Selection:
         try:
             first.check_model(other.model, num_experts=other.num_experts, layers=other.layers)
         except ValueError as error:
-            raise ValueError(
-                f"selections 1 and {number} are of different parents: {error}"
-            ) from None
+            raise ValueError(f"selections 1 and {number} are of different parents: {error}") from None
     return first
 
 
 def _added(scores: Sequence[Tensor], *, selections: Sequence[Selection]) -> Tensor:
     if len(scores) != len(selections):
-        raise ValueError(
-            f"--stats must name one file for each selection: {len(scores)} for {len(selections)}"
-        )
+        raise ValueError(f"--stats must name one file for each selection: {len(scores)} for {len(selections)}")
     shape = (len(selections[0].layers), selections[0].num_experts)
     for score_LE in scores:
         if tuple(score_LE.shape) != shape:
-            raise ValueError(
-                f"scores must be [layers, experts] = {shape}; got {tuple(score_LE.shape)}"
-            )
+            raise ValueError(f"scores must be [layers, experts] = {shape}; got {tuple(score_LE.shape)}")
     parts = [s.double() / s.double().sum(dim=1, keepdim=True).clamp(min=1e-300) for s in scores]
     return torch.stack(parts).sum(dim=0)

@@ -46,9 +46,7 @@ def read_file(path: Path, *, read_indexed: ReadIndexed | None = None) -> Sequenc
         return _read_tokens(path)
     if is_indexed:
         if read_indexed is None:
-            raise ValueError(
-                f"{path} is an indexed dataset, which is read for Megatron models only"
-            )
+            raise ValueError(f"{path} is an indexed dataset, which is read for Megatron models only")
         return read_indexed(path)
     raise ValueError(
         f"{path} must be a .jsonl file of texts, a .safetensors file of tokens and cu_seqlens, or the "
@@ -113,13 +111,9 @@ def _integers(path: Path, name: str, stored: Tensor) -> Tensor:
         ValueError: they are no integers, or no single row of them.
     """
     # floats, complex numbers and bools have no such range
-    is_integer = not (
-        stored.is_floating_point() or stored.is_complex() or stored.dtype == torch.bool
-    )
+    is_integer = not (stored.is_floating_point() or stored.is_complex() or stored.dtype == torch.bool)
     if not is_integer or stored.dim() != 1:
-        raise ValueError(
-            f'{path}: "{name}" must be one row of integers; got {list(stored.shape)} {stored.dtype}'
-        )
+        raise ValueError(f'{path}: "{name}" must be one row of integers; got {list(stored.shape)} {stored.dtype}')
     return stored.long()
 
 

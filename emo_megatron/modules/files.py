@@ -200,9 +200,7 @@ def must_be_writable(path: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{path} cannot be written: {folder} is no folder; name another place")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"{path} cannot be written: this user may not write to {folder}; name another place"
-        )
+        raise ValueError(f"{path} cannot be written: this user may not write to {folder}; name another place")
 
 
 def partial_of(path: Path) -> Path:

@@ -33,9 +33,7 @@ def first_bad(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple((~tensor.isfinite()).nonzero()[0].tolist())
 
 
-def check_weight(
-    name: str, weight: Tensor, *, layer: int | None = None, experts: int | Sequence[int] = ()
-) -> None:
+def check_weight(name: str, weight: Tensor, *, layer: int | None = None, experts: int | Sequence[int] = ()) -> None:
     """Refuse a weight that is not finite.
 
     Args:
@@ -75,12 +73,7 @@ def check_named_weight(name: str, weight: Tensor, *, said: str | None = None) ->
     experts: int | Sequence[int] = int(expert) if expert is not None else ()
     if _ROUTER.fullmatch(name):
         experts = range(len(weight))
-    check_weight(
-        said or name,
-        weight,
-        layer=None if layer is None else int(layer) + 1,
-        experts=experts,
-    )
+    check_weight(said or name, weight, layer=None if layer is None else int(layer) + 1, experts=experts)
 
 
 def finite_number(value: object, *, what: str) -> float:

@@ -20,12 +20,7 @@ from emo_megatron.modules.study import collect_stats
 def run_stats(options: StatsOptions) -> None:
     """As the command stats, of a Hugging Face folder."""
     documents = _documents(options, options.checkpoint, options.data, options.calibration)
-    collect_stats(
-        _study(options, options.checkpoint),
-        documents,
-        output=options.output,
-        outputs=options.outputs,
-    )
+    collect_stats(_study(options, options.checkpoint), documents, output=options.output, outputs=options.outputs)
 
 
 def run_select(options: SelectOptions) -> None:
@@ -65,9 +60,7 @@ def _study(options: ModelOptions, folder: Path) -> HuggingFaceStudy:
     )
 
 
-def _documents(
-    options: ModelOptions, folder: Path, path: Path, calibration: Calibration
-) -> Documents:
+def _documents(options: ModelOptions, folder: Path, path: Path, calibration: Calibration) -> Documents:
     # tokens need no tokenizer, and a folder may have none
     tokenizer = Tokenizer(options.tokenizer or folder) if is_text(path) else None
     vocab_size = _vocab_size(folder / "config.json")

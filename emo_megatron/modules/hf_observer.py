@@ -30,14 +30,7 @@ class BlockObserver:
     """
 
     def __init__(
-        self,
-        block: Any,
-        *,
-        top_k: int,
-        renormalises: bool,
-        allowed_E: Tensor | None,
-        outputs: bool,
-        is_summing: bool,
+        self, block: Any, *, top_k: int, renormalises: bool, allowed_E: Tensor | None, outputs: bool, is_summing: bool
     ) -> None:
         weight = block.gate.weight
         self._block, self._top_k, self._renormalises = block, top_k, renormalises

@@ -48,9 +48,7 @@ def load_hugging_face(path: Path) -> Any:
         )
     with _as_stock(path, kind) as folder:
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype="auto", local_files_only=True
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is not whole: {one_line(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -102,9 +100,7 @@ class HuggingFaceStudy:
         ValueError: it has no layers of the known kind, or a weight that is not finite.
     """
 
-    def __init__(
-        self, model: Any, *, seq_length: int, rows_at_once: int, weights: str = ""
-    ) -> None:
+    def __init__(self, model: Any, *, seq_length: int, rows_at_once: int, weights: str = "") -> None:
         self._model = model.eval()
         self._blocks = _blocks(model)
         for name, weight in _stored_weights(model):
@@ -159,9 +155,7 @@ class HuggingFaceStudy:
         check_nats(total, self, documents, allowed_LE=allowed_LE)
         return Loss.mean(total, num_tokens=count)
 
-    def _observe(
-        self, allowed_LE: Tensor | None, *, outputs: bool, is_summing: bool
-    ) -> list[BlockObserver]:
+    def _observe(self, allowed_LE: Tensor | None, *, outputs: bool, is_summing: bool) -> list[BlockObserver]:
         return [
             BlockObserver(
                 block,
@@ -183,11 +177,7 @@ class HuggingFaceStudy:
 
     def _batches(self, documents: Sequence[Tensor]) -> Iterator[_Batch]:
         # a row for every piece of a document, because attention here knows no documents
-        rows = [
-            row
-            for document in documents
-            for row in pack_rows([document], seq_length=self._seq_length)
-        ]
+        rows = [row for document in documents for row in pack_rows([document], seq_length=self._seq_length)]
         for start in range(0, len(rows), self._rows_at_once):
             yield self._batch(rows[start : start + self._rows_at_once])
 

@@ -53,9 +53,7 @@ def read_object(path: Path, *, kind: str) -> dict[str, Any]:
     """As `read_json`, of a file that holds an object."""
     stored = read_json(path, kind=kind)
     if not isinstance(stored, dict):
-        raise ValueError(
-            f"{path} is not {kind}: it must hold an object; got {reprlib.repr(stored)}"
-        )
+        raise ValueError(f"{path} is not {kind}: it must hold an object; got {reprlib.repr(stored)}")
     return stored
 
 
@@ -88,9 +86,7 @@ def read_own(path: Path, *, kind: str, format: str, fields: Collection[str]) -> 
     return stored
 
 
-def checked(
-    value: object, kinds: Mapping[str, type], *, where: str, least: int | None = None
-) -> dict[str, Any]:
+def checked(value: object, kinds: Mapping[str, type], *, where: str, least: int | None = None) -> dict[str, Any]:
     """`value`, if it is an object with these fields, each of its type; it may have more.
 
     Args:
@@ -109,9 +105,7 @@ def checked(
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
     for name, kind in kinds.items():
         if not is_a(value[name], kind):
-            raise ValueError(
-                f"{where}: {name} must be {_WORDS[kind]}; got {reprlib.repr(value[name])}"
-            )
+            raise ValueError(f"{where}: {name} must be {_WORDS[kind]}; got {reprlib.repr(value[name])}")
         if kind is int and least is not None and value[name] < least:
             raise ValueError(f"{where}: {name} must be {least} or more; got {value[name]}")
     return value

@@ -60,10 +60,7 @@ class ModelOptions:
             ) from None
         ranks = self.tensor_parallel * self.pipeline_parallel
         # experts are spread over all ranks of a pipeline stage
-        if (
-            self.processes % ranks
-            or self.processes // self.pipeline_parallel % self.expert_parallel
-        ):
+        if self.processes % ranks or self.processes // self.pipeline_parallel % self.expert_parallel:
             raise ValueError(
                 f"--processes must be a multiple of --tensor-parallel times --pipeline-parallel, {ranks}, and its "
                 f"share of a stage of --expert-parallel, {self.expert_parallel}; got {self.processes}"
@@ -92,12 +89,7 @@ class DataOptions(ModelOptions):
     @property
     def calibration(self) -> Calibration:
         """Which documents."""
-        return Calibration(
-            num_examples=self.examples,
-            num_shots=self.shots,
-            num_tokens=self.tokens,
-            seed=self.seed,
-        )
+        return Calibration(num_examples=self.examples, num_shots=self.shots, num_tokens=self.tokens, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +128,7 @@ class SelectOptions(DataOptions):
     """Selection file to write; must not exist. Called again, an interrupted select goes on where it was."""
     stats: tuple[Path, ...] = ()
     """Files of `stats`; several count as one."""
-    method: Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"] = (
-        "mean_prob"
-    )
+    method: Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"] = "mean_prob"
     """mean_prob: mean router probability, the paper's. frequency: share of tokens. layerwise: mean_prob, each layer
     measured with the earlier ones already reduced. easy_ep, reap: by what experts put out."""
     keep: str | None = None
@@ -169,9 +159,7 @@ class SelectOptions(DataOptions):
         for name in ("budget_mb", "bytes_per_parameter"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be a finite number above 0; got {value}"
-                )
+                raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0; got {value}")
         if self.data is not None and not self.needs_data:
             raise ValueError(
                 f"--data would not be read: --method {self.method} needs none"

@@ -59,17 +59,13 @@ class Placement:
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_ranks"):
             if not is_a(getattr(self, name), int) or not 1 <= getattr(self, name) <= MOST_EXPERTS:
-                raise ValueError(
-                    f"{name} must be a number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name} must be a number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}")
         _check_ranks(self.num_experts, self.num_ranks)
         _check_bound(self.max_imbalance, name="max_imbalance")
         if not are_layers(self.layers):
             raise ValueError(f"layers must be ascending numbers from 1; got {self.layers}")
         if len(self.order) != len(self.layers):
-            raise ValueError(
-                f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}"
-            )
+            raise ValueError(f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}")
         for layer, order in zip(self.layers, self.order, strict=True):
             if not all(is_a(e, int) for e in order) or sorted(order) != [*range(self.num_experts)]:
                 raise ValueError(
@@ -84,9 +80,7 @@ class Placement:
             ValueError: saying what differs.
         """
         if fingerprint != self.model or tuple(layers) != self.layers:
-            raise ValueError(
-                "the placement is of another model, or of this one under other labels: its routers differ"
-            )
+            raise ValueError("the placement is of another model, or of this one under other labels: its routers differ")
 
     def save(self, path: Path) -> Path:
         """Write the file, whole or not at all; returns its path."""
@@ -111,9 +105,7 @@ def load_placement(path: Path) -> Placement:
     try:
         for order in stored["order"]:
             if not isinstance(order, list):
-                raise ValueError(
-                    f"order must have a list for each layer; got {reprlib.repr(order)}"
-                )
+                raise ValueError(f"order must have a list for each layer; got {reprlib.repr(order)}")
         stored["layers"] = tuple(stored["layers"])
         stored["order"] = tuple(map(tuple, stored["order"]))
         return Placement(**stored)
@@ -122,12 +114,7 @@ def load_placement(path: Path) -> Placement:
 
 
 def place(
-    stats: ExpertStatistics,
-    *,
-    num_ranks: int,
-    method: Method = "together",
-    max_imbalance: float = 1.1,
-    seed: int = 0,
+    stats: ExpertStatistics, *, num_ranks: int, method: Method = "together", max_imbalance: float = 1.1, seed: int = 0
 ) -> Placement:
     """Place the experts of every layer.
 
@@ -152,9 +139,7 @@ def place(
         rank_E = (
             pack_by_load(load_E, num_ranks=num_ranks)
             if method == "load"
-            else place_together(
-                together_EE, num_ranks=num_ranks, max_imbalance=max_imbalance, seed=seed
-            )
+            else place_together(together_EE, num_ranks=num_ranks, max_imbalance=max_imbalance, seed=seed)
         )
         orders.append(tuple(int(e) for e in np.argsort(rank_E, kind="stable")))
     return Placement(
@@ -181,9 +166,7 @@ def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
     return rank_E
 
 
-def place_together(
-    together_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int
-) -> Ranks:
+def place_together(together_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int) -> Ranks:
     """The best of some starts, each bettered by swaps.
 
     Args:
@@ -207,10 +190,7 @@ def place_together(
     rng = np.random.default_rng(seed)
     # loads may not allow the bound that was asked for; the most balanced start always keeps to its own
     for bound in (asked, min(map(fullest, starts))):
-        ends = [
-            _swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng)
-            for start in starts
-        ]
+        ends = [_swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng) for start in starts]
         if min(map(fullest, ends)) <= bound:
             break
 
@@ -233,13 +213,7 @@ def _grow(weight_EE: Weights, load_E: Weights, *, num_ranks: int) -> Ranks:
 
 
 def _swap(
-    start: Ranks,
-    weight_EE: Weights,
-    load_E: Weights,
-    *,
-    num_ranks: int,
-    bound: float,
-    rng: np.random.Generator,
+    start: Ranks, weight_EE: Weights, load_E: Weights, *, num_ranks: int, bound: float, rng: np.random.Generator
 ) -> Ranks:
     """Swap pairs of experts while more comes together, or while ranks above the bound get lighter; none gets there."""
     rank_E, experts = start.copy(), np.arange(len(start))

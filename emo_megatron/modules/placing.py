@@ -44,10 +44,6 @@ def place_files(options: PlaceOptions) -> Path:
     must_not_exist(options.output)
     stats = merge_stats([load_stats(path) for path in options.stats])
     placement = place(
-        stats,
-        num_ranks=options.ranks,
-        method=options.method,
-        max_imbalance=options.max_imbalance,
-        seed=options.seed,
+        stats, num_ranks=options.ranks, method=options.method, max_imbalance=options.max_imbalance, seed=options.seed
     )
     return placement.save(options.output)

@@ -18,9 +18,7 @@ FORMAT = "emo_megatron.selecting.1"
 class Remember(Protocol):
     """Gives what is known by a name, and finds out what is not."""
 
-    def __call__[T](
-        self, name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]
-    ) -> T:
+    def __call__[T](self, name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]) -> T:
         """What `find` gives, or gave when this name was asked for before: anything that JSON keeps as it is.
 
         Args:
@@ -67,10 +65,7 @@ class Progress:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if not self._model.is_writer:
             return
@@ -78,9 +73,7 @@ class Progress:
             for path in (self._path, *self._measured):
                 path.unlink(missing_ok=True)
 
-    def remember[T](
-        self, name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]
-    ) -> T:
+    def remember[T](self, name: str, find: Callable[[], T], *, is_right: Callable[[object], bool]) -> T:
         """See Remember."""
         if name in self._found and not is_right(self._found[name]):
             told = reprlib.repr(self._found[name])
@@ -115,9 +108,7 @@ class Progress:
     def _read(self) -> dict[str, Any]:
         kinds = {"question": dict, "found": dict}
         try:
-            stored = read_own(
-                self._path, kind="the progress of a select", format=FORMAT, fields=kinds
-            )
+            stored = read_own(self._path, kind="the progress of a select", format=FORMAT, fields=kinds)
             checked(stored, kinds, where=str(self._path))
         except ValueError as error:
             raise ValueError(f"{error}; remove it") from None

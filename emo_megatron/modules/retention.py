@@ -80,9 +80,7 @@ def conditions(
     """
 
     def own(method: str, num_kept: int) -> list[Condition]:
-        return [
-            Condition(domain=d, evaluated_on=d, num_kept=num_kept, method=method) for d in domains
-        ]
+        return [Condition(domain=d, evaluated_on=d, num_kept=num_kept, method=method) for d in domains]
 
     rows = own(FULL, num_experts)
     for num_kept in kept:
@@ -105,10 +103,7 @@ def conditions(
 
 
 def measure_retention(
-    options: RetentionOptions,
-    *,
-    model: StudiedModel,
-    read: Callable[[Path, Calibration], Documents],
+    options: RetentionOptions, *, model: StudiedModel, read: Callable[[Path, Calibration], Documents]
 ) -> Path:
     """Measure every row that the options ask for and the file of rows does not hold.
 
@@ -137,22 +132,13 @@ def measure_retention(
         crossed=[kept[size] for size in options.crossed],
         elsewhere=options.elsewhere,
     )
-    calibration = {
-        name: read(file.calibration, options.calibration) for name, file in files.items()
-    }
-    held_out = {
-        name: read(file.held_out, options.held_out_calibration) for name, file in files.items()
-    }
+    calibration = {name: read(file.calibration, options.calibration) for name, file in files.items()}
+    held_out = {name: read(file.held_out, options.held_out_calibration) for name, file in files.items()}
     modules = _Modules(options, model, calibration)
-    origins = {
-        row.key: _origin(row, options, model, calibration=calibration, held_out=held_out)
-        for row in rows
-    }
+    origins = {row.key: _origin(row, options, model, calibration=calibration, held_out=held_out) for row in rows}
     done = model.from_writer(lambda: _read_done(options.rows_file, origins))
     missing = [row for row in rows if row.key not in done]
-    for row in tqdm(
-        missing, desc="retention", unit="row", disable=None if model.is_writer else True
-    ):
+    for row in tqdm(missing, desc="retention", unit="row", disable=None if model.is_writer else True):
         loss = model.loss(held_out[row.evaluated_on].tokens, allowed_LE=modules.experts(row))
         done[row.key] = {
             "domain": row.domain,
@@ -190,12 +176,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class _Modules:
     """The experts of each module, chosen when they are asked for; statistics stay in files beside the rows."""
 
-    def __init__(
-        self,
-        options: RetentionOptions,
-        model: StudiedModel,
-        calibration: Mapping[str, Documents],
-    ) -> None:
+    def __init__(self, options: RetentionOptions, model: StudiedModel, calibration: Mapping[str, Documents]) -> None:
         self._options, self._model, self._calibration = options, model, calibration
         self._outputs = any(method in NEEDS_OUTPUTS for method in options.chosen_methods)
         self._stats: dict[str, ExpertStatistics] = {}
@@ -215,10 +196,7 @@ class _Modules:
         facts = self._model.facts
         if row.method == RANDOM:
             return select_random(
-                num_layers=len(facts.layers),
-                num_experts=facts.num_experts,
-                keep=row.num_kept,
-                seed=self._options.seed,
+                num_layers=len(facts.layers), num_experts=facts.num_experts, keep=row.num_kept, seed=self._options.seed
             )
         if row.method == LAYERWISE:
             return select_layerwise(self._model, self._calibration[row.domain], keep=row.num_kept)

@@ -33,9 +33,7 @@ class RetentionOptions(DataOptions):
     keep: tuple[str, ...] = ("50%", "25%", "12.5%")
     """Sizes to try, each as for `select`: experts a layer, the shared ones included, or a share of all; --keep without
     a size measures the whole model alone."""
-    methods: tuple[
-        Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"], ...
-    ] = ("mean_prob",)
+    methods: tuple[Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"], ...] = ("mean_prob",)
     """What chooses the experts, as for `select`. Random experts are always measured beside."""
     max_rise: str = "1%"
     """The cliff is the smallest size from all experts down that stays within: a share of the loss, or nats a token."""
@@ -64,14 +62,10 @@ class RetentionOptions(DataOptions):
             raise ValueError("--methods must name at least one method")
         unknown = set(self.methods) - set(METHODS)
         if unknown:
-            raise ValueError(
-                f"--methods must be of {', '.join(METHODS)}; got {', '.join(sorted(unknown))}"
-            )
+            raise ValueError(f"--methods must be of {', '.join(METHODS)}; got {', '.join(sorted(unknown))}")
         unmeasured = set(self.cross or ()) - set(self.keep)
         if unmeasured:
-            raise ValueError(
-                f"--cross must be sizes of --keep, written alike; got {', '.join(sorted(unmeasured))}"
-            )
+            raise ValueError(f"--cross must be sizes of --keep, written alike; got {', '.join(sorted(unmeasured))}")
         if self.data.absolute() == self.held_out.absolute():
             raise ValueError("--held-out must be documents that choose no experts: not --data")
 
@@ -115,9 +109,7 @@ def domain_files(data: Path, held_out: Path) -> dict[str, DomainFiles]:
         ValueError: a folder holds no documents, two files of one name, or other domains than the other folder.
     """
     if data.is_dir() != held_out.is_dir():
-        raise ValueError(
-            f"--data and --held-out must be two files or two folders; got {data} and {held_out}"
-        )
+        raise ValueError(f"--data and --held-out must be two files or two folders; got {data} and {held_out}")
     if not data.is_dir():
         return {data.stem: DomainFiles(calibration=data, held_out=held_out)}
     files, others = _in_folder(data), _in_folder(held_out)
@@ -126,9 +118,7 @@ def domain_files(data: Path, held_out: Path) -> dict[str, DomainFiles]:
             f"--data and --held-out must hold files of the same names; only one of {data} and {held_out} has "
             f"{', '.join(sorted(files.keys() ^ others.keys()))}"
         )
-    return {
-        name: DomainFiles(calibration=files[name], held_out=others[name]) for name in sorted(files)
-    }
+    return {name: DomainFiles(calibration=files[name], held_out=others[name]) for name in sorted(files)}
 
 
 def _in_folder(folder: Path) -> dict[str, Path]:

@@ -47,9 +47,7 @@ def size_of(text: str, *, total: int) -> int:
     try:
         return round(float(number) / 100 * total) if is_share else int(number)
     except (OverflowError, ValueError):
-        raise ValueError(
-            f"--keep must be a number like 16 or a share like 12.5%; got {text!r}"
-        ) from None
+        raise ValueError(f"--keep must be a number like 16 or a share like 12.5%; got {text!r}") from None
 
 
 def parse_keep(text: str, facts: ModelFacts) -> int:
@@ -128,9 +126,7 @@ def select_random(*, num_layers: int, num_experts: int, keep: int, seed: int) ->
     return select_top(torch.rand(num_layers, num_experts, generator=generator), keep=keep)
 
 
-def select_layerwise(
-    model: StudiedModel, documents: Documents, *, keep: int, remember: Remember = anew
-) -> Tensor:
+def select_layerwise(model: StudiedModel, documents: Documents, *, keep: int, remember: Remember = anew) -> Tensor:
     """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
 
     A pass over the documents for every layer, as the authors do.
@@ -159,10 +155,7 @@ def select_layerwise(
         return len(kept) == keep and kept == sorted({*kept} & {*range(facts.num_experts)})
 
     for place in tqdm(
-        range(len(facts.layers)),
-        desc="layer by layer",
-        unit="layer",
-        disable=None if model.is_writer else True,
+        range(len(facts.layers)), desc="layer by layer", unit="layer", disable=None if model.is_writer else True
     ):
         name = f"{keep} experts: layer {facts.layers[place]}"
         kept = remember(name, functools.partial(likeliest, place), is_right=is_choice)
@@ -190,9 +183,7 @@ def select_by_stats(stats: ExpertStatistics, *, method: str, keep: int) -> Tenso
     return select_top(SCORES[method](stats), keep=keep)
 
 
-def selection_of(
-    keep_mask_LE: Tensor, facts: ModelFacts, *, method: str, seed: int, data: dict[str, Any]
-) -> Selection:
+def selection_of(keep_mask_LE: Tensor, facts: ModelFacts, *, method: str, seed: int, data: dict[str, Any]) -> Selection:
     """The Selection of a choice; the seed is told of random choices only."""
     return Selection.from_mask(
         keep_mask_LE,
@@ -284,19 +275,13 @@ def smallest_within(
         while high - low > 1:
             keep = (low + high) // 2
             masks[keep] = choose(keep)
-            tried[keep] = remember(
-                f"{keep} experts: loss", functools.partial(nats, masks[keep]), is_right=_is_loss
-            )
+            tried[keep] = remember(f"{keep} experts: loss", functools.partial(nats, masks[keep]), is_right=_is_loss)
             if tried[keep] <= bound.highest(full):
                 high = keep
             else:
                 low = keep
             bar.update()
-    return Smallest(
-        keep_mask_LE=masks[high],
-        full_loss=full,
-        tried={keep: tried[keep] for keep in sorted(tried)},
-    )
+    return Smallest(keep_mask_LE=masks[high], full_loss=full, tried={keep: tried[keep] for keep in sorted(tried)})
 
 
 def _is_loss(nats: object) -> bool:

@@ -118,20 +118,15 @@ class Selection:
             ValueError: saying what differs.
         """
         if num_experts != self.num_experts:
-            difference = (
-                f"it has {num_experts} routed experts and the Selection is of {self.num_experts}"
-            )
+            difference = f"it has {num_experts} routed experts and the Selection is of {self.num_experts}"
         elif tuple(layers) != self.layers:
-            difference = (
-                f"its MoE layers are {_short(layers)} and the Selection's {_short(self.layers)}"
-            )
+            difference = f"its MoE layers are {_short(layers)} and the Selection's {_short(self.layers)}"
         elif fingerprint != self.model:
             difference = f"its routers have the fingerprint {fingerprint[:12]} and the Selection's {self.model[:12]}"
         else:
             return
         raise ValueError(
-            f"this Selection was made from another model: {difference}. "
-            "Run stats and select on this model."
+            f"this Selection was made from another model: {difference}. Run stats and select on this model."
         )
 
     def save(self, path: Path | str) -> Path:
@@ -178,22 +173,17 @@ def _problems(selection: Selection) -> list[str]:
     problems = []
     num_experts = selection.num_experts
     if not _is_int(num_experts) or not 1 <= num_experts <= MOST_EXPERTS:
-        return [
-            f"num_experts must be a positive number, {MOST_EXPERTS} at most; got {num_experts!r}"
-        ]
+        return [f"num_experts must be a positive number, {MOST_EXPERTS} at most; got {num_experts!r}"]
     layers = selection.layers
     if not layers or not are_layers(layers):
         problems.append(f"layers must be ascending numbers from 1; got {_short(layers)}")
     if len(selection.experts) != len(layers):
-        problems.append(
-            f"it lists {len(selection.experts)} layers of experts and {len(layers)} layer numbers"
-        )
+        problems.append(f"it lists {len(selection.experts)} layers of experts and {len(layers)} layer numbers")
     for layer, kept in zip(layers, selection.experts, strict=False):
         is_ascending = all(map(_is_int, kept)) and list(kept) == sorted(set(kept))
         if not kept or not is_ascending or kept[0] < 0 or kept[-1] >= num_experts:
             problems.append(
-                f"layer {layer} must keep at least one expert of 0 to {num_experts - 1}, ascending; "
-                f"got {_short(kept)}"
+                f"layer {layer} must keep at least one expert of 0 to {num_experts - 1}, ascending; got {_short(kept)}"
             )
             break
     for name in ("method", "model", "created_by"):

@@ -93,15 +93,11 @@ class ExpertStatistics:
             shape = (num_layers, num_experts, num_experts)[: 3 if name == "together_LEE" else 2]
             dtype = torch.int64 if name in ("count_LE", "together_LEE") else torch.float64
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be {list(shape)} {dtype}; got {list(tensor.shape)} {tensor.dtype}"
-                )
+                raise ValueError(f"{name} must be {list(shape)} {dtype}; got {list(tensor.shape)} {tensor.dtype}")
         self._check_finite()
         for name, tensor in self.tensors().items():
             if tensor.numel() and tensor.min() < 0:
-                raise ValueError(
-                    f"{name} must hold sums of what is never negative; got {tensor.min().item()}"
-                )
+                raise ValueError(f"{name} must hold sums of what is never negative; got {tensor.min().item()}")
 
     def _check_finite(self) -> None:
         """A layer's sums before the next layer's: what is not finite in one makes the later ones so."""
@@ -258,9 +254,7 @@ def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
     data = tuple(entry for part in parts for entry in part.data)
     marks = [entry["sha256"] for entry in data if "sha256" in entry]
     if len(set(marks)) < len(marks):
-        raise ValueError(
-            "two of the files in --stats are of the same documents, which would count twice"
-        )
+        raise ValueError("two of the files in --stats are of the same documents, which would count twice")
     return ExpertStatistics(
         model=first.model,
         num_documents=sum(part.num_documents for part in parts),

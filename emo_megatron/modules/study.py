@@ -167,9 +167,7 @@ def statistics_of(
         raise
 
 
-def check_nats(
-    nats: float, model: StudiedModel, documents: Sequence[Tensor], *, allowed_LE: Tensor | None
-) -> None:
+def check_nats(nats: float, model: StudiedModel, documents: Sequence[Tensor], *, allowed_LE: Tensor | None) -> None:
     """Refuse a sum of losses that is not finite. All ranks call alike.
 
     Args:
@@ -195,12 +193,7 @@ def check_nats(
 
 
 def collect_stats(
-    model: StudiedModel,
-    documents: Documents,
-    *,
-    output: Path,
-    outputs: bool,
-    documents_at_once: int = 256,
+    model: StudiedModel, documents: Documents, *, output: Path, outputs: bool, documents_at_once: int = 256
 ) -> ExpertStatistics:
     """Measure documents and write the statistics file.
 
@@ -224,8 +217,7 @@ def collect_stats(
         names = ("sha256", *asdict(model.setting))
         return (
             # files that were written before this was noted lack --megatron
-            [[entry.get(name, "") for name in names] for entry in stats.data]
-            == [[source[name] for name in names]]
+            [[entry.get(name, "") for name in names] for entry in stats.data] == [[source[name] for name in names]]
             and stats.model.is_same(model.facts)
             and ("norm_LE" in stats.tensors()) == outputs
         )

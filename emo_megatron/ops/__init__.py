@@ -55,10 +55,7 @@ def document_scores(
     """Sum each document's router probabilities or gates, exactly; see reference.document_scores."""
     ops = _implementation(backend, logits_TE, logits_TE.shape[-1], dtype=logits_TE.dtype)
     scores_DE: Tensor = ops.document_scores(
-        logits_TE,
-        document_ids_T=document_ids_T,
-        num_documents=num_documents,
-        score_function=score_function,
+        logits_TE, document_ids_T=document_ids_T, num_documents=num_documents, score_function=score_function
     )
     return scores_DE
 
@@ -89,9 +86,7 @@ def pool_topk(
     backend: Backend | None = None,
 ) -> Routing:
     """Route each token to the top-k experts of its document's pool; see reference.pool_topk."""
-    ops = _implementation(
-        backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k, num_groups or 0
-    )
+    ops = _implementation(backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k, num_groups or 0)
     routing: Routing = ops.pool_topk(
         logits_TE,
         document_ids_T=document_ids_T,
@@ -110,17 +105,11 @@ def pool_topk(
 
 
 def experts_used(
-    routing_map_TE: Tensor,
-    *,
-    document_ids_T: Tensor,
-    num_documents: int,
-    backend: Backend | None = None,
+    routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int, backend: Backend | None = None
 ) -> Tensor:
     """Experts that each document's tokens chose, [D, ceil(E / 32)] int32; see reference_documents.experts_used."""
     ops = _documents(_implementation(backend, routing_map_TE, routing_map_TE.shape[-1]))
-    used_DW: Tensor = ops.experts_used(
-        routing_map_TE, document_ids_T=document_ids_T, num_documents=num_documents
-    )
+    used_DW: Tensor = ops.experts_used(routing_map_TE, document_ids_T=document_ids_T, num_documents=num_documents)
     return used_DW
 
 
@@ -183,12 +172,7 @@ def draw_pool_sizes(
 
 
 def why_not_native(
-    device_type: str,
-    *,
-    num_experts: int = 1,
-    top_k: int = 1,
-    dtype: torch.dtype = torch.float32,
-    num_groups: int = 0,
+    device_type: str, *, num_experts: int = 1, top_k: int = 1, dtype: torch.dtype = torch.float32, num_groups: int = 0
 ) -> str:
     """Why the reference ops run for such tensors instead of the compiled ones; empty where the compiled ones run."""
     if _wanted() == "reference":
@@ -200,9 +184,7 @@ def why_not_native(
     if reason := native.why_no_kernels(device_type):
         return reason
     if num_experts > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
-        return (
-            f"the compiled ops take at most {native.MAX_EXPERTS} experts and top-{native.MAX_TOP_K}"
-        )
+        return f"the compiled ops take at most {native.MAX_EXPERTS} experts and top-{native.MAX_TOP_K}"
     if num_groups > native.MAX_GROUPS:
         return f"the compiled ops take at most {native.MAX_GROUPS} groups of experts"
     if dtype not in native.DTYPES:
@@ -213,20 +195,14 @@ def why_not_native(
 # settled while torch.compile traces, which cannot look at files or the environment
 @torch.compiler.assume_constant_result
 def best_backend(
-    device_type: str,
-    num_experts: int = 1,
-    top_k: int = 1,
-    dtype: torch.dtype = torch.float32,
-    num_groups: int = 0,
+    device_type: str, num_experts: int = 1, top_k: int = 1, dtype: torch.dtype = torch.float32, num_groups: int = 0
 ) -> Backend:
     """The compiled ops where they run for such tensors, else the reference.
 
     Raises:
         RuntimeError: the compiled ops cannot run, and EMO_OPS=native asks for them.
     """
-    reason = why_not_native(
-        device_type, num_experts=num_experts, top_k=top_k, dtype=dtype, num_groups=num_groups
-    )
+    reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype, num_groups=num_groups)
     if reason and _wanted() == "native":
         raise RuntimeError(
             f"EMO_OPS=native asks for the compiled ops, which cannot run here: {reason}. "

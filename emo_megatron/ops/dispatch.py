@@ -16,21 +16,10 @@ from torch.autograd.function import once_differentiable
 from emo_megatron.ops import Backend, best_backend, native, reference_dispatch
 from emo_megatron.ops.reference_dispatch import Fanout, ReceivePlan, SendPlan
 
-__all__ = [
-    "Fanout",
-    "ReceivePlan",
-    "SendPlan",
-    "copy_rows",
-    "count_sends",
-    "plan_receive",
-    "plan_send",
-    "sum_rows",
-]
+__all__ = ["Fanout", "ReceivePlan", "SendPlan", "copy_rows", "count_sends", "plan_receive", "plan_send", "sum_rows"]
 
 
-def count_sends(
-    routing_map_TE: Tensor, *, num_ranks: int, backend: Backend | None = None
-) -> Tensor:
+def count_sends(routing_map_TE: Tensor, *, num_ranks: int, backend: Backend | None = None) -> Tensor:
     """What this rank will send: [R + E] int64; see reference_dispatch.count_sends."""
     ops = _ops(_choose(backend, routing_map_TE))
     counts_X: Tensor = ops.count_sends(routing_map_TE, num_ranks=num_ranks)
@@ -38,24 +27,15 @@ def count_sends(
 
 
 def plan_send(
-    routing_map_TE: Tensor,
-    *,
-    num_ranks: int,
-    num_rows: int,
-    num_pairs: int,
-    backend: Backend | None = None,
+    routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int, backend: Backend | None = None
 ) -> SendPlan:
     """Lay out rows and pairs; see reference_dispatch.plan_send."""
     ops = _ops(_choose(backend, routing_map_TE))
-    plan: SendPlan = ops.plan_send(
-        routing_map_TE, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs
-    )
+    plan: SendPlan = ops.plan_send(routing_map_TE, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs)
     return plan
 
 
-def plan_receive(
-    codes_P: Tensor, *, num_rows: int, num_experts: int, backend: Backend | None = None
-) -> ReceivePlan:
+def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int, backend: Backend | None = None) -> ReceivePlan:
     """Put the pairs of received rows in the order of their experts; see reference_dispatch.plan_receive."""
     ops = _ops(_choose(backend, codes_P, num_experts=num_experts))
     plan: ReceivePlan = ops.plan_receive(codes_P, num_rows=num_rows, num_experts=num_experts)
@@ -80,12 +60,7 @@ def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = Non
 class _CopyRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: Backend,
-        rows_NH: Tensor,
-        source_P: Tensor,
-        copies_P: Tensor,
-        bounds_N: Tensor,
+        ctx: Any, backend: Backend, rows_NH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
     ) -> Tensor:
         fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
         copies_PH: Tensor = _ops(backend).copy_rows(rows_NH, fanout=fanout)
@@ -101,12 +76,7 @@ class _CopyRows(torch.autograd.Function):
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: Backend,
-        copies_PH: Tensor,
-        source_P: Tensor,
-        copies_P: Tensor,
-        bounds_N: Tensor,
+        ctx: Any, backend: Backend, copies_PH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
     ) -> Tensor:
         fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
         rows_NH: Tensor = _ops(backend).sum_rows(copies_PH, fanout=fanout)
@@ -123,9 +93,7 @@ def _parts(fanout: Fanout) -> tuple[Tensor, Tensor, Tensor]:
     return fanout.source_P, fanout.copies_P, fanout.bounds_N
 
 
-def _keep(
-    ctx: Any, backend: Backend, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
-) -> Fanout:
+def _keep(ctx: Any, backend: Backend, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor) -> Fanout:
     ctx.backend = backend
     ctx.save_for_backward(source_P, copies_P, bounds_N)
     return Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)

@@ -11,12 +11,7 @@ from torch import Tensor
 
 
 def open_experts(
-    keys_TE: Tensor,
-    is_allowed_TE: Tensor | None,
-    *,
-    num_groups: int,
-    group_topk: int,
-    top_k: int,
+    keys_TE: Tensor, is_allowed_TE: Tensor | None, *, num_groups: int, group_topk: int, top_k: int
 ) -> Tensor:
     """Which experts each token may choose from once its groups are chosen.
 
@@ -42,9 +37,7 @@ def open_experts(
     keys_TGM = keys_TE.reshape(in_groups)
     wanted = top_k // group_topk
     # n_g of them are the pool's: another's -inf is worth no less than that of an expert in the pool
-    order_TGM = keys_TGM.masked_fill(~is_allowed_TGM, float("-inf")).sort(
-        dim=-1, descending=True, stable=True
-    )
+    order_TGM = keys_TGM.masked_fill(~is_allowed_TGM, float("-inf")).sort(dim=-1, descending=True, stable=True)
     size_TG = is_allowed_TGM.sum(dim=-1)
     counted_TG = size_TG.clamp(max=wanted)
     is_counted_TGM = torch.arange(wanted, device=keys_TE.device) < counted_TG[..., None]
@@ -87,9 +80,7 @@ def limit_to_groups(
     in_groups = (num_documents, num_groups, num_experts // num_groups)
     best_DGP = scores_DE.reshape(in_groups).topk(top_k // group_topk, dim=-1).values
     order_DG = best_DGP.sum(dim=-1).sort(dim=-1, descending=True, stable=True).indices
-    is_kept_DG = torch.zeros_like(order_DG, dtype=torch.bool).scatter_(
-        1, order_DG[:, :group_topk], True
-    )
+    is_kept_DG = torch.zeros_like(order_DG, dtype=torch.bool).scatter_(1, order_DG[:, :group_topk], True)
     is_unrestricted_D = pool_sizes_D >= num_experts
     is_open_DGM = (is_kept_DG | is_unrestricted_D[:, None])[..., None].expand(in_groups)
     lowest = torch.iinfo(scores_DE.dtype).min

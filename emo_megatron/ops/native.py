@@ -62,16 +62,11 @@ class NativeOps:
     ) -> Tensor:
         """As reference.document_scores."""
         found = self._ops.document_scores(
-            logits_TE.detach().contiguous(),
-            document_ids_T.contiguous(),
-            num_documents,
-            _scoring(score_function),
+            logits_TE.detach().contiguous(), document_ids_T.contiguous(), num_documents, _scoring(score_function)
         )
         return cast(Tensor, found)
 
-    def select_pool(
-        self, scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0
-    ) -> Tensor:
+    def select_pool(self, scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0) -> Tensor:
         """As reference.select_pool."""
         found = self._ops.select_pool(scores_DE.contiguous(), pool_sizes_D.contiguous(), num_forced)
         return cast(Tensor, found)
@@ -118,36 +113,21 @@ class NativeOps:
             document_choices_DE=choices_DE,
         )
 
-    def experts_used(
-        self, routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int
-    ) -> Tensor:
+    def experts_used(self, routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
         """As reference_documents.experts_used."""
-        found = self._ops.experts_used(
-            routing_map_TE.contiguous(), document_ids_T.contiguous(), num_documents
-        )
+        found = self._ops.experts_used(routing_map_TE.contiguous(), document_ids_T.contiguous(), num_documents)
         return cast(Tensor, found)
 
     def document_statistics(
-        self,
-        scores_DE: Tensor | None = None,
-        pool_DE: Tensor | None = None,
-        used_DW: Tensor | None = None,
+        self, scores_DE: Tensor | None = None, pool_DE: Tensor | None = None, used_DW: Tensor | None = None
     ) -> Tensor:
         """As reference_documents.document_statistics."""
         given_statistics(scores_DE, pool_DE, used_DW)
-        found = self._ops.document_statistics(
-            _contiguous(scores_DE), _contiguous(pool_DE), _contiguous(used_DW)
-        )
+        found = self._ops.document_statistics(_contiguous(scores_DE), _contiguous(pool_DE), _contiguous(used_DW))
         return cast(Tensor, found)
 
     def draw_bits(
-        self,
-        sample_positions_D: Tensor,
-        offsets_D: Tensor,
-        *,
-        layers: range | Tensor,
-        seed: int,
-        stream: int,
+        self, sample_positions_D: Tensor, offsets_D: Tensor, *, layers: range | Tensor, seed: int, stream: int
     ) -> Tensor:
         """As sizes.draw_bits."""
         layers_L, first, count = None, 0, 0
@@ -169,9 +149,7 @@ class NativeOps:
         """As reference_dispatch.count_sends."""
         return cast(Tensor, self._ops.count_sends(routing_map_TE.contiguous(), num_ranks))
 
-    def plan_send(
-        self, routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int
-    ) -> SendPlan:
+    def plan_send(self, routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int) -> SendPlan:
         """As reference_dispatch.plan_send."""
         source_P, copies_P, bounds_N, places_P, codes_P = self._ops.plan_send(
             routing_map_TE.contiguous(), num_ranks, num_rows, num_pairs
@@ -181,17 +159,13 @@ class NativeOps:
 
     def plan_receive(self, codes_P: Tensor, *, num_rows: int, num_experts: int) -> ReceivePlan:
         """As reference_dispatch.plan_receive."""
-        source_P, copies_P, bounds_N, order_P = self._ops.plan_receive(
-            codes_P.contiguous(), num_rows, num_experts
-        )
+        source_P, copies_P, bounds_N, order_P = self._ops.plan_receive(codes_P.contiguous(), num_rows, num_experts)
         pairs = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
         return ReceivePlan(pairs=pairs, order_P=order_P)
 
     def copy_rows(self, rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
         """As reference_dispatch.copy_rows; every row is read once."""
-        found = self._ops.copy_rows(
-            rows_NH.contiguous(), fanout.source_P, fanout.copies_P, fanout.bounds_N
-        )
+        found = self._ops.copy_rows(rows_NH.contiguous(), fanout.source_P, fanout.copies_P, fanout.bounds_N)
         return cast(Tensor, found)
 
     def sum_rows(self, copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
@@ -230,9 +204,7 @@ def load_native() -> NativeOps:
         try:
             _own = NativeOps(LIBRARY, namespace="emo_megatron")
         except OSError as error:
-            raise RuntimeError(
-                f"the compiled ops do not load: {error.__cause__ or error}"
-            ) from error
+            raise RuntimeError(f"the compiled ops do not load: {error.__cause__ or error}") from error
     return _own
 
 
@@ -248,9 +220,7 @@ def why_no_kernels(device_type: str) -> str:
     if device_type in _proven:
         return ""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "emo_megatron::document_scores", key
-    ):
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("emo_megatron::document_scores", key):
         return f"the compiled ops were built without kernels for {device_type}"
     try:
         load_native().document_scores(

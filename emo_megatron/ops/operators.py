@@ -46,11 +46,7 @@ def _register_routing_shapes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::pool_topk_backward")
     def _(
-        grad_probs: Tensor | None,
-        grad_score_sums: Tensor | None,
-        grad_z: Tensor | None,
-        logits: Tensor,
-        *_rest: Any,
+        grad_probs: Tensor | None, grad_score_sums: Tensor | None, grad_z: Tensor | None, logits: Tensor, *_rest: Any
     ) -> Tensor:
         return torch.empty_like(logits)
 
@@ -69,12 +65,7 @@ def _register_document_shapes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::draw_bits")
     def _(
-        positions: Tensor,
-        offsets: Tensor,
-        layers: Tensor | None,
-        first_layer: int,
-        num_layers: int,
-        start: int,
+        positions: Tensor, offsets: Tensor, layers: Tensor | None, first_layer: int, num_layers: int, start: int
     ) -> Tensor:
         count = num_layers if layers is None else layers.shape[0]
         return positions.new_empty((count, positions.shape[0]))
@@ -124,22 +115,11 @@ def _register_gradients(namespace: str) -> None:
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_probs, _, _, grad_score_sums, grad_z, _ = (
-            None if grad is None else grad.contiguous() for grad in grads
-        )
+        grad_probs, _, _, grad_score_sums, grad_z, _ = (None if grad is None else grad.contiguous() for grad in grads)
         logits, routing_map, document_ids, pool = ctx.saved_tensors
         grad_logits = ops.pool_topk_backward(
-            grad_probs,
-            grad_score_sums,
-            grad_z,
-            logits,
-            routing_map,
-            document_ids,
-            pool,
-            *ctx.options,
+            grad_probs, grad_score_sums, grad_z, logits, routing_map, document_ids, pool, *ctx.options
         )
         return (grad_logits, *(None,) * 11)
 
-    torch.library.register_autograd(
-        f"{namespace}::pool_topk", backward, setup_context=setup_context
-    )
+    torch.library.register_autograd(f"{namespace}::pool_topk", backward, setup_context=setup_context)

@@ -14,23 +14,9 @@ import torch
 from torch import Tensor
 
 from emo_megatron.ops.groups import groups_used, open_experts
-from emo_megatron.ops.reference_pools import (
-    SCORE_FRACTION_BITS,
-    ScoreFunction,
-    document_scores,
-    gates,
-    select_pool,
-)
+from emo_megatron.ops.reference_pools import SCORE_FRACTION_BITS, ScoreFunction, document_scores, gates, select_pool
 
-__all__ = [
-    "NUM_TOTALS",
-    "SCORE_FRACTION_BITS",
-    "Routing",
-    "document_scores",
-    "pool_topk",
-    "select_pool",
-    "to_units",
-]
+__all__ = ["NUM_TOTALS", "SCORE_FRACTION_BITS", "Routing", "document_scores", "pool_topk", "select_pool", "to_units"]
 
 NUM_TOTALS = 4
 """Entries of `Routing.counts_X` behind those of the experts."""
@@ -143,9 +129,7 @@ def pool_topk(
     # a tensor of its own, so that without a mask gradients add up in the order of a pool of all experts
     carrying_TE = logits_f_TE.view_as(logits_f_TE)
     if is_masked_TE is not None:
-        carrying_TE = logits_f_TE.masked_fill(
-            is_masked_TE & ~is_nonfinite_T[:, None], float("-inf")
-        )
+        carrying_TE = logits_f_TE.masked_fill(is_masked_TE & ~is_nonfinite_T[:, None], float("-inf"))
 
     scores_TE, keys_TE, weighing_TE = _scores(
         logits_f_TE,
@@ -157,9 +141,7 @@ def pool_topk(
     )
     is_open_TE = is_allowed_TE
     if num_groups is not None and group_topk is not None:
-        is_open_TE = open_experts(
-            keys_TE, is_allowed_TE, num_groups=num_groups, group_topk=group_topk, top_k=top_k
-        )
+        is_open_TE = open_experts(keys_TE, is_allowed_TE, num_groups=num_groups, group_topk=group_topk, top_k=top_k)
         is_any_TE = is_nonfinite_T[:, None].expand_as(is_open_TE)
         is_open_TE |= is_any_TE if is_allowed_TE is None else is_any_TE & is_allowed_TE
     expert_ids_TK = _best(keys_TE, is_open_TE, is_nonfinite_T, top_k)
@@ -217,9 +199,7 @@ def _scores(
     return counted_TE / (counted_TE.sum(dim=-1, keepdim=True) + 1e-20), keys_TE, gates_TE
 
 
-def _best(
-    keys_TE: Tensor, is_allowed_TE: Tensor | None, is_nonfinite_T: Tensor, top_k: int
-) -> Tensor:
+def _best(keys_TE: Tensor, is_allowed_TE: Tensor | None, is_nonfinite_T: Tensor, top_k: int) -> Tensor:
     """[T, K] int64, the experts with the largest keys; of a non-finite token the first ones of its pool."""
     # the mask goes onto the keys last: a bias, or an underflowed probability, must not let an excluded expert win,
     # and a logit of -inf not let it tie
@@ -241,8 +221,7 @@ def _allowed(
         return pool_DE.expand_as(logits_TE), is_padding_T
     if document_ids_T is None or is_padding_T is None:
         raise ValueError(
-            f"pool_DE must have one row when document_ids_T is None; got {pool_DE.shape[0]} rows. "
-            "Pass document_ids_T."
+            f"pool_DE must have one row when document_ids_T is None; got {pool_DE.shape[0]} rows. Pass document_ids_T."
         )
     if pool_DE.shape[0] == 0:
         return None, is_padding_T

@@ -105,20 +105,14 @@ def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int) -> Receive
     """
     row_P = (codes_P & 1).long().cumsum(0) - 1
     order_P = (codes_P >> 1).argsort(stable=True)
-    return ReceivePlan(
-        pairs=fan_out(row_P.index_select(0, order_P), num_sources=num_rows), order_P=order_P
-    )
+    return ReceivePlan(pairs=fan_out(row_P.index_select(0, order_P), num_sources=num_rows), order_P=order_P)
 
 
 def fan_out(source_P: Tensor, *, num_sources: int) -> Fanout:
     """The relation in which copy p is of row `source_P[p]`, an integer in [0, num_sources)."""
     counts_N = torch.zeros(num_sources + 1, dtype=torch.int64, device=source_P.device)
     counts_N.index_add_(0, source_P + 1, torch.ones_like(source_P))
-    return Fanout(
-        source_P=source_P,
-        copies_P=source_P.argsort(stable=True),
-        bounds_N=counts_N.cumsum(0),
-    )
+    return Fanout(source_P=source_P, copies_P=source_P.argsort(stable=True), bounds_N=counts_N.cumsum(0))
 
 
 def copy_rows(rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
@@ -131,9 +125,7 @@ def sum_rows(copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
     # a bag gathers and adds in the order given; of half precision it rounds every sum, so it gets none
     is_half = copies_PH.dtype.itemsize < 4
     wide_PH = copies_PH.float() if is_half else copies_PH.contiguous()
-    sums_NH = embedding_bag(
-        fanout.copies_P, wide_PH, fanout.bounds_N, mode="sum", include_last_offset=True
-    )
+    sums_NH = embedding_bag(fanout.copies_P, wide_PH, fanout.bounds_N, mode="sum", include_last_offset=True)
     return sums_NH.to(copies_PH.dtype)
 
 

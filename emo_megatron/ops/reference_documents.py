@@ -36,9 +36,7 @@ def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_document
     return (is_used_DWB * bits_B).sum(dim=-1).to(torch.int32)
 
 
-def given_statistics(
-    scores_DE: Tensor | None, pool_DE: Tensor | None, used_DW: Tensor | None
-) -> Tensor:
+def given_statistics(scores_DE: Tensor | None, pool_DE: Tensor | None, used_DW: Tensor | None) -> Tensor:
     """One of what is given to `document_statistics`; the others must lie beside it."""
     given_DX = used_DW if scores_DE is None else scores_DE
     if given_DX is None:

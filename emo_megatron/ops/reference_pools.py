@@ -20,11 +20,7 @@ ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
 def document_scores(
-    logits_TE: Tensor,
-    *,
-    document_ids_T: Tensor,
-    num_documents: int,
-    score_function: ScoreFunction = "softmax",
+    logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int, score_function: ScoreFunction = "softmax"
 ) -> Tensor:
     """Sum each document's router probabilities, or its gates, exactly.
 
@@ -108,9 +104,7 @@ def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0)
     """
     num_free = scores_DE.shape[1] - num_forced
     order_DE = scores_DE[:, :num_free].sort(dim=-1, descending=True, stable=True).indices
-    is_kept_DE = (
-        torch.arange(num_free, device=scores_DE.device) < (pool_sizes_D - num_forced)[:, None]
-    )
+    is_kept_DE = torch.arange(num_free, device=scores_DE.device) < (pool_sizes_D - num_forced)[:, None]
     pool_DE = torch.ones_like(scores_DE, dtype=torch.bool)
     pool_DE[:, :num_free] = torch.empty_like(is_kept_DE).scatter_(1, order_DE, is_kept_DE)
     return pool_DE

@@ -57,9 +57,7 @@ def draw_pool_sizes(
         layers = range(layer_number, layer_number + 1)
 
     def bits(stream: int) -> Tensor:
-        return (draw or draw_bits)(
-            sample_positions_D, offsets_D, layers=layers, seed=seed, stream=stream
-        )
+        return (draw or draw_bits)(sample_positions_D, offsets_D, layers=layers, seed=seed, stream=stream)
 
     buckets = high - low + 1
     bits_LD = bits(0)

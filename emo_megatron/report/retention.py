@@ -83,9 +83,7 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
     if emo and standard:
         found.append(_rise_against_standard(emo, standard, name="quarter_rise", part=5))
     if emo_eighth and standard_eighth:
-        found.append(
-            _rise_against_standard(emo_eighth, standard_eighth, name="eighth_rise", part=4)
-        )
+        found.append(_rise_against_standard(emo_eighth, standard_eighth, name="eighth_rise", part=4))
     if emo and small:
         found.append(_quarter_beats_small(emo, small))
     if emo and by_chance:
@@ -97,9 +95,7 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
     return found
 
 
-def _rise_against_standard(
-    emo: RetentionSummary, standard: RetentionSummary, *, name: str, part: int
-) -> Finding:
+def _rise_against_standard(emo: RetentionSummary, standard: RetentionSummary, *, name: str, part: int) -> Finding:
     # a standard MoE that loses nothing leaves EMO nothing to lose
     bound = max(standard.rise, 0.0) / part
     return Finding(

@@ -75,9 +75,7 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "the retention figure needs matplotlib: pip install 'emo_megatron[report]'"
-        ) from error
+        raise ImportError("the retention figure needs matplotlib: pip install 'emo_megatron[report]'") from error
     path = Path(path)
     with rc_context(STYLE), whole(path) as unfinished:
         figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, facecolor="white")
@@ -92,10 +90,7 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
 
 
 def _headline(summaries: list[RetentionSummary]) -> str:
-    quarters = [
-        find_summary(summaries, model=model, method=CHOSEN, keep_fraction=QUARTER)
-        for model in (EMO, STANDARD)
-    ]
+    quarters = [find_summary(summaries, model=model, method=CHOSEN, keep_fraction=QUARTER) for model in (EMO, STANDARD)]
     if quarters[0] is None or quarters[1] is None:
         return "Loss when only some of the experts are kept"
     emo, standard = (_number(quarter.rise) for quarter in quarters if quarter)

@@ -10,14 +10,7 @@ from dataclasses import dataclass
 
 from emo_megatron.modules.select import METHODS, MaxRise
 from emo_megatron.report.cells import MISSING, share, signed, text_table
-from emo_megatron.report.retention_rows import (
-    FULL,
-    RANDOM,
-    RetentionRow,
-    RetentionSummary,
-    find_summary,
-    summarise,
-)
+from emo_megatron.report.retention_rows import FULL, RANDOM, RetentionRow, RetentionSummary, find_summary, summarise
 
 HEADINGS = (
     ("", "model"),
@@ -81,12 +74,7 @@ def find_cliffs(rows: Iterable[RetentionRow], bound: MaxRise) -> list[Cliff]:
 
 
 def _cliff(
-    full: RetentionSummary,
-    sizes: list[RetentionSummary],
-    *,
-    method: str,
-    domain: str | None,
-    bound: MaxRise,
+    full: RetentionSummary, sizes: list[RetentionSummary], *, method: str, domain: str | None, bound: MaxRise
 ) -> Cliff:
     """Sizes come with most experts first."""
     within = full
@@ -114,12 +102,7 @@ def methods_table(rows: Iterable[RetentionRow]) -> str:
     summaries = summarise(rows)
     lines = []
     for summary in sorted(summaries, key=_place):
-        by_chance = find_summary(
-            summaries,
-            model=summary.model,
-            method=RANDOM,
-            keep_fraction=summary.keep_fraction,
-        )
+        by_chance = find_summary(summaries, model=summary.model, method=RANDOM, keep_fraction=summary.keep_fraction)
         if summary.method == RANDOM and any(
             s.method not in (FULL, RANDOM) and s.keep_fraction == summary.keep_fraction
             for s in summaries

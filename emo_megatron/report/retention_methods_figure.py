@@ -11,14 +11,7 @@ from emo_megatron.modules.files import whole
 from emo_megatron.modules.select import MaxRise
 from emo_megatron.report.cells import share
 from emo_megatron.report.retention_figure import FAINT, INK, NAMES, STYLE
-from emo_megatron.report.retention_rows import (
-    CHOSEN,
-    FULL,
-    RANDOM,
-    RetentionRow,
-    RetentionSummary,
-    summarise,
-)
+from emo_megatron.report.retention_rows import CHOSEN, FULL, RANDOM, RetentionRow, RetentionSummary, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,9 +30,7 @@ CHARACTERS_AN_INCH = 12
 """Of the caption."""
 
 
-def plot_methods(
-    rows: Sequence[RetentionRow], path: Path | str, *, caption: str = "", bound: MaxRise
-) -> Path:
+def plot_methods(rows: Sequence[RetentionRow], path: Path | str, *, caption: str = "", bound: MaxRise) -> Path:
     """Draw the figure and write it as PNG, whole or not at all.
 
     Args:
@@ -55,18 +46,14 @@ def plot_methods(
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "the retention figure needs matplotlib: pip install 'emo_megatron[report]'"
-        ) from error
+        raise ImportError("the retention figure needs matplotlib: pip install 'emo_megatron[report]'") from error
     path = Path(path)
     summaries = summarise(rows)
     models = sorted({row.model for row in rows})
     with rc_context(STYLE), whole(path) as unfinished:
         size = (max(2, len(models)) * INCHES_A_MODEL, INCHES_HIGH)
         figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
-        axes = figure.subplots(
-            2, len(models), squeeze=False, sharex=True, sharey="row", height_ratios=(1.5, 1.0)
-        )
+        axes = figure.subplots(2, len(models), squeeze=False, sharex=True, sharey="row", height_ratios=(1.5, 1.0))
         for place, model in enumerate(models):
             own = [s for s in summaries if s.model == model]
             _draw_losses(axes[0, place], own, bound=bound)
@@ -87,9 +74,7 @@ def _draw_losses(axes: Axes, summaries: list[RetentionSummary], *, bound: MaxRis
         points = [s for s in summaries if s.method == method]
         if points:
             points = sorted([*points, *([full] if full else [])], key=lambda s: s.keep_fraction)
-            axes.plot(
-                [s.keep_fraction for s in points], [s.loss for s in points], label=method, **line
-            )
+            axes.plot([s.keep_fraction for s in points], [s.loss for s in points], label=method, **line)
     if full:
         axes.axhline(bound.highest(full.loss), color=INK, linewidth=0.9, linestyle=":")
     _dress(axes, summaries)
@@ -98,9 +83,7 @@ def _draw_losses(axes: Axes, summaries: list[RetentionSummary], *, bound: MaxRis
 def _draw_selectivity(axes: Axes, summaries: list[RetentionSummary]) -> None:
     for method, line in LINES.items():
         points = [
-            (s.keep_fraction, s.selectivity)
-            for s in summaries
-            if s.method == method and s.selectivity is not None
+            (s.keep_fraction, s.selectivity) for s in summaries if s.method == method and s.selectivity is not None
         ]
         if points:
             axes.plot(*zip(*points, strict=True), **line)

@@ -102,9 +102,7 @@ class RetentionSummary:
         return None if self.rise_elsewhere is None else self.rise_elsewhere - self.rise
 
 
-def rows_of(
-    measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, versions: str
-) -> list[RetentionRow]:
+def rows_of(measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, versions: str) -> list[RetentionRow]:
     """The rows of a model from what the command retention measured of it.
 
     Args:

@@ -24,9 +24,7 @@ def run_bridge():
         path = os.pathsep.join(map(str, (BRIDGE, ROOT, ROOT / "tests")))
         done = subprocess.run(
             [*launcher, *([] if launcher else [sys.executable]), *map(str, args)],
-            env=os.environ
-            | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            | variables,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables,
             capture_output=True,
             text=True,
             timeout=1000,

@@ -17,14 +17,8 @@ REFUSED = {
     "unknown name": (["--recipe", "olmoe_7b_pretran_config", "model.pool_min=8"], "--recipe"),
     "no such module": (["--recipe", "no_such_module:recipe", "model.pool_min=8"], "no_such_module"),
     "no such function": (["--recipe", "support.bridge_command:lost", "model.pool_min=8"], "'lost'"),
-    "arguments": (
-        ["--recipe", "support.bridge_command:needs_arguments", "model.pool_min=8"],
-        "needs size",
-    ),
-    "no config": (
-        ["--recipe", "support.bridge_command:returns_nothing", "model.pool_min=8"],
-        "NoneType",
-    ),
+    "arguments": (["--recipe", "support.bridge_command:needs_arguments", "model.pool_min=8"], "needs size"),
+    "no config": (["--recipe", "support.bridge_command:returns_nothing", "model.pool_min=8"], "NoneType"),
     "no pool_min": ([*SMALL, "train.train_iters=1"], "model.pool_min"),
     "unknown pool field": ([*SMALL, "model.pool_min=3", "model.pool_mni=2"], "pool_mni"),
     "wrong kind": ([*SMALL, "model.pool_min=many"], "pool_min"),
@@ -44,10 +38,7 @@ REFUSED = {
         "model.moe_router_dtype must be 'fp32'",
     ),
     "other pools": ([*SMALL, "model.pool_min=3"], "model.pool_min was 4 and is 3"),
-    "other pools at a step": (
-        [*SMALL, "model.pool_min=3", "checkpoint.ckpt_step=2"],
-        "model.pool_min was 5 and is 3",
-    ),
+    "other pools at a step": ([*SMALL, "model.pool_min=3", "checkpoint.ckpt_step=2"], "model.pool_min was 5 and is 3"),
 }
 ACCEPTED = {
     "list": ["--list"],
@@ -109,15 +100,7 @@ def test_an_unknown_name_brings_the_nearest(answers):
 def test_the_list_holds_moe_recipes_on_text(answers):
     names = answers["list"][1].split()
     assert names == sorted(set(names))
-    families = (
-        "olmoe",
-        "qwen3_30b",
-        "qwen3_235b",
-        "deepseek_v2",
-        "deepseek_v3",
-        "kimi",
-        "moonlight",
-    )
+    families = ("olmoe", "qwen3_30b", "qwen3_235b", "deepseek_v2", "deepseek_v3", "kimi", "moonlight")
     assert all(any(family in name for name in names) for family in families)
     assert {"olmoe_7b_pretrain_config", "qwen35_text_35b_a3b_pretrain_config"} <= set(names)
     dense_or_not_text = ("llama", "_vl_", "qwen35_text_9b", "wan", "_sft_", "_peft_")
@@ -139,9 +122,7 @@ def test_ranks_of_torchrun_train_save_and_resume(run_bridge, tmp_path):
     words = ["bridge", *SMALL, "model.pool_min=3", "model.expert_model_parallel_size=2"]
 
     def run(*overrides):
-        return run_bridge(
-            *("support.bridge_command", *words, *overrides), launcher=torchrun, FOLDER=str(tmp_path)
-        )
+        return run_bridge(*("support.bridge_command", *words, *overrides), launcher=torchrun, FOLDER=str(tmp_path))
 
     first = run("train.micro_batch_size=1")
     assert first.count(f"results: {tmp_path}") == 1

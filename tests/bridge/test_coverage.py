@@ -60,10 +60,7 @@ def _without_sentences(row):
 
 def test_verdicts_are_the_stored_ones(found, stored):
     """python tests/bridge/recipe_coverage.py --write stores new ones."""
-    by_name = [
-        {row["recipe"]: _without_sentences(row) for row in results["recipes"]}
-        for results in (found, stored)
-    ]
+    by_name = [{row["recipe"]: _without_sentences(row) for row in results["recipes"]} for results in (found, stored)]
     assert len(by_name[0]) == len(found["recipes"]) > 270
     changed = {
         name: [rows.get(name) for rows in by_name]

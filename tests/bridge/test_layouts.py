@@ -27,11 +27,7 @@ KINDS = {
 }
 KINDS["attention, prediction"] = KINDS["exact prediction"] | KINDS["attention"]
 SHARD = ("model.sequence_parallel=true",)
-RECOMPUTE = (
-    "model.recompute_granularity=full",
-    "model.recompute_method=uniform",
-    "model.recompute_num_layers=1",
-)
+RECOMPUTE = ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1")
 # in one batch, messages both ways between two stages would be mixed up over gloo
 INTERLEAVED = ("model.overlap_p2p_comm=true", "model.batch_p2p_comm=false")
 LAYOUTS = {
@@ -57,12 +53,7 @@ LAYOUTS = {
     "prediction pp2": ("prediction", 2, {"pp": 2}, ()),
     "prediction vpp2": ("prediction", 2, {"pp": 2, "vpp": 2}, INTERLEAVED),
     # on a stage of its own
-    "prediction pp4": (
-        "prediction",
-        4,
-        {"pp": 4},
-        ("model.pipeline_model_parallel_layout='Ett|tt|mm|L'",),
-    ),
+    "prediction pp4": ("prediction", 4, {"pp": 4}, ("model.pipeline_model_parallel_layout='Ett|tt|mm|L'",)),
     "prediction tp2": ("prediction", 2, {"tp": 2}, SHARD),
     "prediction recompute": ("prediction", 2, {"pp": 2}, RECOMPUTE),
     "prediction cp2": ("exact prediction", 2, {"cp": 2}, ()),
@@ -111,8 +102,7 @@ def _train(run_bridge, folder, runs, *, kinds):
     """The runs' results by name, and by its name that of one process of each kind."""
     starts = {_start(kind): KINDS[kind].get("options", {}) for kind in kinds}
     before = [
-        {"name": name, "folder": str(folder / name), "steps": 1, "options": options}
-        for name, options in starts.items()
+        {"name": name, "folder": str(folder / name), "steps": 1, "options": options} for name, options in starts.items()
     ]
     before += [_run(kind, folder, kind=kind) for kind in kinds]
     file = folder / "runs.json"

@@ -33,8 +33,7 @@ def test_its_three_lines_train_a_model_with_pools(page):
 
 def test_its_stock_file_has_no_pools(page):
     ours, stock = (
-        yaml.safe_load(page["files"][name])["model"]
-        for name in ("run_config.yaml", "stock_run_config.yaml")
+        yaml.safe_load(page["files"][name])["model"] for name in ("run_config.yaml", "stock_run_config.yaml")
     )
     assert ours["pool_min"] == 8
     assert ours["_target_"].startswith("emo_megatron.")
@@ -47,10 +46,7 @@ def test_its_stock_file_has_no_pools(page):
 
 def test_its_commands_reach_the_recipe(page):
     first, second, listing, example = page["lines"]
-    assert [line["script"] for line in page["lines"]] == [
-        *["emo_megatron"] * 3,
-        "examples/bridge_recipe.py",
-    ]
+    assert [line["script"] for line in page["lines"]] == [*["emo_megatron"] * 3, "examples/bridge_recipe.py"]
     assert first["pool_min"] == second["pool_min"] == 8
     assert first["recipe"].startswith("olmoe_7b_pretrain")
     assert (first["steps"], first["save"], first["data"]) == (100, "runs/olmoe", "data/web")
@@ -70,9 +66,7 @@ def test_its_table_has_every_option_that_is_changed():
 
 def test_its_table_of_families_counts_the_recipes():
     results = json.loads((ROOT / "benchmarks" / "results" / "bridge-recipes.json").read_text())
-    counts = {
-        family: [0, 0, 0, 0] for family in ("all", *(r["family"] for r in results["recipes"]))
-    }
+    counts = {family: [0, 0, 0, 0] for family in ("all", *(r["family"] for r in results["recipes"]))}
     for row in results["recipes"]:
         for family in ("all", row["family"]):
             counts[family][0] += 1

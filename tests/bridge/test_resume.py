@@ -59,9 +59,7 @@ def stopped(run_bridge, tmp_path_factory):
         predicting("first", parts, options={"train.exit_interval": 4}),
         predicting("other pools", parts, pool=other),
         predicting("resumed", parts),
-        predicting(
-            "finetuned", parts, pool=other, options={"checkpoint.finetune": True} | unsaved, steps=2
-        ),
+        predicting("finetuned", parts, pool=other, options={"checkpoint.finetune": True} | unsaved, steps=2),
         predicting(
             "validated",
             folder / "eval",
@@ -70,9 +68,7 @@ def stopped(run_bridge, tmp_path_factory):
             options={"validation.eval_iters": 1, "validation.eval_interval": 2} | unsaved,
             steps=2,
         ),
-        predicting(
-            "standard", folder / "standard", pool={"pool_min": None}, options=unsaved, steps=1
-        ),
+        predicting("standard", folder / "standard", pool={"pool_min": None}, options=unsaved, steps=1),
     )
     return results, (whole, parts)
 
@@ -125,9 +121,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(run_bridge, tmp_path, is_
     first = _train(run_bridge, tmp_path, killed_run)["killed"]
     assert first["codes"] == [-9]
     assert not (killed / "iter_0000006").exists()
-    results = _train(
-        run_bridge, tmp_path, _run("whole", whole), _run("resumed", killed, options=options)
-    )
+    results = _train(run_bridge, tmp_path, _run("whole", whole), _run("resumed", killed, options=options))
     folders = (whole, killed)
     _require_same_end(results["whole"], results["resumed"], folders, has_prediction=False)
 
@@ -158,8 +152,7 @@ def test_other_loaders_train_and_warn(run_bridge, tmp_path):
         assert has_warned == (not name.startswith("single"))
     # a rank's first weights, and so its pools, depend on the layout; sizes do not
     sizes = {
-        name: {document: len(pool) for document, pool in result["pools"].items()}
-        for name, result in results.items()
+        name: {document: len(pool) for document, pool in result["pools"].items()} for name, result in results.items()
     }
     same = [sizes[f"{loader} 1"] == sizes[f"{loader} 2"] for loader in loaders]
     assert same == [True, False, False]
@@ -176,12 +169,7 @@ def test_torchrun_trains_saves_and_takes_overrides(run_bridge, tmp_path):
     printed = run_bridge(
         *("-m", "support.bridge_run", run, "model.pool_min=3", "train.train_iters=4"),
         *("model.expert_model_parallel_size=2", "checkpoint.save_interval=4"),
-        launcher=(
-            Path(sys.executable).parent / "torchrun",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-        ),
+        launcher=(Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2"),
     )
     seen = json.loads((tmp_path / "run" / "rank1.json").read_text())
     assert len(seen["losses"]) == 4

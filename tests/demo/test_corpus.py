@@ -68,9 +68,7 @@ def _texts(corpus: Corpus) -> dict[str, list[str]]:
     return {split: [decode(ids[:-1]) for ids in d] for split, d in _documents(corpus).items()}
 
 
-def test_documents_come_back_whole_mixed_and_in_one_split_only(
-    folders: Path, corpus: Corpus
-) -> None:
+def test_documents_come_back_whole_mixed_and_in_one_split_only(folders: Path, corpus: Corpus) -> None:
     originals = {path.read_text() for path in folders.rglob("*.txt")}
     texts = _texts(corpus)
     every = [text for split in texts.values() for text in split]
@@ -118,9 +116,7 @@ def test_the_tokenizer_learns_from_training_documents_only() -> None:
     assert not any("xy" in token for token in vocabulary)
 
 
-def test_two_runs_are_equal_and_another_seed_is_not(
-    folders: Path, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_two_runs_are_equal_and_another_seed_is_not(folders: Path, corpus: Corpus, tmp_path: Path) -> None:
     again = prepare_corpus(tmp_path / "again", _config(folders))
     assert again.manifest == corpus.manifest
     for name in ("train.bin", "train.idx", "tokenizer/tokenizer.json"):

@@ -28,9 +28,7 @@ FEW_SHOT = Calibration(num_examples=1, num_shots=2, seed=1)
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (DEMO / "retention.json").exists(), reason=f"no finished demo in {DEMO}: make demo"
-    ),
+    pytest.mark.skipif(not (DEMO / "retention.json").exists(), reason=f"no finished demo in {DEMO}: make demo"),
 ]
 
 
@@ -53,10 +51,7 @@ def test_one_example_chooses_as_well_as_many(model):
         full = model.loss(held_out.tokens).nats
         masks = {
             "random": select_random(
-                num_layers=len(model.facts.layers),
-                num_experts=model.facts.num_experts,
-                keep=KEEP,
-                seed=0,
+                num_layers=len(model.facts.layers), num_experts=model.facts.num_experts, keep=KEEP, seed=0
             )
         }
         for name, calibration in (("many", MANY), ("one", ONE), ("few-shot", FEW_SHOT)):

@@ -21,9 +21,7 @@ from emo_megatron.modules.stats import ModelFacts
 
 
 def _flags(model, size=recipe.FULL):
-    return recipe.megatron_flags(
-        size, model, tokenizer=Path("tok"), data_prefix=Path("data"), run_dir=Path("run")
-    )
+    return recipe.megatron_flags(size, model, tokenizer=Path("tok"), data_prefix=Path("data"), run_dir=Path("run"))
 
 
 def _pool(model, size=recipe.FULL):
@@ -50,9 +48,10 @@ def test_every_pool_configuration_is_valid(size):
     for name, pool in pools.items():
         assert not pool.problems_with_model(num_experts=size.experts, top_k=size.top_k), name
         assert pool.is_on == name.startswith("emo"), name
-    assert pools["emo"].size_bounds(
-        num_experts=size.experts, consumed_samples=size.steps * size.rows
-    ) == (size.pool_min, size.experts)
+    assert pools["emo"].size_bounds(num_experts=size.experts, consumed_samples=size.steps * size.rows) == (
+        size.pool_min,
+        size.experts,
+    )
     assert pools["emo-ignores-boundaries"].pool_scope == "sample"
 
 
@@ -90,8 +89,7 @@ def test_modules_keep_the_fractions_of_the_routed_experts(size, tmp_path):
         num_experts=size.experts,
         num_shared=num_shared_experts(
             argparse.Namespace(
-                moe_ffn_hidden_size=size.expert_hidden,
-                moe_shared_expert_intermediate_size=size.shared_hidden,
+                moe_ffn_hidden_size=size.expert_hidden, moe_shared_expert_intermediate_size=size.shared_hidden
             )
         ),
         top_k=size.top_k,

@@ -35,9 +35,7 @@ def write_inputs(folder: Path) -> Path:
     for format in ("qwen2_moe", "emo"):
         _write_hf(folder / format, format=format)
     words.write_tokenizer(folder / "qwen2_moe")
-    import_folder(
-        ImportOptions(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0)
-    )
+    import_folder(ImportOptions(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
     facts = facts_of(MegatronCheckpoint(folder / "megatron"))
     model = experts.MadeUpModel(facts=facts)
     source = experts.documents(3)
@@ -51,11 +49,7 @@ def write_inputs(folder: Path) -> Path:
         chosen.save(folder / f"selection{keep}.json")
     place(stats, num_ranks=2).save(folder / "placement.json")
     extract(
-        ExtractOptions(
-            checkpoint=folder / "megatron",
-            selection=folder / "selection3.json",
-            output=folder / "module",
-        )
+        ExtractOptions(checkpoint=folder / "megatron", selection=folder / "selection3.json", output=folder / "module")
     )
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)
@@ -67,9 +61,7 @@ def write_inputs(folder: Path) -> Path:
 def _write_hf(folder: Path, *, format: str) -> None:
     from emo_megatron.modules.hf.folder import FORMATS, write_folder
 
-    model = decoder.architecture(
-        num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4
-    )
+    model = decoder.architecture(num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4)
     folder.mkdir()
     write_folder(
         folder,
@@ -128,9 +120,7 @@ def choose(output: Path, *, loss_fails_at: int | None = None) -> Any:
         max_rise="1%",
         held_out=Path("held-out"),
     )
-    model = experts.MadeUpModel(
-        loss=lambda kept: 1.1 if kept < 5 else 1.0, loss_fails_at=loss_fails_at
-    )
+    model = experts.MadeUpModel(loss=lambda kept: 1.1 if kept < 5 else 1.0, loss_fails_at=loss_fails_at)
     texts = [experts.documents(3, name=name) for name in ("data", "held")]
     return select(options, model=model, documents=texts[0], held_out=texts[1])
 

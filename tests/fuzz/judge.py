@@ -23,8 +23,7 @@ MEMORY = 6 * 2**30
 """Nor ask for so many more bytes."""
 
 both_sizes = pytest.mark.parametrize(
-    "inputs",
-    [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.slow)],
+    "inputs", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.slow)]
 )
 
 

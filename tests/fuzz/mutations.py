@@ -26,23 +26,7 @@ class Repeated(bytes):
 ATOMS = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, -(10**30), 10**12),
     *(0.5, 2.0, -0.0, 1e308, 5e-324, math.nan, math.inf, -math.inf),
-    *(
-        "",
-        " ",
-        "0",
-        "2",
-        "F32",
-        "BOOL",
-        "nan",
-        "1e999",
-        "false",
-        "\ud83d",
-        "\x00",
-        "é\u2028\n",
-        "..",
-        "a/b",
-        "x" * 300,
-    ),
+    *("", " ", "0", "2", "F32", "BOOL", "nan", "1e999", "false", "\ud83d", "\x00", "é\u2028\n", "..", "a/b", "x" * 300),
     *([], {}, [[]], [None], {"": 0}),
 )
 """What a value of JSON is replaced with; Python's JSON knows NaN and infinities."""
@@ -55,18 +39,7 @@ RETYPED: tuple[Callable[[Any], Any], ...] = (
     lambda value: value + 1 if isinstance(value, int | float) else value,
 )
 FOREIGN = (
-    *(
-        b"",
-        b"\n",
-        b"null",
-        b"0",
-        b"[]",
-        b"{}",
-        b'"text"',
-        b"NaN",
-        b"\xef\xbb\xbf{}",
-        b"\xff\xfe{\x00}\x00",
-    ),
+    *(b"", b"\n", b"null", b"0", b"[]", b"{}", b'"text"', b"NaN", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00"),
     *(b"\x1f\x8b\x08\x00", b"PK\x03\x04", b"\x80\x04.", b"\x7fELF", b"<!DOCTYPE html>\n<html>"),
     *(Repeated(b"[" * 100_000), Repeated(b'{"a":' * 100_000), Repeated(b"1" * 5000)),
     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n",
@@ -107,9 +80,7 @@ def _changed(draw: DrawFn, node: Any) -> Any:
         # JSON in a text of JSON, as safetensors keep what is said of them
         with contextlib.suppress(ValueError):
             return json.dumps(_changed(draw, json.loads(node)))
-    inner = (
-        list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-    )
+    inner = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
     if not inner or draw(st.integers(0, 9)) == 9:
         way = draw(st.sampled_from((*(None,) * len(RETYPED), *RETYPED)))
         return copy.deepcopy(draw(st.sampled_from(ATOMS))) if way is None else way(node)

@@ -63,9 +63,7 @@ def plain_safetensors(path: Path) -> dict[str, Any]:
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     kinds = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
     return {
-        name: np.frombuffer(data[slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(
-            entry["shape"]
-        )
+        name: np.frombuffer(data[slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -86,8 +84,7 @@ def plain_indexed(prefix: Path) -> list[list[int]]:
     assert (bounds[0], bounds[-1]) == (0, sequences), "documents that are not all"
     assert min(pointers) >= 0, "before the file"
     parts = [
-        np.frombuffer(data, kind, length, pointer).tolist()
-        for length, pointer in zip(lengths, pointers, strict=True)
+        np.frombuffer(data, kind, length, pointer).tolist() for length, pointer in zip(lengths, pointers, strict=True)
     ]
     return [[token for part in parts[a:b] for token in part] for a, b in pairwise(bounds)]
 
@@ -179,9 +176,7 @@ def is_choice(found: Any, folder: Path) -> None:
 
 
 def measured(folder: Path) -> Any:
-    options = RetentionOptions(
-        checkpoint=folder, data=folder / "a", held_out=folder / "b", output=folder / "rows"
-    )
+    options = RetentionOptions(checkpoint=folder, data=folder / "a", held_out=folder / "b", output=folder / "rows")
     check_output(options)
     return rows_of(read_rows(options.rows_file), model="emo", seed=0, versions="1")
 
@@ -239,8 +234,7 @@ def is_checkpoint(found: Any, folder: Path) -> None:
     facts, names, weights = found
     assert facts.num_experts > 0
     assert all(
-        (tuple(weights[name].shape), weights[name].dtype) == (info.shape, info.dtype)
-        for name, info in names.items()
+        (tuple(weights[name].shape), weights[name].dtype) == (info.shape, info.dtype) for name, info in names.items()
     )
 
 
@@ -264,38 +258,22 @@ _HF, _MEGATRON = "qwen2_moe/", "megatron/"
 _ITERATION = "megatron/release/"
 READERS = {
     "texts": _reader("text.jsonl", read=lambda f: documents(f, "text.jsonl"), check=same_texts),
-    "tokens": _reader(
-        "tokens.safetensors", read=lambda f: documents(f, "tokens.safetensors"), check=same_tokens
-    ),
+    "tokens": _reader("tokens.safetensors", read=lambda f: documents(f, "tokens.safetensors"), check=same_tokens),
     "indexed dataset": _reader(
         *("indexed.idx", "indexed.bin"),
         read=lambda f: documents(f, "indexed"),
         check=same_sequences,
         named=("indexed",),
     ),
-    "selection": _reader(
-        "selection2.json", read=lambda f: load_selection(f / "selection2.json"), check=is_selection
-    ),
-    "statistics": _reader(
-        "stats.safetensors", read=lambda f: load_stats(f / "stats.safetensors"), check=is_statistics
-    ),
-    "placement": _reader(
-        "placement.json", read=lambda f: load_placement(f / "placement.json"), check=is_placement
-    ),
+    "selection": _reader("selection2.json", read=lambda f: load_selection(f / "selection2.json"), check=is_selection),
+    "statistics": _reader("stats.safetensors", read=lambda f: load_stats(f / "stats.safetensors"), check=is_statistics),
+    "placement": _reader("placement.json", read=lambda f: load_placement(f / "placement.json"), check=is_placement),
     "progress": _reader("chosen.json.partial", read=progress, check=is_choice),
     "measured rows": _reader("rows/rows.json", read=measured, check=are_rows),
-    "rows, json": _reader(
-        "retention.json", read=lambda f: load_rows(f / "retention.json"), check=are_rows
-    ),
-    "rows, csv": _reader(
-        "retention.csv", read=lambda f: load_rows(f / "retention.csv"), check=are_rows
-    ),
-    "losses": _reader(
-        "retention.json", read=lambda f: read_retention(f / "retention.json"), check=are_losses
-    ),
-    "pools": _reader(
-        "pools.json", read=lambda f: load_pool_config(f / "pools.json"), check=are_pools
-    ),
+    "rows, json": _reader("retention.json", read=lambda f: load_rows(f / "retention.json"), check=are_rows),
+    "rows, csv": _reader("retention.csv", read=lambda f: load_rows(f / "retention.csv"), check=are_rows),
+    "losses": _reader("retention.json", read=lambda f: read_retention(f / "retention.json"), check=are_losses),
+    "pools": _reader("pools.json", read=lambda f: load_pool_config(f / "pools.json"), check=are_pools),
     "qwen2_moe": _reader(
         *(f"{_HF}config.json", f"{_HF}model.safetensors.index.json"),
         f"{_HF}model-00001-of-00003.safetensors",
@@ -303,9 +281,7 @@ READERS = {
         check=is_architecture,
         named=("/qwen2_moe",),
     ),
-    "emo": _reader(
-        "emo/config.json", read=lambda f: model(f / "emo"), check=is_architecture, named=("/emo",)
-    ),
+    "emo": _reader("emo/config.json", read=lambda f: model(f / "emo"), check=is_architecture, named=("/emo",)),
     "tokenizer": _reader(
         *(f"{_HF}tokenizer.json", f"{_HF}tokenizer_config.json"),
         read=lambda f: Tokenizer(f / "qwen2_moe"),

@@ -19,11 +19,7 @@ INPUTS = 4
 """Of every command."""
 MINUTES = 3
 FILES = {
-    "stats": (
-        "megatron/release/.metadata",
-        "megatron/latest_checkpointed_iteration.txt",
-        "text.jsonl",
-    ),
+    "stats": ("megatron/release/.metadata", "megatron/latest_checkpointed_iteration.txt", "text.jsonl"),
     "select": ("stats.safetensors",),
     "export": ("megatron/release/.metadata", "megatron/tokenizer/tokenizer.json"),
     "import": ("qwen2_moe/config.json", "qwen2_moe/model-00001-of-00003.safetensors"),
@@ -74,13 +70,5 @@ def check(command: str, name: str, content: bytes, *, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", FILES)
 def test_processes(command: str, valid: Path) -> None:
-    drawn = st.one_of(
-        st.tuples(st.just(name), mutated(name, (valid / name).read_bytes()))
-        for name in FILES[command]
-    )
-    fuzz(
-        INPUTS,
-        drawn,
-        lambda found: check(command, *found, folder=valid),
-        is_whole_process=True,
-    )
+    drawn = st.one_of(st.tuples(st.just(name), mutated(name, (valid / name).read_bytes())) for name in FILES[command])
+    fuzz(INPUTS, drawn, lambda found: check(command, *found, folder=valid), is_whole_process=True)

@@ -43,95 +43,18 @@ VALID: dict[str, str] = {
 }
 """Arguments that are right, of every command, with the files of `write_inputs`."""
 PATHS = (
-    *(
-        "new",
-        "new/deep/file.json",
-        "missing",
-        "text.jsonl",
-        "held.jsonl",
-        "tokens.safetensors",
-        "indexed",
-    ),
-    *(
-        "stats.safetensors",
-        "other.safetensors",
-        "selection2.json",
-        "selection3.json",
-        "placement.json",
-    ),
-    *(
-        "rows",
-        "rows/rows.json",
-        "retention.json",
-        "retention.csv",
-        "qwen2_moe",
-        "emo",
-        "megatron",
-        "module",
-    ),
-    *(
-        "megatron/release",
-        "corpus",
-        "text.jsonl/under",
-        "",
-        ".",
-        "..",
-        "-dash",
-        "x" * 300,
-        "é\u2028[1]*?%",
-    ),
+    *("new", "new/deep/file.json", "missing", "text.jsonl", "held.jsonl", "tokens.safetensors", "indexed"),
+    *("stats.safetensors", "other.safetensors", "selection2.json", "selection3.json", "placement.json"),
+    *("rows", "rows/rows.json", "retention.json", "retention.csv", "qwen2_moe", "emo", "megatron", "module"),
+    *("megatron/release", "corpus", "text.jsonl/under", "", ".", "..", "-dash", "x" * 300, "é\u2028[1]*?%"),
 )
 NUMBERS = (
-    *(
-        "1",
-        "2",
-        "4",
-        "0",
-        "-1",
-        "8",
-        "100",
-        "0.5",
-        "1.0",
-        "1e3",
-        "nan",
-        "inf",
-        "-inf",
-        "1e999",
-        "5e-324",
-    ),
+    *("1", "2", "4", "0", "-1", "8", "100", "0.5", "1.0", "1e3", "nan", "inf", "-inf", "1e999", "5e-324"),
     *(str(2**63), "1" + "0" * 30, "", " ", "none", "None", "x", "\u0663", "0x10", "1_0", "--seed"),
 )
 TEXTS = (
-    *(
-        "",
-        " ",
-        "french",
-        "model",
-        "none",
-        "None",
-        "1%",
-        "0.05",
-        "25%",
-        "4",
-        "-5",
-        "nan%",
-        "inf",
-        "1e999%",
-        "0%",
-    ),
-    *(
-        "parent",
-        "average",
-        "owner",
-        "module",
-        "mean_prob",
-        "é\u2028",
-        "a\nb",
-        "a'b",
-        "--output",
-        "-x",
-        "a b",
-    ),
+    *("", " ", "french", "model", "none", "None", "1%", "0.05", "25%", "4", "-5", "nan%", "inf", "1e999%", "0%"),
+    *("parent", "average", "owner", "module", "mean_prob", "é\u2028", "a\nb", "a'b", "--output", "-x", "a b"),
     *("--seq-length 8", "--load x", "{}", "a/b", "..", "x" * 300),
 )
 
@@ -212,11 +135,7 @@ def arguments(draw: DrawFn, valid: str, kinds: dict[str, Any]) -> list[str]:
     found = groups(valid)
     for _ in range(draw(st.integers(1, 3))):
         flag = draw(st.sampled_from(list(kinds)))
-        way = draw(
-            st.sampled_from(
-                ("set", "set", "set", "set", "join", "drop", "repeat", "bare", "unknown")
-            )
-        )
+        way = draw(st.sampled_from(("set", "set", "set", "set", "join", "drop", "repeat", "bare", "unknown")))
         if way in ("set", "join", "drop"):
             found = [group for group in found if group[0] != flag]
         if way in ("set", "repeat"):
@@ -239,10 +158,7 @@ def kinds_of(options: type, *, prefix: str = "--") -> dict[str, Any]:
 def state_of(folder: Path) -> dict[Path, tuple[int, int] | None]:
     """Every path below -> size and time of a file."""
     found = {path: path.lstat() for path in folder.rglob("*")}
-    return {
-        path: (of.st_size, of.st_mtime_ns) if stat.S_ISREG(of.st_mode) else None
-        for path, of in found.items()
-    }
+    return {path: (of.st_size, of.st_mtime_ns) if stat.S_ISREG(of.st_mode) else None for path, of in found.items()}
 
 
 def check_files(folder: Path, before: dict[Path, tuple[int, int] | None]) -> list[Path]:

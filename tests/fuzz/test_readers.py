@@ -19,12 +19,7 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
     "selection": ((b'"layers": [1,', b'"layers": [-1,'),),
     "statistics": ((b'top_k\\": 2, ', b'top_k\\":2.0,'),),
     "placement": (
-        *(
-            (b'"together"', b"null"),
-            (b"1.1", b"NaN"),
-            (b"1.1", b"-1"),
-            (b'"layers": [1', b'"layers": [0'),
-        ),
+        *((b'"together"', b"null"), (b"1.1", b"NaN"), (b"1.1", b"-1"), (b'"layers": [1', b'"layers": [0')),
         *((b'"num_experts": 4', b'"num_experts": 4.0'), (b"[[0", b"[[0.0"), (b"[[0", b"[[false")),
     ),
     "progress": (
@@ -33,10 +28,7 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
     ),
     "measured rows": (
         *((b'"loss": 5.0', b'"other": 5.0'), (b'"loss": 5.0', b'"loss": Infinity')),
-        *(
-            (b'"tokens": 100', b'"tokens": -100'),
-            (b'"keep_fraction": 1.0', b'"keep_fraction": 2.0'),
-        ),
+        *((b'"tokens": 100', b'"tokens": -100'), (b'"keep_fraction": 1.0', b'"keep_fraction": 2.0')),
         *((b'"domain": "french"', b'"domain": null'), (b'"method": "full"', b'"method": []')),
     ),
     "rows, json": ((b'"loss": 5.0', b'"loss": NaN'), (b'"tokens": 100', b'"tokens": "x"')),
@@ -45,15 +37,10 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
     "qwen2_moe": (
         *((b'"norm_topk_prob": false', b'"norm_topk_prob": "False"'), (b"1e-06", b"-1e-06")),
         *((b'"model_type": "qwen2_moe"', b'"model_type": []'), (b"500000.0", b"-500000.0")),
-        *(
-            (b'"num_hidden_layers": 2', b'"num_hidden_layers": []'),
-            (b'"vocab_size": 80', b'"vocab_size": 80.0'),
-        ),
+        *((b'"num_hidden_layers": 2', b'"num_hidden_layers": []'), (b'"vocab_size": 80', b'"vocab_size": 80.0')),
     ),
     "emo": ((b'"num_shared_experts": 1', b'"num_shared_experts": []'),),
-    "tokenizer": (
-        (b'"model_max_length": 1000000000000000019884624838656', b'"model_max_length": " "'),
-    ),
+    "tokenizer": ((b'"model_max_length": 1000000000000000019884624838656', b'"model_max_length": " "'),),
     "place of a checkpoint": ((b"release", b"last"), (b"release", b"-7")),
     "weights of a checkpoint": (
         *(
@@ -72,9 +59,7 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
 """Faults that were found: of a valid file, which part was replaced with what."""
 
 
-def check(
-    reader: Reader, folder: Path, name: str, content: bytes, *, is_whole: bool = False
-) -> None:
+def check(reader: Reader, folder: Path, name: str, content: bytes, *, is_whole: bool = False) -> None:
     """Read with one file replaced."""
     path = folder / name
     whole = path.read_bytes()
@@ -104,7 +89,5 @@ def test_files(name: str, inputs: int, valid: Path) -> None:
     for file, content in whole.items():
         check(reader, valid, file, content, is_whole=True)
         known += [(file, other) for other in FOREIGN]
-    drawn = st.one_of(
-        st.tuples(st.just(file), mutated(file, content)) for file, content in whole.items()
-    )
+    drawn = st.one_of(st.tuples(st.just(file), mutated(file, content)) for file, content in whole.items())
     fuzz(inputs, drawn, one, known=known)

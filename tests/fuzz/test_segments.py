@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from emo_megatron.documents import DocumentSegments
 
 ODD = st.sampled_from((0, 1, -1, 2, 7, 2**31 - 1, -(2**31), 2**62))
-DTYPES = st.sampled_from(
-    (*(torch.int64, torch.int32) * 3, torch.int16, torch.uint8, torch.bool, torch.float32)
-)
+DTYPES = st.sampled_from((*(torch.int64, torch.int32) * 3, torch.int16, torch.uint8, torch.bool, torch.float32))
 SHAPES = st.sampled_from(((-1,),) * 6 + ((1, -1), (-1, 1)))
 
 

@@ -25,16 +25,7 @@ def test_defaults_are_off_and_every_field_is_a_flag():
 
 def test_flags_make_the_configuration():
     parsed = _parse(
-        *(
-            "--pool-min",
-            "8",
-            "--pool-max",
-            "100",
-            "--pool-eval",
-            "none",
-            "--pool-mask",
-            "selection",
-        ),
+        *("--pool-min", "8", "--pool-max", "100", "--pool-eval", "none", "--pool-mask", "selection"),
         *("--pool-unrestricted", "0.5", "--pool-forced", "2", "--pool-balance", "running"),
         "--pool-eos-starts-document",
     )
@@ -176,10 +167,7 @@ def _host(**overrides):
 
 
 REFUSED = {
-    "moe_router_load_balancing_type": [
-        "sinkhorn",
-        "quantile_balancing",
-    ],
+    "moe_router_load_balancing_type": ["sinkhorn", "quantile_balancing"],
     "moe_router_dtype": [None, "fp64"],
     "moe_router_score_function": ["tanh"],
     "moe_router_topk_limited_devices": [2],
@@ -203,9 +191,7 @@ def test_every_row_of_the_table_is_tested():
     assert {r.field for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)} == set(REFUSED)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values]
-)
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values])
 def test_each_row_is_refused_by_name(field, value):
     host = _host(**{field: value})
     with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
@@ -230,9 +216,7 @@ def test_an_allowed_run_passes():
 def test_a_list_of_allowed_balancing_types_passes_and_a_mixed_one_does_not():
     kinds = ["global_aux_loss", "seq_aux_loss"]
     fine = _host(moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=[0.1, 0.01])
-    mixed = _host(
-        moe_router_load_balancing_type=[*kinds, "sinkhorn"], moe_aux_loss_coeff=[0.1, 0.01, 0.0]
-    )
+    mixed = _host(moe_router_load_balancing_type=[*kinds, "sinkhorn"], moe_aux_loss_coeff=[0.1, 0.01, 0.0])
     pool_args.check_run(PoolConfig(), fine, fine)
     with pytest.raises(ValueError, match="sinkhorn"):
         pool_args.check_run(PoolConfig(), mixed, mixed)
@@ -256,17 +240,10 @@ BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias":
         ("--moe-aux-loss-coeff", {"moe_aux_loss_coeff": [0.1]}, {}),
         (
             "--moe-router-load-balancing-type",
-            {
-                "moe_router_load_balancing_type": ["aux_loss"] * 2,
-                "moe_aux_loss_coeff": [0.1, 0.2],
-            },
+            {"moe_router_load_balancing_type": ["aux_loss"] * 2, "moe_aux_loss_coeff": [0.1, 0.2]},
             {},
         ),
-        (
-            "--pool-balance",
-            {"moe_router_load_balancing_type": "seq_aux_loss"},
-            {"pool_balance": "running"},
-        ),
+        ("--pool-balance", {"moe_router_load_balancing_type": "seq_aux_loss"}, {"pool_balance": "running"}),
         ("--moe-router-num-groups", GROUPS | {"moe_router_num_groups": 5}, {}),
         ("--moe-router-num-groups", GROUPS | {"moe_router_num_groups": None}, {}),
         ("--moe-router-group-topk", GROUPS | {"moe_router_group_topk": None}, {}),
@@ -332,10 +309,7 @@ def test_no_experts_is_said_plainly():
 
 
 def test_a_planned_pass_of_an_interleaved_pipeline_takes_one_packed_sample():
-    planned = {
-        "virtual_pipeline_model_parallel_size": 2,
-        "overlap_moe_expert_parallel_comm": True,
-    }
+    planned = {"virtual_pipeline_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}
     pools = PoolConfig(pool_min=4)
     host = _host(**planned)
     with pytest.raises(ValueError, match="--micro-batch-size must be 1"):
@@ -373,21 +347,14 @@ def test_megatrons_own_scripts_cut_whole_samples():
 
 
 def test_megatrons_own_scripts_have_no_positions_for_a_second_stage():
-    host = _host(
-        mtp_num_layers=1,
-        position_embedding_type="learned_absolute",
-        pipeline_model_parallel_size=2,
-    )
+    host = _host(mtp_num_layers=1, position_embedding_type="learned_absolute", pipeline_model_parallel_size=2)
     with pytest.raises(ValueError, match="--position-embedding-type"):
         pool_args.check_run(PoolConfig(pool_min=4), host, host, refusals=HOST_REFUSALS)
 
 
 def test_megatrons_own_scripts_have_boundaries_on_two_stages():
     pools = PoolConfig(pool_min=4)
-    for stages in (
-        {"pipeline_model_parallel_size": 4},
-        {"virtual_pipeline_model_parallel_size": 2},
-    ):
+    for stages in ({"pipeline_model_parallel_size": 4}, {"virtual_pipeline_model_parallel_size": 2}):
         host = _host(**stages)
         pool_args.check_run(pools, host, host)
         with pytest.raises(ValueError, match="pipeline"):

@@ -117,17 +117,10 @@ def _train(case):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [{"tp": 2}, {"cp": 2, "cp_partition": "document"}],
-    ids=["TP2+SP", "CP2 by document"],
+    "layout", [{"tp": 2}, {"cp": 2, "cp_partition": "document"}], ids=["TP2+SP", "CP2 by document"]
 )
 def test_two_ranks_train_the_model_of_one(ranks, layout):
-    config = {
-        "window_size": (3, 0),
-        "window_attn_skip_freq": 2,
-        "softmax_type": "learnable",
-        "num_query_groups": 2,
-    }
+    config = {"window_size": (3, 0), "window_attn_skip_freq": 2, "softmax_type": "learnable", "num_query_groups": 2}
     case = Case(name="window", mbs=2, per_token=True, config=config, **layout)
     (want,) = ranks(1).run(_train, case=case.reference)
     got = ranks(2).run(_train, case=case)

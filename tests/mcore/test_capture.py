@@ -69,9 +69,7 @@ def _scope(pool: PoolConfig, *, cp: int, is_padded: bool, is_moved: bool, has_ta
     bounds = torch.empty(NUM_DOCUMENTS + 1, dtype=torch.int32)
     tails_B = torch.empty(TOKENS // SAMPLE, dtype=torch.int64) if has_tails else None
     if pool.pool_documents == "routers":
-        documents = RouterDocuments(
-            cu_seqlens=bounds, tokens_per_sample=SAMPLE, num_padding_B=tails_B
-        )
+        documents = RouterDocuments(cu_seqlens=bounds, tokens_per_sample=SAMPLE, num_padding_B=tails_B)
         return documents.scope_for(1, hidden_shape=shape, shard=shard, pool=pool)
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -107,10 +105,7 @@ def _forward_and_backward(
     is_restricted: bool = False,
 ) -> list[Any]:
     """Device and shapes of what the second micro-batch of a step gives: probs, map, gradient."""
-    from megatron.core.transformer.moe.moe_utils import (
-        MoEAuxLossAutoScaler,
-        get_default_pg_collection,
-    )
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from emo_megatron.mcore import context

@@ -18,13 +18,7 @@ def has_gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "gpu", "wanted"),
-    [
-        ("", False, True),
-        ("", True, False),
-        ("cpu", True, True),
-        ("cuda", False, False),
-        ("cuda", True, False),
-    ],
+    [("", False, True), ("", True, False), ("cpu", True, True), ("cuda", False, False), ("cuda", True, False)],
 )
 def test_it_is_wanted_without_a_gpu_or_on_request(monkeypatch, has_gpu, device, gpu, wanted):
     monkeypatch.setenv("EMO_DEVICE", device)
@@ -100,9 +94,7 @@ def _casts():
 
     inputs = (torch.ones(1), torch.ones(1, dtype=torch.int64))
     halves = [fp32_to_float16(inputs, cast) for cast in (torch.Tensor.half, torch.Tensor.bfloat16)]
-    return [[t.dtype for t in half] for half in halves], [
-        t.dtype for half in halves for t in float16_to_fp32(half)
-    ]
+    return [[t.dtype for t in half] for half in halves], [t.dtype for half in halves for t in float16_to_fp32(half)]
 
 
 def test_megatron_casts_to_half_precision_and_back(ranks):

@@ -26,9 +26,7 @@ def wrapped(error):
 def test_damage_names_its_file_and_keeps_its_cause(error, wrap):
     raised = wrap(error)
     with (
-        pytest.raises(
-            ValueError, match=r"^checkpoint is not whole: its file a is damaged \("
-        ) as told,
+        pytest.raises(ValueError, match=r"^checkpoint is not whole: its file a is damaged \(") as told,
         damage_of(["a"], folder=FOLDER),
     ):
         raise raised
@@ -54,10 +52,7 @@ def test_what_is_no_files_fault_is_told_as_it_is(error, wrap):
 
 @pytest.mark.parametrize("wrap", [lambda error: error, wrapped], ids=["bare", "wrapped"])
 def test_want_of_memory_may_be_the_files_fault_or_the_machines(wrap):
-    with (
-        pytest.raises(ValueError, match=r"checkpoint: its file a .*memory"),
-        damage_of(["a"], folder=FOLDER),
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint: its file a .*memory"), damage_of(["a"], folder=FOLDER):
         raise wrap(MemoryError())
 
 
@@ -76,8 +71,7 @@ def test_a_name_that_is_missing_is_another_megatrons_or_a_bug(error, wrap):
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
-    [("ba", "one of its files a, b is"), ("edcba", "one of its files a, b, c and 2 more is")],
+    ("names", "told"), [("ba", "one of its files a, b is"), ("edcba", "one of its files a, b, c and 2 more is")]
 )
 def test_three_names_are_enough(names, told):
     with pytest.raises(ValueError, match=told), damage_of([*names], folder=FOLDER):

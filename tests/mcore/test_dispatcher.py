@@ -20,11 +20,7 @@ LAYOUTS = {
     },
     "ETP2": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
     "EP4": {"expert_model_parallel_size": 4},
-    "EP2 x ETP2": {
-        "tensor_model_parallel_size": 2,
-        "expert_model_parallel_size": 2,
-        "expert_tensor_parallel_size": 2,
-    },
+    "EP2 x ETP2": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
 }
 WORLD = {"one rank": 1, "EP2": 2, "TP2 + SP, EP2": 2, "ETP2": 2, "EP4": 4, "EP2 x ETP2": 4}
 SLOW = pytest.mark.slow
@@ -59,9 +55,9 @@ def _compare(sizes, dtype="float32", top_k=4, **overrides):
     for name in ("megatron", "dedup"):
         layers[name] = _layer(name, top_k, dtype, overrides)
         shards.initialise([layers[name]], seed=3)
-    hidden = torch.randn(
-        13, 2, 32, generator=torch.Generator().manual_seed(torch.distributed.get_rank())
-    ).to(getattr(torch, dtype))
+    hidden = torch.randn(13, 2, 32, generator=torch.Generator().manual_seed(torch.distributed.get_rank())).to(
+        getattr(torch, dtype)
+    )
     sent = {}
     answers = {}
     maps = []
@@ -72,8 +68,7 @@ def _compare(sizes, dtype="float32", top_k=4, **overrides):
     assert answers["megatron"].keys() == answers["dedup"].keys()
     rows = {name: sum(tensors[:1]) for name, tensors in sent.items()}
     deviations = {
-        key: _deviation(answers["dedup"][key].float(), want.float())
-        for key, want in answers["megatron"].items()
+        key: _deviation(answers["dedup"][key].float(), want.float()) for key, want in answers["megatron"].items()
     }
     ranks = sizes.get("expert_model_parallel_size", 1)
     wanted = maps[0].view(len(maps[0]), ranks, -1).any(-1).sum().item()
@@ -122,9 +117,7 @@ class _counting:
         dist.all_to_all_single = self.original
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=SLOW if WORLD[n] > 2 else ()) for n in LAYOUTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if WORLD[n] > 2 else ()) for n in LAYOUTS])
 def test_computes_what_alltoall_computes(name, ranks):
     for answer in ranks(WORLD[name]).run(_compare, sizes=LAYOUTS[name]):
         assert len(answer["deviations"]) > 3
@@ -160,9 +153,7 @@ def _one_sided():
         layer = _layer(name, 2, "float32", {})
         shards.initialise([layer], seed=3)
         layer.router.allowed_experts = torch.arange(8) < 4
-        outputs.append(
-            _run(layer, torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1)))
-        )
+        outputs.append(_run(layer, torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1))))
     return max(_deviation(outputs[1][key], want) for key, want in outputs[0].items())
 
 
@@ -213,10 +204,7 @@ def test_padding_for_quantisation_changes_nothing_but_the_rows(ranks, dispatcher
 @pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 @pytest.mark.parametrize("pads", [False, True])
 def test_starts_no_more_operations_than_alltoall(ranks, pads):
-    counts = [
-        ranks(2).run(_padded, dispatcher=dispatcher, pads=pads)[0][2]
-        for dispatcher in ("dedup", "megatron")
-    ]
+    counts = [ranks(2).run(_padded, dispatcher=dispatcher, pads=pads)[0][2] for dispatcher in ("dedup", "megatron")]
     assert counts[0] <= counts[1]
 
 

@@ -21,12 +21,7 @@ KEPT = [[1, 2, 6, 7], [0, 3, 4, 6]]
 @pytest.fixture(scope="module")
 def parent(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("extract") / "parent"
-    ranks(2).run(
-        checkpoints.save,
-        folder=str(folder),
-        layout={"expert_model_parallel_size": 2},
-        config={},
-    )
+    ranks(2).run(checkpoints.save, folder=str(folder), layout={"expert_model_parallel_size": 2}, config={})
     return folder
 
 
@@ -65,15 +60,9 @@ def test_slices_are_the_same_bits(parent, module):
 )
 def test_logits_are_the_limited_models(ranks, parent, module, layout, stock):
     allowed = selection_of(parent, KEPT).keep_mask()
-    (wanted,) = ranks(1).run(
-        checkpoints.logits, folder=str(parent), layout={}, config={}, allowed=allowed.tolist()
-    )
+    (wanted,) = ranks(1).run(checkpoints.logits, folder=str(parent), layout={}, config={}, allowed=allowed.tolist())
     found = ranks(2 if layout else 1).run(
-        checkpoints.logits,
-        folder=str(module),
-        layout=layout,
-        config={"num_moe_experts": 4},
-        stock=stock,
+        checkpoints.logits, folder=str(module), layout=layout, config={"num_moe_experts": 4}, stock=stock
     )
     for logits in (answer for answer in found if answer is not None):
         # the limited model runs this project's norm and attention, the stock one Megatron's
@@ -96,24 +85,14 @@ def test_a_module_has_no_groups(ranks, tmp_path):
     ranks(1).run(checkpoints.save, folder=str(parent), layout={}, config=groups)
     selection = selection_of(parent, KEPT)
     module = extract(
-        ExtractOptions(
-            checkpoint=parent,
-            selection=selection.save(tmp_path / "kept.json"),
-            output=tmp_path / "module",
-        )
+        ExtractOptions(checkpoint=parent, selection=selection.save(tmp_path / "kept.json"), output=tmp_path / "module")
     )
     args = MegatronCheckpoint(module).args
     assert (args.moe_router_num_groups, args.moe_router_group_topk) == (None, None)
     (limited,) = ranks(1).run(
-        checkpoints.logits,
-        folder=str(parent),
-        layout={},
-        config=groups,
-        allowed=selection.keep_mask().tolist(),
+        checkpoints.logits, folder=str(parent), layout={}, config=groups, allowed=selection.keep_mask().tolist()
     )
-    (cut,) = ranks(1).run(
-        checkpoints.logits, folder=str(module), layout={}, config={"num_moe_experts": 4}
-    )
+    (cut,) = ranks(1).run(checkpoints.logits, folder=str(module), layout={}, config={"num_moe_experts": 4})
     assert (cut - limited).abs().max() <= 1e-6 * limited.abs().max()
     # modules that are the whole model again have its groups again, without the parent to ask
     others = [sorted(set(range(8)) - set(experts)) for experts in KEPT]

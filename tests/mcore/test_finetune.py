@@ -58,8 +58,7 @@ def _train(case, policy, selection):
         m.layer_number
         for chunk in chunks
         for m in chunk.modules()
-        if isinstance(m, MoELayer)
-        and any(p.requires_grad and bool(p.main_grad.any()) for p in m.experts.parameters())
+        if isinstance(m, MoELayer) and any(p.requires_grad and bool(p.main_grad.any()) for p in m.experts.parameters())
     }
     optimizer.step()
     after = shards.parts([chunk.module for chunk in chunks])

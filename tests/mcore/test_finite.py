@@ -122,10 +122,7 @@ def test_a_broken_module_is_told_before_its_disagreements(parent, rewritten, tmp
     module, selection = cut(parent, tmp_path / "module")
     notes = {"selection.json": selection.save}
     # the module's third row is the parent's expert 4 in the second layer
-    broken = [
-        rewritten(tmp_path / name, module, spoiled(FC2, row=2), notes=notes)
-        for name in ("one", "two")
-    ]
+    broken = [rewritten(tmp_path / name, module, spoiled(FC2, row=2), notes=notes) for name in ("one", "two")]
     for modules in (broken[:1], broken):
         with pytest.raises(NotFiniteError, match=r"of .*one.* \(layer 2, expert 4\)"):
             merge(MergeOptions(parent=parent, modules=tuple(modules), output=tmp_path / "new"))
@@ -145,17 +142,10 @@ def test_what_becomes_infinite_on_the_way_is_not_written(parent, rewritten, tmp_
     """The mean of two finite weights, whose sum is not."""
     module, selection = cut(parent, tmp_path / "module")
     modules = tuple(
-        rewritten(
-            tmp_path / name,
-            module,
-            spoiled(FC2, row=2, value=value),
-            notes={"selection.json": selection.save},
-        )
+        rewritten(tmp_path / name, module, spoiled(FC2, row=2, value=value), notes={"selection.json": selection.save})
         for name, value in (("one", 3e38), ("two", 2e38))
     )
-    options = MergeOptions(
-        parent=parent, modules=modules, output=tmp_path / "new", conflict="average"
-    )
+    options = MergeOptions(parent=parent, modules=modules, output=tmp_path / "new", conflict="average")
     with pytest.raises(NotFiniteError, match=r"linear_fc2.weight \(layer 2, expert 4\) holds inf"):
         merge(options)
     assert not (tmp_path / "new").exists()
@@ -224,9 +214,7 @@ def test_a_checkpoint_of_such_a_weight_is_not_exported(rewritten, tmp_path, form
         (1.0, math.nan, "the Hugging Face model"),
     ],
 )
-def test_logits_that_are_not_finite_are_no_parity(
-    monkeypatch, rewritten, tmp_path, megatron, hugging_face, which
-):
+def test_logits_that_are_not_finite_are_no_parity(monkeypatch, rewritten, tmp_path, megatron, hugging_face, which):
     folder = HuggingFaceFolder(folder_of(tmp_path / "source"))
     whole = tmp_path / "whole"
     import_folder(ImportOptions(folder=folder.path, output=whole, parity_tokens=0))

@@ -54,13 +54,8 @@ def test_managers_follow_the_map(kind):
     follow_routing_map(dispatcher, config)
     probs, found = sent()
     assert found == want
-    assert all(
-        len(experts) == (K if document >= 0 else 0)
-        for document, experts in zip(ids, found, strict=True)
-    )
-    weights = torch.zeros(T, E).scatter_add_(
-        1, manager.token_indices.clamp(min=0), manager.token_probs.detach()
-    )
+    assert all(len(experts) == (K if document >= 0 else 0) for document, experts in zip(ids, found, strict=True))
+    weights = torch.zeros(T, E).scatter_add_(1, manager.token_indices.clamp(min=0), manager.token_probs.detach())
     assert torch.equal(weights, routed.probs_TE * sent_map)
     (gradient,) = torch.autograd.grad(manager.token_probs.sum(), [probs])
     assert torch.equal(gradient[ids >= 0], sent_map[ids >= 0].float())
@@ -132,9 +127,7 @@ def _sent_by_a_layer(backend):
     # softmax gives all but one expert a weight of exactly 0
     hidden[3] *= 1e4
     packed = tiny.packed([0, 5, 16, 32])
-    packing = Packing(
-        cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16, num_padding_B=torch.tensor([0, 6])
-    )
+    packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16, num_padding_B=torch.tensor([0, 6]))
     setattr(packed, PACKING, packing)
     shard = dict.fromkeys(("tp_rank", "cp_rank", "dp_rank", "microbatch"), 0)
     layer.scope = scope_of(

@@ -64,33 +64,15 @@ def test_a_checkpoint_without_some_experts_is_refused(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "is_local", "name"),
     [
-        (
-            "layers.0.input_layernorm.weight",
-            True,
-            "layers.0.self_attention.linear_qkv.layer_norm_weight",
-        ),
+        ("layers.0.input_layernorm.weight", True, "layers.0.self_attention.linear_qkv.layer_norm_weight"),
         ("layers.0.input_layernorm.weight", False, "layers.0.input_layernorm.weight"),
-        (
-            "layers.0.mlp.linear_fc1.layer_norm_weight",
-            False,
-            "layers.0.mlp.linear_fc1.layer_norm_weight",
-        ),
-        (
-            "layers.0.mlp.experts.linear_fc1.bias3_v",
-            False,
-            "layers.0.mlp.experts.experts.3.linear_fc1.bias_v",
-        ),
-        (
-            "layers.0.mlp.shared_experts.linear_fc1.weight_w",
-            True,
-            "layers.0.mlp.shared_experts.linear_fc1.weight_w",
-        ),
+        ("layers.0.mlp.linear_fc1.layer_norm_weight", False, "layers.0.mlp.linear_fc1.layer_norm_weight"),
+        ("layers.0.mlp.experts.linear_fc1.bias3_v", False, "layers.0.mlp.experts.experts.3.linear_fc1.bias_v"),
+        ("layers.0.mlp.shared_experts.linear_fc1.weight_w", True, "layers.0.mlp.shared_experts.linear_fc1.weight_w"),
     ],
 )
 def test_names(stored, is_local, name):
-    assert (
-        fsdp._name(f"model.module.module.decoder.{stored}", is_local=is_local) == f"decoder.{name}"
-    )
+    assert fsdp._name(f"model.module.module.decoder.{stored}", is_local=is_local) == f"decoder.{name}"
 
 
 def _validated(output: str) -> list[str]:
@@ -108,8 +90,7 @@ def _flags(*, saved: Path, steps: int) -> tuple[list[object], list[object]]:
 
 
 needs_einops = pytest.mark.skipif(
-    importlib.util.find_spec("einops") is None,
-    reason="Megatron-FSDP needs einops, which is not installed",
+    importlib.util.find_spec("einops") is None, reason="Megatron-FSDP needs einops, which is not installed"
 )
 
 

@@ -15,11 +15,7 @@ from support.ranks import Ranks
 
 IMPORTED = {"wide shared expert, dense layers": "transformer_engine"}
 """Variants imported for Transformer Engine's layers; the others for local ones."""
-FAST = (
-    "the paper's",
-    "grouped queries, renormalised",
-    "wide shared expert, dense layers",
-)
+FAST = ("the paper's", "grouped queries, renormalised", "wide shared expert, dense layers")
 
 
 def hugging_face_folder(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -43,9 +39,7 @@ def imported(folder: Path, variant: str, **options: Any) -> Path:
     from emo_megatron.mcore.hf_import import ImportOptions, import_folder
 
     given = {"parity_tokens": 0, "transformer_impl": IMPORTED.get(variant, "local")} | options
-    source = hugging_face_folder(
-        folder / "source", variant, dtype=given.pop("dtype", torch.float32)
-    )
+    source = hugging_face_folder(folder / "source", variant, dtype=given.pop("dtype", torch.float32))
     return import_folder(ImportOptions(folder=source, output=folder / "megatron", **given)).path
 
 
@@ -62,10 +56,7 @@ def round_trip(folder: str, variant: str) -> dict[str, Any]:
     export(ExportOptions(checkpoint=root / "megatron", output=root / "out", parity_tokens=32))
     second = import_folder(
         ImportOptions(
-            folder=root / "out",
-            output=root / "again",
-            parity_tokens=0,
-            transformer_impl=IMPORTED.get(variant, "local"),
+            folder=root / "out", output=root / "again", parity_tokens=0, transformer_impl=IMPORTED.get(variant, "local")
         )
     )
     again = MegatronCheckpoint(second.path)
@@ -74,9 +65,7 @@ def round_trip(folder: str, variant: str) -> dict[str, Any]:
         "same names": first.names == again.names,
         "unequal": [n for n in first.names if not torch.equal(first.read(n), again.read(n))],
         "unequal flags": sorted(
-            name
-            for name, value in vars(first.args).items()
-            if getattr(again.args, name, None) != value
+            name for name, value in vars(first.args).items() if getattr(again.args, name, None) != value
         ),
         "pool_min": again.args.pool_min,
         "megatron": megatron_logits(first, tokens_T),
@@ -86,10 +75,7 @@ def round_trip(folder: str, variant: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "variant",
-    [
-        pytest.param(variant, marks=[] if variant in FAST else [pytest.mark.slow])
-        for variant in decoder.VARIANTS
-    ],
+    [pytest.param(variant, marks=[] if variant in FAST else [pytest.mark.slow]) for variant in decoder.VARIANTS],
 )
 def test_there_and_back_changes_no_bit_and_both_sides_compute_the_model(
     variant: str, ranks: Callable[[int], Ranks], tmp_path: Path
@@ -162,9 +148,7 @@ def write_checkpoint_of(checkpoint: Any, folder: Path) -> Path:
     return write_checkpoint(folder, weights, args=checkpoint.args)
 
 
-def test_only_flags_that_change_the_function_change_the_logits(
-    ranks: Callable[[int], Ranks], tmp_path: Path
-) -> None:
+def test_only_flags_that_change_the_function_change_the_logits(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     (found,) = ranks(1).run(with_other_flags, folder=str(tmp_path))
     want, older = found.pop("as it is"), found.pop("older name")
     torch.testing.assert_close(older, found["other layernorm_epsilon"])
@@ -211,20 +195,14 @@ def rounded(folder: str) -> dict[str, Any]:
 
     root = Path(folder)
     checkpoint = imported(root, "grouped queries, renormalised")
-    export(
-        ExportOptions(
-            checkpoint=checkpoint, output=root / "out", dtype="bfloat16", nonzero_shared_gate=True
-        )
-    )
+    export(ExportOptions(checkpoint=checkpoint, output=root / "out", dtype="bfloat16", nonzero_shared_gate=True))
     written = HuggingFaceFolder(root / "out")
     parity = measure_parity(MegatronCheckpoint(checkpoint), written, tokens=32)
     gate = written.read("model.layers.0.mlp.shared_expert_gate.weight")
     return {"dtype": written.dtype, "difference": parity.max_difference, "gate": gate}
 
 
-def test_fewer_bits_are_compared_with_as_many(
-    ranks: Callable[[int], Ranks], tmp_path: Path
-) -> None:
+def test_fewer_bits_are_compared_with_as_many(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     (result,) = ranks(1).run(rounded, folder=str(tmp_path))
     assert result["dtype"] == torch.bfloat16
     assert result["difference"] < 1e-3
@@ -260,9 +238,7 @@ def refusals(folder: str) -> dict[str, str]:
     with_flags("qk norm and sigmoid", qk_layernorm=True, moe_router_score_function="sigmoid")
     with_flags("positions", position_embedding_type="learned_absolute", rotary_percent=0.5)
     with_flags("expert count", num_experts=5)
-    old = argparse.Namespace(
-        **{n: v for n, v in vars(checkpoint.args).items() if n != "rotary_base"}
-    )
+    old = argparse.Namespace(**{n: v for n, v in vars(checkpoint.args).items() if n != "rotary_base"})
     write_checkpoint(root / "old", {n: checkpoint.read(n) for n in checkpoint.names}, args=old)
     fails("old", export, ExportOptions(checkpoint=root / "old", output=root / "never"))
     to = {"checkpoint": good, "output": root / "never"}
@@ -286,19 +262,14 @@ def refusals(folder: str) -> dict[str, str]:
     return said | {"left": str(sorted(p.name for p in root.glob("*never*")))}
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(
-    ranks: Callable[[int], Ranks], tmp_path: Path
-) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_written(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     (said,) = ranks(1).run(refusals, folder=str(tmp_path))
     for name, parts in {
         "qk norm and sigmoid": (
             "qk_layernorm must be False; got True: attention there is plain",
             "moe_router_score_function must be 'softmax'; got 'sigmoid'",
         ),
-        "positions": (
-            "position_embedding_type must be 'rope'",
-            "rotary_percent must be 1.0; got 0.5",
-        ),
+        "positions": ("position_embedding_type must be 'rope'", "rotary_percent must be 1.0; got 0.5"),
         "expert count": ("is not what its flags say", "must have the shape [5, 32]; got [6, 32]"),
         "old": ("lack rotary_base: it was written by a version",),
         "emo": ("cannot be exported as emo", "--moe-router-pre-softmax"),
@@ -382,10 +353,7 @@ def released_in_megatron() -> dict[str, tuple[int, ...]]:
     )
     shapes = weight_shapes(model)
     weights = megatron_weights(
-        model,
-        lambda name: torch.empty(shapes[name], device="meta"),
-        dtype=torch.float32,
-        moe_norm=FUSED_NORM,
+        model, lambda name: torch.empty(shapes[name], device="meta"), dtype=torch.float32, moe_norm=FUSED_NORM
     )
     # an expert at a time: as they are written
     return {

@@ -74,9 +74,7 @@ def test_routing_that_is_not_there_is_refused(flag, value, reason):
         architecture_of(checkpoint(**{flag: value}))
 
 
-@pytest.mark.parametrize(
-    "kind", ["none", "aux_loss", "global_aux_loss", ["seq_aux_loss", "global_aux_loss"]]
-)
+@pytest.mark.parametrize("kind", ["none", "aux_loss", "global_aux_loss", ["seq_aux_loss", "global_aux_loss"]])
 def test_a_loss_is_no_routing(kind):
     assert architecture_of(checkpoint(moe_router_load_balancing_type=kind)).top_k == 2
 
@@ -84,9 +82,5 @@ def test_a_loss_is_no_routing(kind):
 def test_every_flag_of_megatrons_experts_is_known():
     known = {requirement.name for requirement in REQUIREMENTS} | set(MODEL_FLAGS) | NOT_THE_MODEL
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-    unknown = {
-        name
-        for name in fields - known
-        if name.startswith("moe_") and not name.startswith(DISPATCHERS)
-    }
+    unknown = {name for name in fields - known if name.startswith("moe_") and not name.startswith(DISPATCHERS)}
     assert unknown == set()

@@ -48,22 +48,13 @@ def through_hugging_face(folder: str) -> dict[str, Any]:
         data={"calibration": [{"file": "french.jsonl"}]},
     ).save(root / "trained" / "selection.json")
     rows = [
-        {
-            "domain": "french",
-            "evaluated_on": "french",
-            "method": m,
-            "num_experts_kept": k,
-            "loss": n,
-        }
+        {"domain": "french", "evaluated_on": "french", "method": m, "num_experts_kept": k, "loss": n}
         for m, k, n in (("full", 12, 3.0), ("mean_prob", 8, 3.25), ("random", 8, 4.0))
     ]
     (root / "rows.json").write_text(json.dumps(rows))
     export(
         ExportOptions(
-            checkpoint=root / "trained",
-            output=root / "out",
-            tokenizer=root / "words",
-            retention=root / "rows.json",
+            checkpoint=root / "trained", output=root / "out", tokenizer=root / "words", retention=root / "rows.json"
         )
     )
     import_folder(ImportOptions(folder=root / "out", output=root / "imported", parity_tokens=0))
@@ -100,9 +91,7 @@ def save_in_parallel(folder: str) -> None:
         max_positions=32,
         norm_eps=1e-5,
     )
-    flags = flags_of(
-        model, dtype=torch.float32, moe_norm=FUSED_NORM, pools={"pool_min": 3}, tokenizer=None
-    )
+    flags = flags_of(model, dtype=torch.float32, moe_norm=FUSED_NORM, pools={"pool_min": 3}, tokenizer=None)
     checkpoints.ARGS = vars(flags) | {"consumed_train_samples": 16, "seq_length": 64}
     checkpoints.save(folder, layout=LAYOUTS["before"], config=CONFIG)
 
@@ -141,11 +130,7 @@ def test_saved_in_parallel_exported_imported_and_loaded_by_stock_megatron(
     (result,) = ranks(1).run(through_hugging_face, folder=str(tmp_path))
     check_export(result, folder=tmp_path, iterations=7)
     before, after = (
-        next(
-            found
-            for found in ranks(2).run(load_in_parallel, folder=str(tmp_path / name))
-            if found is not None
-        )
+        next(found for found in ranks(2).run(load_in_parallel, folder=str(tmp_path / name)) if found is not None)
         for name in ("trained", "imported")
     )
     assert before.abs().max() > 0.5

@@ -128,11 +128,7 @@ def test_an_empty_object_is_the_standard_model(ranks, pool_file):
         ('{"pool_max": 4}', [DOCUMENTS], ["pool.json", "without --pool-min"]),
         ('{"pool_min": 9}', [DOCUMENTS], ["at most --num-experts (8); got 9"]),
         ('{"pool_min": 3}', [], ["--dataloader-inter-document-masking must be given"]),
-        (
-            '{"pool_min": 3, "pool_documents": "routers"}',
-            [],
-            ["--pool-documents must be attention"],
-        ),
+        ('{"pool_min": 3, "pool_documents": "routers"}', [], ["--pool-documents must be attention"]),
         (
             '{"pool_min": 3}',
             [DOCUMENTS, "--reset-attention-mask", "--moe-router-dtype", "fp64"],

@@ -168,11 +168,7 @@ def _as_gpt():
         loss.backward()
         losses.append(loss.item())
     gradients = {name: p.grad for name, p in hybrid.named_parameters()}
-    different = [
-        name
-        for name, p in gpt.named_parameters()
-        if not torch.equal(p.grad, gradients[name_in_hybrid(name)])
-    ]
+    different = [name for name, p in gpt.named_parameters() if not torch.equal(p.grad, gradients[name_in_hybrid(name)])]
     try:
         hybrid(**tiny.batch(0), attention_mask=None)
     except ValueError as error:
@@ -264,8 +260,7 @@ def _with_prediction(repeated, **recompute):
         tokens = torch.randint(tiny.VOCAB, shape, generator=torch.Generator().manual_seed(step))
         positions = torch.arange(tiny.SEQ).expand(shape)
         documents = RouterDocuments(
-            cu_seqlens=torch.tensor([0, 5 + step, tiny.SEQ, tiny.ROWS * tiny.SEQ]),
-            tokens_per_sample=tiny.SEQ,
+            cu_seqlens=torch.tensor([0, 5 + step, tiny.SEQ, tiny.ROWS * tiny.SEQ]), tokens_per_sample=tiny.SEQ
         )
         output = forward_with_documents(model, documents, tokens, positions, None, labels=tokens)
         output.mean().backward()
@@ -275,11 +270,7 @@ def _with_prediction(repeated, **recompute):
 
 @pytest.mark.parametrize("repeated", [False, True], ids=["layers", "one layer"])
 def test_recompute_of_prediction_repeats_its_pools(ranks, repeated):
-    full = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     (losses, gradients), (again, repeated_gradients) = (
         ranks(1).run(_with_prediction, repeated=repeated, **options)[0] for options in ({}, full)
     )

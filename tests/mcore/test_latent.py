@@ -58,9 +58,7 @@ def _train(pool):
 
 @pytest.mark.parametrize("dispatcher", ["megatron", "dedup"])
 def test_pools_with_latent_experts(ranks, dispatcher):
-    seen = ranks(1).run(
-        _train, pool=PoolConfig(pool_min=3, pool_max=3, pool_dispatcher=dispatcher)
-    )[0]
+    seen = ranks(1).run(_train, pool=PoolConfig(pool_min=3, pool_max=3, pool_dispatcher=dispatcher))[0]
     assert seen["expert"][1] == LATENT
     assert seen["router"].shape[1] == 32
     assert seen["pools"].sum(-1).tolist() == [3, 3, 3]

@@ -19,9 +19,7 @@ def stats(tmp_path, monkeypatch):
         output = tmp_path / "new" / "folder" / "s.safetensors"
         script = f"import sys; print('of {status}'); {writes}; sys.exit({status})"
         monkeypatch.setattr(launch, "python", lambda *_, **__: [sys.executable, "-c", script])
-        options = StatsOptions(
-            checkpoint=tmp_path / "checkpoint", data=tmp_path / "data", output=output
-        )
+        options = StatsOptions(checkpoint=tmp_path / "checkpoint", data=tmp_path / "data", output=output)
         return launch.run_stats(options)
 
     return run

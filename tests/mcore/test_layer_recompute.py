@@ -54,9 +54,7 @@ def _two_in_flight(precision):
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp4"])
-def test_quantised_recompute_goes_through_transformer_engine_and_sees_its_own_micro_batch(
-    ranks, precision
-):
+def test_quantised_recompute_goes_through_transformer_engine_and_sees_its_own_micro_batch(ranks, precision):
     want, _ = ranks(1).run(_two_in_flight, precision=None)[0]
     got, calls = ranks(1).run(_two_in_flight, precision=precision)[0]
     # two micro-batches of two layers; recompute itself makes no further call

@@ -15,12 +15,7 @@ from support import checkpoints
 
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.layout import check_layout, check_rows
-from emo_megatron.mcore.loading import (
-    OTHER_SOURCES,
-    _balance_nothing,
-    checkpoint_in,
-    megatron_refusals,
-)
+from emo_megatron.mcore.loading import OTHER_SOURCES, _balance_nothing, checkpoint_in, megatron_refusals
 from emo_megatron.mcore.source import check_router, loaded_by_megatron, run_with
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.modules.finite import NotFiniteError
@@ -90,9 +85,7 @@ def test_no_other_checkpoint_can_be_slipped_in(saved, flag):
 
 def _flags(**flags):
     plain = {"load": None, "pretrained_checkpoint": None, "ckpt_step": None}
-    return argparse.Namespace(
-        **plain | {n: v if n == "ckpt_step" else str(v) for n, v in flags.items()}
-    )
+    return argparse.Namespace(**plain | {n: v if n == "ckpt_step" else str(v) for n, v in flags.items()})
 
 
 def test_what_a_training_run_loads_is_what_megatron_finds(run, tmp_path):
@@ -137,17 +130,11 @@ def test_what_a_training_run_loads_is_what_megatron_finds(run, tmp_path):
         ("--expert-model-parallel-size 3", 3, "8 experts.*--expert-parallel 3"),
         ("--pipeline-model-parallel-size=3", 3, "4 layers.*--pipeline-parallel 3"),
         ("--pipeline-model-parallel-size 2", 3, "3 processes.*--pipeline-parallel, 2"),
-        (
-            "--expert-model-parallel-size 4",
-            2,
-            "2 processes of a pipeline stage.*--expert-parallel 4",
-        ),
+        ("--expert-model-parallel-size 4", 2, "2 processes of a pipeline stage.*--expert-parallel 4"),
         ("--expert-tensor-parallel-size 32", 32, "16 .*--expert-tensor-parallel-size 32"),
     ],
 )
-def test_a_layout_that_cannot_be_is_told_with_its_number(
-    saved, monkeypatch, flags, processes, what
-):
+def test_a_layout_that_cannot_be_is_told_with_its_number(saved, monkeypatch, flags, processes, what):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     checkpoint = MegatronCheckpoint(saved)
     for name, value in {
@@ -236,9 +223,7 @@ def test_only_losses_of_the_balance_are_forgotten(kinds, is_forgotten):
     assert args.moe_router_load_balancing_type == ("none" if is_forgotten else kinds)
 
 
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_while_megatron_builds_is_no_refusal(number, error):
     # tests in the background ignore Ctrl-C
     before = signal.signal(number, signal.SIG_DFL)

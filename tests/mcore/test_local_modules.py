@@ -77,10 +77,7 @@ def _train(case):
 
 @pytest.mark.parametrize(
     ("layout", "config", "name"),
-    [
-        ({"tp": 2}, UNCOMPRESSED, "linear_q_proj.layer_norm_weight"),
-        ({"ep": 2, "dp": 2}, BIASES, "linear_fc2.bias"),
-    ],
+    [({"tp": 2}, UNCOMPRESSED, "linear_q_proj.layer_norm_weight"), ({"ep": 2, "dp": 2}, BIASES, "linear_fc2.bias")],
     ids=["queries TP2+SP", "biases EP2"],
 )
 def test_two_ranks_train_the_model_of_one(ranks, layout, config, name):

@@ -67,17 +67,13 @@ def _problems(change):
         ("--mtp-num-layers", MTP | {"overlap_moe_expert_parallel_comm": True}),
         (
             "--position-embedding-type",
-            MTP
-            | {"position_embedding_type": "learned_absolute", "pipeline_model_parallel_size": 2},
+            MTP | {"position_embedding_type": "learned_absolute", "pipeline_model_parallel_size": 2},
         ),
         # 62 tokens; 10 of 20; 3 samples of 62; 2 of them, which stages send side by side
         ("--seq-length", SP4 | {"seq_length": 62}),
         ("--seq-length", SP4 | CP2 | ROUTERS | {"seq_length": 20}),
         ("--seq-length", SP4 | {"seq_length": 62, "micro_batch_size": 3}),
-        (
-            "--seq-length",
-            SP4 | {"seq_length": 62, "micro_batch_size": 2, "pipeline_model_parallel_size": 2},
-        ),
+        ("--seq-length", SP4 | {"seq_length": 62, "micro_batch_size": 2, "pipeline_model_parallel_size": 2}),
     ],
 )
 def test_what_does_not_go_together_is_named(flag, change):

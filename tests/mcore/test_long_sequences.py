@@ -53,10 +53,7 @@ def _packed(num_tokens, num_documents):
     cu_seqlens = _bounds(num_tokens, num_documents)
     bounds = padded_bounds(cu_seqlens, multiple=padding_multiple(cp_size=WORLD, tp_size=1))
     packing = Packing(
-        cu_seqlens=cu_seqlens,
-        tokens_per_sample=num_tokens,
-        num_samples=1,
-        num_padding_B=torch.tensor([3]),
+        cu_seqlens=cu_seqlens, tokens_per_sample=num_tokens, num_samples=1, num_padding_B=torch.tensor([3])
     )
     packed = packed_params(packing, longest=int(bounds.diff().max()), bounds=bounds)
     return cu_seqlens, bounds, packed
@@ -94,31 +91,20 @@ def _work(num_tokens, num_documents, backend):
 
     def make_scope():
         shape = torch.Size([cut["tokens"].shape[1], 1, HIDDEN])
-        return context.scope_of(
-            packed, hidden_shape=shape, shard=_shard(group), pool=_pools(), layer_number=1
-        )
+        return context.scope_of(packed, hidden_shape=shape, shard=_shard(group), pool=_pools(), layer_number=1)
 
     def draw_sizes():
-        return scope.draw_sizes(
-            _pools(), num_layers=LAYERS, low=3, high=EXPERTS, num_experts=EXPERTS
-        )
+        return scope.draw_sizes(_pools(), num_layers=LAYERS, low=3, high=EXPERTS, num_experts=EXPERTS)
 
     def choose_pools():
         scores_DE = ops.document_scores(
-            logits_TE.detach(),
-            document_ids_T=scope.document_ids_T,
-            num_documents=num_documents,
-            backend=backend,
+            logits_TE.detach(), document_ids_T=scope.document_ids_T, num_documents=num_documents, backend=backend
         )
         return ops.select_pool(scores_DE, pool_sizes_D=sizes_LD[0], backend=backend)
 
     def route():
         routing = ops.pool_topk(
-            logits_TE,
-            document_ids_T=scope.document_ids_T,
-            pool_DE=pool_DE,
-            top_k=TOP_K,
-            backend=backend,
+            logits_TE, document_ids_T=scope.document_ids_T, pool_DE=pool_DE, top_k=TOP_K, backend=backend
         )
         routing.probs_TE.square().sum().backward()
 
@@ -140,9 +126,7 @@ def works(ranks, request):
     """(tokens, documents) -> padded length and work of each piece, and the backend of the ops."""
 
     def work(num_tokens, num_documents):
-        return ranks(WORLD).run(
-            _work, num_tokens=num_tokens, num_documents=num_documents, backend=request.param
-        )[0]
+        return ranks(WORLD).run(_work, num_tokens=num_tokens, num_documents=num_documents, backend=request.param)[0]
 
     # whatever is computed once in a process
     work(64, 2)

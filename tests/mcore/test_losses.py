@@ -50,9 +50,7 @@ def _route(router, logits):
 
     probs, routing_map = router.routing(logits)
     (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
-    logged = {
-        name: entry.values[0].item() for name, entry in get_moe_metrics_tracker().metrics.items()
-    }
+    logged = {name: entry.values[0].item() for name, entry in get_moe_metrics_tracker().metrics.items()}
     return gradient, routing_map, logged
 
 
@@ -113,11 +111,7 @@ def _against_the_definition(pool, kinds, score_function, per_token, **options):
     assert (differing > 10) == (router.expert_bias is not None)
     scores, chosen = torch.cat(scores_of), torch.cat(chosen_of)
     whole = 8 * (chosen.sum(0) / chosen.sum() * scores.mean(0)).sum()
-    values = {
-        "aux_loss": whole,
-        "global_aux_loss": whole,
-        "seq_aux_loss": sum(parts) / BOUNDS[-1],
-    }
+    values = {"aux_loss": whole, "global_aux_loss": whole, "seq_aux_loss": sum(parts) / BOUNDS[-1]}
     loss = sum(weight * values[kind] for kind, weight in kinds.items())
     (want,) = torch.autograd.grad(loss * (BOUNDS[-1] if per_token else 1), [logits])
     sizes = [] if pools is None else pools.sum(-1).tolist()
@@ -137,11 +131,7 @@ def _against_the_definition(pool, kinds, score_function, per_token, **options):
 def test_losses_are_their_definition(ranks, kinds, per_token, score_function):
     pool = PoolConfig(pool_min=3, pool_unrestricted=0.4)
     gradient, want, logged, values, sizes = ranks(1).run(
-        _against_the_definition,
-        pool=pool,
-        kinds=kinds,
-        score_function=score_function,
-        per_token=per_token,
+        _against_the_definition, pool=pool, kinds=kinds, score_function=score_function, per_token=per_token
     )[0]
     assert {8} < set(sizes)
     torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
@@ -160,10 +150,7 @@ def test_without_pools_a_document_balances_over_all_experts(ranks):
     assert logged == pytest.approx(values, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [{"aux_loss": 0.3}, {"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}],
-)
+@pytest.mark.parametrize("kinds", [{"aux_loss": 0.3}, {"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}])
 def test_losses_count_neither_bias_nor_groups(ranks, kinds):
     gradient, want, logged, values, _ = ranks(1).run(
         _against_the_definition,
@@ -188,9 +175,7 @@ def _with_fused_choice():
         return tuple(torch.cat([x[:1].roll(1, dims=1), x[1:]]) for x in found)
 
     with mock.patch.multiple(moe_utils, HAVE_TE=True, fused_topk_with_score_function=choose):
-        return _against_the_definition(
-            PoolConfig(), {"seq_aux_loss": 0.2}, "softmax", False, moe_router_fusion=True
-        )
+        return _against_the_definition(PoolConfig(), {"seq_aux_loss": 0.2}, "softmax", False, moe_router_fusion=True)
 
 
 def test_losses_count_what_a_fused_router_chooses(ranks):

@@ -59,24 +59,13 @@ def _step(layout):
         micro_batch_size=tiny.ROWS,
         forward_only=False,
     )
-    gradients = [
-        p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters()
-    ]
+    gradients = [p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters()]
     sizes = [{layer: pool.sum(1).tolist() for layer, pool in s.pools.items()} for s in scopes]
-    return (
-        __version__,
-        require_megatron(),
-        losses,
-        all(gradients),
-        sizes,
-        parallel_state.is_pipeline_last_stage(),
-    )
+    return (__version__, require_megatron(), losses, all(gradients), sizes, parallel_state.is_pipeline_last_stage())
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
-    ids=["EP2", "PP2"],
+    "layout", [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=["EP2", "PP2"]
 )
 def test_one_training_step(old_ranks, layout):
     answers = old_ranks.run(_step, layout=layout)

@@ -61,11 +61,7 @@ def modules(parent):
 
 @pytest.mark.parametrize("weights", ["experts", "experts+router", "all"])
 def test_merging_back_changes_the_modules_rows_alone(parent, modules, tmp_path, weights):
-    output = merge(
-        MergeOptions(
-            parent=parent, modules=modules[:1], output=tmp_path / "merged", weights=weights
-        )
-    )
+    output = merge(MergeOptions(parent=parent, modules=modules[:1], output=tmp_path / "merged", weights=weights))
     before, after = MegatronCheckpoint(parent), MegatronCheckpoint(output)
     for name in before.names:
         wanted = before.read(name)
@@ -88,16 +84,13 @@ def test_an_unchanged_module_merges_to_the_parent(ranks, parent, tmp_path):
     assert all(torch.equal(before.read(n), after.read(n)) for n in before.names)
     assert checkpoints.report(output)["changed"] == {}
     was, now = (
-        ranks(1).run(checkpoints.logits, folder=str(path), layout={}, config={})[0]
-        for path in (parent, output)
+        ranks(1).run(checkpoints.logits, folder=str(path), layout={}, config={})[0] for path in (parent, output)
     )
     assert torch.equal(was, now)
 
 
 def test_blend(parent, modules, tmp_path):
-    options = MergeOptions(
-        parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25
-    )
+    options = MergeOptions(parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25)
     output = merge(options)
     found = MegatronCheckpoint(output).read(FC1, FIRST[0])
     wanted = MegatronCheckpoint(parent).read(FC1, FIRST[0]) + 0.25
@@ -113,13 +106,9 @@ def test_blend(parent, modules, tmp_path):
 
 def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
     def merged(conflict, name):
-        return merge(
-            MergeOptions(parent=parent, modules=modules, output=tmp_path / name, conflict=conflict)
-        )
+        return merge(MergeOptions(parent=parent, modules=modules, output=tmp_path / name, conflict=conflict))
 
-    with pytest.raises(
-        ValueError, match=r"one and two changed expert 2 of layer 1 .*differently.*--conflict"
-    ):
+    with pytest.raises(ValueError, match=r"one and two changed expert 2 of layer 1 .*differently.*--conflict"):
         merged("refuse", "none")
     assert list(tmp_path.iterdir()) == []
     before = MegatronCheckpoint(parent).read(FC1, SHARED_EXPERT)
@@ -148,18 +137,14 @@ def test_a_module_that_left_an_expert_alone_has_no_say(parent, tmp_path):
     kept = {"still": FIRST, "moved": SECOND}
     modules = _amounts(parent, tmp_path, kept, still=0.0, moved=2.0)
     output = merge(MergeOptions(parent=parent, modules=modules, output=tmp_path / "merged"))
-    change_E = (MegatronCheckpoint(output).read(FC1) - MegatronCheckpoint(parent).read(FC1)).mean(
-        (1, 2)
-    )
+    change_E = (MegatronCheckpoint(output).read(FC1) - MegatronCheckpoint(parent).read(FC1)).mean((1, 2))
     torch.testing.assert_close(change_E, torch.tensor([2.0, 0, 2, 2, 2, 0, 0, 0]))
     assert checkpoints.report(output)["conflicts"] == []
     # nor in an average
     options = ComposeOptions(
         modules=modules, parent=parent, output=tmp_path / "c", shared="average", conflict="average"
     )
-    composed = MegatronCheckpoint(
-        compose(replace(options, keep="9", stats=_stats(parent, tmp_path)))
-    )
+    composed = MegatronCheckpoint(compose(replace(options, keep="9", stats=_stats(parent, tmp_path))))
     assert torch.equal(composed.read(FC1), MegatronCheckpoint(output).read(FC1))
 
 
@@ -176,11 +161,7 @@ def test_the_report_names_whose_value_it_is(parent, tmp_path):
         stats=(*_stats(parent, tmp_path), _stats(parent, tmp_path)[0]),
     )
     output = compose(options)
-    conflicts = {
-        row["expert"]: row
-        for row in checkpoints.report(output)["conflicts"]
-        if row["weight"] == FC1
-    }
+    conflicts = {row["expert"]: row for row in checkpoints.report(output)["conflicts"] if row["weight"] == FC1}
     assert conflicts[2]["taken"] == "parent"
     assert conflicts[2]["modules"] == ["b", "c"]
     assert conflicts[1]["taken"] == "a"
@@ -199,9 +180,7 @@ def test_a_module_of_another_parent_is_refused(ranks, parent, modules, tmp_path)
     other = tmp_path / "other"
     ranks(1).run(checkpoints.save, folder=str(other), layout={}, config={}, seed=6)
     stranger = _module(other, tmp_path / "stranger", SECOND)
-    options = MergeOptions(
-        parent=parent, modules=(modules[0], stranger), output=tmp_path / "new", conflict="one"
-    )
+    options = MergeOptions(parent=parent, modules=(modules[0], stranger), output=tmp_path / "new", conflict="one")
     with pytest.raises(ValueError, match=r"stranger is a module of another parent: .*fingerprint"):
         merge(options)
     assert not (tmp_path / "new").exists()
@@ -253,9 +232,7 @@ def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp
     assert torch.equal(after.read(ATTENTION), before.read(ATTENTION))
     assert ATTENTION in {row["weight"] for row in checkpoints.report(output)["left_out"]}
     assert load_selection(output / "selection.json").num_kept == (8, 8)
-    (logits,) = ranks(1).run(
-        checkpoints.logits, folder=str(output), layout={}, config={}, stock=True
-    )
+    (logits,) = ranks(1).run(checkpoints.logits, folder=str(output), layout={}, config={}, stock=True)
     assert logits.isfinite().all()
 
 
@@ -308,35 +285,22 @@ def test_refusals(parent, modules, tmp_path, capsys):
         return compose, ComposeOptions(**fields | stats | changes)
 
     refused(r"--blend must lie in \(0, 1\]; got 0", *merging(blend=0.0))
-    refused(
-        "--conflict must be one of parent, average, refuse, one; got 'no'", *merging(conflict="no")
-    )
+    refused("--conflict must be one of parent, average, refuse, one; got 'no'", *merging(conflict="no"))
     refused("--weights all", *merging(modules=modules, weights="all"))
     refused("selection.json does not exist", *merging(modules=(MegatronCheckpoint(parent).path,)))
-    wrong = selection_of(
-        parent,
-        [SECOND[0], [0, 1, 2]],
-    ).save(tmp_path / "wrong.json")
+    wrong = selection_of(parent, [SECOND[0], [0, 1, 2]]).save(tmp_path / "wrong.json")
     refused("as many experts in every layer", *merging(selections=(wrong,)))
     small = selection_of(parent, [[0, 1], [2, 3]]).save(tmp_path / "small.json")
     refused("is --selection of this module", *merging(selections=(small,)))
     refused("--selections must name one file", *merging(selections=(small, small)))
     refused("give --parent", *composing())
     stats = _stats(parent, tmp_path)
-    refused(
-        "--stats must name one file for each selection: 3 for 2",
-        *composing(stats=(*stats, stats[0])),
-    )
+    refused("--stats must name one file for each selection: 3 for 2", *composing(stats=(*stats, stats[0])))
     refused("no module has expert 5 of layer 1: give --parent", *composing(shared="one", keep="9"))
     refused("must leave 3 to 9 experts a layer, 1 shared included", *composing(keep="2"))
-    refused(
-        "--keep counts the shared experts.*give --stats",
-        *composing(modules=(), selections=(small,), stats=()),
-    )
+    refused("--keep counts the shared experts.*give --stats", *composing(modules=(), selections=(small,), stats=()))
     named = shutil.copytree(modules[0], tmp_path / "average")
     refused("names a folder average.*rename the folder", *merging(modules=(named,)))
     refused("exists", *merging(output=modules[0]))
-    assert (
-        main(["merge", "--parent", "x", "--modules", "y", "--output", str(tmp_path / "new")]) == 2
-    )
+    assert main(["merge", "--parent", "x", "--modules", "y", "--output", str(tmp_path / "new")]) == 2
     assert "error: " in capsys.readouterr().err

@@ -17,13 +17,7 @@ from emo_megatron.config import PoolConfig
 
 POOLS = PoolConfig(pool_min=3)
 LAYERS, MICRO_BATCHES = 4, 3
-KERNELS = {
-    "document_scores": 2,
-    "select_pool": 1,
-    "pool_topk": 3,
-    "experts_used": 2,
-    "document_statistics": 2,
-}
+KERNELS = {"document_scores": 2, "select_pool": 1, "pool_topk": 3, "experts_used": 2, "document_statistics": 2}
 """Kernels and fills of a compiled operator on a GPU; any other operation counts as one."""
 FREE = {
     *("view", "_unsafe_view", "reshape", "expand", "slice", "select", "unsqueeze", "squeeze"),
@@ -94,12 +88,10 @@ def _transformer_engine():
         moe_utils,
         HAVE_TE=True,
         fused_topk_with_score_function=lambda logits, **options: fused_choice(logits, options),
-        fused_compute_score_for_moe_aux_loss=lambda logits, **options: reversed(
-            fused_scores(logits, options)
-        ),
-        fused_moe_aux_loss=lambda probs, coeff, **options: fused_loss(
-            probs, options | {"moe_aux_loss_coeff": coeff}
-        )[0],
+        fused_compute_score_for_moe_aux_loss=lambda logits, **options: reversed(fused_scores(logits, options)),
+        fused_moe_aux_loss=lambda probs, coeff, **options: fused_loss(probs, options | {"moe_aux_loss_coeff": coeff})[
+            0
+        ],
     )
 
 
@@ -122,10 +114,7 @@ def _routers(pool, layers, fusion):
     else:
         install_metrics(pool, config, has_documents=True)
     options = {"config": config, "pg_collection": groups}
-    routers = [
-        TopKRouter(**options) if pool is None else PoolRouter(**options, pool=pool)
-        for _ in range(layers)
-    ]
+    routers = [TopKRouter(**options) if pool is None else PoolRouter(**options, pool=pool) for _ in range(layers)]
     for number, router in enumerate(routers, start=1):
         router.set_layer_number(number)
         router.train()
@@ -146,9 +135,7 @@ def _step(pool, recomputes=False, layers=LAYERS, fusion=False):
     upstream = torch.randn(32, 8)
     passes = {}
     # boundaries are looked at on the host only: on a GPU that would mean waiting
-    on_device = mock.patch.multiple(
-        documents, _check_offsets_values=mock.Mock(), _check_samples=mock.Mock()
-    )
+    on_device = mock.patch.multiple(documents, _check_offsets_values=mock.Mock(), _check_samples=mock.Mock())
     for micro_batch in range(MICRO_BATCHES + 1):
         if micro_batch == 1:
             # the first one made the buffers
@@ -193,9 +180,7 @@ def _step(pool, recomputes=False, layers=LAYERS, fusion=False):
     return passes, end.count, report.count
 
 
-HAS_COMPILED = pytest.mark.skipif(
-    bool(ops.why_not_native("cpu")), reason="the compiled ops are not built"
-)
+HAS_COMPILED = pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 FEATURES = {
     "routers": {"pool_documents": "routers"},
     "running": {"pool_balance": "running"},
@@ -222,9 +207,7 @@ def test_pools_start_no_more_operations_than_fused_stock_routers(ranks):
         # the documents of a micro-batch are told apart once for all layers
         passes, end, _ = ranks(1).run(_step, pool=pool, layers=8, fusion=True)[0]
         for seen in passes.values():
-            assert (seen["loss_forward"], seen["loss_backward"]) == (
-                (1, 1) if pool is None else (0, 0)
-            )
+            assert (seen["loss_forward"], seen["loss_backward"]) == ((1, 1) if pool is None else (0, 0))
             assert seen["choose_forward"] == seen["score_forward"] == (pool is None)
             assert seen["pool_topk_backward"] == (pool is not None)
         totals.append(sum(sum(seen.values()) for seen in passes.values()) + end)
@@ -259,10 +242,7 @@ def _stock_layers():
             super().__init__(*args, **kwargs)
 
     return mock.patch.multiple(
-        spec_rewrite,
-        PoolTransformerLayer=TransformerLayer,
-        PoolMoELayer=MoELayer,
-        PoolRouter=StockRouter,
+        spec_rewrite, PoolTransformerLayer=TransformerLayer, PoolMoELayer=MoELayer, PoolRouter=StockRouter
     )
 
 
@@ -280,9 +260,7 @@ def _whole_step(case, is_stock):
     else:
         install_metrics(training.pool_config(case), chunks[0].config, has_documents=True)
     # boundaries are looked at on the host only: on a GPU that would mean waiting
-    on_device = mock.patch.multiple(
-        documents, _check_offsets_values=mock.Mock(), _check_samples=mock.Mock()
-    )
+    on_device = mock.patch.multiple(documents, _check_offsets_values=mock.Mock(), _check_samples=mock.Mock())
     for step in range(2):
         CLOCK.consumed_samples = step * case.accumulation * case.dp
         for chunk in chunks:
@@ -336,11 +314,7 @@ def _reported(logits_TE, pool, padded=()):
     router.set_layer_number(1)
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     router.scope = scope_of(
-        tiny.packed([0, 5, 16, 28]),
-        hidden_shape=torch.Size((32, 1, 32)),
-        shard=shard,
-        pool=pool,
-        layer_number=1,
+        tiny.packed([0, 5, 16, 28]), hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1
     )
     logits = logits_TE[:, None].clone().requires_grad_()
     padding_mask = torch.zeros(32, 1, dtype=torch.bool)
@@ -390,10 +364,7 @@ def test_metrics_are_their_definition(ranks, pool):
         "token_entropy": float(-torch.xlogy(scores, scores).sum(-1).mean()),
         "load_imbalance": float(load.max() / load.mean()),
         "nonfinite_tokens": 0.0,
-        "experts_per_document": sum(
-            int(routing_map[ids == document].any(0).sum()) for document in range(3)
-        )
-        / 3,
+        "experts_per_document": sum(int(routing_map[ids == document].any(0).sum()) for document in range(3)) / 3,
     }
     if pools is not None:
         sums = torch.stack([logits.softmax(-1)[ids == document].sum(0) for document in range(3)])
@@ -414,9 +385,7 @@ def test_logits_that_are_not_finite_are_reported_and_reach_the_loss(ranks, bad):
     logits[7, int((~clean[5][1]).nonzero()[0])] = bad
     logits[8, int(clean[5][1].nonzero()[0])] = bad
     logits[30, 2] = bad
-    logged, messages, probs, routing_map, gradient, _, _ = ranks(1).run(
-        _reported, logits_TE=logits, pool=POOLS
-    )[0]
+    logged, messages, probs, routing_map, gradient, _, _ = ranks(1).run(_reported, logits_TE=logits, pool=POOLS)[0]
     assert logged["nonfinite_tokens"] == 2.0
     assert [message for message in messages if "layer 1" in message]
     assert all(value == value and abs(value) < 1e6 for value in logged.values())

@@ -26,10 +26,7 @@ def _deviations(want, got, kind):
     """Distance of every tensor, as a share of its norm."""
     wanted, found = shards.join([want[kind]]), shards.join([answer[kind] for answer in got])
     assert found.keys() == wanted.keys()
-    return {
-        key: float((found[key] - value).norm() / value.norm().clamp(min=1e-12))
-        for key, value in wanted.items()
-    }
+    return {key: float((found[key] - value).norm() / value.norm().clamp(min=1e-12)) for key, value in wanted.items()}
 
 
 def test_megatrons_own_class_misses_gradient_under_tensor_parallelism(ranks):

@@ -83,8 +83,6 @@ def test_layers_of_a_spec_from_elsewhere_are_refused():
 
 def test_the_name_that_a_flag_once_had_counts():
     parser = model_flags.megatron_parser()
-    assert model_flags.model_flags(_Stored(norm_epsilon=1e-6), parser) == {
-        "layernorm_epsilon": 1e-6
-    }
+    assert model_flags.model_flags(_Stored(norm_epsilon=1e-6), parser) == {"layernorm_epsilon": 1e-6}
     once = _Stored(apply_layernorm_1p=True)
     assert model_flags.model_flags(once, parser) == {"layernorm_zero_centered_gamma": True}

@@ -16,18 +16,13 @@ LAYERS = 2
 
 def _model(pool, **options):
     """With pools in every layer, or stock."""
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_mtp_block_spec,
-    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from support import tiny
 
     from emo_megatron.mcore.spec import with_pools
 
-    config = tiny.transformer_config(
-        num_layers=LAYERS, mtp_num_layers=DEPTHS, mtp_loss_scaling_factor=0.3, **options
-    )
+    config = tiny.transformer_config(num_layers=LAYERS, mtp_num_layers=DEPTHS, mtp_loss_scaling_factor=0.3, **options)
     local = {"use_transformer_engine": False}
     block = get_gpt_decoder_block_spec(config, **local, normalization="RMSNorm")
     mtp = get_gpt_mtp_block_spec(config, block, **local)
@@ -142,9 +137,7 @@ def test_without_pools_it_is_the_stock_model(ranks, repeated):
 
 
 def _specs():
-    from megatron.core.transformer.multi_token_prediction import (
-        MultiTokenPredictionBlockSubmodules,
-    )
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from support import tiny

@@ -154,9 +154,7 @@ def _loss_function(name):
 def test_divides_by_the_tokens_of_the_main_loss(ranks, per_token):
     want = _defined(_micro_batch(LENGTHS))
     share = 1 if per_token else 1 / want.num_tokens
-    got, megatrons = (
-        ranks(1).run(_losses, whose=name, per_token=per_token)[0] for name in ("exact", "megatron")
-    )
+    got, megatrons = (ranks(1).run(_losses, whose=name, per_token=per_token)[0] for name in ("exact", "megatron"))
     for name in ("hidden", "weight"):
         assert _deviation(got[name], share * getattr(want, name)) < TOLERANCE
         # whose divisors are the depths' own
@@ -207,10 +205,7 @@ def _cut(whose, **options):
     tiny.setup(context_parallel_size=2)
     group = parallel_state.get_context_parallel_group()
     held = local_token_indices(
-        num_tokens=sum(LENGTHS),
-        cp_rank=group.rank(),
-        cp_size=2,
-        document_bounds=torch.tensor([0, *LENGTHS]).cumsum(0),
+        num_tokens=sum(LENGTHS), cp_rank=group.rank(), cp_size=2, document_bounds=torch.tensor([0, *LENGTHS]).cumsum(0)
     )
     part = _taken(_micro_batch(LENGTHS), held, LENGTHS)
     return held, _run(_loss_function(whose), part, cp_group=group, **options)

@@ -41,8 +41,7 @@ def _values(shape, dtype):
 def _same(got, want):
     """Whether two rolls agree in every bit of values and sum."""
     return all(
-        a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
-        for a, b in zip(got, want, strict=True)
+        a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b) for a, b in zip(got, want, strict=True)
     )
 
 
@@ -83,17 +82,12 @@ def _roll_on_ranks(packings, dtypes):
         packed = _packed([2 * size * length for length in lengths])
         num_tokens = int(packed.cu_seqlens_q[-1])
         held_T = local_token_indices(
-            num_tokens=num_tokens,
-            cp_rank=group.rank(),
-            cp_size=size,
-            document_bounds=packed.cu_seqlens_q,
+            num_tokens=num_tokens, cp_rank=group.rank(), cp_size=size, document_bounds=packed.cu_seqlens_q
         )
         for dtype in dtypes:
             tensor = _values((1, num_tokens), dtype)
             local = tensor[:, held_T]
-            got = multi_token_prediction.roll_tensor(
-                local, cp_group=group, packed_seq_params=packed
-            )
+            got = multi_token_prediction.roll_tensor(local, cp_group=group, packed_seq_params=packed)
             megatrons = mtp_roll._HOST_ROLL(local, -1, -1, packed, group)
             whole, _ = mtp_roll._HOST_ROLL(tensor, -1, -1, packed)
             found.append((_same(got, megatrons), torch.equal(got[0], whole[:, held_T])))
@@ -142,9 +136,7 @@ def test_takes_the_place_of_megatrons_roll(monkeypatch):
     for _ in range(2):
         mtp_roll.use_packed_roll()
         assert multi_token_prediction._roll_tensor_packed_seq is mtp_roll.roll_packed
-    rolled, total = multi_token_prediction.roll_tensor(
-        torch.arange(1, 7)[None], packed_seq_params=_packed([4, 2])
-    )
+    rolled, total = multi_token_prediction.roll_tensor(torch.arange(1, 7)[None], packed_seq_params=_packed([4, 2]))
     assert rolled.tolist() == [[2, 3, 4, 0, 6, 0]]
     assert int(total) == 15
     assert inspect.signature(mtp_roll.roll_packed).parameters.keys() == (

@@ -26,9 +26,7 @@ def packings(draw):
     for row in range(num_samples):
         edges = st.lists(st.integers(0, SAMPLE), max_size=8).map(sorted)
         bounds += [row * SAMPLE + edge for edge in [*draw(edges), SAMPLE]]
-    padding = draw(
-        st.none() | st.lists(st.integers(0, 6), min_size=num_samples, max_size=num_samples)
-    )
+    padding = draw(st.none() | st.lists(st.integers(0, 6), min_size=num_samples, max_size=num_samples))
     return torch.tensor(bounds, dtype=torch.int32), num_samples, padding
 
 
@@ -99,9 +97,7 @@ def test_ranks_see_the_documents_and_sizes_of_one_process(packed, layout, option
     cp_size, tp_size = layout
     packing, pool = _packing(packed), PoolConfig(pool_min=3, **options)
     multiple = padding_multiple(cp_size=cp_size, tp_size=tp_size)
-    num_tokens = tail and longest_padded(
-        packing.num_samples * SAMPLE, max_documents=tail, multiple=multiple
-    )
+    num_tokens = tail and longest_padded(packing.num_samples * SAMPLE, max_documents=tail, multiple=multiple)
     bounds = padded_bounds(packing.cu_seqlens, multiple=multiple, num_tokens=num_tokens)
     assert (bounds.diff() % multiple == 0).all()
     alone = _scope(packing, pool)

@@ -160,11 +160,7 @@ def test_runs_that_cannot_place_are_refused(run, refusal):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [
-        ((), torch.float32),
-        (("--bf16",), torch.bfloat16),
-        (("--fp16", "--loss-scale", 1024), torch.float16),
-    ],
+    [((), torch.float32), (("--bf16",), torch.bfloat16), (("--fp16", "--loss-scale", 1024), torch.float16)],
     ids=["fp32", "bf16", "fp16"],
 )
 def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix, precision, dtype):
@@ -184,19 +180,14 @@ def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix, pre
         "placed": ("--expert-placement", placement, "--pool-dispatcher", "dedup"),
     }.items():
         saved[name] = tmp_path / name
-        output = pretraining.pretrain(
-            2, *going_on, "--save", saved[name], *others, data=data_prefix
-        )
+        output = pretraining.pretrain(2, *going_on, "--save", saved[name], *others, data=data_prefix)
         losses[name] = pretraining.logged(output)
     assert len(losses["stock"]) == 3
     assert losses["placed"] == pytest.approx(losses["stock"], rel=max(eps / 16, 1e-5))
     start, old, new = map(MegatronCheckpoint, (first, saved["stock"], saved["placed"]))
     for number, order in zip(old.moe_layers, orders, strict=True):
         for weight in ("router.weight", "experts.experts.linear_fc1.weight"):
-            before, want = (
-                model.layer_view(number).read(f"mlp.{weight}", order).float()
-                for model in (start, old)
-            )
+            before, want = (model.layer_view(number).read(f"mlp.{weight}", order).float() for model in (start, old))
             got = new.layer_view(number).read(f"mlp.{weight}").float()
             near = max(eps, 1e-4) * want.norm()
             assert (got - want).norm() < near

@@ -58,9 +58,7 @@ def test_the_bias_reaches_the_pool(ranks, bias):
     pools, _, logits, logged = ranks(1).run(_route, pool=pool, options=BIASED, bias=bias)[0]
     for document in (0, 2, 3):
         score = _gates(logits, document).mean(0) + torch.tensor(bias).double()
-        assert set(pools[document].nonzero().flatten().tolist()) == set(
-            score.topk(4).indices.tolist()
-        )
+        assert set(pools[document].nonzero().flatten().tolist()) == set(score.topk(4).indices.tolist())
     assert bool(pools[[0, 2, 3], 3].any()) == (bias[3] > 0)
     taken = pools[[0, 2, 3]].any(0)
     assert logged["experts_in_no_pool"] == (~taken).sum()
@@ -72,9 +70,7 @@ def test_probabilities_do_not_see_the_bias(ranks):
     pools, _, logits, logged = ranks(1).run(_route, pool=pool, options=BIASED, bias=bias)[0]
     for document in (0, 2, 3):
         mean = logits[BOUNDS[document] : BOUNDS[document + 1]].softmax(-1).mean(0)
-        assert set(pools[document].nonzero().flatten().tolist()) == set(
-            mean.topk(4).indices.tolist()
-        )
+        assert set(pools[document].nonzero().flatten().tolist()) == set(mean.topk(4).indices.tolist())
     assert not pools[[0, 2, 3], 3].any()
     assert logged["experts_in_no_pool"] >= 1
 
@@ -92,9 +88,7 @@ def _groups_of(experts_E):
 @pytest.mark.parametrize("options", [{}, BIASED])
 def test_a_pool_inside_groups_and_an_unrestricted_one(ranks, options):
     pool = PoolConfig(pool_min=3, pool_group_scope="document", pool_unrestricted=0.5)
-    pools, routing_map, _, logged = ranks(1).run(
-        _route, pool=pool, options=GROUPS | options, bias=None
-    )[0]
+    pools, routing_map, _, logged = ranks(1).run(_route, pool=pool, options=GROUPS | options, bias=None)[0]
     sizes = pools.sum(-1).tolist()
     assert set(sizes) <= {3, 4, 8}
     assert {8} < set(sizes)

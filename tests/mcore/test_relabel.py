@@ -49,8 +49,7 @@ def test_experts_and_router_rows_move_together_and_nothing_else(before, after):
 def test_the_model_is_the_same(ranks, before, after, dispatcher):
     layout = {"expert_model_parallel_size": 2}
     wanted, found = (
-        ranks(2).run(_logits, folder=str(folder), layout=layout, dispatcher=dispatcher)
-        for folder in (before, after)
+        ranks(2).run(_logits, folder=str(folder), layout=layout, dispatcher=dispatcher) for folder in (before, after)
     )
     for logits, want in zip(found, wanted, strict=True):
         assert (logits - want).abs().max() <= 1e-6 * want.abs().max()

@@ -37,9 +37,7 @@ def _step(rerun):
     """What a step leaves behind: pools of every run, gradients, expert bias, what is logged."""
     library = {"hybrid_ep_dispatch": _dispatch, "hybrid_ep_combine": _combine}
     with mock.patch.multiple(
-        "megatron.core.transformer.moe.token_dispatcher",
-        get_align_size_for_quantization=lambda _: 1,
-        **library,
+        "megatron.core.transformer.moe.token_dispatcher", get_align_size_for_quantization=lambda _: 1, **library
     ):
         return _step_with_hybridep(rerun)
 
@@ -58,9 +56,7 @@ def _step_with_hybridep(rerun):
     routers = [module for module in chunks[0].modules() if isinstance(module, PoolRouter)]
     pools = []
     for router in routers:
-        router.register_forward_hook(
-            lambda router, *_: pools.append(router.scope.pools[router.layer_number])
-        )
+        router.register_forward_hook(lambda router, *_: pools.append(router.scope.pools[router.layer_number]))
     logged = {}
     # the step in the middle is run again; those around it are as ever
     for step in range(3):

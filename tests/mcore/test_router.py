@@ -18,9 +18,7 @@ def _train_step(model, cu_seqlens, seed=0, **packed_overrides):
 
     model.zero_grad()
     model(
-        **tiny.batch(seed),
-        attention_mask=None,
-        packed_seq_params=tiny.packed(cu_seqlens, **packed_overrides),
+        **tiny.batch(seed), attention_mask=None, packed_seq_params=tiny.packed(cu_seqlens, **packed_overrides)
     ).mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -93,11 +91,7 @@ GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_to
         GROUPS | {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
         GROUPS | {"moe_router_pre_softmax": True, "moe_router_fusion": True},
         {"moe_router_pre_softmax": True, "moe_router_fusion": True},
-        {
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-            "moe_router_fusion": True,
-        },
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_fusion": True},
     ],
     ids=lambda o: "-".join(f"{k.removeprefix('moe_router_')}={v}" for k, v in o.items()),
 )
@@ -218,8 +212,7 @@ def _pools_and_choices():
         router.routing = spy
     _train_step(model, [0, 5, 5, 16, 17, 32])
     return [
-        (ids.tolist(), pool.sum(1).tolist(), bool((routing_map <= pool[ids]).all()))
-        for ids, pool, routing_map in seen
+        (ids.tolist(), pool.sum(1).tolist(), bool((routing_map <= pool[ids]).all())) for ids, pool, routing_map in seen
     ]
 
 
@@ -263,11 +256,7 @@ def _two_in_flight(balance, **recompute):
     for seed, bounds in ((0, [0, 5, 16, 32]), (1, [0, 16, 19, 30, 32])):
         for layer in model.decoder.layers:
             layer.current_microbatch = seed
-        losses.append(
-            model(
-                **tiny.batch(seed), attention_mask=None, packed_seq_params=tiny.packed(bounds)
-            ).mean()
-        )
+        losses.append(model(**tiny.batch(seed), attention_mask=None, packed_seq_params=tiny.packed(bounds)).mean())
     for loss in losses:
         loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -277,11 +266,7 @@ def _two_in_flight(balance, **recompute):
     "recompute",
     [
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-        {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     ],
     ids=["selective", "full"],
 )
@@ -355,9 +340,7 @@ def _steps_around_the_delay(**overrides):
             CLOCK.consumed_samples = 0
             params = tiny.packed([0, 5, 16, 32])
             model.eval()(**tiny.batch(0), attention_mask=None, packed_seq_params=params)
-            found[name, "evaluation"] = [
-                pool.sum(1).tolist() for pool in params.emo_scope.pools.values()
-            ]
+            found[name, "evaluation"] = [pool.sum(1).tolist() for pool in params.emo_scope.pools.values()]
     CLOCK.consumed_samples = None
     return found
 
@@ -483,15 +466,11 @@ def _losses(pool, per_token, cu_seqlens, coefficients=(0.05, 0.001)):
     config = tiny.transformer_config(
         calculate_per_token_loss=per_token, moe_aux_loss_coeff=lb_coeff, moe_z_loss_coeff=z_coeff
     )
-    router = PoolRouter(
-        config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), pool=pool
-    )
+    router = PoolRouter(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), pool=pool)
     router.set_layer_number(1)
     params = tiny.packed(cu_seqlens)
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(
-        params, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1
-    )
+    router.scope = scope_of(params, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1)
     logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     probs, routing_map = router.routing(logits)
     (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
@@ -521,11 +500,7 @@ def _losses(pool, per_token, cu_seqlens, coefficients=(0.05, 0.001)):
 def test_losses_are_their_definition(ranks, per_token, coefficients):
     # the last four tokens are padding: routed, but counted nowhere
     gradient, expected, recorded, values = ranks(1).run(
-        _losses,
-        pool=POOLS,
-        per_token=per_token,
-        cu_seqlens=[0, 5, 16, 28],
-        coefficients=coefficients,
+        _losses, pool=POOLS, per_token=per_token, cu_seqlens=[0, 5, 16, 28], coefficients=coefficients
     )[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
     for name, value in values.items():
@@ -543,9 +518,7 @@ def _counted_for_the_bias():
     from emo_megatron.mcore.router import PoolRouter
 
     tiny.setup()
-    config = tiny.transformer_config(
-        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True
-    )
+    config = tiny.transformer_config(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     router = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
     router.set_layer_number(1)
@@ -577,9 +550,7 @@ def _running_counts():
         model(**tiny.batch(seed), attention_mask=None, packed_seq_params=params).mean().backward()
         counts = params.emo_scope.counts[1]
         fraction, population = counts.fraction, counts.population
-        seen.append(
-            (fraction.tokens_per_expert_E, population.tokens_per_expert_E, int(fraction.num_tokens))
-        )
+        seen.append((fraction.tokens_per_expert_E, population.tokens_per_expert_E, int(fraction.num_tokens)))
         if seed == 1:
             router.reset_global_aux_loss_tracker()
     return seen

@@ -119,9 +119,7 @@ def _keep_logits(kept, _module, _inputs, output):
 @pytest.mark.parametrize(("cp", "mtp"), [(1, False), (1, True), (2, False)])
 def test_pools_of_all_experts_are_the_model_without_boundaries(ranks, cp, mtp):
     runs = [(None, None), (8, BOUNDS), (8, [0, SEQ, 2 * SEQ])]
-    for (outputs, gradients, tracked), *others in ranks(cp).run(
-        _trained, pools=runs, cp=cp, mtp=mtp
-    ):
+    for (outputs, gradients, tracked), *others in ranks(cp).run(_trained, pools=runs, cp=cp, mtp=mtp):
         assert (tracked is not None) == mtp
         for other_outputs, other_gradients, other_tracked in others:
             assert torch.equal(other_outputs, outputs)
@@ -244,9 +242,7 @@ def _without_boundaries():
     tiny.setup()
     was, batches.get_args = (
         batches.get_args,
-        lambda: types.SimpleNamespace(
-            pool_documents="routers", micro_batch_size=ROWS, seq_length=SEQ
-        ),
+        lambda: types.SimpleNamespace(pool_documents="routers", micro_batch_size=ROWS, seq_length=SEQ),
     )
     try:
         config = tiny.transformer_config()
@@ -279,9 +275,7 @@ def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path)
     lengths = [7, 16, 2, 25, 1, 1, 12, 12, 1, 23, 1]
     documents = [[5 + i] * n for i, n in enumerate(lengths)]
     write_indexed_dataset(tmp_path / "text", documents, vocab_size=512)
-    run = functools.partial(
-        ranks(1).run, _samples, prefix=tmp_path / "text", cache=tmp_path / "cache"
-    )
+    run = functools.partial(ranks(1).run, _samples, prefix=tmp_path / "text", cache=tmp_path / "cache")
     (wanted,), (found,) = run(masking=True), run(masking=False)
     assert len(found) == len(wanted) > 3
     for sample, theirs in zip(found, wanted, strict=True):

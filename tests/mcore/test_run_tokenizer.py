@@ -97,9 +97,7 @@ def test_both_formats_of_a_model_measure_the_same_documents(
     with network.closed(tmp_path / "tried") as tried:
         assert [stats("run"), stats("run-exported")] == [0, 0]
         assert tried() == []
-    (one,), (other,) = (
-        load_stats(tmp_path / f"{name}.safetensors").data for name in ("run", "run-exported")
-    )
+    (one,), (other,) = (load_stats(tmp_path / f"{name}.safetensors").data for name in ("run", "run-exported"))
     for part in ("sha256", "tokens", "documents", "end_of_document"):
         assert one[part] == other[part]
     assert (one["documents"], one["end_of_document"]) == (4, 0)
@@ -179,13 +177,9 @@ def readings(folder: str) -> dict[str, Any]:
         hf = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": path}
         sft = {"tokenizer_type": "SFTTokenizer", "sft_tokenizer_prompt_format": "identity"}
         sides = {
-            "run": text_tokenizer(
-                tokenizer_args(argparse.Namespace(**hf), []), named=None, vocab_size=VOCAB
-            ),
+            "run": text_tokenizer(tokenizer_args(argparse.Namespace(**hf), []), named=None, vocab_size=VOCAB),
             # a kind that is Megatron's own, which adds what the tokenizer adds
-            "own": text_tokenizer(
-                tokenizer_args(argparse.Namespace(**hf | sft), []), named=None, vocab_size=VOCAB
-            ),
+            "own": text_tokenizer(tokenizer_args(argparse.Namespace(**hf | sft), []), named=None, vocab_size=VOCAB),
             # flags of the command line win
             "given": text_tokenizer(
                 tokenizer_args(
@@ -196,26 +190,20 @@ def readings(folder: str) -> dict[str, Any]:
                 vocab_size=VOCAB,
             ),
             "named": text_tokenizer(
-                argparse.Namespace(tokenizer_type="NullTokenizer"),
-                named=Path(path),
-                vocab_size=VOCAB,
+                argparse.Namespace(tokenizer_type="NullTokenizer"), named=Path(path), vocab_size=VOCAB
             ),
             "export": Tokenizer(root / f"{place} exported"),
         }
         found[name] = {
             side: dataclasses.asdict(
-                read_documents(
-                    data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB
-                )
+                read_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
             )
             for side, tokenizer in sides.items()
         }
     return found
 
 
-def test_a_documents_tokens_are_the_texts_and_one_end(
-    ranks: Callable[[int], Ranks], tmp_path: Path
-) -> None:
+def test_a_documents_tokens_are_the_texts_and_one_end(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     (found,) = ranks(1).run(readings, folder=str(tmp_path))
     assert found.keys() == words.SPECIAL.keys()
     for name, sides in found.items():
@@ -240,10 +228,7 @@ def refusals(folder: str) -> dict[str, str]:
     kinds = {
         "relative": ("HuggingFaceTokenizer", {"tokenizer_model": NAME}),
         "unnamed": ("HuggingFaceTokenizer", {}),
-        "special tokens": (
-            "HuggingFaceTokenizer",
-            {"tokenizer_model": str(tokenizer), "special_tokens": ["<more>"]},
-        ),
+        "special tokens": ("HuggingFaceTokenizer", {"tokenizer_model": str(tokenizer), "special_tokens": ["<more>"]}),
         "vocabulary": ("GPT2BPETokenizer", {"vocab_file": "vocab.json", "merge_file": "gone"}),
         # its configuration would be fetched
         "gpt2": ("GPT2BPETokenizer", {"vocab_file": "vocab.json", "merge_file": "merges.txt"}),
@@ -269,9 +254,7 @@ def refusals(folder: str) -> dict[str, str]:
     return said
 
 
-def test_a_tokenizer_that_cannot_be_read_here_is_one_line(
-    ranks: Callable[[int], Ranks], tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_cannot_be_read_here_is_one_line(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     (said,) = ranks(1).run(refusals, folder=str(tmp_path))
     assert said.pop("null") == "None"
     assert said.pop("tried") == "[]"

@@ -79,23 +79,17 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     router = PoolRouter(config=tiny.transformer_config(), pg_collection=groups, pool=pool)
     router.set_layer_number(1)
-    shard = context.Shard(
-        tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0
-    )
+    shard = context.Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     found = []
     for sample in (dataset[i] for i in range(len(lines))):
         bounds, padding = sample["cu_seqlens"].unique().tolist(), sample[NUM_PADDING]
         packed = tiny.packed(bounds, tokens_per_sample=SEQ)
         packing = context.Packing(
-            cu_seqlens=packed.cu_seqlens_q,
-            tokens_per_sample=SEQ,
-            num_padding_B=torch.tensor([padding]),
+            cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=SEQ, num_padding_B=torch.tensor([padding])
         )
         setattr(packed, context.PACKING, packing)
         shape = torch.Size((SEQ, 1, 32))
-        router.scope = context.scope_of(
-            packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1
-        )
+        router.scope = context.scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1)
         logits = torch.zeros(SEQ, 1, 8)
         logits[:, :, :3] = 1.0
         # padding wants the last experts, more than the rest wants the first

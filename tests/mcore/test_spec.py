@@ -18,9 +18,7 @@ def _layers(**overrides):
 
     tiny.setup()
     model = tiny.model(POOLS, **overrides)
-    output = model(
-        **tiny.batch(0), attention_mask=None, packed_seq_params=tiny.packed([0, 9, 16, 32])
-    )
+    output = model(**tiny.batch(0), attention_mask=None, packed_seq_params=tiny.packed([0, 9, 16, 32]))
     output.mean().backward()
     return [
         (
@@ -52,10 +50,7 @@ def _transformer_engine_spec():
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_layer import (
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from support import tiny
 
     from emo_megatron.mcore import spec
@@ -64,8 +59,7 @@ def _transformer_engine_spec():
     attention = object()
     moe = functools.partial(MoELayer, submodules=MoESubmodules(experts=object))
     layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(self_attention=attention, mlp=moe),
+        module=TransformerLayer, submodules=TransformerLayerSubmodules(self_attention=attention, mlp=moe)
     )
     block = TransformerBlockSubmodules(layer_specs=[layer], layer_norm=dict)
     asked = []
@@ -76,10 +70,7 @@ def _transformer_engine_spec():
 
     config = tiny.transformer_config()
     config.transformer_impl = "transformer_engine"
-    with (
-        mock.patch.object(spec, "get_gpt_decoder_block_spec", builder),
-        mock.patch.object(spec, "HAVE_TE", True),
-    ):
+    with mock.patch.object(spec, "get_gpt_decoder_block_spec", builder), mock.patch.object(spec, "HAVE_TE", True):
         made = spec.pool_block_spec(config, pool=POOLS)
     new = made.layer_specs[0]
     return (

@@ -115,9 +115,7 @@ def _of_stack():
 
     tiny.setup()
     with mock.patch.object(spec, "HAVE_TE", True):
-        return _changed(
-            hybrid_stack_spec, spec.with_pools(hybrid_stack_spec, config=_config(), pool=POOLS)
-        )
+        return _changed(hybrid_stack_spec, spec.with_pools(hybrid_stack_spec, config=_config(), pool=POOLS))
 
 
 def test_of_a_hybrid_stack_the_layers_with_experts_change(ranks):
@@ -208,12 +206,7 @@ def _with_own_gating():
 
 
 def test_a_routers_own_projection_stays(ranks):
-    assert ranks(1).run(_with_own_gating)[0] == [
-        "PoolOwnGating",
-        "PoolRouter",
-        "OwnGating",
-        "TopKRouter",
-    ]
+    assert ranks(1).run(_with_own_gating)[0] == ["PoolOwnGating", "PoolRouter", "OwnGating", "TopKRouter"]
 
 
 def _with_own_constructor():

@@ -108,9 +108,7 @@ def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp
 
 
 @pytest.mark.slow
-def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(
-    checkpoint, data, stats, tmp_path
-):
+def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(checkpoint, data, stats, tmp_path):
     run_folder = tmp_path / "run"
     shutil.copytree(checkpoint / "iter_0000001", run_folder / "iter_0000001")
     (run_folder / "latest_checkpointed_iteration.txt").write_text("1\n")
@@ -122,19 +120,7 @@ def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(
     for name, folder in (("run", run_folder), ("early", tmp_path / "link")):
         output = tmp_path / f"{name}.safetensors"
         two = ("--processes", "2", "--expert-parallel", "2") if name == "early" else ()
-        assert (
-            run(
-                "stats",
-                "--checkpoint",
-                folder,
-                "--data",
-                data / "d.safetensors",
-                "--output",
-                output,
-                *two,
-            )
-            == 0
-        )
+        assert run("stats", "--checkpoint", folder, "--data", data / "d.safetensors", "--output", output, *two) == 0
         found[name] = load_stats(output)
     want, got, later = found["run"], found["early"], load_stats(stats)
     assert got.model.is_same(want.model)
@@ -160,10 +146,7 @@ def test_a_model_that_megatron_did_not_load_is_an_error(checkpoint, data, tmp_pa
         "run_command(step.main)"
     )
     ran = subprocess.run(
-        launch.python(script, *arguments, processes=2),
-        env=process_environment(),
-        capture_output=True,
-        text=True,
+        launch.python(script, *arguments, processes=2), env=process_environment(), capture_output=True, text=True
     )
     assert ran.returncode == 2
     errors = [line for line in ran.stderr.splitlines() if line.startswith("error")]
@@ -208,9 +191,7 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
 
 
 @pytest.mark.slow
-def test_retention_is_the_same_in_any_layout_and_what_select_measures(
-    checkpoint, data, stats, tmp_path, capfd
-):
+def test_retention_is_the_same_in_any_layout_and_what_select_measures(checkpoint, data, stats, tmp_path, capfd):
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
@@ -225,9 +206,7 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(
     assert run(*common, held_out, *sizes, *layout, *beside, "--output", tmp_path / "two") == 0
     one, two = (load_rows(tmp_path / name / "retention.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 1 + 2 * 4
-    assert [(r.method, r.num_experts_kept) for r in one] == [
-        (r.method, r.num_experts_kept) for r in two
-    ]
+    assert [(r.method, r.num_experts_kept) for r in one] == [(r.method, r.num_experts_kept) for r in two]
     assert [r.loss for r in two] == pytest.approx([r.loss for r in one], rel=1e-5)
     report = (tmp_path / "two" / "retention.txt").read_text()
     assert len(re.findall(r"^ *(?:other|model) +\d", report, re.MULTILINE)) == 2 * (1 + 2 * 3)
@@ -249,22 +228,13 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     (cut / "latest_checkpointed_iteration.txt").write_text("2")
     part = max(cut.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[:2000])
-    save_file(
-        {"tokens": torch.tensor([5, 600]), "cu_seqlens": torch.tensor([0, 2])},
-        tmp_path / "d.safetensors",
-    )
+    save_file({"tokens": torch.tensor([5, 600]), "cu_seqlens": torch.tensor([0, 2])}, tmp_path / "d.safetensors")
     output = tmp_path / "out" / "s.safetensors"
     two = ("--processes", "2", "--expert-parallel", "2")
     for arguments, what, *more in [
         (("--checkpoint", cut, "--data", data / "d.safetensors"), "cut short"),
-        (
-            ("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors"),
-            "vocabulary.*5 to 600",
-        ),
-        (
-            ("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors", *two),
-            "vocabulary.*5 to 600",
-        ),
+        (("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors"), "vocabulary.*5 to 600"),
+        (("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors", *two), "vocabulary.*5 to 600"),
         (
             ("--checkpoint", checkpoint, "--data", data / "d.safetensors", *two),
             "Megatron refuses.*num_layers value from checkpoint .4. ",

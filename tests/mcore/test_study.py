@@ -35,9 +35,7 @@ def assert_same(got, want):
     for name in ("count_LE", "together_LEE", "num_tokens", "tokens"):
         assert torch.equal(torch.as_tensor(got[name]), torch.as_tensor(want[name])), name
     for name in want.keys() - {"count_LE", "together_LEE"}:
-        torch.testing.assert_close(
-            torch.as_tensor(got[name]), torch.as_tensor(want[name]), rtol=1e-5, atol=1e-7
-        )
+        torch.testing.assert_close(torch.as_tensor(got[name]), torch.as_tensor(want[name]), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +128,7 @@ EXPERT = "decoder.layers.{}.mlp.experts.experts.linear_fc2.weight (layer {}, exp
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
-    ids=["ep2", "pp2"],
+    "layout", [{"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=["ep2", "pp2"]
 )
 def test_a_weight_on_whichever_rank_is_told_to_all_by_the_models_numbers(ranks, layout):
     places = [{"layer": 4, "expert": 6}, {"layer": 2, "expert": 1}, {"name": "output_layer.weight"}]
@@ -147,18 +143,9 @@ def test_a_weight_on_whichever_rank_is_told_to_all_by_the_models_numbers(ranks, 
 def test_every_kind_of_weight_is_told_by_its_name_in_the_checkpoint(ranks):
     places = {
         "decoder.layers.2.mlp.router.weight (layer 3, expert 5)": (3, "mlp.router.weight"),
-        "decoder.layers.2.mlp.shared_experts.linear_fc1.weight (layer 3)": (
-            3,
-            "mlp.shared_experts.linear_fc1.weight",
-        ),
-        "decoder.layers.0.self_attention.linear_qkv.weight (layer 1)": (
-            1,
-            "self_attention.linear_qkv.weight",
-        ),
-        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight (layer 4)": (
-            4,
-            "pre_mlp_layernorm.weight",
-        ),
+        "decoder.layers.2.mlp.shared_experts.linear_fc1.weight (layer 3)": (3, "mlp.shared_experts.linear_fc1.weight"),
+        "decoder.layers.0.self_attention.linear_qkv.weight (layer 1)": (1, "self_attention.linear_qkv.weight"),
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight (layer 4)": (4, "pre_mlp_layernorm.weight"),
         "embedding.word_embeddings.weight": (0, "embedding.word_embeddings.weight"),
         "decoder.final_layernorm.weight": (0, "decoder.final_layernorm.weight"),
     }

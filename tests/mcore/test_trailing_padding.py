@@ -21,9 +21,7 @@ def test_samples_tell_their_padding(ranks, tmp_path):
     # 60 tokens of documents of 12 ends in a sample of 24 and one that is short
     documents = [[value] * 12 for value in (5, 6, 7, 8, 9)]
     write_indexed_dataset(tmp_path / "text", documents, vocab_size=512)
-    *samples, nothing = ranks(1).run(_samples, prefix=tmp_path / "text", cache=tmp_path / "cache")[
-        0
-    ]
+    *samples, nothing = ranks(1).run(_samples, prefix=tmp_path / "text", cache=tmp_path / "cache")[0]
     padding = [sample["num_padding"] for sample in samples]
     assert nothing["num_padding"] == SEQ
     assert sorted(padding)[:-1] == [0] * (len(padding) - 1)
@@ -32,9 +30,7 @@ def test_samples_tell_their_padding(ranks, tmp_path):
     real = SEQ - max(padding)
     assert (short["tokens"][:real] >= 5).all()
     assert not short["tokens"][real:].any()
-    assert short["cu_seqlens"][-1] == SEQ, (
-        "Megatron counts padding to a document; if not, this can go"
-    )
+    assert short["cu_seqlens"][-1] == SEQ, "Megatron counts padding to a document; if not, this can go"
 
 
 def _votes(padding):
@@ -52,16 +48,10 @@ def _votes(padding):
     router.set_layer_number(1)
     packed = tiny.packed([0, 6, 16, 32])
     if padding is not None:
-        packing = Packing(
-            cu_seqlens=packed.cu_seqlens_q,
-            tokens_per_sample=16,
-            num_padding_B=torch.tensor(padding),
-        )
+        packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16, num_padding_B=torch.tensor(padding))
         setattr(packed, PACKING, packing)
     shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(
-        packed, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1
-    )
+    router.scope = scope_of(packed, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1)
     logits = torch.zeros(32, 1, 8)
     logits[:, :, :3] = 1.0
     # the tail of the first sample wants the last experts, more than the rest wants the first

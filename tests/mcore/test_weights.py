@@ -57,9 +57,7 @@ def test_one_set_of_names(ranks, saved, tmp_path, layout, singletons):
 
 
 def test_layers_with_names_of_their_own(ranks, tmp_path):
-    (weights,) = ranks(1).run(
-        checkpoints.save, folder=str(tmp_path / "a"), layout={}, config=UNEQUAL
-    )
+    (weights,) = ranks(1).run(checkpoints.save, folder=str(tmp_path / "a"), layout={}, config=UNEQUAL)
     reader = MegatronCheckpoint(tmp_path / "a")
     assert _same(reader, weights) == []
     assert reader.moe_layers == (2, 3, 4)
@@ -83,9 +81,7 @@ def test_layers_and_flags(saved):
     reader = MegatronCheckpoint(folder / "iter_0000007")
     assert reader.moe_layers == (1, 2)
     view = reader.layer_view(2)
-    assert torch.equal(
-        view.read("mlp.router.weight"), weights["decoder.layers.1.mlp.router.weight"]
-    )
+    assert torch.equal(view.read("mlp.router.weight"), weights["decoder.layers.1.mlp.router.weight"])
     assert reader.args.num_experts == ARGS["num_experts"]
     with pytest.raises(ValueError, match="no layer 3"):
         reader.layer_view(3)
@@ -273,16 +269,12 @@ def test_metadata_of_something_else_is_named(saved, held, tmp_path):
     shutil.copytree(saved[0], tmp_path / "cut")
     (file,) = tmp_path.rglob(".metadata")
     file.write_bytes(pickle.dumps(held))
-    with pytest.raises(
-        ValueError, match=r"its file \.metadata is damaged|\.metadata is damaged"
-    ) as told:
+    with pytest.raises(ValueError, match=r"its file \.metadata is damaged|\.metadata is damaged") as told:
         MegatronCheckpoint(tmp_path / "cut")
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(
-    "held", [None, 1, [], {}, {"args": None}, {"args": argparse.Namespace(a=1)}]
-)
+@pytest.mark.parametrize("held", [None, 1, [], {}, {"args": None}, {"args": argparse.Namespace(a=1)}])
 def test_a_common_file_without_flags_is_named(saved, held, tmp_path):
     shutil.copytree(saved[0], tmp_path / "old")
     torch.save(held, tmp_path / "old" / "iter_0000007" / "common.pt")

@@ -9,12 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from emo_megatron.modules.calibration import (
-    Calibration,
-    empty_row,
-    load_documents,
-    pack_rows,
-)
+from emo_megatron.modules.calibration import Calibration, empty_row, load_documents, pack_rows
 
 ALL = Calibration()
 
@@ -57,9 +52,7 @@ def test_shots_stand_in_front_of_an_example_in_one_document(tmp_path):
     chosen = Calibration(num_examples=1, num_shots=2, seed=1)
     (example,), shots = chosen.pick(4)
     texts = ["aa", "b", "cc", "d"]
-    read = load_documents(
-        write_jsonl(tmp_path / "t.jsonl", texts), calibration=chosen, tokenize=letters
-    )
+    read = load_documents(write_jsonl(tmp_path / "t.jsonl", texts), calibration=chosen, tokenize=letters)
     text = "\n\n".join(texts[at] for at in (*shots, example))
     assert [d.tolist() for d in read.tokens] == [letters(text)]
     tokens = [torch.tensor([*range(10 * n, 10 * n + 3), 0]) for n in range(1, 5)]
@@ -198,10 +191,7 @@ def test_rows_hold_every_token_once_and_know_what_comes_next(lengths):
         assert row.tokens_S.shape == (8,)
         assert (row.tokens_S[sum(row.lengths) :] == 0).all()
         for token, label, is_predicted in zip(
-            row.tokens_S.tolist(),
-            row.labels_S.tolist(),
-            row.is_predicted_S.tolist(),
-            strict=True,
+            row.tokens_S.tolist(), row.labels_S.tolist(), row.is_predicted_S.tolist(), strict=True
         ):
             assert is_predicted == (token > 0 and token not in ends)
             if is_predicted:

@@ -38,9 +38,7 @@ def test_a_selection_says_where_it_comes_from(files, tmp_path):
 
 
 def test_random_needs_no_scores_and_tells_its_seed(files, tmp_path):
-    options = SelectOptions(
-        stats=files[:1], keep="50%", method="random", seed=6, output=tmp_path / "s.json"
-    )
+    options = SelectOptions(stats=files[:1], keep="50%", method="random", seed=6, output=tmp_path / "s.json")
     chosen = select(options)
     assert chosen.seed == 6
     other = dataclasses.replace(options, seed=7, output=tmp_path / "other.json")
@@ -65,11 +63,7 @@ def test_a_budget_counts_the_bytes_that_are_stored(tmp_path):
 
 def test_the_smallest_module_notes_its_losses(files, tmp_path):
     options = SelectOptions(
-        stats=files,
-        max_rise="10%",
-        held_out=Path("held-out"),
-        checkpoint=CHECKPOINT,
-        output=tmp_path / "s.json",
+        stats=files, max_rise="10%", held_out=Path("held-out"), checkpoint=CHECKPOINT, output=tmp_path / "s.json"
     )
     model = experts.MadeUpModel(lambda kept: 2.0 + (8 - kept) / 20)
     chosen = select(options, model=model, held_out=experts.documents(2, name="held-out"))
@@ -83,11 +77,7 @@ def test_the_smallest_module_notes_its_losses(files, tmp_path):
 
 def test_without_statistics_the_model_is_measured_now(tmp_path):
     options = SelectOptions(
-        checkpoint=CHECKPOINT,
-        data=Path("data"),
-        method="reap",
-        keep="4",
-        output=tmp_path / "s.json",
+        checkpoint=CHECKPOINT, data=Path("data"), method="reap", keep="4", output=tmp_path / "s.json"
     )
     chosen = select(options, model=experts.MadeUpModel(), documents=experts.documents(4))
     assert chosen.data["calibration"] == [experts.documents(4).source]
@@ -96,11 +86,7 @@ def test_without_statistics_the_model_is_measured_now(tmp_path):
 
 def test_what_chooses_the_experts_is_not_held_out(files, tmp_path):
     options = SelectOptions(
-        stats=files,
-        max_rise="1%",
-        held_out=Path("held-out"),
-        checkpoint=CHECKPOINT,
-        output=tmp_path / "s.json",
+        stats=files, max_rise="1%", held_out=Path("held-out"), checkpoint=CHECKPOINT, output=tmp_path / "s.json"
     )
     same = load_stats(files[0]).data[0]
     held_out = dataclasses.replace(experts.documents(2), source=same)
@@ -175,9 +161,7 @@ def test_an_interrupted_select_goes_on_and_gives_the_same(files, tmp_path, chang
     ],
 )
 def test_the_progress_of_another_select_is_refused(files, tmp_path, changes, differs):
-    options = SelectOptions(
-        checkpoint=CHECKPOINT, output=tmp_path / "s.json", keep="4", **LAYERWISE
-    )
+    options = SelectOptions(checkpoint=CHECKPOINT, output=tmp_path / "s.json", keep="4", **LAYERWISE)
     with pytest.raises(KeyboardInterrupt):
         choose(options, experts.MadeUpModel(fails_at=2))
     kept = tmp_path / "s.json.partial"
@@ -186,9 +170,7 @@ def test_the_progress_of_another_select_is_refused(files, tmp_path, changes, dif
     model = experts.MadeUpModel(rising, **changes.pop("model", {}))
     documents = changes.pop("documents", experts.documents(4))
     held_out = experts.documents(2, name="held-out")
-    with pytest.raises(
-        ValueError, match=f"partial is the progress .* whose {differs} differ: .*--output"
-    ):
+    with pytest.raises(ValueError, match=f"partial is the progress .* whose {differs} differ: .*--output"):
         select(
             dataclasses.replace(options, **changes),
             model=model,
@@ -206,17 +188,12 @@ def test_the_progress_of_another_select_is_refused(files, tmp_path, changes, dif
 
 
 def test_what_was_measured_is_of_the_select_that_was_interrupted(tmp_path):
-    options = SelectOptions(
-        checkpoint=CHECKPOINT, output=tmp_path / "s.json", data=Path("data"), **SMALLEST
-    )
+    options = SelectOptions(checkpoint=CHECKPOINT, output=tmp_path / "s.json", data=Path("data"), **SMALLEST)
     with pytest.raises(KeyboardInterrupt):
         choose(options, experts.MadeUpModel(rising, loss_fails_at=0))
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(kept) == ["s.json.partial", "s.json.partial.safetensors"]
-    texts = {
-        "documents": experts.documents(3, name="other"),
-        "held_out": experts.documents(2, name="held-out"),
-    }
+    texts = {"documents": experts.documents(3, name="other"), "held_out": experts.documents(2, name="held-out")}
     with pytest.raises(ValueError, match="whose data differ: ") as refused:
         select(options, model=experts.MadeUpModel(rising), **texts)
     for name in kept:
@@ -231,9 +208,7 @@ def test_what_was_measured_is_of_the_select_that_was_interrupted(tmp_path):
 
 
 def test_another_select_leaves_statistics_alone_that_are_being_measured(tmp_path):
-    options = SelectOptions(
-        checkpoint=CHECKPOINT, output=tmp_path / "s.json", data=Path("data"), keep="4"
-    )
+    options = SelectOptions(checkpoint=CHECKPOINT, output=tmp_path / "s.json", data=Path("data"), keep="4")
     # statistics are saved every 256 documents
     documents, other = experts.documents(260), experts.documents(3, name="other")
     with pytest.raises(KeyboardInterrupt):
@@ -266,9 +241,7 @@ def test_a_select_that_found_nothing_leaves_nothing(tmp_path, changes, stop, rai
 
 
 def test_a_rank_is_told_what_was_found_before(tmp_path):
-    options = SelectOptions(
-        checkpoint=CHECKPOINT, output=tmp_path / "s.json", keep="4", **LAYERWISE
-    )
+    options = SelectOptions(checkpoint=CHECKPOINT, output=tmp_path / "s.json", keep="4", **LAYERWISE)
     with pytest.raises(KeyboardInterrupt):
         choose(options, experts.MadeUpModel(fails_at=2))
     found = json.loads((tmp_path / "s.json.partial").read_text())["found"]
@@ -293,11 +266,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_measured(tmp_path):
 
 def test_statistics_of_another_model_are_refused(files, tmp_path):
     options = SelectOptions(
-        stats=files,
-        max_rise="1%",
-        held_out=Path("held-out"),
-        checkpoint=CHECKPOINT,
-        output=tmp_path / "s.json",
+        stats=files, max_rise="1%", held_out=Path("held-out"), checkpoint=CHECKPOINT, output=tmp_path / "s.json"
     )
     other = experts.MadeUpModel(facts=dataclasses.replace(experts.FACTS, fingerprint="beef"))
     with pytest.raises(ValueError, match="different models"):
@@ -310,14 +279,8 @@ def test_statistics_of_another_model_are_refused(files, tmp_path):
     [
         ({"stats": 1}, "one of --keep, --max-rise and --budget-mb.*got none"),
         ({"stats": 1, "keep": "4", "data": 1}, "--data would not be read.* beside --stats"),
-        (
-            {"stats": 1, "budget_mb": float("inf")},
-            "--budget-mb must be a finite number above 0; got inf",
-        ),
-        (
-            {"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": 0.0},
-            "parameter must be a finite number above 0",
-        ),
+        ({"stats": 1, "budget_mb": float("inf")}, "--budget-mb must be a finite number above 0; got inf"),
+        ({"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": 0.0}, "parameter must be a finite number above 0"),
         ({"stats": 1, "budget_mb": float("nan")}, "--budget-mb must be a finite number"),
         (
             {"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": float("nan")},
@@ -334,12 +297,7 @@ def test_statistics_of_another_model_are_refused(files, tmp_path):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, what):
-    places = {
-        "stats": (Path("s"),),
-        "data": Path("d"),
-        "checkpoint": CHECKPOINT,
-        "held_out": Path("h"),
-    }
+    places = {"stats": (Path("s"),), "data": Path("d"), "checkpoint": CHECKPOINT, "held_out": Path("h")}
     given = {name: places[name] if value == 1 else value for name, value in options.items()}
     with pytest.raises(ValueError, match=what):
         SelectOptions(output=Path("s.json"), **given)

@@ -7,13 +7,7 @@ import os
 
 import pytest
 
-from emo_megatron.modules.files import (
-    message_of,
-    must_be_writable,
-    must_not_exist,
-    to_output,
-    whole,
-)
+from emo_megatron.modules.files import message_of, must_be_writable, must_not_exist, to_output, whole
 
 
 @pytest.mark.parametrize("check", [must_be_writable, must_not_exist])
@@ -78,9 +72,7 @@ def torch_error():
         raise FULL
     except OSError:
         try:
-            raise RuntimeError(
-                "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
-            )
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
         except RuntimeError as error:
             return error
 
@@ -104,9 +96,7 @@ def write(target, raised, *, is_folder=False, before=lambda: None):
         lambda place: OSError(errno.ENOSPC, "No space left on device", str(place)),
         lambda place: OSError(errno.EDQUOT, "Quota", str(place / "weights")),
         lambda place: OSError(errno.EDQUOT, "Quota", str(place.absolute()), None, "elsewhere"),
-        lambda place: RustError(
-            "while serializing: I/O error: No space left on device (os error 28)"
-        ),
+        lambda place: RustError("while serializing: I/O error: No space left on device (os error 28)"),
         lambda place: RuntimeError("unable to open file <a>: Too many open files (24)"),
         lambda place: torch_error(),
     ],

@@ -7,21 +7,13 @@ import math
 import pytest
 import torch
 
-from emo_megatron.modules.finite import (
-    NotFiniteError,
-    check_named_weight,
-    check_weight,
-    finite_number,
-    first_bad,
-)
+from emo_megatron.modules.finite import NotFiniteError, check_named_weight, check_weight, finite_number, first_bad
 from emo_megatron.modules.json_files import read_json, to_json
 
 BAD = (math.nan, math.inf, -math.inf)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
 @pytest.mark.parametrize("value", BAD)
 def test_one_bad_value_is_found_wherever_it_lies(dtype, value):
     for size in (1, 5, 16, 1000):

@@ -32,12 +32,7 @@ KINDS = {
         "mlp_only_layers": [0],
         "norm_topk_prob": False,
     },
-    "qwen3_moe": {
-        "moe_intermediate_size": 8,
-        "head_dim": 4,
-        "decoder_sparse_step": 1,
-        "norm_topk_prob": True,
-    },
+    "qwen3_moe": {"moe_intermediate_size": 8, "head_dim": 4, "decoder_sparse_step": 1, "norm_topk_prob": True},
 }
 SHARED = {"olmoe": 0, "qwen2_moe": 2, "qwen3_moe": 0}
 
@@ -76,9 +71,7 @@ def by_definition(built):
     """The sums again: piece by piece, token by token, one expert at a time."""
     seen = [[] for _ in blocks(built)]
     handles = [
-        block.register_forward_hook(
-            lambda module, inputs, output, into=into: into.append((inputs[0], output.clone()))
-        )
+        block.register_forward_hook(lambda module, inputs, output, into=into: into.append((inputs[0], output.clone())))
         for block, into in zip(blocks(built), seen, strict=True)
     ]
     for piece in (piece for document in documents() for piece in document.split(16)):
@@ -194,12 +187,7 @@ def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
     authors.mkdir()
     stored = HuggingFaceFolder(stock)
     write_folder(
-        authors,
-        format=EMO,
-        architecture=stored.architecture,
-        read=stored.weight,
-        dtype=torch.float32,
-        extra_config={},
+        authors, format=EMO, architecture=stored.architecture, read=stored.weight, dtype=torch.float32, extra_config={}
     )
     assert json.loads((authors / "config.json").read_text())["model_type"] == "emo"
     one, other = (study(load_hugging_face(folder)) for folder in (stock, authors))
@@ -250,9 +238,7 @@ def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
     bounds = torch.tensor([0, *(len(d) for d in documents())]).cumsum(0)
     save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
     held_out = torch.arange(1, 40) * 7 % 64
-    save_file(
-        {"tokens": held_out, "cu_seqlens": torch.tensor([0, 15, 39])}, tmp_path / "h.safetensors"
-    )
+    save_file({"tokens": held_out, "cu_seqlens": torch.tensor([0, 15, 39])}, tmp_path / "h.safetensors")
     options = RetentionOptions(
         checkpoint=tmp_path / "model",
         data=tmp_path / "d.safetensors",
@@ -356,10 +342,7 @@ def test_no_command_measures_a_weight_that_is_not_finite(tmp_path, capsys):
         save_file(stored, tmp_path / f"{name}.safetensors")
     spoil(folder, "model.layers.2.mlp.experts.3.down_proj.weight", float("nan"))
     files = sorted(path.name for path in tmp_path.iterdir())
-    data, held_out = (
-        [flag, f"{tmp_path}/{name}.safetensors"]
-        for flag, name in (("--data", "d"), ("--held-out", "h"))
-    )
+    data, held_out = ([flag, f"{tmp_path}/{name}.safetensors"] for flag, name in (("--data", "d"), ("--held-out", "h")))
     for command in (
         ["stats", *data],
         ["stats", *data, "--outputs"],
@@ -373,12 +356,7 @@ def test_no_command_measures_a_weight_that_is_not_finite(tmp_path, capsys):
         assert cli.main([*command, "--checkpoint", str(folder), "--output", str(output)]) == 2
         (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert "(layer 3, expert 3)" in told, command
-        assert (
-            sorted(
-                path.name for path in tmp_path.iterdir() if any(path.rglob("*")) or path.is_file()
-            )
-            == files
-        )
+        assert sorted(path.name for path in tmp_path.iterdir() if any(path.rglob("*")) or path.is_file()) == files
 
 
 @torch.no_grad()
@@ -386,9 +364,7 @@ def test_an_overflow_of_finite_weights_is_told_where_it_arises(kind):
     built = model(kind).eval()
     studied = study(built)
     pairs = torch.arange(1, 21).split(2)
-    uses_PE = torch.stack(
-        [studied.statistics([pair], outputs=False).count_LE[0] > 0 for pair in pairs]
-    )
+    uses_PE = torch.stack([studied.statistics([pair], outputs=False).count_LE[0] > 0 for pair in pairs])
     # an expert that some of the pairs use and some do not
     expert = int((uses_PE.sum(0) - 5).abs().argmin())
     without = [pair for pair, uses in zip(pairs, uses_PE[:, expert], strict=True) if not uses]

@@ -11,14 +11,7 @@ import pytest
 import torch
 
 from emo_megatron.cli import main
-from emo_megatron.modules.placement import (
-    Placement,
-    load_placement,
-    pack_by_load,
-    place,
-    place_together,
-    spread_of,
-)
+from emo_megatron.modules.placement import Placement, load_placement, pack_by_load, place, place_together, spread_of
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
 
 
@@ -161,9 +154,7 @@ def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"at least 1; got 0\.5"):
         place(stats, num_ranks=2, max_imbalance=0.5)
     for bound in (float("nan"), float("inf")):
-        with pytest.raises(
-            ValueError, match=f"--max-imbalance must be a finite number; got {bound}"
-        ):
+        with pytest.raises(ValueError, match=f"--max-imbalance must be a finite number; got {bound}"):
             place(stats, num_ranks=2, max_imbalance=bound)
     placement = place(stats, num_ranks=2)
     with pytest.raises(ValueError, match="once"):
@@ -188,13 +179,7 @@ def test_what_is_wrong_is_said(tmp_path):
 def test_placement_rejects_experts_that_do_not_divide():
     with pytest.raises(ValueError, match="do not divide"):
         Placement(
-            num_experts=3,
-            num_ranks=2,
-            layers=(1,),
-            order=((0, 1, 2),),
-            model="",
-            method="load",
-            max_imbalance=1.0,
+            num_experts=3, num_ranks=2, layers=(1,), order=((0, 1, 2),), model="", method="load", max_imbalance=1.0
         )
 
 

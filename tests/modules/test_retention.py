@@ -9,13 +9,7 @@ import pytest
 from support import experts
 
 from emo_megatron.modules.finite import NotFiniteError
-from emo_megatron.modules.retention import (
-    FULL,
-    check_output,
-    conditions,
-    measure_retention,
-    read_rows,
-)
+from emo_megatron.modules.retention import FULL, check_output, conditions, measure_retention, read_rows
 from emo_megatron.modules.retention_options import DomainFiles, RetentionOptions, domain_files
 
 METHODS = ("mean_prob", "frequency", "layerwise", "easy_ep", "reap")
@@ -61,12 +55,7 @@ class CountingModel(experts.MadeUpModel):
 
 def test_conditions_by_hand():
     rows = conditions(
-        ["a", "b", "c"],
-        num_experts=8,
-        methods=["mean_prob", "reap"],
-        kept=[4, 2],
-        crossed=[2],
-        elsewhere=1,
+        ["a", "b", "c"], num_experts=8, methods=["mean_prob", "reap"], kept=[4, 2], crossed=[2], elsewhere=1
     )
     keys = [row.key for row in rows]
     assert keys[:3] == ["a|a|8|full", "b|b|8|full", "c|c|8|full"]
@@ -196,16 +185,12 @@ def test_rows_of_something_else_are_refused(texts):
         ({"checkpoint": texts / "tuned"}, CountingModel()),
         ({}, CountingModel(setting=dataclasses.replace(experts.SETTING, megatron="--x 1"))),
     ):
-        with pytest.raises(
-            ValueError, match=r"another model, other text, another seed or .*--output"
-        ):
+        with pytest.raises(ValueError, match=r"another model, other text, another seed or .*--output"):
             measure_retention(dataclasses.replace(first, **changes), model=model, read=read)
         assert model.losses == []
     with pytest.raises(ValueError, match="another model, other text"):
         measure_retention(
-            first,
-            model=CountingModel(),
-            read=lambda path, calibration: experts.documents(3, name=path.stem),
+            first, model=CountingModel(), read=lambda path, calibration: experts.documents(3, name=path.stem)
         )
     assert first.rows_file.read_bytes() == before
     first.rows_file.write_text("[1]")

@@ -26,10 +26,7 @@ PAPER = dataclasses.replace(experts.FACTS, num_experts=127, top_k=7)
 
 def test_the_best_are_kept_and_ties_go_to_the_lower_index():
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
-    assert select_top(scores, keep=2).tolist() == [
-        [False, True, False, True],
-        [True, True, False, False],
-    ]
+    assert select_top(scores, keep=2).tolist() == [[False, True, False, True], [True, True, False, False]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -50,8 +47,7 @@ def test_random_choices_are_seeded_and_differ_by_layer():
 
 
 @pytest.mark.parametrize(
-    ("text", "routed"),
-    [("128", 127), ("16", 15), ("12.5%", 15), ("25%", 31), ("100%", 127), ("8", 7), (" 6.4 % ", 7)],
+    ("text", "routed"), [("128", 127), ("16", 15), ("12.5%", 15), ("25%", 31), ("100%", 127), ("8", 7), (" 6.4 % ", 7)]
 )
 def test_keep_counts_the_shared_expert_as_the_paper_does(text, routed):
     assert parse_keep(text, PAPER) == routed
@@ -102,9 +98,7 @@ def test_layerwise_measures_each_layer_with_the_earlier_ones_reduced():
     assert not torch.equal(mask, select_by_stats(one_pass, method="mean_prob", keep=2))
 
 
-@pytest.mark.parametrize(
-    ("text", "full", "highest"), [("0.05", 2.0, 2.05), ("1%", 2.0, 2.02), ("0", 3.0, 3.0)]
-)
+@pytest.mark.parametrize(("text", "full", "highest"), [("0.05", 2.0, 2.05), ("1%", 2.0, 2.02), ("0", 3.0, 3.0)])
 def test_a_bound_is_nats_or_a_share(text, full, highest):
     assert MaxRise.parse(text).highest(full) == pytest.approx(highest)
 
@@ -128,7 +122,5 @@ def test_bisection_finds_the_smallest_module_within_the_bound(smallest):
     found = smallest_within(model, experts.documents(2), choose=choose, bound=MaxRise.parse("0.5"))
     assert found.keep_mask_LE.sum(-1).tolist() == [smallest] * 3
     assert found.full_loss == 2.0
-    assert found.tried == {
-        keep: (2.0 if keep >= smallest else 3.0) for keep in sorted({*chosen, 8})
-    }
+    assert found.tried == {keep: (2.0 if keep >= smallest else 3.0) for keep in sorted({*chosen, 8})}
     assert len(chosen) <= 3

@@ -52,9 +52,7 @@ def test_without_outputs_their_scores_are_refused():
 
 def test_parts_add_up_to_the_whole():
     model, whole = experts.MadeUpModel(), experts.documents(7)
-    parts = [
-        model.statistics(whole.tokens[low:high], outputs=True) for low, high in ((0, 3), (3, 7))
-    ]
+    parts = [model.statistics(whole.tokens[low:high], outputs=True) for low, high in ((0, 3), (3, 7))]
     assert_same(merge_stats(parts), model.statistics(whole.tokens, outputs=True))
 
 
@@ -178,8 +176,7 @@ def test_what_padding_computes_counts_nowhere():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("data", '["sha256"]'), ("data", "{}"), ("model", "[]"), ("model", '{"top_k": 2.0}')],
+    ("name", "value"), [("data", '["sha256"]'), ("data", "{}"), ("model", "[]"), ("model", '{"top_k": 2.0}')]
 )
 def test_what_statistics_say_of_themselves_is_checked(name, value, tmp_path):
     path = experts.statistics().save(tmp_path / "s.safetensors")

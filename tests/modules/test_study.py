@@ -55,12 +55,7 @@ def test_a_whole_file_is_not_measured_again_and_another_is_not_replaced(tmp_path
         *(
             # routers may be the same after the experts were trained
             {"model": experts.MadeUpModel(setting=dataclasses.replace(experts.SETTING, **change))}
-            for change in (
-                {"weights": "x"},
-                {"seq_length": 8},
-                {"dtype": "torch.bfloat16"},
-                {"megatron": "--x 1"},
-            )
+            for change in ({"weights": "x"}, {"seq_length": 8}, {"dtype": "torch.bfloat16"}, {"megatron": "--x 1"})
         ),
     ):
         with pytest.raises(ValueError, match="something else"):

@@ -9,9 +9,7 @@ import torch
 from support.emulator import Compiled, host_ops, load_compiled
 
 
-@pytest.fixture(
-    scope="session", params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.fixture(scope="session", params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     """CPU kernels, CUDA kernels run lane by lane on the CPU, and CUDA kernels."""
     if request.param == "emulated":

@@ -101,9 +101,7 @@ def test_a_probe_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
         assert ops.why_not_native("cpu") == ""
 
 
-@pytest.mark.parametrize(
-    ("error", "is_of_this_gpu"), [(209, True), (35, True), (100, True), (2, False), (700, False)]
-)
+@pytest.mark.parametrize(("error", "is_of_this_gpu"), [(209, True), (35, True), (100, True), (2, False), (700, False)])
 def test_an_error_of_cuda_is_told_as_what_it_is(
     monkeypatch: pytest.MonkeyPatch, error: int, is_of_this_gpu: bool
 ) -> None:

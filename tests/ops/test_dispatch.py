@@ -59,9 +59,7 @@ def plans(ops: Any, routing_map: Tensor, num_ranks: int) -> tuple[Tensor, SendPl
     counts = ops.count_sends(routing_map, num_ranks=num_ranks)
     num_rows, num_pairs = int(counts[:num_ranks].sum()), int(counts[num_ranks:].sum())
     send = ops.plan_send(routing_map, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs)
-    receive = ops.plan_receive(
-        send.codes_P, num_rows=num_rows, num_experts=routing_map.shape[1] // num_ranks
-    )
+    receive = ops.plan_receive(send.codes_P, num_rows=num_rows, num_experts=routing_map.shape[1] // num_ranks)
     return counts, send, receive
 
 
@@ -143,9 +141,7 @@ def random_fanout(num_copies: int, num_rows: int) -> Fanout:
 
 
 def to_device(fanout: Fanout, device: torch.device) -> Fanout:
-    return Fanout(
-        **{field.name: getattr(fanout, field.name).to(device) for field in fields(Fanout)}
-    )
+    return Fanout(**{field.name: getattr(fanout, field.name).to(device) for field in fields(Fanout)})
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -155,9 +151,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 8, 40, 128, 300])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_compiled_copies_and_sums(
-    compiled: Compiled, dtype: torch.dtype, width: int, offset: int
-) -> None:
+def test_compiled_copies_and_sums(compiled: Compiled, dtype: torch.dtype, width: int, offset: int) -> None:
     fanout = random_fanout(60, 21)
     on_device = to_device(fanout, compiled.device)
     generator = torch.Generator().manual_seed(2)
@@ -409,9 +403,7 @@ def test_gpu_graphs() -> None:
     with torch.cuda.stream(stream):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            again = ops.plan_send(
-                routing, num_ranks=case.ranks, num_rows=num_rows, num_pairs=num_pairs
-            )
+            again = ops.plan_send(routing, num_ranks=case.ranks, num_rows=num_rows, num_pairs=num_pairs)
             ops.plan_receive(again.codes_P, num_rows=num_rows, num_experts=10)
             copies = ops.copy_rows(rows_NH, fanout=again.rows)
             sums = ops.sum_rows(copies, fanout=again.rows)

@@ -39,32 +39,19 @@ def random_ids(num_tokens: int, num_documents: int, *, is_sorted: bool) -> Tenso
 def sets_of(used_DW: Tensor) -> list[set[int]]:
     """The experts whose bits are set."""
     return [
-        {32 * w + b for w, word in enumerate(words) for b in range(32) if word >> b & 1}
-        for words in used_DW.tolist()
+        {32 * w + b for w, word in enumerate(words) for b in range(32) if word >> b & 1} for words in used_DW.tolist()
     ]
 
 
-CASES = [
-    (40, 5, 2),
-    (90, 32, 3),
-    (64, 33, 1),
-    (300, 127, 8),
-    (130, 256, 4),
-    (12, 1024, 32),
-    (7, 1, 1),
-]
+CASES = [(40, 5, 2), (90, 32, 3), (64, 33, 1), (300, 127, 8), (130, 256, 4), (12, 1024, 32), (7, 1, 1)]
 
 
 @pytest.mark.parametrize("is_sorted", [True, False])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), CASES)
-def test_experts_used(
-    compiled: Compiled, num_tokens: int, num_experts: int, top_k: int, is_sorted: bool
-) -> None:
+def test_experts_used(compiled: Compiled, num_tokens: int, num_experts: int, top_k: int, is_sorted: bool) -> None:
     routing_map_TE = random_routing(num_tokens, num_experts, top_k)
     ids_T = random_ids(num_tokens, 5, is_sorted=is_sorted)
-    want_DW = reference_documents.experts_used(
-        routing_map_TE, document_ids_T=ids_T, num_documents=5
-    )
+    want_DW = reference_documents.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=5)
     assert want_DW.dtype == torch.int32
     assert want_DW.shape == (5, math.ceil(num_experts / 32))
     loop: list[set[int]] = [set() for _ in range(5)]
@@ -74,9 +61,7 @@ def test_experts_used(
     assert sets_of(want_DW) == loop
     assert loop[2] == set()
     got_DW = compiled.ops.experts_used(
-        routing_map_TE.to(compiled.device),
-        document_ids_T=ids_T.to(compiled.device),
-        num_documents=5,
+        routing_map_TE.to(compiled.device), document_ids_T=ids_T.to(compiled.device), num_documents=5
     )
     assert_equal("used", got_DW.cpu(), want_DW)
 
@@ -87,9 +72,7 @@ def test_experts_used_of_all_experts_and_of_no_tokens(compiled: Compiled) -> Non
     for implementation in (reference_documents, compiled.ops):
         used_DW = implementation.experts_used(everything_TE, document_ids_T=ids_T, num_documents=1)
         assert used_DW.tolist() == [[-1, -1]]
-        none_DW = implementation.experts_used(
-            everything_TE[:0], document_ids_T=ids_T[:0], num_documents=2
-        )
+        none_DW = implementation.experts_used(everything_TE[:0], document_ids_T=ids_T[:0], num_documents=2)
         assert none_DW.tolist() == [[0, 0]] * 2
 
 
@@ -115,17 +98,13 @@ def documents_of(num_documents: int, num_experts: int) -> tuple[Tensor, Tensor, 
     pool_DE = torch.rand(num_documents, num_experts, generator=generator) < 0.4
     routing_map_TE = random_routing(40, num_experts, 2)
     ids_T = random_ids(40, num_documents, is_sorted=False)
-    used_DW = reference_documents.experts_used(
-        routing_map_TE, document_ids_T=ids_T, num_documents=num_documents
-    )
+    used_DW = reference_documents.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=num_documents)
     return scores_DE, pool_DE, used_DW
 
 
 @pytest.mark.parametrize(("num_documents", "num_experts"), [(3, 5), (9, 32), (70, 127), (20, 300)])
 @pytest.mark.parametrize("given", ["all", "scores", "scores and pool", "used"])
-def test_document_statistics(
-    compiled: Compiled, num_documents: int, num_experts: int, given: str
-) -> None:
+def test_document_statistics(compiled: Compiled, num_documents: int, num_experts: int, given: str) -> None:
     scores_DE, pool_DE, used_DW = documents_of(num_documents, num_experts)
     want = torch.zeros(5, dtype=torch.float64)
     if given != "used":
@@ -145,10 +124,7 @@ def test_document_statistics(
     }
     exact = reference_documents.document_statistics(**arguments)
     assert exact.dtype == torch.int64
-    on_device = {
-        name: None if tensor is None else tensor.to(compiled.device)
-        for name, tensor in arguments.items()
-    }
+    on_device = {name: None if tensor is None else tensor.to(compiled.device) for name, tensor in arguments.items()}
     got = compiled.ops.document_statistics(**on_device).cpu()
     counts = [0, 1, 3, 4]
     assert exact[counts].tolist() == got[counts].tolist() == want[counts].tolist()
@@ -211,9 +187,7 @@ def test_draws_are_bit_equal(compiled: Compiled, seed: int, stream: int) -> None
 
 @pytest.mark.parametrize("layer_number", [5, range(1, 4), torch.tensor([[2], [9]])], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_sizes_are_the_same_from_every_backend(
-    layer_number: int | range | Tensor, share: float
-) -> None:
+def test_sizes_are_the_same_from_every_backend(layer_number: int | range | Tensor, share: float) -> None:
     def draw(backend: ops.Backend) -> Tensor:
         return ops.draw_pool_sizes(
             torch.arange(50) + 10**12,
@@ -240,9 +214,7 @@ def test_the_same_for_any_number_of_threads(num_threads: int) -> None:
         used_DW = host_ops().experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=5)
     finally:
         torch.set_num_threads(before)
-    want_DW = reference_documents.experts_used(
-        routing_map_TE, document_ids_T=ids_T, num_documents=5
-    )
+    want_DW = reference_documents.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=5)
     assert_equal("used", used_DW, want_DW)
 
 
@@ -278,13 +250,7 @@ def test_torch_compile_sees_through() -> None:
     def step(positions_D: Tensor) -> tuple[Tensor, Tensor]:
         used_DW = ops.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=9)
         drawn_LD = ops.draw_pool_sizes(
-            positions_D,
-            offsets_D=positions_D,
-            layer_number=range(1, 4),
-            seed=1,
-            low=2,
-            high=9,
-            num_experts=32,
+            positions_D, offsets_D=positions_D, layer_number=range(1, 4), seed=1, low=2, high=9, num_experts=32
         )
         return ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW), drawn_LD
 

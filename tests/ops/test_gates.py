@@ -72,9 +72,7 @@ def test_gradients_of_extreme_logits(compiled: Compiled, name: str, score_functi
     scores_TE = gates_TE / (gates_TE.sum(dim=1, keepdim=True) + 1e-20)
     chosen_TE = gates_TE * map_TE
     probs_TE = chosen_TE / (chosen_TE.sum(dim=1, keepdim=True) + 1e-20)
-    (want_TE,) = torch.autograd.grad(
-        (probs_TE * weight_TE).sum() + scores_TE.sum(dim=0) @ weight_E.double(), exact_TE
-    )
+    (want_TE,) = torch.autograd.grad((probs_TE * weight_TE).sum() + scores_TE.sum(dim=0) @ weight_E.double(), exact_TE)
     assert_close("probs", got.probs_TE.detach().cpu(), probs_TE.detach().float(), rtol=1e-6)
     scale_T1 = want_TE.abs().amax(dim=1, keepdim=True)
     assert ((grad_TE - want_TE).abs() <= 2e-6 * scale_T1).all()
@@ -129,9 +127,7 @@ def test_document_scores_are_sums_of_gates(
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("num_documents", [1, 3])
-def test_a_large_gate_counts_as_the_largest_one(
-    compiled: Compiled, name: str, num_documents: int
-) -> None:
+def test_a_large_gate_counts_as_the_largest_one(compiled: Compiled, name: str, num_documents: int) -> None:
     ops, device = implementation(name, compiled)
     ids_T = torch.arange(600) // 40 % num_documents
     got_DE = ops.document_scores(
@@ -216,32 +212,21 @@ def test_sums_of_each_document(compiled: Compiled, name: str, documents: str, va
 
     # each token's scores take the gradient of its document's row
     upstream_DE = random_logits(num_documents, num_experts, seed=2).to(device)
-    (grad_TE,) = torch.autograd.grad(
-        [got.score_sums_RE, got.z_T], leaf_TE, [upstream_DE, torch.ones_like(got.z_T)]
-    )
-    weighted = [
-        (its.score_sums_E * row_E).sum() for its, row_E in zip(alone, upstream_DE, strict=True)
-    ]
+    (grad_TE,) = torch.autograd.grad([got.score_sums_RE, got.z_T], leaf_TE, [upstream_DE, torch.ones_like(got.z_T)])
+    weighted = [(its.score_sums_E * row_E).sum() for its, row_E in zip(alone, upstream_DE, strict=True)]
     loss = sum(weighted) + sum(its.z_T.sum() for its in alone)
     (want_TE,) = torch.autograd.grad(loss, leaf_TE)
     assert_close("gradient", grad_TE, want_TE, rtol=1e-6 if name == "reference" else 0.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_compiled_sums_of_each_document_are_the_references(
-    compiled: Compiled, variant: str
-) -> None:
+def test_the_compiled_sums_of_each_document_are_the_references(compiled: Compiled, variant: str) -> None:
     ids_T = ids_of("shuffled")
     num_documents, num_experts = len(LENGTHS), 130
     routed = []
     for ops, device in ((reference, torch.device("cpu")), (compiled.ops, compiled.device)):
         leaf_TE = random_logits(len(ids_T), num_experts).to(device).requires_grad_()
-        got = ops.pool_topk(
-            leaf_TE,
-            document_ids_T=ids_T.to(device),
-            num_documents=num_documents,
-            **VARIANTS[variant],
-        )
+        got = ops.pool_topk(leaf_TE, document_ids_T=ids_T.to(device), num_documents=num_documents, **VARIANTS[variant])
         weight_DE = random_logits(num_documents, num_experts, seed=3).to(device)
         loss = (got.score_sums_RE * weight_DE).sum() + got.probs_TE.square().sum()
         loss.backward()
@@ -266,10 +251,7 @@ def test_ids_past_the_last_document_have_no_sums(compiled: Compiled) -> None:
     want = compiled.ops.pool_topk(logits_TE, **padded)
     for field in fields(Routing):
         assert_equal(field.name, getattr(got, field.name), getattr(want, field.name))
-    grads = [
-        torch.autograd.grad(routing.score_sums_RE.square().sum(), logits_TE)[0]
-        for routing in (got, want)
-    ]
+    grads = [torch.autograd.grad(routing.score_sums_RE.square().sum(), logits_TE)[0] for routing in (got, want)]
     assert_equal("gradient", *grads)
 
 
@@ -291,9 +273,7 @@ def test_tokens_that_do_not_count_are_in_no_documents_sums(compiled: Compiled, n
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sqrtsoftplus"])
-def test_sums_of_documents_whose_tokens_keep_to_groups(
-    compiled: Compiled, score_function: str
-) -> None:
+def test_sums_of_documents_whose_tokens_keep_to_groups(compiled: Compiled, score_function: str) -> None:
     ids_T = torch.tensor([0] * 70 + [-1] * 3 + [2] * 41 + [3] + [0] * 9)
     logits_TE = random_logits(len(ids_T), 48)
     logits_TE[5, 1] = float("nan")

@@ -30,9 +30,7 @@ def inputs(device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def every_op(
-    logits_TE: Tensor, ids_T: Tensor, positions_D: Tensor, upstream_TE: Tensor
-) -> list[Tensor]:
+def every_op(logits_TE: Tensor, ids_T: Tensor, positions_D: Tensor, upstream_TE: Tensor) -> list[Tensor]:
     """All ops, forward and backward; nothing in it waits for the device."""
     logits_TE = logits_TE.detach().requires_grad_()
     documents = {"document_ids_T": ids_T, "num_documents": NUM_DOCUMENTS}
@@ -48,32 +46,16 @@ def every_op(
         backend="native",
     )
     pool_DE = ops.select_pool(scores_DE, pool_sizes_D=sizes_LD[1], backend="native")
-    routed = ops.pool_topk(
-        logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K, backend="native"
-    )
+    routed = ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K, backend="native")
     in_groups = ops.pool_topk(
-        logits_TE,
-        document_ids_T=ids_T,
-        pool_DE=pool_DE,
-        top_k=TOP_K,
-        num_groups=8,
-        group_topk=4,
-        backend="native",
+        logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K, num_groups=8, group_topk=4, backend="native"
     )
     used_DW = ops.experts_used(routed.routing_map_TE, **documents, backend="native")
-    statistics = ops.document_statistics(
-        scores_DE, pool_DE=pool_DE, used_DW=used_DW, backend="native"
-    )
+    statistics = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW, backend="native")
     plan = dispatch.plan_send(
-        routed.routing_map_TE,
-        num_ranks=1,
-        num_rows=NUM_TOKENS,
-        num_pairs=NUM_TOKENS * TOP_K,
-        backend="native",
+        routed.routing_map_TE, num_ranks=1, num_rows=NUM_TOKENS, num_pairs=NUM_TOKENS * TOP_K, backend="native"
     )
-    pairs = dispatch.plan_receive(
-        plan.codes_P, num_rows=NUM_TOKENS, num_experts=NUM_EXPERTS, backend="native"
-    ).pairs
+    pairs = dispatch.plan_receive(plan.codes_P, num_rows=NUM_TOKENS, num_experts=NUM_EXPERTS, backend="native").pairs
     copies_PH = dispatch.copy_rows(routed.probs_TE, fanout=pairs, backend="native")
     sums_NH = dispatch.sum_rows(copies_PH * 2, fanout=pairs, backend="native")
     loss = (sums_NH * upstream_TE).sum() + routed.score_sums_E.square().sum() + routed.z_T.sum()
@@ -120,9 +102,7 @@ def test_the_first_call_of_a_process_may_lie_inside_a_capture() -> None:
     """Kernels are loaded when they are first called; here that is while a graph is captured."""
     program = f"import sys; sys.path[:0] = {sys.path!r}\n"
     program += "from ops.test_gpu import first_call_in_a_capture; first_call_in_a_capture()"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -162,9 +142,7 @@ def test_inductor_compiles_around_the_ops() -> None:
         routed = ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=TOP_K)
         used_DW = ops.experts_used(routed.routing_map_TE, **documents)
         statistics = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=used_DW)
-        apart = ops.pool_topk(
-            logits_TE, **documents, pool_DE=pool_DE, top_k=TOP_K, score_function="sqrtsoftplus"
-        )
+        apart = ops.pool_topk(logits_TE, **documents, pool_DE=pool_DE, top_k=TOP_K, score_function="sqrtsoftplus")
         loss = routed.probs_TE.square().sum() + routed.z_T.sum() + routed.score_sums_E.max()
         loss = loss + (apart.score_sums_RE * apart.document_choices_DE).square().sum()
         return loss + statistics.sum() * 0 + routed.counts_X.sum() * 0

@@ -43,9 +43,7 @@ class Groups:
 
 
 SHAPES = {
-    f"{E} experts in {G} groups, {Kg} of them, top-{K}": Groups(
-        num_experts=E, num_groups=G, group_topk=Kg, top_k=K
-    )
+    f"{E} experts in {G} groups, {Kg} of them, top-{K}": Groups(num_experts=E, num_groups=G, group_topk=Kg, top_k=K)
     for E, G, Kg, K in [
         (256, 8, 4, 8),
         (128, 8, 4, 8),
@@ -75,9 +73,7 @@ COMPILED = {
     "selection": {"mask": "selection"},
     "sigmoid, biased": {"score_function": "sigmoid", "expert_bias_E": BIAS_E},
 }
-VARIANTS = COMPILED | {
-    "sqrtsoftplus, biased": {"score_function": "sqrtsoftplus", "expert_bias_E": BIAS_E},
-}
+VARIANTS = COMPILED | {"sqrtsoftplus, biased": {"score_function": "sqrtsoftplus", "expert_bias_E": BIAS_E}}
 
 
 def options_of(variant: str, groups: Groups, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -161,23 +157,14 @@ def case_of(groups: Groups, *, smallest: int | None = None) -> Case:
     sizes_D[-1] = num_experts
     order_DE = torch.rand(len(lengths), num_experts, generator=generator).argsort().argsort()
     return Case(
-        logits_TE=random_logits(len(ids_T), num_experts, seed=3),
-        ids_T=ids_T,
-        pool_DE=order_DE < sizes_D[:, None],
+        logits_TE=random_logits(len(ids_T), num_experts, seed=3), ids_T=ids_T, pool_DE=order_DE < sizes_D[:, None]
     )
 
 
-def route(
-    ops: Any, case: Case, options: dict[str, Any], device: torch.device | str = "cpu"
-) -> tuple[Routing, Tensor]:
+def route(ops: Any, case: Case, options: dict[str, Any], device: torch.device | str = "cpu") -> tuple[Routing, Tensor]:
     """Route, and send gradients back."""
     logits_TE = case.logits_TE.to(device).requires_grad_()
-    routed = ops.pool_topk(
-        logits_TE,
-        document_ids_T=case.ids_T.to(device),
-        pool_DE=case.pool_DE.to(device),
-        **options,
-    )
+    routed = ops.pool_topk(logits_TE, document_ids_T=case.ids_T.to(device), pool_DE=case.pool_DE.to(device), **options)
     weights_TE = random_logits(*logits_TE.shape, seed=9).to(device)
     loss = (routed.probs_TE * weights_TE).sum() + routed.z_T.square().sum()
     (loss + routed.score_sums_E @ weights_TE[0]).backward()
@@ -198,9 +185,7 @@ def test_the_definition_is_a_plain_loop(shape: str, variant: str) -> None:
     for smallest in (None, max(groups.top_k - 2, 1)):
         case = case_of(groups, smallest=smallest)
         options = options_of(variant, groups)
-        routed = reference.pool_topk(
-            case.logits_TE, document_ids_T=case.ids_T, pool_DE=case.pool_DE, **options
-        )
+        routed = reference.pool_topk(case.logits_TE, document_ids_T=case.ids_T, pool_DE=case.pool_DE, **options)
         keys_TE, num_clear = keys_of(case.logits_TE, options), 0
         for token, keys_E in enumerate(keys_TE.tolist()):
             want, gap = choose(keys_E, case.pool_of(token), groups)
@@ -271,9 +256,7 @@ def test_the_compiled_ops_route_as_the_reference(
         record_property("choices on the edge", int((~is_clear_T).sum()))
         record_property("choices that differ", int((~is_same_T).sum()))
         at = is_same_T
-        assert_close(
-            "probs", got.probs_TE.detach().cpu()[at], want.probs_TE.detach()[at], rtol=1e-6
-        )
+        assert_close("probs", got.probs_TE.detach().cpu()[at], want.probs_TE.detach()[at], rtol=1e-6)
         assert_close("gradient", grad_TE[at], want_grad_TE[at], rtol=1e-6)
         assert_close("z", got.z_T.detach().cpu(), want.z_T.detach(), rtol=1e-6)
         counted_TE = got.routing_map_TE.cpu() & case.is_valid_T[:, None]
@@ -284,9 +267,7 @@ def test_the_compiled_ops_route_as_the_reference(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("options", [{}, {"pre_softmax": False}, {"score_function": "sigmoid"}])
-def test_ties_go_to_the_lower_group_and_expert(
-    compiled: Compiled, shape: str, options: dict[str, Any]
-) -> None:
+def test_ties_go_to_the_lower_group_and_expert(compiled: Compiled, shape: str, options: dict[str, Any]) -> None:
     groups = SHAPES[shape]
     generator = torch.Generator().manual_seed(7)
     levels = torch.tensor([0.0, 1.0, -0.0])
@@ -313,10 +294,7 @@ def test_padding_in_a_thin_pool_does_not_count(compiled: Compiled) -> None:
     logits_TE = random_logits(len(ids_T), 24)
     for ops, device in ((reference, torch.device("cpu")), (compiled.ops, compiled.device)):
         routed = ops.pool_topk(
-            logits_TE.to(device),
-            document_ids_T=ids_T.to(device),
-            pool_DE=pool_DE.to(device),
-            **arguments,
+            logits_TE.to(device), document_ids_T=ids_T.to(device), pool_DE=pool_DE.to(device), **arguments
         )
         assert routed.num_over_groups == 4
         assert not routed.routing_map_TE.cpu()[:, ~pool_DE[0]].any()
@@ -366,13 +344,9 @@ def test_a_documents_pool_lies_inside_its_groups(shape: str) -> None:
     # few levels, so that groups tie
     scores = [[draw.randint(-3, 3) for _ in range(groups.num_experts)] for _ in range(40)]
     sizes = [draw.randint(groups.top_k, groups.num_experts + 2) for _ in scores]
-    got_DE, got_D = limit_to_groups(
-        torch.tensor(scores), torch.tensor(sizes), **groups.as_arguments()
-    )
+    got_DE, got_D = limit_to_groups(torch.tensor(scores), torch.tensor(sizes), **groups.as_arguments())
     lowest, most = torch.iinfo(torch.int64).min, groups.group_topk * groups.size
-    for row, size, got, got_size in zip(
-        scores, sizes, got_DE.tolist(), got_D.tolist(), strict=True
-    ):
+    for row, size, got, got_size in zip(scores, sizes, got_DE.tolist(), got_D.tolist(), strict=True):
         if size >= groups.num_experts:
             assert (got, got_size) == (row, size)
             continue

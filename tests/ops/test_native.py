@@ -63,9 +63,7 @@ class Case:
     def pool_sizes(self) -> Tensor:
         generator = torch.Generator().manual_seed(5)
         low = max(self.top_k, self.num_forced)
-        sizes_D = torch.randint(
-            low, self.num_experts + 2, (self.num_documents,), generator=generator
-        )
+        sizes_D = torch.randint(low, self.num_experts + 2, (self.num_documents,), generator=generator)
         if self.num_documents > 1:
             sizes_D[0], sizes_D[-1] = low, self.num_experts + 9
         return sizes_D
@@ -104,9 +102,7 @@ VARIANTS = {
     "scaled": Options(top_k=1, scaling_factor=2.5),
     "renormalised": Options(top_k=1, pre_softmax=False),
     "selection": Options(top_k=1, mask="selection"),
-    "renormalised selection": Options(
-        top_k=1, pre_softmax=False, mask="selection", scaling_factor=3.0
-    ),
+    "renormalised selection": Options(top_k=1, pre_softmax=False, mask="selection", scaling_factor=3.0),
     "sigmoid": Options(top_k=1, score_function="sigmoid"),
     "sigmoid selection": Options(top_k=1, score_function="sigmoid", mask="selection"),
     "sigmoid, biased": Options(top_k=1, score_function="sigmoid", expert_bias_E=BIAS_E),
@@ -126,16 +122,12 @@ def reference_pools(case: Case) -> tuple[Tensor, Tensor]:
     scores_DE = reference.document_scores(
         case.logits(), document_ids_T=case.document_ids(), num_documents=case.num_documents
     )
-    pool_DE = reference.select_pool(
-        scores_DE, pool_sizes_D=case.pool_sizes(), num_forced=case.num_forced
-    )
+    pool_DE = reference.select_pool(scores_DE, pool_sizes_D=case.pool_sizes(), num_forced=case.num_forced)
     return scores_DE, pool_DE
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_document_scores_and_pools(
-    compiled: Compiled, name: str, record_property: pytest.RecordProperty
-) -> None:
+def test_document_scores_and_pools(compiled: Compiled, name: str, record_property: pytest.RecordProperty) -> None:
     case = CASES[name]
     want_DE, want_pool_DE = reference_pools(case)
     ids_T = case.document_ids()
@@ -174,9 +166,7 @@ def test_document_scores_and_pools(
 
 def reference_of_ties(case: Case) -> Tensor:
     nothing_DE = torch.zeros(case.num_documents, case.num_experts, dtype=torch.int64)
-    return reference.select_pool(
-        nothing_DE, pool_sizes_D=case.pool_sizes(), num_forced=case.num_forced
-    )
+    return reference.select_pool(nothing_DE, pool_sizes_D=case.pool_sizes(), num_forced=case.num_forced)
 
 
 @pytest.mark.parametrize("num_forced", [0, 2])
@@ -196,9 +186,7 @@ def test_pools_of_any_scores(compiled: Compiled, num_experts: int, num_forced: i
     sizes_D = torch.tensor([2, 3, 3, 3, 3, num_experts // 2, 3, 0, 1, -4, num_experts, 10**6])
     want_DE = reference.select_pool(scores_DE, pool_sizes_D=sizes_D, num_forced=num_forced)
     got_DE = compiled.ops.select_pool(
-        scores_DE.to(compiled.device),
-        pool_sizes_D=sizes_D.to(compiled.device),
-        num_forced=num_forced,
+        scores_DE.to(compiled.device), pool_sizes_D=sizes_D.to(compiled.device), num_forced=num_forced
     )
     assert_equal("pool", got_DE.cpu(), want_DE)
 
@@ -211,11 +199,7 @@ def upstream(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(
-    implementation: NativeOps | object,
-    case: Case,
-    options: Options,
-    pool_DE: Tensor | None,
-    device: torch.device,
+    implementation: NativeOps | object, case: Case, options: Options, pool_DE: Tensor | None, device: torch.device
 ) -> tuple[Routing, Tensor]:
     """Route a case and send random gradients back."""
     logits_TE = case.logits().to(device).requires_grad_()
@@ -227,9 +211,7 @@ def run(
     )
     upstream_TE, upstream_E, upstream_T = (grad.to(device) for grad in upstream(case))
     (grad_TE,) = torch.autograd.grad(
-        [got.probs_TE, got.score_sums_E, got.z_T],
-        [logits_TE],
-        [upstream_TE.to(case.dtype), upstream_E, upstream_T],
+        [got.probs_TE, got.score_sums_E, got.z_T], [logits_TE], [upstream_TE.to(case.dtype), upstream_E, upstream_T]
     )
     return got, grad_TE
 
@@ -279,19 +261,12 @@ def test_routing_and_gradients(
     record_property("choices that differ", int((~is_same_T).sum()))
     assert got.routing_map_TE.sum(dim=1).eq(case.top_k).all()
     is_real_T1 = (ids_T >= 0)[:, None]
-    assert_equal(
-        "tokens", got.tokens_per_expert_E.cpu(), (got.routing_map_TE.cpu() & is_real_T1).sum(dim=0)
-    )
+    assert_equal("tokens", got.tokens_per_expert_E.cpu(), (got.routing_map_TE.cpu() & is_real_T1).sum(dim=0))
 
     rtol = RTOL[case.dtype]
     at = is_same_T
     assert_close("probs", got.probs_TE.cpu()[at].float(), want.probs_TE[at].float(), rtol=rtol)
-    assert_close(
-        "gradient",
-        grad_TE.cpu()[at].float(),
-        want_grad_TE[at].float(),
-        rtol=case.grad_rtol or rtol,
-    )
+    assert_close("gradient", grad_TE.cpu()[at].float(), want_grad_TE[at].float(), rtol=case.grad_rtol or rtol)
     assert_close("z", got.z_T.cpu(), want.z_T, rtol=1e-6)
     num_tokens = int(is_real_T1.sum())
     assert (got.num_tokens, got.num_nonfinite) == (num_tokens, 0)
@@ -357,9 +332,7 @@ def test_ids_past_the_last_document_reach_nothing(compiled: Compiled) -> None:
     assert got.tokens_per_expert_E.sum() == 60
     assert not got.probs_TE[30:].any()
     scores_DE = compiled.ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=3)
-    want_DE = compiled.ops.document_scores(
-        logits_TE[:30], document_ids_T=ids_T[:30], num_documents=3
-    )
+    want_DE = compiled.ops.document_scores(logits_TE[:30], document_ids_T=ids_T[:30], num_documents=3)
     assert_equal("scores", scores_DE, want_DE)
 
 
@@ -377,16 +350,10 @@ def test_gradients_of_some_outputs_alone(compiled: Compiled, given: str) -> None
     case = Case(lengths=(12, 7), num_experts=40, top_k=3)
     _, pool_DE = reference_pools(case)
     grads = []
-    for implementation, device in (
-        (reference, torch.device("cpu")),
-        (compiled.ops, compiled.device),
-    ):
+    for implementation, device in ((reference, torch.device("cpu")), (compiled.ops, compiled.device)):
         logits_TE = case.logits().to(device).requires_grad_()
         got = implementation.pool_topk(
-            logits_TE,
-            document_ids_T=case.document_ids().to(device),
-            pool_DE=pool_DE.to(device),
-            top_k=3,
+            logits_TE, document_ids_T=case.document_ids().to(device), pool_DE=pool_DE.to(device), top_k=3
         )
         loss = {
             "probs": (got.probs_TE * torch.arange(40.0, device=device)).sum(),
@@ -417,9 +384,7 @@ def test_gradients_at_experts_not_chosen_do_not_matter(compiled: Compiled) -> No
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("num_experts", [40, 200])
-def test_ties_go_to_the_lower_index(
-    compiled: Compiled, num_experts: int, score_function: str
-) -> None:
+def test_ties_go_to_the_lower_index(compiled: Compiled, num_experts: int, score_function: str) -> None:
     # three levels, each shared by a third of the experts; zero comes with both signs
     level_E = torch.tensor([0.0, 1.0, -0.0])[torch.arange(num_experts) % 3]
     logits_TE = level_E.expand(20, num_experts).contiguous()
@@ -429,9 +394,7 @@ def test_ties_go_to_the_lower_index(
         pool_DE = torch.rand(1, num_experts, generator=torch.Generator().manual_seed(top_k)) < 0.8
         options = {"top_k": top_k, "score_function": score_function}
         want = reference.pool_topk(logits_TE, pool_DE=pool_DE, **options)
-        got = compiled.ops.pool_topk(
-            logits_TE.to(compiled.device), pool_DE=pool_DE.to(compiled.device), **options
-        )
+        got = compiled.ops.pool_topk(logits_TE.to(compiled.device), pool_DE=pool_DE.to(compiled.device), **options)
         assert_equal("routing_map", got.routing_map_TE.cpu(), want.routing_map_TE)
 
 
@@ -458,9 +421,7 @@ def everything(compiled: Compiled, case: Case) -> list[Tensor]:
     documents = {"document_ids_T": ids_T, "num_documents": case.num_documents}
     gates = {"score_function": "sqrtsoftplus"}
     sums_DE = compiled.ops.document_scores(logits_TE, **documents, **gates)
-    apart = compiled.ops.pool_topk(
-        logits_TE, **documents, pool_DE=pool_DE, top_k=case.top_k, **gates
-    )
+    apart = compiled.ops.pool_topk(logits_TE, **documents, pool_DE=pool_DE, top_k=case.top_k, **gates)
     (apart_TE,) = torch.autograd.grad(apart.score_sums_RE.square().sum(), logits_TE)
     values += [sums_DE, apart.score_sums_RE, apart.document_choices_DE, apart_TE]
     return [scores_DE, pool_DE, grad_TE, *values]
@@ -500,14 +461,8 @@ def test_the_same_bits_for_any_split_of_the_tokens(compiled: Compiled) -> None:
     order = torch.randperm(len(ids_T), generator=torch.Generator().manual_seed(1)).to(device)
     parts_DE, counts_X = [], []
     for rows in order.tensor_split([5, 6, 40]):
-        parts_DE.append(
-            compiled.ops.document_scores(
-                logits_TE[rows], document_ids_T=ids_T[rows], num_documents=3
-            )
-        )
-        part = compiled.ops.pool_topk(
-            logits_TE[rows], document_ids_T=ids_T[rows], pool_DE=pool_DE, top_k=5
-        )
+        parts_DE.append(compiled.ops.document_scores(logits_TE[rows], document_ids_T=ids_T[rows], num_documents=3))
+        part = compiled.ops.pool_topk(logits_TE[rows], document_ids_T=ids_T[rows], pool_DE=pool_DE, top_k=5)
         counts_X.append(part.counts_X)
         for name in ("probs_TE", "routing_map_TE", "z_T"):
             assert_equal(name, getattr(part, name), getattr(whole, name)[rows])
@@ -517,10 +472,7 @@ def test_the_same_bits_for_any_split_of_the_tokens(compiled: Compiled) -> None:
 
 def test_no_tokens_no_documents(compiled: Compiled) -> None:
     device = compiled.device
-    nothing, ids_T = (
-        torch.empty(0, 5, device=device),
-        torch.empty(0, dtype=torch.int64, device=device),
-    )
+    nothing, ids_T = (torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device))
     scores_DE = compiled.ops.document_scores(nothing, document_ids_T=ids_T, num_documents=2)
     assert scores_DE.tolist() == [[0] * 5] * 2
     no_sizes = torch.empty(0, dtype=torch.int64, device=device)
@@ -550,10 +502,7 @@ def test_operators_keep_the_rules_of_torch(compiled: Compiled) -> None:
         (operators.select_pool, (scores_DE, case.pool_sizes().to(device), 0)),
         (operators.pool_topk, (logits_TE.requires_grad_(), ids_T, pool_DE, None, *whole)),
         (operators.pool_topk, (logits_TE, ids_T, pool_DE, None, 2, 0, True, 1.0, 0, 0, 0, False)),
-        (
-            operators.pool_topk_backward,
-            (*grads, logits_TE.detach(), routing_map_TE, ids_T, pool_DE, *options, *sums),
-        ),
+        (operators.pool_topk_backward, (*grads, logits_TE.detach(), routing_map_TE, ids_T, pool_DE, *options, *sums)),
     ):
         torch.library.opcheck(operator.default, arguments)
 
@@ -626,13 +575,9 @@ def test_gpu_streams_and_graphs() -> None:
         sizes_D = case.pool_sizes().cuda()
         upstream_TE = upstream(case)[0].cuda()
         with torch.cuda.graph(graph, stream=stream):
-            scores_DE = compiled.ops.document_scores(
-                logits_TE, document_ids_T=ids_T, num_documents=case.num_documents
-            )
+            scores_DE = compiled.ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=case.num_documents)
             pool_DE = compiled.ops.select_pool(scores_DE, pool_sizes_D=sizes_D)
-            routed = compiled.ops.pool_topk(
-                logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=case.top_k
-            )
+            routed = compiled.ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=case.top_k)
             (grad_TE,) = torch.autograd.grad([routed.probs_TE], [logits_TE], [upstream_TE])
         graph.replay()
     torch.cuda.synchronize()

@@ -31,11 +31,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "if (args.num_pools == 1) return 0;",
         "if (args.num_pools == 1) return document < 0 ? -1 : 0;",
     ),
-    "ids past the last document are taken": (
-        "warp.cuh",
-        "if (my_document >= num_documents) my_document = -1;",
-        "",
-    ),
+    "ids past the last document are taken": ("warp.cuh", "if (my_document >= num_documents) my_document = -1;", ""),
     "the mask of the choice also masks the weights": (
         "warp.cuh",
         "return args.mask_logits ? allowed : inside;",
@@ -51,11 +47,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "const int equal_wanted = (int)wanted - above;",
         "const int equal_wanted = (int)wanted - above + 1;",
     ),
-    "padding weighs as any token": (
-        "routing.cu",
-        "is_counted ? scores[c] * factor : uncounted",
-        "scores[c] * factor",
-    ),
+    "padding weighs as any token": ("routing.cu", "is_counted ? scores[c] * factor : uncounted", "scores[c] * factor"),
     "the bias counts the other way": (
         "routing.cu",
         "score += args.expert_bias[c * 32 + lane_id()]",
@@ -71,16 +63,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "logf(total) - weighted_log",
         "lane_id() != 0 ? 0.0f : logf(total) - weighted_log",
     ),
-    "the gradient's mean is a lane's own": (
-        "routing.cu",
-        "dz - warp_sum(dot)",
-        "dz - dot",
-    ),
-    "renormalised weights do not share a gradient": (
-        "routing.cu",
-        "(weight_grads[c] - mean)",
-        "weight_grads[c]",
-    ),
+    "the gradient's mean is a lane's own": ("routing.cu", "dz - warp_sum(dot)", "dz - dot"),
+    "renormalised weights do not share a gradient": ("routing.cu", "(weight_grads[c] - mean)", "weight_grads[c]"),
     "the gradient of z misses a sigmoid router": (
         "routing.cu",
         "dx[c] * (1.0f - gates[c]) + dz * soft[c] * inverse",
@@ -112,21 +96,13 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "const long long packs = args.width / kCount;",
         "const long long packs = args.width / kCount - (args.width > 200);",
     ),
-    "any address may hold a vector to copy": (
-        "rows.cu",
-        "!is_aligned(args.rows, args.copies, sizeof(Unit))",
-        "false",
-    ),
+    "any address may hold a vector to copy": ("rows.cu", "!is_aligned(args.rows, args.copies, sizeof(Unit))", "false"),
     "any address may hold a vector to add": (
         "rows.cu",
         "args.width % kCount == 0 && is_aligned(args.copies, args.rows, 16)",
         "args.width % kCount == 0",
     ),
-    "copies of rows from beyond are not written": (
-        "rows.cu",
-        "copies[p * units + i] = Unit{};",
-        "continue;",
-    ),
+    "copies of rows from beyond are not written": ("rows.cu", "copies[p * units + i] = Unit{};", "continue;"),
     "copies beyond the tensor are written": (
         "rows.cu",
         "if (copy < (unsigned long long)args.num_copies) copies[copy * units + i] = unit;",
@@ -182,17 +158,9 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "    if (word != 0)\n      atomicOr((unsigned*)args.used + (document < 0 ? 0 : document)",
     ),
     "experts used go on into the next document": ("documents.cu", "    used = 0;\n", ""),
-    "pools of documents without tokens count": (
-        "documents.cu",
-        "total > 0 ? pool_size : 0",
-        "pool_size",
-    ),
+    "pools of documents without tokens count": ("documents.cu", "total > 0 ? pool_size : 0", "pool_size"),
     "a draw's second step shifts by 26": ("document_ops.h", "x >> 27", "x >> 26"),
-    "copies from beyond are added": (
-        "rows.cu",
-        "if (copy >= (unsigned long long)args.num_copies) continue;",
-        "",
-    ),
+    "copies from beyond are added": ("rows.cu", "if (copy >= (unsigned long long)args.num_copies) continue;", ""),
     "sixteen large gates add up": (
         "scores.cu",
         "has_gates(args.scoring) ? kMaxTokensOfGates : kMaxTokensPerWarp",
@@ -205,16 +173,8 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "far below zero a gate vanishes": ("warp.cuh", "x < kFarBelow ? root : sqrtf(", "sqrtf("),
-    "far below zero a gate falls as its square": (
-        "routing.cu",
-        "softplus < 1e-7f ? 0.5f",
-        "softplus < 1e-7f ? 1.0f",
-    ),
-    "every gate falls as a sigmoid": (
-        "routing.cu",
-        "dx[c] * log_slope(gates[c])",
-        "dx[c] * (1.0f - gates[c])",
-    ),
+    "far below zero a gate falls as its square": ("routing.cu", "softplus < 1e-7f ? 0.5f", "softplus < 1e-7f ? 1.0f"),
+    "every gate falls as a sigmoid": ("routing.cu", "dx[c] * log_slope(gates[c])", "dx[c] * (1.0f - gates[c])"),
     "entropy takes a root of softplus for a sigmoid": (
         "routing.cu",
         "else if (scoring == Scoring::kSqrtSoftplus)\n    add(",
@@ -225,11 +185,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "    flush(args, out, scores);\n    document = (int)next;",
         "    document = (int)next;\n    flush(args, out, scores);",
     ),
-    "sums of a document go on into the next one": (
-        "routing.cu",
-        "      scores[e] = 0;\n",
-        "",
-    ),
+    "sums of a document go on into the next one": ("routing.cu", "      scores[e] = 0;\n", ""),
     "sums of a document are joined where a block only begins with it": (
         "routing.cu",
         "lane_id() >= tokens.count || tokens.my_document == wanted",
@@ -250,26 +206,10 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "    if (row == score_row) return;",
         "    if (score_row >= 0) return;",
     ),
-    "a group ranks by its best expert alone": (
-        "groups.cuh",
-        "if (counted > 1) sum += value(next);",
-        "",
-    ),
-    "a group ranks by its two best experts": (
-        "groups.cuh",
-        "if (counted > k) sum += value(next);",
-        "",
-    ),
-    "a group ranks by logits instead of probabilities": (
-        "groups.cuh",
-        "is_exp ? expf(x - softmax_max) : x",
-        "x",
-    ),
-    "thin groups rank as full ones": (
-        "groups.cuh",
-        "is_left && counted + 1u == most",
-        "is_left",
-    ),
+    "a group ranks by its best expert alone": ("groups.cuh", "if (counted > 1) sum += value(next);", ""),
+    "a group ranks by its two best experts": ("groups.cuh", "if (counted > k) sum += value(next);", ""),
+    "a group ranks by logits instead of probabilities": ("groups.cuh", "is_exp ? expf(x - softmax_max) : x", "x"),
+    "thin groups rank as full ones": ("groups.cuh", "is_left && counted + 1u == most", "is_left"),
     "equal groups: the higher one": (
         "groups.cuh",
         "__ffs(__ballot_sync(kAllLanes, is_candidate && mine == highest)) - 1",
@@ -280,21 +220,9 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "(i < args.group_topk || held < args.top_k)",
         "i < args.group_topk",
     ),
-    "groups that are not admitted are open": (
-        "groups.cuh",
-        "if (!is_open) keys[c]",
-        "if (false) keys[c]",
-    ),
-    "groups of the first document serve all": (
-        "routing.cu",
-        "if (is_other_pool) groups.set",
-        "if (i == 0) groups.set",
-    ),
-    "padding counts where groups are too many": (
-        "routing.cu",
-        "[2] += is_counted && is_over",
-        "[2] += is_over",
-    ),
+    "groups that are not admitted are open": ("groups.cuh", "if (!is_open) keys[c]", "if (false) keys[c]"),
+    "groups of the first document serve all": ("routing.cu", "if (is_other_pool) groups.set", "if (i == 0) groups.set"),
+    "padding counts where groups are too many": ("routing.cu", "[2] += is_counted && is_over", "[2] += is_over"),
     "groups that are admitted count as used": (
         "routing.cu",
         "is_over = groups.used(chosen) > args.group_topk",
@@ -321,11 +249,7 @@ CUDA_MUTATIONS: dict[str, tuple[str, str, str]] = {
 }
 CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
     "nothing: the copy itself passes": ("routing_cpu.cpp", "", ""),
-    "one equal key too few at the boundary": (
-        "routing_cpu.cpp",
-        "--wanted < 0",
-        "--wanted < 1",
-    ),
+    "one equal key too few at the boundary": ("routing_cpu.cpp", "--wanted < 0", "--wanted < 1"),
     "a document's sums are dropped when the next one starts": (
         "scores_cpu.cpp",
         "      flush();\n      document = args",
@@ -342,11 +266,7 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "is_after ? score_grads.floats[b] : score_grads.floats[b] + upstream.floats[b]",
         "score_grads.floats[b] + upstream.floats[b]",
     ),
-    "lanes past the last expert are not reset": (
-        "vectors.h",
-        "out.f[e] = fill;",
-        "out.f[e] = 0.0f;",
-    ),
+    "lanes past the last expert are not reset": ("vectors.h", "out.f[e] = fill;", "out.f[e] = 0.0f;"),
     "experts past the last eight are not seen": (
         "dispatch_cpu.cpp",
         "    if (flags[e]) visit(e);",
@@ -378,11 +298,7 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "if (!(shift > -INFINITY) || largest(-is_bad) != 0) continue;",
         "",
     ),
-    "a non-finite token has a gradient": (
-        "routing_cpu.cpp",
-        "document < 0 || !whole.is_finite",
-        "document < 0",
-    ),
+    "a non-finite token has a gradient": ("routing_cpu.cpp", "document < 0 || !whole.is_finite", "document < 0"),
     "experts used go to the next document": (
         "documents_cpu.cpp",
         "      flush();\n      document = args.document_ids[t];",
@@ -435,27 +351,15 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "softmax_max != nullptr ? exp_nonpositive(x - *softmax_max) : x",
         "x",
     ),
-    "a group ranks by all it holds": (
-        "groups_cpu.cpp",
-        "count < groups.wanted ? count : groups.wanted",
-        "count",
-    ),
-    "thin groups rank as full ones": (
-        "groups_cpu.cpp",
-        "(n < other) | ((n == other) & is_better)",
-        "is_better",
-    ),
+    "a group ranks by all it holds": ("groups_cpu.cpp", "count < groups.wanted ? count : groups.wanted", "count"),
+    "thin groups rank as full ones": ("groups_cpu.cpp", "(n < other) | ((n == other) & is_better)", "is_better"),
     "equal groups: the higher one": ("groups_cpu.cpp", "(index > g)", "(index < g)"),
     "thin groups let no further group in": (
         "groups_cpu.cpp",
         "(rank < groups.group_topk) | (held < groups.top_k)",
         "rank < groups.group_topk",
     ),
-    "groups that are not admitted are open": (
-        "groups_cpu.cpp",
-        "if (admitted.i[g]) continue;",
-        "continue;",
-    ),
+    "groups that are not admitted are open": ("groups_cpu.cpp", "if (admitted.i[g]) continue;", "continue;"),
     "groups of the first document serve all": (
         "routing_cpu.cpp",
         "pool.set(args, document) && is_limited",
@@ -466,19 +370,9 @@ CPU_MUTATIONS: dict[str, tuple[str, str, str]] = {
         "facts[2] += groups_used(groups, chosen) > args.group_topk",
         "facts[2] += 1",
     ),
-    "a non-finite token keeps to groups": (
-        "routing_cpu.cpp",
-        "is_limited && soft.is_finite",
-        "is_limited",
-    ),
+    "a non-finite token keeps to groups": ("routing_cpu.cpp", "is_limited && soft.is_finite", "is_limited"),
 }
-WORDS = {
-    "non-finite": "nonfinite",
-    "NaN": "nonfinite",
-    "group": "groups",
-    "gate": "gates",
-    "sums of a": "gates",
-}
+WORDS = {"non-finite": "nonfinite", "NaN": "nonfinite", "group": "groups", "gate": "gates", "sums of a": "gates"}
 """In the names of mutations, and the tests that must see those."""
 WIDE = "256 or 512 or 1000 or 1024 or odd or more or float16"
 """Cases that take long on the emulator and find nothing that narrower ones do not."""
@@ -506,15 +400,10 @@ def test_a_broken_line_is_seen(kernels: str, name: str, tmp_path: Path) -> None:
         text = (csrc / file).read_text()
         assert text.count(before) == 1, f"{before!r} is not one place of {file} any more"
         (csrc / file).write_text(text.replace(before, after))
-    chosen = (
-        f"({'emulated or schedule' if kernels == 'cuda' else '[cpu or threads'}) and not ({WIDE})"
-    )
+    chosen = f"({'emulated or schedule' if kernels == 'cuda' else '[cpu or threads'}) and not ({WIDE})"
     tests = [f"tests/ops/test_{which}.py" for which in suites_of(name, file, is_whole=not before)]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *(*tests, "-k", chosen),
-        ],
+        [*(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"), *(*tests, "-k", chosen)],
         cwd=ROOT,
         env={**os.environ, CSRC_VARIABLE: str(csrc)},
         capture_output=True,

@@ -59,14 +59,10 @@ def logits_of(rows: list[Any], dtype: torch.dtype) -> Tensor:
     return logits_TE
 
 
-def run(
-    ops: Any, device: torch.device, dtype: torch.dtype, rows: Tensor, **options: Any
-) -> tuple[Routing, Tensor]:
+def run(ops: Any, device: torch.device, dtype: torch.dtype, rows: Tensor, **options: Any) -> tuple[Routing, Tensor]:
     """Route some of the tokens, and send gradients back."""
     logits_TE = logits_of(ROWS, dtype)[rows].to(device).requires_grad_()
-    routed = ops.pool_topk(
-        logits_TE, document_ids_T=IDS_T[rows].to(device), pool_DE=POOL_DE.to(device), **options
-    )
+    routed = ops.pool_topk(logits_TE, document_ids_T=IDS_T[rows].to(device), pool_DE=POOL_DE.to(device), **options)
     weights_TE = random_logits(len(ROWS), NUM_EXPERTS, seed=9)[rows].to(device)
     loss = (routed.probs_TE * weights_TE).sum() + routed.z_T.square().sum()
     loss = loss + routed.score_sums_E @ weights_TE[0]
@@ -84,10 +80,7 @@ OPTIONS = {
     "paper": {},
     "renormalised": {"pre_softmax": False, "scaling_factor": 2.5},
     "sigmoid": {"score_function": "sigmoid"},
-    "sigmoid, biased": {
-        "score_function": "sigmoid",
-        "expert_bias_E": torch.linspace(-0.5, 0.5, NUM_EXPERTS),
-    },
+    "sigmoid, biased": {"score_function": "sigmoid", "expert_bias_E": torch.linspace(-0.5, 0.5, NUM_EXPERTS)},
     "sqrtsoftplus": {"score_function": "sqrtsoftplus"},
     "groups": {"num_groups": 8, "group_topk": 1},
 }
@@ -157,12 +150,7 @@ def test_the_compiled_ops_decide_as_the_reference(
     assert_equal("map", got.routing_map_TE.cpu(), want.routing_map_TE)
     assert_equal("counts", got.counts_X[:-1].cpu(), want.counts_X[:-1])
     assert_close("z", got.z_T.cpu(), want.z_T)
-    assert_close(
-        "probs",
-        got.probs_TE.cpu().nan_to_num(7).float(),
-        want.probs_TE.nan_to_num(7).float(),
-        rtol=rtol,
-    )
+    assert_close("probs", got.probs_TE.cpu().nan_to_num(7).float(), want.probs_TE.nan_to_num(7).float(), rtol=rtol)
     assert_close("gradient", grad_TE.cpu().float(), want_grad_TE.float(), rtol=rtol)
 
 

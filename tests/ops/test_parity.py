@@ -6,14 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.routing import (
-    LENGTHS,
-    Options,
-    assert_close,
-    assert_equal,
-    random_logits,
-    segment,
-)
+from support.routing import LENGTHS, Options, assert_close, assert_equal, random_logits, segment
 from torch import Tensor
 
 from emo_megatron import ops
@@ -35,9 +28,7 @@ def golden_segments(case: dict[str, Tensor]) -> DocumentSegments:
     row_D = torch.repeat_interleave(torch.arange(num_rows), case["documents_per_row"])
     ends = case["document_ends"] + row_D * length
     return DocumentSegments.from_cu_seqlens(
-        torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
-        num_tokens=num_rows * length,
-        tokens_per_sample=length,
+        torch.cat([torch.zeros(1, dtype=torch.int64), ends]), num_tokens=num_rows * length, tokens_per_sample=length
     )
 
 
@@ -54,15 +45,9 @@ def test_golden(name: str, backend: ops.Backend, device: torch.device) -> None:
     # the shared expert is the gate's last row: always on, weight 1, not routed
     logits_TE = hidden_TH @ gate_EH[:-1].T
 
-    scores_DE = ops.document_scores(
-        logits_TE, document_ids_T=ids_T, num_documents=num_documents, backend=backend
-    )
-    pool_DE = ops.select_pool(
-        scores_DE, pool_sizes_D=case["pool_sizes"].to(device), backend=backend
-    )
-    routing = ops.pool_topk(
-        logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=top_k - 1, backend=backend
-    )
+    scores_DE = ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=num_documents, backend=backend)
+    pool_DE = ops.select_pool(scores_DE, pool_sizes_D=case["pool_sizes"].to(device), backend=backend)
+    routing = ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=top_k - 1, backend=backend)
 
     want_ids_TK = case["expert_indices"].flatten(0, 1)
     want_weights_TK = case["expert_weights"].flatten(0, 1)
@@ -97,16 +82,11 @@ STOCK = {
     "softmax after, scaled": Options(top_k=4, pre_softmax=False, scaling_factor=0.3),
     "sigmoid": Options(top_k=4, score_function="sigmoid"),
     "sigmoid, one expert": Options(top_k=1, score_function="sigmoid"),
-    "sigmoid, biased": Options(
-        top_k=4, score_function="sigmoid", expert_bias_E=torch.linspace(-0.3, 0.3, 127)
-    ),
+    "sigmoid, biased": Options(top_k=4, score_function="sigmoid", expert_bias_E=torch.linspace(-0.3, 0.3, 127)),
     "sqrtsoftplus": Options(top_k=4, score_function="sqrtsoftplus"),
     "sqrtsoftplus, one expert": Options(top_k=1, score_function="sqrtsoftplus"),
     "sqrtsoftplus, biased": Options(
-        top_k=4,
-        score_function="sqrtsoftplus",
-        expert_bias_E=torch.linspace(-0.3, 0.3, 127),
-        scaling_factor=2.5,
+        top_k=4, score_function="sqrtsoftplus", expert_bias_E=torch.linspace(-0.3, 0.3, 127), scaling_factor=2.5
     ),
 }
 
@@ -132,9 +112,7 @@ def test_a_pool_of_all_experts_is_megatron_bit_for_bit(name: str, num_experts: i
         expert_bias=bias_E,
     )
     (want_TE * upstream_TE).sum().backward()
-    _, want_scores_TE = moe_utils.compute_routing_scores_for_aux_loss(
-        logits_TE, options.top_k, options.score_function
-    )
+    _, want_scores_TE = moe_utils.compute_routing_scores_for_aux_loss(logits_TE, options.top_k, options.score_function)
     for pool_DE in (None, torch.ones(len(LENGTHS), num_experts, dtype=torch.bool)):
         routed_TE = logits_TE.clone().requires_grad_()
         got = pool_topk(routed_TE, document_ids_T=ids_T, pool_DE=pool_DE, **options.as_arguments())

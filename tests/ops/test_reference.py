@@ -18,13 +18,7 @@ from support.routing import (
 )
 from torch import Tensor
 
-from emo_megatron.ops.reference import (
-    SCORE_FRACTION_BITS,
-    Routing,
-    document_scores,
-    pool_topk,
-    select_pool,
-)
+from emo_megatron.ops.reference import SCORE_FRACTION_BITS, Routing, document_scores, pool_topk, select_pool
 
 ONE = 2**SCORE_FRACTION_BITS
 
@@ -41,14 +35,10 @@ VARIANTS = {
     "sigmoid, one expert": Options(top_k=1, score_function="sigmoid", scaling_factor=0.5),
     "sigmoid selection": Options(top_k=3, score_function="sigmoid", mask="selection"),
     "sigmoid, biased": Options(
-        top_k=3,
-        score_function="sigmoid",
-        expert_bias_E=torch.linspace(-0.5, 0.5, 127)[torch.arange(127) * 37 % 127],
+        top_k=3, score_function="sigmoid", expert_bias_E=torch.linspace(-0.5, 0.5, 127)[torch.arange(127) * 37 % 127]
     ),
     "sqrtsoftplus": Options(top_k=3, score_function="sqrtsoftplus"),
-    "sqrtsoftplus, one expert": Options(
-        top_k=1, score_function="sqrtsoftplus", mask="selection", scaling_factor=0.5
-    ),
+    "sqrtsoftplus, one expert": Options(top_k=1, score_function="sqrtsoftplus", mask="selection", scaling_factor=0.5),
     "sqrtsoftplus, biased": Options(
         top_k=3,
         score_function="sqrtsoftplus",
@@ -102,9 +92,7 @@ def test_document_scores_are_sums_of_probabilities(device: torch.device) -> None
     ids_T = segment(LENGTHS, padding=4).document_ids_T
     logits_TE = random_logits(len(ids_T), 33)
     got_DE = document_scores(
-        logits_TE.to(device).requires_grad_(),
-        document_ids_T=ids_T.to(device),
-        num_documents=len(LENGTHS),
+        logits_TE.to(device).requires_grad_(), document_ids_T=ids_T.to(device), num_documents=len(LENGTHS)
     ).cpu()
     assert got_DE.dtype == torch.int64
     for document, length in enumerate(LENGTHS):
@@ -119,9 +107,7 @@ def test_document_scores_do_not_depend_on_order_or_shards(device: torch.device) 
     logits_TE = random_logits(len(ids_T), 127).to(device)
 
     def scores_of(rows: Tensor) -> Tensor:
-        return document_scores(
-            logits_TE[rows], document_ids_T=ids_T[rows], num_documents=len(LENGTHS)
-        )
+        return document_scores(logits_TE[rows], document_ids_T=ids_T[rows], num_documents=len(LENGTHS))
 
     everything = torch.arange(len(ids_T), device=device)
     want_DE = scores_of(everything)
@@ -137,9 +123,7 @@ def test_document_scores_ignore_padding_and_gradient() -> None:
     ids_T = torch.tensor([1, -1, 1, -1, 3, -1])
     got_DE = document_scores(logits_TE, document_ids_T=ids_T, num_documents=5)
     is_real_T = ids_T >= 0
-    want_DE = document_scores(
-        logits_TE[is_real_T], document_ids_T=ids_T[is_real_T], num_documents=5
-    )
+    want_DE = document_scores(logits_TE[is_real_T], document_ids_T=ids_T[is_real_T], num_documents=5)
     assert_equal("scores", got_DE, want_DE)
     assert got_DE.any(dim=1).tolist() == [False, True, False, True, False]
     assert not got_DE.requires_grad
@@ -153,9 +137,7 @@ def test_document_scores_of_a_certain_token_are_one() -> None:
 
 def test_document_scores_are_rounded_to_the_nearest_unit() -> None:
     # 2**27 / 48 is 2796202.67
-    scores_DE = document_scores(
-        torch.zeros(2, 48), document_ids_T=torch.zeros(2).long(), num_documents=1
-    )
+    scores_DE = document_scores(torch.zeros(2, 48), document_ids_T=torch.zeros(2).long(), num_documents=1)
     assert scores_DE.tolist() == [[2 * 2796203] * 48]
 
 
@@ -169,10 +151,7 @@ def test_no_tokens_and_no_documents() -> None:
     assert routing.probs_TE.shape == (0, 5)
     assert routing.tokens_per_expert_E.tolist() == [0] * 5
     only_padding = pool_topk(
-        random_logits(3, 5),
-        document_ids_T=torch.full((3,), -1),
-        pool_DE=torch.empty(0, 5, dtype=torch.bool),
-        top_k=2,
+        random_logits(3, 5), document_ids_T=torch.full((3,), -1), pool_DE=torch.empty(0, 5, dtype=torch.bool), top_k=2
     )
     assert only_padding.routing_map_TE.sum(1).tolist() == [2] * 3
     assert not only_padding.probs_TE.any()
@@ -188,9 +167,7 @@ def test_select_pool(num_experts: int, num_forced: int, device: torch.device) ->
     # few distinct scores, so that ties decide
     scores_DE = torch.randint(0, 4, (40, num_experts), generator=generator) * ONE
     sizes_D = torch.randint(1, num_experts + 5, (40,), generator=generator)
-    got_DE = select_pool(
-        scores_DE.to(device), pool_sizes_D=sizes_D.to(device), num_forced=num_forced
-    ).cpu()
+    got_DE = select_pool(scores_DE.to(device), pool_sizes_D=sizes_D.to(device), num_forced=num_forced).cpu()
     num_free = num_experts - num_forced
     for document, size in enumerate(sizes_D.tolist()):
         free = best(scores_DE[document, :num_free].tolist(), max(size - num_forced, 0))
@@ -368,9 +345,7 @@ def test_no_gradient_reaches_excluded_experts_or_the_choice() -> None:
 def test_one_pool_for_all_tokens_needs_no_documents() -> None:
     logits_TE = random_logits(6, 10)
     pool_DE = torch.arange(10).expand(1, 10) % 2 == 0
-    want = pool_topk(
-        logits_TE, document_ids_T=torch.zeros(6, dtype=torch.int64), pool_DE=pool_DE, top_k=2
-    )
+    want = pool_topk(logits_TE, document_ids_T=torch.zeros(6, dtype=torch.int64), pool_DE=pool_DE, top_k=2)
     got = pool_topk(logits_TE, pool_DE=pool_DE, top_k=2)
     for field in fields(Routing):
         assert_equal(field.name, getattr(got, field.name), getattr(want, field.name))

@@ -148,9 +148,7 @@ def test_tracing_keeps_nothing_that_a_draw_would_find():
     with FakeTensorMode():
         assert draw(torch.arange(9)).shape == (3, 9)
     positions = torch.arange(9)
-    assert torch.equal(
-        torch.compile(draw, fullgraph=True, backend="eager")(positions), draw(positions)
-    )
+    assert torch.equal(torch.compile(draw, fullgraph=True, backend="eager")(positions), draw(positions))
 
 
 def test_top_p_takes_the_fewest_experts_that_hold_the_mass():

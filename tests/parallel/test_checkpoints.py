@@ -48,9 +48,7 @@ def _loss(case, chunks):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [(TP2, EP2), (PP2, SINGLE), (SINGLE, TP2_EP2), (VPP2, TP2)],
-    ids=lambda case: case.name,
+    ("before", "after"), [(TP2, EP2), (PP2, SINGLE), (SINGLE, TP2_EP2), (VPP2, TP2)], ids=lambda case: case.name
 )
 def test_weights_are_the_same_under_another_layout(ranks, tmp_path, before, after):
     # the same samples a step, however many data-parallel ranks share them

@@ -25,11 +25,7 @@ SEEN = (
 """A comparison of the table must fail: a crash would prove nothing."""
 
 MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
-    "nothing: the copy itself passes": (
-        "sharding.py",
-        [],
-        "DP2-recompute-none-mbs1-ga1-running",
-    ),
+    "nothing: the copy itself passes": ("sharding.py", [], "DP2-recompute-none-mbs1-ga1-running"),
     "context parallelism by sample holds other chunks": (
         "sharding.py",
         [("held = (cp_rank, 2 * cp_size - 1 - cp_rank)", "held = (cp_rank, cp_size + cp_rank)")],
@@ -47,12 +43,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "load is counted without the other data-parallel ranks": (
         "mcore/losses.py",
-        [
-            (
-                "reduce_counts(counts_X, group=router.tp_dp_cp_group)",
-                "reduce_counts(counts_X, group=None)",
-            )
-        ],
+        [("reduce_counts(counts_X, group=router.tp_dp_cp_group)", "reduce_counts(counts_X, group=None)")],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "the balance loss is averaged over data-parallel ranks, as Megatron's is": (
@@ -67,10 +58,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "recomputation reads what the module saw last": (
         "mcore/layer.py",
-        [
-            ("            self.scope = scope\n", ""),
-            ("scope, self.scope = self.scope, None", "scope = self.scope"),
-        ],
+        [("            self.scope = scope\n", ""), ("scope, self.scope = self.scope, None", "scope = self.scope")],
         "PP2-recompute-moe-mbs2-ga4-token",
     ),
     "every data-parallel rank takes itself for the first": (
@@ -90,22 +78,12 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "documents are logged without those of other data-parallel ranks": (
         "mcore/metrics.py",
-        [
-            (
-                "reduce_counts(own_LS, group=self._groups.tp_dp_cp)",
-                "reduce_counts(own_LS, group=None)",
-            )
-        ],
+        [("reduce_counts(own_LS, group=self._groups.tp_dp_cp)", "reduce_counts(own_LS, group=None)")],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "choices of a document are balanced on every rank that holds a part of it": (
         "mcore/losses.py",
-        [
-            (
-                "reduce_counts(choices_DE, group=router.tp_cp_group)",
-                "reduce_counts(choices_DE, group=None)",
-            )
-        ],
+        [("reduce_counts(choices_DE, group=router.tp_cp_group)", "reduce_counts(choices_DE, group=None)")],
         "TP2 + SP, groups and biased pools-recompute-moe-mbs1-ga2-token",
     ),
     "the bias counts for the tokens of one rank": (
@@ -170,12 +148,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "recomputation takes depths in the order of forward": (
         "mcore/mtp.py",
-        [
-            (
-                "num_depths - (self._num_backward - 1) % num_depths",
-                "(self._num_backward - 1) % num_depths + 1",
-            )
-        ],
+        [("num_depths - (self._num_backward - 1) % num_depths", "(self._num_backward - 1) % num_depths + 1")],
         "CP2, one layer of multi-token prediction-recompute-full-mbs2-ga2",
     ),
 }

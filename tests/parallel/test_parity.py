@@ -137,9 +137,7 @@ def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
         ),
         "gradients": _deviation(want["gradients"], [answer["gradients"] for answer in got]),
         "weights": _deviation(want["weights"], [answer["weights"] for answer in got]),
-        "metrics": max(
-            _metrics_deviation(case, want["metrics"], answer["metrics"]) for answer in got
-        ),
+        "metrics": max(_metrics_deviation(case, want["metrics"], answer["metrics"]) for answer in got),
     }
     if case.config.get("mtp_num_layers"):
         logged = [answer["further_losses"] for answer in got if answer["further_losses"]]
@@ -193,10 +191,7 @@ def _deviation(want, parts):
     """Largest distance of a tensor, as a share of its norm; NaN where no rank held a part of it."""
     wanted, found = shards.join([want]), shards.join(parts)
     assert found.keys() == wanted.keys()
-    return max(
-        float((found[key] - value).norm() / value.norm().clamp(min=1e-12))
-        for key, value in wanted.items()
-    )
+    return max(float((found[key] - value).norm() / value.norm().clamp(min=1e-12)) for key, value in wanted.items())
 
 
 def _metrics_deviation(case, want, got):
@@ -211,8 +206,7 @@ def _metrics_deviation(case, want, got):
 def _relative(want, got):
     assert got.keys() == want.keys()
     return max(
-        abs(got[name] - value) / max(abs(value), 1e-12) if value else abs(got[name])
-        for name, value in want.items()
+        abs(got[name] - value) / max(abs(value), 1e-12) if value else abs(got[name]) for name, value in want.items()
     )
 
 

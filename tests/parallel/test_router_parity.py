@@ -181,18 +181,14 @@ def _layer_with_padding(bounds, padded):
     slots = torch.tensor(padded, dtype=torch.int32)
     options = {"cu_seqlens_q_padded": slots, "cu_seqlens_kv_padded": slots}
     options |= {"max_seqlen_q": 16, "max_seqlen_kv": 16}
-    output = model(
-        **tiny.batch(0), attention_mask=None, packed_seq_params=tiny.packed(bounds, **options)
-    )
+    output = model(**tiny.batch(0), attention_mask=None, packed_seq_params=tiny.packed(bounds, **options))
     output.mean().backward()
     return bool(torch.isfinite(output).all()), all(
         torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
     )
 
 
-@pytest.mark.parametrize(
-    ("bounds", "padded"), [([0, 5, 16, 28], [0, 5, 16, 32]), ([0, 5, 12, 26], [0, 8, 16, 32])]
-)
+@pytest.mark.parametrize(("bounds", "padded"), [([0, 5, 16, 28], [0, 5, 16, 32]), ([0, 5, 12, 26], [0, 8, 16, 32])])
 def test_padding_goes_through_the_dispatcher(ranks, bounds, padded):
     assert ranks(1).run(_layer_with_padding, bounds=bounds, padded=padded)[0] == (True, True)
 
@@ -206,10 +202,7 @@ def _allowed_with_a_bias():
     tiny.setup()
     chosen = []
     for options, logits in (
-        (
-            {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-            torch.zeros(4, 1, 8),
-        ),
+        ({"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}, torch.zeros(4, 1, 8)),
         ({}, torch.tensor([-9.0, 0, -200, -9, -9, -9, -9, -9]).expand(4, 1, 8)),
     ):
         config = tiny.transformer_config(

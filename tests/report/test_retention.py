@@ -268,10 +268,7 @@ def test_findings_of_models_that_lose_nothing() -> None:
 @pytest.mark.parametrize(
     ("left_out", "missing"),
     [
-        (
-            lambda r: r.model == "standard",
-            {"quarter_rise", "eighth_rise", "full_models_match"},
-        ),
+        (lambda r: r.model == "standard", {"quarter_rise", "eighth_rise", "full_models_match"}),
         (lambda r: r.keep_fraction == 0.125, {"eighth_rise"}),
         (lambda r: r.model == "small", {"quarter_beats_small"}),
         (lambda r: r.method == "random", {"choice_matters"}),
@@ -389,11 +386,7 @@ def test_many_domains_get_a_color_bar(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module.Figure, "savefig", lambda self, path, **_: figures.append(self))
     monkeypatch.setattr(Path, "replace", lambda self, target: target)
     names = [f"a domain with name {i}" for i in range(11)]
-    rows = [
-        row("emo", "mean_prob", 0.25, 0.1, domain=kept, evaluated_on=text)
-        for kept in names
-        for text in names
-    ]
+    rows = [row("emo", "mean_prob", 0.25, 0.1, domain=kept, evaluated_on=text) for kept in names for text in names]
     retention.plot_retention(rows, tmp_path / "retention.png")
     _, crossings, bar = figures[0].axes
     assert [text.get_text() for text in crossings.texts] == ["kept for"]

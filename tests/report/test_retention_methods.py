@@ -7,12 +7,7 @@ import struct
 import pytest
 
 from emo_megatron.modules.select import MaxRise
-from emo_megatron.report.retention_methods import (
-    cliffs_table,
-    find_cliffs,
-    full_report,
-    methods_table,
-)
+from emo_megatron.report.retention_methods import cliffs_table, find_cliffs, full_report, methods_table
 from emo_megatron.report.retention_methods_figure import plot_methods
 from emo_megatron.report.retention_rows import rows_of
 
@@ -66,9 +61,7 @@ def test_rows_get_their_rises(rows):
 
 
 def test_cliffs_by_hand(rows):
-    cliffs = {
-        (c.domain, c.method): c for c in find_cliffs(rows, MaxRise(value=0.1, is_share=False))
-    }
+    cliffs = {(c.domain, c.method): c for c in find_cliffs(rows, MaxRise(value=0.1, is_share=False))}
     assert len(cliffs) == 3 * 3
     mean = cliffs[None, "mean_prob"]
     assert (mean.num_experts_kept, mean.keep_fraction) == (8, 0.25)
@@ -88,9 +81,7 @@ def test_a_bound_may_be_a_share_of_the_loss_and_may_hold_everywhere(rows):
     # 2.4 % of 2 nats are .048, of 4 nats .096
     assert kept(0.024) == {None: 8, "a": 16, "b": 8}
     (widest,) = [
-        c
-        for c in find_cliffs(rows, MaxRise(value=1.0, is_share=True))
-        if (c.domain, c.method) == ("b", "mean_prob")
+        c for c in find_cliffs(rows, MaxRise(value=1.0, is_share=True)) if (c.domain, c.method) == ("b", "mean_prob")
     ]
     assert widest.num_experts_kept == 4
     assert widest.is_smallest_measured

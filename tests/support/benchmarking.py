@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def run_benchmark(
-    name: str, *arguments: object, before: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run_benchmark(name: str, *arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
     """A script of benchmarks/ on the CPU, after `before`, code that may break something first."""
     code = f"import runpy\n{before}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     return _run(code, f"benchmarks/{name}.py", *map(str, arguments))

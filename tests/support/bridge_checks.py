@@ -222,13 +222,9 @@ def safety(folder: Path) -> dict[str, Any]:
         "by hand": instantiate({"_target_": PROVIDER, "pool_min": 3, **sizes}).pool_min,
         "overridden": dataclasses.asdict(cfg.model.pool_config()),
         "exact": sorted(n for n in target_allowlist.allowed_exact if "emo_megatron" in n),
-        "prefixes": [
-            p for p in target_allowlist.allowed_prefixes if "emo_megatron".startswith(p[:3])
-        ],
+        "prefixes": [p for p in target_allowlist.allowed_prefixes if "emo_megatron".startswith(p[:3])],
         "hostile": {name: tried(instantiate, {"_target_": name}) for name in HOSTILE},
-        "nested": tried(
-            instantiate, {"_target_": PROVIDER, "init_method": {"_target_": "os.system"}}
-        ),
+        "nested": tried(instantiate, {"_target_": PROVIDER, "init_method": {"_target_": "os.system"}}),
         "read": _hostile_files(folder, mark),
         "was called": mark.exists(),
     }
@@ -266,10 +262,7 @@ def padding() -> dict[str, Any]:
     masks[5, 3] = 0
     found = _num_padding(masks, SimpleNamespace(eod_mask_loss=False))
     assert found is not None
-    return {
-        "padding": found.tolist(),
-        "padding without ends": _num_padding(masks, SimpleNamespace(eod_mask_loss=True)),
-    }
+    return {"padding": found.tolist(), "padding without ends": _num_padding(masks, SimpleNamespace(eod_mask_loss=True))}
 
 
 def stock(folder: Path) -> dict[str, Any]:

@@ -27,9 +27,7 @@ STEPS = 2
 def small_olmoe() -> Any:
     """The OLMoE recipe; Megatron's local layers have no norm over all of its heads."""
     folder = Path(os.environ["FOLDER"])
-    return bridge_recipes.shrink(
-        olmoe_7b_pretrain_config(), folder, steps=STEPS, qk_layernorm=False
-    )
+    return bridge_recipes.shrink(olmoe_7b_pretrain_config(), folder, steps=STEPS, qk_layernorm=False)
 
 
 def with_mtp() -> Any:

@@ -29,10 +29,7 @@ from megatron.bridge.models.olmoe.olmoe_provider import OLMoESelfAttention, olmo
 from megatron.bridge.models.stepfun import step35_bridge
 from megatron.bridge.training.config import GPTDatasetConfig, MockGPTDatasetConfig
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer.moe import moe_layer
 
 from emo_megatron.bridge import apply_pools
@@ -231,9 +228,7 @@ def _local_step35_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     with mock.patch.multiple(
         step35_bridge,
         get_gpt_decoder_block_spec=block_spec,
-        get_gpt_layer_with_transformer_engine_spec=functools.partial(
-            get_gpt_layer_local_spec, normalization="RMSNorm"
-        ),
+        get_gpt_layer_with_transformer_engine_spec=functools.partial(get_gpt_layer_local_spec, normalization="RMSNorm"),
     ):
         return step35_bridge.build_step35_layer_spec(config, vp_stage=vp_stage)
 

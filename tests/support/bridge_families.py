@@ -51,12 +51,7 @@ RECIPES = {
 }
 """Family -> the recipe of it that is trained."""
 
-OF_LATENT_ATTENTION = {
-    "kv_lora_rank": 16,
-    "qk_head_dim": 16,
-    "qk_pos_emb_head_dim": 8,
-    "v_head_dim": 16,
-}
+OF_LATENT_ATTENTION = {"kv_lora_rank": 16, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16}
 
 
 RECOMPUTED_ON_GPUS = ("moe_act", "layernorm")
@@ -72,9 +67,7 @@ def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
     model, before = cfg.model, {}
     without = {
         "model.moe_token_dispatcher_type": "alltoall",
-        "model.recompute_modules": [
-            name for name in model.recompute_modules or () if name not in RECOMPUTED_ON_GPUS
-        ],
+        "model.recompute_modules": [name for name in model.recompute_modules or () if name not in RECOMPUTED_ON_GPUS],
         "model.layernorm_zero_centered_gamma": False,
         "model.moe_latent_size": None,
         "model.cuda_graph_impl": "none",
@@ -90,9 +83,7 @@ def small(cfg: Any, folder: Path) -> tuple[Any, list[str]]:
     bridge_recipes.shrink(cfg, folder, steps=2, **sizes)
     cfg.checkpoint.save = cfg.checkpoint.load = None
     cfg.checkpoint.async_save = False
-    return cfg, [
-        f"{n}: {before[n]!r} -> {without[n]!r}" for n in without if before[n] != without[n]
-    ]
+    return cfg, [f"{n}: {before[n]!r} -> {without[n]!r}" for n in without if before[n] != without[n]]
 
 
 def _sizes(model: Any) -> dict[str, Any]:
@@ -124,12 +115,7 @@ def _sizes(model: Any) -> dict[str, Any]:
     return sizes
 
 
-def train(
-    recipe: Callable[[], Any],
-    *,
-    has_pools: bool,
-    change: Callable[[Any], None] = lambda model: None,
-) -> Any:
+def train(recipe: Callable[[], Any], *, has_pools: bool, change: Callable[[Any], None] = lambda model: None) -> Any:
     """Trains two steps.
 
     Args:
@@ -177,9 +163,7 @@ def train_over_budget(recipe: Callable[[], Any]) -> Any:
         runs += 1
 
     def limit(model: Any) -> None:
-        model.register_pre_wrap_hook(
-            lambda chunks: [chunk.register_forward_hook(count) for chunk in chunks] and chunks
-        )
+        model.register_pre_wrap_hook(lambda chunks: [chunk.register_forward_hook(count) for chunk in chunks] and chunks)
 
         def finalize() -> None:
             type(model).finalize(model)

@@ -92,9 +92,7 @@ def _as_command(arguments: list[str]) -> dict[str, Any]:
         # others ask a hub
         if recipe.startswith("olmoe"):
             cfg = command.prepare(recipe, overrides, strict=strict)
-            seen.update(
-                steps=cfg.train.train_iters, save=cfg.checkpoint.save, data=cfg.dataset.data_path
-            )
+            seen.update(steps=cfg.train.train_iters, save=cfg.checkpoint.save, data=cfg.dataset.data_path)
 
     kept, command.run = command.run, run
     try:

@@ -31,10 +31,7 @@ OVERLAP = "overlap_moe_expert_parallel_comm"
 def layers(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron's local layers, with norms and attention that take the input of every layout."""
     from megatron.bridge.models.gpt_provider import local_layer_spec
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from emo_megatron.mcore.local_modules import TorchNorm
     from emo_megatron.mcore.spec_rewrite import document_layer
@@ -84,9 +81,7 @@ def recipe(run: dict[str, Any]) -> Any:
         cfg.mixed_precision = bf16_mixed()
         cfg.model.bf16, cfg.model.pipeline_dtype = True, torch.bfloat16
         cfg.model.params_dtype = torch.bfloat16
-        cfg.comm_overlap = CommOverlapConfig(
-            tp_comm_overlap=False, **{OVERLAP: bool(run.get(OVERLAP))}
-        )
+        cfg.comm_overlap = CommOverlapConfig(tp_comm_overlap=False, **{OVERLAP: bool(run.get(OVERLAP))})
         cfg.ddp.use_distributed_optimizer = cfg.optimizer.use_distributed_optimizer = True
     for name, value in run.get("options", {}).items():
         section, _, field = name.partition(".")
@@ -186,10 +181,7 @@ class Seen(contextlib.AbstractContextManager["Seen"]):
             self.chosen[key] = routing_map[ids_T == document].sum(dim=0).tolist()
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            name: sorted(value) if isinstance(value, set) else value
-            for name, value in vars(self).items()
-        }
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in vars(self).items()}
 
 
 def start(run: dict[str, Any]) -> dict[str, Any]:
@@ -266,13 +258,7 @@ def one_rank(run: dict[str, Any], rank: int) -> None:
 
 def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """All ranks' values; several ranks' tokens of a document count together, and must have had one pool."""
-    whole: dict[str, Any] = {
-        "losses": [],
-        "grad_norms": [],
-        "metrics": {},
-        "pools": {},
-        "chosen": {},
-    }
+    whole: dict[str, Any] = {"losses": [], "grad_norms": [], "metrics": {}, "pools": {}, "chosen": {}}
     whole["conflicts"] = []
     for name in ("eval_sizes", "are_predictions_masked"):
         whole[name] = sorted({value for part in parts for value in part[name]})

@@ -75,9 +75,7 @@ class _NoState:
 
 
 CALLED = {
-    "modelopt.torch.distill.plugins.megatron": {
-        "get_tensor_shapes_adjust_fn_for_distillation": _nothing
-    },
+    "modelopt.torch.distill.plugins.megatron": {"get_tensor_shapes_adjust_fn_for_distillation": _nothing},
     "modelopt.torch.opt.plugins": dict.fromkeys(
         (
             "save_modelopt_state",

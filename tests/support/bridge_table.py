@@ -40,9 +40,7 @@ def table(found: dict[str, Any]) -> str:
 def _line(family: str, rows: list[dict[str, Any]], trained: dict[str, Any]) -> str:
     verdicts = Counter(row["verdict"] for row in rows)
     changed = Counter(_short(name) for row in rows for name in row.get("changed", ()))
-    fields = Counter(
-        _short(re.split(r"[ ;]", line)[0]) for row in rows for line in row.get("reason", ())
-    )
+    fields = Counter(_short(re.split(r"[ ;]", line)[0]) for row in rows for line in row.get("reason", ()))
     layers = Counter(row["layers"] for row in rows if "layers" in row)
     cells = [
         family,

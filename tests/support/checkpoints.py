@@ -35,9 +35,7 @@ ARGS = {
 }
 
 
-def model(
-    config: dict[str, Any], *, layout: dict[str, int], stock: bool = False, seed: int = 5
-) -> Any:
+def model(config: dict[str, Any], *, layout: dict[str, int], stock: bool = False, seed: int = 5) -> Any:
     """The model on this rank, its values by name and seed alone."""
     from emo_megatron.config import PoolConfig
     from support import shards, tiny
@@ -225,7 +223,4 @@ def weights_of(layout: dict[str, int], config: dict[str, Any]) -> list[Any]:
     """Name, layer and expert of each weight of a model, as this rank tells them."""
     from emo_megatron.mcore.model_weights import model_weights
 
-    return [
-        (weight.name, weight.layer, weight.experts)
-        for weight in model_weights(model(config, layout=layout))
-    ]
+    return [(weight.name, weight.layer, weight.experts) for weight in model_weights(model(config, layout=layout))]

@@ -30,11 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped queries, renormalised": {"num_kv_heads": 2, "renormalise": True},
     "no shared expert": {"shared_hidden": 0, "num_kv_heads": 1},
     "no shared expert, renormalised": {"shared_hidden": 0, "renormalise": True},
-    "wide shared expert, dense layers": {
-        "shared_hidden": 24,
-        "dense_layers": (0, 2),
-        "dense_hidden": 20,
-    },
+    "wide shared expert, dense layers": {"shared_hidden": 24, "dense_layers": (0, 2), "dense_hidden": 20},
     "biases and a shared gate": {"qkv_bias": True, "shared_gate": True, "num_kv_heads": 2},
     "tied, as many experts as a token uses": {"tied": True, "top_k": 6},
 }

@@ -128,9 +128,7 @@ def write_tool(path: Path, script: str) -> None:
 def _hook() -> str:
     image = _with_dependencies(PACKAGES.read_text().split())
     installed = importlib.metadata.packages_distributions()
-    modules = {
-        module for module, names in installed.items() if not {_normal(n) for n in names} & image
-    }
+    modules = {module for module, names in installed.items() if not {_normal(n) for n in names} & image}
     names = {_normal(name) for found in installed.values() for name in found} - image
     folders = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     # as Python itself spells them, whichever link it was started by

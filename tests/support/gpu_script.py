@@ -42,9 +42,7 @@ class Left:
         # the pages of steps, with tables of their own, follow under headings
         head, _, _ = (self.output / "summary.md").read_text().partition("\n## ")
         lines = head.splitlines()
-        cells = [
-            [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"
-        ]
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
         return {row[0]: (row[1], row[3]) for row in cells[2:] if len(row) == 4}
 
     @property
@@ -54,9 +52,7 @@ class Left:
             return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-def start_driver(
-    machine: DeviceMachine, table: str, *arguments: str, **environment: str
-) -> subprocess.Popen[str]:
+def start_driver(machine: DeviceMachine, table: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     driver = DRIVER.format(gpu=str(GPU), table=table)
     return subprocess.Popen(
         [sys.executable, "-c", driver, *arguments],
@@ -67,11 +63,7 @@ def start_driver(
     )
 
 
-def run_driver(
-    machine: DeviceMachine, output: Path, table: str, *arguments: str, **environment: str
-) -> Left:
-    process = start_driver(
-        machine, table, *(arguments or ("B",)), "--output", str(output), **environment
-    )
+def run_driver(machine: DeviceMachine, output: Path, table: str, *arguments: str, **environment: str) -> Left:
+    process = start_driver(machine, table, *(arguments or ("B",)), "--output", str(output), **environment)
     out, error = process.communicate(timeout=300)
     return Left(status=process.returncode, out=out, error=error, output=output)

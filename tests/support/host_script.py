@@ -17,9 +17,7 @@ from emo_megatron.mcore import train
 
 if __name__ == "__main__":
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    config_from_args = (
-        hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
-    )
+    config_from_args = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
     pretrain(
         pretrain_cfg_container_from_args(args, config_from_args(args)),
         train.datasets_provider,

@@ -132,11 +132,7 @@ def _glm_45(**values: Any) -> Any:
 
 def _glm_45_air() -> Any:
     return _glm_45(
-        hidden_size=4096,
-        num_hidden_layers=46,
-        n_routed_experts=128,
-        first_k_dense_replace=1,
-        use_qk_norm=False,
+        hidden_size=4096, num_hidden_layers=46, n_routed_experts=128, first_k_dense_replace=1, use_qk_norm=False
     )
 
 
@@ -147,12 +143,7 @@ def _glm_5() -> Any:
 
 
 def _qwen3(**values: Any) -> Any:
-    return _config(
-        "Qwen3MoeConfig",
-        "Qwen3MoeForCausalLM",
-        {"num_experts": 128, "num_experts_per_tok": 8},
-        values,
-    )
+    return _config("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"num_experts": 128, "num_experts_per_tok": 8}, values)
 
 
 def _qwen3_next() -> Any:
@@ -203,9 +194,7 @@ def _nemotron(num_experts: int = 128, top_k: int = 6, latent_size: int | None = 
     return _set(transformers.NemotronHConfig(), "NemotronHForCausalLM", published)
 
 
-def _config(
-    kind: str, architecture: str, published: dict[str, Any], values: dict[str, Any] | None = None
-) -> Any:
+def _config(kind: str, architecture: str, published: dict[str, Any], values: dict[str, Any] | None = None) -> Any:
     config = getattr(transformers, kind)(**(published | (values or {})))
     return _set(config, architecture, {})
 
@@ -252,9 +241,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "Qwen/Qwen3-VL-235B-A22B-Instruct": _qwen3_vl,
     "openai/gpt-oss-20b": lambda: _gpt_oss(32, 24),
     "openai/gpt-oss-120b": lambda: _gpt_oss(128, 36),
-    "LGAI-EXAONE/K-EXAONE-236B-A23B": lambda: _config(
-        "ExaoneMoeConfig", "ExaoneMoEForCausalLM", {}
-    ),
+    "LGAI-EXAONE/K-EXAONE-236B-A23B": lambda: _config("ExaoneMoeConfig", "ExaoneMoEForCausalLM", {}),
     "MiniMaxAI/MiniMax-M3": _of_type("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration"),
     "stepfun-ai/Step-3.5-Flash": _step_35,
     "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": _nemotron,
@@ -278,8 +265,6 @@ def use() -> None:
         return CONFIGS[str(name)]()
 
     bridge: Any = AutoBridge
-    bridge.from_hf_pretrained = classmethod(
-        lambda cls, name, *_, **__: cls.from_hf_config(config(name))
-    )
+    bridge.from_hf_pretrained = classmethod(lambda cls, name, *_, **__: cls.from_hf_config(config(name)))
     auto: Any = transformers.AutoConfig
     auto.from_pretrained = staticmethod(lambda name, *_, **__: config(name))

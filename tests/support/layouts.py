@@ -179,20 +179,14 @@ FEATURES: list[Case] = [
                 **{"cp": 2, "pp": 2, "mbs": 2, "accumulation": 4, "balance": "running"},
                 "has_fixed_length": True,
             },
-            "CP2 x PP2 x VPP2": {
-                **{"cp": 2, "pp": 2, "vpp": 2, "mbs": 2, "accumulation": 4},
-                "recompute": "moe",
-            },
+            "CP2 x PP2 x VPP2": {**{"cp": 2, "pp": 2, "vpp": 2, "mbs": 2, "accumulation": 4}, "recompute": "moe"},
             "CP2 x TP2 + SP": {"cp": 2, "tp": 2, "mbs": 2, "accumulation": 2, "recompute": "full"},
             "CP2 x EP2 x DP2": {"cp": 2, "ep": 2, "dp": 2, "mbs": 2, "accumulation": 2},
             "CP2 x EP2 x DP2, dedup": {
                 **{"cp": 2, "ep": 2, "dp": 2, "mbs": 2, "accumulation": 2, "per_token": True},
                 "dispatcher": "dedup",
             },
-            "CP2 x EP2 x DP2, overlap": {
-                **{"cp": 2, "ep": 2, "dp": 2, "accumulation": 4},
-                "features": OVERLAP,
-            },
+            "CP2 x EP2 x DP2, overlap": {**{"cp": 2, "ep": 2, "dp": 2, "accumulation": 4}, "features": OVERLAP},
             "CP2 x EP2 x DP2, allgather, one length": {
                 **{"cp": 2, "ep": 2, "dp": 2, "accumulation": 2, "has_fixed_length": True},
                 "features": {"moe_token_dispatcher_type": "allgather"},
@@ -209,15 +203,13 @@ FEATURES: list[Case] = [
                 **{"cp": 2, "mbs": 2, "accumulation": 2, "config": MTP["config"]},
                 "pool": {"pool_eos_starts_document": True},
             },
-            "CP2, like DeepSeek-V3": {
-                **{"cp": 2, "mbs": 2, "accumulation": 2, "recompute": "full", **LIKE_DEEPSEEK},
-            },
+            "CP2, like DeepSeek-V3": {**{"cp": 2, "mbs": 2, "accumulation": 2, "recompute": "full", **LIKE_DEEPSEEK}},
             "CP2 x PP2 x EP2, like DeepSeek-V3": {
                 **{"cp": 2, "pp": 2, "ep": 2, "accumulation": 4, "recompute": "moe"},
                 **{"dispatcher": "dedup", **LIKE_DEEPSEEK},
             },
             "CP2 x PP2 x VPP2 x EP2, overlap": {
-                **{"cp": 2, "pp": 2, "vpp": 2, "ep": 2, "accumulation": 4, "features": OVERLAP},
+                **{"cp": 2, "pp": 2, "vpp": 2, "ep": 2, "accumulation": 4, "features": OVERLAP}
             },
         }.items()
     ),
@@ -229,16 +221,12 @@ FEATURES: list[Case] = [
             "PP2": {"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "full", "per_token": True},
             "PP2, a stage of its own": {
                 **{"pp": 2, "mbs": 2, "accumulation": 4},
-                "features": {
-                    "pipeline_model_parallel_layout": [["embedding", *FOUR], ["mtp", "mtp", "loss"]]
-                },
+                "features": {"pipeline_model_parallel_layout": [["embedding", *FOUR], ["mtp", "mtp", "loss"]]},
             },
             "PP4, a stage before the loss's": {
                 **{"pp": 4, "mbs": 2, "accumulation": 4, "per_token": True},
                 "features": {
-                    "pipeline_model_parallel_layout": [
-                        *(["embedding", *FOUR[:2]], FOUR[2:], ["mtp", "mtp"], ["loss"]),
-                    ]
+                    "pipeline_model_parallel_layout": [*(["embedding", *FOUR[:2]], FOUR[2:], ["mtp", "mtp"], ["loss"])]
                 },
             },
             "PP2 x VPP2": {"pp": 2, "vpp": 2, "accumulation": 4, "recompute": "full"},
@@ -247,15 +235,11 @@ FEATURES: list[Case] = [
             "CP2, loss over tokens": {"cp": 2, "accumulation": 2, "per_token": True},
             "CP2 x TP2 + SP": {"cp": 2, "tp": 2, "accumulation": 2, "recompute": "moe"},
             "CP2 x PP2": {"cp": 2, "pp": 2, "mbs": 2, "accumulation": 4},
-            "CP2 x EP2 x DP2, dedup": {
-                **{"cp": 2, "ep": 2, "dp": 2, "accumulation": 2, "dispatcher": "dedup"},
-            },
+            "CP2 x EP2 x DP2, dedup": {**{"cp": 2, "ep": 2, "dp": 2, "accumulation": 2, "dispatcher": "dedup"}},
         }.items()
     ),
     *(
-        Case(
-            name=f"{name}, one layer of multi-token prediction", **layout, **REPEATED_MTP, **PADDED
-        )
+        Case(name=f"{name}, one layer of multi-token prediction", **layout, **REPEATED_MTP, **PADDED)
         for name, layout in {
             "CP2": {"cp": 2, "mbs": 2, "accumulation": 2, "recompute": "full"},
             "PP2": {"pp": 2, "mbs": 2, "accumulation": 4, "recompute": "moe", "per_token": True},
@@ -267,12 +251,7 @@ FEATURES: list[Case] = [
         }.items()
     ),
     *(
-        Case(
-            name=f"{name}, routers, multi-token prediction",
-            documents="routers",
-            has_slots=False,
-            **layout,
-        )
+        Case(name=f"{name}, routers, multi-token prediction", documents="routers", has_slots=False, **layout)
         for name, layout in {
             "DP2": {"dp": 2, "mbs": 2, "accumulation": 2, "per_token": True, **MTP},
             "CP2 by sample": {"cp": 2, "mbs": 2, "recompute": "full", **MTP},

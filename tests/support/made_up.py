@@ -61,18 +61,13 @@ def measure(arguments: list[str]) -> None:
         time.sleep(float(os.environ.get("MADE_UP_WAIT", "0")))
 
 
-def row(
-    model: str, domain: str, evaluated_on: str, method: str, kept: int, experts: int
-) -> dict[str, object]:
+def row(model: str, domain: str, evaluated_on: str, method: str, kept: int, experts: int) -> dict[str, object]:
     """One row."""
     missing = 1 - kept / experts
     rise = missing * {"full": 0, "mean_prob": 0.4, "random": 1.0}[method]
     if domain != evaluated_on:
         rise *= 2
-    nats = [
-        n * (3 + BY_MODEL[model] * (1 + place / 10) + rise + place / 5)
-        for place, n in enumerate(DOCUMENT_TOKENS)
-    ]
+    nats = [n * (3 + BY_MODEL[model] * (1 + place / 10) + rise + place / 5) for place, n in enumerate(DOCUMENT_TOKENS)]
     return {
         "domain": domain,
         "evaluated_on": evaluated_on,

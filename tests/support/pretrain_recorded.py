@@ -37,9 +37,7 @@ SEED = 3
 class RecorderOfRun(Recorder):
     """Where a token lies is the script's to tell here: it reads the batches."""
 
-    def _record(
-        self, layer: int, map_TE: Tensor, ids_T: Tensor, scope: Any, pool_DE: Tensor | None
-    ) -> None:
+    def _record(self, layer: int, map_TE: Tensor, ids_T: Tensor, scope: Any, pool_DE: Tensor | None) -> None:
         segments = scope.segments
         first = scope.sample_positions_D[0] - segments.rows_D[0]
         places_T = scope.places_T
@@ -75,9 +73,7 @@ def _shift_labels() -> None:
     cut = batches.cut_by_document
 
     def cut_shifted(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        shifted = (
-            batch if batch.get("labels") is None else batch | {"labels": batch["labels"].roll(1)}
-        )
+        shifted = batch if batch.get("labels") is None else batch | {"labels": batch["labels"].roll(1)}
         return cut(shifted, *args, **kwargs)
 
     batches.cut_by_document = cut_shifted

@@ -46,11 +46,7 @@ def write_data(folder: Path) -> Path:
 
 
 def start(
-    processes: int,
-    *flags: object,
-    data: Path | None,
-    script: Path = SCRIPT,
-    is_tied: bool = False,
+    processes: int, *flags: object, data: Path | None, script: Path = SCRIPT, is_tied: bool = False
 ) -> subprocess.Popen[str]:
     """A run of FLAGS and `flags`, the later of which win; without data on Megatron's mock data."""
     source = ["--data-path", data, "--data-cache-path", data.parent] if data else ["--mock-data"]

@@ -45,18 +45,14 @@ class Ranks:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve,
-                args=(theirs, rank, world_size, port, megatron, os.getpid()),
-                daemon=True,
+                target=_serve, args=(theirs, rank, world_size, port, megatron, os.getpid()), daemon=True
             )
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(
-        self, function: Callable[..., Any], *, timeout: float = 180.0, **arguments: Any
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], *, timeout: float = 180.0, **arguments: Any) -> list[Any]:
         """Call `function(**arguments)` on every rank.
 
         Returns:
@@ -108,9 +104,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(
-    pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None, parent: int
-) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None, parent: int) -> None:
     os.setsid()
     follow(parent)
     own = process_environment()

@@ -44,9 +44,7 @@ class Recorder:
         self._record(router.layer_number, answer[1], ids_T, scope, pool_DE)
         return answer
 
-    def _record(
-        self, layer: int, map_TE: Tensor, ids_T: Tensor, scope: Any, pool_DE: Tensor | None
-    ) -> None:
+    def _record(self, layer: int, map_TE: Tensor, ids_T: Tensor, scope: Any, pool_DE: Tensor | None) -> None:
         experts = self.decisions.setdefault((layer, "experts"), {})
         for place, document, chosen in zip(self.places_T, ids_T, map_TE, strict=True):
             if document >= 0:
@@ -58,10 +56,7 @@ class Recorder:
             is_empty = torch.bincount(scope.segments.document_ids_T + 1, minlength=len(pool_DE) + 1)
             for document, pool in enumerate(pool_DE):
                 if is_empty[document + 1] > 0:
-                    key = (
-                        int(scope.sample_positions_D[document]),
-                        int(starts_D[document]),
-                    )
+                    key = (int(scope.sample_positions_D[document]), int(starts_D[document]))
                     pools[key] = tuple(pool.nonzero().flatten().tolist())
 
     def _margins(self, router: Any, logits_TE: Tensor, ids_T: Tensor, pool_DE: Any) -> None:

@@ -95,9 +95,7 @@ def naive_token(logits_E: Tensor, pool: list[int], options: Options) -> dict[str
     }
 
 
-def naive_routing(
-    logits_TE: Tensor, ids_T: Tensor, sizes: list[int], options: Options
-) -> dict[str, Tensor]:
+def naive_routing(logits_TE: Tensor, ids_T: Tensor, sizes: list[int], options: Options) -> dict[str, Tensor]:
     """Route one document after the other; rows of padding stay zero."""
     tokens = {}
     for document, size in enumerate(sizes):

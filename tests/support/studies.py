@@ -176,9 +176,7 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
             held_out=Path("held-out"),
         )
         texts = {
-            kind: Documents(
-                tokens=tuple(documents(9, seed=seed)), source={"file": kind, "sha256": kind}
-            )
+            kind: Documents(tokens=tuple(documents(9, seed=seed)), source={"file": kind, "sha256": kind})
             for kind, seed in (("data", 3), ("held-out", 4))
         }
         return select(options, model=studied, documents=texts["data"], held_out=texts["held-out"])
@@ -198,8 +196,7 @@ def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
     studied = study({})
     allowed_LE = None if allowed is None else torch.tensor(allowed)
     alone = [
-        studied.loss([document], allowed_LE=allowed_LE) if document.numel() > 1 else None
-        for document in documents()
+        studied.loss([document], allowed_LE=allowed_LE) if document.numel() > 1 else None for document in documents()
     ]
     return {
         "at once": studied.document_nats(documents(), allowed_LE=allowed_LE),
@@ -208,9 +205,7 @@ def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
     }
 
 
-def said_of(
-    layout: dict[str, int], places: list[dict[str, Any]], value: float, **config: Any
-) -> list[dict[str, str]]:
+def said_of(layout: dict[str, int], places: list[dict[str, Any]], value: float, **config: Any) -> list[dict[str, str]]:
     """What each rank is told of the model when weights of it hold a value, one place after the other.
 
     Args:

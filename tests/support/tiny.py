@@ -91,9 +91,7 @@ def model(pool: Any = None, **overrides: Any) -> Any:
 
     config = transformer_config(**overrides)
     if pool is None:
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm"
-        )
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     else:
         spec = pool_block_spec(config, pool=pool)
     return GPTModel(
@@ -144,9 +142,7 @@ def validation_samples(prefix: Path, cache: Path, *, masking: bool = True) -> li
 
     With `masking` they have Megatron's boundaries, without it those for routers only.
     """
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
     from emo_megatron.mcore.samples import PoolDatasetConfig, PoolGPTDataset
 
@@ -166,7 +162,5 @@ def validation_samples(prefix: Path, cache: Path, *, masking: bool = True) -> li
         inter_document_masking=masking,
         gives_router_bounds=not masking,
     )
-    _, valid, _ = BlendedMegatronDatasetBuilder(
-        PoolGPTDataset, [0, None, 0], lambda: True, config
-    ).build()
+    _, valid, _ = BlendedMegatronDatasetBuilder(PoolGPTDataset, [0, None, 0], lambda: True, config).build()
     return [valid[index] for index in range(len(valid))] + [valid[None]]

@@ -88,9 +88,7 @@ class Case:
     def depths(self) -> dict[int, int]:
         """Layer number -> how many tokens further than the decoder it predicts, of all MoE layers."""
         options = _options(self)
-        decoder = dict.fromkeys(
-            (layer for layer, is_moe in enumerate(options["moe_layer_freq"], 1) if is_moe), 0
-        )
+        decoder = dict.fromkeys((layer for layer, is_moe in enumerate(options["moe_layer_freq"], 1) if is_moe), 0)
         further = range(1, options.get("mtp_num_layers", 0) + 1)
         return decoder | {options["num_layers"] + depth: depth for depth in further}
 
@@ -108,15 +106,8 @@ class Case:
 
     @property
     def id(self) -> str:
-        parts = [
-            self.name,
-            f"recompute-{self.recompute}",
-            f"mbs{self.mbs}",
-            f"ga{self.accumulation}",
-        ]
-        return "-".join(
-            parts + ["token"] * self.per_token + ["running"] * (self.balance == "running")
-        )
+        parts = [self.name, f"recompute-{self.recompute}", f"mbs{self.mbs}", f"ga{self.accumulation}"]
+        return "-".join(parts + ["token"] * self.per_token + ["running"] * (self.balance == "running"))
 
 
 def with_samples(case: Case, samples: int) -> Case:
@@ -183,9 +174,7 @@ def _choose_mtp_loss(case: Case) -> None:
         module.process_mtp_loss = host.process_mtp_loss
 
 
-def forward_backward(
-    case: Case, chunks: list[Any], *, consumed: int, recorder: Recorder | None = None
-) -> float | None:
+def forward_backward(case: Case, chunks: list[Any], *, consumed: int, recorder: Recorder | None = None) -> float | None:
     """One step's passes after `consumed` samples, through Megatron's schedule.
 
     Returns:
@@ -272,11 +261,7 @@ def break_cycles(chunks: list[Any]) -> None:
 
 def build(case: Case, *, seed: int) -> tuple[list[Any], Any]:
     """Chunks in Megatron's data-parallel wrapper, and its optimizer."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from . import shards, tiny
@@ -293,12 +278,8 @@ def build(case: Case, *, seed: int) -> tuple[list[Any], Any]:
     config = tiny.transformer_config(**_options(case))
     models = [_model(case, config, stage) for stage in (range(case.vpp) if case.vpp else [None])]
     shards.initialise(models, seed=seed)
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False
-    )
-    chunks = [
-        DistributedDataParallel(config=config, ddp_config=ddp, module=model) for model in models
-    ]
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False)
+    chunks = [DistributedDataParallel(config=config, ddp_config=ddp, module=model) for model in models]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -336,11 +317,7 @@ def _options(case: Case) -> dict[str, Any]:
     if case.recompute == "moe":
         options |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     if case.recompute == "full":
-        options |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return options | case.config | case.features
 
 
@@ -368,15 +345,10 @@ def _model(case: Case, config: Any, vp_stage: int | None) -> Any:
         mtp_block_spec=_mtp_spec(case, config, vp_stage),
         vocab_size=VOCAB,
         max_sequence_length=SEQ * 8,
-        position_embedding_type=case.positions
-        or ("learned_absolute" if case.cp_partition == "sample" else "rope"),
+        position_embedding_type=case.positions or ("learned_absolute" if case.cp_partition == "sample" else "rope"),
         share_embeddings_and_output_weights=False,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=case.vpp is None, vp_stage=vp_stage
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=case.vpp is None, vp_stage=vp_stage
-        ),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=case.vpp is None, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=case.vpp is None, vp_stage=vp_stage),
         vp_stage=vp_stage,
     )
 
@@ -387,17 +359,12 @@ def _embedding_groups(case: Case) -> dict[str, Any]:
         return {}
     stages = case.features.get("pipeline_model_parallel_layout") or [["mtp"]]
     (with_mtp,) = [stage - len(stages) for stage, layers in enumerate(stages) if "mtp" in layers]
-    return {
-        "get_embedding_ranks": lambda pp_ranks: sorted({pp_ranks[0], pp_ranks[with_mtp]}),
-    }
+    return {"get_embedding_ranks": lambda pp_ranks: sorted({pp_ranks[0], pp_ranks[with_mtp]})}
 
 
 def _mtp_spec(case: Case, config: Any, vp_stage: int | None) -> Any:
     """Layers of multi-token prediction like the decoder's last, on the stage that has them."""
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_layer_specs,
-        get_gpt_mtp_block_spec,
-    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_gpt_mtp_block_spec
 
     from emo_megatron.mcore.spec import with_pools
 
@@ -406,9 +373,7 @@ def _mtp_spec(case: Case, config: Any, vp_stage: int | None) -> Any:
     layers = get_gpt_decoder_layer_specs(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    block = get_gpt_mtp_block_spec(
-        config, layers[-1], use_transformer_engine=False, vp_stage=vp_stage
-    )
+    block = get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=False, vp_stage=vp_stage)
     return None if block is None else with_pools(block, config=config, pool=pool_config(case))
 
 
@@ -423,12 +388,7 @@ def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
 
 
 def _forward_step(
-    iterator: Any,
-    model: Any,
-    return_schedule_plan: bool = False,
-    *,
-    case: Case,
-    recorder: Recorder | None,
+    iterator: Any, model: Any, return_schedule_plan: bool = False, *, case: Case, recorder: Recorder | None
 ) -> Any:
     from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
     from emo_megatron.mcore.router_documents import forward_with_documents
@@ -474,8 +434,6 @@ def _gathered(chunks: list[Any], case: Case) -> list[Any]:
             for bucket in buffer.buckets:
                 pieces = bucket.grad_data.chunk(group.size())
                 whole = torch.empty_like(bucket.grad_data)
-                torch.distributed.all_gather_into_tensor(
-                    whole, pieces[group.rank()].clone(), group=group
-                )
+                torch.distributed.all_gather_into_tensor(whole, pieces[group.rank()].clone(), group=group)
                 bucket.grad_data.copy_(whole)
     return [chunk.module for chunk in chunks]

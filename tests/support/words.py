@@ -18,9 +18,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """Tokenizers by what they put around a text."""
 
 
-def write_tokenizer(
-    folder: Path, *, size: int = 40, around: str | None = None, **special: str
-) -> Path:
+def write_tokenizer(folder: Path, *, size: int = 40, around: str | None = None, **special: str) -> Path:
     """A word-level tokenizer of `size` tokens with an end-of-text token, as transformers saves one.
 
     Args:
@@ -32,17 +30,13 @@ def write_tokenizer(
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = [END, "<unk>", *WORDS, FIRST]
-    vocabulary = {
-        word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(size))][:size])
-    }
+    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(size))][:size])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if around is not None:
         known = [(word, vocabulary[word]) for word in (END, FIRST)]
         tokenizer.add_special_tokens([END, FIRST])
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=around, special_tokens=known
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=known)
     else:
         special = {"eos_token": END}
     return _save(tokenizer, folder, unk_token="<unk>", **special)

@@ -35,9 +35,7 @@ class _Counted(TorchDispatchMode):
         super().__init__()
         self.operations = self.num_bytes = self.largest = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         made = [t for t in _tensors(result) if t.untyped_storage()._cdata not in given]

@@ -65,14 +65,11 @@ class Architecture:
                 self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
             ),
             f"dense layers must be ascending numbers in [0, {self.num_layers}); got {self.dense_layers}": (
-                list(self.dense_layers)
-                == sorted(set(self.dense_layers) & set(range(self.num_layers)))
+                list(self.dense_layers) == sorted(set(self.dense_layers) & set(range(self.num_layers)))
             ),
             "there must be a layer with experts": len(self.dense_layers) < self.num_layers,
             "dense layers need a width": not self.dense_layers or self.dense_hidden > 0,
-            "a gate of the shared expert needs a shared expert": (
-                not self.shared_gate or self.shared_hidden > 0
-            ),
+            "a gate of the shared expert needs a shared expert": (not self.shared_gate or self.shared_hidden > 0),
         }
         problems = [problem for problem, holds in checks.items() if not holds]
         if problems:
@@ -91,9 +88,7 @@ def weight_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for layer in range(a.num_layers):
         p = f"layers.{layer}."
         found[p + "attention_norm"] = (a.hidden_size,)
-        for name, heads in zip(
-            ATTENTION, (a.num_heads, a.num_kv_heads, a.num_kv_heads), strict=True
-        ):
+        for name, heads in zip(ATTENTION, (a.num_heads, a.num_kv_heads, a.num_kv_heads), strict=True):
             found[p + name] = (heads * a.head_dim, a.hidden_size)
             if a.qkv_bias:
                 found[f"{p}{name}_bias"] = (heads * a.head_dim,)

@@ -79,12 +79,7 @@ def model_card(
         _model(architecture, dtype=dtype),
         _selection(selection, architecture=architecture),
         _retention(retention, is_module=selection is not None),
-        _use(
-            architecture,
-            model_type=model_type,
-            dtype=dtype,
-            shared_gate_value=shared_gate_value,
-        ),
+        _use(architecture, model_type=model_type, dtype=dtype, shared_gate_value=shared_gate_value),
         _parity(parity),
     ]
     return "\n".join(section for section in sections if section)
@@ -92,24 +87,18 @@ def model_card(
 
 def _front_matter(model_type: str) -> str:
     metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["mixture-of-experts", "emo", model_type],
+        library_name="transformers", pipeline_tag="text-generation", tags=["mixture-of-experts", "emo", model_type]
     )
     return f"---\n{metadata.to_yaml()}\n---\n"
 
 
 def _origin(origin: Origin) -> str:
-    lines = [
-        f"Exported from the Megatron-Core checkpoint `{origin.name}` by emo_megatron {__version__}."
-    ]
+    lines = [f"Exported from the Megatron-Core checkpoint `{origin.name}` by emo_megatron {__version__}."]
     if origin.iteration:
         trained = f"It had been trained for {origin.iteration:,} iterations"
         if origin.samples and origin.seq_length:
             tokens = origin.samples * origin.seq_length
-            trained += (
-                f", {origin.samples:,} samples of {origin.seq_length:,} tokens ({tokens:,} tokens)"
-            )
+            trained += f", {origin.samples:,} samples of {origin.seq_length:,} tokens ({tokens:,} tokens)"
         lines.append(trained + ".")
     if origin.pools:
         settings = ", ".join(f"{name} {value}" for name, value in origin.pools.items())
@@ -164,10 +153,7 @@ def _calibration(data: dict[str, Any]) -> str:
         isinstance(file, dict) and {"file", "documents", "tokens"} <= file.keys() for file in files
     ):
         return f"`{json.dumps(data)}`" if data else "not recorded"
-    return ", ".join(
-        f"{file['file']} ({file['documents']:,} documents, {file['tokens']:,} tokens)"
-        for file in files
-    )
+    return ", ".join(f"{file['file']} ({file['documents']:,} documents, {file['tokens']:,} tokens)" for file in files)
 
 
 def _retention(rows: Sequence[MeasuredLoss], *, is_module: bool) -> str:
@@ -194,9 +180,7 @@ def _retention(rows: Sequence[MeasuredLoss], *, is_module: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _use(
-    architecture: Architecture, *, model_type: str, dtype: str, shared_gate_value: float
-) -> str:
+def _use(architecture: Architecture, *, model_type: str, dtype: str, shared_gate_value: float) -> str:
     if model_type == "emo":
         return (
             "## Use\n\nThe released EMO format: put the authors' `configuration_emo.py` and `modeling_emo.py` into "
@@ -210,9 +194,7 @@ def _use(
             "shared expert weighs 1, as in training."
         )
         if not shared_gate_value:
-            notes.append(
-                "llama.cpp needs a gate that is not zero: export for it with `--nonzero-shared-gate`."
-            )
+            notes.append("llama.cpp needs a gate that is not zero: export for it with `--nonzero-shared-gate`.")
     if architecture.renormalise:
         notes.append(
             "llama.cpp ignores `norm_topk_prob`, which is true here: it does not run this model as it was trained."
@@ -221,9 +203,7 @@ def _use(
         "## Use\n\nA `Qwen2MoeForCausalLM`, which needs no remote code.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
-        + "\n".join(notes)
-        + "\n"
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n' + "\n".join(notes) + "\n"
     )
 
 
@@ -250,7 +230,4 @@ def _engines(architecture: Architecture, *, dtype: str) -> list[str]:
 def _parity(parity: Parity | None) -> str:
     if parity is None:
         return "The logits were not compared with Megatron's for this export.\n"
-    return (
-        "Compared with the checkpoint in Megatron-Core, weights of the same dtype, computed in float32: "
-        f"{parity}.\n"
-    )
+    return f"Compared with the checkpoint in Megatron-Core, weights of the same dtype, computed in float32: {parity}.\n"

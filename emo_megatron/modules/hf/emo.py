@@ -53,9 +53,7 @@ def _problems(architecture: Architecture) -> list[str]:
     if a.shared_gate:
         problems.append("the shared expert must have no gate (--moe-shared-expert-gate)")
     if a.qkv_bias:
-        problems.append(
-            "q, k and v must have no bias (--add-qkv-bias): there the output projection has one too"
-        )
+        problems.append("q, k and v must have no bias (--add-qkv-bias): there the output projection has one too")
     if a.renormalise and a.shared_hidden:
         problems.append(
             "with a shared expert the top-k must not be renormalised (--moe-router-pre-softmax): the "
@@ -102,9 +100,7 @@ def _entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> l
         if shared := _SHARED.fullmatch(entry.name):
             entry = dataclasses.replace(entry, name=f"{shared[1]}.experts.{last}.{shared[2]}")
         elif architecture.shared_hidden and _GATE.fullmatch(entry.name):
-            entry = dataclasses.replace(
-                entry, shape=(entry.shape[0] + 1, entry.shape[1]), padding_rows=1
-            )
+            entry = dataclasses.replace(entry, shape=(entry.shape[0] + 1, entry.shape[1]), padding_rows=1)
         found.append(entry)
     return found
 
@@ -117,26 +113,16 @@ def _architecture(stored: Stored) -> Architecture:
     num_shared = whole_number(config, "num_shared_experts", least=0, default=0)
     if num_shared > 1:
         problems.append(
-            f"num_shared_experts must be 0 or 1; got {num_shared}: more weigh 1 in total here and 1 each "
-            "in training"
+            f"num_shared_experts must be 0 or 1; got {num_shared}: more weigh 1 in total here and 1 each in training"
         )
-    num_layers, num_all = (
-        whole_number(config, "num_hidden_layers"),
-        whole_number(config, "num_experts"),
-    )
+    num_layers, num_all = (whole_number(config, "num_hidden_layers"), whole_number(config, "num_experts"))
     counts = _per_layer(config, "num_experts", num_layers=num_layers, otherwise=num_all)
     sparse = {count for count in counts if count}
     if len(sparse) > 1:
-        problems.append(
-            f"every sparse layer must have as many experts (Megatron has one --num-experts); got {counts}"
-        )
-    shared_counts = _per_layer(
-        config, "num_shared_experts", num_layers=num_layers, otherwise=num_shared
-    )
+        problems.append(f"every sparse layer must have as many experts (Megatron has one --num-experts); got {counts}")
+    shared_counts = _per_layer(config, "num_shared_experts", num_layers=num_layers, otherwise=num_shared)
     if {n for n, all_of in zip(shared_counts, counts, strict=True) if all_of} - {num_shared}:
-        problems.append(
-            f"every sparse layer must have num_shared_experts {num_shared}; got {shared_counts}"
-        )
+        problems.append(f"every sparse layer must have num_shared_experts {num_shared}; got {shared_counts}")
     if problems:
         raise ValueError("; ".join(problems))
     dense = tuple(layer for layer, count in enumerate(counts) if count == 0)
@@ -151,21 +137,11 @@ def _architecture(stored: Stored) -> Architecture:
     )
 
 
-def _per_layer(
-    config: Mapping[str, Any], name: str, *, num_layers: int, otherwise: int
-) -> list[int]:
+def _per_layer(config: Mapping[str, Any], name: str, *, num_layers: int, otherwise: int) -> list[int]:
     counts = whole_numbers(config, f"{name}_per_layer", default=[]) or [otherwise] * num_layers
     if len(counts) != num_layers:
-        raise ValueError(
-            f"{name}_per_layer must have an entry for each of {num_layers} layers; got {len(counts)}"
-        )
+        raise ValueError(f"{name}_per_layer must have an entry for each of {num_layers} layers; got {len(counts)}")
     return counts
 
 
-EMO = Format(
-    model_type="emo",
-    problems=_problems,
-    config=_config,
-    entries=_entries,
-    architecture=_architecture,
-)
+EMO = Format(model_type="emo", problems=_problems, config=_config, entries=_entries, architecture=_architecture)

@@ -116,9 +116,7 @@ def _texts(options: EvaluationTaskOptions, tokenizer: Tokenizer) -> list[str]:
     if not found:
         raise ValueError(f"{path} holds no text: its documents are empty, or special tokens only")
     if all(_TIME.fullmatch(text) for text in found):
-        raise ValueError(
-            f"{path} holds dates only, which lm-eval reads as times and not as text: add another document"
-        )
+        raise ValueError(f"{path} holds dates only, which lm-eval reads as times and not as text: add another document")
     if num_empty:
         print(f"{num_empty} documents without text were left out", file=sys.stderr)
     return found

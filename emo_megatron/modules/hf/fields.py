@@ -12,9 +12,7 @@ MOST = 2**31 - 1
 """No size of a model is larger."""
 
 
-def whole_number(
-    config: Mapping[str, Any], name: str, *, least: int = 1, default: int | None = None
-) -> int:
+def whole_number(config: Mapping[str, Any], name: str, *, least: int = 1, default: int | None = None) -> int:
     """A size or a count.
 
     Args:
@@ -32,9 +30,7 @@ def whole_number(
     return int(value)
 
 
-def whole_numbers(
-    config: Mapping[str, Any], name: str, *, default: list[int], below: int = MOST + 1
-) -> list[int]:
+def whole_numbers(config: Mapping[str, Any], name: str, *, default: list[int], below: int = MOST + 1) -> list[int]:
     """Counts in [0, below).
 
     Raises:

@@ -57,14 +57,11 @@ class HuggingFaceFolder:
         self.path = Path(path)
         if not (self.path / CONFIG).exists():
             raise ValueError(f"{self.path} is no Hugging Face checkpoint: it has no {CONFIG}")
-        self.config: Mapping[str, Any] = read_object(
-            self.path / CONFIG, kind="a model's configuration"
-        )
+        self.config: Mapping[str, Any] = read_object(self.path / CONFIG, kind="a model's configuration")
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FORMATS:
             raise ValueError(
-                f"{self.path / CONFIG}: model_type must be one of {', '.join(FORMATS)}; got "
-                f"{reprlib.repr(model_type)}"
+                f"{self.path / CONFIG}: model_type must be one of {', '.join(FORMATS)}; got {reprlib.repr(model_type)}"
             )
         self.format = FORMATS[model_type]
         self._files = _files(self.path)
@@ -90,9 +87,7 @@ class HuggingFaceFolder:
         try:
             self.architecture: Architecture = self.format.architecture(self)
         except ValueError as error:
-            raise ValueError(
-                f"{self.path / CONFIG}: this model cannot be imported: {error}"
-            ) from None
+            raise ValueError(f"{self.path / CONFIG}: this model cannot be imported: {error}") from None
         self._check_tensors()
 
     @cached_property
@@ -166,15 +161,9 @@ def write_folder(
     Raises:
         ValueError: a weight does not fit the dtype.
     """
-    entries = {
-        entry.name: entry
-        for entry in format.entries(architecture, shared_gate_value=shared_gate_value)
-    }
+    entries = {entry.name: entry for entry in format.entries(architecture, shared_gate_value=shared_gate_value)}
     plan = split_state_dict_into_shards_factory(
-        {
-            name: torch.empty(entry.shape, dtype=dtype, device="meta")
-            for name, entry in entries.items()
-        },
+        {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()},
         get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
@@ -235,12 +224,8 @@ def _files(path: Path) -> dict[str, Any]:
             opened[file] = safe_open(path / file, framework="pt")
     held = {name: file for file, handle in opened.items() for name in _names(handle)}
     if weight_map is not None and held != weight_map:
-        differing = sorted(
-            n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n)
-        )
-        raise ValueError(
-            f"{path / INDEX} does not match its files: {differing[0]} is not where it says"
-        )
+        differing = sorted(n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n))
+        raise ValueError(f"{path / INDEX} does not match its files: {differing[0]} is not where it says")
     return {name: opened[file] for name, file in held.items()}
 
 

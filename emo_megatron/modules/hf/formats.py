@@ -54,8 +54,7 @@ class Format:
 def plain_entries(architecture: Architecture, rename: Callable[[str], str]) -> list[Entry]:
     """A tensor of the format for each weight, under another name."""
     return [
-        Entry(name=rename(weight), shape=shape, weight=weight)
-        for weight, shape in weight_shapes(architecture).items()
+        Entry(name=rename(weight), shape=shape, weight=weight) for weight, shape in weight_shapes(architecture).items()
     ]
 
 
@@ -104,9 +103,7 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     parameters = record(config, "rope_parameters") or record(config, "rope_scaling")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ValueError(
-            f"rotary positions must not be scaled; config.json has rope_type {reprlib.repr(kind)}"
-        )
+        raise ValueError(f"rotary positions must not be scaled; config.json has rope_type {reprlib.repr(kind)}")
     if "rope_theta" not in parameters:
         return number(config, "rope_theta")
     return number(parameters, "rope_theta", of="rope_parameters")

@@ -8,10 +8,7 @@ from typing import Any
 
 from emo_megatron.modules.json_files import checked, read_json
 
-_KINDS = dict.fromkeys(("domain", "evaluated_on", "method"), str) | {
-    "num_experts_kept": int,
-    "loss": float,
-}
+_KINDS = dict.fromkeys(("domain", "evaluated_on", "method"), str) | {"num_experts_kept": int, "loss": float}
 """Of a row."""
 
 
@@ -38,9 +35,7 @@ class MeasuredLoss:
     random_loss: float | None = None
 
 
-def read_retention(
-    path: Path, *, kept: int | None = None, chosen_for: str | None = None
-) -> list[MeasuredLoss]:
+def read_retention(path: Path, *, kept: int | None = None, chosen_for: str | None = None) -> list[MeasuredLoss]:
     """The rows of an evaluation that say what a module retains, or what modules of a model do.
 
     Args:

@@ -69,11 +69,7 @@ def _config(architecture: Architecture) -> dict[str, Any]:
         "qkv_bias": True,
         "use_sliding_window": False,
         "output_router_logits": False,
-        RECORD: {
-            "qkv_bias": a.qkv_bias,
-            "shared_expert": a.shared_hidden > 0,
-            "shared_gate": a.shared_gate,
-        },
+        RECORD: {"qkv_bias": a.qkv_bias, "shared_expert": a.shared_hidden > 0, "shared_gate": a.shared_gate},
     }
 
 
@@ -101,16 +97,12 @@ def _constants(architecture: Architecture, mlp: str, shared_gate_value: float) -
     found = []
     if not a.shared_gate:
         gate = mlp + "shared_expert_gate.weight"
-        found.append(
-            Entry(name=gate, shape=(1, a.hidden_size), weight=None, value=shared_gate_value)
-        )
+        found.append(Entry(name=gate, shape=(1, a.hidden_size), weight=None, value=shared_gate_value))
     if not a.shared_hidden:
         # an MLP of zeros, as wide as an expert: a width of 0 is not loaded everywhere
         wide, narrow = (a.expert_hidden, a.hidden_size), (a.hidden_size, a.expert_hidden)
         for name, shape in zip(MLP, (wide, wide, narrow), strict=True):
-            found.append(
-                Entry(name=f"{mlp}shared_expert.{name}_proj.weight", shape=shape, weight=None)
-            )
+            found.append(Entry(name=f"{mlp}shared_expert.{name}_proj.weight", shape=shape, weight=None))
     return found
 
 
@@ -139,8 +131,7 @@ def _architecture(stored: Stored) -> Architecture:
         shared_hidden=whole_number(config, "shared_expert_intermediate_size") if has_shared else 0,
         dense_layers=tuple(sorted(dense)),
         dense_hidden=whole_number(config, "intermediate_size") if dense else 0,
-        qkv_bias=switch(noted, "qkv_bias", default=False, of=RECORD)
-        or not _is_constant(stored, "_proj.bias", {0.0}),
+        qkv_bias=switch(noted, "qkv_bias", default=False, of=RECORD) or not _is_constant(stored, "_proj.bias", {0.0}),
         shared_gate=has_gate,
     )
 
@@ -160,9 +151,5 @@ def _is_constant(stored: Stored, part: str, values: set[float]) -> bool:
 
 
 QWEN2_MOE = Format(
-    model_type="qwen2_moe",
-    problems=_problems,
-    config=_config,
-    entries=_entries,
-    architecture=_architecture,
+    model_type="qwen2_moe", problems=_problems, config=_config, entries=_entries, architecture=_architecture
 )

@@ -42,9 +42,7 @@ class Tokenizer:
             self._tokenizer.encode("a", add_special_tokens=False)
         # files of anyone end in errors of any kind, those of the compiled library included
         except Exception as error:
-            raise ValueError(
-                f"the tokenizer in {_damaged_file(self.path)} cannot be read: {reason(error)}"
-            ) from None
+            raise ValueError(f"the tokenizer in {_damaged_file(self.path)} cannot be read: {reason(error)}") from None
         if absent := self._absent_files():
             raise ValueError(
                 f"the tokenizer in {self.path} is not whole: {' and '.join(absent)} or {WHOLE} must be in it"
@@ -80,11 +78,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a document without special tokens, no space of it tidied away."""
-        return str(
-            self._tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def has_text(self, ids: Sequence[int]) -> bool:
         """Whether a document is more than special tokens; an unknown word is text."""

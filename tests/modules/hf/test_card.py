@@ -25,24 +25,12 @@ SELECTION = Selection(
 ORIGIN = Origin(name="emo", iteration=800, samples=12800, seq_length=256, pools={"pool_min": 6})
 
 OWN = MeasuredLoss(
-    text="french",
-    chosen_for="french",
-    method="mean_prob",
-    kept=6,
-    loss=3.375,
-    full_loss=3.25,
-    random_loss=4.5,
+    text="french", chosen_for="french", method="mean_prob", kept=6, loss=3.375, full_loss=3.25, random_loss=4.5
 )
 
 
 def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> dict[str, Any]:
-    return {
-        "domain": domain,
-        "evaluated_on": evaluated_on,
-        "num_experts_kept": kept,
-        "method": method,
-        "loss": loss,
-    }
+    return {"domain": domain, "evaluated_on": evaluated_on, "num_experts_kept": kept, "method": method, "loss": loss}
 
 
 ROWS = [
@@ -64,9 +52,7 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
         dtype="float32",
         origin=ORIGIN,
         selection=SELECTION,
-        retention=[
-            OWN,
-        ],
+        retention=[OWN],
         parity=Parity(tokens=64, max_difference=2e-6, max_logit=3.0),
     )
     parsed = ModelCard(card)
@@ -89,12 +75,7 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
 
 
 def test_the_card_hides_nothing_that_was_not_done() -> None:
-    card = model_card(
-        decoder.architecture(),
-        model_type="emo",
-        dtype="bfloat16",
-        origin=Origin(name="x", pools={}),
-    )
+    card = model_card(decoder.architecture(), model_type="emo", dtype="bfloat16", origin=Origin(name="x", pools={}))
     assert "No retention was measured" in card
     assert "were not compared" in card
     assert "Trained as a standard mixture of experts" in card
@@ -114,12 +95,7 @@ def test_measured_rows_are_the_modules_own(tmp_path: Path) -> None:
     file.write_text(json.dumps({str(i): row for i, row in enumerate(ROWS)}))
     own, other = read_retention(file, kept=6, chosen_for="french")
     assert own == OWN
-    assert (other.text, other.chosen_for, other.loss, other.full_loss) == (
-        "python",
-        "french",
-        9.0,
-        2.0,
-    )
+    assert (other.text, other.chosen_for, other.loss, other.full_loss) == ("python", "french", 9.0, 2.0)
     assert [(r.text, r.kept) for r in read_retention(file)] == [("french", 6), ("french", 12)]
     assert measured_domains(file) == {"french", "python"}
 
@@ -137,16 +113,12 @@ def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "null", '"3.2"'])
 @pytest.mark.parametrize("place", [0, len(ROWS) - 1])
-def test_a_loss_that_is_no_finite_number_is_told_of_no_model(
-    place: int, value: str, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_finite_number_is_told_of_no_model(place: int, value: str, tmp_path: Path) -> None:
     rows = [dict(row) for row in ROWS]
     rows[place]["loss"] = "HERE"
     (tmp_path / "rows.json").write_text(json.dumps(rows).replace('"HERE"', value))
     for read in (read_retention, measured_domains):
-        with pytest.raises(
-            ValueError, match=rf"rows\.json.*(row {place + 1}: |\[{place}\]\.)loss "
-        ):
+        with pytest.raises(ValueError, match=rf"rows\.json.*(row {place + 1}: |\[{place}\]\.)loss "):
             read(tmp_path / "rows.json")
 
 
@@ -155,15 +127,10 @@ def test_a_loss_that_is_no_finite_number_is_told_of_no_model(
     [
         ("{", "not readable JSON"),
         ('[{"loss": 3}]', "row 1 lacks domain"),
-        (
-            json.dumps(ROWS),
-            "no row of a module of 5 routed experts for any domain .*french, python",
-        ),
+        (json.dumps(ROWS), "no row of a module of 5 routed experts for any domain .*french, python"),
     ],
 )
-def test_a_file_that_says_nothing_of_the_module_is_refused(
-    text: str, reason: str, tmp_path: Path
-) -> None:
+def test_a_file_that_says_nothing_of_the_module_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
         read_retention(tmp_path / "rows.json", kept=5)

@@ -61,10 +61,7 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     texts = [*TEXTS, *ANY]
     write_evaluation_task(
         EvaluationTaskOptions(
-            documents=write_texts(tmp_path / "held_out.jsonl", texts),
-            name="held-out",
-            model=exported,
-            output=tasks,
+            documents=write_texts(tmp_path / "held_out.jsonl", texts), name="held-out", model=exported, output=tasks
         )
     )
     command = [
@@ -76,12 +73,7 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     run = subprocess.run(
         [str(part) for part in command],
-        env={
-            **os.environ,
-            **offline,
-            "HF_HOME": str(tmp_path / "cache"),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+        env={**os.environ, **offline, "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -95,9 +87,7 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     for text in texts:
         # the end-of-document token stands before a text, as in packed training
         *tokens, end = Tokenizer(exported).encode(text)
-        logits_TV = decoder.logits(
-            model, decoder.random_weights(model), torch.tensor([end, *tokens[:-1]])
-        )
+        logits_TV = decoder.logits(model, decoder.random_weights(model), torch.tensor([end, *tokens[:-1]]))
         nats -= float(logits_TV.log_softmax(-1)[range(len(tokens)), tokens].sum())
         num_bytes += len(text.encode())
     assert found == pytest.approx(nats / num_bytes / math.log(2), rel=1e-4)
@@ -115,15 +105,11 @@ def write_texts(path: Path, texts: list[str]) -> Path:
         (["2024-01-01", "2024-01-02 10:00:00"], "dates"),
     ],
 )
-def test_documents_that_make_no_task_are_refused(
-    exported: Path, tmp_path: Path, texts: list[str], what: str
-) -> None:
+def test_documents_that_make_no_task_are_refused(exported: Path, tmp_path: Path, texts: list[str], what: str) -> None:
     documents = write_texts(tmp_path / "d.jsonl", texts)
     tasks = tmp_path / "tasks"
     with pytest.raises(ValueError, match=rf"d\.jsonl.*{what}"):
-        write_evaluation_task(
-            EvaluationTaskOptions(documents=documents, name="t", model=exported, output=tasks)
-        )
+        write_evaluation_task(EvaluationTaskOptions(documents=documents, name="t", model=exported, output=tasks))
     assert not tasks.exists()
 
 
@@ -145,31 +131,22 @@ def test_what_is_left_out_is_counted_and_what_is_taken_stays(
 
 
 @pytest.mark.parametrize("name", ["a::b", "$HOME", "x${HOME}"])
-def test_a_folder_that_lm_eval_cannot_name_is_refused(
-    exported: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_folder_that_lm_eval_cannot_name_is_refused(exported: Path, tmp_path: Path, name: str) -> None:
     documents = write_texts(tmp_path / "d.jsonl", TEXTS)
     with pytest.raises(ValueError, match="--output"):
         write_evaluation_task(
-            EvaluationTaskOptions(
-                documents=documents, name="t", model=exported, output=tmp_path / name
-            )
+            EvaluationTaskOptions(documents=documents, name="t", model=exported, output=tmp_path / name)
         )
     assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("name", ["[a]*?", '\U0001f600\u2028 "quoted" \\', "#%20 '", "{{x}}"])
-def test_a_task_names_its_documents_in_any_folder(
-    exported: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_task_names_its_documents_in_any_folder(exported: Path, tmp_path: Path, name: str) -> None:
     datasets = pytest.importorskip("datasets")
     yaml = pytest.importorskip("yaml")
     task = write_evaluation_task(
         EvaluationTaskOptions(
-            documents=write_texts(tmp_path / "d.jsonl", ANY),
-            name="t",
-            model=exported,
-            output=tmp_path / name,
+            documents=write_texts(tmp_path / "d.jsonl", ANY), name="t", model=exported, output=tmp_path / name
         )
     )
     stored = yaml.safe_load(task.read_text())
@@ -185,8 +162,7 @@ def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
     bounds = [0, *torch.tensor([len(i) for i in ids]).cumsum(0).tolist()]
     flat = torch.tensor([token for document in ids for token in document], dtype=torch.int32)
     save_file(
-        {"tokens": flat, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)},
-        tmp_path / "held_out.safetensors",
+        {"tokens": flat, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, tmp_path / "held_out.safetensors"
     )
     options = EvaluationTaskOptions(
         documents=tmp_path / "held_out.safetensors",
@@ -204,9 +180,7 @@ def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
 def test_what_is_no_name_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--name must be letters.*got 'a b'"):
         write_evaluation_task(
-            EvaluationTaskOptions(
-                documents=tmp_path / "x.jsonl", name="a b", model=exported, output=tmp_path
-            )
+            EvaluationTaskOptions(documents=tmp_path / "x.jsonl", name="a b", model=exported, output=tmp_path)
         )
     assert not list(tmp_path.glob("*.yaml"))
 

@@ -44,9 +44,7 @@ def test_shards_are_as_large_as_asked_for_and_the_index_names_them(sharded: Path
     read = HuggingFaceFolder(sharded)
     assert index["metadata"]["total_size"] == 4 * sum(read.read(n).numel() for n in read.shapes)
     weights = decoder.random_weights(read.architecture)
-    assert all(
-        torch.equal(read.weight(name), weights[name]) for name in weight_shapes(read.architecture)
-    )
+    assert all(torch.equal(read.weight(name), weights[name]) for name in weight_shapes(read.architecture))
 
 
 def test_stock_transformers_read_the_shards(sharded: Path) -> None:
@@ -102,10 +100,7 @@ def test_tensors_that_do_not_fit_are_named(kind: str, sharded: Path) -> None:
             lambda: tensors.update({name: tensors[name][:4].clone()}),
             r"experts.3.up_proj.weight must have the shape \[12, 32\]; got \[4, 32\]",
         ),
-        "another type": (
-            lambda: tensors.update({name: tensors[name].half()}),
-            "the same dtype .*got F16, F32",
-        ),
+        "another type": (lambda: tensors.update({name: tensors[name].half()}), "the same dtype .*got F16, F32"),
         "unknown": (
             lambda: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}),
             "have no place in the model, .*q_norm",
@@ -125,9 +120,7 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not readable JSON"):
         HuggingFaceFolder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_moe"}')
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors of 1 files .*\.bin files are not read"
-    ):
+    with pytest.raises(ValueError, match=r"model\.safetensors of 1 files .*\.bin files are not read"):
         HuggingFaceFolder(tmp_path)
 
 
@@ -135,18 +128,10 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     "weight_map",
     [
         *(None, [], "text", 1, {}, {"a": 1}, {"a": "b"}, {"a": None}, {"a": ["b"]}, {"a": {}}),
-        *(
-            {"a": ".."},
-            {"a": "../out/config.json"},
-            {"a": "/etc/passwd"},
-            {"a": ""},
-            {"a": "b\0.safetensors"},
-        ),
+        *({"a": ".."}, {"a": "../out/config.json"}, {"a": "/etc/passwd"}, {"a": ""}, {"a": "b\0.safetensors"}),
     ],
 )
-def test_an_index_that_names_no_files_of_its_folder_is_refused(
-    weight_map: object, sharded: Path
-) -> None:
+def test_an_index_that_names_no_files_of_its_folder_is_refused(weight_map: object, sharded: Path) -> None:
     (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=rf"{INDEX}: weight_map") as told:
         HuggingFaceFolder(sharded)

@@ -22,11 +22,7 @@ EXPRESSIBLE_AS_EMO = ("the paper's", "no shared expert", "no shared expert, reno
 
 
 def write(
-    folder: Path,
-    format: str,
-    model: Architecture,
-    weights: Mapping[str, Tensor],
-    **options: Any,
+    folder: Path, format: str, model: Architecture, weights: Mapping[str, Tensor], **options: Any
 ) -> HuggingFaceFolder:
     folder.mkdir()
     write_folder(
@@ -61,14 +57,9 @@ def test_stock_transformers_compute_the_model(variant: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("format", "variant"),
-    [
-        *(("qwen2_moe", variant) for variant in decoder.VARIANTS),
-        *(("emo", variant) for variant in EXPRESSIBLE_AS_EMO),
-    ],
+    [*(("qwen2_moe", variant) for variant in decoder.VARIANTS), *(("emo", variant) for variant in EXPRESSIBLE_AS_EMO)],
 )
-def test_reading_gives_back_every_bit(
-    format: str, variant: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_reading_gives_back_every_bit(format: str, variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = decoder.architecture(**decoder.VARIANTS[variant])
     weights = {name: w.to(dtype) for name, w in decoder.random_weights(model).items()}
     # the smallest numbers survive doubling and halving, too
@@ -247,9 +238,7 @@ def test_a_foreign_qwen2_moe_keeps_its_gates_and_biases(tmp_path: Path) -> None:
         assert torch.equal(again.read(name), read.read(name)), name
 
 
-def test_an_export_that_was_fine_tuned_keeps_what_training_made_of_gates_and_biases(
-    tmp_path: Path,
-) -> None:
+def test_an_export_that_was_fine_tuned_keeps_what_training_made_of_gates_and_biases(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = decoder.architecture()

@@ -35,9 +35,7 @@ def test_transformers_4_knows_the_class_that_is_written(tmp_path: Path) -> None:
 
 def test_a_vocabulary_without_rows_for_it_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(words.write_tokenizer(tmp_path / "source"))
-    with pytest.raises(
-        ValueError, match=r"40 tokens and the model's embedding 39 rows.*--tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"40 tokens and the model's embedding 39 rows.*--tokenizer"):
         tokenizer.check(vocab_size=39)
 
 
@@ -53,12 +51,8 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [(name, text) for name, texts in DAMAGE.items() for text in texts]
-)
-def test_a_damaged_tokenizer_is_one_line_with_its_file(
-    tmp_path: Path, name: str, content: str
-) -> None:
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_tokenizer_is_one_line_with_its_file(tmp_path: Path, name: str, content: str) -> None:
     folder = words.write_tokenizer(tmp_path / "source")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(folder / name))) as error:

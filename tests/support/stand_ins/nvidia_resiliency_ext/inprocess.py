@@ -80,9 +80,7 @@ def _fail_in_step(call: CallWrapper) -> None:
     training.train_step = failing
 
 
-rank_assignment = SimpleNamespace(
-    Layer=_Ignored, Tree=_Ignored, LayerFlag=SimpleNamespace(RESERVE=None)
-)
+rank_assignment = SimpleNamespace(Layer=_Ignored, Tree=_Ignored, LayerFlag=SimpleNamespace(RESERVE=None))
 finalize = SimpleNamespace(ThreadedFinalize=_Finalize)
 initialize = SimpleNamespace(RetryController=_Ignored)
 nested_restarter = SimpleNamespace(
@@ -91,8 +89,6 @@ nested_restarter = SimpleNamespace(
     NestedRestarterFinalized=_Ignored,
     NestedRestarterAborted=_Ignored,
 )
-abort = SimpleNamespace(
-    Abort=_Ignored, AbortTransformerEngine=_Ignored, AbortTorchDistributed=_Ignored
-)
+abort = SimpleNamespace(Abort=_Ignored, AbortTransformerEngine=_Ignored, AbortTorchDistributed=_Ignored)
 state = SimpleNamespace(FrozenState=_Ignored)
 health_check = SimpleNamespace(CudaHealthCheck=_Ignored)
