@@ -33,7 +33,7 @@ from timing import Device, describe_machine, pick_device
 from emo_megatron.demo.corpus import Corpus, prepare_corpus
 from emo_megatron.demo.recipe import ON_GPU, ON_GPU_QUICK, Size
 from emo_megatron.demo.run import corpus_config
-from emo_megatron.modules.files import must_be_writable, whole
+from emo_megatron.files import must_be_writable, whole
 from emo_megatron.report import retention
 
 STOPPED = 128 + signal.SIGTERM

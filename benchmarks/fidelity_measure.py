@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from emo_megatron.files import whole
+from emo_megatron.json_files import to_json
 from emo_megatron.mcore.opening import open_study, run_command
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import to_json
 from emo_megatron.modules.retention import check_output, measure_retention, read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.study import Loss

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from emo_megatron.demo.run import differences
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import from_json, to_json
+from emo_megatron.files import whole
+from emo_megatron.json_files import from_json, to_json
 from emo_megatron.report.retention_rows import EMO, SMALL, STANDARD, RetentionRow
 
 FORMAT = "emo_megatron.fidelity.1"

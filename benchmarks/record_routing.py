@@ -51,10 +51,10 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
         add_args=lambda parser: parser,
         flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)],
     )
+    from emo_megatron.files import mark_of
     from emo_megatron.mcore.facts import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.mcore.study import MegatronStudy
-    from emo_megatron.modules.files import mark_of
 
     study = MegatronStudy(
         loaded.model,

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from timing import RESULTS, markdown_table, run_script, write_results
 from torch import Tensor
 
-from emo_megatron.modules.files import whole
+from emo_megatron.files import whole
 from emo_megatron.modules.placement import place, spread_of
 from emo_megatron.modules.stats import load_stats
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from emo_megatron.environment import BRIDGE_INSTALL, collect_environment, format_json, format_text
-from emo_megatron.modules.files import message_of, to_output, write_any_name
+from emo_megatron.files import message_of, to_output, write_any_name
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.variables import as_no_other_job, stay_offline
 

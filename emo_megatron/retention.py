@@ -6,8 +6,8 @@ import importlib.metadata
 from pathlib import Path
 
 from emo_megatron import __version__
+from emo_megatron.files import whole
 from emo_megatron.mcore import launch
-from emo_megatron.modules.files import whole
 from emo_megatron.modules.retention import read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.modules.select import MaxRise

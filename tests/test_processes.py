@@ -95,7 +95,7 @@ WRITING = """
 from pathlib import Path
 import sys, time
 from emo_megatron.mcore.opening import run_command
-from emo_megatron.modules.files import whole
+from emo_megatron.files import whole
 
 def main():
     with whole(Path(sys.argv[1]) / "result") as unfinished:

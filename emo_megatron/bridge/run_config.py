@@ -10,8 +10,8 @@ import yaml
 
 from emo_megatron.bridge.pooled import POOL_FIELDS
 from emo_megatron.config import PoolConfig
+from emo_megatron.files import whole
 from emo_megatron.mcore.checkpoint import differences
-from emo_megatron.modules.files import whole
 
 RUN_CONFIG = "run_config.yaml"
 

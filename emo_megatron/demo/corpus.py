@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from emo_megatron.demo.prepared import HELD_OUT_SPLITS, MANIFEST, SPLITS, Corpus, load_corpus
 from emo_megatron.demo.sources import MACHINE_SOURCES, Machine, folder_sources
-from emo_megatron.modules.files import gone_on_failure, whole, writing
+from emo_megatron.files import gone_on_failure, whole, writing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from emo_megatron.modules.json_files import checked, read_object
+from emo_megatron.json_files import checked, read_object
 
 HELD_OUT_SPLITS = ("calibration", "validation")
 SPLITS = ("train", *HELD_OUT_SPLITS)

@@ -19,9 +19,9 @@ from emo_megatron.demo import corpus as corpora
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.prepared import Corpus
 from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, extra_models, main_models, megatron_flags
+from emo_megatron.files import whole
+from emo_megatron.json_files import read_object
 from emo_megatron.mcore.launch import python, step_arguments
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import read_object
 from emo_megatron.modules.retention import conditions, read_rows
 from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report import retention

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.finite import check_weight
+from emo_megatron.json_files import to_json
 from emo_megatron.mcore.parts import Module, check_fits
 from emo_megatron.mcore.weight_names import ROUTER, is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import LazyWeight, Note, write_checkpoint
 from emo_megatron.modules.compose import AVERAGE, OWNER, PARENT, REFUSE, blended, value_of
-from emo_megatron.modules.finite import check_weight
-from emo_megatron.modules.json_files import to_json
 from emo_megatron.modules.selection import Selection
 
 REPORT_FILE = "report.json"

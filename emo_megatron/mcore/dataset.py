@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emo_megatron.modules.files import whole
+from emo_megatron.files import whole
 
 with warnings.catch_warnings():
     # Megatron warns of each library for GPUs that is missing; writing tokens needs none of them

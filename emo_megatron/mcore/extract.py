@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from emo_megatron.files import must_not_exist
 from emo_megatron.mcore.assemble import Assembly, Policies
 from emo_megatron.mcore.parts import SELECTION_FILE, check_target, open_parent
-from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.selection import load_selection
 
 

@@ -15,13 +15,13 @@ import torch
 
 from emo_megatron import __version__
 from emo_megatron.config import PoolConfig
+from emo_megatron.files import must_not_exist, whole
 from emo_megatron.mcore.hf_flags import architecture_of
 from emo_megatron.mcore.hf_names import MegatronWeights
 from emo_megatron.mcore.hf_parity import Converted, check_parity_tokens, measure_parity
 from emo_megatron.mcore.parts import SELECTION_FILE
 from emo_megatron.mcore.run_tokenizer import hugging_face_tokenizer
 from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.card import Origin, model_card
 from emo_megatron.modules.hf.folder import FORMATS, HuggingFaceFolder, write_folder

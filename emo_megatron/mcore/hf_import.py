@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from emo_megatron.config import pool_config_of
+from emo_megatron.files import must_not_exist, whole
 from emo_megatron.mcore.hf_flags import flags_of
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM, megatron_weights
 from emo_megatron.mcore.hf_parity import Converted, check_parity_tokens, measure_parity
 from emo_megatron.mcore.parts import SELECTION_FILE
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import write_checkpoint
-from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.fields import record
 from emo_megatron.modules.hf.folder import CONFIG as CONFIG_FILE
 from emo_megatron.modules.hf.folder import HuggingFaceFolder

@@ -24,13 +24,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from emo_megatron.finite import NotFiniteError, check_weight, first_bad
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.hf_names import FUSED_NORM, OWN_NORM
 from emo_megatron.mcore.loading import megatron_refusals
 from emo_megatron.mcore.model_flags import megatron_parser, model_flags
 from emo_megatron.mcore.weight_names import is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.finite import NotFiniteError, check_weight, first_bad
 from emo_megatron.modules.hf.architecture import weight_shapes
 from emo_megatron.modules.hf.card import Parity
 from emo_megatron.modules.hf.folder import HuggingFaceFolder, write_folder

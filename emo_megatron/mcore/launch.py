@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from emo_megatron.files import must_not_exist
 from emo_megatron.mcore.flags import flags_of, prefixed
 from emo_megatron.mcore.ranks import USER_ERROR
-from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import check_output
 from emo_megatron.modules.retention_options import RetentionOptions

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from emo_megatron.files import must_not_exist
 from emo_megatron.mcore.assemble import Assembly, Policies
 from emo_megatron.mcore.facts import facts_of
 from emo_megatron.mcore.parts import SELECTION_FILE, Module, check_target, open_module, open_parent
 from emo_megatron.modules.compose import OWNER, PARENT, POLICIES, REFUSE, Rule, compose_selections
-from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.select import parse_keep
 from emo_megatron.modules.selection import Selection, load_selection
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats

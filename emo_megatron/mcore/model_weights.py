@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from emo_megatron.finite import NotFiniteError, check_weight
 from emo_megatron.mcore.weight_names import EXPERTS, ROUTER
-from emo_megatron.modules.finite import NotFiniteError, check_weight
 
 _EXPERT = re.compile(
     # the experts of the local layers; of Transformer Engine's; and those in one parameter

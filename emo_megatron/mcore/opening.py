@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emo_megatron.files import mark_of, to_output, write_any_name
 from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
 from emo_megatron.mcore.layout import check_rows
 from emo_megatron.mcore.loading import checkpoint_in, load_model
@@ -16,7 +17,6 @@ from emo_megatron.mcore.ranks import INTERRUPTED, USER_ERROR, say_error
 from emo_megatron.mcore.run_tokenizer import TOKENIZER_FLAGS, null_flags, text_tokenizer, tokenizer_args
 from emo_megatron.modules.calibration import NO_TOKENIZER, Calibration, Documents, TextTokenizer, read_documents
 from emo_megatron.modules.document_files import is_text
-from emo_megatron.modules.files import mark_of, to_output, write_any_name
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions
 from emo_megatron.modules.study import StudiedModel
 from emo_megatron.processes import stops_on_signals

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from emo_megatron.modules.files import message_of
+from emo_megatron.files import message_of
 from emo_megatron.variables import PARENT
 
 USER_ERROR = 2

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from emo_megatron.files import must_not_exist
 from emo_megatron.mcore.parts import open_parent
 from emo_megatron.mcore.weight_names import ROUTER, is_of_experts, split_name
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import LazyWeight, write_checkpoint
-from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.placement import Placement, load_placement
 from emo_megatron.modules.selection import router_fingerprint
 

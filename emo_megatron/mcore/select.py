@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
+from emo_megatron.files import must_not_exist
 from emo_megatron.mcore.opening import open_study, run_command
 from emo_megatron.modules.calibration import Calibration
 from emo_megatron.modules.choosing import select
-from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import SelectOptions
 
 

@@ -25,6 +25,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from emo_megatron.json_files import read_object
 from emo_megatron.mcore.batches import (
     PADDED_TOKENS,
     get_batch,
@@ -46,7 +47,6 @@ from emo_megatron.mcore.samples import (
     PoolMockGPTDataset,
     PoolSFTDataset,
 )
-from emo_megatron.modules.json_files import read_object
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""

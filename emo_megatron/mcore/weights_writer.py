@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
+from emo_megatron.files import whole
+from emo_megatron.finite import check_weight
 from emo_megatron.mcore.weight_names import EXPERTS, is_of_experts, split_name
 from emo_megatron.mcore.weights import RELEASE, TRACKER
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.finite import check_weight
 
 CONTENT = {
     # every layer has names of its own, also in a model of equal layers

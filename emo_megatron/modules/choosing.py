@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from emo_megatron.files import must_not_exist
 from emo_megatron.modules.calibration import Documents
-from emo_megatron.modules.files import must_not_exist
 from emo_megatron.modules.options import MergeStatsOptions, SelectOptions
 from emo_megatron.modules.progress import Progress, Remember, anew
 from emo_megatron.modules.select import (

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from emo_megatron.modules.files import one_line
+from emo_megatron.files import one_line
 
 ReadIndexed = Callable[[Path], Sequence[Tensor]]
 """The documents of an indexed dataset, by its prefix."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from emo_megatron.files import mark_of
+from emo_megatron.json_files import checked, read_object
 from emo_megatron.modules.calibration import Calibration, Documents, read_documents
 from emo_megatron.modules.choosing import select
 from emo_megatron.modules.document_files import is_text
-from emo_megatron.modules.files import mark_of
 from emo_megatron.modules.hf.tokenizer import Tokenizer
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
-from emo_megatron.modules.json_files import checked, read_object
 from emo_megatron.modules.options import LONGEST_ROW, ModelOptions, SelectOptions, StatsOptions
 from emo_megatron.modules.retention import measure_retention
 from emo_megatron.modules.retention_options import RetentionOptions

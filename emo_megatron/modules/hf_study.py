@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from emo_megatron.files import one_line, writing
+from emo_megatron.finite import check_named_weight
+from emo_megatron.json_files import read_object
 from emo_megatron.modules.calibration import Row, pack_rows
-from emo_megatron.modules.files import one_line, writing
-from emo_megatron.modules.finite import check_named_weight
 from emo_megatron.modules.hf_observer import BlockObserver
-from emo_megatron.modules.json_files import read_object
 from emo_megatron.modules.selection import router_fingerprint
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
 from emo_megatron.modules.study import Loss, Setting, check_nats, statistics_of

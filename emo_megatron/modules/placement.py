@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.finite import finite_number
-from emo_megatron.modules.json_files import are_layers, checked, is_a, read_own, to_json
+from emo_megatron.files import whole
+from emo_megatron.finite import finite_number
+from emo_megatron.json_files import are_layers, checked, is_a, read_own, to_json
 from emo_megatron.modules.selection import MOST_EXPERTS
 from emo_megatron.modules.stats import ExpertStatistics
 

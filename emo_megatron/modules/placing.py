@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from emo_megatron.modules.files import must_not_exist
+from emo_megatron.files import must_not_exist
 from emo_megatron.modules.options import check_least
 from emo_megatron.modules.placement import Method, place
 from emo_megatron.modules.stats import load_stats, merge_stats

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from emo_megatron.modules.files import partial_of, whole
-from emo_megatron.modules.json_files import checked, read_own, to_json
+from emo_megatron.files import partial_of, whole
+from emo_megatron.json_files import checked, read_own, to_json
 from emo_megatron.modules.study import StudiedModel
 
 FORMAT = "emo_megatron.selecting.1"

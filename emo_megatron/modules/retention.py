@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from emo_megatron.files import must_be_writable, whole
+from emo_megatron.json_files import checked, read_object, to_json
 from emo_megatron.modules.calibration import Calibration, Documents
-from emo_megatron.modules.files import must_be_writable, whole
-from emo_megatron.modules.json_files import checked, read_object, to_json
 from emo_megatron.modules.retention_options import RetentionOptions, domain_files
 from emo_megatron.modules.select import (
     LAYERWISE,

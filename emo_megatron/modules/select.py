@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from emo_megatron.finite import NotFiniteError, first_bad
 from emo_megatron.modules.calibration import Documents
-from emo_megatron.modules.finite import NotFiniteError, first_bad
 from emo_megatron.modules.progress import Remember, anew
 from emo_megatron.modules.selection import Selection
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts

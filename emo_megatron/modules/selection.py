@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from emo_megatron import __version__
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.json_files import are_layers, is_a, read_own, to_json
+from emo_megatron.files import whole
+from emo_megatron.json_files import are_layers, is_a, read_own, to_json
 
 FORMAT = "emo_megatron.selection.1"
 """First entry of the file, so that another file is told apart from a damaged one."""

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emo_megatron import __version__
-from emo_megatron.modules.files import one_line, whole
-from emo_megatron.modules.finite import NotFiniteError
-from emo_megatron.modules.json_files import are_layers, checked, from_json, to_json
+from emo_megatron.files import one_line, whole
+from emo_megatron.finite import NotFiniteError
+from emo_megatron.json_files import are_layers, checked, from_json, to_json
 
 FORMAT = "emo_megatron.stats.1"
 

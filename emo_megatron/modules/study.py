@@ -15,9 +15,9 @@ from typing import Protocol
 from torch import Tensor
 from tqdm import tqdm
 
+from emo_megatron.files import must_be_writable, partial_of
+from emo_megatron.finite import NotFiniteError
 from emo_megatron.modules.calibration import Documents
-from emo_megatron.modules.files import must_be_writable, partial_of
-from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from emo_megatron.modules.files import whole
+from emo_megatron.files import whole
 from emo_megatron.report.cells import share as label
 from emo_megatron.report.retention_rows import (
     CHOSEN,

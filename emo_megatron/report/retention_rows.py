@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from emo_megatron.modules.files import whole
-from emo_megatron.modules.finite import finite_number
-from emo_megatron.modules.json_files import checked, read_json, to_json
+from emo_megatron.files import whole
+from emo_megatron.finite import finite_number
+from emo_megatron.json_files import checked, read_json, to_json
 
 EMO = "emo"
 STANDARD = "standard"

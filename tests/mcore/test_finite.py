@@ -13,6 +13,7 @@ from support import checkpoints, decoder
 from support.checkpoints import placement_of, selection_of
 
 from emo_megatron.cli import main
+from emo_megatron.finite import NotFiniteError
 from emo_megatron.mcore import hf_parity, weights_writer
 from emo_megatron.mcore.extract import ExtractOptions, extract
 from emo_megatron.mcore.hf_export import ExportOptions, export
@@ -21,7 +22,6 @@ from emo_megatron.mcore.hf_parity import measure_parity
 from emo_megatron.mcore.merge import ComposeOptions, MergeOptions, compose, merge
 from emo_megatron.mcore.weights import MegatronCheckpoint
 from emo_megatron.mcore.weights_writer import write_checkpoint
-from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.modules.hf.folder import FORMATS, HuggingFaceFolder, write_folder
 
 KEPT = [[1, 2, 6, 7], [0, 3, 4, 6]]

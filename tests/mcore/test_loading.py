@@ -13,12 +13,12 @@ import pytest
 import torch
 from support import checkpoints
 
+from emo_megatron.finite import NotFiniteError
 from emo_megatron.mcore import cpu
 from emo_megatron.mcore.layout import check_layout, check_rows
 from emo_megatron.mcore.loading import OTHER_SOURCES, _balance_nothing, checkpoint_in, megatron_refusals
 from emo_megatron.mcore.source import check_router, loaded_by_megatron, run_with
 from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.finite import NotFiniteError
 from emo_megatron.processes import stops_on_signals
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from emo_megatron.modules.finite import NotFiniteError  # noqa: E402
+from emo_megatron.finite import NotFiniteError  # noqa: E402
 from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face  # noqa: E402
 
 SIZES = {

@@ -8,7 +8,7 @@ import json
 import pytest
 from support import experts
 
-from emo_megatron.modules.finite import NotFiniteError
+from emo_megatron.finite import NotFiniteError
 from emo_megatron.modules.retention import FULL, check_output, conditions, measure_retention, read_rows
 from emo_megatron.modules.retention_options import DomainFiles, RetentionOptions, domain_files
 

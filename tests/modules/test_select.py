@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import experts
 
-from emo_megatron.modules.finite import NotFiniteError
+from emo_megatron.finite import NotFiniteError
 from emo_megatron.modules.select import (
     SCORES,
     MaxRise,

@@ -123,7 +123,7 @@ def test_a_selection_of_another_model_is_refused():
 
 
 def test_a_failing_write_leaves_what_was_there(tmp_path):
-    from emo_megatron.modules.files import whole
+    from emo_megatron.files import whole
 
     path = selection().save(tmp_path / "s.json")
     before = path.read_text()

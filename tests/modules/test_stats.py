@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support import experts
 
 from emo_megatron.cli import main
-from emo_megatron.modules.finite import NotFiniteError
+from emo_megatron.finite import NotFiniteError
 from emo_megatron.modules.stats import LayerSums, change_of, load_stats, merge_stats
 
 

@@ -25,7 +25,7 @@ HOSTILE = (
     "emo_megatron.bridge.providers.PoolGPTModelProvider.__init__",
     "emo_megatron.bridge.providers.__builtins__.exec",
     "emo_megatron.bridge.run_config.yaml.unsafe_load",
-    "emo_megatron.modules.files.whole",
+    "emo_megatron.files.whole",
     "emo_megatron.config.PoolConfig",
 )
 PROVIDER = "emo_megatron.bridge.providers.PoolGPTModelProvider"

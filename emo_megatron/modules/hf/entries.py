@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emo_megatron.modules.finite import check_named_weight, first_bad
+from emo_megatron.finite import check_named_weight, first_bad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

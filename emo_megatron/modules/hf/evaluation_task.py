@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emo_megatron.files import must_not_exist, whole
 from emo_megatron.modules.calibration import Calibration, load_documents
 from emo_megatron.modules.document_files import is_text, read_file
-from emo_megatron.modules.files import must_not_exist, whole
 from emo_megatron.modules.hf.tokenizer import Tokenizer
 from emo_megatron.modules.options import check_least
 

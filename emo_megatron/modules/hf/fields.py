@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from emo_megatron.modules.json_files import is_a
+from emo_megatron.json_files import is_a
 
 MOST = 2**31 - 1
 """No size of a model is larger."""

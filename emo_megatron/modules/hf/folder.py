@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from emo_megatron.modules.files import machine_error, one_line
-from emo_megatron.modules.finite import NotFiniteError
+from emo_megatron.files import machine_error, one_line
+from emo_megatron.finite import NotFiniteError
+from emo_megatron.json_files import checked, is_a, read_object
 from emo_megatron.modules.hf.architecture import Architecture
 from emo_megatron.modules.hf.emo import EMO
 from emo_megatron.modules.hf.entries import Entry, from_file, to_file
 from emo_megatron.modules.hf.formats import Format
 from emo_megatron.modules.hf.qwen2_moe import QWEN2_MOE
-from emo_megatron.modules.json_files import checked, is_a, read_object
 
 FORMATS: dict[str, Format] = {format.model_type: format for format in (QWEN2_MOE, EMO)}
 """By model_type."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emo_megatron.modules.json_files import checked, read_json
+from emo_megatron.json_files import checked, read_json
 
 _KINDS = dict.fromkeys(("domain", "evaluated_on", "method"), str) | {"num_experts_kept": int, "loss": float}
 """Of a row."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from emo_megatron.demo.prepared import load_corpus
+from emo_megatron.json_files import read_json
 from emo_megatron.modules.hf.folder import HuggingFaceFolder
 from emo_megatron.modules.hf.measured import read_retention
-from emo_megatron.modules.json_files import read_json
 from emo_megatron.modules.placement import load_placement
 from emo_megatron.modules.retention import read_rows
 from emo_megatron.modules.selection import load_selection

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from emo_megatron.modules.files import message_of, must_be_writable, must_not_exist, to_output, whole
+from emo_megatron.files import message_of, must_be_writable, must_not_exist, to_output, whole
 
 
 @pytest.mark.parametrize("check", [must_be_writable, must_not_exist])

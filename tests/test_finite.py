@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from emo_megatron.modules.finite import NotFiniteError, check_named_weight, check_weight, finite_number, first_bad
-from emo_megatron.modules.json_files import read_json, to_json
+from emo_megatron.finite import NotFiniteError, check_named_weight, check_weight, finite_number, first_bad
+from emo_megatron.json_files import read_json, to_json
 
 BAD = (math.nan, math.inf, -math.inf)
 
