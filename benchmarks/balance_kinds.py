@@ -22,14 +22,14 @@ import tyro
 from fidelity_text import open_corpus
 from timing import RESULTS, describe_machine, markdown_table, run_script, write_results
 
+from emo_megatron.commands.retention import run_retention, versions
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.prepared import Corpus
 from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, main_models
 from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
-from emo_megatron.mcore.launch import python
 from emo_megatron.report.retention_rows import CHOSEN, RANDOM, RetentionSummary, load_rows, summarise
 from emo_megatron.report.retention_rows import FULL as WHOLE
-from emo_megatron.retention import run_retention, versions
+from emo_megatron.runners.launch import python
 
 KINDS = {
     "global": ("global_aux_loss: the whole batch", ()),

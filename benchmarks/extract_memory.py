@@ -71,9 +71,9 @@ def write(options: Options, folder: Path) -> None:
 
 def extract_here(options: Options, folder: Path) -> None:
     """Extract, and print megabytes and seconds."""
-    from emo_megatron.mcore.extract import ExtractOptions, extract
-    from emo_megatron.mcore.weights import MegatronCheckpoint
-    from emo_megatron.modules.selection import Selection, router_fingerprint
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.commands.extract import ExtractOptions, extract
+    from emo_megatron.experts.selection import Selection, router_fingerprint
 
     parent = MegatronCheckpoint(folder / "parent")
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity_measure.py --load CHECKPOINT --retention-checkpoint CHECKPOINT ...
 
-Takes the flags of `emo_megatron.mcore.retention` and measures the same rows, and beside each the losses of the single
+Takes the flags of `emo_megatron.runners.rank_retention` and measures the same rows, and beside each the losses of the single
 documents, so that two models can be compared document by document. `measured.json` in its output folder is written
 anew after every size.
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
+from emo_megatron.commands.retention_options import RetentionOptions
 from emo_megatron.files import whole
 from emo_megatron.json_files import to_json
-from emo_megatron.mcore.opening import open_study, run_command
-from emo_megatron.modules.retention import check_output, measure_retention, read_rows
-from emo_megatron.modules.retention_options import RetentionOptions
-from emo_megatron.modules.study import Loss
+from emo_megatron.runners.base import Loss
+from emo_megatron.runners.open import open_study, run_command
+from emo_megatron.runners.retention import check_output, measure_retention, read_rows
 
 MEASURED = "measured.json"
 

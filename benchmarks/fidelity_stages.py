@@ -28,16 +28,16 @@ from fidelity_plan import (
 )
 from fidelity_results import Result, condition
 
+from emo_megatron.commands.retention import versions
+from emo_megatron.commands.retention_options import RetentionOptions
 from emo_megatron.demo.corpus import Corpus
 from emo_megatron.demo.jobs import failure
 from emo_megatron.demo.recipe import Model, Size, main_models
 from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
 from emo_megatron.json_files import read_json
-from emo_megatron.mcore.launch import step_arguments
-from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report.cells import share
 from emo_megatron.report.retention_rows import FULL, SMALL, rows_of
-from emo_megatron.retention import versions
+from emo_megatron.runners.launch import step_arguments
 from emo_megatron.variables import process_environment
 
 EARLY = 0.6

@@ -42,7 +42,7 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), EMO_DEVICE="cpu")
     sys.argv = ["replay", "--load", str(runs.absolute() / run.model / "checkpoint")]
-    from emo_megatron.mcore.loading import checkpoint_in, load_model
+    from emo_megatron.runners.loading import checkpoint_in, load_model
 
     checkpoint = checkpoint_in(sys.argv[1:])
     stored = checkpoint.args
@@ -51,10 +51,10 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
         add_args=lambda parser: parser,
         flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)],
     )
+    from emo_megatron.checkpoint.metadata import facts_of
     from emo_megatron.files import mark_of
-    from emo_megatron.mcore.facts import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
-    from emo_megatron.mcore.study import MegatronStudy
+    from emo_megatron.runners.megatron import MegatronStudy
 
     study = MegatronStudy(
         loaded.model,

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from timing import RESULTS, markdown_table, run_script, write_results
 from torch import Tensor
 
+from emo_megatron.experts.placement import place, spread_of
+from emo_megatron.experts.stats import load_stats
 from emo_megatron.files import whole
-from emo_megatron.modules.placement import place, spread_of
-from emo_megatron.modules.stats import load_stats
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- traffic table: begin -->", "<!-- traffic table: end -->"

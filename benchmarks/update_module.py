@@ -22,13 +22,13 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
+from emo_megatron.commands.retention_options import RetentionOptions
 from emo_megatron.demo.corpus import Corpus, CorpusConfig, _clean, _split
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
 from emo_megatron.demo.recipe import FULL, main_models, megatron_flags
 from emo_megatron.demo.sources import Machine, perl
-from emo_megatron.mcore.launch import python, step_arguments
-from emo_megatron.modules.retention import read_rows
-from emo_megatron.modules.retention_options import RetentionOptions
+from emo_megatron.runners.launch import python, step_arguments
+from emo_megatron.runners.retention import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = str(ROOT / "examples" / "pretrain_emo.py")

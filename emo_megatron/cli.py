@@ -2,187 +2,47 @@
 
 import contextlib
 import importlib
+import keyword
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from types import ModuleType
 
 import tyro
 
-from emo_megatron.environment import BRIDGE_INSTALL, collect_environment, format_json, format_text
-from emo_megatron.files import message_of, to_output, write_any_name
+from emo_megatron.files import message_of, say, write_any_name
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.variables import as_no_other_job, stay_offline
 
-USAGE_ERROR = 2
+USER_ERROR = 2
 INTERRUPTED = 130
-
-
 DEMO_INSTALL = "pip install 'emo_megatron[demo]'"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
-    """A subcommand whose code is imported only where it runs: it brings torch or Megatron along."""
-
-    summary: str
-    """What --help lists it with; its own --help shows the options' docstrings."""
-    module: str
-    options: str
-    """Name of a dataclass in the module."""
-    function: str
-    """Name of a function of it there, which returns where the result lies, and may say more of it in further lines;
-    None where there is nothing to say."""
-    install: str = DEMO_INSTALL
-    """What brings the packages it needs."""
-    is_in_a_job: bool = False
-    """A rank of the training job around it, which has its own way with signals and may fetch what it needs."""
-
-
 COMMANDS = {
-    "bridge": Command(
-        summary="Train a Megatron-Bridge (NeMo) recipe with document pools.",
-        module="emo_megatron.cli",
-        options="BridgeOptions",
-        function="run_bridge",
-        install=BRIDGE_INSTALL,
-        is_in_a_job=True,
-    ),
-    "demo": Command(
-        summary="Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
-        module="emo_megatron.demo.run",
-        options="DemoConfig",
-        function="run_demo",
-    ),
-    "stats": Command(
-        summary="Measure what the experts of a model do on calibration documents.",
-        module="emo_megatron.mcore.launch",
-        options="StatsOptions",
-        function="run_stats",
-    ),
-    "merge-stats": Command(
-        summary="Merge statistics of different documents into one file.",
-        module="emo_megatron.modules.choosing",
-        options="MergeStatsOptions",
-        function="merge_files",
-    ),
-    "select": Command(
-        summary="Choose the experts a task needs.",
-        module="emo_megatron.mcore.launch",
-        options="SelectOptions",
-        function="run_select",
-    ),
-    "retention": Command(
-        summary="Measure what a model loses with fewer experts, and find the cliff.",
-        module="emo_megatron.retention",
-        options="RetentionOptions",
-        function="run_retention",
-    ),
-    "extract": Command(
-        summary="Cut a module out of a Megatron checkpoint.",
-        module="emo_megatron.mcore.extract",
-        options="ExtractOptions",
-        function="extract",
-    ),
-    "compose": Command(
-        summary="Put modules of one parent together: their Selections, or their checkpoints.",
-        module="emo_megatron.mcore.merge",
-        options="ComposeOptions",
-        function="compose",
-    ),
-    "merge": Command(
-        summary="Put a module's trained experts back into its parent.",
-        module="emo_megatron.mcore.merge",
-        options="MergeOptions",
-        function="merge",
-    ),
-    "place": Command(
-        summary="Place experts that are used together on one expert-parallel rank.",
-        module="emo_megatron.modules.placing",
-        options="PlaceOptions",
-        function="place_files",
-    ),
-    "relabel": Command(
-        summary="Put a checkpoint's experts in the order of a placement.",
-        module="emo_megatron.mcore.relabel",
-        options="RelabelOptions",
-        function="relabel",
-    ),
-    "export": Command(
-        summary="Export a checkpoint or a module to Hugging Face.",
-        module="emo_megatron.mcore.hf_export",
-        options="ExportOptions",
-        function="export",
-    ),
-    "import": Command(
-        summary="Import a Hugging Face checkpoint for Megatron.",
-        module="emo_megatron.mcore.hf_import",
-        options="ImportOptions",
-        function="import_folder",
-    ),
-    "eval-task": Command(
-        summary="Make a task of lm-eval of held-out documents.",
-        module="emo_megatron.modules.hf.evaluation_task",
-        options="EvaluationTaskOptions",
-        function="write_evaluation_task",
-    ),
+    "demo": "Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
+    "bridge": "Train a Megatron-Bridge (NeMo) recipe with document pools.",
+    "stats": "Measure what the experts of a model do on calibration documents.",
+    "merge-stats": "Merge statistics of different documents into one file.",
+    "select": "Choose the experts a task needs.",
+    "retention": "Measure what a model loses with fewer experts, and find the cliff.",
+    "extract": "Cut a module out of a Megatron checkpoint.",
+    "compose": "Put modules of one parent together: their Selections, or their checkpoints.",
+    "merge": "Put a module's trained experts back into its parent.",
+    "place": "Place experts that are used together on one expert-parallel rank.",
+    "relabel": "Put a checkpoint's experts in the order of a placement.",
+    "export": "Export a checkpoint or a module to Hugging Face.",
+    "import": "Import a Hugging Face checkpoint for Megatron.",
+    "eval-task": "Make a task of lm-eval of held-out documents.",
+    "env": "Print versions, op backends, GPUs and what is supported: paste it into a bug report.",
 }
+"""Subcommand -> its line in --help. Its code is `emo_megatron.commands.NAME`, which is imported only where it runs, because
+it loads torch or Megatron. That module holds
 
-
-@dataclass(frozen=True, kw_only=True)
-class EnvOptions:
-    """Print versions, op backends, GPUs and what is supported: paste it into a bug report."""
-
-    json: bool = False
-    """Print JSON instead of text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BridgeOptions:
-    """Train a Megatron-Bridge (NeMo) recipe with document pools, as it is or under torchrun.
-
-    torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe olmoe_7b_pretrain_config model.pool_min=8
-
-    torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe qwen3_30b_a3b_pretrain_config model.pool_min=8
-    model.pool_unrestricted=0.05 train.train_iters=100 checkpoint.save=runs/qwen3
-
-    Options of the recipe that pools forbid are changed, and each change is printed. docs/bridge.md tells which.
-    """
-
-    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")] = ()
-    """Fields of the recipe and their values, as Megatron-Bridge takes them. model.pool_min must be among them."""
-    recipe: str = ""
-    """A function of megatron.bridge.recipes or perf_recipes, by its name; or module:function for one of your own."""
-    strict: bool = False
-    """Refuse a recipe of which an option must change, instead of changing it."""
-    list: bool = False
-    """Print the MoE pretraining recipes and train nothing."""
-
-
-def run_bridge(options: BridgeOptions) -> str | None:
-    """Train, or list the recipes.
-
-    Returns:
-        Where the checkpoints lie, if there are any.
-
-    Raises:
-        ImportError: Megatron-Bridge is missing or of another version.
-        ValueError: the recipe cannot be trained like this; says what to write instead.
-    """
-    from emo_megatron.mcore import cpu
-    from emo_megatron.mcore.compat import require_bridge
-
-    if not (options.list or options.recipe):
-        raise ValueError("--recipe must be given; --list prints the recipes")
-    require_bridge()
-    # before Bridge is imported, which asks for GPUs
-    cpu.activate()
-    from emo_megatron.bridge import command
-
-    if options.list:
-        _say("\n".join(command.moe_recipes()))
-        return None
-    return command.run(options.recipe, options.overrides, strict=options.strict)
+    Options          a dataclass; its docstrings are the command's --help
+    run(options)     does it; returns where the result lies, or None
+    INSTALL          optional: what installs the packages that the command needs
+    IS_IN_A_JOB      optional: True for a rank of the training job around it, which handles signals itself and may fetch
+                     what it needs
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,16 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: it was ended by another signal, or the arguments say so.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(arguments[0]) if arguments else None
+    command: ModuleType | None = None
     write_any_name()
     try:
-        with contextlib.nullcontext() if command and command.is_in_a_job else _alone():
-            _run(arguments)
+        command = _module(arguments)
+        with contextlib.nullcontext() if getattr(command, "IS_IN_A_JOB", False) else _alone():
+            _run(arguments, command)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":
             raise
         return _fail(
-            f"{arguments[0]} needs {error.name}, which is not installed: {command.install if command else DEMO_INSTALL}"
+            f"{arguments[0]} needs {error.name}, which is not installed: {getattr(command, 'INSTALL', DEMO_INSTALL)}"
         )
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         return _fail(message_of(error))
@@ -226,43 +87,42 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _run(arguments: list[str]) -> None:
+def _module(arguments: Sequence[str]) -> ModuleType | None:
+    """The code of the command that is called; None where none is."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return None
+    name = arguments[0].replace("-", "_")
+    # import is a word of Python
+    return importlib.import_module(f"emo_megatron.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
+
+
+def _run(arguments: list[str], command: ModuleType | None) -> None:
     chosen = arguments[0] if arguments else ""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"env": EnvOptions} | {name: _options(command, is_chosen=name == chosen) for name, command in COMMANDS.items()},
+        {
+            name: _summary(summary) if command is None or name != chosen else command.Options
+            for name, summary in COMMANDS.items()
+        },
         prog="emo_megatron",
         description="Pretrain EMO through Megatron and take modules out of it.",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    if isinstance(options, EnvOptions):
-        report = collect_environment()
-        _say(format_json(report) if options.json else format_text(report))
-        return
-    command = COMMANDS[chosen]
-    function = getattr(importlib.import_module(command.module), command.function)
-    if (result := function(options)) is not None:
-        _say(f"results: {result}")
+    assert command is not None
+    if (result := command.run(options)) is not None:
+        say(f"results: {result}")
 
 
-def _say(text: str) -> None:
-    with to_output():
-        print(text)
-
-
-def _options(command: Command, *, is_chosen: bool) -> Callable[..., object]:
-    """What tyro parses; of the others it needs the summary only."""
-    if is_chosen:
-        options: Callable[..., object] = getattr(importlib.import_module(command.module), command.options)
-        return options
+def _summary(text: str) -> Callable[[], None]:
+    """What tyro lists a command with that is not called."""
 
     def other() -> None:
         pass
 
-    other.__doc__ = command.summary
+    other.__doc__ = text
     return other
 
 
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return USAGE_ERROR
+    return USER_ERROR

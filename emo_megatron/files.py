@@ -217,3 +217,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def say(text: str) -> None:
+    """Print a command's result."""
+    with to_output():
+        print(text)

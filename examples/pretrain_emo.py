@@ -22,11 +22,11 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from emo_megatron.mcore import restart, train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
 from emo_megatron.mcore.builder import BUILDER  # noqa: E402
-from emo_megatron.mcore.checkpoint import check_resume  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
 from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook  # noqa: E402
 from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
 from emo_megatron.mcore.placement import add_placement_args, placement_hook  # noqa: E402
+from emo_megatron.mcore.resume import check_resume  # noqa: E402
 from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
 
 

@@ -103,8 +103,8 @@ def put_in_place(layers: str) -> type:
     from megatron.core.transformer.moe import moe_layer, router
 
     from emo_megatron.mcore.layer import PoolMoELayer
-    from emo_megatron.mcore.refusals import DEDUP_REFUSALS, problems_of
     from emo_megatron.mcore.router import PoolRouter
+    from emo_megatron.mcore.unsupported import DEDUP_REFUSALS, problems_of
 
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     stock = moe_layer.MoELayer

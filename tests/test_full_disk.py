@@ -44,8 +44,8 @@ def run(command: str, *arguments: object) -> int:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model, its Megatron checkpoint, two modules of it, and the files that go with them."""
-    from emo_megatron.modules.hf.folder import FORMATS, write_folder
-    from emo_megatron.modules.hf.tokenizer import Tokenizer
+    from emo_megatron.hf.folder import FORMATS, write_folder
+    from emo_megatron.hf.tokenizer import Tokenizer
 
     root = tmp_path_factory.mktemp("disk")
     model = decoder.architecture()

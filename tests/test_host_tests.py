@@ -53,7 +53,7 @@ REFUSED = {
     f"{_QUANTILE}test_qb_beta_accumulates_in_training": "quantile_balancing",
     f"{_QUANTILE}test_qb_router_rejects_padding_mask": "quantile_balancing",
 }
-"""Tests that stock passes and the pool layer does not: each sets an option that mcore/refusals.py refuses."""
+"""Tests that stock passes and the pool layer does not: each sets an option that mcore/unsupported.py refuses."""
 
 # its gradient is zero and has to be more: it is in stock's rounding, and not in that of the compiled ops
 ROUNDING = f"{_ROUTER}test_force_load_balancing"

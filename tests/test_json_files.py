@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from emo_megatron.demo.prepared import load_corpus
+from emo_megatron.experts.placement import load_placement
+from emo_megatron.experts.selection import load_selection
+from emo_megatron.hf.folder import HuggingFaceFolder
+from emo_megatron.hf.measured import read_retention
 from emo_megatron.json_files import read_json
-from emo_megatron.modules.hf.folder import HuggingFaceFolder
-from emo_megatron.modules.hf.measured import read_retention
-from emo_megatron.modules.placement import load_placement
-from emo_megatron.modules.retention import read_rows
-from emo_megatron.modules.selection import load_selection
 from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.runners.retention import read_rows
 
 NOT_JSON = {
     "empty": b"",

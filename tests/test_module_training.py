@@ -11,9 +11,9 @@ import torch
 from support import pretraining
 from support.checkpoints import selection_of
 
+from emo_megatron.checkpoint.names import EXPERTS, split_name
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.cli import main
-from emo_megatron.mcore.weight_names import EXPERTS, split_name
-from emo_megatron.mcore.weights import MegatronCheckpoint
 
 KEPT = [[0, 2, 4, 5], [1, 2, 3, 7], [0, 1, 6, 7]]
 

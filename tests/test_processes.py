@@ -59,7 +59,7 @@ def test_a_process_ends_with_its_command(deaf, number):
 def test_torchrun_and_its_ranks_end_with_their_command(deaf, number):
     arguments, num_up = deaf
     code = f"""
-from emo_megatron.mcore.launch import python
+from emo_megatron.runners.launch import python
 run(python(*{arguments}, processes=2), stdout=None)
 """
     started = Command(command(code))
@@ -94,7 +94,7 @@ def test_ranks_of_a_test_end_with_it(number):
 WRITING = """
 from pathlib import Path
 import sys, time
-from emo_megatron.mcore.opening import run_command
+from emo_megatron.runners.open import run_command
 from emo_megatron.files import whole
 
 def main():

@@ -21,9 +21,9 @@ import tyro
 from safetensors.torch import save_file
 from support import checkpoints, words
 
-from emo_megatron.modules.retention_options import RetentionOptions
-from emo_megatron.modules.selection import load_selection
-from emo_megatron.modules.stats import load_stats
+from emo_megatron.commands.retention_options import RetentionOptions
+from emo_megatron.experts.selection import load_selection
+from emo_megatron.experts.stats import load_stats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "modules.md").read_text()
@@ -38,9 +38,9 @@ def save_checkpoint(folder: str, tokenizer: str) -> None:
     """A tiny EMO with the flags of a run, tokenizer and pools included."""
     from support import tiny
 
-    from emo_megatron.mcore.hf_flags import flags_of
-    from emo_megatron.mcore.hf_names import FUSED_NORM
-    from emo_megatron.modules.hf.architecture import Architecture
+    from emo_megatron.hf.architecture import Architecture
+    from emo_megatron.hf.mapping import FUSED_NORM
+    from emo_megatron.hf.model_config import flags_of
 
     assert tiny.VOCAB == VOCAB
     model = Architecture(
@@ -132,9 +132,9 @@ def test_commands_of_the_retention_page_are_commands():
 
 @pytest.mark.slow
 def test_commands_of_the_dispatch_page_relabel_the_experts(folder):
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.dataset import write_indexed_dataset
-    from emo_megatron.mcore.weights import MegatronCheckpoint
-    from emo_megatron.modules.placement import load_placement
 
     root, _ = folder
     documents = [[2 + (7 * n + i) % (VOCAB - 2) for i in range(20 + n)] for n in range(20)]
@@ -169,7 +169,7 @@ def test_the_module_in_stock_transformers_loses_what_was_measured(folder):
     """Command 3 restricts the router in Megatron; what command 5 wrote has the experts alone."""
     from transformers import AutoModelForCausalLM
 
-    from emo_megatron.modules.calibration import Calibration, load_documents
+    from emo_megatron.experts.calibration import Calibration, load_documents
 
     root, _ = folder
     rows = json.loads((root / "runs/python/retention/retention.json").read_text())

@@ -57,7 +57,7 @@ def test_every_command_is_one(study) -> None:
         elif any(part.endswith("pretrain_emo.py") for part in job.command):
             known = known | {_training(job, known)}
         else:
-            assert "emo_megatron.mcore.retention" in job.command
+            assert "emo_megatron.runners.rank_retention" in job.command
             assert Path(job.command[job.command.index("--load") + 1]) in known
     assert {variant.path for variant in study.variants()} <= known
     assert len(jobs) == len({job.title for job in jobs})

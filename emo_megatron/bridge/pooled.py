@@ -21,9 +21,9 @@ from megatron.training.config.instantiate_utils import target_allowlist
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.long_context_flags import equal_lengths_flag, problems_with_exchange, problems_with_prediction
-from emo_megatron.mcore.refusals import Refusal, problems_of, problems_with_config
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec import with_pools
+from emo_megatron.mcore.unsupported import Refusal, problems_of, problems_with_config
 
 # Hugging Face weights: how the gate lies on tensor-parallel ranks, as Bridge says it of Megatron's router
 AutoMapping.register_module_type(PoolRouter.__name__, "replicated")

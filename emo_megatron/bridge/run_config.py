@@ -11,7 +11,7 @@ import yaml
 from emo_megatron.bridge.pooled import POOL_FIELDS
 from emo_megatron.config import PoolConfig
 from emo_megatron.files import whole
-from emo_megatron.mcore.checkpoint import differences
+from emo_megatron.mcore.resume import differences
 
 RUN_CONFIG = "run_config.yaml"
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.commands.retention import versions
+from emo_megatron.commands.retention_options import RetentionOptions
 from emo_megatron.config import PoolDocuments
 from emo_megatron.demo import corpus as corpora
 from emo_megatron.demo.jobs import Job, last_iteration, run_chains
@@ -21,11 +23,9 @@ from emo_megatron.demo.prepared import Corpus
 from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, extra_models, main_models, megatron_flags
 from emo_megatron.files import whole
 from emo_megatron.json_files import read_object
-from emo_megatron.mcore.launch import python, step_arguments
-from emo_megatron.modules.retention import conditions, read_rows
-from emo_megatron.modules.retention_options import RetentionOptions
 from emo_megatron.report import retention
-from emo_megatron.retention import versions
+from emo_megatron.runners.launch import python, step_arguments
+from emo_megatron.runners.retention import conditions, read_rows
 
 CROSS = 0.25
 """Fraction of the experts whose modules are tried on every other domain."""

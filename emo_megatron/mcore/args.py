@@ -14,9 +14,9 @@ from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
 from emo_megatron.mcore.long_context_flags import problems_with_long_context, problems_with_prediction
-from emo_megatron.mcore.refusals import SCRIPT_REFUSALS, Refusal, problems_of, problems_with_config
 from emo_megatron.mcore.restart import problems_with_restarts
 from emo_megatron.mcore.routing_flags import problems_with_routing
+from emo_megatron.mcore.unsupported import SCRIPT_REFUSALS, Refusal, problems_of, problems_with_config
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -17,10 +17,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from emo_megatron.mcore.facts import facts_of
+from emo_megatron.checkpoint.metadata import facts_of
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.mcore.source import check_routers_when_started, loaded_by_megatron
-from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.selection import Selection, load_selection
 
 # the experts of the local layers, and of Transformer Engine's
 _EXPERT = re.compile(r"local_experts\.(\d+)\..+|linear_fc[12]\.(?:weight|bias)(\d+)")

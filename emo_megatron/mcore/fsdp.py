@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from emo_megatron.checkpoint.damage import damage_of
+from emo_megatron.checkpoint.names import EXPERTS, Piece, pieces_of
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, tracked_folder
+from emo_megatron.checkpoint.writer import LazyWeight, write_checkpoint
 from emo_megatron.files import must_not_exist
-from emo_megatron.mcore.damage import damage_of
-from emo_megatron.mcore.weight_names import EXPERTS, Piece, pieces_of
-from emo_megatron.mcore.weights import MegatronCheckpoint, tracked_folder
-from emo_megatron.mcore.weights_writer import LazyWeight, write_checkpoint
 
 _MODEL = re.compile(r"model\.(?:module\.)*")
 _ALONE = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")

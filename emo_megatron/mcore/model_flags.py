@@ -12,8 +12,8 @@ import argparse
 import copy
 from typing import Any
 
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.mcore.flags import OneLineParser
-from emo_megatron.mcore.weights import MegatronCheckpoint
 
 
 def _names(text: str) -> frozenset[str]:

@@ -15,13 +15,13 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.commands.relabel import check_placement
+from emo_megatron.experts.placement import Placement, load_placement
 from emo_megatron.mcore.compat import training_args
 from emo_megatron.mcore.finetune import expert_parameters
-from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
-from emo_megatron.mcore.relabel import check_placement
 from emo_megatron.mcore.source import check_router, is_run, loaded_by_megatron
-from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.placement import Placement, load_placement
+from emo_megatron.mcore.unsupported import PLACEMENT_REFUSALS
 
 
 def add_placement_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

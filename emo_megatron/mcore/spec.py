@@ -29,8 +29,8 @@ from emo_megatron.mcore.compat import require_megatron, training_args
 from emo_megatron.mcore.hybrid_spec import local_stack_spec
 from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.mtp import pool_mtp_block
-from emo_megatron.mcore.refusals import HOST_REFUSALS, problems_with_config
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
+from emo_megatron.mcore.unsupported import HOST_REFUSALS, problems_with_config
 
 
 def with_pools[

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from emo_megatron.modules.select import METHODS, MaxRise
+from emo_megatron.experts.select import METHODS, MaxRise
 from emo_megatron.report.cells import MISSING, share, signed, text_table
 from emo_megatron.report.retention_rows import FULL, RANDOM, RetentionRow, RetentionSummary, find_summary, summarise
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emo_megatron.experts.select import MaxRise
 from emo_megatron.files import whole
-from emo_megatron.modules.select import MaxRise
 from emo_megatron.report.cells import share
 from emo_megatron.report.retention_figure import FAINT, INK, NAMES, STYLE
 from emo_megatron.report.retention_rows import CHOSEN, FULL, RANDOM, RetentionRow, RetentionSummary, summarise

@@ -15,9 +15,9 @@ from statistics import fmean
 import pytest
 from support.pretraining import ROOT
 
-from emo_megatron.modules.calibration import Calibration, load_documents
-from emo_megatron.modules.hf_study import HuggingFaceStudy, load_hugging_face
-from emo_megatron.modules.select import select_by_stats, select_random
+from emo_megatron.experts.calibration import Calibration, load_documents
+from emo_megatron.experts.select import select_by_stats, select_random
+from emo_megatron.runners.huggingface import HuggingFaceStudy, load_hugging_face
 
 DEMO = Path(os.environ.get("EMO_DEMO", ROOT / "runs" / "demo"))
 KEEP = 8

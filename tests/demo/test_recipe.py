@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from emo_megatron import processes
+from emo_megatron.checkpoint.metadata import num_shared_experts
 from emo_megatron.config import PoolConfig
 from emo_megatron.demo import jobs, recipe, run
 from emo_megatron.demo.corpus import Corpus
+from emo_megatron.experts.select import parse_keep
+from emo_megatron.experts.stats import ModelFacts
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
-from emo_megatron.mcore.facts import num_shared_experts
-from emo_megatron.modules.select import parse_keep
-from emo_megatron.modules.stats import ModelFacts
 
 
 def _flags(model, size=recipe.FULL):

@@ -17,13 +17,13 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
+    from emo_megatron.checkpoint.metadata import facts_of
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.commands.extract import ExtractOptions, extract
+    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.experts.placement import place
+    from emo_megatron.experts.select import select_by_stats, selection_of
     from emo_megatron.mcore.dataset import write_indexed_dataset
-    from emo_megatron.mcore.extract import ExtractOptions, extract
-    from emo_megatron.mcore.facts import facts_of
-    from emo_megatron.mcore.hf_import import ImportOptions, import_folder
-    from emo_megatron.mcore.weights import MegatronCheckpoint
-    from emo_megatron.modules.placement import place
-    from emo_megatron.modules.select import select_by_stats, selection_of
 
     for name, texts in (("text", TEXTS), ("held", TEXTS[::-1])):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -59,7 +59,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def _write_hf(folder: Path, *, format: str) -> None:
-    from emo_megatron.modules.hf.folder import FORMATS, write_folder
+    from emo_megatron.hf.folder import FORMATS, write_folder
 
     model = decoder.architecture(num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4)
     folder.mkdir()
@@ -109,8 +109,8 @@ def _write_progress(folder: Path) -> None:
 
 def choose(output: Path, *, loss_fails_at: int | None = None) -> Any:
     """The smallest module within a bound, measured on a made-up model."""
-    from emo_megatron.modules.choosing import select
-    from emo_megatron.modules.options import SelectOptions
+    from emo_megatron.commands.options import SelectOptions
+    from emo_megatron.commands.select import select
 
     options = SelectOptions(
         output=output,

@@ -18,24 +18,24 @@ import torch
 from fuzz import inputs
 from support import decoder
 
+from emo_megatron.checkpoint.metadata import facts_of
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.commands.retention_options import RetentionOptions
 from emo_megatron.config import load_pool_config
 from emo_megatron.demo.corpus import describe, prepare_corpus
+from emo_megatron.experts.calibration import Calibration, load_documents
+from emo_megatron.experts.placement import load_placement
+from emo_megatron.experts.select import MaxRise
+from emo_megatron.experts.selection import load_selection
+from emo_megatron.experts.stats import load_stats
+from emo_megatron.hf.architecture import weight_shapes
+from emo_megatron.hf.folder import HuggingFaceFolder
+from emo_megatron.hf.measured import read_retention
+from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.mcore.dataset import IndexedDocuments
-from emo_megatron.mcore.facts import facts_of
-from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.modules.calibration import Calibration, load_documents
-from emo_megatron.modules.hf.architecture import weight_shapes
-from emo_megatron.modules.hf.folder import HuggingFaceFolder
-from emo_megatron.modules.hf.measured import read_retention
-from emo_megatron.modules.hf.tokenizer import Tokenizer
-from emo_megatron.modules.placement import load_placement
-from emo_megatron.modules.retention import check_output, read_rows
-from emo_megatron.modules.retention_options import RetentionOptions
-from emo_megatron.modules.select import MaxRise
-from emo_megatron.modules.selection import load_selection
-from emo_megatron.modules.stats import load_stats
 from emo_megatron.report.retention_methods import full_report
 from emo_megatron.report.retention_rows import load_rows, rows_of
+from emo_megatron.runners.retention import check_output, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

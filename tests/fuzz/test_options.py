@@ -91,11 +91,11 @@ def folder(valid: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The valid files as the current folder, and every costly step stopped."""
     stops = {
         "subprocess": "Popen",
-        "emo_megatron.modules.hf_commands": "load_hugging_face",
-        "emo_megatron.mcore.weights_writer": "_save",
-        "emo_megatron.mcore.hf_export": "measure_parity",
+        "emo_megatron.runners.hf_commands": "load_hugging_face",
+        "emo_megatron.checkpoint.writer": "_save",
+        "emo_megatron.commands.export": "measure_parity",
         "emo_megatron.demo.corpus": "prepare_corpus",
-        "emo_megatron.retention": "plot_methods",
+        "emo_megatron.commands.retention": "plot_methods",
     }
     monkeypatch.chdir(valid)
     for module, name in stops.items():

@@ -12,7 +12,7 @@ import pytest
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore import args as pool_args
-from emo_megatron.mcore.refusals import CONFIG_REFUSALS, HOST_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore.unsupported import CONFIG_REFUSALS, HOST_REFUSALS, SCRIPT_REFUSALS
 
 
 def _parse(*argv: str) -> argparse.Namespace:

@@ -11,9 +11,9 @@ from support import checkpoints, training
 from support.checkpoints import selection_of
 from support.training import Case
 
+from emo_megatron.checkpoint.names import EXPERTS, ROUTER, split_name
+from emo_megatron.experts.selection import Selection
 from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook
-from emo_megatron.mcore.weight_names import EXPERTS, ROUTER, split_name
-from emo_megatron.modules.selection import Selection
 
 LAYERS = (2, 3, 4)
 KEPT = ((0, 1, 5), (2, 3, 4), (1, 6, 7))

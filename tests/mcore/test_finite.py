@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 from support import checkpoints, decoder
 from support.checkpoints import placement_of, selection_of
 
+from emo_megatron.checkpoint import writer as weights_writer
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
+from emo_megatron.commands.export import ExportOptions, export
+from emo_megatron.commands.extract import ExtractOptions, extract
+from emo_megatron.commands.import_ import ImportOptions, import_folder
+from emo_megatron.commands.merge import ComposeOptions, MergeOptions, compose, merge
 from emo_megatron.finite import NotFiniteError
-from emo_megatron.mcore import hf_parity, weights_writer
-from emo_megatron.mcore.extract import ExtractOptions, extract
-from emo_megatron.mcore.hf_export import ExportOptions, export
-from emo_megatron.mcore.hf_import import ImportOptions, import_folder
-from emo_megatron.mcore.hf_parity import measure_parity
-from emo_megatron.mcore.merge import ComposeOptions, MergeOptions, compose, merge
-from emo_megatron.mcore.weights import MegatronCheckpoint
-from emo_megatron.mcore.weights_writer import write_checkpoint
-from emo_megatron.modules.hf.folder import FORMATS, HuggingFaceFolder, write_folder
+from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
+from emo_megatron.runners import parity as hf_parity
+from emo_megatron.runners.parity import measure_parity
 
 KEPT = [[1, 2, 6, 7], [0, 3, 4, 6]]
 FC2 = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"

@@ -14,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from support import checkpoints
 from support.pretraining import logged, pretrain
 
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.mcore import fsdp
 from emo_megatron.mcore.fsdp import convert
-from emo_megatron.mcore.weights import MegatronCheckpoint
 
 
 def _save(folder: str, is_grouped: bool, num_experts: int = 8) -> dict[str, torch.Tensor]:

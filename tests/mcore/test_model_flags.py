@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from emo_megatron.hf.model_config import MODEL_FLAGS, REQUIREMENTS
 from emo_megatron.mcore import model_flags
-from emo_megatron.mcore.hf_flags import MODEL_FLAGS, REQUIREMENTS
 
 OLD = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.18"
 

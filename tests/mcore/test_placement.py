@@ -9,11 +9,11 @@ import torch
 from support import checkpoints, pretraining
 from support.checkpoints import BIASED, ORDER, placement_of
 
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.commands.relabel import RelabelOptions, relabel
 from emo_megatron.config import flag
 from emo_megatron.mcore.placement import placement_hook
-from emo_megatron.mcore.refusals import PLACEMENT_REFUSALS
-from emo_megatron.mcore.relabel import RelabelOptions, relabel
-from emo_megatron.mcore.weights import MegatronCheckpoint
+from emo_megatron.mcore.unsupported import PLACEMENT_REFUSALS
 
 LAYOUT = {"expert_model_parallel_size": 2}
 
@@ -28,8 +28,8 @@ def run(ranks, tmp_path_factory):
 
 def _weights(folder, placement=None):
     """This rank's weights after loading."""
+    from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.placement import place_when_loaded
-    from emo_megatron.modules.placement import load_placement
 
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6)
     if placement is not None:
@@ -58,8 +58,8 @@ def test_loading_places_as_relabelling_does(ranks, run):
 
 def _wrong_loads(folder, placement):
     """What a placed model says that nothing was loaded into, then when weights come a second time."""
+    from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.placement import place_when_loaded
-    from emo_megatron.modules.placement import load_placement
 
     said = []
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
@@ -89,9 +89,9 @@ def test_weights_that_did_not_come_once_are_refused(ranks, run):
 
 def _loads_another(folder, placement, source):
     """What a placed model says when the weights of another model come."""
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.placement import place_when_loaded
-    from emo_megatron.mcore.weights import MegatronCheckpoint
-    from emo_megatron.modules.placement import load_placement
 
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
     source = MegatronCheckpoint(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from emo_megatron.config import flag
-from emo_megatron.mcore.refusals import CONFIG_REFUSALS, DEDUP_REFUSALS, PLACEMENT_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore.unsupported import CONFIG_REFUSALS, DEDUP_REFUSALS, PLACEMENT_REFUSALS, SCRIPT_REFUSALS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from emo_megatron.modules.select import MaxRise
+from emo_megatron.experts.select import MaxRise
 from emo_megatron.report.retention_methods import cliffs_table, find_cliffs, full_report, methods_table
 from emo_megatron.report.retention_methods_figure import plot_methods
 from emo_megatron.report.retention_rows import rows_of

@@ -182,8 +182,8 @@ def report(folder: Path) -> dict[str, Any]:
 
 def selection_of(folder: Path, kept: list[list[int]], **changes: Any) -> Any:
     """The Selection that keeps these experts, layer by layer, of a checkpoint's model."""
-    from emo_megatron.mcore.weights import MegatronCheckpoint
-    from emo_megatron.modules.selection import Selection, router_fingerprint
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.experts.selection import Selection, router_fingerprint
 
     parent = MegatronCheckpoint(folder)
     routers = [parent.layer_view(n).read("mlp.router.weight") for n in parent.moe_layers]
@@ -201,9 +201,9 @@ def selection_of(folder: Path, kept: list[list[int]], **changes: Any) -> Any:
 
 def placement_of(folder: Path, **changes: Any) -> Any:
     """The Placement of a checkpoint's experts on two ranks, in ORDER."""
-    from emo_megatron.mcore.weights import MegatronCheckpoint
-    from emo_megatron.modules.placement import Placement
-    from emo_megatron.modules.selection import router_fingerprint
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.experts.placement import Placement
+    from emo_megatron.experts.selection import router_fingerprint
 
     model = MegatronCheckpoint(folder)
     routers = [model.layer_view(n).read("mlp.router.weight") for n in model.moe_layers]
@@ -221,6 +221,6 @@ def placement_of(folder: Path, **changes: Any) -> Any:
 
 def weights_of(layout: dict[str, int], config: dict[str, Any]) -> list[Any]:
     """Name, layer and expert of each weight of a model, as this rank tells them."""
-    from emo_megatron.mcore.model_weights import model_weights
+    from emo_megatron.runners.model_weights import model_weights
 
     return [(weight.name, weight.layer, weight.experts) for weight in model_weights(model(config, layout=layout))]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from emo_megatron.modules.hf.architecture import Architecture, weight_shapes
+from emo_megatron.hf.architecture import Architecture, weight_shapes
 
 SMALL = {
     "vocab_size": 80,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emo_megatron.modules.calibration import Documents
-from emo_megatron.modules.stats import ExpertStatistics, ModelFacts
-from emo_megatron.modules.study import Loss, Setting
+from emo_megatron.experts.calibration import Documents
+from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.runners.base import Loss, Setting
 
 FACTS = ModelFacts(
     fingerprint="f00d",

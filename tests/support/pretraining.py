@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from emo_megatron.mcore.launch import python
+from emo_megatron.runners.launch import python
 from emo_megatron.variables import process_environment
 
 ROOT = Path(__file__).resolve().parents[2]

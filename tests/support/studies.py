@@ -37,8 +37,8 @@ def study(layout: dict[str, int], **config: Any) -> Any:
 
 def studied(model: Any) -> Any:
     """A MegatronStudy of the model above, whatever its weights are now."""
-    from emo_megatron.mcore.study import MegatronStudy
-    from emo_megatron.modules.stats import ModelFacts
+    from emo_megatron.experts.stats import ModelFacts
+    from emo_megatron.runners.megatron import MegatronStudy
 
     facts = ModelFacts(
         fingerprint="f00d",
@@ -69,7 +69,7 @@ def measure(
 
 def by_definition() -> dict[str, Tensor]:
     """The statistics of one process again, document by document, token by token, expert by expert."""
-    from emo_megatron.modules.calibration import pack_rows
+    from emo_megatron.experts.calibration import pack_rows
 
     studied = study({})
     model = studied._model
@@ -150,9 +150,9 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
     """The smallest module, layer by layer: chosen at once, and stopped in its fifth pass and chosen again."""
     from pathlib import Path
 
-    from emo_megatron.modules.calibration import Documents
-    from emo_megatron.modules.choosing import select
-    from emo_megatron.modules.options import SelectOptions
+    from emo_megatron.commands.options import SelectOptions
+    from emo_megatron.commands.select import select
+    from emo_megatron.experts.calibration import Documents
 
     studied = study(layout)
     run, passes = studied._run, []

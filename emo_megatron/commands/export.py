@@ -1,0 +1,209 @@
+"""Export a Megatron checkpoint, or a module cut out of one, to Hugging Face.
+
+python -m emo_megatron export --checkpoint runs/french --output exported/french
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from emo_megatron import __version__
+from emo_megatron.checkpoint.parts import SELECTION_FILE
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.config import PoolConfig
+from emo_megatron.experts.selection import Selection, load_selection
+from emo_megatron.files import must_not_exist, whole
+from emo_megatron.hf.architecture import Architecture
+from emo_megatron.hf.card import Origin, model_card
+from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
+from emo_megatron.hf.formats import RECORD
+from emo_megatron.hf.mapping import MegatronWeights
+from emo_megatron.hf.measured import MeasuredLoss, measured_domains, read_retention
+from emo_megatron.hf.model_config import architecture_of
+from emo_megatron.hf.qwen2_moe import TINY_GATE
+from emo_megatron.runners.parity import Converted, check_parity_tokens, measure_parity
+from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Export a checkpoint or a module to Hugging Face, for transformers, vLLM, SGLang and lm-eval."""
+
+    checkpoint: Path
+    """What --save named in training, one iteration's folder in it, or what `extract` wrote."""
+    output: Path
+    """Folder to write; must not exist."""
+    format: Literal["qwen2_moe", "emo"] = "qwen2_moe"
+    """qwen2_moe runs without remote code. emo is the authors' released format."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; by default the one that the checkpoint was trained with."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """Of the weights; stored keeps the checkpoint's."""
+    nonzero_shared_gate: bool = False
+    """Write a tiny gate of the shared expert instead of zero, which llama.cpp cannot run; for GGUF."""
+    selection: Path | None = None
+    """The Selection that the module was cut with, for the model card; by default the one in its folder."""
+    retention: Path | None = None
+    """Rows of an evaluation of the model, or of a module's parent (JSON), for the model card."""
+    retention_domain: str | None = None
+    """The domain whose rows are the module's; by default the one that its calibration file is named after."""
+    name: str | None = None
+    """The title of the model card; by default the name of the run's folder."""
+    parity_tokens: int = 64
+    """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
+    shard_gb: float = 5.0
+    """Largest file of weights, in 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shard_gb < math.inf:
+            raise ValueError(f"--shard-gb must be a finite number above 0; got {self.shard_gb}")
+        check_parity_tokens(self.parity_tokens)
+
+
+def export(options: ExportOptions) -> Converted:
+    """Write the folder: weights, config.json, tokenizer and model card.
+
+    Raises:
+        ValueError: the format cannot express the model, or something that was named does not fit it; nothing was
+            written.
+        RuntimeError: the result does not compute what the checkpoint does; nothing was left.
+    """
+    must_not_exist(options.output)
+    checkpoint = MegatronCheckpoint(options.checkpoint)
+    architecture = architecture_of(checkpoint)
+    format = FORMATS[options.format]
+    if problems := format.problems(architecture):
+        raise ValueError(
+            f"{checkpoint.path} cannot be exported as {options.format}:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    weights = MegatronWeights(checkpoint, architecture)
+    tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
+    selection = _selection(options, architecture)
+    retention = _retention(options, selection)
+    dtype = _dtype(options, checkpoint)
+    gate = TINY_GATE if options.nonzero_shared_gate else 0.0
+    with whole(options.output, is_new=True) as folder:
+        folder.mkdir(parents=True)
+        write_folder(
+            folder,
+            format=format,
+            architecture=architecture,
+            read=weights.read,
+            dtype=dtype,
+            extra_config={
+                **(tokenizer.ids if tokenizer else {}),
+                RECORD: {"version": __version__, "pools": _pools(checkpoint)},
+            },
+            shared_gate_value=gate,
+            shard_bytes=int(options.shard_gb * 1e9),
+        )
+        if tokenizer:
+            tokenizer.save(folder)
+        if selection:
+            selection.save(folder / SELECTION_FILE)
+        parity = None
+        if options.parity_tokens:
+            written = HuggingFaceFolder(folder)
+            parity = measure_parity(checkpoint, written, tokens=options.parity_tokens)
+        card = model_card(
+            architecture,
+            model_type=options.format,
+            dtype=str(dtype).removeprefix("torch."),
+            origin=_origin(checkpoint, options, is_module=selection is not None),
+            selection=selection,
+            retention=retention,
+            parity=parity,
+            shared_gate_value=gate,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
+
+
+def _selection(options: ExportOptions, architecture: Architecture) -> Selection | None:
+    path = options.selection or options.checkpoint / SELECTION_FILE
+    if options.selection is None and not path.exists():
+        return None
+    selection = load_selection(path)
+    kept = selection.uniform_count(purpose="a Hugging Face configuration")
+    layers = tuple(layer + 1 for layer in architecture.moe_layers)
+    if kept != architecture.num_experts or selection.layers != layers:
+        raise ValueError(
+            f"{path} keeps {kept} experts in layers {selection.layers}; this checkpoint has "
+            f"{architecture.num_experts} in {layers}: --selection must be the one it was cut with"
+        )
+    return selection
+
+
+def _retention(options: ExportOptions, selection: Selection | None) -> list[MeasuredLoss]:
+    path = options.retention
+    if path is None:
+        return []
+    if selection is None:
+        return read_retention(path)
+    domain = options.retention_domain
+    if domain is None:
+        entries = selection.data.get("calibration", [])
+        files = [
+            str(entry["file"])
+            for entry in (entries if isinstance(entries, list) else [])
+            if isinstance(entry, dict) and "file" in entry
+        ]
+        known = {Path(file).name.partition(".")[0] for file in files} & measured_domains(path)
+        if len(known) != 1:
+            raise ValueError(
+                f"--retention {path} does not tell which rows are this module's, whose experts were chosen on "
+                f"{', '.join(files) or 'unrecorded data'}: name the domain with --retention-domain"
+            )
+        domain = known.pop()
+    kept = selection.uniform_count(purpose="a module")
+    return read_retention(path, kept=kept, chosen_for=domain)
+
+
+def _dtype(options: ExportOptions, checkpoint: MegatronCheckpoint) -> torch.dtype:
+    if options.dtype != "stored":
+        return DTYPES[options.dtype]
+    stored = {info.dtype for info in checkpoint.names.values()}
+    if len(stored) > 1 or not stored <= set(DTYPES.values()):
+        raise ValueError(
+            f"{checkpoint.path} holds weights of {', '.join(sorted(map(str, stored)))}: choose one --dtype of "
+            f"{', '.join(DTYPES)}"
+        )
+    return stored.pop()
+
+
+def _pools(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
+    """Fields of the run's PoolConfig that are not the default."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(PoolConfig)
+        if (value := getattr(checkpoint.args, field.name, field.default)) != field.default
+    }
+
+
+def _origin(checkpoint: MegatronCheckpoint, options: ExportOptions, *, is_module: bool) -> Origin:
+    args, common = checkpoint.args, checkpoint.common
+    folder = checkpoint.path.resolve()
+    # runs/NAME/checkpoint/iter_0000800 is NAME
+    names = [part for part in (folder.parent.name, folder.parent.parent.name) if part]
+    named = [part for part in names if part not in ("checkpoint", "checkpoints")]
+    return Origin(
+        name=named[0] if named else folder.name,
+        title=options.name,
+        iteration=int(common.get("iteration", 0) or 0),
+        samples=getattr(args, "consumed_train_samples", None),
+        seq_length=getattr(args, "seq_length", None),
+        pools=_pools(checkpoint),
+        is_module=is_module,
+    )
+
+
+Options, run = ExportOptions, export

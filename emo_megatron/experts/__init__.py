@@ -1,0 +1,1 @@
+"""Choosing experts: pure data, no model."""

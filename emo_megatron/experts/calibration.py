@@ -1,0 +1,242 @@
+"""Calibration documents: read, choose a few of them, build few-shot examples, pack into rows of one length.
+
+Shapes: S tokens a row. Documents keep apart in attention and are cut only where they are longer than a row, so that
+what a document does does not depend on its neighbours: statistics of two files add up to those of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from emo_megatron.experts.document_files import ReadIndexed, is_text, read_file
+
+Tokenize = Callable[[str], Sequence[int]]
+"""A text as token ids, end of document included."""
+SEPARATOR = "\n\n"
+"""Between the shots of a text."""
+NO_TOKENIZER = "{} holds text and the run had no tokenizer: give --tokenizer"
+"""What is said of a file of texts that no tokenizer reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Which documents of a file choose the experts; one few-shot example is enough for EMO.
+
+    Raises:
+        ValueError: on construction, when a number is not positive.
+    """
+
+    num_examples: int | None = None
+    """Documents taken, at random and nested: 5 hold those of 1. All, in the order of the file, by default."""
+    num_shots: int = 0
+    """Documents put in front of every example, in one document with it. They are no examples themselves."""
+    num_tokens: int | None = None
+    """No further example is taken once so many tokens are."""
+    seed: int = 0
+    """Of the choice of examples and shots."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_examples", 1), ("num_shots", 0), ("num_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more; got {value}")
+
+    def pick(self, num_documents: int) -> tuple[list[int], list[int]]:
+        """Places of the examples and of the shots among `num_documents` documents."""
+        if self.num_examples is None and self.num_shots == 0:
+            return list(range(num_documents)), []
+        needed = (self.num_examples or 1) + self.num_shots
+        if needed > num_documents:
+            raise ValueError(
+                f"{self.num_examples or 1} examples with {self.num_shots} shots need {needed} documents; "
+                f"got {num_documents}. Lower num_examples or num_shots."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(num_documents, generator=generator).tolist()
+        examples = order[: num_documents - self.num_shots][: self.num_examples]
+        return examples, order[num_documents - self.num_shots :]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Documents:
+    """Tokenized documents."""
+
+    tokens: tuple[Tensor, ...]
+    """[n] int64 each, n at least 1, end of document included."""
+    source: dict[str, Any]
+    """Where they came from: file, sha256 of the tokens, numbers, how they were chosen; of text, what ends it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents."""
+        return sum(document.numel() for document in self.tokens)
+
+
+def load_documents(
+    path: Path | str,
+    *,
+    calibration: Calibration,
+    tokenize: Tokenize | None = None,
+    read_indexed: ReadIndexed | None = None,
+    vocab_size: int | None = None,
+) -> Documents:
+    """Read calibration documents; those without a token are left out.
+
+    Args:
+        path: a file as `read_file` reads it.
+        calibration: which documents.
+        tokenize: for text.
+        read_indexed: for indexed datasets.
+        vocab_size: tokens must be below it; None checks nothing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no file of documents, or a damaged one, holds no document, or tokens outside the vocabulary.
+    """
+    path = Path(path)
+    documents = read_file(path, read_indexed=read_indexed)
+    examples, shots = calibration.pick(len(documents))
+    chosen: list[Tensor] = []
+    num_tokens = 0
+    for place in examples:
+        parts = [documents[at] for at in (*shots, place)]
+        tokens = _tokens(parts, path, tokenize)
+        if tokens.numel():
+            _check(tokens, vocab_size, where=f"{path}, document {place + 1}")
+            chosen.append(tokens)
+            num_tokens += tokens.numel()
+        if calibration.num_tokens and num_tokens >= calibration.num_tokens:
+            break
+    if not chosen:
+        raise ValueError(f"{path} holds no document")
+    source = {"file": path.name, "sha256": _digest(chosen), "documents": len(chosen), "tokens": num_tokens}
+    return Documents(tokens=tuple(chosen), source=source | asdict(calibration))
+
+
+class TextTokenizer(Protocol):
+    """What reads text for a model."""
+
+    @property
+    def end(self) -> int | None:
+        """Id that ends a document; None where the model's documents end without one."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """A document's tokens without added specials, ended by `end` if there is one."""
+
+
+def read_documents(
+    path: Path,
+    *,
+    calibration: Calibration,
+    tokenizer: TextTokenizer | None,
+    vocab_size: int,
+    read_indexed: ReadIndexed | None = None,
+) -> Documents:
+    """Read documents for a model: the one way, whichever format the model is in.
+
+    Args:
+        path, calibration, vocab_size, read_indexed: as for `load_documents`.
+        tokenizer: of the model; for text, whose source also says what ends a document ("end_of_document").
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_documents`.
+    """
+    documents = load_documents(
+        path,
+        calibration=calibration,
+        tokenize=None if tokenizer is None else tokenizer.encode,
+        read_indexed=read_indexed,
+        vocab_size=vocab_size,
+    )
+    if tokenizer is None or not is_text(path):
+        return documents
+    source = documents.source | {"end_of_document": tokenizer.end}
+    return dataclasses.replace(documents, source=source)
+
+
+def _check(tokens: Tensor, vocab_size: int | None, *, where: str) -> None:
+    """Refuse tokens that the model has no rows for."""
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if vocab_size is not None and (highest >= vocab_size or lowest < 0):
+        raise ValueError(
+            f"tokens must lie in [0, {vocab_size}), the model's vocabulary; {where} has {lowest} to {highest}. "
+            "Use data of the model's own tokenizer."
+        )
+
+
+def _tokens(parts: list[Any], path: Path, tokenize: Tokenize | None) -> Tensor:
+    """One document of several texts or token sequences."""
+    if isinstance(parts[0], str):
+        if tokenize is None:
+            raise ValueError(NO_TOKENIZER.format(path))
+        return torch.tensor(tokenize(SEPARATOR.join(parts)), dtype=torch.int64)
+    # all but the last lose their end of document: it would close the document in front of the example
+    return torch.cat([*(part[:-1] for part in parts[:-1]), parts[-1]]).long()
+
+
+def _digest(documents: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.numel().to_bytes(8, "little") + document.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A row of packed documents, padded at its end."""
+
+    tokens_S: Tensor
+    """[S] int64, 0 where padding is."""
+    labels_S: Tensor
+    """[S] int64, the next token of the document; 0 where `is_predicted_S` is False."""
+    is_predicted_S: Tensor
+    """[S] bool, False for the last token of a document and for padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each piece of a document; the rest of the row is padding."""
+
+
+def pack_rows(documents: Sequence[Tensor], *, seq_length: int) -> Iterator[Row]:
+    """Put documents into rows in their order, as many as fit; longer ones are cut into pieces of a row.
+
+    Args:
+        documents: [n] int64 each.
+        seq_length: S.
+    """
+    pieces: list[tuple[Tensor, Tensor]] = []
+    room = seq_length
+    for document in documents:
+        # a cut document predicts across the cut, and its last token predicts nothing
+        labels = torch.cat([document[1:], torch.tensor([-1])])
+        for piece in zip(torch.split(document, seq_length), torch.split(labels, seq_length), strict=True):
+            if len(piece[0]) > room:
+                yield _row(pieces, seq_length)
+                pieces, room = [], seq_length
+            pieces.append(piece)
+            room -= len(piece[0])
+    if pieces:
+        yield _row(pieces, seq_length)
+
+
+def empty_row(seq_length: int) -> Row:
+    """A row of padding."""
+    return _row([], seq_length)
+
+
+def _row(pieces: list[tuple[Tensor, Tensor]], seq_length: int) -> Row:
+    lengths = tuple(len(tokens) for tokens, _ in pieces)
+    padding = torch.zeros(seq_length - sum(lengths), dtype=torch.int64)
+    labels = torch.cat([*(labels for _, labels in pieces), padding - 1])
+    return Row(
+        tokens_S=torch.cat([*(tokens for tokens, _ in pieces), padding]),
+        labels_S=labels.clamp(min=0),
+        is_predicted_S=labels >= 0,
+        lengths=lengths,
+    )

@@ -1,0 +1,302 @@
+"""Which expert-parallel rank holds which experts: those that tokens use together on one rank, no rank overloaded.
+
+A token's row goes once to every rank that holds any of its experts, so ranks per token fall when experts that are used
+together lie together. That is balanced graph partitioning: experts are nodes, the tokens routed to both an edge's
+weight, ranks are parts of equally many experts whose load is bounded. `together` starts from several placements and
+swaps pairs of experts while that helps, as Kernighan and Lin (1970) do; `load` is the usual packing by loads alone (as
+EPLB's), to compare with. Co-activation knows pairs: what lies together is exactly the rows that top-2 routing saves,
+and stands in for them with more experts a token.
+
+Shapes: L MoE layers, E routed experts, R ranks, T tokens.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from emo_megatron.experts.selection import MOST_EXPERTS
+from emo_megatron.experts.stats import ExpertStatistics
+from emo_megatron.files import whole
+from emo_megatron.finite import finite_number
+from emo_megatron.json_files import are_layers, checked, is_a, read_own, to_json
+
+FORMAT = "emo_megatron.placement.1"
+Method = Literal["together", "load"]
+Ranks = npt.NDArray[np.int64]
+"""[E], the rank of every expert."""
+Weights = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R).
+
+    Raises:
+        ValueError: on construction, when a layer's order is no permutation, ranks do not divide the experts, or the
+            bound is no finite number of 1 or more.
+    """
+
+    num_experts: int
+    num_ranks: int
+    layers: tuple[int, ...]
+    """Numbers of the MoE layers, from 1."""
+    order: tuple[tuple[int, ...], ...]
+    """For each layer, the expert that comes to each place."""
+    model: str
+    """`router_fingerprint` of the model whose experts these are."""
+    method: str
+    max_imbalance: float
+    """Load of the fullest rank over the mean that was aimed at, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_ranks"):
+            if not is_a(getattr(self, name), int) or not 1 <= getattr(self, name) <= MOST_EXPERTS:
+                raise ValueError(f"{name} must be a number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}")
+        _check_ranks(self.num_experts, self.num_ranks)
+        _check_bound(self.max_imbalance, name="max_imbalance")
+        if not are_layers(self.layers):
+            raise ValueError(f"layers must be ascending numbers from 1; got {self.layers}")
+        if len(self.order) != len(self.layers):
+            raise ValueError(f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}")
+        for layer, order in zip(self.layers, self.order, strict=True):
+            if not all(is_a(e, int) for e in order) or sorted(order) != [*range(self.num_experts)]:
+                raise ValueError(
+                    f"layer {layer}: the order must hold each of {self.num_experts} experts once; got "
+                    f"{reprlib.repr(order)}"
+                )
+
+    def check_model(self, fingerprint: str, *, layers: Sequence[int]) -> None:
+        """Refuse another model than the one whose experts were placed.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        if fingerprint != self.model or tuple(layers) != self.layers:
+            raise ValueError("the placement is of another model, or of this one under other labels: its routers differ")
+
+    def save(self, path: Path) -> Path:
+        """Write the file, whole or not at all; returns its path."""
+        with whole(path) as unfinished:
+            unfinished.write_text(to_json({"format": FORMAT} | asdict(self)) + "\n")
+        return path
+
+
+def load_placement(path: Path) -> Placement:
+    """Read a placement file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no placement file, or a damaged one; names the file and what is wrong.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no placement file {path}; write one with place")
+    names = [f.name for f in fields(Placement)]
+    stored = read_own(path, kind="a placement file", format=FORMAT, fields=names)
+    kinds = {"layers": list, "order": list, "model": str, "method": str, "max_imbalance": float}
+    checked(stored, kinds, where=str(path))
+    try:
+        for order in stored["order"]:
+            if not isinstance(order, list):
+                raise ValueError(f"order must have a list for each layer; got {reprlib.repr(order)}")
+        stored["layers"] = tuple(stored["layers"])
+        stored["order"] = tuple(map(tuple, stored["order"]))
+        return Placement(**stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is a damaged placement file: {error}") from None
+
+
+def place(
+    stats: ExpertStatistics, *, num_ranks: int, method: Method = "together", max_imbalance: float = 1.1, seed: int = 0
+) -> Placement:
+    """Place the experts of every layer.
+
+    Args:
+        stats: of text like that of the run to be.
+        num_ranks: R, a divisor of E.
+        method: `together`, or `load` alone.
+        max_imbalance: load (tokens, counted once for each expert) of the fullest rank over the mean; at least 1. Where
+            loads do not allow it, no rank gets fuller than the fullest of the most balanced start.
+        seed: of the order in which swaps are tried.
+
+    Raises:
+        ValueError: ranks do not divide the experts, or the bound is below 1 or not finite.
+    """
+    _check_ranks(stats.model.num_experts, num_ranks)
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
+    _check_bound(max_imbalance, name="--max-imbalance")
+    orders = []
+    for together_EE in stats.together_LEE.double().numpy():
+        load_E = together_EE.diagonal().copy()
+        rank_E = (
+            pack_by_load(load_E, num_ranks=num_ranks)
+            if method == "load"
+            else place_together(together_EE, num_ranks=num_ranks, max_imbalance=max_imbalance, seed=seed)
+        )
+        orders.append(tuple(int(e) for e in np.argsort(rank_E, kind="stable")))
+    return Placement(
+        num_experts=stats.model.num_experts,
+        num_ranks=num_ranks,
+        layers=stats.model.layers,
+        order=tuple(orders),
+        model=stats.model.fingerprint,
+        method=method,
+        max_imbalance=max_imbalance,
+    )
+
+
+def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
+    """Heaviest expert first, each to the least loaded rank with room: EPLB's packing without replicas."""
+    size = len(load_E) // num_ranks
+    rank_E = np.empty(len(load_E), np.int64)
+    total_R, held_R = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
+    for expert in np.argsort(-load_E, kind="stable"):
+        rank = int(np.where(held_R < size, total_R, np.inf).argmin())
+        rank_E[expert] = rank
+        total_R[rank] += load_E[expert]
+        held_R[rank] += 1
+    return rank_E
+
+
+def place_together(together_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int) -> Ranks:
+    """The best of some starts, each bettered by swaps.
+
+    Args:
+        together_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
+        num_ranks: R, a divisor of E.
+        max_imbalance: as in `place`.
+        seed: of the order of swaps.
+    """
+    load_E = together_EE.diagonal().copy()
+    weight_EE = together_EE - np.diag(load_E)
+    starts = (
+        pack_by_load(load_E, num_ranks=num_ranks),
+        np.arange(len(load_E)) // (len(load_E) // num_ranks),
+        _grow(weight_EE, load_E, num_ranks=num_ranks),
+    )
+
+    def fullest(rank_E: Ranks) -> float:
+        return float(np.bincount(rank_E, weights=load_E, minlength=num_ranks).max())
+
+    asked = max_imbalance * load_E.sum() / num_ranks
+    rng = np.random.default_rng(seed)
+    # loads may not allow the bound that was asked for; the most balanced start always keeps to its own
+    for bound in (asked, min(map(fullest, starts))):
+        ends = [_swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng) for start in starts]
+        if min(map(fullest, ends)) <= bound:
+            break
+
+    def worth(rank_E: Ranks) -> tuple[float, float]:
+        # within the bound nothing counts but what lies together
+        return -max(fullest(rank_E), bound), float(weight_EE[rank_E[:, None] == rank_E].sum())
+
+    return max(ends, key=worth)
+
+
+def _grow(weight_EE: Weights, load_E: Weights, *, num_ranks: int) -> Ranks:
+    """Fill one rank after the other: the heaviest expert left, then always what is used most with those there."""
+    size = len(load_E) // num_ranks
+    rank_E = np.full(len(load_E), -1, np.int64)
+    for rank in range(num_ranks):
+        for place in range(size):
+            wanted_E = load_E if place == 0 else weight_EE[:, rank_E == rank].sum(1)
+            rank_E[int(np.where(rank_E < 0, wanted_E, -1.0).argmax())] = rank
+    return rank_E
+
+
+def _swap(
+    start: Ranks, weight_EE: Weights, load_E: Weights, *, num_ranks: int, bound: float, rng: np.random.Generator
+) -> Ranks:
+    """Swap pairs of experts while more comes together, or while ranks above the bound get lighter; none gets there."""
+    rank_E, experts = start.copy(), np.arange(len(start))
+    total_R = np.bincount(rank_E, weights=load_E, minlength=num_ranks)
+    # tokens that expert e shares with the experts of rank r
+    shared_ER = np.stack([weight_EE[:, rank_E == rank].sum(1) for rank in range(num_ranks)], 1)
+    # above the bound, load counts for more than anything that could come together
+    heavy = 1 + 4 * weight_EE.sum() / max(bound, 1.0)
+    has_moved = True
+    while has_moved:
+        has_moved = False
+        for one in rng.permutation(experts):
+            mine = rank_E[one]
+            shift_E = load_E - load_E[one]
+            gain_E = (
+                shared_ER[one, rank_E]
+                - shared_ER[one, mine]
+                + shared_ER[:, mine]
+                - shared_ER[experts, rank_E]
+                - 2 * weight_EE[one]
+            )
+            relief_E = _relief(total_R[mine], total_R[rank_E], shift_E, bound=bound)
+            gain_E = np.where(relief_E < 0, -np.inf, gain_E + heavy * relief_E)
+            gain_E[rank_E == mine] = 0
+            other = int(gain_E.argmax())
+            if gain_E[other] <= 1e-6 * (1 + weight_EE[one].sum()):
+                continue
+            far, change_E = rank_E[other], weight_EE[:, other] - weight_EE[:, one]
+            shared_ER[:, mine] += change_E
+            shared_ER[:, far] -= change_E
+            total_R[mine] += shift_E[other]
+            total_R[far] -= shift_E[other]
+            rank_E[one], rank_E[other] = far, mine
+            has_moved = True
+    return rank_E
+
+
+def _relief(mine: float, theirs_E: Weights, shift_E: Weights, *, bound: float) -> Weights:
+    """How much less two ranks hold above the bound when so much load comes from theirs to mine."""
+    before_E = np.maximum(mine - bound, 0) + np.maximum(theirs_E - bound, 0)
+    after_E = np.maximum(mine + shift_E - bound, 0) + np.maximum(theirs_E - shift_E - bound, 0)
+    relief_E: Weights = before_E - after_E
+    return relief_E
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """What a placement does to tokens whose experts are known."""
+
+    rows_per_token: float
+    """Ranks that hold any of a token's experts, mean: rows sent where each token goes to a rank once."""
+    pair_imbalance: float
+    """(token, expert) pairs of the fullest rank over the mean: its experts' work."""
+    row_imbalance: float
+    """Rows of the fullest rank over the mean."""
+
+
+def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -> Spread:
+    """Replay a layer's routing.
+
+    Args:
+        routing_map_TE: [T, E] bool, T at least 1, by the experts' own labels.
+        order: the expert at each place.
+        num_ranks: R, a divisor of E.
+    """
+    placed_TE = routing_map_TE[:, list(order)]
+    pairs_TR = placed_TE.view(len(placed_TE), num_ranks, -1).sum(-1)
+    pairs_R = pairs_TR.sum(0).double()
+    rows_R = (pairs_TR > 0).sum(0).double()
+    return Spread(
+        rows_per_token=float(rows_R.sum() / len(pairs_TR)),
+        pair_imbalance=float(pairs_R.max() / pairs_R.mean()),
+        row_imbalance=float(rows_R.max() / rows_R.mean()),
+    )
+
+
+def _check_bound(max_imbalance: float, *, name: str) -> None:
+    if finite_number(max_imbalance, what=name) < 1:
+        raise ValueError(f"{name} must be at least 1; got {max_imbalance}")
+
+
+def _check_ranks(num_experts: int, num_ranks: int) -> None:
+    if num_ranks < 1 or num_experts % num_ranks:
+        raise ValueError(
+            f"ranks (--ranks) must hold equally many experts: {num_experts} do not divide into {num_ranks}"
+        )

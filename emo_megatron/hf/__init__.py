@@ -1,0 +1,1 @@
+"""Megatron checkpoints and Hugging Face folders."""

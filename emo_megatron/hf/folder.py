@@ -1,0 +1,247 @@
+"""Hugging Face checkpoint folders: safetensors shards with their index, and config.json; read and written by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron.files import machine_error, one_line
+from emo_megatron.finite import NotFiniteError
+from emo_megatron.hf.architecture import Architecture
+from emo_megatron.hf.emo import EMO
+from emo_megatron.hf.entries import Entry, from_file, to_file
+from emo_megatron.hf.formats import Format
+from emo_megatron.hf.qwen2_moe import QWEN2_MOE
+from emo_megatron.json_files import checked, is_a, read_object
+
+FORMATS: dict[str, Format] = {format.model_type: format for format in (QWEN2_MOE, EMO)}
+"""By model_type."""
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5_000_000_000
+"""Largest shard, as transformers writes them."""
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NOT_WEIGHTS = ".rotary_emb.inv_freq"
+
+
+class HuggingFaceFolder:
+    """A checkpoint folder of one of `FORMATS`, everything about it checked but the values.
+
+    Attributes:
+        path: the folder.
+        config: its config.json.
+        format: its format.
+        shapes: name -> shape of every tensor.
+        dtype: of its tensors.
+        architecture: the model it holds.
+
+    Raises:
+        ValueError: it is not a checkpoint, a shard is missing or cut short, or it holds what no `Architecture`
+            expresses; says which.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / CONFIG).exists():
+            raise ValueError(f"{self.path} is no Hugging Face checkpoint: it has no {CONFIG}")
+        self.config: Mapping[str, Any] = read_object(self.path / CONFIG, kind="a model's configuration")
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FORMATS:
+            raise ValueError(
+                f"{self.path / CONFIG}: model_type must be one of {', '.join(FORMATS)}; got {reprlib.repr(model_type)}"
+            )
+        self.format = FORMATS[model_type]
+        self._files = _files(self.path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        dtypes = set()
+        for name, file in self._files.items():
+            part = file.get_slice(name)
+            self.shapes[name] = tuple(part.get_shape())
+            dtypes.add(part.get_dtype())
+        if len(dtypes) != 1 or not dtypes <= _FLOATS.keys():
+            raise ValueError(
+                f"{self.path}: every tensor must have the same dtype of {', '.join(_FLOATS)}; got "
+                f"{', '.join(sorted(dtypes)) or 'no tensor'}. Save it unquantised, in one dtype."
+            )
+        self.dtype = _FLOATS[dtypes.pop()]
+        for name in ("num_hidden_layers", "num_experts"):
+            # every layer and every expert has tensors of its own
+            if is_a(self.config.get(name), int) and self.config[name] > len(self.shapes):
+                raise ValueError(
+                    f"{self.path / CONFIG}: {name} cannot be {self.config[name]}; the folder holds "
+                    f"{len(self.shapes)} tensors"
+                )
+        try:
+            self.architecture: Architecture = self.format.architecture(self)
+        except ValueError as error:
+            raise ValueError(f"{self.path / CONFIG}: this model cannot be imported: {error}") from None
+        self._check_tensors()
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        entries = self.format.entries(self.architecture)
+        return {entry.weight: entry for entry in entries if entry.weight is not None}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        with _reading(self.path, what=f": {name} cannot be read"):
+            tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def weight(self, weight: str) -> Tensor:
+        """A weight of the model, by its name in `architecture.weight_shapes`.
+
+        Raises:
+            NotFiniteError: it is not finite.
+        """
+        entry = self._entries[weight]
+        try:
+            return from_file(entry, self.read(entry.name))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{self.path}: {error}") from None
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the format is there in its shape, and no other."""
+        entries = self.format.entries(self.architecture)
+        wanted = {entry.name: entry.shape for entry in entries}
+        # with "qkv_bias": false the format has none, which is what zeros mean
+        optional = {e.name for e in entries if e.weight is None and e.name.endswith("_proj.bias")}
+        absent = wanted.keys() - self.shapes.keys() - optional
+        unknown = {n for n in self.shapes.keys() - wanted.keys() if not n.endswith(_NOT_WEIGHTS)}
+        problems = [
+            f"{len(names)} tensors {what}, {sorted(names)[0]} among them"
+            for what, names in (("are missing", absent), ("have no place in the model", unknown))
+            if names
+        ]
+        problems += [
+            f"{name} must have the shape {list(wanted[name])}; got {list(shape)}"
+            for name, shape in self.shapes.items()
+            if name in wanted and shape != wanted[name]
+        ][:3]
+        if problems:
+            raise ValueError(f"{self.path} is not what its {CONFIG} says: {'; '.join(problems)}")
+
+
+def write_folder(
+    folder: Path,
+    *,
+    format: Format,
+    architecture: Architecture,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    extra_config: Mapping[str, Any],
+    shared_gate_value: float = 0.0,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights into an existing folder; one shard is in memory at a time.
+
+    Args:
+        folder: to write into.
+        format: of the folder.
+        architecture: the model.
+        read: gives a weight by its name in `architecture.weight_shapes`.
+        dtype: of the tensors.
+        extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own.
+        shared_gate_value: fills the gate of a shared expert that has none.
+        shard_bytes: size of a shard.
+
+    Raises:
+        ValueError: a weight does not fit the dtype.
+    """
+    entries = {entry.name: entry for entry in format.entries(architecture, shared_gate_value=shared_gate_value)}
+    plan = split_state_dict_into_shards_factory(
+        {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()},
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    with tqdm(total=len(entries), desc="exporting", unit="tensor", disable=None) as bar:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = to_file(entries[name], read, dtype=dtype)
+                bar.update()
+            save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / INDEX, index)
+    config = format.config(architecture) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    for name, value in extra_config.items():
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+    _write_json(folder / CONFIG, config)
+
+
+def state_dict(
+    format: Format, architecture: Architecture, read: Callable[[str], Tensor], *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All tensors of a model in a format, in memory."""
+    entries: Sequence[Entry] = format.entries(architecture)
+    return {entry.name: to_file(entry, read, dtype=dtype) for entry in entries}
+
+
+def _files(path: Path) -> dict[str, Any]:
+    """Tensor name -> the open file that holds it."""
+    if (path / INDEX).exists():
+        kind = "an index of files with weights"
+        described = read_object(path / INDEX, kind=kind)
+        weight_map = checked(described, {"weight_map": dict}, where=str(path / INDEX))["weight_map"]
+        for name, file in weight_map.items():
+            # a name, and no way out of the folder
+            is_name = is_a(file, str) and Path(file).name == file and "\0" not in file
+            if not is_name or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path / INDEX}: weight_map must name a .safetensors file of the folder for {name}; got "
+                    f"{reprlib.repr(file)}"
+                )
+        if not weight_map:
+            raise ValueError(f"{path / INDEX}: weight_map names no tensor")
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map, files = None, [SINGLE]
+    missing = [file for file in files if not (path / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{path} is not whole: {', '.join(missing[:3])} of {len(files)} files with weights missing "
+            "(PyTorch's .bin files are not read: save the model as safetensors)"
+        )
+    opened = {}
+    for file in files:
+        with _reading(path / file, what=" is damaged or was cut short"):
+            # memory-mapped, and closed with the last reference
+            opened[file] = safe_open(path / file, framework="pt")
+    held = {name: file for file, handle in opened.items() for name in _names(handle)}
+    if weight_map is not None and held != weight_map:
+        differing = sorted(n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n))
+        raise ValueError(f"{path / INDEX} does not match its files: {differing[0]} is not where it says")
+    return {name: opened[file] for name, file in held.items()}
+
+
+def _names(handle: Any) -> list[str]:
+    return list(handle.keys())
+
+
+@contextlib.contextmanager
+def _reading(path: Path, *, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if refused := machine_error(error):
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
+        raise ValueError(f"{path}{what}: {one_line(error)}") from None
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

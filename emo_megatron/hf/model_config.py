@@ -1,0 +1,238 @@
+"""A model's Megatron flags as an `Architecture`, and back; what Hugging Face formats cannot express is refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.config import PoolConfig
+from emo_megatron.hf.architecture import Architecture
+from emo_megatron.hf.mapping import FUSED_NORM, NormPlace
+from emo_megatron.mcore.args import add_pool_args
+from emo_megatron.mcore.model_flags import BALANCE_LOSSES, megatron_parser, model_flags, stored_flags
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requirement:
+    """A flag, as Megatron's arguments name it, that must have one of these values; absent is as good as the first."""
+
+    name: str
+    values: tuple[Any, ...]
+    reason: str
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is one of them; a list is if it has items and each of them is."""
+        if isinstance(value, list) and value not in self.values:
+            return bool(value) and all(self.allows(item) for item in value)
+        return value in self.values
+
+
+def _only(name: str, *values: Any, reason: str) -> Requirement:
+    return Requirement(name=name, values=values, reason=reason)
+
+
+_ROPE = "positions there are rotary over the whole head, halves apart, unscaled"
+_NORM = "norms there are RMSNorm with the weight as it is, before attention and MLP"
+_MLP = "MLPs there are down(silu(gate) * up) without bias"
+_ATTENTION = "attention there is plain multi-head or grouped-query attention without norms of q and k"
+_ROUTER = "routers there are a softmax and its top-k, without bias, groups or scaling"
+_RANDOM = "routers there read their input and score it as it is, without noise"
+_DROPLESS = "no token is dropped there"
+REQUIREMENTS = (
+    _only("position_embedding_type", "rope", reason=_ROPE),
+    _only("rotary_percent", 1.0, reason=_ROPE),
+    _only("rotary_interleaved", False, None, reason=_ROPE),
+    _only("use_rope_scaling", False, reason=_ROPE),
+    _only("rotary_seq_len_interpolation_factor", None, 1, reason=_ROPE),
+    _only("no_rope_freq", None, reason=_ROPE),
+    _only("normalization", "RMSNorm", reason=_NORM),
+    _only("layernorm_zero_centered_gamma", False, reason=f"{_NORM} (--apply-layernorm-1p)"),
+    _only("apply_residual_connection_post_layernorm", False, reason=_NORM),
+    _only("swiglu", True, reason=_MLP),
+    _only("add_bias_linear", False, reason=f"{_MLP} (--disable-bias-linear)"),
+    _only("glu_linear_offset", 0.0, reason=_MLP),
+    _only("activation_func_clamp_value", None, reason=_MLP),
+    _only("moe_mlp_glu_interleave_size", None, reason=_MLP),
+    _only("moe_shared_expert_glu_interleave_size", None, reason=_MLP),
+    _only("qk_layernorm", False, reason=_ATTENTION),
+    _only("qk_l2_norm", False, reason=_ATTENTION),
+    _only("multi_latent_attention", False, reason=_ATTENTION),
+    _only("attention_output_gate", False, reason=_ATTENTION),
+    _only("experimental_attention_variant", None, reason=_ATTENTION),
+    _only("window_size", None, reason=_ATTENTION),
+    _only("softmax_type", "vanilla", reason=_ATTENTION),
+    _only("moe_router_score_function", "softmax", reason=_ROUTER),
+    _only("moe_router_enable_expert_bias", False, reason=_ROUTER),
+    _only("moe_router_topk_scaling_factor", None, 1.0, reason=_ROUTER),
+    _only("moe_router_num_groups", None, 1, reason=_ROUTER),
+    _only("moe_router_group_topk", None, 1, reason=_ROUTER),
+    _only("moe_router_topk_limited_devices", None, 0, reason=_ROUTER),
+    _only(
+        "moe_router_load_balancing_type",
+        *BALANCE_LOSSES,
+        reason=f"{_ROUTER}; this one balances the load by choosing other experts than those of the highest score",
+    ),
+    _only("moe_router_force_load_balancing", False, reason=_RANDOM),
+    _only("moe_router_force_biased", None, reason=_RANDOM),
+    _only("moe_input_jitter_eps", None, reason=_RANDOM),
+    _only("moe_expert_capacity_factor", None, reason=_DROPLESS),
+    _only("moe_token_dropping", False, reason=_DROPLESS),
+    _only("moe_apply_probs_on_input", False, reason="experts there are weighted by their output"),
+    _only("moe_latent_size", None, reason="experts there work on the hidden size"),
+    _only("mtp_num_layers", None, 0, reason="there is no multi-token prediction"),
+    _only("use_mup", False, reason="there are no multipliers of embedding and logits"),
+    _only("heterogeneous_layers_config_path", None, reason="layers there are alike"),
+    _only("hybrid_layer_pattern", None, reason="layers there are attention and MLP in turn"),
+)
+"""Flags that change what a model computes, in ways that neither format has."""
+
+
+MODEL_FLAGS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("group_query_attention", "kv_channels", "max_position_embeddings", "rotary_base"),
+    *("layernorm_epsilon", "untie_embeddings_and_output_weights", "num_experts", "moe_router_topk"),
+    *("moe_router_pre_softmax", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+)
+"""What `architecture_of` reads beside REQUIREMENTS."""
+
+
+def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
+    """The model in a checkpoint.
+
+    Raises:
+        ValueError: the formats cannot express it; names every flag in the way and why.
+    """
+    args = _stored_flags(checkpoint)
+    # refuses flags that nobody knows, whether logits will be compared or not
+    model_flags(checkpoint, megatron_parser())
+    problems = [
+        f"{requirement.name} must be {_alternatives(requirement.values)}; got {value!r}: {requirement.reason}"
+        for requirement in REQUIREMENTS
+        if not requirement.allows(value := getattr(args, requirement.name, requirement.values[0]))
+    ]
+    if not checkpoint.moe_layers:
+        problems.append("there must be a layer with experts (--num-experts): this model has none")
+    if problems:
+        raise ValueError(
+            f"{checkpoint.path} cannot be exported to a Hugging Face format:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    sparse = {number - 1 for number in checkpoint.moe_layers}
+    dense = tuple(layer for layer in range(args.num_layers) if layer not in sparse)
+    heads = args.num_attention_heads
+    return Architecture(
+        vocab_size=checkpoint.names["embedding.word_embeddings.weight"].shape[0],
+        hidden_size=args.hidden_size,
+        num_layers=args.num_layers,
+        num_heads=heads,
+        num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or args.hidden_size // heads,
+        num_experts=args.num_experts,
+        top_k=args.moe_router_topk,
+        expert_hidden=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        shared_hidden=args.moe_shared_expert_intermediate_size or 0,
+        dense_hidden=args.ffn_hidden_size if dense else 0,
+        dense_layers=dense,
+        renormalise=not args.moe_router_pre_softmax,
+        rope_theta=float(args.rotary_base),
+        max_positions=args.max_position_embeddings,
+        norm_eps=args.layernorm_epsilon,
+        tied=not args.untie_embeddings_and_output_weights,
+        qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
+        shared_gate=bool(getattr(args, "moe_shared_expert_gate", False)),
+    )
+
+
+def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
+    """The flags in a checkpoint, those that describe the model at least.
+
+    Raises:
+        ValueError: it lacks some; a version of Megatron that is not supported may have written it.
+    """
+    args = stored_flags(checkpoint)
+    missing = [name for name in MODEL_FLAGS if not hasattr(args, name)]
+    if missing:
+        raise ValueError(
+            f"the flags in {checkpoint.path} lack {', '.join(missing)}: it was written by a version of Megatron "
+            "that is not supported; load it in a supported one and save it again"
+        )
+    return args
+
+
+def _alternatives(values: tuple[Any, ...]) -> str:
+    return " or ".join(repr(value) for value in values)
+
+
+def flags_of(
+    architecture: Architecture, *, dtype: torch.dtype, moe_norm: NormPlace, pools: dict[str, Any], tokenizer: str | None
+) -> argparse.Namespace:
+    """Flags of a Megatron run of a model, as its own parser gives them.
+
+    Args:
+        architecture: the model.
+        dtype: of its weights.
+        moe_norm: tells Megatron's local layers from Transformer Engine's.
+        pools: fields of PoolConfig that are not the default.
+        tokenizer: folder of its tokenizer; None leaves Megatron's default.
+    """
+    args = add_pool_args(megatron_parser()).parse_args([])
+    values = _values(architecture) | {
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "transformer_impl": "local" if moe_norm == FUSED_NORM else "transformer_engine",
+        "moe_grouped_gemm": moe_norm != FUSED_NORM,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "ckpt_format": "torch_dist",
+        "rank": 0,
+        "world_size": 1,
+        "tokenizer_type": "HuggingFaceTokenizer" if tokenizer else "NullTokenizer",
+        "tokenizer_model": tokenizer,
+        **dataclasses.asdict(PoolConfig(**pools)),
+    }
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
+
+
+def _values(architecture: Architecture) -> dict[str, Any]:
+    """What the flags say of the model; the inverse of `architecture_of`."""
+    a = architecture
+    return {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.dense_hidden or a.expert_hidden,
+        "num_attention_heads": a.num_heads,
+        "group_query_attention": a.num_kv_heads != a.num_heads,
+        "num_query_groups": a.num_kv_heads,
+        "kv_channels": a.head_dim,
+        "seq_length": a.max_positions,
+        "max_position_embeddings": a.max_positions,
+        "position_embedding_type": "rope",
+        "rotary_base": int(a.rope_theta) if a.rope_theta.is_integer() else a.rope_theta,
+        "rotary_percent": 1.0,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": a.norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": a.qkv_bias,
+        "untie_embeddings_and_output_weights": not a.tied,
+        "vocab_size": a.vocab_size,
+        "padded_vocab_size": a.vocab_size,
+        "num_experts": a.num_experts,
+        # a list, even of ones, has Megatron name layers apart
+        "moe_layer_freq": ([int(layer in a.moe_layers) for layer in range(a.num_layers)] if a.dense_layers else 1),
+        "moe_router_topk": a.top_k,
+        "moe_router_pre_softmax": not a.renormalise,
+        "moe_ffn_hidden_size": a.expert_hidden,
+        "moe_shared_expert_intermediate_size": a.shared_hidden or None,
+        "moe_shared_expert_gate": a.shared_gate,
+    }

@@ -1,1 +1,0 @@
-"""Life after training: choosing the experts a task needs. No Megatron import."""

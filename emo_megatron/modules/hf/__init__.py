@@ -1,1 +1,0 @@
-"""Hugging Face checkpoints of EMO models: name maps, folders, tokenizers, model cards. No Megatron import."""

@@ -1,0 +1,248 @@
+"""A Hugging Face model under study: what its experts do, and its loss with some of them, through hooks.
+
+For mixture-of-experts models of transformers whose layers have a softmax router `gate` beside `experts` (OLMoE, Qwen2-
+and Qwen3-MoE), and the authors' EMO, which is exactly a Qwen2-MoE and is run as one, without remote code.
+
+Shapes: B rows, S positions, T = B * S tokens, E routed experts, K experts a token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from emo_megatron.experts.calibration import Row, pack_rows
+from emo_megatron.experts.selection import router_fingerprint
+from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.files import one_line, writing
+from emo_megatron.finite import check_named_weight
+from emo_megatron.json_files import read_object
+from emo_megatron.runners.base import Loss, Setting, check_nats, statistics_of
+from emo_megatron.runners.huggingface_hooks import BlockObserver
+
+MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Kinds of models in config.json that this knows."""
+
+
+def load_hugging_face(path: Path) -> Any:
+    """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched.
+
+    Raises:
+        ValueError: it is of another kind, or damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(
+            f"experts are studied in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
+        )
+    with _as_stock(path, kind) as folder:
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is not whole: {one_line(error)}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@contextmanager
+def _as_stock(path: Path, kind: str) -> Iterator[Path]:
+    """A folder that stock transformers loads."""
+    if kind != "emo":
+        yield path
+        return
+    from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
+    from emo_megatron.hf.qwen2_moe import QWEN2_MOE
+
+    stored = HuggingFaceFolder(path)
+    with tempfile.TemporaryDirectory() as folder:
+        with writing(Path(folder)):
+            write_folder(
+                Path(folder),
+                format=QWEN2_MOE,
+                architecture=stored.architecture,
+                read=stored.weight,
+                dtype=stored.dtype,
+                extra_config={},
+            )
+        yield Path(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows of one document each, padded at their ends to the longest."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    is_predicted_BS: Tensor
+    is_real_BS: Tensor
+
+
+class HuggingFaceStudy:
+    """A `StudiedModel` over a model of transformers, in one process.
+
+    Args:
+        model: a causal language model.
+        seq_length: tokens a row; longer documents are cut.
+        rows_at_once: rows of a forward pass.
+        weights: `mark_of` the folder it came from.
+
+    Raises:
+        ValueError: it has no layers of the known kind, or a weight that is not finite.
+    """
+
+    def __init__(self, model: Any, *, seq_length: int, rows_at_once: int, weights: str = "") -> None:
+        self._model = model.eval()
+        self._blocks = _blocks(model)
+        for name, weight in _stored_weights(model):
+            check_named_weight(name, weight)
+        self._seq_length, self._rows_at_once = seq_length, rows_at_once
+        self.facts = _facts(model, self._blocks)
+        dtype = str(next(model.parameters()).dtype)
+        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=dtype)
+
+    @property
+    def is_writer(self) -> bool:
+        """There is one process."""
+        return True
+
+    def from_writer[T](self, read: Callable[[], T]) -> T:
+        """See StudiedModel."""
+        return read()
+
+    def statistics(
+        self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
+    ) -> ExpertStatistics:
+        """See StudiedModel."""
+        observers = self._observe(allowed_LE, outputs=outputs, is_summing=True)
+        try:
+            for batch in self._batches(documents):
+                for observer in observers:
+                    observer.is_counted_T = batch.is_real_BS.flatten()
+                self._logits(batch)
+        finally:
+            for observer in observers:
+                observer.remove()
+
+        def summed(name: str) -> Tensor:
+            return torch.stack([getattr(observer.sums, name).cpu() for observer in observers])
+
+        return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
+
+    def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
+        """See StudiedModel."""
+        observers = self._observe(allowed_LE, outputs=False, is_summing=False)
+        total, count = 0.0, 0
+        try:
+            for batch in self._batches(documents):
+                logits = self._logits(batch)[batch.is_predicted_BS].float()
+                labels = batch.labels_BS[batch.is_predicted_BS]
+                losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                total += float(losses.double().sum())
+                count += labels.numel()
+        finally:
+            for observer in observers:
+                observer.remove()
+        check_nats(total, self, documents, allowed_LE=allowed_LE)
+        return Loss.mean(total, num_tokens=count)
+
+    def _observe(self, allowed_LE: Tensor | None, *, outputs: bool, is_summing: bool) -> list[BlockObserver]:
+        return [
+            BlockObserver(
+                block,
+                top_k=self.facts.top_k,
+                renormalises=bool(getattr(self._model.config, "norm_topk_prob", True)),
+                allowed_E=None if allowed_LE is None else allowed_LE[place],
+                outputs=outputs,
+                is_summing=is_summing,
+            )
+            for place, block in enumerate(self._blocks.values())
+        ]
+
+    @torch.no_grad()
+    def _logits(self, batch: _Batch) -> Tensor:
+        # causal: what pads a row at its end is seen by no real token
+        output = self._model(input_ids=batch.tokens_BS, use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+    def _batches(self, documents: Sequence[Tensor]) -> Iterator[_Batch]:
+        # a row for every piece of a document, because attention here knows no documents
+        rows = [row for document in documents for row in pack_rows([document], seq_length=self._seq_length)]
+        for start in range(0, len(rows), self._rows_at_once):
+            yield self._batch(rows[start : start + self._rows_at_once])
+
+    def _batch(self, rows: list[Row]) -> _Batch:
+        longest = max(sum(row.lengths) for row in rows)
+        device = next(self._model.parameters()).device
+        lengths = torch.tensor([sum(row.lengths) for row in rows])
+        return _Batch(
+            tokens_BS=torch.stack([row.tokens_S[:longest] for row in rows]).to(device),
+            labels_BS=torch.stack([row.labels_S[:longest] for row in rows]).to(device),
+            is_predicted_BS=torch.stack([row.is_predicted_S[:longest] for row in rows]).to(device),
+            is_real_BS=(torch.arange(longest) < lengths[:, None]).to(device),
+        )
+
+
+def _blocks(model: Any) -> dict[int, Any]:
+    """Number of the layer, from 1 -> its MoE block, in model order."""
+    found = {}
+    for name, module in model.named_modules():
+        layer = re.fullmatch(r".*\blayers\.(\d+)\.mlp", name)
+        if layer and hasattr(module, "gate") and hasattr(module, "experts"):
+            found[int(layer[1]) + 1] = module
+    if not found:
+        raise ValueError("this model has no layers with a router `gate` and `experts`")
+    return dict(sorted(found.items()))
+
+
+def _stored_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by the name that checkpoints have; transformers 5 keeps a layer's experts in two parameters."""
+    for name, parameter in model.named_parameters():
+        joined = re.fullmatch(r"(.+\.experts)\.(gate_up|down)_proj", name)
+        if joined is None:
+            yield name, parameter
+            continue
+        kinds = joined[2].split("_")
+        for expert, rows in enumerate(parameter):
+            for kind, weight in zip(kinds, rows.chunk(len(kinds)), strict=True):
+                yield f"{joined[1]}.{expert}.{kind}_proj.weight", weight
+
+
+def _facts(model: Any, blocks: dict[int, Any]) -> ModelFacts:
+    first = next(iter(blocks.values()))
+    num_experts = int(first.gate.weight.shape[0])
+    routed = sum(
+        parameter.numel()
+        for block in blocks.values()
+        for part in (block.gate, block.experts)
+        for parameter in part.parameters()
+    )
+    return ModelFacts(
+        fingerprint=router_fingerprint(block.gate.weight for block in blocks.values()),
+        num_experts=num_experts,
+        num_shared=_num_shared(model.config, first),
+        top_k=int(model.config.num_experts_per_tok),
+        layers=tuple(blocks),
+        expert_parameters=routed // (len(blocks) * num_experts),
+        other_parameters=sum(parameter.numel() for parameter in model.parameters()) - routed,
+        bytes_per_parameter=next(first.experts.parameters()).element_size(),
+    )
+
+
+def _num_shared(config: Any, block: Any) -> int:
+    """Shared experts as the paper counts them: transformers has one, as wide as all of them together."""
+    shared = getattr(block, "shared_expert", None)
+    # where there is none, an exported Qwen2-MoE has one of zeros
+    if shared is None or not shared.down_proj.weight.any():
+        return 0
+    return -(-int(config.shared_expert_intermediate_size) // int(config.moe_intermediate_size))

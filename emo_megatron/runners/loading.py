@@ -1,0 +1,198 @@
+"""The model of a checkpoint on this process's ranks, to run and not to train: `--load` is the only flag it needs.
+
+The flags that make the model are those stored in the checkpoint; flags of the command line win, and choose the layout,
+which may be another than the one that was saved. Pools are off, as in a model that is deployed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from emo_megatron.mcore import cpu
+from emo_megatron.mcore.flags import OneLineParser, refuse
+from emo_megatron.runners.layout import check_layout
+
+if TYPE_CHECKING:
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+
+RUN_FLAGS = (
+    *("--skip-train", "--no-load-optim", "--no-load-rng"),
+    # every dispatcher computes the same, and this one runs everywhere
+    *("--moe-token-dispatcher-type", "alltoall"),
+)
+OTHER_SOURCES = (
+    *("--load", "--ckpt-step", "--pretrained-checkpoint", "--finetune", "--use-checkpoint-args"),
+    *("--non-persistent-ckpt-type", "--non-persistent-global-ckpt-dir", "--ckpt-format"),
+    *("--auto-detect-ckpt-format", "--moe-use-upcycling", "--yaml-cfg", "--spec"),
+)
+"""Flags with which Megatron would load another checkpoint or build another model than the one that is named."""
+LONGEST_WORDS = 400
+"""Characters of what Megatron says: it may list every tensor."""
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation.
+
+    Attributes:
+        model: this pipeline stage, unwrapped.
+        args: Megatron's flags.
+    """
+
+    model: torch.nn.Module
+    args: argparse.Namespace
+
+
+def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
+    """The checkpoint that `--load` names.
+
+    Raises:
+        ValueError: there is no `--load`, no checkpoint where it points, or a flag that names another.
+    """
+    cpu.activate()
+    from emo_megatron.checkpoint.names import refuse_prediction
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+
+    given = [part.partition("=")[0] for part in argv]
+    if "--load" not in given:
+        raise ValueError("--load must name the checkpoint")
+    given.remove("--load")
+    for flag in OTHER_SOURCES:
+        if flag in given:
+            raise ValueError(
+                f"{flag} cannot be given: the model is the one that --checkpoint names, as it is stored; drop it from "
+                "--megatron"
+            )
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--load", type=Path)
+    checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
+    if not checkpoint.moe_layers:
+        raise ValueError(f"the model in {checkpoint.path} has no routed experts")
+    refuse_prediction(checkpoint.path, checkpoint.names)
+    return checkpoint
+
+
+def load_model(
+    checkpoint: MegatronCheckpoint,
+    *,
+    add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+    check: Callable[[argparse.Namespace], None] = lambda args: None,
+    flags: Sequence[str] = (),
+) -> LoadedModel:
+    """Start Megatron with this process's arguments and load a model.
+
+    Args:
+        checkpoint: of `checkpoint_in`.
+        add_args: adds the command's own flags to Megatron's parser.
+        check: raises ValueError for flags that cannot be; called before anything is built.
+        flags: more of Megatron's flags, which the command line's win over.
+
+    Raises:
+        ValueError: the checkpoint lacks its run's flags, the model cannot be run so, or it is not what was loaded.
+    """
+    from megatron.core.utils import unwrap_model
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from emo_megatron.config import PoolConfig
+    from emo_megatron.mcore.args import check_run
+    from emo_megatron.mcore.compat import use_compiled_index_builder
+    from emo_megatron.mcore.model_flags import model_flags
+    from emo_megatron.mcore.source import check_routers, run_with
+    from emo_megatron.mcore.spec import pool_spec_builder
+
+    check_layout(checkpoint, sys.argv[1:])
+    use_compiled_index_builder()
+
+    def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.error = refuse  # type: ignore[method-assign]
+        parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
+        return add_args(parser)
+
+    # Megatron wants batches even where nothing is trained
+    batch = ("--micro-batch-size", "1", "--global-batch-size", os.environ.get("WORLD_SIZE", "1"))
+    own = cpu.with_cpu_flags([*batch, *flags, *sys.argv[1:]])
+    with run_with(checkpoint.path) as run:
+        sys.argv[1:] = [*own, *RUN_FLAGS, "--load", str(run)]
+        with megatron_refusals():
+            args = parse_and_validate_args(extra_args_provider=add_all)
+        check(args)
+        _balance_nothing(args)
+        with megatron_refusals():
+            config = gpt_config_from_args(args)
+        check_run(PoolConfig(), config.transformer, args)
+        config.transformer_layer_spec = pool_spec_builder(PoolConfig())
+        chunks = _build(args, config)
+    if len(chunks) > 1:
+        raise ValueError("a model is run without interleaving; drop the virtual pipeline's flags")
+    model = unwrap_model(chunks[0]).eval()
+    check_routers(model, checkpoint)
+    return LoadedModel(model=model, args=args)
+
+
+@contextlib.contextmanager
+def megatron_refusals(model: str = "the model") -> Iterator[None]:
+    """What Megatron refuses with an assertion or an exit, as one line.
+
+    Args:
+        model: which one is built.
+
+    Raises:
+        ValueError: with Megatron's words, or the line of its code where it has none. Those of this package stay.
+    """
+    try:
+        yield
+    except (AssertionError, SystemExit, ValueError, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            # one rank's stands for all
+            cause = next(iter(error.failures.values()))[0]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        # an exit of this package is a signal's
+        if isinstance(error, ValueError | SystemExit) and frame.filename.startswith(_PACKAGE):
+            raise
+        said = "" if isinstance(error, SystemExit) else " ".join(str(cause).split())
+        said = said or f"{frame.line} ({frame.filename}, line {frame.lineno})"
+        said = textwrap.shorten(said, LONGEST_WORDS, placeholder=" ...")
+        raise ValueError(f"Megatron refuses to build {model}: {said}") from error
+
+
+@megatron_refusals()
+def _build(args: argparse.Namespace, config: Any) -> list[Any]:
+    """This process's part of the model of a configuration, with the weights of `--load`."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import setup_model_and_optimizer
+
+    initialize_megatron()
+    chunks, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return list(chunks)
+
+
+def _balance_nothing(args: argparse.Namespace) -> None:
+    """Forget how training balanced the load, which a model that is only run does not depend on."""
+    from emo_megatron.mcore.model_flags import BALANCE_LOSSES
+
+    kinds = args.moe_router_load_balancing_type
+    # what is no loss is another routing, which the pool router refuses with its reason
+    if set(BALANCE_LOSSES).issuperset([kinds] if isinstance(kinds, str) else kinds):
+        args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0

@@ -1,0 +1,248 @@
+"""A Megatron model under study: what its experts do, and its loss with some of them, under any parallel layout.
+
+Shapes: L MoE layers of the whole model, E routed experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from emo_megatron.experts.calibration import Row, empty_row, pack_rows
+from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.mcore.layer import PoolMoELayer
+from emo_megatron.runners.base import Loss, Setting, check_nats, statistics_of
+from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs
+from emo_megatron.runners.model_weights import check_weights
+
+
+class MegatronStudy:
+    """A `StudiedModel` over this process's part of a Megatron model. Every rank makes the same calls.
+
+    Args:
+        model: the GPTModel of this pipeline stage, whose MoE layers are PoolMoELayers and whose pools are off in
+            evaluation.
+        facts: of the whole model.
+        seq_length: tokens a row; longer documents are cut.
+        rows_at_once: rows of a micro-batch.
+        weights: `mark_of` the checkpoint.
+        megatron: more of Megatron's flags, which the user gave.
+
+    Raises:
+        NotImplementedError: there is context parallelism.
+        ValueError: a weight, on whichever rank, is not finite.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        facts: ModelFacts,
+        seq_length: int,
+        rows_at_once: int,
+        weights: str,
+        megatron: str = "",
+    ) -> None:
+        if parallel_state.get_context_parallel_world_size() > 1:
+            raise NotImplementedError("experts are studied without context parallelism; drop --context-parallel-size")
+        check_weights(model)
+        self.facts = facts
+        self._model: Any = model.eval()
+        self._layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
+        self._seq_length, self._rows_at_once = seq_length, rows_at_once
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the first rank."""
+        return dist.get_rank() == 0
+
+    def from_writer[T](self, read: Callable[[], T]) -> T:
+        """See StudiedModel."""
+        found: list[Any] = [None, None]
+        if self.is_writer:
+            try:
+                found[0] = read()
+            except (OSError, ValueError) as error:
+                found[1] = error
+        dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        answer: T = found[0]
+        return answer
+
+    def statistics(
+        self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
+    ) -> ExpertStatistics:
+        """See StudiedModel.
+
+        Raises:
+            NotImplementedError: `outputs`, and expert tensor parallelism or gates on the experts' input.
+        """
+        if outputs:
+            check_outputs(self._model.config)
+        observers = [LayerObserver(layer, outputs=outputs) for layer in self._layers]
+        try:
+            self._run(documents, allowed_LE)
+        finally:
+            for observer in observers:
+                observer.remove()
+
+        def summed(name: str) -> Tensor:
+            found = {o.layer.layer_number: getattr(o.sums, name) for o in observers}
+            return self._over_ranks(found, is_square=name == "together_EE")
+
+        return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
+
+    def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
+        """See StudiedModel."""
+        entries = self._run(documents, allowed_LE)
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        # on the last stage every tensor-parallel rank has the losses of all tokens
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for entry in entries:
+                totals += entry["nats"].to(totals)
+        dist.all_reduce(totals, group=dist.group.WORLD)
+        nats, num_tokens = float(totals[0]), int(totals[1])
+        check_nats(nats, self, documents, allowed_LE=allowed_LE)
+        return Loss.mean(nats, num_tokens=num_tokens)
+
+    def document_nats(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Tensor:
+        """[D] float64 on the CPU: cross entropy of each document, summed over all its tokens but the first.
+
+        Raises:
+            NotImplementedError: several ranks share the documents.
+            NotFiniteError: as `loss`.
+        """
+        if dist.get_world_size() > 1:
+            raise NotImplementedError("losses of single documents are measured in one process")
+        entries = self._run(documents, allowed_LE)
+        nats_T = torch.cat([entry["token_nats"] for entry in entries]).cpu()
+        # rows hold the documents in their order, whole or cut
+        parts = nats_T.split([max(document.numel() - 1, 0) for document in documents])
+        nats_D = torch.stack([part.sum() for part in parts])
+        check_nats(float(nats_D.sum()), self, documents, allowed_LE=allowed_LE)
+        return nats_D
+
+    @torch.no_grad()
+    def _run(self, documents: Sequence[Tensor], allowed_LE: Tensor | None) -> list[dict[str, Tensor]]:
+        """Run documents through Megatron's schedule; on the last stage the losses of this rank's micro-batches."""
+        rows = pack_rows(documents, seq_length=self._seq_length)
+        num_batches = -(-sum(1 for _ in rows) // self._rows_of_all)
+        if allowed_LE is not None and bool(allowed_LE.all()):
+            # no subset, which would route without groups of experts
+            allowed_LE = None
+        for layer in self._layers:
+            place = self.facts.layers.index(layer.layer_number)
+            layer.pool_router.allowed_experts = None if allowed_LE is None else allowed_LE[place].to(self._device)
+        try:
+            found = get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=self._batches(documents, num_batches),
+                model=self._model,
+                num_microbatches=num_batches,
+                # a micro-batch is one packed stream
+                seq_length=self._seq_length * self._rows_at_once,
+                micro_batch_size=1,
+                forward_only=True,
+            )
+        finally:
+            for layer in self._layers:
+                layer.pool_router.allowed_experts = None
+        return list(found)
+
+    @property
+    def _rows_of_all(self) -> int:
+        """Rows of the micro-batches of all data-parallel ranks together."""
+        return int(parallel_state.get_data_parallel_world_size()) * self._rows_at_once
+
+    def _batches(self, documents: Sequence[Tensor], num_batches: int) -> Iterator[_Batch]:
+        """This data-parallel rank's micro-batches, made as they are asked for; padding where there is nothing left."""
+        rows = itertools.chain(
+            pack_rows(documents, seq_length=self._seq_length), itertools.repeat(empty_row(self._seq_length))
+        )
+        first = parallel_state.get_data_parallel_rank() * self._rows_at_once
+        for _ in range(num_batches):
+            of_all = list(itertools.islice(rows, self._rows_of_all))
+            yield _batch(of_all[first : first + self._rows_at_once], self._device)
+
+    def _over_ranks(self, found: dict[int, Tensor], *, is_square: bool) -> Tensor:
+        """[L, E] or [L, E, E] float64 on the CPU: sums by layer number, added up over all ranks.
+
+        A layer's tokens are each counted on one rank, and a pipeline stage has its own layers only.
+        """
+        num_layers, num_experts = len(self.facts.layers), self.facts.num_experts
+        shape = (num_layers, num_experts, num_experts)[: 3 if is_square else 2]
+        # counts are integers far below 2^53, which float64 holds exactly
+        total = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        for number, tensor in found.items():
+            total[self.facts.layers.index(number)] = tensor.double()
+        dist.all_reduce(total, group=dist.group.WORLD)
+        return total.cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows packed one after the other, [1, rows * S], with the documents in them."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    is_predicted_T: Tensor
+    packed: PackedSeqParams
+
+
+def _batch(rows: list[Row], device: torch.device) -> _Batch:
+    seq_length = rows[0].tokens_S.numel()
+    lengths: list[int] = []
+    slots: list[int] = []
+    for row in rows:
+        # what is left of a row is the slot of an empty document: padding of no document
+        room = seq_length - sum(row.lengths)
+        lengths += [*row.lengths, *([0] if room else [])]
+        slots += [*row.lengths, *([room] if room else [])]
+    bounds, padded_bounds = (
+        torch.tensor([0, *sizes], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        for sizes in (lengths, slots)
+    )
+    return _Batch(
+        tokens=torch.cat([row.tokens_S for row in rows])[None].to(device),
+        labels=torch.cat([row.labels_S for row in rows])[None].to(device),
+        positions=torch.cat([torch.arange(slot) for slot in slots])[None].to(device),
+        is_predicted_T=torch.cat([row.is_predicted_S for row in rows]).to(device),
+        packed=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            cu_seqlens_q_padded=padded_bounds,
+            cu_seqlens_kv_padded=padded_bounds,
+            max_seqlen_q=max(slots),
+            max_seqlen_kv=max(slots),
+            tokens_per_sample=seq_length,
+        ),
+    )
+
+
+def _forward_step(batches: Iterator[_Batch], model: Any) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
+    return output, functools.partial(_loss, batch.is_predicted_T)
+
+
+def _loss(is_predicted_T: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    token_nats_T = losses.reshape(-1)[is_predicted_T].double()
+    total = token_nats_T.sum()
+    nats = torch.stack([total, is_predicted_T.sum().to(total)])
+    return total.float(), {"nats": nats, "token_nats": token_nats_T}

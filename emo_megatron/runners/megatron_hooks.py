@@ -1,0 +1,125 @@
+"""Watch one MoE layer of Megatron: its router's scores and choice, what its experts put out, what the layer changes.
+
+Hooks only; nothing of the layer is replaced, and what it computes stays the same, bit for bit.
+
+Shapes: T tokens this rank routes, E routed experts, R rows its own experts compute, H width of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from emo_megatron.experts.stats import LayerSums, change_of
+from emo_megatron.mcore.layer import PoolMoELayer
+
+
+def check_outputs(config: Any) -> None:
+    """Refuse layouts under which the lengths of expert outputs cannot be told.
+
+    Args:
+        config: TransformerConfig of the model.
+
+    Raises:
+        NotImplementedError: saying which flag to change.
+    """
+    if config.expert_tensor_parallel_size > 1:
+        raise NotImplementedError(
+            "EASY-EP and REAP need whole expert outputs, and expert tensor parallelism adds them up after the "
+            f"experts: use --expert-tensor-parallel-size 1; got {config.expert_tensor_parallel_size}"
+        )
+    if config.moe_apply_probs_on_input:
+        raise NotImplementedError(
+            "EASY-EP and REAP need the gate on an expert's output; drop --moe-apply-probs-on-input"
+        )
+
+
+class LayerObserver:
+    """Adds up a layer's statistics while the model runs, until `remove()`.
+
+    Megatron's experts multiply the gate in before their second projection, so that the length of a row they put out is
+    gate times length of the expert's output.
+
+    Args:
+        layer: to watch.
+        outputs: whether to look at what the experts put out.
+
+    Attributes:
+        sums: over the tokens that this rank counts; every token is counted on one rank.
+    """
+
+    def __init__(self, layer: PoolMoELayer, *, outputs: bool) -> None:
+        router = layer.pool_router
+        self.layer = layer
+        self.sums = LayerSums(int(layer.config.num_moe_experts), outputs=outputs, device=router.weight.device)
+        # without sequence parallelism every tensor-parallel rank routes the same tokens
+        self._counts_here = bool(layer.config.sequence_parallel) or parallel_state.get_tensor_model_parallel_rank() == 0
+        self._logits_TE: Tensor | None = None
+        self._ids_T: Tensor | None = None
+        self._routing_map_TE: Tensor | None = None
+        self._norms_TE: Tensor | None = None
+        router.observe_logits = self._scored
+        self._handles = [layer.router.register_forward_hook(self._routed), layer.register_forward_hook(self._finished)]
+        if outputs:
+            self._handles.append(layer.experts.register_forward_hook(self._computed))
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self.layer.pool_router.observe_logits = None
+        for handle in self._handles:
+            handle.remove()
+
+    def _scored(self, logits_TE: Tensor, ids_T: Tensor | None) -> None:
+        self._logits_TE, self._ids_T = logits_TE, ids_T
+
+    def _routed(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self._routing_map_TE = output[1]
+
+    def _computed(self, experts: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+        """Send the length of every row back to its token, the way Megatron sends the rows themselves."""
+        rows_RH, tokens_per_expert = output[0], inputs[1].to(output[0].device)
+        num_experts, width = int(self.layer.config.num_moe_experts), rows_RH.shape[1]
+        own = torch.tensor(self.layer.local_expert_indices, device=rows_RH.device)
+        expert_R = own.repeat_interleave(tokens_per_expert)
+        lengths_R = rows_RH.float().norm(dim=1)
+        dispatcher = self.layer.token_dispatcher
+        returned = []
+        # a column an expert, because rows that meet again at their token are added up; as wide as rows are, because
+        # that is what the dispatcher prepared for
+        for first in range(0, num_experts, width):
+            column_R = expert_R - first
+            is_inside_R = (column_R >= 0) & (column_R < width)
+            spread_RH = torch.zeros_like(rows_RH, dtype=torch.float32)
+            spread_RH[is_inside_R, column_R[is_inside_R]] = lengths_R[is_inside_R]
+            sent = dispatcher.token_combine(dispatcher.combine_preprocess(spread_RH))
+            returned.append(dispatcher.combine_postprocess(sent).reshape(-1, width))
+        self._norms_TE = torch.cat(returned, dim=1)[:, :num_experts]
+
+    def _finished(self, layer: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+        logits_TE, routing_map_TE = self._logits_TE, self._routing_map_TE
+        assert logits_TE is not None
+        assert routing_map_TE is not None
+        is_counted_T = torch.full_like(logits_TE[:, 0], self._counts_here, dtype=torch.bool)
+        if self._ids_T is not None:
+            is_counted_T &= self._ids_T >= 0
+        change_T = None
+        if self._norms_TE is not None:
+            change_T = change_of(inputs[0].flatten(0, 1), output[0].flatten(0, 1))
+        self.sums.add(
+            probs_TE=self._probabilities(logits_TE),
+            routing_map_TE=routing_map_TE.bool(),
+            is_counted_T=is_counted_T,
+            norms_TE=self._norms_TE,
+            change_T=change_T,
+        )
+        self._logits_TE = self._ids_T = self._routing_map_TE = self._norms_TE = None
+
+    def _probabilities(self, logits_TE: Tensor) -> Tensor:
+        """The router's scores over all routed experts, adding up to one."""
+        if self.layer.pool_router.score_function == "sigmoid":
+            scores_TE = logits_TE.sigmoid()
+            return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        return logits_TE.softmax(dim=-1)

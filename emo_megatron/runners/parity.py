@@ -1,0 +1,247 @@
+"""Compare a Hugging Face folder with a Megatron checkpoint: the logits of both on the same random tokens, in float32.
+
+Megatron's model is built of stock layers from the flags in the checkpoint, and loaded by Megatron's own reader: nothing
+is shared with the export but the checkpoint. Runs in this process, which has Megatron on the CPU from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from emo_megatron.checkpoint.names import is_of_experts, split_name
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.finite import NotFiniteError, check_weight, first_bad
+from emo_megatron.hf.architecture import weight_shapes
+from emo_megatron.hf.card import Parity
+from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
+from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
+from emo_megatron.hf.qwen2_moe import QWEN2_MOE
+from emo_megatron.mcore import cpu
+from emo_megatron.mcore.model_flags import megatron_parser, model_flags
+from emo_megatron.runners.loading import megatron_refusals
+from emo_megatron.variables import as_no_other_job
+
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+TOLERANCES = {torch.float32: 1e-4}
+"""Of the largest logit, by the dtype of the folder: what the order of sums may change."""
+ROUNDED_TOLERANCE = 1e-2
+"""In other dtypes: rounding, and a token that chooses another expert of nearly the same score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What an export or an import made.
+
+    Attributes:
+        path: its folder.
+        parity: None where it was not measured.
+        has_tokenizer: whether a tokenizer was found and lies in the folder.
+    """
+
+    path: Path
+    parity: Parity | None
+    has_tokenizer: bool
+
+    def __str__(self) -> str:
+        lines = [str(self.path)]
+        if self.parity is not None:
+            lines.append(f"parity with Megatron: {self.parity}")
+        if not self.has_tokenizer:
+            lines.append("no tokenizer: none of Hugging Face's was found, and --tokenizer names none")
+        return "\n".join(lines)
+
+
+def check_parity_tokens(tokens: int) -> None:
+    """Refuse a number of tokens below 0.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if tokens < 0:
+        raise ValueError(f"--parity-tokens must be 0 or more; got {tokens}")
+
+
+def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int) -> Parity:
+    """The difference between both models' logits on one sequence of so many random tokens.
+
+    The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation.
+
+    Raises:
+        NotFiniteError: a logit of one of them is not finite; names the weight that makes it so, if there is one.
+        RuntimeError: they differ by more than the tolerance, so one of the two is another model.
+    """
+    tokens = min(tokens, folder.architecture.max_positions)
+    generator = torch.Generator().manual_seed(0)
+    tokens_T = torch.randint(folder.architecture.vocab_size, (tokens,), generator=generator)
+    # one model in memory at a time
+    expected_TV = megatron_logits(checkpoint, tokens_T, rounded_to=folder.dtype)
+    found_TV = hugging_face_logits(folder, tokens_T)
+    for which, logits_TV in (("Megatron", expected_TV), ("Hugging Face", found_TV)):
+        if first_bad(logits_TV) is not None:
+            _check_weights(checkpoint, folder)
+            raise NotFiniteError(
+                f"the {which} model has logits that are not finite, of finite weights: what they compute in float32 is "
+                "too large, and the two models cannot be compared"
+            )
+    parity = Parity(
+        tokens=tokens,
+        max_difference=float((expected_TV - found_TV).abs().max()),
+        max_logit=float(expected_TV.abs().max()),
+    )
+    # written so that a difference that is not a number fails too
+    tolerance = TOLERANCES.get(folder.dtype, ROUNDED_TOLERANCE)
+    if not parity.max_difference <= tolerance * max(1.0, parity.max_logit):
+        raise RuntimeError(f"the Megatron checkpoint and the Hugging Face folder are not the same model: {parity}")
+    return parity
+
+
+def _check_weights(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder) -> None:
+    """Refuse a weight of one of them that is not finite."""
+    for name, info in checkpoint.names.items():
+        experts = range(info.shape[0]) if is_of_experts(name) else ()
+        layer = split_name(name)[0] or None
+        check_weight(name, checkpoint.read(name), layer=layer, experts=experts)
+    for name in weight_shapes(folder.architecture):
+        folder.weight(name)
+
+
+@torch.no_grad()
+def hugging_face_logits(folder: HuggingFaceFolder, tokens_T: Tensor) -> Tensor:
+    """[T, V] float32 of the model in a folder; the authors' format through Qwen2-MoE, which needs no code of theirs."""
+    from transformers import Qwen2MoeForCausalLM
+
+    with contextlib.ExitStack() as stack:
+        path = folder.path
+        if folder.format is not QWEN2_MOE:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent)))
+            write_folder(
+                path,
+                format=QWEN2_MOE,
+                architecture=folder.architecture,
+                read=folder.weight,
+                dtype=torch.float32,
+                extra_config={},
+            )
+        model: Any = Qwen2MoeForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+        ).eval()
+        logits_TV: Tensor = model(tokens_T[None]).logits[0]
+    return logits_TV.float()
+
+
+@torch.no_grad()
+def megatron_logits(
+    checkpoint: MegatronCheckpoint, tokens_T: Tensor, *, rounded_to: torch.dtype = torch.float32
+) -> Tensor:
+    """[T, V] float32 of the model in a checkpoint, through Megatron's own layers, with weights of so many bits."""
+    length = tokens_T.numel()
+    with as_no_other_job(), _one_process():
+        model = _model(checkpoint)
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(rounded_to))
+        is_masked = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+        logits_TV: Tensor = model(tokens_T[None], torch.arange(length)[None], is_masked)[0]
+    return logits_TV.float()
+
+
+@megatron_refusals("the model whose logits are compared (--parity-tokens 0 compares none)")
+def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    args = _plain_args(checkpoint)
+    config = core_transformer_config_from_args(args)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization
+        ),
+        vocab_size=checkpoint.names["embedding.word_embeddings.weight"].shape[0],
+        max_sequence_length=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+    ).eval()
+    _load(model, checkpoint)
+    return model
+
+
+def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
+    """The flags of a model on one process, in float32 and in plain PyTorch: those of its run that make the model."""
+    parser = megatron_parser()
+    args = parser.parse_args([])
+    plain = {
+        "params_dtype": torch.float32,
+        "transformer_impl": "local",
+        "use_cpu_initialization": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "no_persist_layer_norm": True,
+    }
+    fusions = ("masked_softmax", "bias_gelu", "bias_swiglu", "bias_dropout", "apply_rope", "gradient_accumulation")
+    plain |= {f"{name}_fusion": False for name in fusions}
+    for name, value in (plain | model_flags(checkpoint, parser)).items():
+        setattr(args, name, value)
+    return args
+
+
+def _load(model: Any, checkpoint: MegatronCheckpoint) -> None:
+    """Megatron's own way from a checkpoint into a model, names of Transformer Engine's layers included."""
+    metadata = dist_checkpointing.load_content_metadata(str(checkpoint.path)) or {}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    wanted = {}
+    for name, tensor in state.items():
+        if "_extra_state" in name:
+            continue
+        key = getattr(tensor, "key", "")
+        if key.endswith(FUSED_NORM):
+            own = key.removesuffix(FUSED_NORM) + OWN_NORM
+            # equal layers are stacked in one tensor, whose name has no number
+            if own.replace("decoder.layers.pre", "decoder.layers.0.pre") in checkpoint.names:
+                tensor.key = own
+        wanted[name] = tensor
+    loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
+    missing, _ = model.load_state_dict(loaded, strict=False)
+    assert all("_extra_state" in name for name in missing), missing
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Megatron's groups of this process alone, gone afterwards."""
+    os.environ["EMO_DEVICE"] = "cpu"
+    cpu.activate()
+    # Megatron tells Transformer Engine its attention so, and refuses another model's later in the process
+    chosen = {name: os.environ.pop(name, None) for name in ATTENTION_VARIABLES}
+    starts_here = not dist.is_initialized()
+    if starts_here:
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    try:
+        model_parallel_cuda_manual_seed(0)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if starts_here:
+            dist.destroy_process_group()
+        for name, value in chosen.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

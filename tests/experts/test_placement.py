@@ -1,0 +1,204 @@
+"""Placement: planted groups are found, load stays within its bound, no swap is left that helps, files come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from emo_megatron.cli import main
+from emo_megatron.experts.placement import Placement, load_placement, pack_by_load, place, place_together, spread_of
+from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+
+
+def _routing(num_tokens=2000, num_experts=16, num_groups=4, top_k=3, stray=0.1, seed=0):
+    """Tokens that use experts of one hidden group, now and then another; the group of every expert."""
+    rng = np.random.default_rng(seed)
+    group = rng.permutation(np.arange(num_experts) % num_groups)
+    routing = np.zeros((num_tokens, num_experts), bool)
+    for token in range(num_tokens):
+        weights = np.where(group == rng.integers(num_groups), 1.0, stray)
+        chosen = rng.choice(num_experts, top_k, replace=False, p=weights / weights.sum())
+        routing[token, chosen] = True
+    return torch.tensor(routing), group
+
+
+def _stats(*routings):
+    together = torch.stack([(r.T.double() @ r.double()).long() for r in routings])
+    facts = ModelFacts(
+        fingerprint="f" * 64,
+        num_experts=together.shape[1],
+        num_shared=1,
+        top_k=3,
+        layers=tuple(range(2, 2 + len(routings))),
+        expert_parameters=10,
+        other_parameters=10,
+    )
+    return ExpertStatistics(
+        model=facts,
+        num_documents=1,
+        num_tokens=len(routings[0]),
+        probability_LE=torch.zeros(together.shape[:2], dtype=torch.float64),
+        count_LE=together.diagonal(dim1=1, dim2=2).contiguous(),
+        together_LEE=together,
+    )
+
+
+def test_planted_groups_are_found():
+    routing, group = _routing()
+    placement = place(_stats(routing, routing), num_ranks=4)
+    assert placement.layers == (2, 3)
+    for order in placement.order:
+        for rank in range(4):
+            assert len({group[e] for e in order[rank * 4 : rank * 4 + 4]}) == 1
+    rows = {
+        name: spread_of(routing, order=order, num_ranks=4).rows_per_token
+        for name, order in (("before", range(16)), ("after", placement.order[0]))
+    }
+    assert rows["after"] < 0.75 * rows["before"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_swap_that_keeps_the_bound_would_help(seed):
+    routing, _ = _routing(num_experts=12, num_groups=3, stray=0.3, seed=seed)
+    together = _stats(routing).together_LEE[0].double().numpy()
+    bound = 1.05
+    rank = place_together(together, num_ranks=3, max_imbalance=bound, seed=0)
+    load = together.diagonal()
+
+    def worth(rank):
+        off = together - np.diag(load)
+        fullest = np.bincount(rank, weights=load).max() / (load.sum() / 3)
+        return fullest, off[rank[:, None] == rank].sum()
+
+    fullest, inside = worth(rank)
+    assert np.bincount(rank).tolist() == [4, 4, 4]
+    assert fullest <= bound
+    for one, other in itertools.combinations(range(12), 2):
+        swapped = rank.copy()
+        swapped[[one, other]] = swapped[[other, one]]
+        changed = worth(swapped)
+        assert changed[0] > bound or changed[1] <= inside + 1e-3 * inside
+
+
+def test_load_wins_over_togetherness():
+    # experts 0 and 1 are always used together and carry almost everything: one rank could not bear both
+    together = np.diag([100.0, 100.0, 10.0, 10.0])
+    together[0, 1] = together[1, 0] = 100
+    rank = place_together(together, num_ranks=2, max_imbalance=1.1, seed=0)
+    assert rank[0] != rank[1]
+    rank = place_together(together, num_ranks=2, max_imbalance=2.0, seed=0)
+    assert rank[0] == rank[1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_bound_that_loads_do_not_allow_makes_no_rank_fuller(seed):
+    rng = np.random.default_rng(seed)
+    ranks, experts = int(rng.integers(2, 5)), 12
+    # a few experts carry most, so that no order is balanced
+    together = rng.pareto(0.7, (experts, experts)).round(2) * 10
+    together = np.triu(together, 1) + np.triu(together, 1).T
+    load = together.sum(1) + rng.pareto(0.7, experts).round(2) * 100
+    together += np.diag(load)
+    starts = (pack_by_load(load, num_ranks=ranks), np.arange(experts) // (experts // ranks))
+    fullest = [np.bincount(start, weights=load).max() for start in starts]
+    rank = place_together(together, num_ranks=ranks, max_imbalance=1.0, seed=seed)
+    assert np.bincount(rank).tolist() == [experts // ranks] * ranks
+    assert np.bincount(rank, weights=load).max() <= min(fullest) * (1 + 1e-9)
+
+
+def test_packing_balances_loads_and_counts():
+    rank = pack_by_load(np.array([8.0, 7.0, 1.0, 1.0, 1.0, 2.0]), num_ranks=2)
+    assert np.bincount(rank).tolist() == [3, 3]
+    assert np.bincount(rank, weights=[8, 7, 1, 1, 1, 2]).tolist() == [10, 10]
+
+
+def test_spread_counts_ranks_once():
+    routing = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    seen = spread_of(routing, order=range(4), num_ranks=2)
+    assert seen.rows_per_token == pytest.approx(4 / 3)
+    assert seen.pair_imbalance == 1
+    seen = spread_of(routing, order=(0, 2, 1, 3), num_ranks=2)
+    assert seen.rows_per_token == pytest.approx(5 / 3)
+    assert seen.row_imbalance == pytest.approx(6 / 5)
+
+
+def test_the_file_comes_back(tmp_path):
+    placement = place(_stats(_routing()[0]), num_ranks=2, method="load")
+    assert load_placement(placement.save(tmp_path / "new" / "p.json")) == placement
+
+
+def test_the_command_merges_statistics_and_writes_a_placement(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        _stats(_routing(seed=seed)[0]).of({"sha256": name}).save(tmp_path / name)
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    command = ["place", "--stats", *files, "--output", str(tmp_path / "p.json"), "--ranks"]
+    assert main([*command, "4"]) == 0
+    merged = _stats(torch.cat([_routing(seed=seed)[0] for seed in (0, 1)]))
+    assert load_placement(tmp_path / "p.json").order == place(merged, num_ranks=4).order
+    assert main([*command, "2"]) == 2
+    assert "p.json exists" in capsys.readouterr().err
+    (tmp_path / "p.json").unlink()
+    assert main([*command, "5"]) == 2
+    assert "16 do not divide into 5" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    stats = _stats(_routing()[0])
+    with pytest.raises(ValueError, match="16 do not divide into 3"):
+        place(stats, num_ranks=3)
+    with pytest.raises(ValueError, match=r"at least 1; got 0\.5"):
+        place(stats, num_ranks=2, max_imbalance=0.5)
+    for bound in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"--max-imbalance must be a finite number; got {bound}"):
+            place(stats, num_ranks=2, max_imbalance=bound)
+    placement = place(stats, num_ranks=2)
+    with pytest.raises(ValueError, match="once"):
+        dataclasses.replace(placement, order=((0,) * 16,))
+    with pytest.raises(ValueError, match="another model"):
+        placement.check_model("0" * 64, layers=(2,))
+    path = placement.save(tmp_path / "p.json")
+    with pytest.raises(FileNotFoundError, match="place"):
+        load_placement(tmp_path / "none.json")
+    for text in (
+        "{",
+        "[]",
+        json.dumps({"format": "other"}),
+        path.read_text().replace("order", "x"),
+        path.read_text().replace("1.1", "NaN"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"p\.json"):
+            load_placement(path)
+
+
+def test_placement_rejects_experts_that_do_not_divide():
+    with pytest.raises(ValueError, match="do not divide"):
+        Placement(
+            num_experts=3, num_ranks=2, layers=(1,), order=((0, 1, 2),), model="", method="load", max_imbalance=1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("num_experts", ("16", 16.0, True, None, 0, -16, 10**15, 10**30)),
+        ("num_ranks", ("2", 2.5, None, 0, -2, 10**15)),
+        ("layers", (1, None, "1", [1.0], ["1"], [None], [0], [2, 1], [[1]], {})),
+        ("order", (1, None, [1], ["0123456789abcdef"], [[*range(15), "15"]], [[[0]] * 16], [{}])),
+        ("model", (None, 1, [])),
+        ("method", (None, {})),
+        ("max_imbalance", ("1.1", None, [1.1])),
+    ],
+)
+def test_a_field_of_another_type_is_refused_with_the_file(field, values, tmp_path):
+    path = place(_stats(_routing()[0]), num_ranks=2).save(tmp_path / "p.json")
+    stored = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps(stored | {field: value}))
+        with pytest.raises(ValueError, match=rf"p\.json.*({field.rstrip('s')}|do not divide)"):
+            load_placement(path)

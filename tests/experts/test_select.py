@@ -1,0 +1,126 @@
+"""Choosing experts: by score, layer by layer, at random, within a bound; and how many a size is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support import experts
+
+from emo_megatron.experts.select import (
+    SCORES,
+    MaxRise,
+    keep_for_budget,
+    parse_keep,
+    select_by_stats,
+    select_layerwise,
+    select_random,
+    select_top,
+    smallest_within,
+)
+from emo_megatron.finite import NotFiniteError
+
+PAPER = dataclasses.replace(experts.FACTS, num_experts=127, top_k=7)
+
+
+def test_the_best_are_kept_and_ties_go_to_the_lower_index():
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    assert select_top(scores, keep=2).tolist() == [[False, True, False, True], [True, True, False, False]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_rank_nothing(value):
+    scores = torch.rand(3, 8)
+    scores[1, 6] = value
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(NotFiniteError, match=f"expert 6 has {value} in row 2 of 3"):
+            select_top(scores.to(dtype), keep=2)
+
+
+def test_random_choices_are_seeded_and_differ_by_layer():
+    masks = select_random(num_layers=6, num_experts=32, keep=8, seed=3)
+    assert masks.sum(-1).tolist() == [8] * 6
+    assert torch.equal(masks, select_random(num_layers=6, num_experts=32, keep=8, seed=3))
+    assert not torch.equal(masks, select_random(num_layers=6, num_experts=32, keep=8, seed=4))
+    assert not torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "routed"), [("128", 127), ("16", 15), ("12.5%", 15), ("25%", 31), ("100%", 127), ("8", 7), (" 6.4 % ", 7)]
+)
+def test_keep_counts_the_shared_expert_as_the_paper_does(text, routed):
+    assert parse_keep(text, PAPER) == routed
+
+
+@pytest.mark.parametrize("text", ["7", "129", "5%", "101%", "-3", "nan%", "inf%", "half", ""])
+def test_a_size_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match="--keep must"):
+        parse_keep(text, PAPER)
+
+
+def test_a_budget_is_used_up_and_not_exceeded():
+    # 3 layers of 1,000 parameters an expert, 50,000 elsewhere, 2 bytes each: 106 kB for one expert a layer
+    facts = experts.FACTS
+    assert keep_for_budget(0.112, facts, bytes_per_parameter=2) == 2
+    assert keep_for_budget(0.1179, facts, bytes_per_parameter=2) == 2
+    assert keep_for_budget(0.118, facts, bytes_per_parameter=2) == 3
+    assert keep_for_budget(0.236, facts, bytes_per_parameter=4) == 3
+    assert keep_for_budget(50, facts, bytes_per_parameter=2) == 8
+    with pytest.raises(ValueError, match=r"--budget-mb must be 0\.1 or more.*got 0\.05"):
+        keep_for_budget(0.05, facts, bytes_per_parameter=2)
+    # numbers that are finite and whose products are not
+    assert keep_for_budget(1e308, facts, bytes_per_parameter=2) == 8
+    with pytest.raises(ValueError, match="--budget-mb must"):
+        keep_for_budget(1e308, facts, bytes_per_parameter=1e308)
+
+
+def test_every_method_ranks_by_its_own_score():
+    stats = experts.statistics()
+    best = {m: select_by_stats(stats, method=m, keep=1)[0].nonzero().tolist() for m in SCORES}
+    # of the first layer of the made-up model: more used, the higher; longer outputs, the lower
+    assert best == {"mean_prob": [[7]], "frequency": [[7]], "easy_ep": [[0]], "reap": [[0]]}
+    with pytest.raises(ValueError, match="mean_prob, frequency, easy_ep, reap; got layerwise"):
+        select_by_stats(stats, method="layerwise", keep=1)
+
+
+def test_layerwise_measures_each_layer_with_the_earlier_ones_reduced():
+    model = experts.MadeUpModel()
+    mask = select_layerwise(model, experts.documents(3), keep=2)
+    assert mask.sum(-1).tolist() == [2, 2, 2]
+    seen = [torch.tensor(allowed) for _, allowed in model.seen]
+    assert len(seen) == 3
+    for place, allowed in enumerate(seen):
+        assert torch.equal(allowed[:place], mask[:place])
+        assert allowed[place:].all()
+    # and it is another choice than one pass makes
+    one_pass = model.statistics(experts.documents(3).tokens, outputs=False)
+    assert not torch.equal(mask, select_by_stats(one_pass, method="mean_prob", keep=2))
+
+
+@pytest.mark.parametrize(("text", "full", "highest"), [("0.05", 2.0, 2.05), ("1%", 2.0, 2.02), ("0", 3.0, 3.0)])
+def test_a_bound_is_nats_or_a_share(text, full, highest):
+    assert MaxRise.parse(text).highest(full) == pytest.approx(highest)
+
+
+@pytest.mark.parametrize("text", ["", "-1%", "a bit", "nan", "nan%", "inf", "-inf%", "1e999%"])
+def test_a_bound_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="--max-rise must"):
+        MaxRise.parse(text)
+
+
+@pytest.mark.parametrize("smallest", range(2, 9))
+def test_bisection_finds_the_smallest_module_within_the_bound(smallest):
+    facts = dataclasses.replace(experts.FACTS, top_k=2)
+    model = experts.MadeUpModel(lambda kept: 2.0 if kept >= smallest else 3.0, facts=facts)
+    chosen = []
+
+    def choose(keep):
+        chosen.append(keep)
+        return select_random(num_layers=3, num_experts=8, keep=keep, seed=0)
+
+    found = smallest_within(model, experts.documents(2), choose=choose, bound=MaxRise.parse("0.5"))
+    assert found.keep_mask_LE.sum(-1).tolist() == [smallest] * 3
+    assert found.full_loss == 2.0
+    assert found.tried == {keep: (2.0 if keep >= smallest else 3.0) for keep in sorted({*chosen, 8})}
+    assert len(chosen) <= 3

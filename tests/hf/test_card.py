@@ -1,0 +1,151 @@
+"""emo_megatron.hf.card: a card states the origin, the Selection and what was measured, and loads as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import decoder
+
+from emo_megatron.experts.selection import Selection
+from emo_megatron.hf.card import Origin, Parity, model_card
+from emo_megatron.hf.measured import MeasuredLoss, measured_domains, read_retention
+
+SELECTION = Selection(
+    num_experts=32,
+    experts=((0, 3, 5, 7, 11, 30), (1, 2, 8, 9, 20, 31)),
+    layers=(1, 2),
+    method="mean_prob",
+    seed=None,
+    model="ab" * 32,
+    data={"calibration": [{"file": "french.jsonl", "documents": 40, "tokens": 8192}]},
+)
+ORIGIN = Origin(name="emo", iteration=800, samples=12800, seq_length=256, pools={"pool_min": 6})
+
+OWN = MeasuredLoss(
+    text="french", chosen_for="french", method="mean_prob", kept=6, loss=3.375, full_loss=3.25, random_loss=4.5
+)
+
+
+def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> dict[str, Any]:
+    return {"domain": domain, "evaluated_on": evaluated_on, "num_experts_kept": kept, "method": method, "loss": loss}
+
+
+ROWS = [
+    row("french", "french", 32, "full", 3.25),
+    row("python", "python", 32, "full", 2.0),
+    row("french", "french", 6, "mean_prob", 3.375),
+    row("french", "python", 6, "mean_prob", 9.0),
+    row("french", "french", 6, "random", 4.5),
+    row("french", "french", 12, "mean_prob", 3.3),
+]
+
+
+def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None:
+    from huggingface_hub import ModelCard
+
+    card = model_card(
+        decoder.architecture(num_layers=2),
+        model_type="qwen2_moe",
+        dtype="float32",
+        origin=ORIGIN,
+        selection=SELECTION,
+        retention=[OWN],
+        parity=Parity(tokens=64, max_difference=2e-6, max_logit=3.0),
+    )
+    parsed = ModelCard(card)
+    assert parsed.data.library_name == "transformers"
+    assert "emo" in parsed.data.tags
+    for told in (
+        "checkpoint `emo`",
+        "800 iterations, 12,800 samples of 256 tokens (3,276,800 tokens)",
+        "(pool_min 6)",
+        "6 of 32 routed experts",
+        "keep-k 7 with the shared one counted",
+        "`mean_prob`",
+        "french.jsonl (40 documents, 8,192 tokens)",
+        "| 2 | 1 2 8 9 20 31 |",
+        "the parent limited to the experts that `mean_prob` chose",
+        "| french | french | 6 | 3.375 | 3.250 | +0.125 | 4.500 |",
+        "largest difference of a logit 2.0e-06 over 64 tokens",
+    ):
+        assert told in card, told
+
+
+def test_the_card_hides_nothing_that_was_not_done() -> None:
+    card = model_card(decoder.architecture(), model_type="emo", dtype="bfloat16", origin=Origin(name="x", pools={}))
+    assert "No retention was measured" in card
+    assert "were not compared" in card
+    assert "Trained as a standard mixture of experts" in card
+    assert "modeling_emo.py" in card
+
+
+def test_active_parameters_are_those_a_token_meets() -> None:
+    model = decoder.architecture(num_layers=1, num_experts=10, top_k=2)
+    card = model_card(model, model_type="emo", dtype="float32", origin=Origin(name="x", pools={}))
+    attention, expert, rest = 4 * 32 * 32, 3 * 12 * 32, 2 * 80 * 32 + 10 * 32 + 3 * 32
+    total = attention + 11 * expert + rest
+    assert f"{total:,} parameters, {total - 8 * expert:,} of them active" in card
+
+
+def test_measured_rows_are_the_modules_own(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({str(i): row for i, row in enumerate(ROWS)}))
+    own, other = read_retention(file, kept=6, chosen_for="french")
+    assert own == OWN
+    assert (other.text, other.chosen_for, other.loss, other.full_loss) == ("python", "french", 9.0, 2.0)
+    assert [(r.text, r.kept) for r in read_retention(file)] == [("french", 6), ("french", 12)]
+    assert measured_domains(file) == {"french", "python"}
+
+
+def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> None:
+    card = model_card(
+        decoder.architecture(num_layers=2),
+        model_type="qwen2_moe",
+        dtype="float32",
+        origin=Origin(name="x", pools={}, is_module=True),
+        selection=SELECTION,
+    )
+    assert "standard mixture" not in card
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "null", '"3.2"'])
+@pytest.mark.parametrize("place", [0, len(ROWS) - 1])
+def test_a_loss_that_is_no_finite_number_is_told_of_no_model(place: int, value: str, tmp_path: Path) -> None:
+    rows = [dict(row) for row in ROWS]
+    rows[place]["loss"] = "HERE"
+    (tmp_path / "rows.json").write_text(json.dumps(rows).replace('"HERE"', value))
+    for read in (read_retention, measured_domains):
+        with pytest.raises(ValueError, match=rf"rows\.json.*(row {place + 1}: |\[{place}\]\.)loss "):
+            read(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not readable JSON"),
+        ('[{"loss": 3}]', "row 1 lacks domain"),
+        (json.dumps(ROWS), "no row of a module of 5 routed experts for any domain .*french, python"),
+    ],
+)
+def test_a_file_that_says_nothing_of_the_module_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_retention(tmp_path / "rows.json", kept=5)
+
+
+@pytest.mark.parametrize("dense_layers", [(), (0,)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_card_names_the_engines_that_run_the_model_and_what_they_cast(
+    dense_layers: tuple[int, ...], dtype: str
+) -> None:
+    dense = {"dense_layers": dense_layers, "dense_hidden": 32} if dense_layers else {}
+    model = decoder.architecture(num_layers=2, **dense)
+    card = model_card(model, model_type="qwen2_moe", dtype=dtype, origin=Origin(name="x", pools={}))
+    assert "vLLM 0.32.0" in card
+    # SGLang reads no mlp_only_layers
+    assert ("mlp_only_layers" in card) == bool(dense_layers)
+    assert ("SGLang run this model" in card) == (not dense_layers)
+    assert ("--dtype float32" in card) == (dtype == "float32")

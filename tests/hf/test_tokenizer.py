@@ -1,0 +1,89 @@
+"""emo_megatron.hf.tokenizer: carried along whole, readable by transformers 4, refused where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support import words
+
+from emo_megatron.hf.tokenizer import Tokenizer
+
+
+def test_a_tokenizer_is_carried_along(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = words.write_tokenizer(tmp_path / "source")
+    tokenizer = Tokenizer(source)
+    assert len(tokenizer) == 40
+    assert tokenizer.ids == {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    tokenizer.check(vocab_size=40)
+    tokenizer.save(tmp_path / "out")
+    text = "experts route the document"
+    before, after = (AutoTokenizer.from_pretrained(p) for p in (source, tmp_path / "out"))
+    assert after(text)["input_ids"] == before(text)["input_ids"] == [4, 5, 2, 6]
+    assert after.eos_token == "<|endoftext|>"
+
+
+def test_transformers_4_knows_the_class_that_is_written(tmp_path: Path) -> None:
+    Tokenizer(words.write_tokenizer(tmp_path / "source")).save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_vocabulary_without_rows_for_it_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(words.write_tokenizer(tmp_path / "source"))
+    with pytest.raises(ValueError, match=r"40 tokens and the model's embedding 39 rows.*--tokenizer"):
+        tokenizer.check(vocab_size=39)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no tokenizer.*--tokenizer"):
+        Tokenizer(tmp_path)
+
+
+DAMAGE = {
+    "tokenizer.json": ('{"version": ', "[]", '{"version": "1.0"}', "version https://git-lfs"),
+    "tokenizer_config.json": ("{", "[]", "version https://git-lfs"),
+    "special_tokens_map.json": ("{",),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_tokenizer_is_one_line_with_its_file(tmp_path: Path, name: str, content: str) -> None:
+    folder = words.write_tokenizer(tmp_path / "source")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))) as error:
+        Tokenizer(folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "NoSuch"])
+def test_a_vocabulary_that_is_missing_is_no_empty_one(tmp_path: Path, kind: str) -> None:
+    folder = words.write_tokenizer(tmp_path / "source")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=str(folder)):
+        Tokenizer(folder)
+
+
+def test_code_of_a_folder_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
+    folder = words.write_tokenizer(tmp_path / "source")
+    own = {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["own.X", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match=str(folder)):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", words.SPECIAL)
+def test_a_document_has_one_end_and_nothing_in_front(tmp_path: Path, name: str) -> None:
+    tokenizer = Tokenizer(words.write_tokenizer(tmp_path / "source", **words.SPECIAL[name]))
+    end = [] if name in ("no end", "nothing") else [0]
+    assert tokenizer.end == (end[0] if end else None)
+    assert tokenizer.encode("the pool") == [2, 7, *end]
+    assert tokenizer.encode("") == end
+    assert not tokenizer.has_text(tokenizer.encode(""))
+    assert tokenizer.has_text(tokenizer.encode("unheard"))
