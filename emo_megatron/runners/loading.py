@@ -13,7 +13,6 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +40,6 @@ OTHER_SOURCES = (
 LONGEST_WORDS = 400
 """Characters of what Megatron says: it may list every tensor."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model in evaluation.
-
-    Attributes:
-        model: this pipeline stage, unwrapped.
-        args: Megatron's flags.
-    """
-
-    model: torch.nn.Module
-    args: argparse.Namespace
 
 
 def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
@@ -88,17 +74,20 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
 def load_model(
     checkpoint: MegatronCheckpoint,
     *,
-    add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+    add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = lambda parser: parser,
     check: Callable[[argparse.Namespace], None] = lambda args: None,
     flags: Sequence[str] = (),
-) -> LoadedModel:
+) -> tuple[torch.nn.Module, argparse.Namespace]:
     """Start Megatron with this process's arguments and load a model.
 
     Args:
         checkpoint: of `checkpoint_in`.
-        add_args: adds the command's own flags to Megatron's parser.
+        add_args: adds flags of the caller's own to Megatron's parser.
         check: raises ValueError for flags that cannot be; called before anything is built.
         flags: more of Megatron's flags, which the command line's win over.
+
+    Returns:
+        This pipeline stage, unwrapped, in evaluation; and Megatron's flags.
 
     Raises:
         ValueError: the checkpoint lacks its run's flags, the model cannot be run so, or it is not what was loaded.
@@ -140,7 +129,7 @@ def load_model(
         raise ValueError("a model is run without interleaving; drop the virtual pipeline's flags")
     model = unwrap_model(chunks[0]).eval()
     check_routers(model, checkpoint)
-    return LoadedModel(model=model, args=args)
+    return model, args
 
 
 @contextlib.contextmanager

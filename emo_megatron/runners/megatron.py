@@ -6,6 +6,7 @@ Shapes: L MoE layers of the whole model, E routed experts.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from emo_megatron.experts.calibration import Row, empty_row, pack_rows
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.mcore.layer import PoolMoELayer
-from emo_megatron.runners.base import Loss, Setting, check_nats, statistics_of
+from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
 from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs
 from emo_megatron.runners.model_weights import check_weights
 
@@ -35,7 +36,6 @@ class MegatronStudy:
         facts: of the whole model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
-        weights: `mark_of` the checkpoint.
         megatron: more of Megatron's flags, which the user gave.
 
     Raises:
@@ -44,14 +44,7 @@ class MegatronStudy:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        facts: ModelFacts,
-        seq_length: int,
-        rows_at_once: int,
-        weights: str,
-        megatron: str = "",
+        self, model: torch.nn.Module, *, facts: ModelFacts, seq_length: int, rows_at_once: int, megatron: str = ""
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
             raise NotImplementedError("experts are studied without context parallelism; drop --context-parallel-size")
@@ -62,7 +55,9 @@ class MegatronStudy:
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         parameter = next(model.parameters())
         self._device = parameter.device
-        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron)
+        self.setting = Setting(
+            weights=_digest(model), seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron
+        )
 
     @property
     def is_writer(self) -> bool:
@@ -191,6 +186,19 @@ class MegatronStudy:
             total[self.facts.layers.index(number)] = tensor.double()
         dist.all_reduce(total, group=dist.group.WORLD)
         return total.cpu()
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """16 hex digits of the weights of all ranks; another layout has others."""
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, f"{place} {digest_of(model.named_parameters())}")
+    # data-parallel ranks hold the same
+    return hashlib.sha256("\n".join(sorted(set(found))).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
