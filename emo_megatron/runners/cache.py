@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,7 @@ class Cache:
         """Keep an answer that JSON holds."""
         # the question is for people who look
         stored = to_json({"question": question, "answer": answer, "sha256": _digest(answer)}, indent=1)
-        with self._writing(self._path(question, "json")) as unfinished:
-            unfinished.write_text(stored, encoding="utf-8")
+        self._keep(self._path(question, "json"), lambda path: path.write_text(stored, encoding="utf-8"))
 
     def get_statistics(self, question: dict[str, Any]) -> ExpertStatistics | None:
         """The statistics that were taken, perhaps of the first documents only, or None."""
@@ -94,23 +93,20 @@ class Cache:
 
     def put_statistics(self, question: dict[str, Any], statistics: ExpertStatistics) -> None:
         """Keep statistics in the place of earlier ones."""
-        with self._writing(self._path(question, "safetensors")) as unfinished:
-            statistics.save(unfinished)
+        self._keep(self._path(question, "safetensors"), statistics.save)
         self.put(question, statistics.digest())
 
     def _path(self, question: dict[str, Any], suffix: str) -> Path:
         return self._folder / f"{_digest(question)[:32]}.{suffix}"
 
-    @contextlib.contextmanager
-    def _writing(self, path: Path) -> Iterator[Path]:
-        """Give a name to write under that no other process has."""
+    def _keep(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write an entry under a name that no other process has, and give it its own when it is whole."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as own:
                 unfinished = Path(own) / path.name
-                yield unfinished
-                size = unfinished.stat().st_size
-                self._make_room(size)
+                write(unfinished)
+                self._make_room(unfinished.stat().st_size)
                 unfinished.replace(path)
         except OSError as error:
             if not self._is_told:
@@ -171,8 +167,9 @@ class Measured:
 
     def __init__(self, model: StudiedModel, cache: Cache) -> None:
         self.model, self._cache = model, cache
-        self.facts, self.is_writer = model.facts, model.is_writer
-        self._setting = asdict(model.setting) | {"routers": model.facts.fingerprint, "version": __version__}
+        self.facts, self.setting, self.is_writer = model.facts, model.setting, model.is_writer
+        self.from_writer = model.from_writer
+        self._setting = asdict(self.setting) | {"routers": model.facts.fingerprint, "version": __version__}
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
         """Mean loss on documents, see StudiedModel."""
@@ -183,7 +180,7 @@ class Measured:
         return Loss(**self.remember(self._question("loss", documents, allowed_LE), find))
 
     def kept_experts(self, documents: Documents, *, allowed_LE: Tensor, place: int, keep: int) -> list[int]:
-        """The `keep` likeliest experts of MoE layer `place`, ascending, where the model has the allowed experts only."""
+        """The likeliest experts of MoE layer number `place`, ascending, where the model has the allowed ones only."""
 
         def find() -> list[int]:
             taken = self.model.statistics(documents.tokens, outputs=False, allowed_LE=allowed_LE)
@@ -197,7 +194,7 @@ class Measured:
     def statistics(self, documents: Documents, *, outputs: bool) -> ExpertStatistics:
         """What the experts do on documents, see StudiedModel; kept as it comes, so that an interrupted pass goes on."""
         question = self._question("statistics", documents, None) | {"outputs": outputs}
-        total = self.model.from_writer(lambda: self._cache.get_statistics(question))
+        total = self.from_writer(lambda: self._cache.get_statistics(question))
         done = 0 if total is None else total.num_documents
         with tqdm(
             total=len(documents.tokens),
@@ -215,11 +212,11 @@ class Measured:
                 if self.is_writer:
                     self._cache.put_statistics(question, total)
         assert total is not None, "there is a document at least"
-        return total.of(documents.source | asdict(self.model.setting))
+        return total.of(documents.source | asdict(self.setting))
 
     def remember(self, question: dict[str, Any], find: Callable[[], Any]) -> Any:
         """The kept answer to a question, or what `find` finds: anything but None that JSON holds as it is."""
-        answer = self.model.from_writer(lambda: self._cache.get(question))
+        answer = self.from_writer(lambda: self._cache.get(question))
         if answer is None:
             answer = find()
             if self.is_writer:

@@ -1,9 +1,9 @@
 """Run a command again in processes of its own: Megatron starts once per process, and wants one for every GPU.
 
-The user calls one command. It calls itself with the same options, alone or under torchrun; each of these processes knows
-by `is_rank` that it is to do the work. A job around the command does not matter: its variables are not inherited.
-This module is also torchrun for them, because torchrun itself ends with 1, whatever its ranks ended with, after a page of
-report:
+The user calls one command. It calls itself with the same options, alone or under torchrun; each of these processes
+knows by `is_rank` that it is to do the work. A job around the command does not matter: its variables are not inherited.
+This module is also torchrun for them, because torchrun itself ends with 1, whatever its ranks ended with, after a page
+of report:
 
     python -m emo_megatron.runners.launch --standalone --nproc-per-node 4 -m emo_megatron select ...
 """

@@ -5,6 +5,7 @@ Shapes: L MoE layers in model order, E routed experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.select import LAYERWISE, METHODS, RANDOM, select_by_stats, select_random
+from emo_megatron.experts.stats import ExpertStatistics
 from emo_megatron.runners.cache import Measured
 from emo_megatron.runners.search import select_layerwise
 
@@ -140,21 +142,25 @@ def measure_rows(
     """
     total = model.facts.num_experts
     outputs = any(METHODS[row.method].needs_outputs for row in rows if row.method != FULL)
-    chosen: dict[tuple[str, str, int], Tensor] = {}
 
-    def experts(row: Condition) -> Tensor | None:
+    @functools.cache
+    def statistics(domain: str) -> ExpertStatistics:
+        return model.statistics(calibration[domain], outputs=outputs)
+
+    @functools.cache
+    def experts(domain: str, method: str, keep: int) -> Tensor | None:
         """[L, E] bool; None: all."""
-        if row.method == FULL:
+        if method == FULL:
             return None
-        # random experts are the same for every domain
-        module = (row.method, "" if row.method == RANDOM else row.domain, row.num_kept)
-        if module not in chosen:
-            chosen[module] = _choose(model, row, calibration, outputs=outputs, seed=seed)
-        return chosen[module]
+        if method == RANDOM:
+            return select_random(num_layers=len(model.facts.layers), num_experts=total, keep=keep, seed=seed)
+        if method == LAYERWISE:
+            return select_layerwise(model, calibration[domain], keep=keep)
+        return select_by_stats(statistics(domain), method=method, keep=keep)
 
     measured = []
     for row in tqdm(rows, desc="retention", unit="row", disable=None if model.is_writer else True):
-        loss = model.loss(held_out[row.evaluated_on], allowed_LE=experts(row))
+        loss = model.loss(held_out[row.evaluated_on], allowed_LE=experts(row.domain, row.method, row.num_kept))
         measured.append(
             {
                 "domain": row.domain,
@@ -167,16 +173,3 @@ def measure_rows(
             }
         )
     return measured
-
-
-def _choose(
-    model: Measured, row: Condition, calibration: Mapping[str, Documents], *, outputs: bool, seed: int
-) -> Tensor:
-    """[L, E] bool, the experts of a module."""
-    facts = model.facts
-    if row.method == RANDOM:
-        return select_random(num_layers=len(facts.layers), num_experts=facts.num_experts, keep=row.num_kept, seed=seed)
-    if row.method == LAYERWISE:
-        return select_layerwise(model, calibration[row.domain], keep=row.num_kept)
-    stats = model.statistics(calibration[row.domain], outputs=outputs)
-    return select_by_stats(stats, method=row.method, keep=row.num_kept)
