@@ -100,18 +100,14 @@ def test_what_a_rank_fails_of_otherwise_keeps_its_traceback(monkeypatch):
 
 
 PATHS = {name: Path(name).absolute() for name in ("checkpoint", "data", "held_out", "output")}
+FEW = {name: PATHS[name] for name in ("checkpoint", "data", "output")}
 SOME = {"megatron": "--bf16 --seed 3", "processes": 4, "expert_parallel": 2, "no_cache": True, "shots": 2}
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        (
-            "stats",
-            stats_command.Options(
-                **{name: PATHS[name] for name in ("checkpoint", "data", "output")}, outputs=True, **SOME
-            ),
-        ),
+        ("stats", stats_command.Options(**FEW, outputs=True, **SOME)),
         ("select", select.Options(**PATHS, method="layerwise", max_rise="-0%", tokens=5, **SOME)),
         ("select", select.Options(stats=(Path("/a b"), Path("/c")), budget_mb=1e-3, output=Path("/o"))),
         ("retention", retention.Options(**PATHS, keep=(), cross=(), name="--name", elsewhere=0, **SOME)),
