@@ -21,7 +21,7 @@ import tyro
 from safetensors.torch import save_file
 from support import checkpoints, words
 
-from emo_megatron.commands.retention_options import RetentionOptions
+from emo_megatron.commands import retention
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
 
@@ -124,7 +124,7 @@ def test_commands_of_the_retention_page_are_commands():
     for command in commands:
         words_of = shlex.split(command)
         assert words_of[:4] == ["python", "-m", "emo_megatron", "retention"]
-        options = tyro.cli(RetentionOptions, args=words_of[4:])
+        options = tyro.cli(retention.Options, args=words_of[4:])
         assert options.keep
     assert options.beside == ()
     assert (ROOT / "docs" / "retention_methods.png").is_file()

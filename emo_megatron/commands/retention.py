@@ -9,7 +9,7 @@ from typing import Any
 
 from emo_megatron import __version__
 from emo_megatron.commands.options import DataOptions, check_least
-from emo_megatron.experts.calibration import Calibration
+from emo_megatron.experts.calibration import Calibration, Documents
 from emo_megatron.experts.select import RANDOM, MaxRise, check_method, parse_keep, size_of
 from emo_megatron.files import must_be_writable, whole
 from emo_megatron.json_files import read_own, to_json
@@ -17,7 +17,8 @@ from emo_megatron.report.retention_methods import cliffs_table, find_cliffs, ful
 from emo_megatron.report.retention_methods_figure import plot_methods
 from emo_megatron.report.retention_rows import RetentionRow, load_rows, rows_of, save_rows
 from emo_megatron.runners import launch
-from emo_megatron.runners.retention import conditions, domain_files, measure_rows
+from emo_megatron.runners.cache import Measured
+from emo_megatron.runners.retention import Condition, conditions, domain_files, measure_rows
 
 FORMAT = "emo_megatron.rows.1"
 
@@ -100,8 +101,8 @@ def run(options: Options) -> Path:
     return output
 
 
-def _measure(options: Options) -> None:
-    """Write rows.json: what `report.rows_of` reads, and what it was measured on."""
+def prepare(options: Options) -> tuple[Measured, list[Condition], dict[str, Documents], dict[str, Documents]]:
+    """Open the model and the documents: what `measure_rows` takes."""
     files = domain_files(options.data, options.held_out)
     model, read = options.open(options.checkpoint, texts=[path for pair in files.values() for path in pair])
     facts = model.facts
@@ -115,7 +116,13 @@ def _measure(options: Options) -> None:
         elsewhere=options.elsewhere,
     )
     calibration = {name: read(data, options.calibration) for name, (data, _) in files.items()}
-    held_out = {name: read(text, Calibration(num_tokens=options.held_out_tokens)) for name, (_, text) in files.items()}
+    chosen = Calibration(num_tokens=options.held_out_tokens)
+    return model, rows, calibration, {name: read(text, chosen) for name, (_, text) in files.items()}
+
+
+def _measure(options: Options) -> None:
+    """Write rows.json: what `report.rows_of` reads, and what it was measured on."""
+    model, rows, calibration, held_out = prepare(options)
     path = options.output / "rows.json"
     texts = {name: documents.source["sha256"] for name, documents in held_out.items()}
     origin = {"weights": model.setting.weights, "held_out": texts}

@@ -109,9 +109,10 @@ def test_an_interrupted_select_goes_on_on_every_rank(ranks, tmp_path):
     answers = ranks(2).run(studies.interrupted_select, folder=str(tmp_path), layout=layout)
     for answer in answers:
         assert answer["is same"]
+        assert answer["stopped"] == 5
         assert answer["again"] == answer["whole"] - 5 > 0
     assert (tmp_path / "s.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "whole.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "s.json", "whole.json"]
 
 
 @pytest.mark.parametrize("allowed", [None, KEPT], ids=["all", "some"])
