@@ -14,7 +14,6 @@ from emo_megatron.hf.folder import HuggingFaceFolder
 from emo_megatron.hf.measured import read_retention
 from emo_megatron.json_files import read_json
 from emo_megatron.report.retention_rows import load_rows
-from emo_megatron.runners.retention import read_rows
 
 NOT_JSON = {
     "empty": b"",
@@ -45,7 +44,6 @@ def hugging_face(path: Path) -> object:
 READERS = {
     "selection": load_selection,
     "placement": load_placement,
-    "rows as measured": read_rows,
     "rows of the report": load_rows,
     "rows for the card": read_retention,
     "corpus": corpus,
@@ -129,7 +127,6 @@ def test_a_row_of_other_types_is_told_with_its_place(field, value, tmp_path):
     for name, reader, rows, place in (
         ("report.json", load_rows, [report, report | {field: value}], "row 2"),
         ("list.json", read_retention, [ROW, ROW | {field: value}], "row 2"),
-        ("rows.json", read_rows, {"a|b": ROW, "c|d": ROW | {field: value}}, r"c\|d"),
     ):
         (tmp_path / name).write_text(json.dumps(rows))
         with pytest.raises(ValueError, match=rf"{name}, {place}: {field} must be"):
