@@ -17,8 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from emo_megatron.checkpoint.metadata import facts_of
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.mcore.source import check_routers_when_started, loaded_by_megatron
 

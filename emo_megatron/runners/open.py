@@ -82,7 +82,7 @@ def open_study[T: ModelOptions](
     # the last of a flag counts: what the command line says of the tokenizer is done with
     sys.argv += null_flags(vocab_size=checkpoint.args.padded_vocab_size)
     loaded = load_model(checkpoint, add_args=add_args)
-    from emo_megatron.checkpoint.metadata import facts_of
+    from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.runners.megatron import MegatronStudy
 
     seq_length = options.seq_length or min(loaded.args.seq_length, LONGEST_ROW)

@@ -17,8 +17,7 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
-    from emo_megatron.checkpoint.metadata import facts_of
-    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
     from emo_megatron.commands.extract import ExtractOptions, extract
     from emo_megatron.commands.import_ import ImportOptions, import_folder
     from emo_megatron.experts.placement import place

@@ -18,8 +18,7 @@ import torch
 from fuzz import inputs
 from support import decoder
 
-from emo_megatron.checkpoint.metadata import facts_of
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
 from emo_megatron.commands.retention_options import RetentionOptions
 from emo_megatron.config import load_pool_config
 from emo_megatron.demo.corpus import describe, prepare_corpus
