@@ -327,7 +327,7 @@ def _iteration_folder(path: Path) -> Path:
     if config is None and (folder / ".metadata").exists():
         raise ValueError(
             f"{folder} is not a torch_dist checkpoint: one of Megatron-FSDP (--ckpt-format fsdp_dtensor) becomes one "
-            f"with python -m emo_megatron.mcore.fsdp --checkpoint {path} --output NEW_FOLDER"
+            f"with python -m emo_megatron.checkpoint.fsdp --checkpoint {path} --output NEW_FOLDER"
         )
     if config is None or config.sharded_backend != "torch_dist":
         raise ValueError(

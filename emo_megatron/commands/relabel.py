@@ -11,12 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from emo_megatron.checkpoint.names import ROUTER, is_of_experts, split_name
+from emo_megatron.checkpoint.names import is_of_experts, split_name
 from emo_megatron.checkpoint.parts import open_parent
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.source import check_placement
 from emo_megatron.checkpoint.writer import LazyWeight, write_checkpoint
-from emo_megatron.experts.placement import Placement, load_placement
-from emo_megatron.experts.selection import router_fingerprint
+from emo_megatron.experts.placement import load_placement
 from emo_megatron.files import must_not_exist
 
 PLACEMENT_FILE = "placement.json"
@@ -66,29 +65,6 @@ def relabel(options: RelabelOptions) -> Path:
         for name, info in parent.names.items()
     }
     return write_checkpoint(options.output, weights, args=parent.args, notes={PLACEMENT_FILE: placement.save})
-
-
-def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
-    """Refuse a placement of another model, and a model whose experts' numbers mean something.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
-    args = parent.args
-    routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
-    try:
-        placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
-    except ValueError as error:
-        raise ValueError(f"{parent.path}: {error}") from None
-    for name, most, why in (
-        ("pool_forced", 0, "the last experts are in every pool"),
-        ("moe_router_num_groups", 1, "experts are routed in groups of neighbours"),
-    ):
-        if (getattr(args, name, None) or 0) > most:
-            raise ValueError(
-                f"the run was trained with --{name.replace('_', '-')} {getattr(args, name)}: {why}, and other numbers "
-                "would make another model of it"
-            )
 
 
 Options, run = RelabelOptions, relabel

@@ -14,9 +14,9 @@ import torch
 from support import checkpoints
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.source import check_router, loaded_by_megatron, run_with
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.mcore import cpu
-from emo_megatron.mcore.source import check_router, loaded_by_megatron, run_with
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.runners.layout import check_layout, check_rows
 from emo_megatron.runners.loading import OTHER_SOURCES, _balance_nothing, checkpoint_in, megatron_refusals

@@ -1,6 +1,6 @@
 """Write the weights of a Megatron-FSDP checkpoint (--ckpt-format fsdp_dtensor) as torch_dist, which the commands read.
 
-    python -m emo_megatron.mcore.fsdp --checkpoint RUN --output NEW_FOLDER
+    python -m emo_megatron.checkpoint.fsdp --checkpoint RUN --output NEW_FOLDER
 
 Megatron itself converts in the other direction only. Such a checkpoint has the modules' own names, every expert alone
 and the halves of gated projections apart. It needs no GPU and no process group.

@@ -19,6 +19,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from emo_megatron.checkpoint.names import ROUTER
 from emo_megatron.checkpoint.reader import RELEASE, TRACKER, MegatronCheckpoint, tracked_folder
+from emo_megatron.experts.placement import Placement
+from emo_megatron.experts.selection import router_fingerprint
 from emo_megatron.finite import check_weight
 
 
@@ -109,3 +111,26 @@ def check_routers_when_started(model: Any, checkpoint: MegatronCheckpoint) -> No
         check_routers(model, checkpoint)
 
     first_forward = model.register_forward_pre_hook(check)
+
+
+def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
+    """Refuse a placement of another model, and a model whose experts' numbers mean something.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    args = parent.args
+    routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
+    try:
+        placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
+    except ValueError as error:
+        raise ValueError(f"{parent.path}: {error}") from None
+    for name, most, why in (
+        ("pool_forced", 0, "the last experts are in every pool"),
+        ("moe_router_num_groups", 1, "experts are routed in groups of neighbours"),
+    ):
+        if (getattr(args, name, None) or 0) > most:
+            raise ValueError(
+                f"the run was trained with --{name.replace('_', '-')} {getattr(args, name)}: {why}, and other numbers "
+                "would make another model of it"
+            )
