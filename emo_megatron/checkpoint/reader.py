@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from emo_megatron.checkpoint.names import ROUTER, Piece, in_order, pieces_of
 from emo_megatron.experts.selection import router_fingerprint
@@ -137,14 +137,6 @@ class MegatronCheckpoint:
         """`router_fingerprint` of the model."""
         return router_fingerprint(self.read(f"decoder.layers.{layer - 1}.{ROUTER}weight") for layer in self.moe_layers)
 
-    def layer_view(self, number: int) -> LayerView:
-        """The weights of one layer, counted from 1, by the rest of their names."""
-        prefix = f"decoder.layers.{number - 1}."
-        names = {n.removeprefix(prefix): i for n, i in self.names.items() if n.startswith(prefix)}
-        if not names:
-            raise ValueError(f"{self.path} has no layer {number}")
-        return LayerView(checkpoint=self, number=number, names=names)
-
     def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
         """A weight, or a part of it along its first axis, as indexing with `index` gives it.
 
@@ -197,24 +189,6 @@ class MegatronCheckpoint:
         for file, items in files.items():
             with reading(self.path / file):
                 self._reader.read_data(LoadPlan(items), plan).wait()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """One layer of a checkpoint.
-
-    Attributes:
-        number: from 1.
-        names: its weights without `decoder.layers.N.`; of experts [E, ...].
-    """
-
-    checkpoint: MegatronCheckpoint
-    number: int
-    names: dict[str, TensorInfo]
-
-    def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
-        """As `MegatronCheckpoint.read`."""
-        return self.checkpoint.read(f"decoder.layers.{self.number - 1}.{name}", index)
 
 
 class _Plan(DefaultLoadPlanner):
@@ -278,7 +252,7 @@ def _iteration_folder(path: Path) -> Path:
     if config is None and (folder / ".metadata").exists():
         raise ValueError(
             f"{folder} is not a torch_dist checkpoint: one of Megatron-FSDP (--ckpt-format fsdp_dtensor) becomes one "
-            f"with python -m emo_megatron.mcore.fsdp --checkpoint {path} --output NEW_FOLDER"
+            f"with python -m emo_megatron.checkpoint.fsdp --checkpoint {path} --output NEW_FOLDER"
         )
     if config is None or config.sharded_backend != "torch_dist":
         raise ValueError(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.checkpoint.edit import CheckpointEdit, open_parent
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.experts.placement import Placement, load_placement
+from emo_megatron.checkpoint.source import check_placement
+from emo_megatron.experts.placement import load_placement
 from emo_megatron.files import must_not_exist
 
 PLACEMENT_FILE = "placement.json"
@@ -37,21 +37,3 @@ def run(options: Options) -> Path:
     check_placement(parent, placement=placement)
     edit = CheckpointEdit(parent=parent, experts=placement.by_layer)
     return edit.write(options.output, notes={PLACEMENT_FILE: placement.save})
-
-
-def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
-    """Refuse a placement of another model, and a model whose experts' numbers mean something."""
-    args = parent.args
-    try:
-        placement.check_model(parent.fingerprint, layers=parent.moe_layers)
-    except ValueError as error:
-        raise ValueError(f"{parent.path}: {error}") from None
-    for name, most, why in (
-        ("pool_forced", 0, "the last experts are in every pool"),
-        ("moe_router_num_groups", 1, "experts are routed in groups of neighbours"),
-    ):
-        if (getattr(args, name, None) or 0) > most:
-            raise ValueError(
-                f"the run was trained with --{name.replace('_', '-')} {getattr(args, name)}: {why}, and other numbers "
-                "would make another model of it"
-            )
