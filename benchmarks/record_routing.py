@@ -49,7 +49,7 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     model, _ = load_model(
         checkpoint, flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
     )
-    from emo_megatron.checkpoint.metadata import facts_of
+    from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.runners.megatron import MegatronStudy
 

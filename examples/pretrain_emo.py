@@ -23,11 +23,10 @@ from emo_megatron.mcore import restart, train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
 from emo_megatron.mcore.builder import BUILDER  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
-from emo_megatron.mcore.finetune import add_finetune_args, freeze_hook  # noqa: E402
 from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
-from emo_megatron.mcore.placement import add_placement_args, placement_hook  # noqa: E402
 from emo_megatron.mcore.resume import check_resume  # noqa: E402
 from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
+from emo_megatron.runners.start import add_start_args, start_hooks  # noqa: E402
 
 
 def main() -> None:
@@ -41,7 +40,7 @@ def main() -> None:
 def prepare() -> tuple[Any, ...]:
     """The flags, the pools and the model they describe; an error if this run cannot be."""
     args = parse_and_validate_args(
-        extra_args_provider=lambda parser: add_placement_args(add_finetune_args(add_pool_args(parser))),
+        extra_args_provider=lambda parser: add_start_args(add_pool_args(parser)),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     train.pack_conversations(args)
@@ -53,7 +52,7 @@ def prepare() -> tuple[Any, ...]:
     model.builder = BUILDER
     train.let_lengths_vary(args, model.transformer)
     train.prepare_prediction(args)
-    model.pre_wrap_hooks += filter(None, (freeze_hook(args), placement_hook(args)))
+    model.pre_wrap_hooks += start_hooks(args)
     return args, pool, model
 
 

@@ -104,7 +104,7 @@ def put_in_place(layers: str) -> type:
 
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.mcore.router import PoolRouter
-    from emo_megatron.mcore.unsupported import DEDUP_REFUSALS, problems_of
+    from emo_megatron.mcore.unsupported import DEDUP, problems_of
 
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     stock = moe_layer.MoELayer
@@ -130,7 +130,7 @@ def put_in_place(layers: str) -> type:
             pool = PoolConfig()
             if layers == "full-pools":
                 pool = PoolConfig(pool_min=config.num_moe_experts)
-            if layers == "dedup" and not problems_of(DEDUP_REFUSALS, config, pool):
+            if layers == "dedup" and not problems_of(DEDUP, config):
                 pool = PoolConfig(pool_dispatcher="dedup")
             if submodules.router is router.TopKRouter:
                 pool_router = functools.partial(HostRouter, pool=pool)

@@ -77,11 +77,11 @@ def _training(job: Job, known: set[Path]) -> Path:
     from megatron.training.arguments import add_megatron_arguments
 
     from emo_megatron.mcore.args import add_pool_args
-    from emo_megatron.mcore.finetune import add_finetune_args
+    from emo_megatron.runners.start import add_start_args
 
     (script,) = [i for i, part in enumerate(job.command) if part.endswith("pretrain_emo.py")]
     arguments = job.command[script + 1 :]
-    parser = add_finetune_args(add_pool_args(add_megatron_arguments(argparse.ArgumentParser())))
+    parser = add_start_args(add_pool_args(add_megatron_arguments(argparse.ArgumentParser())))
     args = parser.parse_args(arguments)
     # two steps, of which one warms up
     assert (args.train_iters, args.lr_warmup_iters) == (2, 1)

@@ -20,37 +20,27 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.training.config.instantiate_utils import target_allowlist
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.long_context_flags import equal_lengths_flag, problems_with_exchange, problems_with_prediction
+from emo_megatron.mcore.combinations import (
+    equal_lengths_flag,
+    problems_with_config,
+    problems_with_exchange,
+    problems_with_prediction,
+)
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec import with_pools
-from emo_megatron.mcore.unsupported import Refusal, problems_of, problems_with_config
+from emo_megatron.mcore.unsupported import only, problems_of
 
 # Hugging Face weights: how the gate lies on tensor-parallel ranks, as Bridge says it of Megatron's router
 AutoMapping.register_module_type(PoolRouter.__name__, "replicated")
 
 POOL_FIELDS = tuple(field.name for field in dataclasses.fields(PoolConfig))
 
-BRIDGE_REFUSALS = (
-    Refusal(
-        field="moe_n_hash_layers",
-        allowed=(0, None),
-        kind="untried",
-        reason="megatron-core 0.19 has no layers that choose experts by a token's hash",
-    ),
-    Refusal(
-        field="enable_hyper_connections",
-        allowed=(False, None),
-        kind="untried",
-        reason="megatron-core 0.19 has no hyper-connections",
-    ),
-    Refusal(
-        field="hybrid_context_parallel",
-        allowed=(False,),
-        kind="untried",
-        reason="its batches are cut differently on every rank",
-    ),
+UNSUPPORTED = (
+    only("moe_n_hash_layers", 0, None, why="megatron-core 0.19 has no layers that choose by a hash", is_untried=True),
+    only("enable_hyper_connections", False, None, why="megatron-core 0.19 has no hyper-connections", is_untried=True),
+    only("hybrid_context_parallel", False, why="its batches are cut differently on every rank", is_untried=True),
 )
-"""Rows on a provider of Bridge."""
+"""On a provider of Bridge."""
 
 
 class Pooled:
@@ -168,7 +158,7 @@ def require_possible(model: Any) -> None:
         ValueError: naming every field that is wrong.
     """
     pool = model.pool_config()
-    problems = problems_of(BRIDGE_REFUSALS, model, pool) + problems_with_config(pool, model)
+    problems = problems_of(UNSUPPORTED, model) + problems_with_config(pool, model)
     problems += _problems_with_layout(model, pool)
     if problems:
         raise ValueError(

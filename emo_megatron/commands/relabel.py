@@ -5,18 +5,12 @@ python -m emo_megatron relabel --checkpoint runs/emo --placement ep8.json --outp
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from emo_megatron.checkpoint.names import ROUTER, is_of_experts, split_name
-from emo_megatron.checkpoint.parts import open_parent
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.checkpoint.writer import LazyWeight, write_checkpoint
-from emo_megatron.experts.placement import Placement, load_placement
-from emo_megatron.experts.selection import router_fingerprint
+from emo_megatron.checkpoint.edit import CheckpointEdit, open_parent
+from emo_megatron.checkpoint.source import check_placement
+from emo_megatron.experts.placement import load_placement
 from emo_megatron.files import must_not_exist
 
 PLACEMENT_FILE = "placement.json"
@@ -24,7 +18,7 @@ PLACEMENT_FILE = "placement.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelabelOptions:
+class Options:
     """Put a Megatron checkpoint's experts in the order of a placement; every dispatcher then finds them there."""
 
     checkpoint: Path
@@ -35,60 +29,11 @@ class RelabelOptions:
     """Folder to write, for Megatron's --load; must not exist. It also gets the placement."""
 
 
-def relabel(options: RelabelOptions) -> Path:
-    """Write the relabelled checkpoint: weights only, a fresh optimizer, iteration 0.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: the placement is of another model, or experts' numbers mean something to this one; the checkpoint
-            is damaged; the output exists.
-    """
+def run(options: Options) -> Path:
+    """Write the relabelled checkpoint: weights only, a fresh optimizer, iteration 0."""
     must_not_exist(options.output)
     placement = load_placement(options.placement)
-    parent = open_parent(options.checkpoint, None)
+    parent = open_parent(options.checkpoint)
     check_placement(parent, placement=placement)
-    order = dict(zip(placement.layers, placement.order, strict=True))
-
-    def rows(name: str, start: int, stop: int) -> Tensor:
-        if not is_of_experts(name):
-            return parent.read(name, slice(start, stop))
-        return parent.read(name, order[split_name(name)[0]][start:stop])
-
-    weights = {
-        name: LazyWeight(
-            shape=info.shape,
-            dtype=info.dtype,
-            rows=functools.partial(rows, name),
-            experts=order[split_name(name)[0]] if is_of_experts(name) else (),
-        )
-        for name, info in parent.names.items()
-    }
-    return write_checkpoint(options.output, weights, args=parent.args, notes={PLACEMENT_FILE: placement.save})
-
-
-def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
-    """Refuse a placement of another model, and a model whose experts' numbers mean something.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
-    args = parent.args
-    routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
-    try:
-        placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
-    except ValueError as error:
-        raise ValueError(f"{parent.path}: {error}") from None
-    for name, most, why in (
-        ("pool_forced", 0, "the last experts are in every pool"),
-        ("moe_router_num_groups", 1, "experts are routed in groups of neighbours"),
-    ):
-        if (getattr(args, name, None) or 0) > most:
-            raise ValueError(
-                f"the run was trained with --{name.replace('_', '-')} {getattr(args, name)}: {why}, and other numbers "
-                "would make another model of it"
-            )
-
-
-Options, run = RelabelOptions, relabel
+    edit = CheckpointEdit(parent=parent, experts=placement.by_layer)
+    return edit.write(options.output, notes={PLACEMENT_FILE: placement.save})

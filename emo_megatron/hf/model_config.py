@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from emo_megatron.checkpoint.model_flags import BALANCE_LOSSES, megatron_parser, model_flags, stored_flags
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.config import PoolConfig
 from emo_megatron.hf.architecture import Architecture
 from emo_megatron.hf.mapping import FUSED_NORM, NormPlace
 from emo_megatron.mcore.args import add_pool_args
-from emo_megatron.mcore.model_flags import BALANCE_LOSSES, megatron_parser, model_flags, stored_flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

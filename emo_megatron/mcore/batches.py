@@ -21,7 +21,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
-from emo_megatron.mcore.long_context_flags import are_for_routers, is_padded
+from emo_megatron.mcore.combinations import are_for_routers, is_padded
 from emo_megatron.mcore.padding import (
     Packing,
     cut_by_document,

@@ -10,20 +10,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises ValueError, where argparse prints a page of usage and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        """See the class."""
-        refuse(message)
-
-
-def refuse(message: str) -> NoReturn:
-    """For the `error` of a parser that is there already."""
-    raise ValueError(message)
+from typing import Any
 
 
 def prefixed(prefix: str) -> Callable[[str], str]:

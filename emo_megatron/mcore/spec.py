@@ -25,12 +25,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from emo_megatron.config import PoolConfig, load_pool_config
 from emo_megatron.mcore.args import check_run
+from emo_megatron.mcore.combinations import problems_with_config
 from emo_megatron.mcore.compat import require_megatron, training_args
 from emo_megatron.mcore.hybrid_spec import local_stack_spec
 from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.mtp import pool_mtp_block
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
-from emo_megatron.mcore.unsupported import HOST_REFUSALS, problems_with_config
+from emo_megatron.mcore.unsupported import HOST
 
 
 def with_pools[
@@ -304,7 +305,7 @@ def _prepare_script(config: TransformerConfig) -> PoolConfig:
     if args is not None:
         from emo_megatron.mcore.pipeline import let_shapes_travel
 
-        check_run(pool, config, args, refusals=HOST_REFUSALS)
+        check_run(pool, config, args, rows=HOST)
         let_shapes_travel(config)
     has_documents = args is None or args.dataloader_inter_document_masking
     install_metrics(pool, config, has_documents=has_documents)

@@ -1,293 +1,164 @@
-"""What the pool layers and `pretrain_emo.py` refuse, and why: one table, one row a host option.
+"""Options of a host that this package does not support, and why: one class, one table, one or two lines a row.
 
-The pool router replaces TopKRouter.routing(), so every option that lives in it must be honoured or refused here.
+The pool router replaces TopKRouter.routing(), so every option that lives in it must be honoured or stand here. Nothing
+here loads Megatron: conversions to other formats describe what they cannot express by the same class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
-from emo_megatron.config import PoolConfig, flag
-from emo_megatron.mcore.routing_flags import problems_with_routing
+from emo_megatron.config import flag as flag_of
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """One host option: the values that are allowed, and why the others are not."""
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """One option of a host: the values that are supported, and why the others are not."""
 
     field: str
-    """Attribute of TransformerConfig or of the parsed flags."""
+    """Attribute or key of the values that are looked at."""
     allowed: tuple[Any, ...]
-    kind: Literal["impossible", "untried"]
-    """impossible: it would not be the method, or not the run that the flags describe. untried: nobody has built it, or
-    run it."""
     reason: str
+    _: KW_ONLY
     flag: str | None = None
-    """Command-line flag, where it is not the field's name."""
+    """How messages name it, where that is not made of the field's name."""
+    is_untried: bool = False
+    """Nobody has built it, or run it. Otherwise it is impossible: it would not be the method, or not the run that the
+    flags describe."""
     only_with_pools: bool = False
     """Whether the option is fine for the standard MoE."""
-    only_in_attention: bool = False
-    """Whether the option is fine with --pool-documents routers."""
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` is allowed; a list is if each of its items is."""
+        """Whether `value` is allowed; a list is if it has items and each of them is."""
         if isinstance(value, list | tuple) and value not in self.allowed:
-            return all(self.allows(item) for item in value)
+            return bool(value) and all(self.allows(item) for item in value)
         return value in self.allowed
 
-    def message(self, value: Any) -> str:
+    def must(self) -> str:
+        """The allowed values in words."""
+        words = [repr(value) for value in self.allowed if value is not None]
+        return " or ".join(words + ["not given"] * (None in self.allowed))
+
+    def message(self, value: Any, *, name_of: Callable[[str], str] = flag_of) -> str:
         """What must hold, what came, why."""
-        name = self.flag or flag(self.field)
-        allowed = " or ".join(repr(a) for a in self.allowed if a is not None) or "not given"
-        if None in self.allowed and allowed != "not given":
-            allowed += " or not given"
-        untried = " (untried)" if self.kind == "untried" else ""
-        return f"{name} must be {allowed}; got {value!r}: {self.reason}{untried}"
+        untried = " (untried)" if self.is_untried else ""
+        return f"{self.flag or name_of(self.field)} must be {self.must()}; got {value!r}: {self.reason}{untried}"
 
 
-CONFIG_REFUSALS = (
-    Refusal(
-        field="moe_router_load_balancing_type",
-        allowed=("global_aux_loss", "aux_loss", "seq_aux_loss", "none"),
-        kind="impossible",
-        reason="it is no loss but another choice of experts, which this router does not make",
+def problems_of(
+    rows: Iterable[Unsupported], values: Any, *, has_pools: bool = True, name_of: Callable[[str], str] = flag_of
+) -> list[str]:
+    """The rows that `values` breaks, one sentence each.
+
+    Args:
+        rows: looked at in this order.
+        values: an object with attributes, or a map; an option that it does not have is passed over.
+        has_pools: whether rows that are fine for the standard MoE count.
+        name_of: a field -> its name in messages.
+    """
+    rows = tuple(rows)
+    if not isinstance(values, Mapping):
+        values = {row.field: getattr(values, row.field) for row in rows if hasattr(values, row.field)}
+    return [
+        row.message(values[row.field], name_of=name_of)
+        for row in rows
+        if row.field in values and (has_pools or not row.only_with_pools) and not row.allows(values[row.field])
+    ]
+
+
+def only(field: str, *allowed: Any, why: str, **options: Any) -> Unsupported:
+    """A row of a table."""
+    return Unsupported(field, allowed, why, **options)
+
+
+MODEL = (
+    only(
+        *("moe_router_load_balancing_type", "global_aux_loss", "aux_loss", "seq_aux_loss", "none"),
+        why="it is no loss but another choice of experts, which this router does not make",
     ),
-    Refusal(
-        field="moe_router_dtype",
-        allowed=("fp32",),
-        only_with_pools=True,
-        kind="impossible",
-        reason="in lower precision experts tie at the edge of the pool and of the top-k; add --moe-router-dtype fp32",
+    only("moe_router_dtype", "fp32", why="experts tie at the edge of the pool in less precision", only_with_pools=True),
+    only(
+        *("moe_router_score_function", "softmax", "sigmoid", "sqrtsoftplus"),
+        why="other scores are not built inside a pool",
+        is_untried=True,
     ),
-    Refusal(
-        field="moe_router_score_function",
-        allowed=("softmax", "sigmoid", "sqrtsoftplus"),
-        kind="untried",
-        reason="other scores are not built inside a pool",
-    ),
-    Refusal(
-        field="moe_router_topk_limited_devices",
-        allowed=(None, 0),
-        kind="impossible",
-        reason="its groups are the expert-parallel ranks, so that the model would depend on the layout; use "
-        "--moe-router-num-groups and --moe-router-group-topk",
-    ),
-    Refusal(
-        field="moe_router_force_load_balancing",
-        allowed=(False,),
-        only_with_pools=True,
-        kind="impossible",
-        reason="random logits would choose the pools; it is for benchmarks of the standard MoE",
-    ),
-    Refusal(
-        field="moe_router_force_biased",
-        allowed=(None,),
-        only_with_pools=True,
-        kind="impossible",
-        reason="random biases would choose the pools; it is for benchmarks of the standard MoE",
-    ),
-    Refusal(
-        field="moe_enable_routing_replay",
-        allowed=(False,),
-        kind="impossible",
-        reason="replay records the stock router's choice, which is not made here",
-    ),
-    Refusal(
-        field="moe_expert_capacity_factor",
-        allowed=(None,),
-        kind="impossible",
-        reason="pools are dropless: a dropped token would change its document's experts",
-    ),
-    Refusal(
-        field="mlp_chunks_for_training",
-        allowed=(1,),
-        kind="untried",
-        reason="a chunk of a micro-batch that knows its documents is not built",
-    ),
-    Refusal(
-        field="cuda_graph_impl",
-        allowed=("none",),
-        kind="untried",
-        reason="graphs that take the documents of each micro-batch are not built",
-    ),
-    Refusal(
-        field="transformer_impl",
-        allowed=("local", "transformer_engine"),
-        kind="impossible",
-        reason="inference-optimised layers have a router of their own",
-    ),
+    only("moe_router_topk_limited_devices", None, 0, why="it depends on the layout; use --moe-router-group-topk"),
+    only("moe_router_force_load_balancing", False, why="random logits would choose the pools", only_with_pools=True),
+    only("moe_router_force_biased", None, why="random biases would choose the pools", only_with_pools=True),
+    only("moe_enable_routing_replay", False, why="it records the stock router's choice, which is not made here"),
+    only("moe_expert_capacity_factor", None, why="a dropped token would change its document's experts"),
+    only("mlp_chunks_for_training", 1, why="a chunk of a micro-batch does not know its documents", is_untried=True),
+    only("cuda_graph_impl", "none", why="no graph takes the documents of each micro-batch", is_untried=True),
+    only("transformer_impl", "local", "transformer_engine", why="inference-optimised layers have their own router"),
 )
-"""Rows on Megatron's TransformerConfig; they hold wherever the pool layers are built."""
+"""On Megatron's TransformerConfig; they hold wherever the pool layers are built."""
 
-DEDUP_REFUSALS = (
-    Refusal(
-        field="moe_token_dispatcher_type",
-        allowed=("alltoall",),
-        kind="impossible",
-        reason="--pool-dispatcher dedup takes its place",
-    ),
-    Refusal(
-        field="moe_shared_expert_overlap",
-        allowed=(False,),
-        kind="untried",
-        reason="shared experts run before the tokens leave; Megatron's alltoall overlaps them",
-    ),
-    Refusal(
-        field="moe_expert_rank_capacity_factor",
-        allowed=(None,),
-        kind="impossible",
-        reason="it bounds the buffers of HybridEP and NCCL EP; this dispatcher sizes its own by what is sent",
-    ),
-    Refusal(
-        field="overlap_dispatch_backward_with_experts_wgrad",
-        allowed=(False,),
-        kind="untried",
-        reason="it has not been tried with it",
-    ),
+DEDUP = (
+    only("moe_token_dispatcher_type", "alltoall", why="--pool-dispatcher dedup takes its place"),
+    only("moe_shared_expert_overlap", False, why="shared experts run before the tokens leave", is_untried=True),
+    only("moe_expert_rank_capacity_factor", None, why="it bounds HybridEP's buffers; these are as large as needed"),
+    only("overlap_dispatch_backward_with_experts_wgrad", False, why="it has not been tried with it", is_untried=True),
 )
-"""Rows on Megatron's TransformerConfig for runs with --pool-dispatcher dedup."""
+"""On Megatron's TransformerConfig in runs with --pool-dispatcher dedup."""
+
+SELECTION = (
+    only("train_only", "experts", why="the other weights have no experts of their own"),
+    only("mtp_num_layers", None, 0, why="a Selection names experts of the decoder's layers alone"),
+    only("no_save_optim", True, why="Megatron stores the optimizer's state of all experts of a layer or of none"),
+    only("expert_placement", None, why="it changes the numbers of experts; relabel, and make the Selection of that"),
+)
+"""On the parsed flags of runs with --train-selection."""
 
 _NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use relabel"
 _SCALES = "quantised experts have scales of their own, which do not change places; use relabel"
-
-PLACEMENT_REFUSALS = (
-    Refusal(
-        field="train_selection",
-        allowed=(None,),
-        kind="impossible",
-        reason="a Selection names experts by the numbers that the placement changes; use relabel and make the "
-        "Selection of its checkpoint",
-    ),
-    Refusal(
-        field="mtp_num_layers",
-        allowed=(None, 0),
-        kind="untried",
-        reason="a placement has no order for experts of multi-token prediction",
-    ),
-    Refusal(
-        field="pool_forced",
-        allowed=(0,),
-        kind="impossible",
-        reason="the last experts are in every pool, and other experts would come last",
-    ),
-    Refusal(field="use_torch_fsdp2", allowed=(False,), kind="impossible", reason=_NOT_LOADED),
-    Refusal(field="use_megatron_fsdp", allowed=(False,), kind="impossible", reason=_NOT_LOADED),
-    Refusal(field="fp8", flag="--fp8-format", allowed=(None,), kind="impossible", reason=_SCALES),
-    Refusal(field="fp4", flag="--fp4-format", allowed=(None,), kind="impossible", reason=_SCALES),
-    Refusal(
-        field="load_main_params_from_ckpt",
-        allowed=(False,),
-        kind="impossible",
-        reason="the optimizer would step from weights in the old order",
-    ),
+PLACEMENT = (
+    only("mtp_num_layers", None, 0, why="no placement orders experts of multi-token prediction", is_untried=True),
+    only("pool_forced", 0, why="the last experts are in every pool, and other experts would come last"),
+    only("use_torch_fsdp2", False, why=_NOT_LOADED),
+    only("use_megatron_fsdp", False, why=_NOT_LOADED),
+    only("fp8", None, why=_SCALES, flag="--fp8-format"),
+    only("fp4", None, why=_SCALES, flag="--fp4-format"),
+    only("load_main_params_from_ckpt", False, why="the optimizer would step from weights in the old order"),
 )
-"""Rows on the parsed flags for runs with --expert-placement."""
+"""On the parsed flags of runs with --expert-placement."""
 
-SCRIPT_REFUSALS = (
-    Refusal(field="fim_data", allowed=(False,), kind="untried", reason="fill-in-the-middle has its own dataset"),
-    Refusal(
-        field="logits_load_dir",
-        allowed=(None,),
-        kind="untried",
-        reason="distillation from stored logits is not built into this script",
-    ),
-    Refusal(
-        field="spec",
-        allowed=(None,),
-        kind="impossible",
-        reason="this script builds the pool spec itself; --spec is for pretrain_gpt.py",
-    ),
-    Refusal(
-        field="hybrid_context_parallel",
-        allowed=(False,),
-        kind="untried",
-        reason="its batches are cut differently on every rank",
-    ),
-    Refusal(
-        field="heterogeneous_layers_config_path",
-        allowed=(None,),
-        kind="untried",
-        reason="heterogeneous layers are built by another spec",
-    ),
-    Refusal(
-        field="reset_attention_mask",
-        allowed=(False,),
-        kind="impossible",
-        reason="attention already keeps to documents with --dataloader-inter-document-masking",
-    ),
+_BOTH_SCRIPTS = (
+    only("fim_data", False, why="fill-in-the-middle has its own dataset", is_untried=True),
+    only("hybrid_context_parallel", False, why="its batches are cut differently on every rank", is_untried=True),
+    only("heterogeneous_layers_config_path", None, why="heterogeneous layers have another spec", is_untried=True),
+    only("reset_attention_mask", False, why="--dataloader-inter-document-masking keeps attention to documents already"),
 )
-"""Rows on the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
-
-_STAGES = (
-    "Megatron's scripts build their datasets on the first and the last stage only, and the routers of every stage need "
-    "document boundaries; use examples/pretrain_emo.py"
+SCRIPT = (
+    *_BOTH_SCRIPTS,
+    only("logits_load_dir", None, why="distillation from stored logits is not built into this script", is_untried=True),
+    only("spec", None, why="this script builds the pool spec itself; --spec is for pretrain_gpt.py"),
 )
+"""On the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
 
-HOST_REFUSALS = (
-    Refusal(
-        field="context_parallel_size",
-        allowed=(1,),
-        kind="impossible",
-        reason="Megatron's scripts cut packed samples as packed attention does not take them "
-        "(NVIDIA/Megatron-LM issue 6156); use examples/pretrain_emo.py",
-    ),
-    Refusal(
-        field="pipeline_model_parallel_size", allowed=(1, 2), only_with_pools=True, kind="impossible", reason=_STAGES
-    ),
-    Refusal(
-        field="virtual_pipeline_model_parallel_size",
-        flag="virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, "
-        "--num-virtual-stages-per-pipeline-rank, --pipeline-model-parallel-layout, | in --hybrid-layer-pattern)",
-        allowed=(None,),
-        only_with_pools=True,
-        kind="impossible",
-        reason=_STAGES,
-    ),
-    Refusal(
-        field="overlap_moe_expert_parallel_comm",
-        allowed=(False,),
-        only_with_pools=True,
-        kind="impossible",
-        reason="Megatron's scripts plan a micro-batch without its document boundaries; use examples/pretrain_emo.py",
-    ),
-    Refusal(
-        field="sft",
-        allowed=(False,),
-        only_with_pools=True,
-        kind="impossible",
-        reason="Megatron's scripts count padding to the last conversation, where it would have a vote in the pool; use "
-        "examples/pretrain_emo.py",
-    ),
-    *(
-        row
-        for row in SCRIPT_REFUSALS
-        if row.field
-        in {"fim_data", "hybrid_context_parallel", "heterogeneous_layers_config_path", "reset_attention_mask"}
-    ),
+CONVERSATIONS = (
+    only("context_parallel_size", 1, why="with --sft it pads between conversations, and routers are not told where"),
+    only("tokenizer_type", "SFTTokenizer", why="it reads the conversations of --sft"),
+    only("mock_data", False, why="there are no made-up conversations for --sft"),
+    only("reset_position_ids", False, why="with --sft positions restart with every conversation as it is"),
 )
-"""Rows on the parsed flags of Megatron's own scripts: what these cannot do, and what would not be the pools' there."""
+"""On the parsed flags of pretrain_emo.py with --sft; Megatron's dataset would fail on most at the first sample."""
 
-
-def problems_with_config(pool: PoolConfig, config: TransformerConfig) -> list[str]:
-    """What a model of this configuration cannot do with the pool layers, one sentence each."""
-    if not config.num_moe_experts:
-        return ["--num-experts must be given: the pool layers are mixture-of-experts layers"]
-    problems = pool.problems_with_model(num_experts=config.num_moe_experts, top_k=config.moe_router_topk)
-    rows = CONFIG_REFUSALS + (DEDUP_REFUSALS if pool.pool_dispatcher == "dedup" else ())
-    return problems + problems_with_routing(pool, config) + problems_of(rows, config, pool)
-
-
-def problems_of(refusals: Sequence[Refusal], values: Any, pool: PoolConfig) -> list[str]:
-    """The rows that `values` breaks, one sentence each; rows on options this host does not have are passed over."""
-    return [
-        refusal.message(getattr(values, refusal.field))
-        for refusal in refusals
-        if hasattr(values, refusal.field)
-        and (pool.is_on or not refusal.only_with_pools)
-        and (pool.pool_documents == "attention" or not refusal.only_in_attention)
-        and not refusal.allows(getattr(values, refusal.field))
-    ]
+_USE_OURS = "use examples/pretrain_emo.py"
+_STAGES = f"Megatron's scripts give documents to the first and the last stage only; {_USE_OURS}"
+_UNPLANNED = f"Megatron's scripts plan a micro-batch without its documents; {_USE_OURS}"
+_PADDING_VOTES = f"Megatron's scripts count padding to the last conversation, and it would vote; {_USE_OURS}"
+_VIRTUAL = (
+    "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
+    "--pipeline-model-parallel-layout, | in --hybrid-layer-pattern)"
+)
+HOST = (
+    *_BOTH_SCRIPTS,
+    only("context_parallel_size", 1, why=f"Megatron's scripts cut whole samples (Megatron-LM issue 6156); {_USE_OURS}"),
+    only("pipeline_model_parallel_size", 1, 2, why=_STAGES, only_with_pools=True),
+    only("virtual_pipeline_model_parallel_size", None, why=_STAGES, flag=_VIRTUAL, only_with_pools=True),
+    only("overlap_moe_expert_parallel_comm", False, why=_UNPLANNED, only_with_pools=True),
+    only("sft", False, why=_PADDING_VOTES, only_with_pools=True),
+)
+"""On the parsed flags of Megatron's own scripts: what these cannot do, and what would not be the pools' there."""

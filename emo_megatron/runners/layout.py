@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from emo_megatron.mcore.flags import OneLineParser
+from emo_megatron.checkpoint.model_flags import OneLineParser
 
 if TYPE_CHECKING:
     # it imports Megatron, which the CPU's stand-ins must precede

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from emo_megatron.checkpoint.model_flags import OneLineParser, refuse
 from emo_megatron.mcore import cpu
-from emo_megatron.mcore.flags import OneLineParser, refuse
 from emo_megatron.runners.layout import check_layout
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def load_model(
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from emo_megatron.checkpoint.model_flags import model_flags
+    from emo_megatron.checkpoint.source import check_routers, run_with
     from emo_megatron.config import PoolConfig
     from emo_megatron.mcore.args import check_run
     from emo_megatron.mcore.compat import use_compiled_index_builder
-    from emo_megatron.mcore.model_flags import model_flags
-    from emo_megatron.mcore.source import check_routers, run_with
     from emo_megatron.mcore.spec import pool_spec_builder
 
     check_layout(checkpoint, sys.argv[1:])
@@ -179,7 +179,7 @@ def _build(args: argparse.Namespace, config: Any) -> list[Any]:
 
 def _balance_nothing(args: argparse.Namespace) -> None:
     """Forget how training balanced the load, which a model that is only run does not depend on."""
-    from emo_megatron.mcore.model_flags import BALANCE_LOSSES
+    from emo_megatron.checkpoint.model_flags import BALANCE_LOSSES
 
     kinds = args.moe_router_load_balancing_type
     # what is no loss is another routing, which the pool router refuses with its reason

@@ -88,7 +88,7 @@ def open_megatron(
     sys.argv[1:] = [*flags, *null_flags(vocab_size=vocab_size)]
     model, args = load_model(stored)
     # they import Megatron, which its stand-ins for a CPU must precede
-    from emo_megatron.checkpoint.metadata import facts_of
+    from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.dataset import IndexedDocuments
     from emo_megatron.runners.megatron import MegatronStudy
 

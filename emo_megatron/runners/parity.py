@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
 from emo_megatron.checkpoint.names import is_of_experts, split_name
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.finite import NotFiniteError, check_weight, first_bad
@@ -33,7 +34,6 @@ from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
 from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 from emo_megatron.mcore import cpu
-from emo_megatron.mcore.model_flags import megatron_parser, model_flags
 from emo_megatron.runners.loading import megatron_refusals
 from emo_megatron.variables import as_no_other_job
 

@@ -71,7 +71,7 @@ def text_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: 
 def tokenizer_args(stored: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a run, with those of a command line about its tokenizer in their place."""
     # it imports Megatron, which the CPU's stand-ins must precede
-    from emo_megatron.mcore.model_flags import megatron_parser
+    from emo_megatron.checkpoint.model_flags import megatron_parser
 
     parser = megatron_parser()
     names = {

@@ -51,7 +51,7 @@ REFUSED = [
 @pytest.fixture(autouse=True, scope="module")
 def _imported() -> None:
     """What torch says when Megatron is first imported is not what a command says."""
-    importlib.import_module("emo_megatron.commands.merge")
+    importlib.import_module("emo_megatron.commands.compose")
 
 
 def test_every_command_that_writes_is_tested():

@@ -16,9 +16,8 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
-    from emo_megatron.checkpoint.metadata import facts_of
-    from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.extract import ExtractOptions, extract
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
+    from emo_megatron.commands import extract
     from emo_megatron.commands.import_ import ImportOptions, import_folder
     from emo_megatron.experts.placement import place
     from emo_megatron.experts.select import select_by_stats, selection_of
@@ -47,8 +46,8 @@ def write_inputs(folder: Path) -> Path:
         chosen = selection_of(mask_LE, facts, method="mean_prob", seed=0, data=data)
         chosen.save(folder / f"selection{keep}.json")
     place(stats, num_ranks=2).save(folder / "placement.json")
-    extract(
-        ExtractOptions(checkpoint=folder / "megatron", selection=folder / "selection3.json", output=folder / "module")
+    extract.run(
+        extract.Options(checkpoint=folder / "megatron", selection=folder / "selection3.json", output=folder / "module")
     )
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)

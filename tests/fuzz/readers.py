@@ -17,8 +17,7 @@ import torch
 from fuzz import inputs
 from support import decoder
 
-from emo_megatron.checkpoint.metadata import facts_of
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
 from emo_megatron.config import load_pool_config
 from emo_megatron.demo.corpus import describe, prepare_corpus
 from emo_megatron.experts.calibration import Calibration, load_documents

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
-from emo_megatron.mcore.finetune import TrainOnly, add_finetune_args, freeze_hook
+from emo_megatron.mcore.finetune import TrainOnly
 from emo_megatron.mcore.flags import flags_of
-from emo_megatron.mcore.placement import add_placement_args, placement_hook
+from emo_megatron.runners.start import add_start_args, start_hooks
 
 TRAINING = {
     "load": ("megatron", "missing", "qwen2_moe", None),
@@ -35,7 +35,7 @@ TRAINING = {
 def test_flags(inputs: int, valid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(valid)
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_placement_args(add_finetune_args(add_pool_args(parser)))
+    add_start_args(add_pool_args(parser))
     kinds = kinds_of(PoolConfig) | {
         "--train-only": TrainOnly,
         "--train-selection": Path,
@@ -60,8 +60,7 @@ def test_flags(inputs: int, valid: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             pool = pool_config_from_args(args)
             problems = pool.problems_with_model(num_experts=8, top_k=2)
             assert all("--" in problem for problem in problems)
-            freeze_hook(args)
-            placement_hook(args)
+            start_hooks(args)
         except (OSError, ValueError) as error:
             check_line(str(error), named=["--", *(v for a in argv for v in a.split("=", 1) if v)])
             return

@@ -234,6 +234,9 @@ def check_step(argv: list[str], reached: Reached) -> None:
     if not reached.args or not isinstance(reached.args[0], list):
         return
     command = [str(part) for part in reached.args[0]]
+    if "emo_megatron" not in command:
+        # env looks for a compiler
+        return
     options = options_of(argv[0])
     got, wanted = (
         tyro.cli(options, args=given, config=(tyro.conf.FlagCreatePairsOff,))

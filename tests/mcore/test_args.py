@@ -12,7 +12,8 @@ import pytest
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore import args as pool_args
-from emo_megatron.mcore.unsupported import CONFIG_REFUSALS, HOST_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore import combinations
+from emo_megatron.mcore.unsupported import HOST, MODEL, SCRIPT
 
 
 def _parse(*argv: str) -> argparse.Namespace:
@@ -67,8 +68,8 @@ def test_megatrons_own_scripts_plan_no_documents():
     pools = PoolConfig(pool_min=4)
     pool_args.check_run(pools, planned, planned)
     with pytest.raises(ValueError, match="--overlap-moe-expert-parallel-comm"):
-        pool_args.check_run(pools, planned, planned, refusals=HOST_REFUSALS)
-    pool_args.check_run(PoolConfig(), planned, planned, refusals=HOST_REFUSALS)
+        pool_args.check_run(pools, planned, planned, rows=HOST)
+    pool_args.check_run(PoolConfig(), planned, planned, rows=HOST)
 
 
 def test_conversations_go_with_what_their_dataset_takes():
@@ -77,7 +78,7 @@ def test_conversations_go_with_what_their_dataset_takes():
     fine = _host(**talk)
     pool_args.check_run(pools, fine, fine)
     with pytest.raises(ValueError, match="--sft must be False"):
-        pool_args.check_run(pools, fine, fine, refusals=HOST_REFUSALS)
+        pool_args.check_run(pools, fine, fine, rows=HOST)
     with pytest.raises(ValueError, match="--sft must not be given with --pool-documents routers"):
         pool_args.check_run(PoolConfig(pool_min=4, pool_documents="routers"), fine, fine)
     wrong = {"context_parallel_size": 2, "mock_data": True, "reset_position_ids": True}
@@ -93,7 +94,7 @@ def test_restarts_need_their_package():
     with pytest.raises(ValueError, match="--inprocess-restart needs"):
         pool_args.check_run(PoolConfig(), host, host)
     # Megatron's own scripts say what they do without it
-    pool_args.check_run(PoolConfig(), host, host, refusals=HOST_REFUSALS)
+    pool_args.check_run(PoolConfig(), host, host, rows=HOST)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +118,13 @@ def test_a_checkpoint_that_would_never_end_is_refused(change, flag):
     host = _host(**change)
     refused = pytest.raises(ValueError, match=f"{flag} .*--use-megatron-fsdp")
     outcome = refused if flag else contextlib.nullcontext()
-    with mock.patch.object(pool_args, "USING_PYTORCH_OPTIMIZER", is_torchs), outcome:
+    with mock.patch.object(combinations, "USING_PYTORCH_OPTIMIZER", is_torchs), outcome:
         pool_args.check_run(PoolConfig(), host, host)
 
 
 def _host(**overrides):
     """The attributes of a host configuration the refusals read, all allowed."""
-    allowed = {r.field: r.allowed[0] for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)}
+    allowed = {r.field: r.allowed[0] for r in (*MODEL, *SCRIPT)}
     allowed |= {
         "num_moe_experts": 32,
         "moe_router_topk": 2,
@@ -188,7 +189,7 @@ REFUSED = {
 
 
 def test_every_row_of_the_table_is_tested():
-    assert {r.field for r in (*CONFIG_REFUSALS, *SCRIPT_REFUSALS)} == set(REFUSED)
+    assert {r.field for r in (*MODEL, *SCRIPT)} == set(REFUSED)
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in REFUSED.items() for value in values])
@@ -339,17 +340,17 @@ def test_megatrons_own_scripts_cut_whole_samples():
     cut = _host(context_parallel_size=2, mtp_num_layers=1)
     pool_args.check_run(pools, cut, cut)
     with pytest.raises(ValueError, match="--context-parallel-size must be 1") as caught:
-        pool_args.check_run(pools, cut, cut, refusals=HOST_REFUSALS)
+        pool_args.check_run(pools, cut, cut, rows=HOST)
     assert str(caught.value).count("  - ") == 1, "multi-token prediction is fine"
     # packed samples of the standard model are cut as wrongly
     with pytest.raises(ValueError, match="--context-parallel-size must be 1"):
-        pool_args.check_run(PoolConfig(), cut, cut, refusals=HOST_REFUSALS)
+        pool_args.check_run(PoolConfig(), cut, cut, rows=HOST)
 
 
 def test_megatrons_own_scripts_have_no_positions_for_a_second_stage():
     host = _host(mtp_num_layers=1, position_embedding_type="learned_absolute", pipeline_model_parallel_size=2)
     with pytest.raises(ValueError, match="--position-embedding-type"):
-        pool_args.check_run(PoolConfig(pool_min=4), host, host, refusals=HOST_REFUSALS)
+        pool_args.check_run(PoolConfig(pool_min=4), host, host, rows=HOST)
 
 
 def test_megatrons_own_scripts_have_boundaries_on_two_stages():
@@ -358,9 +359,9 @@ def test_megatrons_own_scripts_have_boundaries_on_two_stages():
         host = _host(**stages)
         pool_args.check_run(pools, host, host)
         with pytest.raises(ValueError, match="pipeline"):
-            pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
+            pool_args.check_run(pools, host, host, rows=HOST)
     host = _host(pipeline_model_parallel_size=2)
-    pool_args.check_run(pools, host, host, refusals=HOST_REFUSALS)
+    pool_args.check_run(pools, host, host, rows=HOST)
 
 
 @pytest.mark.parametrize(
@@ -394,8 +395,8 @@ def test_the_rows_name_options_megatron_has(monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["pretrain"])
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    assert {r.field for r in CONFIG_REFUSALS} <= known
-    assert {r.field for r in SCRIPT_REFUSALS} <= set(vars(parse_args(ignore_unknown_args=True)))
+    assert {r.field for r in MODEL} <= known
+    assert {r.field for r in SCRIPT} <= set(vars(parse_args(ignore_unknown_args=True)))
 
 
 def _build_refused():

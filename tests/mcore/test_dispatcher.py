@@ -221,7 +221,7 @@ def test_refuses_what_it_cannot_do(option, value):
     from types import SimpleNamespace
 
     from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore.unsupported import problems_with_config
+    from emo_megatron.mcore.combinations import problems_with_config
 
     def problems(dispatcher):
         config = SimpleNamespace(num_moe_experts=8, moe_router_topk=2, **{option: value})

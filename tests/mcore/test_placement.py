@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 from support import checkpoints, pretraining
 from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.commands.relabel import RelabelOptions, relabel
-from emo_megatron.config import flag
-from emo_megatron.mcore.placement import placement_hook
-from emo_megatron.mcore.unsupported import PLACEMENT_REFUSALS
+from emo_megatron.commands import relabel
 
 LAYOUT = {"expert_model_parallel_size": 2}
 
@@ -26,14 +21,20 @@ def run(ranks, tmp_path_factory):
     return folder, placement_of(folder).save(folder.parent / "p.json")
 
 
+def _orders(file):
+    from emo_megatron.experts.placement import load_placement
+
+    placement = load_placement(file)
+    return dict(zip(placement.layers, placement.order, strict=True))
+
+
 def _weights(folder, placement=None):
     """This rank's weights after loading."""
-    from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.placement import place_when_loaded
 
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6)
     if placement is not None:
-        place_when_loaded(built, placement=load_placement(placement))
+        place_when_loaded(built, _orders(placement))
     checkpoints.load(folder, built)
     found = (*built.named_parameters(), *built.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in found}
@@ -42,7 +43,7 @@ def _weights(folder, placement=None):
 def test_loading_places_as_relabelling_does(ranks, run):
     folder, placement = run
     output = folder.parent / "relabelled"
-    relabel(RelabelOptions(checkpoint=folder, placement=placement, output=output))
+    relabel.run(relabel.Options(checkpoint=folder, placement=placement, output=output))
     placed = ranks(2).run(_weights, folder=str(folder), placement=placement)
     wanted = ranks(2).run(_weights, folder=str(output))
     before = ranks(2).run(_weights, folder=str(folder))
@@ -58,12 +59,11 @@ def test_loading_places_as_relabelling_does(ranks, run):
 
 def _wrong_loads(folder, placement):
     """What a placed model says that nothing was loaded into, then when weights come a second time."""
-    from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.placement import place_when_loaded
 
     said = []
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
-    place_when_loaded(built, placement=load_placement(placement))
+    place_when_loaded(built, _orders(placement))
     steps = (
         lambda: checkpoints.forward(built),
         lambda: checkpoints.load(folder, built),
@@ -90,12 +90,12 @@ def test_weights_that_did_not_come_once_are_refused(ranks, run):
 def _loads_another(folder, placement, source):
     """What a placed model says when the weights of another model come."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.experts.placement import load_placement
+    from emo_megatron.checkpoint.source import check_router
     from emo_megatron.mcore.placement import place_when_loaded
 
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
     source = MegatronCheckpoint(source)
-    place_when_loaded(built, placement=load_placement(placement), source=source)
+    place_when_loaded(built, _orders(placement), check=lambda layer: check_router(layer, source))
     try:
         checkpoints.load(folder, built)
     except ValueError as error:
@@ -111,50 +111,6 @@ def test_only_the_weights_that_were_checked_are_placed(ranks, run, tmp_path):
     assert ranks(2).run(_loads_another, folder=str(folder), **given) == ["", ""]
     for said in ranks(2).run(_loads_another, folder=str(other), **given):
         assert f"did not load {folder}" in said
-
-
-def _args(run, **changes):
-    flags = {
-        "expert_placement": run[1],
-        "load": str(run[0]),
-        "finetune": True,
-        "ckpt_step": None,
-        "pretrained_checkpoint": None,
-        "expert_model_parallel_size": 2,
-    }
-    return argparse.Namespace(**flags | changes)
-
-
-def test_only_a_run_that_starts_from_weights_places(run):
-    assert placement_hook(_args(run, expert_placement=None)) is None
-    assert placement_hook(_args(run)) is not None
-    assert placement_hook(_args(run, finetune=False, pretrained_checkpoint=str(run[0]))) is not None
-    with pytest.raises(ValueError, match="iter_0000009"):
-        placement_hook(_args(run, ckpt_step=9))
-    # Megatron finds no weights to start from, or those of --pretrained-checkpoint
-    iteration = str(run[0] / "iter_0000007")
-    with pytest.raises(ValueError, match=r"--load .*iter_0000007 .*random weights"):
-        placement_hook(_args(run, load=iteration))
-    assert placement_hook(_args(run, load=iteration, pretrained_checkpoint=str(run[0]))) is not None
-    with pytest.raises(ValueError, match="--finetune"):
-        placement_hook(_args(run, finetune=False))
-    with pytest.raises(ValueError, match="is for 2 ranks; got --expert-model-parallel-size 4"):
-        placement_hook(_args(run, expert_model_parallel_size=4))
-
-
-def test_another_models_placement_is_refused(run, tmp_path):
-    other = placement_of(run[0], model="0" * 64).save(tmp_path / "other.json")
-    with pytest.raises(ValueError, match="another model"):
-        placement_hook(_args(run, expert_placement=other))
-
-
-@pytest.mark.parametrize("refusal", PLACEMENT_REFUSALS, ids=lambda refusal: refusal.field)
-def test_runs_that_cannot_place_are_refused(run, refusal):
-    allowed, *_ = refusal.allowed
-    assert placement_hook(_args(run, **{refusal.field: allowed})) is not None
-    value = {None: "file.json", 0: 1}[allowed]
-    with pytest.raises(ValueError, match=f"{refusal.flag or flag(refusal.field)} must be"):
-        placement_hook(_args(run, **{refusal.field: value}))
 
 
 @pytest.mark.slow
@@ -187,8 +143,9 @@ def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix, pre
     start, old, new = map(MegatronCheckpoint, (first, saved["stock"], saved["placed"]))
     for number, order in zip(old.moe_layers, orders, strict=True):
         for weight in ("router.weight", "experts.experts.linear_fc1.weight"):
-            before, want = (model.layer_view(number).read(f"mlp.{weight}", order).float() for model in (start, old))
-            got = new.layer_view(number).read(f"mlp.{weight}").float()
+            name = f"decoder.layers.{number - 1}.mlp.{weight}"
+            before, want = (model.read(name, order).float() for model in (start, old))
+            got = new.read(name).float()
             near = max(eps, 1e-4) * want.norm()
             assert (got - want).norm() < near
             # what was loaded has been trained
@@ -216,6 +173,6 @@ def test_the_same_command_goes_on_with_placed_experts(tmp_path, data_prefix):
         assert (saved[name] / "iter_0000002").is_dir()
     old, new = (MegatronCheckpoint(saved[name]) for name in ("stock", "placed"))
     for number, order in zip(old.moe_layers, orders, strict=True):
-        want = old.layer_view(number).read("mlp.router.weight", order)
-        got = new.layer_view(number).read("mlp.router.weight")
+        name = f"decoder.layers.{number - 1}.mlp.router.weight"
+        want, got = old.read(name, order), new.read(name)
         assert (got - want).norm() < 1e-4 * want.norm()

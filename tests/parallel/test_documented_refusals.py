@@ -1,24 +1,31 @@
-"""docs/parallelism.md lists what is refused, as the table in the code does."""
+"""docs/parallelism.md lists what is refused, as the tables in the code do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from emo_megatron.config import flag
-from emo_megatron.mcore.unsupported import CONFIG_REFUSALS, DEDUP_REFUSALS, PLACEMENT_REFUSALS, SCRIPT_REFUSALS
+from emo_megatron.mcore.unsupported import CONVERSATIONS, DEDUP, MODEL, PLACEMENT, SCRIPT, SELECTION
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLES = {
+    "": MODEL,
+    " (`--pool-dispatcher dedup`)": DEDUP,
+    " (`--train-selection`)": SELECTION,
+    " (`--expert-placement`)": PLACEMENT,
+    " (`pretrain_emo.py`)": SCRIPT,
+    " (`pretrain_emo.py --sft`)": CONVERSATIONS,
+}
 
 
 def refusal_rows():
     """The rows of the page's last table."""
-    for refusal in (*CONFIG_REFUSALS, *DEDUP_REFUSALS, *PLACEMENT_REFUSALS, *SCRIPT_REFUSALS):
-        allowed = [str(a) for a in refusal.allowed if a is not None]
-        must = " or ".join(allowed + ["not given"] * (None in refusal.allowed))
-        who = " (`pretrain_emo.py`)" if refusal in SCRIPT_REFUSALS else ""
-        who = " (`--pool-dispatcher dedup`)" if refusal in DEDUP_REFUSALS else who
-        who = " (`--expert-placement`)" if refusal in PLACEMENT_REFUSALS else who
-        yield f"| `{refusal.flag or flag(refusal.field)}`{who} | {must} | {refusal.kind} | {refusal.reason} |"
+    for who, rows in TABLES.items():
+        for row in rows:
+            allowed = [str(a) for a in row.allowed if a is not None]
+            must = " or ".join(allowed + ["not given"] * (None in row.allowed))
+            kind = "untried" if row.is_untried else "impossible"
+            yield f"| `{row.flag or flag(row.field)}`{who} | {must} | {kind} | {row.reason} |"
 
 
 def test_the_page_lists_what_is_refused():

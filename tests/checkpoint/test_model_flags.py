@@ -1,4 +1,4 @@
-"""emo_megatron.mcore.model_flags: every flag of Megatron's is known to make the model or not to."""
+"""emo_megatron.checkpoint.model_flags: every flag of Megatron's is known to make the model or not to."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from emo_megatron.checkpoint import model_flags
 from emo_megatron.hf.model_config import MODEL_FLAGS, REQUIREMENTS
-from emo_megatron.mcore import model_flags
 
 OLD = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.18"
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.mcore.flags import OneLineParser
 
 
 def _names(text: str) -> frozenset[str]:
@@ -153,6 +152,19 @@ KNOWN_SPECS = ("megatron.core", "emo_megatron.")
 """Where the layers of --spec may come from: other layers may compute anything."""
 OLDER_NAMES = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 """What earlier versions of Megatron stored -> the name it has now."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises ValueError, where argparse prints a page of usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        refuse(message)
+
+
+def refuse(message: str) -> NoReturn:
+    """For the `error` of a parser that is there already."""
+    raise ValueError(message)
 
 
 def stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:

@@ -14,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from support import checkpoints
 from support.pretraining import logged, pretrain
 
+from emo_megatron.checkpoint import fsdp
+from emo_megatron.checkpoint.fsdp import convert
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.mcore import fsdp
-from emo_megatron.mcore.fsdp import convert
 
 
 def _save(folder: str, is_grouped: bool, num_experts: int = 8) -> dict[str, torch.Tensor]:
@@ -44,7 +44,7 @@ def _save(folder: str, is_grouped: bool, num_experts: int = 8) -> dict[str, torc
 def test_every_weight_is_written_again(ranks, tmp_path, is_grouped):
     source = tmp_path / "fsdp"
     (weights,) = ranks(1).run(_save, folder=str(source), is_grouped=is_grouped)
-    with pytest.raises(ValueError, match=r"emo_megatron\.mcore\.fsdp --checkpoint"):
+    with pytest.raises(ValueError, match=r"emo_megatron\.checkpoint\.fsdp --checkpoint"):
         MegatronCheckpoint(source)
     written = MegatronCheckpoint(convert(source, tmp_path / "again"))
     assert set(written.names) == set(weights)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.long_context_flags import problems_with_long_context
+from emo_megatron.mcore.combinations import problems_with_long_context
 
 FINE = {
     "dataloader_inter_document_masking": True,
