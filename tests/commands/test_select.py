@@ -12,6 +12,8 @@ from emo_megatron.cli import main
 from emo_megatron.commands import merge_stats, select
 from emo_megatron.commands.options import ModelOptions
 from emo_megatron.commands.select import Options
+from emo_megatron.experts import select as select_of_experts
+from emo_megatron.experts.select import METHODS, Method
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.experts.stats import load_stats
 
@@ -84,6 +86,15 @@ def test_without_statistics_the_model_is_measured_now(choose):
     chosen = choose(model=experts.MadeUpModel(), checkpoint=CHECKPOINT, data=Path("data"), method="reap", keep="4")
     assert chosen.data["calibration"][0]["file"] == "data"
     assert chosen.experts[0] == (0, 1, 2)
+
+
+def test_another_method_is_one_entry(files, choose, monkeypatch, capsys):
+    least = Method(summary="the least likely", scores=lambda stats: -stats.mean_probability_LE)
+    monkeypatch.setattr(select_of_experts, "METHODS", {**METHODS, "least": least})
+    monkeypatch.setattr(select, "METHODS", select_of_experts.METHODS)
+    best, worst = (choose(stats=files, keep="5", method=m, output=m) for m in ("mean_prob", "least"))
+    assert [sorted((*one, *other)) for one, other in zip(best.experts, worst.experts, strict=True)] == [[*range(8)]] * 3
+    assert worst.method == "least"
 
 
 def test_what_chooses_the_experts_is_not_held_out(files, choose, tmp_path):

@@ -25,7 +25,6 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from emo_megatron import cli
 
 VALID: dict[str, str] = {
-    "env": "",
     "demo": "--output new --corpus no-text --quick",
     "stats": "--checkpoint megatron --data text.jsonl --output new",
     "merge-stats": "--stats stats.safetensors other.safetensors --output new",
@@ -234,9 +233,6 @@ def check_step(argv: list[str], reached: Reached) -> None:
     if not reached.args or not isinstance(reached.args[0], list):
         return
     command = [str(part) for part in reached.args[0]]
-    if "emo_megatron" not in command:
-        # env looks for a compiler
-        return
     options = options_of(argv[0])
     got, wanted = (
         tyro.cli(options, args=given, config=(tyro.conf.FlagCreatePairsOff,))
@@ -256,7 +252,7 @@ def plain(value: Any) -> Any:
 
 @both_sizes
 # nearly all that bridge takes are fields of Megatron-Bridge, which is not in this environment: tests/bridge
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "bridge"])
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("bridge", "env")])
 def test_commands(command: str, inputs: int, folder: Path) -> None:
     kinds = kinds_of(options_of(command))
     known = [VALID[command].split()]
