@@ -24,7 +24,7 @@ from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.mcore.layer import PoolMoELayer
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
 from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs
-from emo_megatron.runners.model_weights import check_weights
+from emo_megatron.runners.model_weights import check_weights, model_weights
 
 
 class MegatronStudy:
@@ -189,16 +189,13 @@ class MegatronStudy:
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """16 hex digits of the weights of all ranks; another layout has others."""
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_expert_model_parallel_rank(),
-    )
+    """16 hex digits of the weights of all ranks; only another tensor-parallel size has others."""
+    own = [f"{part.name} {part.experts} {digest_of([('', part.tensor)])}" for part in model_weights(model)]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, f"{place} {digest_of(model.named_parameters())}")
+    dist.all_gather_object(found, own)
     # data-parallel ranks hold the same
-    return hashlib.sha256("\n".join(sorted(set(found))).encode()).hexdigest()[:16]
+    lines = sorted({line for of_rank in found for line in of_rank})
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,7 @@ def open_megatron(
         texts, tokenizer, rows: as for `open_hugging_face`; the tokenizer is by default that of the run.
         seq_length: tokens a row; by default what the model was trained with, or LONGEST_ROW if that is less.
     """
-    from emo_megatron.runners.layout import check_rows
-    from emo_megatron.runners.loading import checkpoint_in, load_model
+    from emo_megatron.runners.loading import check_rows, checkpoint_in, load_model
     from emo_megatron.runners.run_tokenizer import null_flags
 
     flags = ["--load", str(checkpoint.absolute()), *layout, *more]
