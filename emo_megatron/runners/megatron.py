@@ -23,8 +23,7 @@ from emo_megatron.experts.calibration import Row, empty_row, pack_rows
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.mcore.layer import PoolMoELayer
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
-from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs
-from emo_megatron.runners.model_weights import check_weights, model_weights
+from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs, check_weights, model_weights
 
 
 class MegatronStudy:

@@ -8,8 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from emo_megatron.experts.calibration import NO_TOKENIZER, Calibration, Documents, TextTokenizer, read_documents
-from emo_megatron.experts.document_files import ReadIndexed, is_text
+from emo_megatron.experts.calibration import (
+    NO_TOKENIZER,
+    Calibration,
+    Documents,
+    ReadIndexed,
+    TextTokenizer,
+    is_text,
+    read_documents,
+)
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.runners.base import StudiedModel
 
