@@ -48,11 +48,7 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
-    """The checkpoint that `--load` names.
-
-    Raises:
-        ValueError: there is no `--load`, no checkpoint where it points, or a flag that names another.
-    """
+    """The checkpoint that `--load` names."""
     cpu.activate()
     from emo_megatron.checkpoint.names import refuse_prediction
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
@@ -93,9 +89,6 @@ def load_model(
 
     Returns:
         This pipeline stage, unwrapped, in evaluation; and Megatron's flags.
-
-    Raises:
-        ValueError: the checkpoint lacks its run's flags, the model cannot be run so, or it is not what was loaded.
     """
     from megatron.core.utils import unwrap_model
     from megatron.training.argument_utils import gpt_config_from_args
@@ -143,9 +136,6 @@ def megatron_refusals(model: str = "the model") -> Iterator[None]:
 
     Args:
         model: which one is built.
-
-    Raises:
-        ValueError: with Megatron's words, or the line of its code where it has none. Those of this package stay.
     """
     try:
         yield
@@ -198,9 +188,6 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
     Args:
         checkpoint: of the model.
         argv: Megatron's flags; the number of processes is WORLD_SIZE in the environment.
-
-    Raises:
-        ValueError: naming every option that does not fit, with its number and what it would have to divide.
     """
     tensor, pipeline, expert, context, expert_tensor = _sizes_in(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -240,11 +227,7 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
 
 
 def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
-    """Refuse rows of so many tokens, so many at once, that the ranks of a layer cannot share.
-
-    Raises:
-        ValueError: naming the options.
-    """
+    """Refuse rows of so many tokens, so many at once, that the ranks of a layer cannot share."""
     ranks = args.tensor_model_parallel_size
     if seq_length * rows % ranks:
         raise ValueError(f"--seq-length {seq_length} times --rows {rows} does not divide by --tensor-parallel {ranks}")

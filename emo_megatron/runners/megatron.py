@@ -36,10 +36,6 @@ class MegatronStudy:
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
         megatron: more of Megatron's flags, which the user gave.
-
-    Raises:
-        NotImplementedError: there is context parallelism.
-        ValueError: a weight, on whichever rank, is not finite.
     """
 
     def __init__(
@@ -80,11 +76,7 @@ class MegatronStudy:
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """See StudiedModel.
-
-        Raises:
-            NotImplementedError: `outputs`, and expert tensor parallelism or gates on the experts' input.
-        """
+        """See StudiedModel."""
         if outputs:
             check_outputs(self._model.config)
         observers = [LayerObserver(layer, outputs=outputs) for layer in self._layers]

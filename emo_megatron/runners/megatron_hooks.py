@@ -30,9 +30,6 @@ def check_outputs(config: Any) -> None:
 
     Args:
         config: TransformerConfig of the model.
-
-    Raises:
-        NotImplementedError: saying which flag to change.
     """
     if config.expert_tensor_parallel_size > 1:
         raise NotImplementedError(
