@@ -181,7 +181,7 @@ class MegatronStudy:
 
 def _digest(model: torch.nn.Module) -> str:
     """16 hex digits of the weights of all ranks; only another tensor-parallel size has others."""
-    own = [f"{part.name} {part.experts} {digest_of([('', part.tensor)])}" for part in model_weights(model)]
+    own = [f"{name} {experts} {digest_of([('', part)])}" for name, _, experts, part in model_weights(model)]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     # data-parallel ranks hold the same

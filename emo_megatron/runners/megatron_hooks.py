@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,33 +135,12 @@ _EXPERT = re.compile(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelWeight:
-    """This rank's part of a weight.
-
-    Attributes:
-        name: as `MegatronCheckpoint.names` has it.
-        layer: from 1; None outside the layers.
-        experts: the routed expert it is of, or those on its first axis; numbers of the whole model.
-        tensor: the part.
-    """
-
-    name: str
-    layer: int | None
-    experts: int | Sequence[int]
-    tensor: Tensor
-
-
 def check_weights(model: torch.nn.Module) -> None:
-    """Refuse a model with a weight that is not finite, on whichever rank. Every rank calls.
-
-    Raises:
-        NotFiniteError: naming the weight, the layer and the expert; the same on all ranks.
-    """
+    """Refuse a model with a weight that is not finite, on whichever rank. Every rank calls."""
     found: str | None = None
     try:
-        for weight in model_weights(model):
-            check_weight(weight.name, weight.tensor, layer=weight.layer, experts=weight.experts)
+        for name, layer, experts, tensor in model_weights(model):
+            check_weight(name, tensor, layer=layer, experts=experts)
     except NotFiniteError as error:
         found = str(error)
     told: list[str | None] = [None] * dist.get_world_size()
@@ -172,15 +150,20 @@ def check_weights(model: torch.nn.Module) -> None:
             raise NotFiniteError(said)
 
 
-def model_weights(model: torch.nn.Module) -> Iterator[ModelWeight]:
-    """Parameters and stored buffers of this rank, in the model's order."""
+def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int | Sequence[int], Tensor]]:
+    """Parameters and stored buffers of this rank, in the model's order.
+
+    Yields:
+        The name, as `MegatronCheckpoint.names` has it; the layer, from 1, None outside the layers; the routed expert it
+        is of, or those on its first axis, by the numbers of the whole model; this rank's part of the weight.
+    """
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if re.fullmatch(r"decoder\.layers\.\d+", name)
     }
     for name, tensor in _stored(model):
         prefix = ".".join(name.split(".")[:3])
         if prefix not in layers:
-            yield ModelWeight(name=name, layer=None, experts=(), tensor=tensor)
+            yield name, None, (), tensor
             continue
         layer, rest = layers[prefix], name.removeprefix(f"{prefix}.")
         number = int(layer.layer_number)
@@ -197,7 +180,7 @@ def model_weights(model: torch.nn.Module) -> Iterator[ModelWeight]:
         for ours, stored in getattr(submodules, "sharded_state_dict_keys_map", {}).items():
             if rest.startswith(ours):
                 rest = stored + rest.removeprefix(ours)
-        yield ModelWeight(name=f"decoder.layers.{number - 1}.{rest}", layer=number, experts=experts, tensor=tensor)
+        yield f"decoder.layers.{number - 1}.{rest}", number, experts, tensor
 
 
 def _own_experts(layer: Any) -> list[int]:
