@@ -19,11 +19,7 @@ from emo_megatron.sharding import divide_exactly
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DocumentSegments:
-    """The documents of one whole micro-batch, before any rank takes its shard.
-
-    Raises:
-        ValueError: on construction, when shapes or dtypes are not the ones below.
-    """
+    """The documents of one whole micro-batch, before any rank takes its shard."""
 
     document_ids_T: Tensor
     """[T] int64 in [-1, D): the document of each token, ascending in flat order; -1 is padding."""
@@ -95,10 +91,6 @@ class DocumentSegments:
             cu_seqlens_padded: [D + 1], as `cu_seqlens_q`.
             check: look at the values too, which waits for a device tensor. None: only on the host.
                 Shapes and dtypes are always checked.
-
-        Raises:
-            ValueError: the tensors are not as above or, if values are looked at, a document crosses
-                a sample.
         """
         _check_offsets_form(cu_seqlens_q, padded=cu_seqlens_padded)
         if tokens_per_sample is None:

@@ -51,9 +51,6 @@ def pool_forward_step(
 
     Returns:
         The stage's output or the plan, and the loss as a function of the output.
-
-    Raises:
-        ValueError: the recipe has no pools, or the run that is resumed had others.
     """
     _begin(state)
     CLOCK.consumed_samples = state.train_state.consumed_train_samples

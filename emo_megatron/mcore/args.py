@@ -47,11 +47,7 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
-    """The PoolConfig the flags describe.
-
-    Raises:
-        ValueError: naming every problem of these flags, and groups and balance losses that Megatron asserts to fit.
-    """
+    """The PoolConfig the flags describe."""
     pool = PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
     if getattr(args, "context_parallel_size", 1) > 1 and pool.pool_documents == "attention":
         # as batches.py cuts
@@ -70,9 +66,6 @@ def check_run(
         config: Megatron's configuration of the model.
         args: Megatron's parsed flags.
         rows: on the flags; by default those of `pretrain_emo.py`.
-
-    Raises:
-        ValueError: one line a problem: what must hold, what came, why.
     """
     problems = combinations.problems_with_config(pool, config) + problems_of(rows, args, has_pools=pool.is_on)
     if rows is SCRIPT:

@@ -13,11 +13,7 @@ from emo_megatron import ops
 def choose_backend(
     device_type: str, *, num_experts: int, top_k: int, dtype: torch.dtype, num_groups: int = 0
 ) -> ops.Backend:
-    """The best backend for such logits. Rank 0 says, once a reason, why it is not the compiled one.
-
-    Raises:
-        RuntimeError: EMO_OPS=native asks for the compiled ops, and they cannot run.
-    """
+    """The best backend for such logits. Rank 0 says, once a reason, why it is not the compiled one."""
     backend = ops.best_backend(device_type, num_experts, top_k, dtype, num_groups)
     if backend == "reference":
         limits: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "dtype": dtype}

@@ -25,11 +25,7 @@ _mode: TorchFunctionMode | None = None
 
 
 def is_wanted() -> bool:
-    """Whether this process should run Megatron on the CPU: no CUDA device, or EMO_DEVICE=cpu.
-
-    Raises:
-        ValueError: EMO_DEVICE is neither unset, "cpu" nor "cuda".
-    """
+    """Whether this process should run Megatron on the CPU: no CUDA device, or EMO_DEVICE=cpu."""
     device = os.environ.get("EMO_DEVICE", "")
     if device not in ("", "cpu", "cuda"):
         raise ValueError(f"EMO_DEVICE must be cpu, cuda or unset; got {device!r}")

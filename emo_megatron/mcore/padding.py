@@ -163,11 +163,7 @@ def over_all_tokens(
 
 
 def require_padded(cu_seqlens: Tensor, bounds: Tensor, *, num_tokens: int) -> None:
-    """Check boundaries of both orders against each other; waits for device tensors.
-
-    Raises:
-        ValueError: a document has less room than it is long, or they end behind the tokens.
-    """
+    """Check boundaries of both orders against each other; waits for device tensors."""
     lengths_D, room_D = cu_seqlens.diff(), bounds.diff()
     num_documents = len(lengths_D)
     if len(room_D) < num_documents or (room_D[:num_documents] < lengths_D).any():
@@ -186,9 +182,6 @@ def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Ten
     """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples.
 
     A host that says how it cut decides (Megatron's `dev` branch: cp_partition_mode), and `partition` otherwise.
-
-    Raises:
-        ValueError: it was cut in a third way.
     """
     mode = getattr(packed, "cp_partition_mode", None)
     if mode not in (None, "zigzag"):

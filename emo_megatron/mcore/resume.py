@@ -62,9 +62,6 @@ def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
     Args:
         pool: the method this run asks for.
         args: Megatron's parsed flags, with `override_pool_config`.
-
-    Raises:
-        ValueError: naming every field that differs, and what to do.
     """
     if args.load is None or args.finetune or args.override_pool_config:
         return

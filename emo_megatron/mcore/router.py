@@ -206,11 +206,7 @@ class PoolRouter(TopKRouter):
         return not self.pool.is_on_after(self.scope.consumed_samples)
 
     def _with_fused_choice(self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None) -> ops.Routing:
-        """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay.
-
-        Raises:
-            ValueError: Megatron's own, without Transformer Engine.
-        """
+        """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay."""
         probs_TE, map_TE = topk_routing_with_score_function(
             logits_TE,
             self.topk,

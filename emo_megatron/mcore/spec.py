@@ -107,9 +107,6 @@ def pool_block_spec(
             layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
         pool: the method; pools off gives the matched standard MoE.
         vp_stage: virtual pipeline stage.
-
-    Raises:
-        ValueError, ImportError, NotImplementedError: as with_pools.
     """
     if getattr(config, "is_hybrid_model", False):
         raise ValueError(
@@ -136,9 +133,6 @@ def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSp
     Args:
         config: Megatron's; with `transformer_impl` local there are attention (`*`), MLP (`-`) and MoE layers.
         pool: the method; pools off gives the matched standard MoE.
-
-    Raises:
-        ValueError, ImportError, NotImplementedError: as with_pools.
     """
     uses_te = config.transformer_impl == "transformer_engine"
     stack: ModuleSpec = hybrid_stack_spec if uses_te else local_stack_spec(config)
@@ -260,9 +254,6 @@ def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> Transform
     Args:
         model_config: Megatron's GPTModelConfig; its model builder calls this, from 0.19 on.
         vp_stage: virtual pipeline stage.
-
-    Raises:
-        ValueError: EMO_POOL_CONFIG is not set or names no valid configuration, or the run would not do what it says.
     """
     config = model_config.transformer
     pool = _prepare_script(config)

@@ -120,11 +120,7 @@ def why_not_native(
 def best_backend(
     device_type: str, num_experts: int = 1, top_k: int = 1, dtype: torch.dtype = torch.float32, num_groups: int = 0
 ) -> Backend:
-    """The compiled ops where they run for such tensors, else the reference.
-
-    Raises:
-        RuntimeError: the compiled ops cannot run, and EMO_OPS=native asks for them.
-    """
+    """The compiled ops where they run for such tensors, else the reference."""
     reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype, num_groups=num_groups)
     if reason and _wanted() == "native":
         raise RuntimeError(

@@ -158,9 +158,6 @@ def document_statistics(
         [5] int64, 0 where the tensor is not given: documents with a positive sum of scores; the sizes of their pools;
         the entropies of their shares of the score, each rounded to units of 2**-27 nats; documents that used an
         expert; experts they used.
-
-    Raises:
-        ValueError: there is neither scores_DE nor used_DW, or pool_DE without scores_DE.
     """
     given_DX = given_statistics(scores_DE, pool_DE, used_DW)
     nothing = given_DX.new_zeros((), dtype=torch.int64)
