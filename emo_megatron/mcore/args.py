@@ -13,7 +13,6 @@ from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore import combinations
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
-from emo_megatron.mcore.restart import problems_with_restarts
 from emo_megatron.mcore.unsupported import CONVERSATIONS, SCRIPT, Unsupported, problems_of
 
 
@@ -69,7 +68,8 @@ def check_run(
     """
     problems = combinations.problems_with_config(pool, config) + problems_of(rows, args, has_pools=pool.is_on)
     if rows is SCRIPT:
-        problems += problems_of(CONVERSATIONS if args.sft else (), args) + problems_with_restarts(args)
+        problems += problems_of(CONVERSATIONS if args.sft else (), args)
+        problems += combinations.problems_with_restarts(args)
         problems += combinations.problems_with_long_context(pool, args)
     else:
         is_packed = args.dataloader_inter_document_masking

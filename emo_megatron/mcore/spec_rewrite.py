@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.attention import DocumentAttention, LatentAttention, require_supported
 from emo_megatron.mcore.layer import PoolMoELayer, PoolTransformerLayer
-from emo_megatron.mcore.local_modules import AddableRowParallelLinear, TorchNorm
+from emo_megatron.mcore.local import AddableRowParallelLinear, TorchNorm
 from emo_megatron.mcore.router import PoolRouter
 
 
