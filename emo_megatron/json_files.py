@@ -95,9 +95,6 @@ def checked(value: object, kinds: Mapping[str, type], *, where: str, least: int 
         kinds: field -> str, int, float (which an int is, too), bool, list or dict.
         where: its file and place, for the error.
         least: of the whole numbers among them.
-
-    Raises:
-        ValueError: naming the first field that is not.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be an object; got {reprlib.repr(value)}")
@@ -113,11 +110,7 @@ def checked(value: object, kinds: Mapping[str, type], *, where: str, least: int 
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """JSON for a file.
-
-    Raises:
-        ValueError: it holds a number that is not finite, which JSON does not have.
-    """
+    """JSON for a file."""
     return json.dumps(value, indent=indent, allow_nan=False)
 
 
