@@ -72,22 +72,21 @@ def write(options: Options, folder: Path) -> None:
 def extract_here(options: Options, folder: Path) -> None:
     """Extract, and print megabytes and seconds."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.extract import ExtractOptions, extract
-    from emo_megatron.experts.selection import Selection, router_fingerprint
+    from emo_megatron.commands import extract
+    from emo_megatron.experts.selection import Selection
 
     parent = MegatronCheckpoint(folder / "parent")
     generator = torch.Generator().manual_seed(0)
     mask_LE = torch.zeros(options.layers, options.experts, dtype=torch.bool)
     for row in mask_LE:
         row[torch.randperm(options.experts, generator=generator)[: options.keep]] = True
-    routers = [parent.layer_view(n).read("mlp.router.weight") for n in parent.moe_layers]
     selection = Selection.from_mask(
-        mask_LE, layers=parent.moe_layers, method="random", seed=0, model=router_fingerprint(routers)
+        mask_LE, layers=parent.moe_layers, method="random", seed=0, model=parent.fingerprint
     ).save(folder / "selection.json")
     # a new count of the largest size: a process inherits its parent's
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _peak(), time.perf_counter()
-    extract(ExtractOptions(checkpoint=folder / "parent", selection=selection, output=folder / "module"))
+    extract.run(extract.Options(checkpoint=folder / "parent", selection=selection, output=folder / "module"))
     seconds = time.perf_counter() - start
     experts = 6 * options.hidden * options.expert_hidden * options.experts / 1e6
     print(f"checkpoint      {_size(folder / 'parent'):8.0f} MB")

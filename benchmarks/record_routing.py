@@ -46,26 +46,17 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
 
     checkpoint = checkpoint_in(sys.argv[1:])
     stored = checkpoint.args
-    loaded = load_model(
-        checkpoint,
-        add_args=lambda parser: parser,
-        flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)],
+    model, _ = load_model(
+        checkpoint, flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
     )
-    from emo_megatron.checkpoint.metadata import facts_of
-    from emo_megatron.files import mark_of
+    from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.runners.megatron import MegatronStudy
 
-    study = MegatronStudy(
-        loaded.model,
-        facts=facts_of(checkpoint),
-        seq_length=stored.seq_length,
-        rows_at_once=16,
-        weights=mark_of(checkpoint.path),
-    )
-    layers = [m for m in loaded.model.modules() if isinstance(m, PoolMoELayer)]
+    study = MegatronStudy(model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16)
+    layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
     if run.pools:
-        _train_with_pools(loaded.model, layers, stored)
+        _train_with_pools(model, layers, stored)
     fit, test = _halves(runs, tokens=tokens)
     study.statistics(fit, outputs=False).of({"documents": "first half"}).save(stem.with_suffix(".stats"))
     recorders = [_Recorder(layer) for layer in layers]

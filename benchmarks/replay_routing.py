@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from timing import RESULTS, markdown_table, run_script, write_results
 from torch import Tensor
 
-from emo_megatron.experts.placement import place, spread_of
+from emo_megatron.experts.placement import place
 from emo_megatron.experts.stats import load_stats
 from emo_megatron.files import whole
 
@@ -131,6 +131,37 @@ def _replay(run: Run, options: Options, stem: Path) -> list[Row]:
             of_layers = dict(zip(stats.model.layers, order, strict=True))
             rows.append(_row(run, ranks, dispatch, of_layers, routing, width))
     return rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """What a placement does to tokens whose experts are known."""
+
+    rows_per_token: float
+    """Ranks that hold any of a token's experts, mean: rows sent where each token goes to a rank once."""
+    pair_imbalance: float
+    """(token, expert) pairs of the fullest rank over the mean: its experts' work."""
+    row_imbalance: float
+    """Rows of the fullest rank over the mean."""
+
+
+def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -> Spread:
+    """Replay a layer's routing.
+
+    Args:
+        routing_map_TE: [T, E] bool, T at least 1, by the experts' own labels.
+        order: the expert at each place.
+        num_ranks: R, a divisor of E.
+    """
+    placed_TE = routing_map_TE[:, list(order)]
+    pairs_TR = placed_TE.view(len(placed_TE), num_ranks, -1).sum(-1)
+    pairs_R = pairs_TR.sum(0).double()
+    rows_R = (pairs_TR > 0).sum(0).double()
+    return Spread(
+        rows_per_token=float(rows_R.sum() / len(pairs_TR)),
+        pair_imbalance=float(pairs_R.max() / pairs_R.mean()),
+        row_imbalance=float(rows_R.max() / rows_R.mean()),
+    )
 
 
 def _row(

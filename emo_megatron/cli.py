@@ -9,11 +9,11 @@ from types import ModuleType
 
 import tyro
 
-from emo_megatron.files import message_of, say, write_any_name
+from emo_megatron.files import message_of, say, to_output, write_any_name
 from emo_megatron.processes import stops_on_signals
+from emo_megatron.runners import launch
 from emo_megatron.variables import as_no_other_job, stay_offline
 
-USER_ERROR = 2
 INTERRUPTED = 130
 DEMO_INSTALL = "pip install 'emo_megatron[demo]'"
 
@@ -34,8 +34,8 @@ COMMANDS = {
     "eval-task": "Make a task of lm-eval of held-out documents.",
     "env": "Print versions, op backends, GPUs and what is supported: paste it into a bug report.",
 }
-"""Subcommand -> its line in --help. Its code is `emo_megatron.commands.NAME`, which is imported only where it runs, because
-it loads torch or Megatron. That module holds
+"""Subcommand -> its line in --help. Its code is `emo_megatron.commands.NAME`, which is imported only where it runs,
+because it loads torch or Megatron. That module holds
 
     Options          a dataclass; its docstrings are the command's --help
     run(options)     does it; returns where the result lies, or None
@@ -54,36 +54,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 2 after a user error or a missing optional package, told in one line on stderr, or 130 after Ctrl-C.
-
-    Raises:
-        SystemExit: it was ended by another signal, or the arguments say so.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: ModuleType | None = None
     write_any_name()
     try:
         command = _module(arguments)
-        with contextlib.nullcontext() if getattr(command, "IS_IN_A_JOB", False) else _alone():
+        with _surroundings(command):
             _run(arguments, command)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "emo_megatron":
             raise
-        return _fail(
-            f"{arguments[0]} needs {error.name}, which is not installed: {getattr(command, 'INSTALL', DEMO_INSTALL)}"
-        )
-    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        install = getattr(command, "INSTALL", DEMO_INSTALL)
+        return _fail(f"{arguments[0]} needs {error.name}, which is not installed: {install}")
+    except (ImportError, MemoryError, NotImplementedError, OSError, ValueError) as error:
+        return _fail(message_of(error))
+    except RuntimeError as error:
+        # what a rank fails of, its user cannot mend: the traceback goes with it
+        if launch.is_rank():
+            raise
         return _fail(message_of(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        # the command that started a rank says so
+        if not launch.is_rank():
+            print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """A process of this package alone, whatever is around it."""
+def _surroundings(command: ModuleType | None) -> Iterator[None]:
+    """How a command lives with what is around it: in a job, in the ranks of a command, or alone."""
+    if getattr(command, "IS_IN_A_JOB", False):
+        yield
+        return
     stay_offline()
-    with as_no_other_job(), stops_on_signals():
+    around = contextlib.nullcontext() if launch.is_rank() else as_no_other_job()
+    with around, stops_on_signals():
         yield
 
 
@@ -109,7 +116,10 @@ def _run(arguments: list[str], command: ModuleType | None) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     assert command is not None
-    if (result := command.run(options)) is not None:
+    if launch.is_rank():
+        with to_output():
+            command.run(options)
+    elif (result := command.run(options)) is not None:
         say(f"results: {result}")
 
 
@@ -124,5 +134,5 @@ def _summary(text: str) -> Callable[[], None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return USER_ERROR
+    launch.say_error(message)
+    return launch.USER_ERROR

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import re
@@ -12,9 +11,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-WEIGHTS = (".bin", ".distcp", ".safetensors")
-"""What names of files with weights end in."""
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -158,16 +154,6 @@ def gone_on_failure(*paths: Path) -> Iterator[None]:
         raise
 
 
-def mark_of(checkpoint: Path) -> str:
-    """16 hex digits that change with the weights in a folder: of its place, and its files' names, sizes and times."""
-    digest = hashlib.sha256(os.fsencode(checkpoint.resolve()))
-    for path in sorted(checkpoint.iterdir()):
-        if path.suffix in WEIGHTS:
-            state = path.stat()
-            digest.update(os.fsencode(f"\n{path.name} {state.st_size} {state.st_mtime_ns}"))
-    return digest.hexdigest()[:16]
-
-
 def must_not_exist(path: Path) -> None:
     """Refuse to write over a file or a folder, or where none can be, before the work that makes another."""
     if path.is_symlink() or path.exists():
@@ -187,11 +173,6 @@ def must_be_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {folder} is no folder; name another place")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: this user may not write to {folder}; name another place")
-
-
-def partial_of(path: Path) -> Path:
-    """Where what is known of a file so far is kept, beside it, until it is whole."""
-    return path.with_name(f"{path.name}.partial")
 
 
 def _unfinished(path: Path) -> Path:

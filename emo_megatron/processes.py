@@ -26,9 +26,9 @@ GRACE_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
-def run(command: Sequence[str], *, stdout: IO[bytes]) -> int:
+def run(command: Sequence[str], *, stdout: IO[bytes], environment: Mapping[str, str] | None = None) -> int:
     """Run a command to its end and return its exit status; it ends here if this process is interrupted."""
-    process = start(command, stdout=stdout)
+    process = start(command, stdout=stdout, environment=environment)
     try:
         return process.wait()
     finally:

@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PARENT = "EMO_PARENT"
 """Process id of the process that started this one, and with which it ends. Users' own torchrun and nohup set none."""
+IN_RANKS = "EMO_IN_RANKS"
+"""Set in the processes in which a command runs itself again, see `runners.launch`."""
 
 REMOVED = {
     "which process of how many this is: torch.distributed, Megatron": """

@@ -14,10 +14,13 @@ from support.pretraining import write_data
 from support.ranks import Ranks
 
 from emo_megatron.mcore import cpu
+from emo_megatron.runners.cache import FOLDER
 from emo_megatron.variables import PARENT
 
 # what a test starts ends with this process, even if that is killed
 os.environ[PARENT] = str(os.getpid())
+# of fixtures that several tests share
+os.environ[FOLDER] = os.devnull
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
 
@@ -53,6 +56,12 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one measured, or what the user did."""
+    monkeypatch.setenv(FOLDER, str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(autouse=True)

@@ -435,6 +435,19 @@ def test_dispatch_is_judged_by_the_interval(monkeypatch: pytest.MonkeyPatch) -> 
     assert _verdict(Answer(ranks=2, samples={}, traffic={}), QUICK).startswith("not judged")
 
 
+def test_spread_counts_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from replay_routing import spread_of
+
+    routing = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    seen = spread_of(routing, order=range(4), num_ranks=2)
+    assert seen.rows_per_token == pytest.approx(4 / 3)
+    assert seen.pair_imbalance == 1
+    seen = spread_of(routing, order=(0, 2, 1, 3), num_ranks=2)
+    assert seen.rows_per_token == pytest.approx(5 / 3)
+    assert seen.row_imbalance == pytest.approx(6 / 5)
+
+
 def test_replay_counts_rows_and_bytes_of_a_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import replay_routing

@@ -8,91 +8,97 @@ import signal
 import subprocess
 import sys
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from support.other_jobs import OTHER_JOB
 
 from emo_megatron import cli
+from emo_megatron.variables import IN_RANKS
 
 
 @dataclass(frozen=True, kw_only=True)
-class FakeDemoConfig:
-    """Options of a demo that only a test runs."""
+class Options:
+    """Options of a command that only a test runs."""
 
     steps: int = 3
     quick: bool = False
 
 
 @pytest.fixture
-def fake_demo(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    module = types.ModuleType("emo_megatron.demo.run")
-    module.DemoConfig = FakeDemoConfig
-    module.run_demo = lambda config: Path("runs") / f"{config.steps}-{config.quick}"
-    monkeypatch.setitem(sys.modules, "emo_megatron.demo.run", module)
+def command(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A new command is one file and one line."""
+    module = types.ModuleType("emo_megatron.commands.some_thing")
+    vars(module).update(Options=Options, run=lambda options: Path("runs") / f"{options.steps}-{options.quick}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, "some-thing", "Does something.")
     return module
 
 
-def test_demo_gets_its_options_and_says_where_results_lie(
-    fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
+def test_a_command_gets_its_options_and_says_where_results_lie(
+    command: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["demo", "--steps", "7", "--quick"]) == 0
+    assert cli.main(["some-thing", "--steps", "7", "--quick"]) == 0
     assert capsys.readouterr().out == "results: runs/7-True\n"
 
 
-def test_demo_help_lists_its_options(fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_help_lists_its_options(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["demo", "--help"])
+        cli.main(["some-thing", "--help"])
     assert stop.value.code == 0
     assert "--steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, ImportError, PermissionError])
-def test_errors_of_the_user_are_one_line(
-    kind: type[Exception], fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run_demo(config: FakeDemoConfig) -> Path:
-        raise kind("steps must be at least 1; got 0. Raise --steps.")
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
 
-    fake_demo.run_demo = run_demo
-    assert cli.main(["demo", "--steps", "0"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == "error: steps must be at least 1; got 0. Raise --steps.\n"
-    assert captured.out == ""
+
+def fails(error: BaseException) -> Any:
+    return mock.Mock(side_effect=error)
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
+        *(
+            (kind("--steps must be 1 or more; got 0"), "--steps must be 1 or more; got 0")
+            for kind in (ValueError, NotImplementedError, ImportError, PermissionError, RuntimeError)
+        ),
         (MemoryError(), "not enough memory"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "runs/a: the disk is full"),
         (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a: Read-only"),
+        (ModuleNotFoundError("no", name="tokenizers"), "some-thing needs tokenizers"),
+        (ModuleNotFoundError("no", name="tokenizers"), "pip install 'emo_megatron[demo]'"),
     ],
 )
-def test_errors_of_the_machine_are_one_line(
-    error: Exception, told: str, fake_demo: types.ModuleType, capsys: pytest.CaptureFixture[str]
+def test_errors_of_user_and_machine_are_one_line(
+    error: Exception, told: str, command: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_demo(config: FakeDemoConfig) -> Path:
-        raise error
+    command.run = fails(error)
+    assert cli.main(["some-thing"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: ")
+    assert told in said.err
+    assert "Errno" not in said.err
+    assert said.out == ""
 
-    fake_demo.run_demo = run_demo
-    assert cli.main(["demo"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert told in said
-    assert "Errno" not in said
 
-
-@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), AssertionError("a")])
-def test_an_unknown_error_keeps_its_traceback(error: Exception, fake_demo: types.ModuleType) -> None:
-    def run_demo(config: FakeDemoConfig) -> Path:
-        raise error
-
-    fake_demo.run_demo = run_demo
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("a"), TypeError("a"), AssertionError("a"), ModuleNotFoundError("no", name="emo_megatron.no_such_module")],
+)
+def test_an_error_of_ours_keeps_its_traceback(error: Exception, command: types.ModuleType) -> None:
+    command.run = fails(error)
     with pytest.raises(type(error)):
-        cli.main(["demo"])
+        cli.main(["some-thing"])
 
 
 def emo(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -123,33 +129,11 @@ def test_a_name_that_the_output_cannot_encode_is_written_with_escapes(tmp_path: 
         assert "codec" not in done.stderr
 
 
-def test_a_missing_package_names_the_extra(
-    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-
-    def run_demo(config: FakeDemoConfig) -> Path:
-        import tokenizers
-
-        return Path(tokenizers.__name__)
-
-    fake_demo.run_demo = run_demo
-    assert cli.main(["demo"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "demo needs tokenizers" in err
-    assert "pip install 'emo_megatron[demo]'" in err
-
-
 def test_a_command_says_how_to_install_what_it_needs(
-    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_demo(config: FakeDemoConfig) -> Path:
-        raise ModuleNotFoundError("no", name="megatron.bridge")
-
-    fake_demo.run_demo = run_demo
-    monkeypatch.setitem(cli.COMMANDS, "demo", replace(cli.COMMANDS["demo"], install="read this page"))
-    assert cli.main(["demo"]) == 2
+    command.run, command.INSTALL = fails(ModuleNotFoundError("no", name="megatron.bridge")), "read this page"
+    assert cli.main(["some-thing"]) == 2
     assert "read this page" in capsys.readouterr().err
 
 
@@ -174,54 +158,39 @@ def test_bridge_of_another_version_is_refused(
     assert "found 0.5.1" in capsys.readouterr().err
 
 
-def test_a_bug_of_ours_keeps_its_traceback(fake_demo: types.ModuleType) -> None:
-    def run_demo(config: FakeDemoConfig) -> Path:
-        import emo_megatron.no_such_module as module
-
-        return Path(module.__name__)
-
-    fake_demo.run_demo = run_demo
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(["demo"])
+def test_an_interrupt_is_no_traceback(command: types.ModuleType) -> None:
+    command.run = fails(KeyboardInterrupt())
+    assert cli.main(["some-thing"]) == 130
 
 
-def test_an_interrupt_is_no_traceback(fake_demo: types.ModuleType) -> None:
-    def run_demo(config: FakeDemoConfig) -> Path:
-        raise KeyboardInterrupt
-
-    fake_demo.run_demo = run_demo
-    assert cli.main(["demo"]) == 130
-
-
-def test_a_command_is_no_part_of_the_job_around_it(
-    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_is_no_part_of_the_job_around_it(command: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OTHER_JOB.items():
         monkeypatch.setenv(name, value)
     seen: list[str] = []
-    fake_demo.run_demo = lambda config: seen.extend(os.environ)
-    assert cli.main(["demo"]) == 0
+    command.run = lambda options: seen.extend(os.environ)
+    assert cli.main(["some-thing"]) == 0
     assert seen
     assert set(seen) & OTHER_JOB.keys() == set()
 
 
-def test_a_command_that_trains_is_a_rank_of_the_job_around_it(
-    fake_demo: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_rank", [False, True])
+def test_a_command_that_trains_and_a_rank_are_ranks_of_the_job_around_them(
+    command: types.ModuleType, monkeypatch: pytest.MonkeyPatch, is_rank: bool
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setitem(cli.COMMANDS, "demo", replace(cli.COMMANDS["demo"], is_in_a_job=True))
+    if is_rank:
+        monkeypatch.setenv(IN_RANKS, "1")
+    else:
+        command.IS_IN_A_JOB = True
     before = signal.getsignal(signal.SIGTERM)
-    seen: dict[str, object] = {}
-
-    def run_demo(config: FakeDemoConfig) -> None:
-        seen.update(os.environ, signal=signal.getsignal(signal.SIGTERM))
-
-    fake_demo.run_demo = run_demo
-    assert cli.main(["demo"]) == 0
+    seen: dict[str, Any] = {}
+    command.run = lambda options: seen.update(os.environ, signal=signal.getsignal(signal.SIGTERM))
+    assert cli.main(["some-thing"]) == 0
     assert seen["RANK"] == "3"
-    assert "HF_HUB_OFFLINE" not in seen
-    assert seen["signal"] == before
+    # what a job fetches is its own affair
+    assert ("HF_HUB_OFFLINE" in seen) == is_rank
+    assert (seen["signal"] == before) != is_rank
 
 
 def test_env_prints_json(capsys: pytest.CaptureFixture[str]) -> None:

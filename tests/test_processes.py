@@ -94,15 +94,18 @@ def test_ranks_of_a_test_end_with_it(number):
 WRITING = """
 from pathlib import Path
 import sys, time
-from emo_megatron.runners.open import run_command
+from emo_megatron.cli import main
+from emo_megatron.commands import env
 from emo_megatron.files import whole
 
-def main():
-    with whole(Path(sys.argv[1]) / "result") as unfinished:
+def run(options):
+    with whole(Path(folder) / "result") as unfinished:
         unfinished.write_text("half")
         time.sleep(600)
 
-run_command(main)
+env.run = run
+folder = sys.argv[1]
+sys.exit(main(["env"]))
 """
 
 

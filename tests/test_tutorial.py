@@ -21,7 +21,7 @@ import tyro
 from safetensors.torch import save_file
 from support import checkpoints, words
 
-from emo_megatron.commands.retention_options import RetentionOptions
+from emo_megatron.commands import retention
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
 
@@ -124,7 +124,7 @@ def test_commands_of_the_retention_page_are_commands():
     for command in commands:
         words_of = shlex.split(command)
         assert words_of[:4] == ["python", "-m", "emo_megatron", "retention"]
-        options = tyro.cli(RetentionOptions, args=words_of[4:])
+        options = tyro.cli(retention.Options, args=words_of[4:])
         assert options.keep
     assert options.beside == ()
     assert (ROOT / "docs" / "retention_methods.png").is_file()
@@ -147,8 +147,8 @@ def test_commands_of_the_dispatch_page_relabel_the_experts(folder):
     order = load_placement(root / "runs/ep4/placement.json").order
     old, new = map(MegatronCheckpoint, (root / RUN / "emo/checkpoint", root / "runs/ep4/checkpoint"))
     for number, of_layer in zip(old.moe_layers, order, strict=True):
-        want = old.layer_view(number).read("mlp.router.weight", of_layer)
-        assert torch.equal(new.layer_view(number).read("mlp.router.weight"), want)
+        router = f"decoder.layers.{number - 1}.mlp.router.weight"
+        assert torch.equal(new.read(router), old.read(router, of_layer))
 
 
 def test_every_command_leaves_what_the_next_one_takes(folder):

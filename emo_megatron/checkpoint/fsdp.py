@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from emo_megatron.checkpoint.damage import damage_of
 from emo_megatron.checkpoint.names import EXPERTS, Piece, pieces_of
-from emo_megatron.checkpoint.reader import MegatronCheckpoint, tracked_folder
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, reading, tracked_folder
 from emo_megatron.checkpoint.writer import LazyWeight, write_checkpoint
 from emo_megatron.files import must_not_exist
 
@@ -33,11 +32,7 @@ _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)(_[wv
 
 
 class FsdpCheckpoint(MegatronCheckpoint):
-    """A `fsdp_dtensor` checkpoint, read as MegatronCheckpoint reads its own; see there.
-
-    Raises:
-        ValueError: there is none, or files of it are missing or cut short.
-    """
+    """A `fsdp_dtensor` checkpoint, read as MegatronCheckpoint reads its own; see there."""
 
     def _folder(self, path: Path) -> Path:
         folder = tracked_folder(path) or path
@@ -76,7 +71,7 @@ class FsdpCheckpoint(MegatronCheckpoint):
     def common(self) -> dict[str, Any]:
         """The flags of its run, `args`."""
         held: dict[str, Any] = {"args": None}
-        with damage_of([".metadata"], folder=self.path, is_unpickled=True):
+        with reading(self.path / ".metadata"):
             load(held, storage_reader=self._reader, no_dist=True)
         return held
 
@@ -94,11 +89,7 @@ def _name(stored: str, *, is_local: bool) -> str:
 
 
 def convert(checkpoint: Path, output: Path) -> Path:
-    """Write the checkpoint's weights as a torch_dist checkpoint, without optimizer, at iteration 0.
-
-    Raises:
-        ValueError: there is no such checkpoint, it is damaged, a weight is not finite, or the output exists.
-    """
+    """Write the checkpoint's weights as a torch_dist checkpoint, without optimizer, at iteration 0."""
     must_not_exist(output)
     source = FsdpCheckpoint(checkpoint)
     args = copy.copy(source.args)

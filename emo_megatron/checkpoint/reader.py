@@ -9,10 +9,11 @@ what is asked for, chunk by chunk (Megatron stores each expert in a chunk of its
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,21 +23,21 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from emo_megatron.checkpoint.damage import damage_of
-from emo_megatron.checkpoint.names import Piece, in_order, pieces_of
+from emo_megatron.checkpoint.names import ROUTER, Piece, in_order, pieces_of
+from emo_megatron.experts.selection import router_fingerprint
+from emo_megatron.experts.stats import ModelFacts
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name for a checkpoint of weights without a run: no optimizer, iteration 0."""
 
-_OLD_COMMON_FILE = "common.pt"
-"""Where earlier versions of Megatron keep what a checkpoint holds besides tensors."""
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
 
 
@@ -57,32 +58,34 @@ class MegatronCheckpoint:
     Attributes:
         path: the iteration's folder.
         names: every weight of the model, optimizer left out, in the order of layers.
-
-    Raises:
-        ValueError: there is no such checkpoint, it has another format, or files of it are missing or cut short.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = self._folder(Path(path))
         self._reader = FileSystemReader(str(self.path))
-        with damage_of([".metadata"], folder=self.path, is_unpickled=True):
+        with reading(self.path / ".metadata"):
             self._metadata: Metadata = self._reader.read_metadata()
-            _check_parts(self._metadata)
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._stored: dict[str, TensorStorageMetadata] = {
-            name: entry
-            for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(name)
-        }
-        self._check_files()
-        self._pieces = self._found({n: tuple(e.size) for n, e in self._stored.items()})
+            self._stored: dict[str, TensorStorageMetadata] = {
+                name: entry
+                for name, entry in self._metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata) and not _NOT_WEIGHTS.match(name)
+            }
+            sizes = {name: tuple(entry.size) for name, entry in self._stored.items()}
+            dtypes = {name: torch.empty(0, dtype=e.properties.dtype).dtype for name, e in self._stored.items()}
+            cut = [
+                place.relative_path
+                for index, place in self._metadata.storage_data.items()
+                if index.fqn in self._stored
+                and (self.path / place.relative_path).stat().st_size < place.offset + place.length
+            ]
+        if cut:
+            raise ValueError(f"{self.path / cut[0]} was cut short")
+        self._pieces = self._found(sizes)
         self.names: dict[str, TensorInfo] = {
             name: TensorInfo(
-                tuple(
-                    max(piece.offset[axis] + piece.shape[axis] for piece in pieces)
-                    for axis in range(len(pieces[0].shape))
-                ),
-                self._stored[pieces[0].stored].properties.dtype,
+                tuple(max(p.offset[axis] + p.shape[axis] for p in pieces) for axis in range(len(pieces[0].shape))),
+                dtypes[pieces[0].stored],
             )
             for name, pieces in sorted(self._pieces.items(), key=lambda item: in_order(item[0]))
         }
@@ -98,22 +101,20 @@ class MegatronCheckpoint:
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ...
-
-        Raises:
-            ValueError: its file is damaged, or holds what this Megatron does not have.
-        """
-        with damage_of([self._common_file], folder=self.path, is_unpickled=True), warnings.catch_warnings():
+        """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ..."""
+        # where earlier versions of Megatron keep it
+        file = "common.pt"
+        if not (self.path / file).exists():
+            stored = self._metadata.storage_data.items()
+            places = (place.relative_path for index, place in stored if index.fqn.startswith("common_state/"))
+            file = next(places, ".metadata")
+        with reading(self.path / file), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")
             return dict(load_common_state_dict(str(self.path)))
 
     @property
     def args(self) -> argparse.Namespace:
-        """The flags of the run that wrote it.
-
-        Raises:
-            ValueError: it holds none, or lacks some that every run has.
-        """
+        """The flags of the run that wrote it."""
         args = self.common.get("args")
         if not isinstance(args, argparse.Namespace):
             raise ValueError(f"{self.path} does not hold the flags of its run: save it again")
@@ -131,13 +132,10 @@ class MegatronCheckpoint:
         found = (re.fullmatch(r"decoder\.layers\.(\d+)\.mlp\.router\.weight", n) for n in self.names)
         return tuple(sorted(int(match[1]) + 1 for match in found if match))
 
-    def layer_view(self, number: int) -> LayerView:
-        """The weights of one layer, counted from 1, by the rest of their names."""
-        prefix = f"decoder.layers.{number - 1}."
-        names = {n.removeprefix(prefix): i for n, i in self.names.items() if n.startswith(prefix)}
-        if not names:
-            raise ValueError(f"{self.path} has no layer {number}")
-        return LayerView(checkpoint=self, number=number, names=names)
+    @cached_property
+    def fingerprint(self) -> str:
+        """`router_fingerprint` of the model."""
+        return router_fingerprint(self.read(f"decoder.layers.{layer - 1}.{ROUTER}weight") for layer in self.moe_layers)
 
     def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
         """A weight, or a part of it along its first axis, as indexing with `index` gives it.
@@ -145,22 +143,13 @@ class MegatronCheckpoint:
         Args:
             name: one of `names`.
             index: a place (the axis is dropped), a slice, or places in the order wanted; None: all of it.
-
-        Raises:
-            KeyError: no weight has this name.
-            IndexError: a place outside the tensor.
         """
         shape = self.names[name].shape
         if index is None:
             return self.read_box(name, (0,) * len(shape), shape)
         rows = range(shape[0])
-        chosen = (
-            [rows[index]]
-            if isinstance(index, int)
-            else list(rows[index])
-            if isinstance(index, slice)
-            else [rows[i] for i in index]
-        )
+        places = [index] if isinstance(index, int) else index
+        chosen = list(rows[places]) if isinstance(places, slice) else [rows[place] for place in places]
         result = torch.empty((len(chosen), *shape[1:]), dtype=self.names[name].dtype)
         plan = _Plan()
         for place, row in enumerate(chosen):
@@ -193,69 +182,13 @@ class MegatronCheckpoint:
             plan.add(piece.stored, (*piece.lead, *within), target)
 
     def _run(self, plan: _Plan) -> None:
-        items = plan.items(self._stored)
-        stored = self._metadata.storage_data
-        files = {stored[item.storage_index].relative_path for item in items}
-        with damage_of(files, folder=self.path):
-            self._reader.read_data(LoadPlan(items), plan).wait()
-
-    @property
-    def _common_file(self) -> str:
-        if (self.path / _OLD_COMMON_FILE).exists():
-            return _OLD_COMMON_FILE
-        for index, place in self._metadata.storage_data.items():
-            if index.fqn.startswith("common_state/"):
-                return str(place.relative_path)
-        return ".metadata"
-
-    def _check_files(self) -> None:
-        """Every chunk of a weight lies whole in its file; said before anything is written elsewhere."""
-        sizes: dict[str, int] = {}
-        for index, place in self._metadata.storage_data.items():
-            if index.fqn not in self._stored:
-                continue
-            file = place.relative_path
-            if file not in sizes:
-                path = self.path / file
-                sizes[file] = path.stat().st_size if path.exists() else -1
-            if sizes[file] < 0:
-                raise ValueError(f"{self.path} is not whole: its file {file} is missing")
-            if sizes[file] < place.offset + place.length:
-                raise ValueError(f"{self.path} is not whole: its file {file} was cut short")
-
-
-def _check_parts(metadata: Metadata) -> None:
-    """Look at every part that is used later: from a damaged file come objects that lack some.
-
-    Raises:
-        AttributeError, TypeError: one is not there, or is something else.
-    """
-    if not isinstance(metadata.storage_data, dict):
-        raise TypeError("it holds something else")
-    for place in metadata.storage_data.values():
-        _ = Path(place.relative_path), place.offset + place.length
-    for entry in metadata.state_dict_metadata.values():
-        if isinstance(entry, TensorStorageMetadata):
-            _ = tuple(entry.size), entry.properties.dtype.itemsize
-            _ = [(*chunk.offsets, *chunk.sizes) for chunk in entry.chunks]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerView:
-    """One layer of a checkpoint.
-
-    Attributes:
-        number: from 1.
-        names: its weights without `decoder.layers.N.`; of experts [E, ...].
-    """
-
-    checkpoint: MegatronCheckpoint
-    number: int
-    names: dict[str, TensorInfo]
-
-    def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
-        """As `MegatronCheckpoint.read`."""
-        return self.checkpoint.read(f"decoder.layers.{self.number - 1}.{name}", index)
+        with reading(self.path / ".metadata"):
+            files: dict[str, list[ReadItem]] = {}
+            for item in plan.items(self._stored):
+                files.setdefault(self._metadata.storage_data[item.storage_index].relative_path, []).append(item)
+        for file, items in files.items():
+            with reading(self.path / file):
+                self._reader.read_data(LoadPlan(items), plan).wait()
 
 
 class _Plan(DefaultLoadPlanner):
@@ -293,11 +226,7 @@ class _Plan(DefaultLoadPlanner):
 
 
 def tracked_folder(run: Path) -> Path | None:
-    """The iteration's folder that the tracker in a run's folder names, as Megatron takes it; None without a tracker.
-
-    Raises:
-        ValueError: the tracker names none.
-    """
+    """The iteration's folder that the tracker in a run's folder names, as Megatron takes it; None without a tracker."""
     tracker = run / TRACKER
     if not tracker.is_file():
         return None
@@ -314,15 +243,11 @@ def tracked_folder(run: Path) -> Path | None:
 
 
 def _iteration_folder(path: Path) -> Path:
-    """The folder with the checkpoint's metadata.
-
-    Raises:
-        ValueError: there is none, or it is not a `torch_dist` checkpoint.
-    """
+    """The folder with the checkpoint's metadata."""
     folder = tracked_folder(path) or path
     if not folder.is_dir():
         raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
-    with damage_of(["metadata.json"], folder=folder, is_unpickled=True):
+    with reading(folder / "metadata.json"):
         config = maybe_load_config(str(folder))
     if config is None and (folder / ".metadata").exists():
         raise ValueError(
@@ -334,6 +259,49 @@ def _iteration_folder(path: Path) -> Path:
             f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with its {TRACKER}, or one "
             "iteration's in it, and convert other formats with Megatron's --ckpt-convert-format torch_dist"
         )
-    if not (folder / ".metadata").exists():
-        raise ValueError(f"{folder} is not whole: its .metadata is missing")
     return folder
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Read a file of a checkpoint in this block; whatever a damaged or foreign one causes is told with its name.
+
+    What the machine refuses, such as a file that may not be read, is raised as it is where it names the file.
+    """
+    try:
+        yield
+    except (CheckpointException, Exception) as raised:
+        # torch's loader wraps everything, with a traceback as its text
+        error = next(iter(raised.failures.values()))[0] if isinstance(raised, CheckpointException) else raised
+        if not isinstance(error, Exception) or (isinstance(error, OSError) and error.filename is not None):
+            raise error from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{file} is damaged, or another version of Megatron wrote it: {reason}") from raised
+
+
+def facts_of(checkpoint: MegatronCheckpoint) -> ModelFacts:
+    """What choosing experts needs to know of the model in a checkpoint."""
+    layers = checkpoint.moe_layers
+    if not layers:
+        raise ValueError(f"the model in {checkpoint.path} has no routed experts")
+    args = checkpoint.args
+    num_experts = int(args.num_experts)
+    sizes = {name: math.prod(info.shape) for name, info in checkpoint.names.items()}
+    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name or name.endswith(".mlp.router.weight"))
+    stored = {info.dtype for name, info in checkpoint.names.items() if ".mlp.experts." in name}
+    return ModelFacts(
+        fingerprint=checkpoint.fingerprint,
+        num_experts=num_experts,
+        num_shared=num_shared_experts(args),
+        top_k=int(args.moe_router_topk),
+        layers=layers,
+        expert_parameters=routed // (len(layers) * num_experts),
+        other_parameters=sum(sizes.values()) - routed,
+        bytes_per_parameter=max(dtype.itemsize for dtype in stored),
+    )
+
+
+def num_shared_experts(args: object) -> int:
+    """Shared experts as the paper counts them: Megatron has one, as wide as all of them together."""
+    width = getattr(args, "moe_shared_expert_intermediate_size", None) or 0
+    return -(-width // (getattr(args, "moe_ffn_hidden_size", None) or width)) if width else 0

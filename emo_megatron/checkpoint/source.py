@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from emo_megatron.checkpoint.names import ROUTER
 from emo_megatron.checkpoint.reader import RELEASE, TRACKER, MegatronCheckpoint, tracked_folder
 from emo_megatron.experts.placement import Placement
-from emo_megatron.experts.selection import router_fingerprint
 from emo_megatron.finite import check_weight
 
 
@@ -44,9 +43,6 @@ def loaded_by_megatron(args: argparse.Namespace) -> MegatronCheckpoint:
 
     Args:
         args: Megatron's flags `load`, `ckpt_step` and `pretrained_checkpoint`.
-
-    Raises:
-        ValueError: there is none, so Megatron would start from random weights; or it cannot be read.
     """
     flag, path = "--load", args.load
     if args.pretrained_checkpoint is not None and not is_run(path):
@@ -67,18 +63,11 @@ def loaded_by_megatron(args: argparse.Namespace) -> MegatronCheckpoint:
 
 
 def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
-    """Refuse a layer whose router is not the checkpoint's.
-
-    Raises:
-        ValueError: naming the layer and the checkpoint.
-    """
+    """Refuse a layer whose router is not the checkpoint's."""
     number = layer.layer_number
+    prefix = f"decoder.layers.{number - 1}.{ROUTER}"
     found = {name: tensor.detach().cpu() for name, tensor in layer.router.state_dict().items()}
-    try:
-        stored = checkpoint.layer_view(number)
-        wanted = {name: stored.read(ROUTER + name) for name in _of_router(stored.names)}
-    except ValueError:
-        wanted = {}
+    wanted = {n.removeprefix(prefix): checkpoint.read(n) for n in checkpoint.names if n.startswith(prefix)}
     for name, tensor in wanted.items():
         # NaN is not even itself
         check_weight(f"{ROUTER}{name}", tensor, layer=number, experts=range(len(tensor)))
@@ -90,10 +79,6 @@ def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
         raise ValueError(
             f"Megatron did not load {checkpoint.path}: the router of layer {number} is not the one stored there"
         )
-
-
-def _of_router(names: Iterable[str]) -> list[str]:
-    return [name.removeprefix(ROUTER) for name in names if name.startswith(ROUTER)]
 
 
 def check_routers(model: Any, checkpoint: MegatronCheckpoint) -> None:
@@ -114,15 +99,10 @@ def check_routers_when_started(model: Any, checkpoint: MegatronCheckpoint) -> No
 
 
 def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
-    """Refuse a placement of another model, and a model whose experts' numbers mean something.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
+    """Refuse a placement of another model, and a model whose experts' numbers mean something."""
     args = parent.args
-    routers = (parent.layer_view(layer).read(f"{ROUTER}weight") for layer in parent.moe_layers)
     try:
-        placement.check_model(router_fingerprint(routers), layers=parent.moe_layers)
+        placement.check_model(parent.fingerprint, layers=parent.moe_layers)
     except ValueError as error:
         raise ValueError(f"{parent.path}: {error}") from None
     for name, most, why in (

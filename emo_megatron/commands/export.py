@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from emo_megatron import __version__
-from emo_megatron.checkpoint.parts import SELECTION_FILE
+from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.config import PoolConfig
 from emo_megatron.experts.selection import Selection, load_selection

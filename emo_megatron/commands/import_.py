@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from emo_megatron.checkpoint.parts import SELECTION_FILE
+from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.config import pool_config_of

@@ -1,26 +1,20 @@
-"""Options of the commands that choose experts, for the command line and for functions alike."""
+"""Options that several commands have: how a model is run, and on which documents."""
 
 from __future__ import annotations
 
-import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from emo_megatron.experts.calibration import Calibration
-from emo_megatron.experts.select import MaxRise, size_of
-
-LONGEST_ROW = 4096
-"""Tokens of a row where nobody says otherwise and the model could take more."""
+from emo_megatron.runners import launch
+from emo_megatron.runners.cache import Measured, NoCache, open_cache
+from emo_megatron.runners.open import Read, is_hugging_face, open_hugging_face, open_megatron
 
 
 def check_least(options: object, least: int, *names: str) -> None:
-    """Refuse whole numbers among options that are below `least`, or too large for any tensor; None is no number.
-
-    Raises:
-        ValueError: naming the flag.
-    """
+    """Refuse whole numbers among options that are below `least`, or too large for any tensor; None is no number."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not least <= value < 2**63:
@@ -46,6 +40,8 @@ class ModelOptions:
     """Ranks that share the layers."""
     expert_parallel: int = 1
     """Ranks that share a layer's experts."""
+    no_cache: bool = False
+    """Measure everything now, and keep nothing for another call."""
     megatron: str = ""
     """More of Megatron's flags, in one text after an equals sign: --megatron="--bf16 --transformer-impl local"."""
 
@@ -65,6 +61,55 @@ class ModelOptions:
                 f"--processes must be a multiple of --tensor-parallel times --pipeline-parallel, {ranks}, and its "
                 f"share of a stage of --expert-parallel, {self.expert_parallel}; got {self.processes}"
             )
+
+    def is_elsewhere(self, checkpoint: Path) -> bool:
+        """Whether the model runs in other processes than this one, see `run_elsewhere`."""
+        return not (is_hugging_face(checkpoint) or launch.is_rank())
+
+    def run_elsewhere(self, command: str, *, log: Path) -> None:
+        """Run the command again where the model runs; Megatron's own output goes to a file."""
+        launch.again(command, self, processes=self.processes, log=log)
+
+    def open(self, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[Measured, Read]:
+        """The model of a checkpoint, and what reads documents for it.
+
+        Args:
+            checkpoint: Megatron's or Hugging Face's.
+            texts: files that will be read.
+        """
+        cache = NoCache() if self.no_cache else open_cache()
+        if not is_hugging_face(checkpoint):
+            model, read = open_megatron(
+                checkpoint,
+                layout=self._layout(),
+                more=shlex.split(self.megatron),
+                texts=texts,
+                tokenizer=self.tokenizer,
+                seq_length=self.seq_length,
+                rows=self.rows,
+            )
+            return Measured(model, cache), read
+        if self.processes > 1 or self.megatron:
+            raise ValueError(
+                f"{checkpoint} is a Hugging Face checkpoint, which runs in one process; drop --processes and "
+                "--megatron, or import it into Megatron"
+            )
+        model, read = open_hugging_face(
+            checkpoint, texts=texts, tokenizer=self.tokenizer, seq_length=self.seq_length, rows=self.rows
+        )
+        return Measured(model, cache), read
+
+    def _layout(self) -> list[str]:
+        """Megatron's flags for the layout."""
+        sizes = {
+            "--tensor-model-parallel-size": self.tensor_parallel,
+            "--pipeline-model-parallel-size": self.pipeline_parallel,
+            "--expert-model-parallel-size": self.expert_parallel,
+            # a rank has whole experts, whose outputs can be measured
+            "--expert-tensor-parallel-size": 1,
+        }
+        flags = [part for name, size in sizes.items() for part in (name, str(size))]
+        return [*flags, *(["--sequence-parallel"] if self.tensor_parallel > 1 else [])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,103 +135,3 @@ class DataOptions(ModelOptions):
     def calibration(self) -> Calibration:
         """Which documents."""
         return Calibration(num_examples=self.examples, num_shots=self.shots, num_tokens=self.tokens, seed=self.seed)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StatsOptions(DataOptions):
-    """Measure what the experts of a model do on calibration documents: one pass, one file."""
-
-    checkpoint: Path
-    """Megatron's (what --save named, or one iteration's folder in it) or Hugging Face's (a folder with config.json)."""
-    data: Path
-    """.jsonl with a "text" on every line, .safetensors with tokens and cu_seqlens, or prefix of an indexed dataset."""
-    output: Path
-    """Statistics file to write. Called again, an interrupted pass goes on where it was."""
-    outputs: bool = False
-    """Also look at what experts put out, which the methods easy_ep and reap need."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergeStatsOptions:
-    """Merge statistics files of different documents into one: the statistics of all documents together."""
-
-    stats: tuple[Path, ...]
-    """Files of `stats`, of the same model."""
-    output: Path
-    """Statistics file to write."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SelectOptions(DataOptions):
-    """Choose the experts a task needs: a Selection file, for extract.
-
-    Give one of --keep, --max-rise and --budget-mb. Methods that rank by statistics read --stats, or measure --data
-    with --checkpoint now; layerwise and --max-rise run the model.
-    """
-
-    output: Path
-    """Selection file to write; must not exist. Called again, an interrupted select goes on where it was."""
-    stats: tuple[Path, ...] = ()
-    """Files of `stats`; several count as one."""
-    method: Literal["mean_prob", "frequency", "layerwise", "easy_ep", "reap", "random"] = "mean_prob"
-    """mean_prob: mean router probability, the paper's. frequency: share of tokens. layerwise: mean_prob, each layer
-    measured with the earlier ones already reduced. easy_ep, reap: by what experts put out."""
-    keep: str | None = None
-    """Experts a layer as the paper counts them, the shared ones included: 16; or a share of all: 12.5%."""
-    max_rise: str | None = None
-    """Keep as few as the loss on --held-out allows: 1% of the whole model's loss, or 0.05 nats a token."""
-    budget_mb: float | None = None
-    """Keep as many as fit in so many megabytes of weights."""
-    bytes_per_parameter: float | None = None
-    """For --budget-mb: 2 for bfloat16. By default as the checkpoint stores its experts, which extract keeps."""
-    checkpoint: Path | None = None
-    """The model, as for `stats`: for layerwise, --max-rise, or without --stats."""
-    data: Path | None = None
-    """Calibration documents, as for `stats`: for layerwise, or without --stats."""
-    held_out: Path | None = None
-    """Documents that choose no experts, as for `stats`: for --max-rise."""
-
-    def __post_init__(self) -> None:
-        DataOptions.__post_init__(self)
-        sizes = [n for n in ("keep", "max_rise", "budget_mb") if getattr(self, n) is not None]
-        if len(sizes) != 1:
-            raise ValueError(
-                "give one of --keep, --max-rise and --budget-mb, which say how large the module is; got "
-                f"{' and '.join(f'--{n}'.replace('_', '-') for n in sizes) or 'none'}"
-            )
-        if self.keep is not None:
-            size_of(self.keep, total=1)
-        for name in ("budget_mb", "bytes_per_parameter"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0; got {value}")
-        if self.data is not None and not self.needs_data:
-            raise ValueError(
-                f"--data would not be read: --method {self.method} needs none"
-                + (" beside --stats" if self.stats else "")
-                + "; drop it"
-            )
-        if self.max_rise is not None:
-            MaxRise.parse(self.max_rise)
-        if self.max_rise is not None and self.held_out is None:
-            raise ValueError("--max-rise needs --held-out, documents that choose no experts")
-        if self.needs_model and self.checkpoint is None:
-            reason = "--max-rise" if self.max_rise is not None else f"--method {self.method}"
-            raise ValueError(f"{reason} runs the model: name it with --checkpoint")
-        if not self.stats and self.checkpoint is None:
-            raise ValueError("give --stats, or --checkpoint and --data to measure now")
-        if self.needs_data and self.data is None:
-            raise ValueError(
-                f"--method {self.method} needs calibration documents: give --data"
-                + (", or --stats" if self.method != "layerwise" else "")
-            )
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether the model is run even if there are statistics."""
-        return self.method == "layerwise" or self.max_rise is not None
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration documents are read."""
-        return self.method == "layerwise" or (not self.stats and self.method != "random")

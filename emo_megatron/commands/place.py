@@ -1,4 +1,7 @@
-"""From statistics files to a placement file: the command `place`."""
+"""Place the experts that tokens use together on one expert-parallel rank.
+
+python -m emo_megatron place --stats text.safetensors --ranks 8 --output ep8.json
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from emo_megatron.files import must_not_exist
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlaceOptions:
+class Options:
     """Place the experts that tokens use together on one expert-parallel rank: a placement file, for relabel."""
 
     stats: tuple[Path, ...]
@@ -33,20 +36,11 @@ class PlaceOptions:
         check_least(self, 0, "seed")
 
 
-def place_files(options: PlaceOptions) -> Path:
-    """Place experts by statistics files; returns the placement file.
-
-    Raises:
-        FileNotFoundError: there is no such statistics file.
-        ValueError: a file is damaged, statistics do not go together, the ranks do not divide the experts, or the
-            output exists.
-    """
+def run(options: Options) -> Path:
+    """Write the placement file."""
     must_not_exist(options.output)
     stats = merge_stats([load_stats(path) for path in options.stats])
     placement = place(
         stats, num_ranks=options.ranks, method=options.method, max_imbalance=options.max_imbalance, seed=options.seed
     )
     return placement.save(options.output)
-
-
-Options, run = PlaceOptions, place_files

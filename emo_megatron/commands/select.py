@@ -1,229 +1,204 @@
-"""From options to a Selection file: read or measure statistics, choose experts, find the smallest module."""
+"""The command select: choose the experts a task needs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from torch import Tensor
 
-from emo_megatron.commands.options import MergeStatsOptions, SelectOptions
-from emo_megatron.experts.calibration import Documents
+from emo_megatron.commands.options import DataOptions
+from emo_megatron.experts.calibration import Calibration, Documents
 from emo_megatron.experts.select import (
     LAYERWISE,
-    NEEDS_OUTPUTS,
+    METHODS,
+    METHODS_HELP,
     RANDOM,
-    SCORES,
     MaxRise,
+    check_method,
     keep_for_budget,
     parse_keep,
-    select_layerwise,
+    select_by_stats,
     select_random,
-    select_top,
     selection_of,
-    smallest_within,
+    size_of,
 )
-from emo_megatron.experts.selection import Selection
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
 from emo_megatron.files import must_not_exist
-from emo_megatron.runners.base import StudiedModel, collect_stats
-from emo_megatron.runners.progress import Progress, Remember, anew
+from emo_megatron.runners.cache import Measured
+from emo_megatron.runners.search import select_layerwise, smallest_within
 
 
-def select(
-    options: SelectOptions,
-    *,
-    model: StudiedModel | None = None,
-    documents: Documents | None = None,
-    held_out: Documents | None = None,
-) -> Selection:
-    """Choose experts and write the Selection.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options(DataOptions):
+    """Choose the experts a task needs: a Selection file, for extract.
 
-    What takes long is kept beside the output as it comes, so that an interrupted choice goes on where it was.
-
-    Args:
-        options: of the command.
-        model: the model in `options.checkpoint`; on several ranks all call alike and the first writes.
-        documents: what `options.data` names.
-        held_out: what `options.held_out` names.
-
-    Raises:
-        ValueError: the output exists, the size is impossible, statistics are of another model or lack what the method
-            needs, or what is kept beside the output is of another choice.
+    Give one of --keep, --max-rise and --budget-mb. Methods that rank by statistics read --stats, or measure --data
+    with --checkpoint now; layerwise and --max-rise run the model.
     """
-    if model is None:
-        must_not_exist(options.output)
-    else:
-        model.from_writer(lambda: must_not_exist(options.output))
+
+    output: Path
+    """Selection file to write; must not exist. Called again, an interrupted select goes on where it was."""
+    stats: tuple[Path, ...] = ()
+    """Files of `stats`; several count as one."""
+    method: Annotated[str, tyro.conf.arg(help=METHODS_HELP)] = "mean_prob"
+    keep: str | None = None
+    """Experts a layer as the paper counts them, the shared ones included: 16; or a share of all: 12.5%."""
+    max_rise: str | None = None
+    """Keep as few as the loss on --held-out allows: 1% of the whole model's loss, or 0.05 nats a token."""
+    budget_mb: float | None = None
+    """Keep as many as fit in so many megabytes of weights."""
+    bytes_per_parameter: float | None = None
+    """For --budget-mb: 2 for bfloat16. By default as the checkpoint stores its experts, which extract keeps."""
+    checkpoint: Path | None = None
+    """The model, as for `stats`: for layerwise, --max-rise, or without --stats."""
+    data: Path | None = None
+    """Calibration documents, as for `stats`: for layerwise, or without --stats."""
+    held_out: Path | None = None
+    """Documents that choose no experts, as for `stats`: for --max-rise."""
+
+    def __post_init__(self) -> None:
+        DataOptions.__post_init__(self)
+        check_method(self.method, flag="--method")
+        sizes = [n for n in ("keep", "max_rise", "budget_mb") if getattr(self, n) is not None]
+        if len(sizes) != 1:
+            raise ValueError(
+                "give one of --keep, --max-rise and --budget-mb, which say how large the module is; got "
+                f"{' and '.join(f'--{n}'.replace('_', '-') for n in sizes) or 'none'}"
+            )
+        if self.keep is not None:
+            size_of(self.keep, total=1)
+        for name in ("budget_mb", "bytes_per_parameter"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be a finite number above 0; got {value}")
+        if self.data is not None and not self.needs_data:
+            raise ValueError(
+                f"--data would not be read: --method {self.method} needs none"
+                + (" beside --stats" if self.stats else "")
+                + "; drop it"
+            )
+        if self.max_rise is not None:
+            MaxRise.parse(self.max_rise)
+        if self.max_rise is not None and self.held_out is None:
+            raise ValueError("--max-rise needs --held-out, documents that choose no experts")
+        if self.needs_model and self.checkpoint is None:
+            reason = "--max-rise" if self.max_rise is not None else f"--method {self.method}"
+            raise ValueError(f"{reason} runs the model: name it with --checkpoint")
+        if not self.stats and self.checkpoint is None:
+            raise ValueError("give --stats, or --checkpoint and --data to measure now")
+        if self.needs_data and self.data is None:
+            raise ValueError(
+                f"--method {self.method} needs calibration documents: give --data"
+                + (", or --stats" if self.method != "layerwise" else "")
+            )
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model is run even if there are statistics."""
+        return self.method == "layerwise" or self.max_rise is not None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration documents are read."""
+        return self.method == "layerwise" or (not self.stats and self.method != "random")
+
+
+def run(options: Options) -> Path:
+    """Choose experts; returns the Selection file."""
+    must_not_exist(options.output)
+    checkpoint = options.checkpoint if options.needs_model or not options.stats else None
+    if checkpoint is not None and options.is_elsewhere(checkpoint):
+        options.run_elsewhere("select", log=options.output.with_name(f"{options.output.name}.log"))
+        return options.output
     stats = merge_stats([load_stats(path) for path in options.stats]) if options.stats else None
+    model = documents = validation = None
+    if checkpoint is not None:
+        data = options.data if options.needs_data else None
+        held_out = options.held_out if options.max_rise is not None else None
+        model, read = options.open(checkpoint, texts=[path for path in (data, held_out) if path])
+        documents = read(data, options.calibration) if data else None
+        validation = read(held_out, Calibration(num_tokens=options.tokens)) if held_out else None
     facts = _facts(stats, model)
     keep = _keep(options, facts)
-    calibration = _calibration(options, stats=stats, documents=documents, held_out=held_out)
-    if model is None:
-        choose = _chooser(options, facts, stats=stats)
-        return _selected(options, facts, choose=choose, keep=keep, calibration=calibration)
-    question = _question(options, model, keep=keep, stats=stats, calibration=calibration, held_out=held_out)
-    with Progress(options.output, model=model, question=question) as progress:
-        if stats is None and options.method not in (LAYERWISE, RANDOM):
-            assert documents is not None
-            outputs = options.method in NEEDS_OUTPUTS
-            stats = collect_stats(model, documents, output=progress.statistics, outputs=outputs)
-        choose = _chooser(options, facts, stats=stats, model=model, documents=documents, remember=progress.remember)
-        return _selected(
-            options,
-            facts,
-            choose=choose,
-            keep=keep,
-            calibration=calibration,
-            model=model,
-            held_out=held_out,
-            remember=progress.remember,
-        )
-
-
-def _selected(
-    options: SelectOptions,
-    facts: ModelFacts,
-    *,
-    choose: Callable[[int], Tensor],
-    keep: int | None,
-    calibration: list[dict[str, Any]],
-    model: StudiedModel | None = None,
-    held_out: Documents | None = None,
-    remember: Remember = anew,
-) -> Selection:
-    """Choose as many experts as are asked for, or as losses allow, and write the Selection."""
-    data: dict[str, Any] = {"calibration": calibration}
+    calibration = _calibration(options.method, stats, documents)
+    if validation and validation.source["sha256"] in [entry.get("sha256") for entry in calibration]:
+        raise ValueError(f"--held-out {options.held_out} holds the documents that choose the experts: give others")
+    choose = _chooser(options.method, facts, stats=stats, model=model, documents=documents, seed=options.seed)
+    found: dict[str, Any] = {"calibration": calibration}
     if keep is not None:
         mask_LE = choose(keep)
-        data |= {} if options.budget_mb is None else {"budget_mb": options.budget_mb}
+        found |= {} if options.budget_mb is None else {"budget_mb": options.budget_mb}
     else:
-        assert model is not None
-        assert held_out is not None
-        assert options.max_rise is not None
-        bound = MaxRise.parse(options.max_rise)
-        found = smallest_within(model, held_out, choose=choose, bound=bound, remember=remember)
-        mask_LE = found.keep_mask_LE
-        data |= {
-            "held_out": held_out.source,
+        assert model
+        assert validation
+        assert options.max_rise
+        mask_LE, losses = smallest_within(model, validation, choose=choose, bound=MaxRise.parse(options.max_rise))
+        found |= {
+            "held_out": validation.source,
             "max_rise": options.max_rise,
-            "full_loss": found.full_loss,
+            "full_loss": losses[facts.num_experts],
             # keys of JSON are texts
-            "losses": {str(routed): loss for routed, loss in found.tried.items()},
+            "losses": {str(routed): loss for routed, loss in losses.items()},
         }
-    selection = selection_of(mask_LE, facts, method=options.method, seed=options.seed, data=data)
     if model is None or model.is_writer:
-        selection.save(options.output)
-    return selection
+        selection_of(mask_LE, facts, method=options.method, seed=options.seed, data=found).save(options.output)
+    return options.output
 
 
-def _keep(options: SelectOptions, facts: ModelFacts) -> int | None:
-    """Routed experts a layer; None where losses are to tell."""
-    if options.keep is not None:
-        return parse_keep(options.keep, facts)
-    if options.budget_mb is not None:
-        return keep_for_budget(
-            options.budget_mb,
-            facts,
-            bytes_per_parameter=facts.bytes_per_parameter
-            if options.bytes_per_parameter is None
-            else options.bytes_per_parameter,
-        )
-    return None
-
-
-def _calibration(
-    options: SelectOptions, *, stats: ExpertStatistics | None, documents: Documents | None, held_out: Documents | None
-) -> list[dict[str, Any]]:
-    """Where the documents that choose the experts came from.
-
-    Raises:
-        ValueError: the held-out documents are among them.
-    """
-    if options.method == RANDOM:
-        # what was read of statistics is the number of experts
-        return []
-    found = [documents.source] if documents else [*stats.data] if stats else []
-    if held_out and held_out.source["sha256"] in [entry.get("sha256") for entry in found]:
-        raise ValueError(f"--held-out {options.held_out} holds the documents that choose the experts: give others")
-    return found
-
-
-def _question(
-    options: SelectOptions,
-    model: StudiedModel,
-    *,
-    keep: int | None,
-    stats: ExpertStatistics | None,
-    calibration: list[dict[str, Any]],
-    held_out: Documents | None,
-) -> dict[str, Any]:
-    """All that the choice depends on, as `Progress` tells one from another."""
-    return {
-        "model": model.facts.fingerprint,
-        **asdict(model.setting),
-        "method": options.method,
-        "keep": keep,
-        "max_rise": options.max_rise,
-        "seed": options.seed if options.method == RANDOM else None,
-        "stats": None if stats is None else stats.digest(),
-        # what chose the documents shows in their digest
-        "data": [entry.get("sha256") for entry in calibration],
-        "held_out": None if held_out is None else held_out.source["sha256"],
-    }
-
-
-def _facts(stats: ExpertStatistics | None, model: StudiedModel | None) -> ModelFacts:
+def _facts(stats: ExpertStatistics | None, model: Measured | None) -> ModelFacts:
     if stats is None:
-        assert model is not None
+        assert model is not None, "checked with the options"
         return model.facts
     if model is not None and not stats.model.is_same(model.facts):
         raise ValueError("--stats and --checkpoint are of different models: run stats on this checkpoint")
     return stats.model
 
 
+def _keep(options: Options, facts: ModelFacts) -> int | None:
+    """Routed experts a layer; None where losses are to tell."""
+    if options.keep is not None:
+        return parse_keep(options.keep, facts)
+    if options.budget_mb is not None:
+        size = options.bytes_per_parameter
+        size = facts.bytes_per_parameter if size is None else size
+        return keep_for_budget(options.budget_mb, facts, bytes_per_parameter=size)
+    return None
+
+
+def _calibration(method: str, stats: ExpertStatistics | None, documents: Documents | None) -> list[dict[str, Any]]:
+    """Where the documents that choose the experts came from; what chance chooses, no document does."""
+    if method == RANDOM:
+        return []
+    return [documents.source] if documents else [*stats.data] if stats else []
+
+
 def _chooser(
-    options: SelectOptions,
+    method: str,
     facts: ModelFacts,
     *,
     stats: ExpertStatistics | None,
-    model: StudiedModel | None = None,
-    documents: Documents | None = None,
-    remember: Remember = anew,
+    model: Measured | None,
+    documents: Documents | None,
+    seed: int,
 ) -> Callable[[int], Tensor]:
-    """Routed experts kept -> [L, E] bool, by the method of the options."""
-    if options.method == LAYERWISE:
-        assert model is not None
-        assert documents is not None
-        return lambda keep: select_layerwise(model, documents, keep=keep, remember=remember)
-    if options.method == RANDOM:
-        return lambda keep: select_random(
-            num_layers=len(facts.layers), num_experts=facts.num_experts, keep=keep, seed=options.seed
-        )
-    assert stats is not None
+    """Routed experts kept -> [L, E] bool."""
+    if method == RANDOM:
+        shape = {"num_layers": len(facts.layers), "num_experts": facts.num_experts}
+        return lambda keep: select_random(**shape, keep=keep, seed=seed)
+    if method == LAYERWISE:
+        assert model
+        assert documents
+        return lambda keep: select_layerwise(model, documents, keep=keep)
+    if stats is None:
+        assert model
+        assert documents
+        stats = model.statistics(documents, outputs=METHODS[method].needs_outputs)
+    taken = stats
     # now: that statistics lack what the method needs is said before a loss is measured
-    scores_LE = SCORES[options.method](stats)
-    return lambda keep: select_top(scores_LE, keep=keep)
-
-
-def merge_files(options: MergeStatsOptions) -> Path:
-    """Merge statistics files into one; returns its path.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: they cannot be merged, or the output exists.
-    """
-    must_not_exist(options.output)
-    return merge_stats([load_stats(path) for path in options.stats]).save(options.output)
-
-
-Options = SelectOptions
-
-
-def run(options: SelectOptions) -> Path:
-    """Choose experts."""
-    from emo_megatron.runners.launch import run_select
-
-    return run_select(options)
+    select_by_stats(taken, method=method, keep=facts.top_k)
+    return lambda keep: select_by_stats(taken, method=method, keep=keep)

@@ -1,4 +1,4 @@
-"""Compose modules of one parent: which experts the composition keeps, and whose value a weight gets.
+"""Which experts a composition of modules of one parent keeps.
 
 Shapes: L MoE layers, E routed experts of the parent. Mixing several domains' scores follows EASY-EP (arXiv 2504.06792):
 each layer's scores of a domain are divided by their sum, then added over domains.
@@ -6,8 +6,7 @@ each layer's scores of a domain are divided by their sum, then added over domain
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,19 +16,6 @@ from emo_megatron.experts.select import select_top
 from emo_megatron.experts.selection import Selection
 
 Rule = Literal["union", "score"]
-
-PARENT, AVERAGE, OWNER, REFUSE = "parent", "average", "owner", "refuse"
-"""Policies for a weight's value, beside the name of a module."""
-POLICIES = (PARENT, AVERAGE, OWNER, REFUSE)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Taken:
-    """A weight's value and whose it is."""
-
-    value: Tensor
-    source: str
-    """A module's name, "average" or "parent"."""
 
 
 def compose_selections(
@@ -43,9 +29,6 @@ def compose_selections(
         scores: [L, E] for each selection in its order, higher is better. They decide which experts of a union that is
             too large stay, and which fill one that is too small.
         rule: "union" prefers experts of the selections; "score" looks at the added scores of all experts alone.
-
-    Raises:
-        ValueError: other parents, a `keep` that cannot be, scores that are missing or of another shape.
     """
     first = _check_parents(selections)
     union_LE = torch.stack([s.keep_mask() for s in selections]).any(dim=0)
@@ -79,38 +62,6 @@ def compose_selections(
             "union": sizes_L.tolist(),
         },
     )
-
-
-def value_of(policy: str, *, candidates: Mapping[str, Tensor], parent: Tensor | None) -> Taken:
-    """A weight's value under a policy.
-
-    Args:
-        policy: "parent"; "average", the mean of the candidates; or a module's name.
-        candidates: the values of the modules that have the weight and changed it, by module.
-        parent: the parent's value, which stands where the policy names no candidate.
-
-    Returns:
-        In the candidates' dtype; means are formed in float32.
-
-    Raises:
-        ValueError: the policy names no candidate, and there is no parent.
-    """
-    if policy in candidates:
-        return Taken(value=candidates[policy], source=policy)
-    if policy == AVERAGE and candidates:
-        values = list(candidates.values())
-        mean = torch.stack([v.float() for v in values]).mean(dim=0).to(values[0].dtype)
-        return Taken(value=mean, source=AVERAGE)
-    if parent is None:
-        raise ValueError(f"{policy} does not have this weight, and there is no parent to ask")
-    return Taken(value=parent, source=PARENT)
-
-
-def blended(value: Tensor, *, parent: Tensor, share: float) -> Tensor:
-    """`share` of the way from the parent's value to `value`, formed in float32; 1 gives `value` itself."""
-    if share == 1.0:
-        return value
-    return torch.lerp(parent.float(), value.float(), share).to(value.dtype)
 
 
 def _check_parents(selections: Sequence[Selection]) -> Selection:

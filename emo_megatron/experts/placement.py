@@ -7,7 +7,7 @@ swaps pairs of experts while that helps, as Kernighan and Lin (1970) do; `load` 
 EPLB's), to compare with. Co-activation knows pairs: what lies together is exactly the rows that top-2 routing saves,
 and stands in for them with more experts a token.
 
-Shapes: L MoE layers, E routed experts, R ranks, T tokens.
+Shapes: L MoE layers, E routed experts, R ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from emo_megatron.experts.selection import MOST_EXPERTS
 from emo_megatron.experts.stats import ExpertStatistics
@@ -37,12 +36,7 @@ Weights = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R).
-
-    Raises:
-        ValueError: on construction, when a layer's order is no permutation, ranks do not divide the experts, or the
-            bound is no finite number of 1 or more.
-    """
+    """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R)."""
 
     num_experts: int
     num_ranks: int
@@ -73,12 +67,13 @@ class Placement:
                     f"{reprlib.repr(order)}"
                 )
 
-    def check_model(self, fingerprint: str, *, layers: Sequence[int]) -> None:
-        """Refuse another model than the one whose experts were placed.
+    @property
+    def by_layer(self) -> dict[int, tuple[int, ...]]:
+        """The order of each layer by its number."""
+        return dict(zip(self.layers, self.order, strict=True))
 
-        Raises:
-            ValueError: saying what differs.
-        """
+    def check_model(self, fingerprint: str, *, layers: Sequence[int]) -> None:
+        """Refuse another model than the one whose experts were placed."""
         if fingerprint != self.model or tuple(layers) != self.layers:
             raise ValueError("the placement is of another model, or of this one under other labels: its routers differ")
 
@@ -90,16 +85,11 @@ class Placement:
 
 
 def load_placement(path: Path) -> Placement:
-    """Read a placement file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no placement file, or a damaged one; names the file and what is wrong.
-    """
+    """Read a placement file; one that is damaged or of another version is an error with its name."""
     if not path.exists():
         raise FileNotFoundError(f"there is no placement file {path}; write one with place")
     names = [f.name for f in fields(Placement)]
-    stored = read_own(path, kind="a placement file", format=FORMAT, fields=names)
+    stored = read_own(path, kind="a placement file", format=FORMAT, fields=names, made_by="place")
     kinds = {"layers": list, "order": list, "model": str, "method": str, "max_imbalance": float}
     checked(stored, kinds, where=str(path))
     try:
@@ -125,9 +115,6 @@ def place(
         max_imbalance: load (tokens, counted once for each expert) of the fullest rank over the mean; at least 1. Where
             loads do not allow it, no rank gets fuller than the fullest of the most balanced start.
         seed: of the order in which swaps are tried.
-
-    Raises:
-        ValueError: ranks do not divide the experts, or the bound is below 1 or not finite.
     """
     _check_ranks(stats.model.num_experts, num_ranks)
     if method not in get_args(Method):
@@ -257,37 +244,6 @@ def _relief(mine: float, theirs_E: Weights, shift_E: Weights, *, bound: float) -
     after_E = np.maximum(mine + shift_E - bound, 0) + np.maximum(theirs_E - shift_E - bound, 0)
     relief_E: Weights = before_E - after_E
     return relief_E
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """What a placement does to tokens whose experts are known."""
-
-    rows_per_token: float
-    """Ranks that hold any of a token's experts, mean: rows sent where each token goes to a rank once."""
-    pair_imbalance: float
-    """(token, expert) pairs of the fullest rank over the mean: its experts' work."""
-    row_imbalance: float
-    """Rows of the fullest rank over the mean."""
-
-
-def spread_of(routing_map_TE: Tensor, *, order: Sequence[int], num_ranks: int) -> Spread:
-    """Replay a layer's routing.
-
-    Args:
-        routing_map_TE: [T, E] bool, T at least 1, by the experts' own labels.
-        order: the expert at each place.
-        num_ranks: R, a divisor of E.
-    """
-    placed_TE = routing_map_TE[:, list(order)]
-    pairs_TR = placed_TE.view(len(placed_TE), num_ranks, -1).sum(-1)
-    pairs_R = pairs_TR.sum(0).double()
-    rows_R = (pairs_TR > 0).sum(0).double()
-    return Spread(
-        rows_per_token=float(rows_R.sum() / len(pairs_TR)),
-        pair_imbalance=float(pairs_R.max() / pairs_R.mean()),
-        row_imbalance=float(rows_R.max() / rows_R.mean()),
-    )
 
 
 def _check_bound(max_imbalance: float, *, name: str) -> None:

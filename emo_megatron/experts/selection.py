@@ -28,11 +28,7 @@ MOST_EXPERTS = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """The routed experts that each MoE layer keeps.
-
-    Raises:
-        ValueError: on construction, naming every field that cannot be.
-    """
+    """The routed experts that each MoE layer keeps; an error on construction names every field that cannot be."""
 
     num_experts: int
     """Routed experts of the parent, a layer."""
@@ -69,42 +65,28 @@ class Selection:
         return mask_LE
 
     @property
+    def by_layer(self) -> dict[int, tuple[int, ...]]:
+        """The kept experts by the number of their layer."""
+        return dict(zip(self.layers, self.experts, strict=True))
+
+    @property
     def num_kept(self) -> tuple[int, ...]:
         """Routed experts kept in each MoE layer."""
         return tuple(len(kept) for kept in self.experts)
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every layer keeps as many experts as the others."""
-        return len(set(self.num_kept)) == 1
-
     def keep_k(self, *, num_shared: int) -> int:
-        """Experts kept a layer as the paper counts them, the shared ones included.
-
-        Args:
-            num_shared: shared experts a layer, 0 or more.
-
-        Raises:
-            ValueError: layers keep different numbers.
-        """
+        """Experts kept a layer as the paper counts them, the shared ones included."""
         return self.uniform_count(purpose="one keep-k") + num_shared
 
     def uniform_count(self, *, purpose: str) -> int:
-        """Routed experts kept in every layer.
-
-        Args:
-            purpose: what needs one number, for the error.
-
-        Raises:
-            ValueError: layers keep different numbers.
-        """
-        if not self.is_uniform:
-            low, high = min(self.num_kept), max(self.num_kept)
+        """Routed experts kept in every layer; `purpose` says in an error what needs one number."""
+        low, high = min(self.num_kept), max(self.num_kept)
+        if low < high:
             raise ValueError(
                 f"{purpose} needs as many experts in every layer; this Selection keeps {low} to {high}. "
                 "Select with --keep, which keeps the same number everywhere."
             )
-        return self.num_kept[0]
+        return low
 
     def check_model(self, fingerprint: str, *, num_experts: int, layers: Sequence[int]) -> None:
         """Refuse a model that this Selection was not made for.
@@ -113,9 +95,6 @@ class Selection:
             fingerprint: `router_fingerprint` of the model.
             num_experts: its routed experts a layer.
             layers: numbers of its MoE layers, from 1.
-
-        Raises:
-            ValueError: saying what differs.
         """
         if num_experts != self.num_experts:
             difference = f"it has {num_experts} routed experts and the Selection is of {self.num_experts}"
@@ -140,15 +119,10 @@ class Selection:
 
 
 def load_selection(path: Path | str) -> Selection:
-    """Read a Selection file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no Selection, or a damaged one; names the file and what is wrong.
-    """
+    """Read a Selection file; one that is damaged or of another version is an error with its name."""
     path = Path(path)
     names = [f.name for f in fields(Selection)]
-    stored = read_own(path, kind="a Selection", format=FORMAT, fields=names)
+    stored = read_own(path, kind="a Selection", format=FORMAT, fields=names, made_by="select")
     try:
         experts = tuple(tuple(layer) for layer in stored.pop("experts"))
         return Selection(experts=experts, layers=tuple(stored.pop("layers")), **stored)

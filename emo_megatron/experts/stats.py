@@ -180,8 +180,7 @@ def load_stats(path: Path | str) -> ExpertStatistics:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no statistics file, or a damaged one, or a sum in it is not finite; names the file and what
-            is wrong.
+        ValueError: it is no statistics file, or a damaged one, or a sum in it is not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -229,12 +228,7 @@ def _sources(stored: object) -> tuple[dict[str, Any], ...]:
 
 
 def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
-    """The statistics of all documents of the parts together.
-
-    Raises:
-        ValueError: there is no part, parts are of different models or measure different things, or two of them
-            are of the same documents, which would count twice.
-    """
+    """The statistics of all documents of the parts together."""
     if not parts:
         raise ValueError("there are no statistics to merge: --stats must name at least one file")
     first = parts[0]

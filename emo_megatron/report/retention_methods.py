@@ -132,7 +132,7 @@ def _place(summary: RetentionSummary) -> tuple[str, float, int]:
 def _method_place(pair: tuple[str, str]) -> tuple[str, int]:
     """Models by name, methods in the order in which `select` lists them."""
     model, method = pair
-    return model, METHODS.index(method) if method in METHODS else -1
+    return model, list(METHODS).index(method) if method in METHODS else -1
 
 
 def cliffs_table(cliffs: Sequence[Cliff], bound: MaxRise) -> str:

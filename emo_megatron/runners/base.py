@@ -1,4 +1,4 @@
-"""What this package asks of a model, Megatron's or Hugging Face's, and the pass over calibration documents.
+"""What this package asks of a model, Megatron's or Hugging Face's.
 
 Shapes: L MoE layers in model order, E routed experts.
 """
@@ -6,18 +6,16 @@ Shapes: L MoE layers in model order, E routed experts.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from emo_megatron.experts.calibration import Documents
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts, load_stats, merge_stats
-from emo_megatron.files import must_be_writable, partial_of
+from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.finite import NotFiniteError
 
 
@@ -40,11 +38,7 @@ class Loss:
 
     @classmethod
     def mean(cls, nats: float, *, num_tokens: int) -> Loss:
-        """Of a sum over tokens.
-
-        Raises:
-            ValueError: no token was predicted.
-        """
+        """Of a sum over tokens."""
         if num_tokens < 1:
             raise ValueError(
                 "held-out documents must have two tokens or more, since the first is not predicted; got "
@@ -58,7 +52,7 @@ class Setting:
     """What a measurement depends on beside the documents."""
 
     weights: str
-    """`mark_of` the checkpoint."""
+    """`digest_of` what is run."""
     seq_length: int
     """Tokens a row."""
     dtype: str
@@ -111,20 +105,6 @@ class StudiedModel(Protocol):
             NotFiniteError: it is not a finite number; names the layer and the expert that make it so, see `check_nats`.
         """
         ...
-
-
-def stats_in(output: Path) -> ExpertStatistics | None:
-    """The statistics that were written to a file before; None if there is none.
-
-    Raises:
-        ValueError: it is something else, which is not written over, or nothing can be written there.
-    """
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; name a file")
-    if output.exists():
-        return load_stats(output)
-    must_be_writable(output)
-    return None
 
 
 def statistics_of(
@@ -192,72 +172,30 @@ def check_nats(nats: float, model: StudiedModel, documents: Sequence[Tensor], *,
     )
 
 
-def collect_stats(
-    model: StudiedModel, documents: Documents, *, output: Path, outputs: bool, documents_at_once: int = 256
-) -> ExpertStatistics:
-    """Measure documents and write the statistics file.
+_CHUNK = 2**20
+"""64-bit words hashed at once: some tens of megabytes of intermediate results."""
 
-    What is measured is kept beside `output` as it comes, so that an interrupted pass goes on where it was.
+
+def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """16 hex digits that change with any bit of any weight, wherever the weights lie and whenever they were written.
+
+    File names, sizes and metadata do not tell two fine-tunings of one model apart, so the weights themselves are read.
 
     Args:
-        model: on every rank that holds a part of it.
-        documents: the calibration documents.
-        output: statistics file; read instead of measured if it is already of these documents.
-        outputs: as in `StudiedModel.statistics`.
-        documents_at_once: documents between two saves.
-
-    Raises:
-        ValueError: `output` holds other statistics.
+        weights: by name, of any shapes and dtypes, on any device.
     """
-    unfinished = partial_of(output)
-    source = documents.source | asdict(model.setting)
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights, key=lambda named: named[0]):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        digest.update(_sums(weight.detach()).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
-    def is_of_this(stats: ExpertStatistics) -> bool:
-        # JSON has no tuples, and what chose the documents shows in their digest
-        names = ("sha256", *asdict(model.setting))
-        return (
-            # files that were written before this was noted lack --megatron
-            [[entry.get(name, "") for name in names] for entry in stats.data] == [[source[name] for name in names]]
-            and stats.model.is_same(model.facts)
-            and ("norm_LE" in stats.tensors()) == outputs
-        )
 
-    def find() -> ExpertStatistics | None:
-        found = stats_in(output)
-        if found is not None:
-            if is_of_this(found):
-                return found
-            raise ValueError(
-                f"{output} holds the statistics of something else: other weights, --data, --seq-length, dtype, "
-                "--outputs or --megatron; name another file"
-            )
-        if unfinished.exists():
-            # what is of something else is nothing to go on with, and it is replaced
-            found = load_stats(unfinished)
-            return found if is_of_this(found) else None
-        return None
-
-    total = model.from_writer(find)
-    done = 0 if total is None else total.num_documents
-    bar = tqdm(
-        total=len(documents.tokens),
-        initial=done,
-        desc="statistics",
-        unit="document",
-        disable=None if model.is_writer else True,
-    )
-    with bar:
-        while done < len(documents.tokens):
-            chunk = documents.tokens[done : done + documents_at_once]
-            part = model.statistics(chunk, outputs=outputs)
-            total = part if total is None else merge_stats([total, part])
-            done += len(chunk)
-            bar.update(len(chunk))
-            total = total.of(source)
-            if model.is_writer:
-                total.save(unfinished)
-    assert total is not None, "there is a document at least"
-    if model.is_writer and unfinished.exists():
-        total.save(output)
-        unfinished.unlink()
-    return total
+def _sums(weight: Tensor) -> Tensor:
+    """[n] int64, a sum for each chunk of a weight's bits, in which every word has a factor of its own."""
+    bytes_N = weight.contiguous().view(-1).view(torch.uint8)
+    words_N = torch.nn.functional.pad(bytes_N, (0, -len(bytes_N) % 8)).view(torch.int64)
+    factors_N = torch.arange(1, 2 * min(_CHUNK, len(words_N)), 2, device=weight.device) * 0x1E3779B97F4A7C15
+    # the shift brings the highest bits, the signs, down to where a product spreads them
+    sums = [((part ^ (part >> 29)) * factors_N[: len(part)]).sum() for part in words_N.split(_CHUNK)]
+    return torch.stack(sums)

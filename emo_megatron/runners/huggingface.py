@@ -26,7 +26,7 @@ from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.files import one_line, writing
 from emo_megatron.finite import check_named_weight
 from emo_megatron.json_files import read_object
-from emo_megatron.runners.base import Loss, Setting, check_nats, statistics_of
+from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
 from emo_megatron.runners.huggingface_hooks import BlockObserver
 
 MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
@@ -34,11 +34,7 @@ MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
 def load_hugging_face(path: Path) -> Any:
-    """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched.
-
-    Raises:
-        ValueError: it is of another kind, or damaged.
-    """
+    """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched."""
     from transformers import AutoModelForCausalLM
 
     kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
@@ -94,13 +90,9 @@ class HuggingFaceStudy:
         model: a causal language model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a forward pass.
-        weights: `mark_of` the folder it came from.
-
-    Raises:
-        ValueError: it has no layers of the known kind, or a weight that is not finite.
     """
 
-    def __init__(self, model: Any, *, seq_length: int, rows_at_once: int, weights: str = "") -> None:
+    def __init__(self, model: Any, *, seq_length: int, rows_at_once: int) -> None:
         self._model = model.eval()
         self._blocks = _blocks(model)
         for name, weight in _stored_weights(model):
@@ -108,7 +100,7 @@ class HuggingFaceStudy:
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         self.facts = _facts(model, self._blocks)
         dtype = str(next(model.parameters()).dtype)
-        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=dtype)
+        self.setting = Setting(weights=digest_of(_stored_weights(model)), seq_length=seq_length, dtype=dtype)
 
     @property
     def is_writer(self) -> bool:

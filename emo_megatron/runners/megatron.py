@@ -6,6 +6,7 @@ Shapes: L MoE layers of the whole model, E routed experts.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ from torch import Tensor
 from emo_megatron.experts.calibration import Row, empty_row, pack_rows
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.mcore.layer import PoolMoELayer
-from emo_megatron.runners.base import Loss, Setting, check_nats, statistics_of
-from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs
-from emo_megatron.runners.model_weights import check_weights
+from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
+from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs, check_weights, model_weights
 
 
 class MegatronStudy:
@@ -35,23 +35,11 @@ class MegatronStudy:
         facts: of the whole model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
-        weights: `mark_of` the checkpoint.
         megatron: more of Megatron's flags, which the user gave.
-
-    Raises:
-        NotImplementedError: there is context parallelism.
-        ValueError: a weight, on whichever rank, is not finite.
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        *,
-        facts: ModelFacts,
-        seq_length: int,
-        rows_at_once: int,
-        weights: str,
-        megatron: str = "",
+        self, model: torch.nn.Module, *, facts: ModelFacts, seq_length: int, rows_at_once: int, megatron: str = ""
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
             raise NotImplementedError("experts are studied without context parallelism; drop --context-parallel-size")
@@ -62,7 +50,9 @@ class MegatronStudy:
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         parameter = next(model.parameters())
         self._device = parameter.device
-        self.setting = Setting(weights=weights, seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron)
+        self.setting = Setting(
+            weights=_digest(model), seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron
+        )
 
     @property
     def is_writer(self) -> bool:
@@ -86,11 +76,7 @@ class MegatronStudy:
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """See StudiedModel.
-
-        Raises:
-            NotImplementedError: `outputs`, and expert tensor parallelism or gates on the experts' input.
-        """
+        """See StudiedModel."""
         if outputs:
             check_outputs(self._model.config)
         observers = [LayerObserver(layer, outputs=outputs) for layer in self._layers]
@@ -191,6 +177,16 @@ class MegatronStudy:
             total[self.facts.layers.index(number)] = tensor.double()
         dist.all_reduce(total, group=dist.group.WORLD)
         return total.cpu()
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """16 hex digits of the weights of all ranks; only another tensor-parallel size has others."""
+    own = [f"{name} {experts} {digest_of([('', part)])}" for name, _, experts, part in model_weights(model)]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    # data-parallel ranks hold the same
+    lines = sorted({line for of_rank in found for line in of_rank})
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Open a Megatron checkpoint for study, the way the commands that run a model do: flags in, model and documents out."""
+"""From a checkpoint, Megatron's or Hugging Face's, to a model that can be run and watched, and to its documents."""
 
 from __future__ import annotations
 
@@ -6,126 +6,117 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from emo_megatron.commands.options import LONGEST_ROW, ModelOptions
-from emo_megatron.experts.calibration import NO_TOKENIZER, Calibration, Documents, TextTokenizer, read_documents
-from emo_megatron.experts.document_files import is_text
-from emo_megatron.files import mark_of, to_output, write_any_name
-from emo_megatron.mcore.flags import add_fields, fields_of, prefixed
-from emo_megatron.processes import stops_on_signals
+from emo_megatron.experts.calibration import (
+    NO_TOKENIZER,
+    Calibration,
+    Documents,
+    ReadIndexed,
+    TextTokenizer,
+    is_text,
+    read_documents,
+)
+from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.runners.base import StudiedModel
-from emo_megatron.runners.layout import check_rows
-from emo_megatron.runners.loading import checkpoint_in, load_model
-from emo_megatron.runners.ranks import INTERRUPTED, USER_ERROR, say_error
-from emo_megatron.runners.run_tokenizer import TOKENIZER_FLAGS, null_flags, text_tokenizer, tokenizer_args
-from emo_megatron.variables import stay_offline
+
+LONGEST_ROW = 4096
+"""Tokens of a row where nobody says otherwise and the model could take more."""
+
+Read = Callable[[Path, Calibration], Documents]
+"""The documents of a file, in tokens of the model; the same on every rank."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opened[T: ModelOptions]:
-    """A checkpoint under study.
-
-    Attributes:
-        options: of the command.
-        model: this process's part of the model.
-        args: Megatron's flags.
-        tokenizer: reads text for the model; None where none was asked for.
-    """
-
-    options: T
-    model: StudiedModel
-    args: argparse.Namespace
-    tokenizer: TextTokenizer | None
-
-    def documents(self, path: Path, calibration: Calibration) -> Documents:
-        """Documents of a file, in tokens of this model; the same on every rank."""
-        from emo_megatron.mcore.dataset import IndexedDocuments
-
-        return read_documents(
-            path,
-            calibration=calibration,
-            tokenizer=self.tokenizer,
-            read_indexed=IndexedDocuments,
-            vocab_size=self.args.padded_vocab_size,
-        )
+def is_hugging_face(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a Hugging Face folder."""
+    return (checkpoint / "config.json").is_file()
 
 
-def open_study[T: ModelOptions](
-    cls: type[T], *, step: str, texts: Sequence[str], check: Callable[[T], object]
-) -> Opened[T]:
-    """Start Megatron with this process's arguments: its flags, and `--STEP-` flags for the fields of `cls`.
+def open_hugging_face(
+    folder: Path, *, texts: Sequence[Path], tokenizer: Path | None, seq_length: int | None, rows: int
+) -> tuple[StudiedModel, Read]:
+    """The model of a Hugging Face folder.
 
     Args:
-        cls: options of the command.
-        step: its name.
-        texts: fields of `cls` that may name a file of texts, or a folder with one, for which there must be a tokenizer.
-        check: raises ValueError for options that cannot be, an output above all; called before anything is loaded.
-
-    Raises:
-        ValueError: the options or the checkpoint cannot be.
+        folder: as transformers saves it.
+        texts: what will be read; for files of texts there must be a tokenizer, before the model is loaded.
+        tokenizer: folder of a tokenizer; by default the model's own.
+        seq_length: tokens a row; by default what the model takes, or LONGEST_ROW.
+        rows: rows at once.
     """
-    flag = prefixed(step)
-    known = argparse.ArgumentParser(allow_abbrev=False)
-    add_fields(known, cls, flag=flag)
-    options = fields_of(known.parse_known_args()[0], cls, flag=flag)
-    check(options)
+    from emo_megatron.json_files import checked, read_object
+    from emo_megatron.runners.huggingface import HuggingFaceStudy, load_hugging_face
 
-    def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        add_fields(parser.add_argument_group(step), cls, flag=flag)
-        return parser
+    config = folder / "config.json"
+    described = read_object(config, kind="a model's configuration")
+    vocab_size: int = checked(described, {"vocab_size": int}, where=str(config))["vocab_size"]
+    # tokens need no tokenizer, and a folder may have none
+    reader = Tokenizer(tokenizer or folder) if any(map(is_text, texts)) else None
+    if reader:
+        reader.check(vocab_size=vocab_size)
+    model = load_hugging_face(folder)
+    seq_length = seq_length or min(model.config.max_position_embeddings, LONGEST_ROW)
+    study = HuggingFaceStudy(model, seq_length=seq_length, rows_at_once=rows)
+    return study, _reading(reader, vocab_size)
 
-    checkpoint = checkpoint_in(sys.argv[1:])
-    named = [path for name in texts if (path := getattr(options, name)) is not None]
-    tokenizer = _tokenizer(options, checkpoint.args, texts=[p for p in named if is_text(p)])
-    # the last of a flag counts: what the command line says of the tokenizer is done with
-    sys.argv += null_flags(vocab_size=checkpoint.args.padded_vocab_size)
-    loaded = load_model(checkpoint, add_args=add_args)
-    from emo_megatron.checkpoint.metadata import facts_of
+
+def open_megatron(
+    checkpoint: Path,
+    *,
+    layout: Sequence[str],
+    more: Sequence[str],
+    texts: Sequence[Path],
+    tokenizer: Path | None,
+    seq_length: int | None,
+    rows: int,
+) -> tuple[StudiedModel, Read]:
+    """This process's part of the model of a Megatron checkpoint. Starts Megatron, which a process can do once.
+
+    Args:
+        checkpoint: what --save named, or one iteration's folder in it.
+        layout: Megatron's flags for the parallel sizes.
+        more: other flags of Megatron, of the user; measurements may depend on them.
+        texts, tokenizer, rows: as for `open_hugging_face`; the tokenizer is by default that of the run.
+        seq_length: tokens a row; by default what the model was trained with, or LONGEST_ROW if that is less.
+    """
+    from emo_megatron.runners.loading import check_rows, checkpoint_in, load_model
+    from emo_megatron.runners.run_tokenizer import null_flags
+
+    flags = ["--load", str(checkpoint.absolute()), *layout, *more]
+    stored = checkpoint_in(flags)
+    vocab_size = stored.args.padded_vocab_size
+    reader = None
+    for path in filter(is_text, texts):
+        reader = _run_tokenizer(flags, stored=stored.args, named=tokenizer)
+        if reader is None:
+            raise ValueError(NO_TOKENIZER.format(path))
+    # Megatron reads them there; the last of a flag counts, and what they say of a tokenizer is done with
+    sys.argv[1:] = [*flags, *null_flags(vocab_size=vocab_size)]
+    model, args = load_model(stored)
+    # they import Megatron, which its stand-ins for a CPU must precede
+    from emo_megatron.checkpoint.reader import facts_of
+    from emo_megatron.mcore.dataset import IndexedDocuments
     from emo_megatron.runners.megatron import MegatronStudy
 
-    seq_length = options.seq_length or min(loaded.args.seq_length, LONGEST_ROW)
-    check_rows(seq_length, rows=options.rows, args=loaded.args)
-    model = MegatronStudy(
-        loaded.model,
-        facts=facts_of(checkpoint),
-        seq_length=seq_length,
-        rows_at_once=options.rows,
-        weights=mark_of(checkpoint.path),
-        megatron=shlex.join(shlex.split(options.megatron)),
+    seq_length = seq_length or min(args.seq_length, LONGEST_ROW)
+    check_rows(seq_length, rows=rows, args=args)
+    study = MegatronStudy(
+        model, facts=facts_of(stored), seq_length=seq_length, rows_at_once=rows, megatron=shlex.join(more)
     )
-    return Opened(options=options, model=model, args=loaded.args, tokenizer=tokenizer)
+    return study, _reading(reader, vocab_size, IndexedDocuments)
 
 
-def _tokenizer(options: ModelOptions, stored: argparse.Namespace, *, texts: Sequence[Path]) -> TextTokenizer | None:
-    """What reads the texts, before the model is loaded; None if there are none.
+def _reading(tokenizer: TextTokenizer | None, vocab_size: int, read_indexed: ReadIndexed | None = None) -> Read:
+    return lambda path, calibration: read_documents(
+        path, calibration=calibration, tokenizer=tokenizer, vocab_size=vocab_size, read_indexed=read_indexed
+    )
 
-    Raises:
-        ValueError: there is none, or two, or none that can be read.
-    """
-    given = {word.partition("=")[0] for word in sys.argv[1:]} & set(TOKENIZER_FLAGS)
-    if options.tokenizer is not None and given:
+
+def _run_tokenizer(flags: Sequence[str], *, stored: argparse.Namespace, named: Path | None) -> TextTokenizer | None:
+    """What reads texts for the model of a run."""
+    from emo_megatron.runners.run_tokenizer import TOKENIZER_FLAGS, text_tokenizer, tokenizer_args
+
+    given = {word.partition("=")[0] for word in flags} & set(TOKENIZER_FLAGS)
+    if named is not None and given:
         raise ValueError(f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one")
-    if not texts:
-        return None
-    args = tokenizer_args(stored, sys.argv[1:])
-    tokenizer = text_tokenizer(args, named=options.tokenizer, vocab_size=stored.padded_vocab_size)
-    if tokenizer is None:
-        raise ValueError(NO_TOKENIZER.format(texts[0]))
-    return tokenizer
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` in this rank, offline; what the user can mend is told in one line."""
-    stay_offline()
-    write_any_name()
-    try:
-        with stops_on_signals(), to_output():
-            main()
-    except (ImportError, MemoryError, NotImplementedError, OSError, ValueError) as error:
-        say_error(error)
-        sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        # what is measured is kept; the command that started this says that it was interrupted
-        sys.exit(INTERRUPTED)
+    return text_tokenizer(tokenizer_args(stored, flags), named=named, vocab_size=stored.padded_vocab_size)

@@ -1,13 +1,12 @@
-"""What a model loses with fewer experts: one loss for each domain, method and number of experts, kept as they come.
+"""What a model loses with fewer experts: one loss for each domain, method and number of experts.
 
 Shapes: L MoE layers in model order, E routed experts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,53 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from emo_megatron.commands.retention_options import RetentionOptions, domain_files
-from emo_megatron.experts.calibration import Calibration, Documents
-from emo_megatron.experts.select import (
-    LAYERWISE,
-    NEEDS_OUTPUTS,
-    RANDOM,
-    parse_keep,
-    select_by_stats,
-    select_layerwise,
-    select_random,
-)
+from emo_megatron.experts.calibration import Documents
+from emo_megatron.experts.select import LAYERWISE, METHODS, RANDOM, select_by_stats, select_random
 from emo_megatron.experts.stats import ExpertStatistics
-from emo_megatron.files import must_be_writable, whole
-from emo_megatron.json_files import checked, read_object, to_json
-from emo_megatron.runners.base import StudiedModel, collect_stats
+from emo_megatron.runners.cache import Measured
+from emo_megatron.runners.search import select_layerwise
 
 FULL = "full"
 """The method of the rows with all experts."""
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("domain", "evaluated_on", "method", "origin"), str),
-    **dict.fromkeys(("num_experts_kept", "tokens"), int),
-    **dict.fromkeys(("keep_fraction", "loss"), float),
-}
-"""Of a row in the file."""
+SUFFIXES = (".jsonl", ".safetensors", ".idx")
+"""Of files with documents, the last one with a .bin beside it."""
+
+
+def domain_files(data: Path, held_out: Path) -> dict[str, tuple[Path, Path]]:
+    """Calibration and held-out documents of each domain, which is named after its calibration file; by name.
+
+    Args:
+        data: a file or the prefix of an indexed dataset, or a folder of them.
+        held_out: the same; a folder's files have the names of `data`'s.
+
+    Raises:
+        ValueError: a folder holds no documents, two files of one name, or other domains than the other folder.
+    """
+    if data.is_dir() != held_out.is_dir():
+        raise ValueError(f"--data and --held-out must be two files or two folders; got {data} and {held_out}")
+    if not data.is_dir():
+        return {data.stem: (data, held_out)}
+    files, others = _in_folder(data), _in_folder(held_out)
+    if files.keys() != others.keys():
+        raise ValueError(
+            f"--data and --held-out must hold files of the same names; only one of {data} and {held_out} has "
+            f"{', '.join(sorted(files.keys() ^ others.keys()))}"
+        )
+    return {name: (files[name], others[name]) for name in sorted(files)}
+
+
+def _in_folder(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in SUFFIXES:
+            continue
+        if path.stem in found:
+            raise ValueError(f"{folder} holds two files of the domain {path.stem}; move one away")
+        # an indexed dataset goes by its name without suffix
+        found[path.stem] = path.with_suffix("") if path.suffix == ".idx" else path
+    if not found:
+        raise ValueError(f"{folder} holds no {', '.join(SUFFIXES[:2])} or indexed dataset")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +74,6 @@ class Condition:
     num_kept: int
     """Routed experts a layer."""
     method: str
-
-    @property
-    def key(self) -> str:
-        """Names the row in the file."""
-        return f"{self.domain}|{self.evaluated_on}|{self.num_kept}|{self.method}"
 
 
 def conditions(
@@ -102,171 +119,57 @@ def conditions(
     return rows
 
 
-def measure_retention(
-    options: RetentionOptions, *, model: StudiedModel, read: Callable[[Path, Calibration], Documents]
-) -> Path:
-    """Measure every row that the options ask for and the file of rows does not hold.
-
-    Args:
-        options: of the command.
-        model: the one in `options.checkpoint`; on several ranks all call alike and the first writes.
-        read: the documents of a file.
-
-    Returns:
-        A JSON file of `Condition.key` -> domain, evaluated_on, method, keep_fraction (of routed experts),
-        num_experts_kept (routed), loss (nats a token), tokens, and origin, which tells model and text apart. It may
-        hold rows of earlier calls, too.
-
-    Raises:
-        ValueError: a size cannot be, documents cannot be read, the file holds rows of another model or text, or what
-            is measured is not finite.
-    """
-    facts = model.facts
-    kept = {size: parse_keep(size, facts) for size in options.keep}
-    files = domain_files(options.data, options.held_out)
-    rows = conditions(
-        list(files),
-        num_experts=facts.num_experts,
-        methods=options.chosen_methods,
-        kept=list(dict.fromkeys(kept.values())),
-        crossed=[kept[size] for size in options.crossed],
-        elsewhere=options.elsewhere,
-    )
-    calibration = {name: read(file.calibration, options.calibration) for name, file in files.items()}
-    held_out = {name: read(file.held_out, options.held_out_calibration) for name, file in files.items()}
-    modules = _Modules(options, model, calibration)
-    origins = {row.key: _origin(row, options, model, calibration=calibration, held_out=held_out) for row in rows}
-    done = model.from_writer(lambda: _read_done(options.rows_file, origins))
-    missing = [row for row in rows if row.key not in done]
-    for row in tqdm(missing, desc="retention", unit="row", disable=None if model.is_writer else True):
-        loss = model.loss(held_out[row.evaluated_on].tokens, allowed_LE=modules.experts(row))
-        done[row.key] = {
-            "domain": row.domain,
-            "evaluated_on": row.evaluated_on,
-            "method": row.method,
-            "keep_fraction": row.num_kept / facts.num_experts,
-            "num_experts_kept": row.num_kept,
-            "loss": loss.nats,
-            "tokens": loss.num_tokens,
-            "origin": origins[row.key],
-        }
-        if model.is_writer:
-            with whole(options.rows_file) as unfinished:
-                unfinished.write_text(to_json(done, indent=1), encoding="utf-8")
-    return options.rows_file
-
-
-def check_output(options: RetentionOptions) -> None:
-    """Refuse an output that rows cannot be added to, before the model is loaded.
-
-    Raises:
-        ValueError: it is no folder, its rows cannot be read, or none can be written.
-    """
-    if options.output.exists() and not options.output.is_dir():
-        raise ValueError(f"--output must be a folder; {options.output} is a file")
-    must_be_writable(options.rows_file)
-    _rows_in(options.rows_file)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that `measure_retention` has kept so far, none if there is no file."""
-    return list(_rows_in(path).values())
-
-
-class _Modules:
-    """The experts of each module, chosen when they are asked for; statistics stay in files beside the rows."""
-
-    def __init__(self, options: RetentionOptions, model: StudiedModel, calibration: Mapping[str, Documents]) -> None:
-        self._options, self._model, self._calibration = options, model, calibration
-        self._outputs = any(method in NEEDS_OUTPUTS for method in options.chosen_methods)
-        self._stats: dict[str, ExpertStatistics] = {}
-        self._chosen: dict[tuple[str, str, int], Tensor] = {}
-
-    def experts(self, row: Condition) -> Tensor | None:
-        """[L, E] bool of a row, None for all experts."""
-        if row.method == FULL:
-            return None
-        # random experts are the same for every domain
-        module = (row.method, "" if row.method == RANDOM else row.domain, row.num_kept)
-        if module not in self._chosen:
-            self._chosen[module] = self._choose(row)
-        return self._chosen[module]
-
-    def _choose(self, row: Condition) -> Tensor:
-        facts = self._model.facts
-        if row.method == RANDOM:
-            return select_random(
-                num_layers=len(facts.layers), num_experts=facts.num_experts, keep=row.num_kept, seed=self._options.seed
-            )
-        if row.method == LAYERWISE:
-            return select_layerwise(self._model, self._calibration[row.domain], keep=row.num_kept)
-        if row.domain not in self._stats:
-            kind = "outputs.safetensors" if self._outputs else "safetensors"
-            self._stats[row.domain] = collect_stats(
-                self._model,
-                self._calibration[row.domain],
-                output=self._options.output / "stats" / f"{row.domain}.{kind}",
-                outputs=self._outputs,
-            )
-        return select_by_stats(self._stats[row.domain], method=row.method, keep=row.num_kept)
-
-
-def _origin(
-    row: Condition,
-    options: RetentionOptions,
-    model: StudiedModel,
+def measure_rows(
+    model: Measured,
+    rows: Sequence[Condition],
     *,
     calibration: Mapping[str, Documents],
     held_out: Mapping[str, Documents],
-) -> str:
-    """What the row's number depends on beside its key, as 16 hex digits."""
-    facts = [
-        # models that were fine-tuned apart may have the same routers
-        str(options.checkpoint.resolve()),
-        model.facts.fingerprint,
-        str(options.seq_length),
-        held_out[row.evaluated_on].source["sha256"],
-    ]
-    if model.setting.megatron:
-        facts.append(model.setting.megatron)
-    if row.method == RANDOM:
-        facts.append(str(options.seed))
-    elif row.method != FULL:
-        facts.append(calibration[row.domain].source["sha256"])
-    return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Measure rows; all ranks call alike.
 
+    Args:
+        model: that loses experts.
+        rows: of `conditions`.
+        calibration: by domain, the documents that choose experts.
+        held_out: by domain, the documents whose loss is measured.
+        seed: of random experts.
 
-def _read_done(path: Path, origins: Mapping[str, str]) -> dict[str, Any]:
-    """Rows of earlier calls.
-
-    Raises:
-        ValueError: it is no such file, or a row that is asked for was measured on something else.
+    Returns:
+        domain, evaluated_on, method, keep_fraction (of routed experts), num_experts_kept (routed), loss (nats a token)
+        and tokens of each.
     """
-    done = _rows_in(path)
-    others = [key for key in origins.keys() & done.keys() if done[key]["origin"] != origins[key]]
-    if others:
-        raise ValueError(
-            f"{path} holds rows of another model, other text, another seed or other --megatron flags "
-            f"({sorted(others)[0]}); name another folder with --output"
+    total = model.facts.num_experts
+    outputs = any(METHODS[row.method].needs_outputs for row in rows if row.method != FULL)
+
+    @functools.cache
+    def statistics(domain: str) -> ExpertStatistics:
+        return model.statistics(calibration[domain], outputs=outputs)
+
+    @functools.cache
+    def experts(domain: str, method: str, keep: int) -> Tensor | None:
+        """[L, E] bool; None: all."""
+        if method == FULL:
+            return None
+        if method == RANDOM:
+            return select_random(num_layers=len(model.facts.layers), num_experts=total, keep=keep, seed=seed)
+        if method == LAYERWISE:
+            return select_layerwise(model, calibration[domain], keep=keep)
+        return select_by_stats(statistics(domain), method=method, keep=keep)
+
+    measured = []
+    for row in tqdm(rows, desc="retention", unit="row", disable=None if model.is_writer else True):
+        loss = model.loss(held_out[row.evaluated_on], allowed_LE=experts(row.domain, row.method, row.num_kept))
+        measured.append(
+            {
+                "domain": row.domain,
+                "evaluated_on": row.evaluated_on,
+                "method": row.method,
+                "keep_fraction": row.num_kept / total,
+                "num_experts_kept": row.num_kept,
+                "loss": loss.nats,
+                "tokens": loss.num_tokens,
+            }
         )
-    return done
-
-
-def _rows_in(path: Path) -> dict[str, Any]:
-    """Key -> row of a file of rows, whatever they were measured on.
-
-    Raises:
-        ValueError: it is no such file, or a number in it is missing, no number or not finite; names the row.
-    """
-    if not path.exists():
-        return {}
-    try:
-        rows = read_object(path, kind="a file of rows")
-        for name, row in rows.items():
-            where = f"{path}, {name}"
-            share = checked(row, _KINDS, where=where, least=1)["keep_fraction"]
-            if not 0 < share <= 1:
-                raise ValueError(f"{where}: keep_fraction must lie in (0, 1]; got {share}")
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it") from None
-    return rows
+    return measured

@@ -73,7 +73,7 @@ def _refuse(args: argparse.Namespace, rows: Any, flag: str) -> None:
 
 def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
     """The experts of --train-selection, and the checkpoint they are of, which is the one that is loaded."""
-    from emo_megatron.checkpoint.metadata import facts_of
+    from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.checkpoint.source import loaded_by_megatron
     from emo_megatron.experts.selection import load_selection
 
@@ -90,7 +90,7 @@ def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
         selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
     except ValueError as error:
         raise ValueError(f"--train-selection {args.train_selection}: {error}") from None
-    return dict(zip(selection.layers, selection.experts, strict=True)), source
+    return selection.by_layer, source
 
 
 def _checked_at_start(source: MegatronCheckpoint) -> Hook:
@@ -122,7 +122,7 @@ def _placed(args: argparse.Namespace) -> Hook:
             f"--expert-placement {args.expert_placement} is for {placement.num_ranks} ranks; got "
             f"--expert-model-parallel-size {args.expert_model_parallel_size}"
         )
-    orders = dict(zip(placement.layers, placement.order, strict=True))
+    orders = placement.by_layer
     checks = {}
     # a run that goes on loads its own checkpoint, and nothing is placed
     if args.finetune or not is_run(args.load):

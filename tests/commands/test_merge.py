@@ -14,9 +14,8 @@ from emo_megatron.checkpoint.names import is_of_experts
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
-from emo_megatron.commands.extract import ExtractOptions, extract
-from emo_megatron.commands.merge import ComposeOptions, MergeOptions, compose, merge
-from emo_megatron.experts.selection import load_selection, router_fingerprint
+from emo_megatron.commands import compose, extract, merge
+from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 
 FIRST, SECOND = [[1, 2, 6, 7], [0, 3, 4, 6]], [[0, 2, 3, 4], [1, 2, 5, 7]]
@@ -38,7 +37,7 @@ def _module(parent, folder, kept, *, change=lambda name, weight: weight):
     """A module, with its weights changed as training might."""
     selection = selection_of(parent, kept).save(folder.with_suffix(".json"))
     cut = folder.with_name(folder.name + "-cut")
-    extract(ExtractOptions(checkpoint=parent, selection=selection, output=cut))
+    extract.run(extract.Options(checkpoint=parent, selection=selection, output=cut))
     module = MegatronCheckpoint(cut)
     weights = {name: change(name, module.read(name)) for name in module.names}
     notes = {"selection.json": load_selection(selection).save}
@@ -61,7 +60,7 @@ def modules(parent):
 
 @pytest.mark.parametrize("weights", ["experts", "experts+router", "all"])
 def test_merging_back_changes_the_modules_rows_alone(parent, modules, tmp_path, weights):
-    output = merge(MergeOptions(parent=parent, modules=modules[:1], output=tmp_path / "merged", weights=weights))
+    output = merge.run(merge.Options(parent=parent, modules=modules[:1], output=tmp_path / "merged", weights=weights))
     before, after = MegatronCheckpoint(parent), MegatronCheckpoint(output)
     for name in before.names:
         wanted = before.read(name)
@@ -79,7 +78,7 @@ def test_merging_back_changes_the_modules_rows_alone(parent, modules, tmp_path, 
 
 def test_an_unchanged_module_merges_to_the_parent(ranks, parent, tmp_path):
     same = _module(parent, tmp_path / "same", FIRST)
-    output = merge(MergeOptions(parent=parent, modules=(same,), output=tmp_path / "merged"))
+    output = merge.run(merge.Options(parent=parent, modules=(same,), output=tmp_path / "merged"))
     before, after = (MegatronCheckpoint(path) for path in (parent, output))
     assert all(torch.equal(before.read(n), after.read(n)) for n in before.names)
     assert checkpoints.report(output)["changed"] == {}
@@ -90,8 +89,8 @@ def test_an_unchanged_module_merges_to_the_parent(ranks, parent, tmp_path):
 
 
 def test_blend(parent, modules, tmp_path):
-    options = MergeOptions(parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25)
-    output = merge(options)
+    options = merge.Options(parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25)
+    output = merge.run(options)
     found = MegatronCheckpoint(output).read(FC1, FIRST[0])
     wanted = MegatronCheckpoint(parent).read(FC1, FIRST[0]) + 0.25
     torch.testing.assert_close(found, wanted)
@@ -106,7 +105,7 @@ def test_blend(parent, modules, tmp_path):
 
 def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
     def merged(conflict, name):
-        return merge(MergeOptions(parent=parent, modules=modules, output=tmp_path / name, conflict=conflict))
+        return merge.run(merge.Options(parent=parent, modules=modules, output=tmp_path / name, conflict=conflict))
 
     with pytest.raises(ValueError, match=r"one and two changed expert 2 of layer 1 .*differently.*--conflict"):
         merged("refuse", "none")
@@ -136,15 +135,15 @@ def _amounts(parent, tmp_path, kept, **amounts):
 def test_a_module_that_left_an_expert_alone_has_no_say(parent, tmp_path):
     kept = {"still": FIRST, "moved": SECOND}
     modules = _amounts(parent, tmp_path, kept, still=0.0, moved=2.0)
-    output = merge(MergeOptions(parent=parent, modules=modules, output=tmp_path / "merged"))
+    output = merge.run(merge.Options(parent=parent, modules=modules, output=tmp_path / "merged"))
     change_E = (MegatronCheckpoint(output).read(FC1) - MegatronCheckpoint(parent).read(FC1)).mean((1, 2))
     torch.testing.assert_close(change_E, torch.tensor([2.0, 0, 2, 2, 2, 0, 0, 0]))
     assert checkpoints.report(output)["conflicts"] == []
     # nor in an average
-    options = ComposeOptions(
+    options = compose.Options(
         modules=modules, parent=parent, output=tmp_path / "c", shared="average", conflict="average"
     )
-    composed = MegatronCheckpoint(compose(replace(options, keep="9", stats=_stats(parent, tmp_path))))
+    composed = MegatronCheckpoint(compose.run(replace(options, keep="9", stats=_stats(parent, tmp_path))))
     assert torch.equal(composed.read(FC1), MegatronCheckpoint(output).read(FC1))
 
 
@@ -152,7 +151,7 @@ def test_the_report_names_whose_value_it_is(parent, tmp_path):
     """a lacks expert 2 of layer 1, about which b and c disagree."""
     kept = {"a": [[0, 1, 3, 4], SECOND[1]], "b": FIRST, "c": SECOND}
     modules = _amounts(parent, tmp_path, kept, a=1.0, b=2.0, c=3.0)
-    options = ComposeOptions(
+    options = compose.Options(
         modules=modules,
         parent=parent,
         output=tmp_path / "with",
@@ -160,7 +159,7 @@ def test_the_report_names_whose_value_it_is(parent, tmp_path):
         keep="9",
         stats=(*_stats(parent, tmp_path), _stats(parent, tmp_path)[0]),
     )
-    output = compose(options)
+    output = compose.run(options)
     conflicts = {row["expert"]: row for row in checkpoints.report(output)["conflicts"] if row["weight"] == FC1}
     assert conflicts[2]["taken"] == "parent"
     assert conflicts[2]["modules"] == ["b", "c"]
@@ -169,10 +168,10 @@ def test_the_report_names_whose_value_it_is(parent, tmp_path):
     assert torch.equal(MegatronCheckpoint(output).read(FC1, SHARED_EXPERT), before)
     alone = replace(options, parent=None, shared="b", output=tmp_path / "without", keep="50%")
     # of layer 1's experts four are kept, 2 among them
-    with pytest.raises(ValueError, match=r"b and c changed expert 2 .*--conflict a does not have"):
-        compose(alone)
-    with pytest.raises(ValueError, match="--router a does not have expert 2 of layer 1"):
-        compose(replace(alone, conflict="average", router="a"))
+    with pytest.raises(ValueError, match=r"--conflict a does not have expert 2 of layer 1"):
+        compose.run(alone)
+    with pytest.raises(ValueError, match=r"--router .*a does not have expert 2 of layer 1"):
+        compose.run(replace(alone, conflict="average", router="a"))
     assert not (tmp_path / "without").exists()
 
 
@@ -180,18 +179,17 @@ def test_a_module_of_another_parent_is_refused(ranks, parent, modules, tmp_path)
     other = tmp_path / "other"
     ranks(1).run(checkpoints.save, folder=str(other), layout={}, config={}, seed=6)
     stranger = _module(other, tmp_path / "stranger", SECOND)
-    options = MergeOptions(parent=parent, modules=(modules[0], stranger), output=tmp_path / "new", conflict="one")
+    options = merge.Options(parent=parent, modules=(modules[0], stranger), output=tmp_path / "new", conflict="one")
     with pytest.raises(ValueError, match=r"stranger is a module of another parent: .*fingerprint"):
-        merge(options)
+        merge.run(options)
     assert not (tmp_path / "new").exists()
 
 
 def _stats(parent, folder):
     """Statistics of two data sets, in which expert 5 is next in line."""
     checkpoint = MegatronCheckpoint(parent)
-    routers = [checkpoint.layer_view(n).read("mlp.router.weight") for n in checkpoint.moe_layers]
     facts = ModelFacts(
-        fingerprint=router_fingerprint(routers),
+        fingerprint=checkpoint.fingerprint,
         num_experts=8,
         num_shared=1,
         top_k=2,
@@ -214,8 +212,8 @@ def _stats(parent, folder):
 
 
 def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp_path):
-    output = compose(
-        ComposeOptions(
+    output = compose.run(
+        compose.Options(
             modules=modules,
             parent=parent,
             output=tmp_path / "both",
@@ -238,8 +236,8 @@ def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp
 
 @pytest.mark.parametrize(("shared", "change"), [("average", 1.0), ("two", 2.0), ("one", 0.0)])
 def test_shared_weights_by_policy(parent, modules, tmp_path, shared, change):
-    output = compose(
-        ComposeOptions(
+    output = compose.run(
+        compose.Options(
             modules=modules,
             output=tmp_path / "both",
             shared=shared,
@@ -277,30 +275,30 @@ def test_refusals(parent, modules, tmp_path, capsys):
 
     def merging(**changes):
         fields = {"parent": parent, "modules": modules[:1], "output": tmp_path / "new"}
-        return merge, MergeOptions(**fields | changes)
+        return merge.run, merge.Options(**fields | changes)
 
     def composing(**changes):
         fields = {"modules": modules, "output": tmp_path / "new", "conflict": "average"}
         stats = {"stats": _stats(parent, tmp_path), "keep": "8"}
-        return compose, ComposeOptions(**fields | stats | changes)
+        return compose.run, compose.Options(**fields | stats | changes)
 
-    refused(r"--blend must lie in \(0, 1\]; got 0", *merging(blend=0.0))
-    refused("--conflict must be one of parent, average, refuse, one; got 'no'", *merging(conflict="no"))
+    refused("--blend", *merging(blend=0.0))
+    refused("--conflict", *merging(conflict="no"))
     refused("--weights all", *merging(modules=modules, weights="all"))
-    refused("selection.json does not exist", *merging(modules=(MegatronCheckpoint(parent).path,)))
+    refused("selection.json .*--selections", *merging(modules=(MegatronCheckpoint(parent).path,)))
     wrong = selection_of(parent, [SECOND[0], [0, 1, 2]]).save(tmp_path / "wrong.json")
-    refused("as many experts in every layer", *merging(selections=(wrong,)))
+    refused("--keep", *merging(selections=(wrong,)))
     small = selection_of(parent, [[0, 1], [2, 3]]).save(tmp_path / "small.json")
-    refused("is --selection of this module", *merging(selections=(small,)))
-    refused("--selections must name one file", *merging(selections=(small, small)))
-    refused("give --parent", *composing())
+    refused("--selections", *merging(selections=(small,)))
+    refused("--selections", *merging(selections=(small, small)))
+    refused("--parent", *composing())
     stats = _stats(parent, tmp_path)
-    refused("--stats must name one file for each selection: 3 for 2", *composing(stats=(*stats, stats[0])))
-    refused("no module has expert 5 of layer 1: give --parent", *composing(shared="one", keep="9"))
-    refused("must leave 3 to 9 experts a layer, 1 shared included", *composing(keep="2"))
-    refused("--keep counts the shared experts.*give --stats", *composing(modules=(), selections=(small,), stats=()))
+    refused("--stats", *composing(stats=(*stats, stats[0])))
+    refused("expert 5 of layer 1.*--parent", *composing(shared="one", keep="9"))
+    refused("--keep", *composing(keep="2"))
+    refused("--keep .*--stats", *composing(modules=(), selections=(small,), stats=()))
     named = shutil.copytree(modules[0], tmp_path / "average")
-    refused("names a folder average.*rename the folder", *merging(modules=(named,)))
+    refused("--modules .*average", *merging(modules=(named,)))
     refused("exists", *merging(output=modules[0]))
     assert main(["merge", "--parent", "x", "--modules", "y", "--output", str(tmp_path / "new")]) == 2
     assert "error: " in capsys.readouterr().err

@@ -7,6 +7,7 @@ import importlib
 import pytest
 
 from emo_megatron import cli
+from emo_megatron.variables import IN_RANKS
 
 WRITERS = {
     "extract": ("--checkpoint", "--selection"),
@@ -21,6 +22,8 @@ WRITERS = {
 }
 """Commands that make what they are told to write: their inputs."""
 ELSEWHERE = {
+    # prints
+    "env",
     # writes checkpoints by Megatron-Bridge, which goes on with what it finds
     "bridge",
     # goes on with what it finds in its folder
@@ -40,7 +43,7 @@ REFUSED = [
     (step, kind)
     for step in STEPS
     for kind in ("file", "folder")
-    # rows are added to a folder
+    # a folder's rows may be replaced
     if (step, kind) != ("retention", "folder")
 ]
 
@@ -48,7 +51,7 @@ REFUSED = [
 @pytest.fixture(autouse=True, scope="module")
 def _imported() -> None:
     """What torch says when Megatron is first imported is not what a command says."""
-    importlib.import_module("emo_megatron.commands.merge")
+    importlib.import_module("emo_megatron.commands.compose")
 
 
 def test_every_command_that_writes_is_tested():
@@ -103,10 +106,6 @@ def test_commands_that_go_on_refuse_what_they_cannot_add_to(step, existing, caps
 
 
 @pytest.mark.parametrize(("step", "kind"), REFUSED)
-def test_steps_that_are_started_by_themselves_refuse_it_too(step, existing, monkeypatch):
-    inputs = [part for name in STEPS[step] for part in (f"--{step}-{name}", f"no-{name}")]
-    size = ("--select-keep", "4") if step == "select" else ()
-    argv = [step, "--load", "nowhere", *inputs, *size, f"--{step}-output", str(existing)]
-    monkeypatch.setattr("sys.argv", argv)
-    with pytest.raises(ValueError, match=str(existing)):
-        importlib.import_module(f"emo_megatron.runners.rank_{step}").main()
+def test_ranks_refuse_it_too(step, existing, monkeypatch, capsys):
+    monkeypatch.setenv(IN_RANKS, "1")
+    test_commands_that_go_on_refuse_what_they_cannot_add_to(step, existing, capsys)

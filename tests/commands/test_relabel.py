@@ -11,7 +11,7 @@ from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.cli import main
-from emo_megatron.commands.relabel import RelabelOptions, relabel
+from emo_megatron.commands import relabel
 from emo_megatron.experts.placement import load_placement
 
 
@@ -84,7 +84,7 @@ def test_numbers_that_mean_something_are_refused(before, tmp_path, monkeypatch, 
     changed = argparse.Namespace(**vars(stored) | {name: value})
     monkeypatch.setattr(MegatronCheckpoint, "args", changed)
     placement = placement_of(before).save(tmp_path / "p.json")
-    options = RelabelOptions(checkpoint=before, placement=placement, output=tmp_path / "out")
+    options = relabel.Options(checkpoint=before, placement=placement, output=tmp_path / "out")
     with pytest.raises(ValueError, match=name.replace("_", "-")):
-        relabel(options)
+        relabel.run(options)
     assert not options.output.exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from emo_megatron import processes
-from emo_megatron.checkpoint.metadata import num_shared_experts
+from emo_megatron.checkpoint.reader import num_shared_experts
 from emo_megatron.config import PoolConfig
 from emo_megatron.demo import jobs, recipe, run
 from emo_megatron.demo.corpus import Corpus

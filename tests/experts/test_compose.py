@@ -1,11 +1,11 @@
-"""Selections of one parent compose by union and by added scores; values follow the stated policy."""
+"""Selections of one parent compose by union and by added scores."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from emo_megatron.experts.compose import blended, compose_selections, value_of
+from emo_megatron.experts.compose import compose_selections
 from emo_megatron.experts.selection import Selection
 
 
@@ -44,38 +44,18 @@ def test_rule_score_looks_beyond_the_union():
     assert compose_selections([far, far]).experts == far.experts
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match=r"union keeps 2 to 3 experts a layer, and 3 are asked"):
-        compose_selections([ONE, TWO])
-    with pytest.raises(ValueError, match="--rule score needs --keep"):
-        compose_selections([ONE, TWO], rule="score", scores=SCORES)
-    with pytest.raises(ValueError, match=r"--keep must lie in \[1, 6\].*got 7"):
-        compose_selections([ONE, TWO], keep=7, scores=SCORES)
-    with pytest.raises(ValueError, match="1 and 2 are of different parents"):
-        compose_selections([ONE, _selection((1, 2), (2, 3), model="other")])
-    with pytest.raises(ValueError, match="one file for each selection: 1 for 2"):
-        compose_selections([ONE, TWO], scores=SCORES[:1])
-    with pytest.raises(ValueError, match=r"must be \[layers, experts\] = \(2, 6\)"):
-        compose_selections([ONE, TWO], scores=[SCORES[0], SCORES[1][:, :5]])
-    with pytest.raises(ValueError, match="nothing to compose"):
-        compose_selections([])
-
-
-def test_values():
-    parent = torch.zeros(2, dtype=torch.bfloat16)
-    candidates = {"a": parent + 1, "b": parent + 2}
-
-    def taken(policy, *, parent=parent):
-        found = value_of(policy, candidates=candidates, parent=parent)
-        assert found.value.dtype == torch.bfloat16
-        return found.source, found.value.tolist()
-
-    assert taken("parent") == ("parent", [0, 0])
-    assert taken("b") == ("b", [2, 2])
-    assert taken("average") == ("average", [1.5, 1.5])
-    # a named module that does not hold the expert
-    assert taken("c") == ("parent", [0, 0])
-    with pytest.raises(ValueError, match="c does not have this weight, and there is no parent"):
-        taken("c", parent=None)
-    assert blended(candidates["b"], parent=parent, share=0.25).tolist() == [0.5, 0.5]
-    assert blended(candidates["b"], parent=parent, share=1.0) is candidates["b"]
+@pytest.mark.parametrize(
+    ("selections", "options", "what"),
+    [
+        ((ONE, TWO), {}, "--stats"),
+        ((ONE, TWO), {"rule": "score", "scores": SCORES}, "--rule score needs --keep"),
+        ((ONE, TWO), {"keep": 7, "scores": SCORES}, "--keep .*7"),
+        ((ONE, TWO), {"scores": SCORES[:1]}, "--stats"),
+        ((ONE, TWO), {"scores": [SCORES[0], SCORES[1][:, :5]]}, r"\(2, 6\)"),
+        ((ONE, _selection((1, 2), (2, 3), model="other")), {}, "1 and 2 .* parents"),
+        ((), {}, "at least one"),
+    ],
+)
+def test_refusals(selections, options, what):
+    with pytest.raises(ValueError, match=what):
+        compose_selections(selections, **options)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from emo_megatron.cli import main
-from emo_megatron.experts.placement import Placement, load_placement, pack_by_load, place, place_together, spread_of
+from emo_megatron.experts.placement import Placement, load_placement, pack_by_load, place, place_together
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 
 
@@ -55,11 +55,9 @@ def test_planted_groups_are_found():
     for order in placement.order:
         for rank in range(4):
             assert len({group[e] for e in order[rank * 4 : rank * 4 + 4]}) == 1
-    rows = {
-        name: spread_of(routing, order=order, num_ranks=4).rows_per_token
-        for name, order in (("before", range(16)), ("after", placement.order[0]))
-    }
-    assert rows["after"] < 0.75 * rows["before"]
+    # ranks that hold any of a token's experts
+    before, after = (routing[:, list(order)].view(-1, 4, 4).any(-1).sum() for order in (range(16), placement.order[0]))
+    assert after < 0.75 * before
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -117,16 +115,6 @@ def test_packing_balances_loads_and_counts():
     assert np.bincount(rank, weights=[8, 7, 1, 1, 1, 2]).tolist() == [10, 10]
 
 
-def test_spread_counts_ranks_once():
-    routing = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
-    seen = spread_of(routing, order=range(4), num_ranks=2)
-    assert seen.rows_per_token == pytest.approx(4 / 3)
-    assert seen.pair_imbalance == 1
-    seen = spread_of(routing, order=(0, 2, 1, 3), num_ranks=2)
-    assert seen.rows_per_token == pytest.approx(5 / 3)
-    assert seen.row_imbalance == pytest.approx(6 / 5)
-
-
 def test_the_file_comes_back(tmp_path):
     placement = place(_stats(_routing()[0]), num_ranks=2, method="load")
     assert load_placement(placement.save(tmp_path / "new" / "p.json")) == placement
@@ -144,20 +132,18 @@ def test_the_command_merges_statistics_and_writes_a_placement(tmp_path, capsys):
     assert "p.json exists" in capsys.readouterr().err
     (tmp_path / "p.json").unlink()
     assert main([*command, "5"]) == 2
-    assert "16 do not divide into 5" in capsys.readouterr().err
+    assert "--ranks" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said(tmp_path):
     stats = _stats(_routing()[0])
-    with pytest.raises(ValueError, match="16 do not divide into 3"):
+    with pytest.raises(ValueError, match="--ranks"):
         place(stats, num_ranks=3)
-    with pytest.raises(ValueError, match=r"at least 1; got 0\.5"):
-        place(stats, num_ranks=2, max_imbalance=0.5)
-    for bound in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"--max-imbalance must be a finite number; got {bound}"):
+    for bound in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="--max-imbalance"):
             place(stats, num_ranks=2, max_imbalance=bound)
     placement = place(stats, num_ranks=2)
-    with pytest.raises(ValueError, match="once"):
+    with pytest.raises(ValueError, match="order"):
         dataclasses.replace(placement, order=((0,) * 16,))
     with pytest.raises(ValueError, match="another model"):
         placement.check_model("0" * 64, layers=(2,))
@@ -177,7 +163,7 @@ def test_what_is_wrong_is_said(tmp_path):
 
 
 def test_placement_rejects_experts_that_do_not_divide():
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="--ranks"):
         Placement(
             num_experts=3, num_ranks=2, layers=(1,), order=((0, 1, 2),), model="", method="load", max_imbalance=1.0
         )

@@ -1,4 +1,4 @@
-"""Choosing experts: by score, layer by layer, at random, within a bound; and how many a size is."""
+"""Choosing experts: by score, at random; and how many a size is."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import torch
 from support import experts
 
 from emo_megatron.experts.select import (
-    SCORES,
+    METHODS,
     MaxRise,
     keep_for_budget,
     parse_keep,
     select_by_stats,
-    select_layerwise,
     select_random,
     select_top,
-    smallest_within,
 )
 from emo_megatron.finite import NotFiniteError
 
@@ -77,25 +75,9 @@ def test_a_budget_is_used_up_and_not_exceeded():
 
 def test_every_method_ranks_by_its_own_score():
     stats = experts.statistics()
-    best = {m: select_by_stats(stats, method=m, keep=1)[0].nonzero().tolist() for m in SCORES}
+    best = {m: select_by_stats(stats, method=m, keep=1)[0].nonzero().tolist() for m in METHODS if METHODS[m].scores}
     # of the first layer of the made-up model: more used, the higher; longer outputs, the lower
     assert best == {"mean_prob": [[7]], "frequency": [[7]], "easy_ep": [[0]], "reap": [[0]]}
-    with pytest.raises(ValueError, match="mean_prob, frequency, easy_ep, reap; got layerwise"):
-        select_by_stats(stats, method="layerwise", keep=1)
-
-
-def test_layerwise_measures_each_layer_with_the_earlier_ones_reduced():
-    model = experts.MadeUpModel()
-    mask = select_layerwise(model, experts.documents(3), keep=2)
-    assert mask.sum(-1).tolist() == [2, 2, 2]
-    seen = [torch.tensor(allowed) for _, allowed in model.seen]
-    assert len(seen) == 3
-    for place, allowed in enumerate(seen):
-        assert torch.equal(allowed[:place], mask[:place])
-        assert allowed[place:].all()
-    # and it is another choice than one pass makes
-    one_pass = model.statistics(experts.documents(3).tokens, outputs=False)
-    assert not torch.equal(mask, select_by_stats(one_pass, method="mean_prob", keep=2))
 
 
 @pytest.mark.parametrize(("text", "full", "highest"), [("0.05", 2.0, 2.05), ("1%", 2.0, 2.02), ("0", 3.0, 3.0)])
@@ -107,20 +89,3 @@ def test_a_bound_is_nats_or_a_share(text, full, highest):
 def test_a_bound_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="--max-rise must"):
         MaxRise.parse(text)
-
-
-@pytest.mark.parametrize("smallest", range(2, 9))
-def test_bisection_finds_the_smallest_module_within_the_bound(smallest):
-    facts = dataclasses.replace(experts.FACTS, top_k=2)
-    model = experts.MadeUpModel(lambda kept: 2.0 if kept >= smallest else 3.0, facts=facts)
-    chosen = []
-
-    def choose(keep):
-        chosen.append(keep)
-        return select_random(num_layers=3, num_experts=8, keep=keep, seed=0)
-
-    found = smallest_within(model, experts.documents(2), choose=choose, bound=MaxRise.parse("0.5"))
-    assert found.keep_mask_LE.sum(-1).tolist() == [smallest] * 3
-    assert found.full_loss == 2.0
-    assert found.tried == {keep: (2.0 if keep >= smallest else 3.0) for keep in sorted({*chosen, 8})}
-    assert len(chosen) <= 3

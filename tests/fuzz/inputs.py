@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
-    from emo_megatron.checkpoint.metadata import facts_of
-    from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.extract import ExtractOptions, extract
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
+    from emo_megatron.commands import extract
     from emo_megatron.commands.import_ import ImportOptions, import_folder
     from emo_megatron.experts.placement import place
     from emo_megatron.experts.select import select_by_stats, selection_of
@@ -48,12 +46,11 @@ def write_inputs(folder: Path) -> Path:
         chosen = selection_of(mask_LE, facts, method="mean_prob", seed=0, data=data)
         chosen.save(folder / f"selection{keep}.json")
     place(stats, num_ranks=2).save(folder / "placement.json")
-    extract(
-        ExtractOptions(checkpoint=folder / "megatron", selection=folder / "selection3.json", output=folder / "module")
+    extract.run(
+        extract.Options(checkpoint=folder / "megatron", selection=folder / "selection3.json", output=folder / "module")
     )
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)
-    _write_progress(folder)
     _write_corpus(folder / "corpus")
     return folder
 
@@ -75,11 +72,11 @@ def _write_hf(folder: Path, *, format: str) -> None:
 
 
 def _write_rows(folder: Path) -> None:
-    """Rows as the command retention keeps them, and as it reports them."""
+    """Rows as the command retention reports them."""
     from emo_megatron.report.retention_rows import rows_of, save_rows
 
-    measured = {
-        f"{domain}|{text}|{kept}|{method}": {
+    measured = [
+        {
             "domain": domain,
             "evaluated_on": text,
             "method": method,
@@ -87,42 +84,13 @@ def _write_rows(folder: Path) -> None:
             "num_experts_kept": kept,
             "loss": 5.0 + (4 - kept) / 8 + (domain != text) / 4,
             "tokens": 100,
-            "origin": "0123456789abcdef",
         }
         for method, kept in (("full", 4), ("random", 2), ("mean_prob", 2))
         for domain in ("french", "perl")
         for text in (("french", "perl") if method == "mean_prob" else (domain,))
-    }
-    (folder / "rows").mkdir()
-    (folder / "rows" / "rows.json").write_text(json.dumps(measured))
-    rows = rows_of(measured.values(), model="other", seed=0, versions="1")
+    ]
+    rows = rows_of(measured, model="other", seed=0, versions="1")
     save_rows(rows, folder / "retention")
-
-
-def _write_progress(folder: Path) -> None:
-    """What an interrupted choice leaves."""
-    try:
-        choose(folder / "chosen.json", loss_fails_at=3)
-    except KeyboardInterrupt:
-        shutil.copy(folder / "chosen.json.partial", folder / "progress")
-
-
-def choose(output: Path, *, loss_fails_at: int | None = None) -> Any:
-    """The smallest module within a bound, measured on a made-up model."""
-    from emo_megatron.commands.options import SelectOptions
-    from emo_megatron.commands.select import select
-
-    options = SelectOptions(
-        output=output,
-        checkpoint=Path("checkpoint"),
-        method="layerwise",
-        data=Path("data"),
-        max_rise="1%",
-        held_out=Path("held-out"),
-    )
-    model = experts.MadeUpModel(loss=lambda kept: 1.1 if kept < 5 else 1.0, loss_fails_at=loss_fails_at)
-    texts = [experts.documents(3, name=name) for name in ("data", "held")]
-    return select(options, model=model, documents=texts[0], held_out=texts[1])
 
 
 def corpus_config(folder: Path) -> Any:

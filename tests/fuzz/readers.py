@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import struct
@@ -18,9 +17,7 @@ import torch
 from fuzz import inputs
 from support import decoder
 
-from emo_megatron.checkpoint.metadata import facts_of
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.commands.retention_options import RetentionOptions
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
 from emo_megatron.config import load_pool_config
 from emo_megatron.demo.corpus import describe, prepare_corpus
 from emo_megatron.experts.calibration import Calibration, load_documents
@@ -34,8 +31,7 @@ from emo_megatron.hf.measured import read_retention
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.mcore.dataset import IndexedDocuments
 from emo_megatron.report.retention_methods import full_report
-from emo_megatron.report.retention_rows import load_rows, rows_of
-from emo_megatron.runners.retention import check_output, read_rows
+from emo_megatron.report.retention_rows import load_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,33 +150,6 @@ def is_placement(placement: Any, folder: Path) -> None:
     assert are_of(float, [placement.max_imbalance], least=1)
 
 
-@functools.cache
-def _chosen_at_once(folder: Path) -> Any:
-    return inputs.choose(folder / "at-once.json")
-
-
-def progress(folder: Path) -> Any:
-    content = (folder / "chosen.json.partial").read_bytes()
-    try:
-        return inputs.choose(folder / "chosen.json"), content
-    finally:
-        (folder / "chosen.json").unlink(missing_ok=True)
-
-
-def is_choice(found: Any, folder: Path) -> None:
-    selection, content = found
-    assert are_of(float, [selection.data["full_loss"], *selection.data["losses"].values()])
-    known, whole = (json.loads(c)["found"] for c in (content, (folder / "progress").read_bytes()))
-    if known == whole:
-        assert selection == _chosen_at_once(folder)
-
-
-def measured(folder: Path) -> Any:
-    options = RetentionOptions(checkpoint=folder, data=folder / "a", held_out=folder / "b", output=folder / "rows")
-    check_output(options)
-    return rows_of(read_rows(options.rows_file), model="emo", seed=0, versions="1")
-
-
 def are_rows(rows: Any, folder: Path) -> None:
     for row in rows:
         for field in dataclasses.fields(row):
@@ -268,8 +237,6 @@ READERS = {
     "selection": _reader("selection2.json", read=lambda f: load_selection(f / "selection2.json"), check=is_selection),
     "statistics": _reader("stats.safetensors", read=lambda f: load_stats(f / "stats.safetensors"), check=is_statistics),
     "placement": _reader("placement.json", read=lambda f: load_placement(f / "placement.json"), check=is_placement),
-    "progress": _reader("chosen.json.partial", read=progress, check=is_choice),
-    "measured rows": _reader("rows/rows.json", read=measured, check=are_rows),
     "rows, json": _reader("retention.json", read=lambda f: load_rows(f / "retention.json"), check=are_rows),
     "rows, csv": _reader("retention.csv", read=lambda f: load_rows(f / "retention.csv"), check=are_rows),
     "losses": _reader("retention.json", read=lambda f: read_retention(f / "retention.json"), check=are_losses),

@@ -22,15 +22,6 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
         *((b'"together"', b"null"), (b"1.1", b"NaN"), (b"1.1", b"-1"), (b'"layers": [1', b'"layers": [0')),
         *((b'"num_experts": 4', b'"num_experts": 4.0'), (b"[[0", b"[[0.0"), (b"[[0", b"[[false")),
     ),
-    "progress": (
-        *((b'loss": 1.0', b'loss": "x"'), (b'loss": 1.0', b'loss": NaN')),
-        *((b"  0,", b'  "0",'), (b"  0,", b"  0.0,"), (b"  7\n", b"  2147483648\n")),
-    ),
-    "measured rows": (
-        *((b'"loss": 5.0', b'"other": 5.0'), (b'"loss": 5.0', b'"loss": Infinity')),
-        *((b'"tokens": 100', b'"tokens": -100'), (b'"keep_fraction": 1.0', b'"keep_fraction": 2.0')),
-        *((b'"domain": "french"', b'"domain": null'), (b'"method": "full"', b'"method": []')),
-    ),
     "rows, json": ((b'"loss": 5.0', b'"loss": NaN'), (b'"tokens": 100', b'"tokens": "x"')),
     "rows, csv": ((b",100,0,1\n", b",0,0,1\n"), (b",100,0,1\n", b"\n"), (b"5.0", b"x")),
     "losses": ((b'"loss": 5.25', b'"loss": {}'), (b'"method": "random"', b'"method": {}')),

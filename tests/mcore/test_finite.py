@@ -16,10 +16,9 @@ from emo_megatron.checkpoint import writer as weights_writer
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
+from emo_megatron.commands import compose, extract, merge
 from emo_megatron.commands.export import ExportOptions, export
-from emo_megatron.commands.extract import ExtractOptions, extract
 from emo_megatron.commands.import_ import ImportOptions, import_folder
-from emo_megatron.commands.merge import ComposeOptions, MergeOptions, compose, merge
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
 from emo_megatron.runners import parity as hf_parity
@@ -70,7 +69,7 @@ def cut(parent, folder):
     """A module of a parent, and its Selection."""
     selection = selection_of(parent, KEPT)
     file = selection.save(folder.with_suffix(".json"))
-    output = extract(ExtractOptions(checkpoint=parent, selection=file, output=folder))
+    output = extract.run(extract.Options(checkpoint=parent, selection=file, output=folder))
     return output, selection
 
 
@@ -126,9 +125,9 @@ def test_a_broken_module_is_told_before_its_disagreements(parent, rewritten, tmp
     broken = [rewritten(tmp_path / name, module, spoiled(FC2, row=2), notes=notes) for name in ("one", "two")]
     for modules in (broken[:1], broken):
         with pytest.raises(NotFiniteError, match=r"of .*one.* \(layer 2, expert 4\)"):
-            merge(MergeOptions(parent=parent, modules=tuple(modules), output=tmp_path / "new"))
+            merge.run(merge.Options(parent=parent, modules=tuple(modules), output=tmp_path / "new"))
         with pytest.raises(NotFiniteError, match=r"of .*one.* \(layer 2, expert 4\)"):
-            compose(ComposeOptions(modules=tuple(modules), output=tmp_path / "new", shared="one"))
+            compose.run(compose.Options(modules=tuple(modules), output=tmp_path / "new", shared="one"))
     assert not (tmp_path / "new").exists()
 
 
@@ -146,9 +145,9 @@ def test_what_becomes_infinite_on_the_way_is_not_written(parent, rewritten, tmp_
         rewritten(tmp_path / name, module, spoiled(FC2, row=2, value=value), notes={"selection.json": selection.save})
         for name, value in (("one", 3e38), ("two", 2e38))
     )
-    options = MergeOptions(parent=parent, modules=modules, output=tmp_path / "new", conflict="average")
+    options = merge.Options(parent=parent, modules=modules, output=tmp_path / "new", conflict="average")
     with pytest.raises(NotFiniteError, match=r"linear_fc2.weight \(layer 2, expert 4\) holds inf"):
-        merge(options)
+        merge.run(options)
     assert not (tmp_path / "new").exists()
 
 
@@ -245,7 +244,7 @@ def test_numbers_of_commands_are_finite(parent, tmp_path):
     module, _ = cut(parent, tmp_path / "module")
     for value in (math.nan, math.inf, 0.0):
         with pytest.raises(ValueError, match="--blend must"):
-            merge(MergeOptions(parent=parent, modules=(module,), blend=value, **places))
+            merge.run(merge.Options(parent=parent, modules=(module,), blend=value, **places))
 
 
 def test_a_running_model_names_its_weights_as_its_checkpoint_does(ranks, tmp_path):

@@ -8,7 +8,7 @@ from support import checkpoints, pretraining
 from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.commands.relabel import RelabelOptions, relabel
+from emo_megatron.commands import relabel
 
 LAYOUT = {"expert_model_parallel_size": 2}
 
@@ -43,7 +43,7 @@ def _weights(folder, placement=None):
 def test_loading_places_as_relabelling_does(ranks, run):
     folder, placement = run
     output = folder.parent / "relabelled"
-    relabel(RelabelOptions(checkpoint=folder, placement=placement, output=output))
+    relabel.run(relabel.Options(checkpoint=folder, placement=placement, output=output))
     placed = ranks(2).run(_weights, folder=str(folder), placement=placement)
     wanted = ranks(2).run(_weights, folder=str(output))
     before = ranks(2).run(_weights, folder=str(folder))
@@ -143,8 +143,9 @@ def test_a_placed_run_trains_as_the_run_it_comes_from(tmp_path, data_prefix, pre
     start, old, new = map(MegatronCheckpoint, (first, saved["stock"], saved["placed"]))
     for number, order in zip(old.moe_layers, orders, strict=True):
         for weight in ("router.weight", "experts.experts.linear_fc1.weight"):
-            before, want = (model.layer_view(number).read(f"mlp.{weight}", order).float() for model in (start, old))
-            got = new.layer_view(number).read(f"mlp.{weight}").float()
+            name = f"decoder.layers.{number - 1}.mlp.{weight}"
+            before, want = (model.read(name, order).float() for model in (start, old))
+            got = new.read(name).float()
             near = max(eps, 1e-4) * want.norm()
             assert (got - want).norm() < near
             # what was loaded has been trained
@@ -172,6 +173,6 @@ def test_the_same_command_goes_on_with_placed_experts(tmp_path, data_prefix):
         assert (saved[name] / "iter_0000002").is_dir()
     old, new = (MegatronCheckpoint(saved[name]) for name in ("stock", "placed"))
     for number, order in zip(old.moe_layers, orders, strict=True):
-        want = old.layer_view(number).read("mlp.router.weight", order)
-        got = new.layer_view(number).read("mlp.router.weight")
+        name = f"decoder.layers.{number - 1}.mlp.router.weight"
+        want, got = old.read(name, order), new.read(name)
         assert (got - want).norm() < 1e-4 * want.norm()

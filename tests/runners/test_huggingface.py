@@ -229,9 +229,7 @@ def test_commands_on_a_folder(tmp_path, kind):
 
 @torch.no_grad()
 def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
-    from emo_megatron.commands.retention_options import RetentionOptions
-    from emo_megatron.runners.hf_commands import run_retention
-    from emo_megatron.runners.retention import read_rows
+    from emo_megatron.commands import retention
 
     built = model(kind).eval()
     built.save_pretrained(tmp_path / "model")
@@ -239,7 +237,7 @@ def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
     save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
     held_out = torch.arange(1, 40) * 7 % 64
     save_file({"tokens": held_out, "cu_seqlens": torch.tensor([0, 15, 39])}, tmp_path / "h.safetensors")
-    options = RetentionOptions(
+    options = retention.Options(
         checkpoint=tmp_path / "model",
         data=tmp_path / "d.safetensors",
         held_out=tmp_path / "h.safetensors",
@@ -247,8 +245,9 @@ def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
         keep=(str(3 + SHARED[kind]),),
         seq_length=16,
     )
-    run_retention(options)
-    rows = {row["method"]: row for row in read_rows(options.rows_file)}
+    retention.run(options)
+    measured = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+    rows = {row["method"]: row for row in measured}
     assert [row["num_experts_kept"] for row in rows.values()] == [8, 3, 3]
     assert rows["full"]["loss"] == pytest.approx(by_hand(built, held_out.split([15, 24])), rel=1e-5)
     best_LK = by_definition(built)["probability_LE"].topk(3).indices.sort(-1).values

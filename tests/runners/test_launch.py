@@ -1,14 +1,20 @@
-"""What a step leaves behind: its log, and nothing where it did nothing."""
+"""A command that runs itself again: its log, nothing where it did nothing, and the same options there."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from emo_megatron.commands.options import StatsOptions
+from emo_megatron import cli
+from emo_megatron.commands import retention, select
+from emo_megatron.commands import stats as stats_command
 from emo_megatron.runners import launch
-from emo_megatron.runners.open import run_command
+from emo_megatron.variables import IN_RANKS
 
 
 @pytest.fixture
@@ -19,8 +25,8 @@ def stats(tmp_path, monkeypatch):
         output = tmp_path / "new" / "folder" / "s.safetensors"
         script = f"import sys; print('of {status}'); {writes}; sys.exit({status})"
         monkeypatch.setattr(launch, "python", lambda *_, **__: [sys.executable, "-c", script])
-        options = StatsOptions(checkpoint=tmp_path / "checkpoint", data=tmp_path / "data", output=output)
-        return launch.run_stats(options)
+        options = stats_command.Options(checkpoint=tmp_path / "checkpoint", data=tmp_path / "data", output=output)
+        return stats_command.run(options)
 
     return run
 
@@ -65,14 +71,52 @@ def test_the_log_of_an_interrupted_step_stays(stats, tmp_path, monkeypatch):
     assert (log.name, log.read_text()) == ("s.safetensors.log", "so far")
 
 
-def test_a_step_tells_what_the_machine_refuses_in_one_line(monkeypatch, capsys):
-    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (PermissionError(13, "Permission denied", "s.json"), "error: s.json: Permission denied\n"),
+        (NotImplementedError("drop --context-parallel-size"), "error: drop --context-parallel-size\n"),
+    ],
+)
+def test_a_rank_tells_what_the_user_can_mend_in_one_line(monkeypatch, capsys, raised, told, tmp_path):
+    monkeypatch.setenv(IN_RANKS, "1")
+    monkeypatch.setattr(stats_command, "run", mock.Mock(side_effect=raised))
+    arguments = ["stats", "--checkpoint", "c", "--data", "d", "--output", "o"]
+    monkeypatch.delenv(launch.ERROR_FILE, raising=False)
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == told
+    # torchrun tells it once for all ranks
+    monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error"))
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == ""
+    assert f"error: {json.loads((tmp_path / 'error').read_text())['message']}\n" == told
 
-    def main():
-        raise PermissionError(13, "Permission denied", "s.json")
 
-    with pytest.raises(SystemExit) as stopped:
-        run_command(main)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: s.json: Permission denied\n"
+def test_what_a_rank_fails_of_otherwise_keeps_its_traceback(monkeypatch):
+    monkeypatch.setenv(IN_RANKS, "1")
+    monkeypatch.setattr(stats_command, "run", mock.Mock(side_effect=RuntimeError("gloo")))
+    with pytest.raises(RuntimeError, match="gloo"):
+        cli.main(["stats", "--checkpoint", "c", "--data", "d", "--output", "o"])
+
+
+PATHS = {name: Path(name).absolute() for name in ("checkpoint", "data", "held_out", "output")}
+FEW = {name: PATHS[name] for name in ("checkpoint", "data", "output")}
+SOME = {"megatron": "--bf16 --seed 3", "processes": 4, "expert_parallel": 2, "no_cache": True, "shots": 2}
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("stats", stats_command.Options(**FEW, outputs=True, **SOME)),
+        ("select", select.Options(**PATHS, method="layerwise", max_rise="-0%", tokens=5, **SOME)),
+        ("select", select.Options(stats=(Path("/a b"), Path("/c")), budget_mb=1e-3, output=Path("/o"))),
+        ("retention", retention.Options(**PATHS, keep=(), cross=(), name="--name", elsewhere=0, **SOME)),
+        ("retention", retention.Options(**PATHS, keep=("50%", "8"), methods=("reap", "random"), cross=("8",))),
+    ],
+)
+def test_the_command_line_gives_the_same_options_back(monkeypatch, command, options):
+    seen = []
+    module = importlib.import_module(f"emo_megatron.commands.{command}")
+    monkeypatch.setattr(module, "run", seen.append)
+    assert cli.main([command, *launch.arguments_of(options)]) == 0
+    assert seen == [options]

@@ -18,8 +18,14 @@ from emo_megatron.checkpoint.source import check_router, loaded_by_megatron, run
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.mcore import cpu
 from emo_megatron.processes import stops_on_signals
-from emo_megatron.runners.layout import check_layout, check_rows
-from emo_megatron.runners.loading import OTHER_SOURCES, _balance_nothing, checkpoint_in, megatron_refusals
+from emo_megatron.runners.loading import (
+    OTHER_SOURCES,
+    _balance_nothing,
+    check_layout,
+    check_rows,
+    checkpoint_in,
+    megatron_refusals,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -169,12 +175,8 @@ class _Routers:
     path = Path("checkpoint")
 
     def __init__(self, **tensors):
-        self._tensors = {f"mlp.router.{name}": tensor for name, tensor in tensors.items()}
+        self._tensors = {f"decoder.layers.2.mlp.router.{name}": tensor for name, tensor in tensors.items()}
         self.names = self._tensors
-
-    def layer_view(self, number):
-        assert number == 3
-        return self
 
     def read(self, name):
         return self._tensors[name]

@@ -1,4 +1,4 @@
-"""What is measured with fewer experts, and that a second call measures what is missing; on a made-up model."""
+"""The command retention on a made-up model: what is measured with fewer experts, and that a second call goes on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import json
 import pytest
 from support import experts
 
-from emo_megatron.commands.retention_options import DomainFiles, RetentionOptions, domain_files
+from emo_megatron.commands import retention
+from emo_megatron.commands.retention import Options
 from emo_megatron.finite import NotFiniteError
-from emo_megatron.runners.retention import FULL, check_output, conditions, measure_retention, read_rows
+from emo_megatron.runners.retention import FULL, conditions, domain_files
 
 METHODS = ("mean_prob", "frequency", "layerwise", "easy_ep", "reap")
 
@@ -33,11 +34,24 @@ def options(texts, **changes):
         "output": texts / "out",
         "keep": ("5", "3"),
     }
-    return RetentionOptions(**fields | changes)
+    return Options(**fields | changes)
 
 
 def read(path, calibration):
     return experts.documents(3, name=f"{path.parent.name}-{path.stem}")
+
+
+@pytest.fixture
+def measure(texts, monkeypatch):
+    """Runs the command on a model; returns what rows.json holds."""
+
+    def run(model, *, read=read, **changes):
+        experts.open_as(monkeypatch, model, read=read)
+        chosen = options(texts, **changes)
+        retention.run(chosen)
+        return json.loads((chosen.output / "rows.json").read_text())["rows"]
+
+    return run
 
 
 class CountingModel(experts.MadeUpModel):
@@ -57,7 +71,7 @@ def test_conditions_by_hand():
     rows = conditions(
         ["a", "b", "c"], num_experts=8, methods=["mean_prob", "reap"], kept=[4, 2], crossed=[2], elsewhere=1
     )
-    keys = [row.key for row in rows]
+    keys = ["|".join(map(str, (r.domain, r.evaluated_on, r.num_kept, r.method))) for r in rows]
     assert keys[:3] == ["a|a|8|full", "b|b|8|full", "c|c|8|full"]
     assert keys[3:9] == [f"{d}|{d}|{k}|random" for k in (4, 2) for d in "abc"]
     assert keys[9:12] == ["a|a|4|mean_prob", "a|a|2|mean_prob", "a|b|2|mean_prob"]
@@ -65,21 +79,17 @@ def test_conditions_by_hand():
     assert keys[-1] == "c|a|2|reap"
     assert len(keys) == len(set(keys)) == 3 + 6 + 3 * 2 * 3
     everywhere = conditions(["a", "b", "c"], num_experts=8, methods=["reap"], kept=[2], crossed=[2])
-    assert [r.key for r in everywhere if r.domain == "b" and r.method == "reap"] == [
-        "b|b|2|reap",
-        "b|c|2|reap",
-        "b|a|2|reap",
-    ]
+    assert [r.evaluated_on for r in everywhere if r.domain == "b" and r.method == "reap"] == ["b", "c", "a"]
     (whole,) = conditions(["a"], num_experts=8, methods=["reap"], kept=[], crossed=[])
     assert (whole.method, whole.num_kept) == (FULL, 8)
 
 
-def test_every_method_is_measured_with_its_own_experts(texts):
+def test_every_method_is_measured_with_its_own_experts(measure):
     model = CountingModel()
-    chosen = options(texts, methods=METHODS, keep=("5",), elsewhere=0)
-    measure_retention(chosen, model=model, read=read)
-    rows = read_rows(chosen.rows_file)
+    rows = measure(model, methods=METHODS, keep=("5",), elsewhere=0, no_cache=True)
     assert len(rows) == len(model.losses) == 3 * 7
+    # statistics of each domain once, and a pass for each of three layers
+    assert len(model.seen) == 3 * (1 + 3)
     assert {row["method"] for row in rows} == {FULL, "random", *METHODS}
     # four routed experts and the shared one
     (row,) = [r for r in rows if (r["method"], r["domain"]) == ("reap", "b")]
@@ -90,119 +100,66 @@ def test_every_method_is_measured_with_its_own_experts(texts):
     # the made-up model scores frequency like probability, and outputs the other way round
     assert kept["mean_prob"] == kept["frequency"]
     assert len({kept[m] for m in ("mean_prob", "layerwise", "reap", "random")}) == 4
-    assert len(list((texts / "out" / "stats").iterdir())) == 3
 
 
-def test_an_interrupted_measurement_goes_on_and_gives_the_same(texts):
-    whole = options(texts, output=texts / "whole")
-    measure_retention(whole, model=CountingModel(), read=read)
-    part = options(texts)
+def test_an_interrupted_measurement_goes_on_and_gives_the_same(measure, texts):
+    whole = measure(CountingModel(), output=texts / "whole", no_cache=True)
+    stopped, again, more = CountingModel(fails_at=0), CountingModel(), CountingModel()
     with pytest.raises(KeyboardInterrupt):
-        # statistics of the third domain
-        measure_retention(part, model=CountingModel(fails_at=2), read=read)
-    done = read_rows(part.rows_file)
-    assert 0 < len(done) < len(read_rows(whole.rows_file))
-    model = CountingModel()
-    measure_retention(part, model=model, read=read)
-    assert json.loads(part.rows_file.read_text()) == json.loads(whole.rows_file.read_text())
-    assert len(model.losses) == len(read_rows(whole.rows_file)) - len(done)
-    # more is added; what is there stays
-    more = dataclasses.replace(part, methods=("mean_prob", "frequency"))
-    again = CountingModel()
-    measure_retention(more, model=again, read=read)
-    assert len(again.losses) == 3 * 2 * 3
-    assert again.seen == []
+        measure(stopped)
+    assert measure(again) == whole
+    # the full model and random experts; then the same modules for every domain on three texts
+    assert (len(stopped.losses), len(again.losses)) == (3 * 3, 3 * 2)
+    # more methods in another folder: what is known is not measured again
+    measure(more, output=texts / "more", methods=("mean_prob", "frequency"))
+    assert (more.losses, more.seen) == ([], [])
 
 
-def test_a_rank_is_told_which_rows_there_are(texts):
-    chosen = options(texts, keep=("5",), elsewhere=0)
-    measure_retention(chosen, model=CountingModel(), read=read)
-    rows = json.loads(chosen.rows_file.read_text())
-    missing = rows.pop("b|b|4|mean_prob")
-    elsewhere = dataclasses.replace(chosen, output=texts / "elsewhere")
-    # the rows but one, and no statistics
-    other = experts.OtherRank(rows, None)
-    measure_retention(elsewhere, model=other, read=read)
-    assert other.num_losses == 1
-    assert rows["b|b|4|mean_prob"]["domain"] == missing["domain"]
-    assert not elsewhere.output.exists()
-
-
-@pytest.mark.parametrize("stored", ["[1]", '{"a": 1}', "{"])
-def test_an_output_that_rows_cannot_be_added_to_is_refused(texts, stored):
-    chosen = options(texts)
-    chosen.output.mkdir()
-    check_output(chosen)
-    chosen.rows_file.write_text(stored)
-    with pytest.raises(ValueError, match=r"rows\.json.*remove it"):
-        check_output(chosen)
-    with pytest.raises(ValueError, match=r"--output must be a folder; .*rows\.json is a file"):
-        check_output(dataclasses.replace(chosen, output=chosen.rows_file))
-
-
-@pytest.mark.parametrize("loss", ["NaN", "Infinity", "1e999", "null", '"3.2"', "true"])
-def test_rows_without_a_finite_loss_are_refused_by_name(texts, loss):
-    chosen = options(texts, elsewhere=0)
-    measure_retention(chosen, model=CountingModel(), read=read)
-    rows = json.loads(chosen.rows_file.read_text())
-    rows["b|b|8|full"]["loss"] = "HERE"
-    chosen.rows_file.write_text(json.dumps(rows).replace('"HERE"', loss))
-    for look in (
-        lambda: read_rows(chosen.rows_file),
-        lambda: check_output(chosen),
-        lambda: measure_retention(chosen, model=CountingModel(), read=read),
-    ):
-        with pytest.raises(ValueError, match=r"rows\.json.*b\|b\|8\|full(: |\.)loss "):
-            look()
-    del rows["b|b|8|full"]["loss"]
-    chosen.rows_file.write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"b\|b\|8\|full lacks loss"):
-        read_rows(chosen.rows_file)
+def test_ranks_measure_alike_and_the_first_writes(measure, texts):
+    other = experts.OtherRank(*[None] * 40)
+    with pytest.raises(FileNotFoundError):
+        measure(other, keep=("5",), elsewhere=0)
+    assert (other.num_losses, len(other.seen)) == (9, 3)
+    assert not (texts / "out").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_no_row(texts, value):
-    chosen = options(texts, elsewhere=0)
-    with pytest.raises(NotFiniteError, match=f"got {value}"):
-        measure_retention(chosen, model=experts.MadeUpModel(lambda kept: value), read=read)
-    assert not chosen.rows_file.exists()
-    # where modules alone are not finite, what was measured before stays
-    model = experts.MadeUpModel(lambda kept: 3.0 if kept > 4 else value)
-    with pytest.raises(NotFiniteError, match=f"got {value}"):
-        measure_retention(chosen, model=model, read=read)
-    assert [row["method"] for row in read_rows(chosen.rows_file)] == ["full"] * 3
-
-
-def test_rows_of_something_else_are_refused(texts):
-    first = options(texts, elsewhere=0)
-    measure_retention(first, model=CountingModel(), read=read)
-    before = first.rows_file.read_bytes()
-    other = CountingModel(facts=dataclasses.replace(experts.FACTS, fingerprint="beef"))
-    for changes, model in (
-        ({}, other),
-        ({"seed": 1}, CountingModel()),
-        ({"seq_length": 7}, CountingModel()),
-        ({"checkpoint": texts / "tuned"}, CountingModel()),
-        ({}, CountingModel(setting=dataclasses.replace(experts.SETTING, megatron="--x 1"))),
+def test_a_loss_that_is_not_finite_is_no_row(measure, texts, value):
+    for model in (
+        experts.MadeUpModel(lambda kept: value),
+        experts.MadeUpModel(lambda kept: 3.0 if kept > 4 else value),
     ):
-        with pytest.raises(ValueError, match=r"another model, other text, another seed or .*--output"):
-            measure_retention(dataclasses.replace(first, **changes), model=model, read=read)
+        with pytest.raises(NotFiniteError, match=f"got {value}"):
+            measure(model, elsewhere=0)
+        assert not (texts / "out" / "rows.json").exists()
+
+
+def test_rows_of_something_else_are_not_written_over(measure, texts):
+    measure(CountingModel(), elsewhere=0)
+    path = texts / "out" / "rows.json"
+    before = path.read_bytes()
+    tuned = CountingModel(setting=dataclasses.replace(experts.SETTING, weights="tuned"))
+    for model, reads in ((tuned, read), (CountingModel(), lambda path, _: experts.documents(3, name=path.stem))):
+        with pytest.raises(ValueError, match="--output"):
+            measure(model, read=reads, elsewhere=0)
         assert model.losses == []
-    with pytest.raises(ValueError, match="another model, other text"):
-        measure_retention(
-            first, model=CountingModel(), read=lambda path, calibration: experts.documents(3, name=path.stem)
-        )
-    assert first.rows_file.read_bytes() == before
-    first.rows_file.write_text("[1]")
-    with pytest.raises(ValueError, match=r"rows\.json.*remove it"):
-        measure_retention(first, model=CountingModel(), read=read)
+    assert path.read_bytes() == before
+    # rows of the same model and text are replaced
+    assert len(measure(CountingModel(), elsewhere=0, keep=("3",))) == 9
+    for stored in ("[1]", '{"a": {"loss": 1.0}}', "{", '{"format": "emo_megatron.rows.0"}'):
+        path.write_text(stored)
+        with pytest.raises(ValueError, match="--output"):
+            measure(CountingModel(), elsewhere=0)
+        assert path.read_text() == stored
+    with pytest.raises(ValueError, match="--output must be a folder"):
+        measure(CountingModel(), output=path)
 
 
 @pytest.mark.parametrize("size", ["10", "2", "5%", "many"])
-def test_impossible_sizes_are_refused_before_anything_is_measured(texts, size):
+def test_impossible_sizes_are_refused_before_anything_is_measured(measure, texts, size):
     model = CountingModel()
     with pytest.raises(ValueError, match="--keep must"):
-        measure_retention(options(texts, keep=("5", size)), model=model, read=read)
+        measure(model, keep=("5", size))
     assert model.losses == model.seen == []
     assert not (texts / "out").exists()
 
@@ -234,13 +191,13 @@ def test_domains_are_files_of_the_same_names(texts):
     data, held_out = texts / "calibration", texts / "held-out"
     assert list(domain_files(data, held_out)) == ["a", "b", "c"]
     one = domain_files(data / "a.jsonl", held_out / "b.jsonl")
-    assert one == {"a": DomainFiles(calibration=data / "a.jsonl", held_out=held_out / "b.jsonl")}
+    assert one == {"a": (data / "a.jsonl", held_out / "b.jsonl")}
     (held_out / "d.idx").touch()
     with pytest.raises(ValueError, match=r"same names; only one of .* has d$"):
         domain_files(data, held_out)
     (data / "d.safetensors").touch()
     # an indexed dataset goes by its prefix
-    assert domain_files(data, held_out)["d"].held_out == held_out / "d"
+    assert domain_files(data, held_out)["d"][1] == held_out / "d"
     (data / "a.safetensors").touch()
     with pytest.raises(ValueError, match="two files of the domain a"):
         domain_files(data, held_out)

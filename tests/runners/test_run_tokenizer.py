@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,23 +108,20 @@ def test_both_formats_of_a_model_measure_the_same_documents(
 
 def opened(folder: str, models: str) -> dict[str, str]:
     """What is said of texts that a checkpoint has no tokenizer for, before its model is loaded."""
-    from emo_megatron.commands.options import StatsOptions
-    from emo_megatron.runners.open import open_study
+    from emo_megatron.runners.open import open_megatron
 
     os.chdir(models)
     data = write_texts(Path(folder) / "texts.jsonl", ("1 2 3",))
     said = {}
     with network.closed(Path(folder) / "tried") as tried:
         null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "80")
-        for case, (name, flags) in {
-            "elsewhere": ("elsewhere", ()),
-            "none": ("run", null),
-            "two": ("run", ("--stats-tokenizer", NAME, *null)),
+        for case, (name, named, flags) in {
+            "elsewhere": ("elsewhere", None, ()),
+            "none": ("run", None, null),
+            "two": ("run", Path(NAME), null),
         }.items():
-            sys.argv = ["stats", "--load", name, "--stats-checkpoint", name, *flags]
-            sys.argv += ["--stats-data", str(data), "--stats-output", "s.safetensors"]
             with pytest.raises(ValueError, match="--tokenizer") as error:
-                open_study(StatsOptions, step="stats", texts=("data",), check=lambda options: None)
+                open_megatron(Path(name), layout=(), more=flags, texts=[data], tokenizer=named, seq_length=None, rows=4)
             said[case] = str(error.value)
         return said | {"tried": str(tried())}
 

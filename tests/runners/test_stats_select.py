@@ -20,12 +20,11 @@ from support.running import Command
 from emo_megatron import cli
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
-from emo_megatron.commands.options import StatsOptions
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
 from emo_megatron.report.retention_rows import load_rows
 from emo_megatron.runners import launch
-from emo_megatron.variables import process_environment
+from emo_megatron.variables import IN_RANKS, process_environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,29 +129,23 @@ def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(checkpoint, 
 
 
 def test_a_model_that_megatron_did_not_load_is_an_error(checkpoint, data, tmp_path):
-    options = StatsOptions(
-        checkpoint=checkpoint,
-        data=data / "d.safetensors",
-        output=tmp_path / "s.safetensors",
-        processes=2,
-        pipeline_parallel=2,
-    )
-    _, module, *arguments = launch.step_arguments("stats", options, checkpoint=checkpoint)
+    output = tmp_path / "s.safetensors"
+    arguments = ("stats", "--checkpoint", checkpoint, "--data", data / "d.safetensors", "--output", output)
     script = tmp_path / "loads_nothing.py"
     script.write_text(
         "from emo_megatron.mcore import cpu; cpu.activate()\n"
         "import megatron.training.training as host; host.load_checkpoint = lambda *a, **k: (0, 0)\n"
-        f"import {module} as step; from emo_megatron.runners.open import run_command\n"
-        "run_command(step.main)"
+        "import sys; from emo_megatron.cli import main\n"
+        "sys.exit(main())"
     )
-    ran = subprocess.run(
-        launch.python(script, *arguments, processes=2), env=process_environment(), capture_output=True, text=True
-    )
+    command = launch.python(script, *arguments, "--processes", "2", "--pipeline-parallel", "2", processes=2)
+    environment = process_environment() | {IN_RANKS: "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2
     errors = [line for line in ran.stderr.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert re.search(r"did not load .*iter_0000002.*router of layer [234]", errors[0])
-    assert not options.output.exists()
+    assert not output.exists()
 
 
 def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_path):

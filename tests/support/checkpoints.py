@@ -183,17 +183,16 @@ def report(folder: Path) -> dict[str, Any]:
 def selection_of(folder: Path, kept: list[list[int]], **changes: Any) -> Any:
     """The Selection that keeps these experts, layer by layer, of a checkpoint's model."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.experts.selection import Selection, router_fingerprint
+    from emo_megatron.experts.selection import Selection
 
     parent = MegatronCheckpoint(folder)
-    routers = [parent.layer_view(n).read("mlp.router.weight") for n in parent.moe_layers]
     fields: dict[str, Any] = {
         "num_experts": 8,
         "experts": tuple(map(tuple, kept)),
         "layers": parent.moe_layers,
         "method": "mean_prob",
         "seed": None,
-        "model": router_fingerprint(routers),
+        "model": parent.fingerprint,
         "data": {"documents": 3},
     }
     return Selection(**fields | changes)
@@ -203,16 +202,14 @@ def placement_of(folder: Path, **changes: Any) -> Any:
     """The Placement of a checkpoint's experts on two ranks, in ORDER."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
     from emo_megatron.experts.placement import Placement
-    from emo_megatron.experts.selection import router_fingerprint
 
     model = MegatronCheckpoint(folder)
-    routers = [model.layer_view(n).read("mlp.router.weight") for n in model.moe_layers]
     fields: dict[str, Any] = {
         "num_experts": 8,
         "num_ranks": 2,
         "layers": model.moe_layers,
         "order": ORDER,
-        "model": router_fingerprint(routers),
+        "model": model.fingerprint,
         "method": "together",
         "max_imbalance": 1.1,
     }
@@ -221,6 +218,6 @@ def placement_of(folder: Path, **changes: Any) -> Any:
 
 def weights_of(layout: dict[str, int], config: dict[str, Any]) -> list[Any]:
     """Name, layer and expert of each weight of a model, as this rank tells them."""
-    from emo_megatron.runners.model_weights import model_weights
+    from emo_megatron.runners.megatron_hooks import model_weights
 
-    return [(weight.name, weight.layer, weight.experts) for weight in model_weights(model(config, layout=layout))]
+    return [weight[:3] for weight in model_weights(model(config, layout=layout))]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from emo_megatron.commands.options import ModelOptions
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.runners.base import Loss, Setting
+from emo_megatron.runners.cache import Measured, NoCache, open_cache
 
 FACTS = ModelFacts(
     fingerprint="f00d",
@@ -93,6 +97,25 @@ class MadeUpModel:
         self.num_losses += 1
         kept = self.facts.num_experts if allowed_LE is None else int(allowed_LE[0].sum())
         return Loss(nats=self._loss(kept), num_tokens=10)
+
+
+def open_as(monkeypatch: pytest.MonkeyPatch, model: Any, *, read: Callable[..., Documents] | None = None) -> None:
+    """Let the commands that run a model find this one in every checkpoint, in this process.
+
+    Args:
+        monkeypatch: of the test.
+        model: a MadeUpModel.
+        read: documents of a path; by default three with the path's name.
+    """
+
+    def named(path: Path, calibration: Any) -> Documents:
+        return documents(3, name=path.stem)
+
+    def found(options: ModelOptions, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[Measured, Any]:
+        return Measured(model, NoCache() if options.no_cache else open_cache()), read or named
+
+    monkeypatch.setattr(ModelOptions, "open", found)
+    monkeypatch.setattr(ModelOptions, "is_elsewhere", lambda *_: False)
 
 
 class OtherRank(MadeUpModel):

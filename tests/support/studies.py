@@ -49,7 +49,7 @@ def studied(model: Any) -> Any:
         expert_parameters=1,
         other_parameters=1,
     )
-    return MegatronStudy(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2, weights="w")
+    return MegatronStudy(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
 
 
 def measure(
@@ -65,6 +65,19 @@ def measure(
     stats = studied.statistics(documents(), outputs=outputs, allowed_LE=allowed_LE)
     loss = studied.loss(documents(), allowed_LE=allowed_LE)
     return stats.tensors() | dataclasses.asdict(loss) | {"tokens": stats.num_tokens}
+
+
+@torch.no_grad()
+def marks(layout: dict[str, int]) -> list[str]:
+    """What tells the weights apart: as they are, after a change of one value of one expert of one rank, and back."""
+    model = study(layout)._model
+    found = [studied(model).setting.weights]
+    held = _held(model, layer=3, expert=5, name="")
+    for _ in range(2):
+        if held is not None:
+            held[3, 2] *= -1
+        found.append(studied(model).setting.weights)
+    return found
 
 
 def by_definition() -> dict[str, Tensor]:
@@ -149,10 +162,12 @@ def looks() -> dict[str, Any]:
 def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
     """The smallest module, layer by layer: chosen at once, and stopped in its fifth pass and chosen again."""
     from pathlib import Path
+    from unittest import mock
 
-    from emo_megatron.commands.options import SelectOptions
-    from emo_megatron.commands.select import select
+    from emo_megatron.commands import select
+    from emo_megatron.commands.options import ModelOptions
     from emo_megatron.experts.calibration import Documents
+    from emo_megatron.runners.cache import Cache, Measured
 
     studied = study(layout)
     run, passes = studied._run, []
@@ -167,7 +182,7 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
             return run(*arguments)
 
         studied._run = counted
-        options = SelectOptions(
+        options = select.Options(
             output=Path(folder) / name,
             checkpoint=Path("checkpoint"),
             method="layerwise",
@@ -179,15 +194,27 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
             kind: Documents(tokens=tuple(documents(9, seed=seed)), source={"file": kind, "sha256": kind})
             for kind, seed in (("data", 3), ("held-out", 4))
         }
-        return select(options, model=studied, documents=texts["data"], held_out=texts["held-out"])
+        # ranks find nothing, and are told by the first what its cache holds
+        is_first = torch.distributed.get_rank() == 0
+        cache = Cache(Path(folder) / "cache" if is_first else Path(folder) / "not the first")
+        opened = (Measured(studied, cache), lambda path, _: texts[path.name])
+        with (
+            mock.patch.object(ModelOptions, "open", return_value=opened),
+            mock.patch.object(ModelOptions, "is_elsewhere", return_value=False),
+        ):
+            select.run(options)
+        torch.distributed.barrier()
+        return options.output.read_bytes()
 
-    whole = choose("whole.json")
-    num_whole = len(passes)
     try:
         choose("s.json", stop_at=5)
     except KeyboardInterrupt:
+        num_stopped = len(passes)
         again = choose("s.json")
-        return {"is same": again == whole, "whole": num_whole, "again": len(passes)}
+        num_again = len(passes)
+        with mock.patch.object(Cache, "get", return_value=None):
+            whole = choose("whole.json")
+        return {"is same": again == whole, "whole": len(passes), "stopped": num_stopped, "again": num_again}
     return {}
 
 

@@ -1,0 +1,228 @@
+"""Measured numbers, kept by what they depend on: the weights, the documents, the settings, this package's version.
+
+Another question has another key, so nothing that is found has to be checked against the options, and an interrupted
+command goes on where it was, whatever its output. Each entry is a file of its own, written whole under its key; one
+that is damaged is measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron import __version__
+from emo_megatron.experts.calibration import Documents
+from emo_megatron.experts.select import select_top
+from emo_megatron.experts.stats import ExpertStatistics, load_stats, merge_stats
+from emo_megatron.json_files import from_json, to_json
+from emo_megatron.runners.base import Loss, StudiedModel
+
+FOLDER = "EMO_MEGATRON_CACHE"
+"""Variable with the folder of the cache; by default emo_megatron in XDG_CACHE_HOME or ~/.cache."""
+LIMIT = "EMO_MEGATRON_CACHE_MB"
+"""Variable with the megabytes that the cache may take; what was not used for longest goes first."""
+DEFAULT_MB = 2000.0
+DOCUMENTS_AT_ONCE = 256
+"""Documents between two saves of statistics."""
+
+
+def open_cache() -> Cache:
+    """The user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get(FOLDER) or f"{base}/emo_megatron"
+    limit = os.environ.get(LIMIT) or str(DEFAULT_MB)
+    try:
+        megabytes = float(limit)
+    except ValueError:
+        raise ValueError(f"{LIMIT} must be a number of megabytes; got {limit}") from None
+    return Cache(Path(folder).expanduser(), megabytes=megabytes)
+
+
+class Cache:
+    """Answers in files. Several processes may use one folder at a time.
+
+    A folder that cannot be written to costs a warning, not the measurement.
+
+    Args:
+        folder: made when something is kept.
+        megabytes: that its files may take.
+    """
+
+    def __init__(self, folder: Path, *, megabytes: float = DEFAULT_MB) -> None:
+        self._folder, self._limit = folder, megabytes * 1e6
+        self._is_told = False
+
+    def get(self, question: dict[str, Any]) -> Any:
+        """What was answered, or None."""
+        path = self._path(question, "json")
+        try:
+            stored = from_json(path.read_bytes())
+            if not isinstance(stored, dict) or stored["sha256"] != _digest(stored["answer"]):
+                return None
+        except (KeyError, OSError, ValueError):
+            return None
+        _touch(path)
+        return stored["answer"]
+
+    def put(self, question: dict[str, Any], answer: Any) -> None:
+        """Keep an answer that JSON holds."""
+        # the question is for people who look
+        stored = to_json({"question": question, "answer": answer, "sha256": _digest(answer)}, indent=1)
+        self._keep(self._path(question, "json"), lambda path: path.write_text(stored, encoding="utf-8"))
+
+    def get_statistics(self, question: dict[str, Any]) -> ExpertStatistics | None:
+        """The statistics that were taken, perhaps of the first documents only, or None."""
+        digest, path = self.get(question), self._path(question, "safetensors")
+        try:
+            found = load_stats(path)
+        except (OSError, ValueError):
+            return None
+        _touch(path)
+        return found if found.digest() == digest else None
+
+    def put_statistics(self, question: dict[str, Any], statistics: ExpertStatistics) -> None:
+        """Keep statistics in the place of earlier ones."""
+        self._keep(self._path(question, "safetensors"), statistics.save)
+        self.put(question, statistics.digest())
+
+    def _path(self, question: dict[str, Any], suffix: str) -> Path:
+        return self._folder / f"{_digest(question)[:32]}.{suffix}"
+
+    def _keep(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write an entry under a name that no other process has, and give it its own when it is whole."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as own:
+                unfinished = Path(own) / path.name
+                write(unfinished)
+                self._make_room(unfinished.stat().st_size)
+                unfinished.replace(path)
+        except OSError as error:
+            if not self._is_told:
+                print(f"warning: what is measured is not kept in {self._folder}: {error}", file=sys.stderr)
+            self._is_told = True
+
+    def _make_room(self, size: int) -> None:
+        """Remove the entries that were not used for longest, as many as a new one needs."""
+        states = []
+        for path in self._folder.iterdir():
+            # another process may remove it meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                states.append((path.stat(), path))
+        files = sorted(
+            (s.st_mtime_ns, s.st_size, path) for s, path in states if path.suffix in (".json", ".safetensors")
+        )
+        total = size + sum(size for _, size, _ in files)
+        for _, size_of_file, path in files:
+            if total <= self._limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size_of_file
+
+
+class NoCache(Cache):
+    """Keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(os.devnull))
+
+    def get(self, question: dict[str, Any]) -> Any:
+        """Nothing."""
+
+    def put(self, question: dict[str, Any], answer: Any) -> None:
+        """Nothing is kept."""
+
+    def put_statistics(self, question: dict[str, Any], statistics: ExpertStatistics) -> None:
+        """Nothing is kept."""
+
+
+def _touch(path: Path) -> None:
+    """Note that an entry was used; a cache that others write may be read."""
+    with contextlib.suppress(OSError):
+        path.touch()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Measured:
+    """A model whose measurements are kept in a cache. Every rank makes the same calls; the first reads and writes.
+
+    Args:
+        model: that is run where the cache has no answer.
+        cache: the answers.
+    """
+
+    def __init__(self, model: StudiedModel, cache: Cache) -> None:
+        self.model, self._cache = model, cache
+        self.facts, self.setting, self.is_writer = model.facts, model.setting, model.is_writer
+        self.from_writer = model.from_writer
+        self._setting = asdict(self.setting) | {"routers": model.facts.fingerprint, "version": __version__}
+
+    def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
+        """Mean loss on documents, see StudiedModel."""
+
+        def find() -> dict[str, Any]:
+            return asdict(self.model.loss(documents.tokens, allowed_LE=allowed_LE))
+
+        return Loss(**self.remember(self._question("loss", documents, allowed_LE), find))
+
+    def kept_experts(self, documents: Documents, *, allowed_LE: Tensor, place: int, keep: int) -> list[int]:
+        """The likeliest experts of MoE layer number `place`, ascending, where the model has the allowed ones only."""
+
+        def find() -> list[int]:
+            taken = self.model.statistics(documents.tokens, outputs=False, allowed_LE=allowed_LE)
+            kept_E = select_top(taken.mean_probability_LE[place : place + 1], keep=keep)[0]
+            return [int(expert) for expert in kept_E.nonzero().flatten()]
+
+        question = self._question("likeliest experts", documents, allowed_LE) | {"place": place, "keep": keep}
+        found: list[int] = self.remember(question, find)
+        return found
+
+    def statistics(self, documents: Documents, *, outputs: bool) -> ExpertStatistics:
+        """What the experts do on documents, see StudiedModel; kept as it comes, so that an interrupted pass goes on."""
+        question = self._question("statistics", documents, None) | {"outputs": outputs}
+        total = self.from_writer(lambda: self._cache.get_statistics(question))
+        done = 0 if total is None else total.num_documents
+        with tqdm(
+            total=len(documents.tokens),
+            initial=done,
+            desc="statistics",
+            unit="document",
+            disable=None if self.is_writer else True,
+        ) as bar:
+            while done < len(documents.tokens):
+                chunk = documents.tokens[done : done + DOCUMENTS_AT_ONCE]
+                part = self.model.statistics(chunk, outputs=outputs)
+                total = part if total is None else merge_stats([total, part])
+                done += len(chunk)
+                bar.update(len(chunk))
+                if self.is_writer:
+                    self._cache.put_statistics(question, total)
+        assert total is not None, "there is a document at least"
+        return total.of(documents.source | asdict(self.setting))
+
+    def remember(self, question: dict[str, Any], find: Callable[[], Any]) -> Any:
+        """The kept answer to a question, or what `find` finds: anything but None that JSON holds as it is."""
+        answer = self.from_writer(lambda: self._cache.get(question))
+        if answer is None:
+            answer = find()
+            if self.is_writer:
+                self._cache.put(question, answer)
+        return answer
+
+    def _question(self, measured: str, documents: Documents, allowed_LE: Tensor | None) -> dict[str, Any]:
+        allowed = None if allowed_LE is None else [row.nonzero().flatten().tolist() for row in allowed_LE]
+        return self._setting | {"measured": measured, "documents": documents.source["sha256"], "allowed": allowed}

@@ -1,0 +1,80 @@
+"""Choose experts by running the model: layer by layer, and the smallest module within a bound.
+
+Shapes: L layers with experts, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from emo_megatron.experts.calibration import Documents
+from emo_megatron.experts.select import MaxRise
+from emo_megatron.runners.cache import Measured
+
+
+def select_layerwise(model: Measured, documents: Documents, *, keep: int) -> Tensor:
+    """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
+
+    A pass over the documents for every layer, as EMO's authors do.
+
+    Args:
+        model: its experts are watched.
+        documents: that choose the experts.
+        keep: routed experts kept a layer.
+
+    Returns:
+        [L, E] bool with `keep` True a row.
+    """
+    facts = model.facts
+    allowed_LE = torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)
+    bar = tqdm(allowed_LE, desc="layer by layer", unit="layer", disable=None if model.is_writer else True)
+    for place, allowed_E in enumerate(bar):
+        kept = model.kept_experts(documents, allowed_LE=allowed_LE, place=place, keep=keep)
+        allowed_E[:] = False
+        allowed_E[kept] = True
+    return allowed_LE
+
+
+def smallest_within(
+    model: Measured, validation: Documents, *, choose: Callable[[int], Tensor], bound: MaxRise
+) -> tuple[Tensor, dict[int, float]]:
+    """Find by bisection the fewest experts a layer whose loss stays within a bound.
+
+    The loss is taken to rise as experts go. Where it does not, what is found still holds the bound, and one expert
+    fewer does not; a smaller module may exist.
+
+    Args:
+        model: its loss is measured.
+        validation: documents that did not choose the experts.
+        choose: routed experts kept a layer -> [L, E] bool.
+        bound: what a module may lose.
+
+    Returns:
+        [L, E] bool; and what was tried, routed experts kept -> loss in nats a token, ascending, the full model last.
+    """
+    facts = model.facts
+    full = model.loss(validation).nats
+    tried = {facts.num_experts: full}
+    masks = {facts.num_experts: torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)}
+    # `low` is below what can be routed or too small, `high` is within the bound
+    low, high = facts.top_k - 1, facts.num_experts
+    with tqdm(
+        total=(high - low - 1).bit_length(),
+        desc="smallest module",
+        unit="size",
+        disable=None if model.is_writer else True,
+    ) as bar:
+        while high - low > 1:
+            keep = (low + high) // 2
+            masks[keep] = choose(keep)
+            tried[keep] = model.loss(validation, allowed_LE=masks[keep]).nats
+            if tried[keep] <= bound.highest(full):
+                high = keep
+            else:
+                low = keep
+            bar.update()
+    return masks[high], dict(sorted(tried.items()))
