@@ -25,8 +25,8 @@ from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.select import MaxRise
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
-from emo_megatron.hf.architecture import weight_shapes
 from emo_megatron.hf.folder import HuggingFaceFolder
+from emo_megatron.hf.mapping import weight_shapes
 from emo_megatron.hf.measured import read_retention
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.mcore.dataset import IndexedDocuments
@@ -209,7 +209,7 @@ def is_checkpoint(found: Any, folder: Path) -> None:
 
 def is_the_checkpoint(found: Any, folder: Path) -> None:
     is_checkpoint(found, folder)
-    wanted = HuggingFaceFolder(folder / "qwen2_moe").weight("layers.1.router")
+    wanted = HuggingFaceFolder(folder / "qwen2_moe").weight("model.layers.1.mlp.gate.weight")
     assert torch.equal(found[2]["decoder.layers.1.mlp.router.weight"], wanted)
 
 
