@@ -54,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 2 after a user error or a missing optional package, told in one line on stderr, or 130 after Ctrl-C.
-
-    Raises:
-        SystemExit: it was ended by another signal, or the arguments say so.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: ModuleType | None = None

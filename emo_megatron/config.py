@@ -258,11 +258,7 @@ def flag(field_name: str) -> str:
 
 
 def load_pool_config(path: Path) -> PoolConfig:
-    """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}.
-
-    Raises:
-        ValueError: the file cannot be read or is no such object; names the file and every problem in it.
-    """
+    """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -19,11 +19,7 @@ from emo_megatron.sharding import divide_exactly
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DocumentSegments:
-    """The documents of one whole micro-batch, before any rank takes its shard.
-
-    Raises:
-        ValueError: on construction, when shapes or dtypes are not the ones below.
-    """
+    """The documents of one whole micro-batch, before any rank takes its shard."""
 
     document_ids_T: Tensor
     """[T] int64 in [-1, D): the document of each token, ascending in flat order; -1 is padding."""
@@ -39,8 +35,8 @@ class DocumentSegments:
             value = getattr(self, name)
             if value.dim() != 1 or value.dtype != torch.int64:
                 raise ValueError(
-                    f"{name} must be a 1-D int64 tensor; got {value.dim()}-D {value.dtype}. Build "
-                    "segments with from_cu_seqlens, from_eod or from_position_ids."
+                    f"{name} must be a 1-D int64 tensor; got {value.dim()}-D {value.dtype}. Build segments with "
+                    "from_cu_seqlens."
                 )
         _check_tokens_per_sample(self.tokens_per_sample, num_tokens=self.num_tokens)
 
@@ -95,10 +91,6 @@ class DocumentSegments:
             cu_seqlens_padded: [D + 1], as `cu_seqlens_q`.
             check: look at the values too, which waits for a device tensor. None: only on the host.
                 Shapes and dtypes are always checked.
-
-        Raises:
-            ValueError: the tensors are not as above or, if values are looked at, a document crosses
-                a sample.
         """
         _check_offsets_form(cu_seqlens_q, padded=cu_seqlens_padded)
         if tokens_per_sample is None:
@@ -123,73 +115,6 @@ class DocumentSegments:
             starts_D=bounds[:-1],
             tokens_per_sample=tokens_per_sample,
             real_starts_D=None if cu_seqlens_padded is None else cu[:-1],
-        )
-
-    @classmethod
-    def from_eod(
-        cls,
-        tokens_BS: Tensor,
-        *,
-        eod_token: int,
-        eos_starts_document: bool = False,
-        is_padding_BS: Tensor | None = None,
-    ) -> DocumentSegments:
-        """Read boundaries from the end-of-document tokens in the text.
-
-        An end-of-document token is the last of its document, so of several in a row each is a
-        document. Every sample starts a document. Waits for a device tensor once: D depends on it.
-
-        Args:
-            tokens_BS: [B, S] integer token ids of the unsharded micro-batch.
-            eod_token: the id that ends a document.
-            eos_starts_document: count that token to the document after it, as the paper's released
-                router does (its attention does not).
-            is_padding_BS: [B, S] bool, True = padding, which belongs to no document and bounds
-                none: documents are those of the text without it.
-
-        Raises:
-            ValueError: a tensor is not as above.
-        """
-        is_eod_T = _flat_samples(tokens_BS, name="tokens_BS") == eod_token
-        is_real_T = _is_real(tokens_BS, is_padding_BS)
-        before_T = _previous_real(is_real_T)
-        opens_T = is_eod_T if eos_starts_document else is_eod_T[before_T.clamp(min=0)]
-        return cls._from_openings(opens_T, is_real_T, before_T, sample_length=tokens_BS.shape[1])
-
-    @classmethod
-    def from_position_ids(cls, position_ids_BS: Tensor, *, is_padding_BS: Tensor | None = None) -> DocumentSegments:
-        """Read boundaries from position ids that restart with every document.
-
-        A document opens where the position id is 0 or not one more than the one before, and with
-        every sample. Waits for a device tensor once: D depends on it.
-
-        Args:
-            position_ids_BS: [B, S] integer position ids of the unsharded micro-batch.
-            is_padding_BS: as in `from_eod`.
-
-        Raises:
-            ValueError: a tensor is not as above.
-        """
-        position_T = _flat_samples(position_ids_BS, name="position_ids_BS").long()
-        is_real_T = _is_real(position_ids_BS, is_padding_BS)
-        before_T = _previous_real(is_real_T)
-        continues_T = position_T == position_T[before_T.clamp(min=0)] + 1
-        opens_T = (position_T == 0) | ~continues_T
-        length = position_ids_BS.shape[1]
-        return cls._from_openings(opens_T, is_real_T, before_T, sample_length=length)
-
-    @classmethod
-    def _from_openings(
-        cls, opens_T: Tensor, is_real_T: Tensor, before_T: Tensor, *, sample_length: int
-    ) -> DocumentSegments:
-        """Number the documents that open where `opens_T`, and at each sample's first real token."""
-        length = max(sample_length, 1)
-        index_T = torch.arange(opens_T.shape[0], device=opens_T.device)
-        is_start_T = is_real_T & (opens_T | (before_T < index_T // length * length))
-        return cls(
-            document_ids_T=torch.where(is_real_T, is_start_T.cumsum(0) - 1, -1),
-            starts_D=is_start_T.nonzero().squeeze(1),
-            tokens_per_sample=length,
         )
 
     def whole_samples(self) -> DocumentSegments:
@@ -217,36 +142,6 @@ class DocumentSegments:
     def take(self, token_indices: Tensor) -> Tensor:
         """The document ids of tokens: int64, in the shape of `token_indices` (int64 in [0, T))."""
         return self.document_ids_T[token_indices]
-
-
-def _flat_samples(values_BS: Tensor, *, name: str) -> Tensor:
-    """[T] view of a [B, S] integer tensor."""
-    is_integer = not (values_BS.is_floating_point() or values_BS.dtype == torch.bool)
-    if values_BS.dim() != 2 or not is_integer:
-        raise ValueError(
-            f"{name} must be a 2-D integer tensor [samples, tokens]; got {list(values_BS.shape)} "
-            f"{values_BS.dtype}. Pass the whole micro-batch, before it is sharded."
-        )
-    return values_BS.reshape(-1)
-
-
-def _is_real(values_BS: Tensor, is_padding_BS: Tensor | None) -> Tensor:
-    """[T] bool, True = not padding."""
-    if is_padding_BS is None:
-        return torch.ones_like(values_BS, dtype=torch.bool).reshape(-1)
-    if is_padding_BS.shape != values_BS.shape or is_padding_BS.dtype != torch.bool:
-        raise ValueError(
-            f"is_padding_BS must be bool {list(values_BS.shape)}, True = padding; got "
-            f"{is_padding_BS.dtype} {list(is_padding_BS.shape)}. Compare tokens with the pad id."
-        )
-    return ~is_padding_BS.reshape(-1)
-
-
-def _previous_real(is_real_T: Tensor) -> Tensor:
-    """[T] int64: flat index of the nearest real token before each token, -1 if there is none."""
-    index_T = torch.arange(is_real_T.shape[0], device=is_real_T.device)
-    latest_T = torch.where(is_real_T, index_T, -1).cummax(0).values
-    return torch.cat([latest_T.new_full((1,), -1), latest_T])[: index_T.shape[0]]
 
 
 def _check_tokens_per_sample(tokens_per_sample: int, *, num_tokens: int) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 
 import emo_megatron
@@ -69,22 +67,36 @@ class EnvironmentReport:
 
 def collect_environment() -> EnvironmentReport:
     """Look at this machine; whatever is broken is reported, never raised."""
-    torch_build, gpus = _torch_build_and_gpus()
     versions = {"python": _judge("python", platform.python_version())}
     for distribution, module in PACKAGES.items():
         versions[distribution] = _judge(distribution, _find_version(distribution, module))
-    if torch_build:
-        versions["torch"] = _judge("torch", torch_build)
+    tools = dict.fromkeys(("driver", "compiler", "nvcc"), "not found")
+    gpus: tuple[str, ...] = ()
+    try:
+        import torch
+        from torch.utils import collect_env as found
+
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+        versions["torch"] = _judge("torch", f"{torch.__version__} ({build} build)")
+        gpus = tuple(
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        )
+        questions = (found.get_nvidia_driver_version, found.get_gcc_version, found.get_running_cuda_version)
+        for name, ask in zip(tools, questions, strict=True):
+            tools[name] = ask(found.run) or "not found"  # type: ignore[no-untyped-call]
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:
+        versions["torch"] = _judge("torch", f"does not load: {error!r}")
     return EnvironmentReport(
         emo_megatron=emo_megatron.__version__,
         platform=platform.platform(),
         versions=versions,
         backends=_find_backends(),
         gpus=gpus,
-        driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        compiler=_first_line(os.environ.get("CXX") or "c++", "--version"),
-        nvcc=_first_line("nvcc", "--version", pattern=r"release (\S+?),"),
         variables={name: value for name, value in os.environ.items() if name.startswith("EMO_")},
+        **tools,
     )
 
 
@@ -98,7 +110,7 @@ def format_text(report: EnvironmentReport) -> str:
     for name, reason in report.backends.items():
         rows.append((f"{name} ops", f"not available: {reason}" if reason else "available"))
     rows += [("gpu", gpu) for gpu in report.gpus or ("none",)]
-    rows += [("driver", report.driver), ("c++", report.compiler), ("nvcc", report.nvcc)]
+    rows += [("driver", report.driver), ("gcc", report.compiler), ("nvcc", report.nvcc)]
     rows += sorted(report.variables.items())
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:{width}}{value}" for name, value in rows)
@@ -113,21 +125,17 @@ def _judge(name: str, version: str) -> Version:
     if name not in SUPPORTED:
         return Version(version=version, supported="", is_supported=True)
     first, end = SUPPORTED[name]
-    release = _parse_release(version)
+    # the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendor pre-releases count
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    release = tuple(map(int, numbers.group().split("."))) if numbers else ()
     supported = f">={_join(first)}" + (f", <{_join(end)}" if end else "")
     is_within = release >= first and (end is None or release < end)
     is_supported = is_within or (name in OPTIONAL and version == MISSING)
     return Version(version=version, supported=supported, is_supported=is_supported)
 
 
-def _parse_release(version: str) -> Release:
-    """Read the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendor pre-releases count."""
-    numbers = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in numbers.group().split(".")) if numbers else ()
-
-
 def _join(release: Release) -> str:
-    return ".".join(str(part) for part in release)
+    return ".".join(map(str, release))
 
 
 def _find_version(distribution: str, module: str) -> str:
@@ -144,23 +152,6 @@ def _find_version(distribution: str, module: str) -> str:
     return "importable, version unknown" if is_found else MISSING
 
 
-def _torch_build_and_gpus() -> tuple[str, tuple[str, ...]]:
-    try:
-        import torch
-
-        build = torch.version.cuda
-        gpus = tuple(
-            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB"
-            for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        )
-    except ModuleNotFoundError:
-        return "", ()
-    except Exception as error:
-        return f"does not load: {error!r}", ()
-    return f"{torch.__version__} ({f'CUDA {build}' if build else 'CPU'} build)", gpus
-
-
 def _find_backends() -> dict[str, str]:
     try:
         from emo_megatron.ops import available_backends
@@ -168,15 +159,3 @@ def _find_backends() -> dict[str, str]:
         return available_backends()
     except Exception as error:
         return {"reference": f"emo_megatron.ops does not load: {error!r}"}
-
-
-def _first_line(*command: str, pattern: str = r"(.+)") -> str:
-    """Run a tool and return what the pattern finds first in its output, or why it could not."""
-    if shutil.which(command[0]) is None:
-        return "not found"
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"fails: {error}"
-    found = re.search(pattern, output)
-    return found.group(1) if found else "no output"

@@ -125,10 +125,6 @@ def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
         path: a file, replaced if it exists; or a folder, which must not exist. Missing parents are made, and are gone
             again if the block fails. The name that is given does not exist yet: write a file there, or make a folder.
         is_new: nothing is replaced, not a file either.
-
-    Raises:
-        OSError: as `writing`.
-        ValueError: `path` is a folder that exists, or is to be new and exists.
     """
     if is_new or path.is_dir():
         must_not_exist(path)
@@ -159,24 +155,14 @@ def gone_on_failure(*paths: Path) -> Iterator[None]:
 
 
 def must_not_exist(path: Path) -> None:
-    """Refuse to write over a file or a folder, or where none can be, before the work that makes another.
-
-    Raises:
-        OSError: its name is too long, or cannot be looked at.
-        ValueError: it exists, or its folder can neither be made nor written to.
-    """
+    """Refuse to write over a file or a folder, or where none can be, before the work that makes another."""
     if path.is_symlink() or path.exists():
         raise ValueError(f"{path} exists; name one that does not, or remove it")
     must_be_writable(path)
 
 
 def must_be_writable(path: Path) -> None:
-    """Refuse a name whose folder, or the first one above it that exists, cannot be written to.
-
-    Raises:
-        OSError: the name is too long, or cannot be looked at.
-        ValueError: it is a file, or may not be written to; or no file can have this name.
-    """
+    """Refuse a name whose folder, or the first one above it that exists, cannot be written to."""
     if "\0" in str(path):
         raise ValueError(f"{str(path)!r} cannot be written: a name has no NUL character")
     with writing(path, under=_unfinished(path)):

@@ -64,9 +64,6 @@ def check_named_weight(name: str, weight: Tensor, *, said: str | None = None) ->
         name: of a transformers checkpoint (`model.layers.0.mlp.experts.3.up_proj.weight`).
         weight: all of it.
         said: the name for the error, if it is another.
-
-    Raises:
-        NotFiniteError: naming the weight, the layer and the expert.
     """
     found = _PLACE.fullmatch(name)
     layer, expert = (None, None) if found is None else (found["layer"], found["expert"])
@@ -77,11 +74,7 @@ def check_named_weight(name: str, weight: Tensor, *, said: str | None = None) ->
 
 
 def finite_number(value: object, *, what: str) -> float:
-    """`value` as a number.
-
-    Raises:
-        ValueError: it is none, or not finite.
-    """
+    """`value` as a number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number; got {value!r}")
     return float(value)

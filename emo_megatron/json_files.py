@@ -57,7 +57,7 @@ def read_object(path: Path, *, kind: str) -> dict[str, Any]:
     return stored
 
 
-def read_own(path: Path, *, kind: str, format: str, fields: Collection[str]) -> dict[str, Any]:
+def read_own(path: Path, *, kind: str, format: str, fields: Collection[str], made_by: str) -> dict[str, Any]:
     """The fields of a file that this package wrote; their types are the caller's to check.
 
     Args:
@@ -65,6 +65,7 @@ def read_own(path: Path, *, kind: str, format: str, fields: Collection[str]) -> 
         kind: what it should be, with its article, for the error.
         format: its "format", which ends in the number of its version.
         fields: names of all others.
+        made_by: the command that writes such files.
 
     Raises:
         OSError: it cannot be opened.
@@ -76,7 +77,7 @@ def read_own(path: Path, *, kind: str, format: str, fields: Collection[str]) -> 
     if found != format and isinstance(found, str) and found.rpartition(".")[0] == name:
         raise ValueError(
             f"{path} has the format {found}, which another version of emo_megatron wrote; this one reads version "
-            f"{version}: write the file again"
+            f"{version}: write the file again with {made_by}"
         )
     if found != format:
         raise ValueError(f'{path} is not {kind}: it lacks "format": "{format}"')
@@ -94,9 +95,6 @@ def checked(value: object, kinds: Mapping[str, type], *, where: str, least: int 
         kinds: field -> str, int, float (which an int is, too), bool, list or dict.
         where: its file and place, for the error.
         least: of the whole numbers among them.
-
-    Raises:
-        ValueError: naming the first field that is not.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be an object; got {reprlib.repr(value)}")
@@ -112,11 +110,7 @@ def checked(value: object, kinds: Mapping[str, type], *, where: str, least: int 
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """JSON for a file.
-
-    Raises:
-        ValueError: it holds a number that is not finite, which JSON does not have.
-    """
+    """JSON for a file."""
     return json.dumps(value, indent=indent, allow_nan=False)
 
 

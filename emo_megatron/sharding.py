@@ -39,10 +39,6 @@ def local_token_indices(
 
     Returns:
         [T / (tp_size * cp_size)] int64 flat indices in packed order.
-
-    Raises:
-        ValueError: the tokens do not divide evenly (document lengths are looked at on the host only), a rank does
-            not lie in [0, size), or documents are given for more than one sample.
     """
     _check_layout("tp", tp_rank, tp_size)
     _check_layout("cp", cp_rank, cp_size)

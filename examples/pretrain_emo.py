@@ -19,12 +19,10 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
-from emo_megatron.mcore import restart, train  # noqa: E402
+from emo_megatron.mcore import resume, train  # noqa: E402
 from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
-from emo_megatron.mcore.builder import BUILDER  # noqa: E402
 from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
 from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
-from emo_megatron.mcore.resume import check_resume  # noqa: E402
 from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
 from emo_megatron.runners.start import add_start_args, start_hooks  # noqa: E402
 
@@ -34,7 +32,7 @@ def main() -> None:
     require_megatron()
     use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
-    restart.run(prepare, start)
+    resume.run(prepare, start)
 
 
 def prepare() -> tuple[Any, ...]:
@@ -47,9 +45,9 @@ def prepare() -> tuple[Any, ...]:
     pool = pool_config_from_args(args)
     model = gpt_config_from_args(args)
     check_run(pool, model.transformer, args)
-    check_resume(pool, args)
+    resume.check_resume(pool, args)
     model.transformer_layer_spec = pool_spec_builder(pool)
-    model.builder = BUILDER
+    model.builder = train.BUILDER
     train.let_lengths_vary(args, model.transformer)
     train.prepare_prediction(args)
     model.pre_wrap_hooks += start_hooks(args)

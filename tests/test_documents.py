@@ -13,8 +13,6 @@ from torch import Tensor
 
 from emo_megatron.documents import DocumentSegments
 
-EOD = 7
-sizes = st.integers(1, 4)
 examples = settings(deadline=None, max_examples=60)
 
 
@@ -45,12 +43,6 @@ def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 def flat(samples: list[list[int]]) -> list[int]:
     return [length for sample in samples for length in sample]
-
-
-def assert_same_documents(got: DocumentSegments, want: DocumentSegments) -> None:
-    assert got.document_ids_T.tolist() == want.document_ids_T.tolist()
-    assert got.starts_D.tolist() == want.starts_D.tolist()
-    assert got.tokens_per_sample == want.tokens_per_sample
 
 
 @examples
@@ -108,7 +100,8 @@ def test_padded_cu_seqlens_equal_to_the_real_ones() -> None:
     cu = cumulative([3, 0, 5])
     plain = DocumentSegments.from_cu_seqlens(cu, num_tokens=9)
     padded = DocumentSegments.from_cu_seqlens(cu, num_tokens=9, cu_seqlens_padded=cu.clone())
-    assert_same_documents(padded, plain)
+    assert padded.document_ids_T.tolist() == plain.document_ids_T.tolist()
+    assert padded.starts_D.tolist() == plain.starts_D.tolist()
 
 
 def test_golden_from_cu_seqlens() -> None:
@@ -149,7 +142,6 @@ def test_no_tokens() -> None:
     assert (segments.num_tokens, segments.num_documents) == (0, 1)
     assert segments.rows_D.tolist() == [0]
     assert segments.whole_samples().num_documents == 0
-    assert DocumentSegments.from_eod(torch.empty(2, 0).long(), eod_token=EOD).num_documents == 0
 
 
 def test_unchecked_values_do_not_leave_the_range() -> None:
@@ -174,141 +166,21 @@ def test_no_value_is_read_unless_wanted(check: bool | None) -> None:
         DocumentSegments.from_cu_seqlens(cu, num_tokens=8, check=True)
 
 
-def naive_boundaries(lengths_of_samples: list[list[int]], *, eos_starts_document: bool = False) -> list[list[int]]:
-    """Token rows: EOD ends every document but a sample's last, or starts all but its first."""
-    rows = []
-    for lengths in lengths_of_samples:
-        row: list[int] = []
-        for document, length in enumerate(lengths):
-            body = [1] * length
-            if eos_starts_document and document:
-                body[0] = EOD
-            if not eos_starts_document and document < len(lengths) - 1:
-                body[-1] = EOD
-            row += body
-        rows.append(row)
-    return rows
-
-
 @examples
-@given(packed=packed_lengths(allow_empty=False), eos_starts=st.booleans())
-def test_constructors_agree(packed: tuple[list[list[int]], int], eos_starts: bool) -> None:
-    samples, tokens_per_sample = packed
-    num_tokens = len(samples) * tokens_per_sample
-    want = DocumentSegments.from_cu_seqlens(
-        cumulative(flat(samples)), num_tokens=num_tokens, tokens_per_sample=tokens_per_sample
+@given(packed=packed_lengths(), data=st.data())
+def test_whole_samples_keeps_only_padding(packed: tuple[list[list[int]], int], data: st.DataObject) -> None:
+    samples, size = packed
+    num_tokens = len(samples) * size
+    segments = DocumentSegments.from_cu_seqlens(
+        cumulative(flat(samples)), num_tokens=num_tokens, tokens_per_sample=size
     )
-    tokens_BS = torch.tensor(naive_boundaries(samples, eos_starts_document=eos_starts))
-    by_eod = DocumentSegments.from_eod(tokens_BS, eod_token=EOD, eos_starts_document=eos_starts)
-    assert_same_documents(by_eod, want)
-    position_ids_BS = torch.tensor([[p for n in lengths for p in range(n)] for lengths in samples])
-    assert_same_documents(DocumentSegments.from_position_ids(position_ids_BS), want)
-
-
-@st.composite
-def padded_rows(draw: st.DrawFn) -> tuple[list[list[int]], list[list[bool]]]:
-    """Token rows with many end-of-document tokens, and padding anywhere."""
-    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 12)))
-    row = st.lists(st.sampled_from([1, 2, EOD]), min_size=shape[1], max_size=shape[1])
-    is_padding = st.lists(st.booleans(), min_size=shape[1], max_size=shape[1])
-    rows = st.lists(row, min_size=shape[0], max_size=shape[0])
-    return draw(rows), draw(st.lists(is_padding, min_size=shape[0], max_size=shape[0]))
-
-
-def naive_from_eod(
-    rows: list[list[int]], padding: list[list[bool]], *, eos_starts_document: bool
-) -> tuple[list[int], list[int]]:
-    """Walk the tokens one by one: ids, starts."""
-    ids, starts = [], []
-    for row_idx, (row, pads) in enumerate(zip(rows, padding, strict=True)):
-        opens = True
-        for position, (token, is_pad) in enumerate(zip(row, pads, strict=True)):
-            if is_pad:
-                ids.append(-1)
-                continue
-            if opens or (eos_starts_document and token == EOD):
-                starts.append(row_idx * len(row) + position)
-            ids.append(len(starts) - 1)
-            opens = token == EOD and not eos_starts_document
-    return ids, starts
-
-
-@examples
-@given(data=padded_rows(), eos_starts=st.booleans())
-def test_from_eod_with_padding(data: tuple[list[list[int]], list[list[bool]]], eos_starts: bool) -> None:
-    rows, padding = data
-    segments = DocumentSegments.from_eod(
-        torch.tensor(rows), eod_token=EOD, eos_starts_document=eos_starts, is_padding_BS=torch.tensor(padding)
-    )
-    ids, starts = naive_from_eod(rows, padding, eos_starts_document=eos_starts)
-    assert segments.document_ids_T.tolist() == ids
-    assert segments.starts_D.tolist() == starts
-
-
-def naive_from_position_ids(rows: list[list[int]], padding: list[list[bool]]) -> tuple[list[int], list[int]]:
-    """Walk the tokens one by one: ids, starts."""
-    ids, starts = [], []
-    for row_idx, (row, pads) in enumerate(zip(rows, padding, strict=True)):
-        expected = None
-        for position, (value, is_pad) in enumerate(zip(row, pads, strict=True)):
-            if is_pad:
-                ids.append(-1)
-                continue
-            if value == 0 or value != expected:
-                starts.append(row_idx * len(row) + position)
-            ids.append(len(starts) - 1)
-            expected = value + 1
-    return ids, starts
-
-
-@examples
-@given(data=st.data(), shape=st.tuples(sizes, st.integers(1, 12)))
-def test_from_position_ids_with_padding(data: st.DataObject, shape: tuple[int, int]) -> None:
-    def rows_of(element: st.SearchStrategy[int] | st.SearchStrategy[bool]) -> list[list[int]]:
-        row = st.lists(element, min_size=shape[1], max_size=shape[1])
-        return data.draw(st.lists(row, min_size=shape[0], max_size=shape[0]))
-
-    rows, padding = rows_of(st.integers(-1, 3)), rows_of(st.booleans())
-    segments = DocumentSegments.from_position_ids(torch.tensor(rows), is_padding_BS=torch.tensor(padding))
-    ids, starts = naive_from_position_ids(rows, padding)
-    assert segments.document_ids_T.tolist() == ids
-    assert segments.starts_D.tolist() == starts
-
-
-@pytest.mark.parametrize(
-    ("eos_starts", "ids", "starts"),
-    [(False, [0, 0, 0, 1, 2, 3, 3, 3], [0, 3, 4, 5]), (True, [0, 0, 1, 2, 3, 3, 3, 3], [0, 2, 3, 4])],
-)
-def test_golden_from_eod(eos_starts: bool, ids: list[int], starts: list[int]) -> None:
-    tokens_BS = torch.tensor([[1, 1, EOD, EOD, EOD, 1, 1, 1]])
-    segments = DocumentSegments.from_eod(tokens_BS, eod_token=EOD, eos_starts_document=eos_starts)
-    assert segments.document_ids_T.tolist() == ids
-    assert segments.starts_D.tolist() == starts
-
-
-def test_golden_eod_at_the_edges_of_samples() -> None:
-    tokens_BS = torch.tensor([[EOD, 1, EOD], [EOD, EOD, 1]])
-    ends = DocumentSegments.from_eod(tokens_BS, eod_token=EOD)
-    assert ends.document_ids_T.tolist() == [0, 1, 1, 2, 3, 4]
-    starts = DocumentSegments.from_eod(tokens_BS, eod_token=EOD, eos_starts_document=True)
-    # a boundary at position 0 adds nothing to the start of the sample
-    assert starts.document_ids_T.tolist() == [0, 0, 1, 2, 3, 3]
-    assert starts.rows_D.tolist() == [0, 0, 1, 1]
-    assert starts.offsets_D.tolist() == [0, 2, 0, 1]
-
-
-@examples
-@given(data=padded_rows())
-def test_whole_samples_keeps_only_padding(data: tuple[list[list[int]], list[list[bool]]]) -> None:
-    rows, padding = data
-    segments = DocumentSegments.from_eod(
-        torch.tensor(rows), eod_token=EOD, is_padding_BS=torch.tensor(padding)
-    ).whole_samples()
-    want = [-1 if is_pad else row for row, pads in enumerate(padding) for is_pad in pads]
-    assert segments.document_ids_T.tolist() == want
-    assert segments.num_documents == len(rows)
-    assert segments.rows_D.tolist() == list(range(len(rows)))
-    assert segments.offsets_D.tolist() == [0] * len(rows)
+    padding = data.draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
+    ids_T = segments.document_ids_T.masked_fill(torch.tensor(padding), -1)
+    whole = dataclasses.replace(segments, document_ids_T=ids_T).whole_samples()
+    assert whole.document_ids_T.tolist() == [-1 if pad else at // size for at, pad in enumerate(padding)]
+    assert whole.num_documents == len(samples)
+    assert whole.rows_D.tolist() == list(range(len(samples)))
+    assert whole.offsets_D.tolist() == [0] * len(samples)
 
 
 def offsets(*values: int) -> Tensor:
@@ -348,23 +220,6 @@ def test_a_slot_may_not_cross_a_sample_either() -> None:
         DocumentSegments.from_cu_seqlens(
             offsets(0, 2, 4), num_tokens=8, tokens_per_sample=4, cu_seqlens_padded=offsets(0, 6, 8)
         )
-
-
-@pytest.mark.parametrize(
-    ("tokens", "padding", "match"),
-    [
-        (torch.zeros(4, dtype=torch.int64), None, r"2-D integer tensor.*got \[4\]"),
-        (torch.zeros(1, 4), None, "2-D integer tensor.*torch.float32"),
-        (torch.zeros(1, 4, dtype=torch.bool), None, "2-D integer tensor.*torch.bool"),
-        (offsets(1, 2).view(1, 2), torch.zeros(1, 3, dtype=torch.bool), r"bool \[1, 2\].*\[1, 3\]"),
-        (offsets(1, 2).view(1, 2), torch.zeros(1, 2), "is_padding_BS must be bool.*float32"),
-    ],
-)
-def test_bad_token_tensors(tokens: Tensor, padding: Tensor | None, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        DocumentSegments.from_eod(tokens, eod_token=EOD, is_padding_BS=padding)
-    with pytest.raises(ValueError, match=match.replace("tokens_BS", "position_ids_BS")):
-        DocumentSegments.from_position_ids(tokens, is_padding_BS=padding)
 
 
 @pytest.mark.parametrize(

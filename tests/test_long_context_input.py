@@ -23,7 +23,7 @@ def _get_batch(change, kind, cp=1, **flags):
     from support import tiny
 
     from emo_megatron.mcore import batches
-    from emo_megatron.mcore.samples import NUM_PADDING, ROUTER_BOUNDS
+    from emo_megatron.mcore.batches import NUM_PADDING, ROUTER_BOUNDS
 
     tiny.setup(context_parallel_size=cp)
     bounds = ROUTER_BOUNDS if kind == "routers" else "cu_seqlens"
@@ -109,7 +109,7 @@ def test_the_share_of_padding_is_told():
     from megatron.training import global_vars
 
     from emo_megatron.mcore import batches, train
-    from emo_megatron.mcore.samples import NUM_PADDING
+    from emo_megatron.mcore.batches import NUM_PADDING
 
     mask = torch.ones(1, 12)
     batch = {NUM_PADDING: torch.zeros(1), "loss_mask": mask, batches.PADDED_TOKENS: 24}

@@ -40,9 +40,6 @@ def run(recipe: str, overrides: Sequence[str], *, strict: bool) -> str | None:
 
     Returns:
         Where its checkpoints lie; None if it saves none, and on other ranks than the first.
-
-    Raises:
-        ValueError: there is no such recipe, or it cannot be trained like this; says what to write instead.
     """
     cfg = prepare(recipe, overrides, strict=strict)
     try:
@@ -58,10 +55,6 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
     """The ConfigContainer of a recipe with the command line's changes and pools, checked, for Bridge's pretrain().
 
     The changes come first, so that they can make a recipe one that takes pools.
-
-    Raises:
-        ValueError: there is no such recipe, it cannot be trained like this, or the run to resume had other pools; says
-            what to write instead.
     """
     pool, others = pools_and_others(overrides)
     cfg = _call(find_recipe(recipe), recipe)
@@ -74,11 +67,7 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
 
 
 def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
-    """The pools that overrides of model.pool_* say, model.pool_min among them, and the overrides of other fields.
-
-    Raises:
-        ValueError: it is missing, a field is unknown or wrong, or an override is none.
-    """
+    """The pools that overrides of model.pool_* say, model.pool_min among them, and the overrides of other fields."""
     values: dict[str, Any] = {"pool_documents": "routers"}
     others = []
     parser = OverridesParser.create()
@@ -105,11 +94,7 @@ def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe by the bare name of its function in megatron.bridge's recipes or perf_recipes, or as module:function.
-
-    Raises:
-        ValueError: there is none; names the nearest.
-    """
+    """A recipe by the bare name of its function in megatron.bridge's recipes or perf_recipes, or as module:function."""
     module, colon, function = name.partition(":")
     if not colon:
         known = recipes_by_name()

@@ -58,11 +58,7 @@ class Pooled:
         return self.pool_documents == "attention" and self.context_parallel_size > 1
 
     def pool_config(self) -> PoolConfig:
-        """The pools that the fields say.
-
-        Raises:
-            ValueError: naming every field that is wrong.
-        """
+        """The pools that the fields say."""
         fields = {name: getattr(self, name) for name in POOL_FIELDS}
         if self.cuts_documents:
             # as step.py does
@@ -71,11 +67,7 @@ class Pooled:
             return PoolConfig(**fields)
 
     def finalize(self) -> None:
-        """Bridge's own, and the check that this model can have these pools.
-
-        Raises:
-            ValueError: naming every field that is wrong.
-        """
+        """Bridge's own, and the check that this model can have these pools."""
         if self.cuts_documents and self.pipeline_model_parallel_size > 1:
             # a padded micro-batch is as long as its documents need
             self.variable_seq_lengths = True
@@ -152,11 +144,7 @@ def pooled[Provider](cls: type[Provider]) -> type[Provider]:
 
 
 def require_possible(model: Any) -> None:
-    """Raise what this provider cannot do with the pools it is given.
-
-    Raises:
-        ValueError: naming every field that is wrong.
-    """
+    """Raise what this provider cannot do with the pools it is given."""
     pool = model.pool_config()
     problems = problems_of(UNSUPPORTED, model) + problems_with_config(pool, model)
     problems += _problems_with_layout(model, pool)

@@ -43,10 +43,6 @@ def apply_pools(
 
     Returns:
         Changed option, such as "model.moe_router_dtype" -> (before, after).
-
-    Raises:
-        ValueError: the recipe cannot have pools, or the run in checkpoint.load had others. The recipe stays as it was.
-            Names the options, and what to write instead.
     """
     check_run(cfg, pool)
     model = cfg.model
@@ -87,11 +83,7 @@ def is_first_rank() -> bool:
 
 
 def check_run(cfg: Any, pool: PoolConfig) -> None:
-    """Refuse data and training options of a recipe that pools would be wrong with.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuse data and training options of a recipe that pools would be wrong with."""
     dataset = cfg.dataset
     if type(dataset) not in (GPTDatasetConfig, MockGPTDatasetConfig):
         raise ValueError(

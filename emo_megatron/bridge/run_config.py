@@ -23,9 +23,6 @@ def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
         checkpoint: a recipe's section of checkpoints.
         asked: the pools that this run asks for.
         step: of the checkpoint that is loaded; 0: none is.
-
-    Raises:
-        ValueError: naming every field that differs, and what to do.
     """
     if step == 0 or checkpoint.load is None or checkpoint.finetune:
         return
@@ -55,11 +52,7 @@ def step_to_load(checkpoint: Any) -> int:
 
 
 def stored_pool_config(path: Path) -> PoolConfig:
-    """The pools of the run that wrote this run_config.yaml; off if it knows none.
-
-    Raises:
-        ValueError: the file is no run_config.yaml, or its fields are wrong.
-    """
+    """The pools of the run that wrote this run_config.yaml; off if it knows none."""
     model = _read(path)["model"]
     return PoolConfig(**{name: model[name] for name in POOL_FIELDS if name in model})
 
@@ -72,9 +65,6 @@ def stock_run_config(path: Path, output: Path) -> None:
     Args:
         path: run_config.yaml of a checkpoint.
         output: the file to write; may be `path`.
-
-    Raises:
-        ValueError: the file is no run_config.yaml of a provider with pools.
     """
     from emo_megatron.bridge.recipe import PROVIDERS
 

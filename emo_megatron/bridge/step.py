@@ -26,13 +26,14 @@ from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.padding import (
     Packing,
+    as_exchanged,
     cut_by_document,
+    flatten_received,
     over_all_tokens,
     packed_params,
     padded_bounds,
     padding_multiple,
 )
-from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
 from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents, merged_bounds
 
 Batch = dict[str, Tensor | None]
@@ -51,9 +52,6 @@ def pool_forward_step(
 
     Returns:
         The stage's output or the plan, and the loss as a function of the output.
-
-    Raises:
-        ValueError: the recipe has no pools, or the run that is resumed had others.
     """
     _begin(state)
     CLOCK.consumed_samples = state.train_state.consumed_train_samples

@@ -135,10 +135,10 @@ class CheckpointEdit:
         self._conflicts: list[dict[str, Any]] = []
         self._left_out: list[dict[str, Any]] = []
         self._changed: dict[str, int] = {}
-        self._check_experts()
         self._check_policies()
         for module in modules:
             self._check_module(module)
+        self._check_experts()
 
     def write(self, output: Path, *, notes: Mapping[str, Note] | None = None) -> Path:
         """Write the result as a checkpoint of weights: a fresh optimizer, iteration 0.
@@ -190,27 +190,24 @@ class CheckpointEdit:
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """A part of a weight of the result along its first axis."""
-        if not is_of_experts(name):
-            return self._value(name, slice(start, stop))
-        experts = self._experts[split_name(name)[0]][start:stop]
-        if self._modules:
+        experts = self._experts[split_name(name)[0]][start:stop] if is_of_experts(name) else ()
+        if not self._modules:
+            assert self._parent is not None
+            return _read(self._parent, name, experts or slice(start, stop), experts=experts)
+        if experts:
             return torch.stack([self._value(name, expert) for expert in experts])
-        assert self._parent is not None
-        return _read(self._parent, name, experts, experts=experts)
+        return self._value(name, slice(start, stop))
 
     def _value(self, name: str, index: int | slice) -> Tensor:
         """What the result has of a weight: one expert's, by its number in the parent; or a slice of another weight."""
         expert = index if isinstance(index, int) else None
-        parent = None if self._parent is None else _read(self._parent, name, index, experts=expert)
-        if not self._modules:
-            assert parent is not None
-            return parent
-        layer = split_name(name)[0]
-        changed = {}
+        of = () if expert is None else expert
+        parent = None if self._parent is None else _read(self._parent, name, index, experts=of)
+        layer, changed = split_name(name)[0], {}
         for module in self._modules:
             row = index if expert is None else module.row_of(layer, expert)
             if row is not None:
-                value = _read(module.checkpoint, name, row, experts=expert)
+                value = _read(module.checkpoint, name, row, experts=of)
                 if parent is None or not torch.equal(value, parent):
                     changed[module.name] = value
         return self._decide(name, expert, changed=changed, parent=parent)
@@ -255,8 +252,8 @@ class CheckpointEdit:
         numbers, top_k = {len(kept) for kept in self._experts.values()}, self._model.args.moe_router_topk
         if len(numbers) > 1 or min(numbers) < top_k:
             raise ValueError(
-                f"a Megatron checkpoint needs as many experts in every layer, and those that a token uses "
-                f"(--moe-router-topk {top_k}); the Selection keeps {min(numbers)} to {max(numbers)}: select with --keep"
+                f"every layer of a Megatron model needs as many experts, at least --moe-router-topk {top_k}; the "
+                f"Selection keeps {min(numbers)} to {max(numbers)}: select again with --keep"
             )
         for layer, experts in self._experts.items() if self._parent is None else ():
             for expert in experts:
@@ -320,17 +317,12 @@ def blended(value: Tensor, *, parent: Tensor, share: float) -> Tensor:
 
 
 def _read(
-    checkpoint: MegatronCheckpoint,
-    name: str,
-    index: int | slice | Sequence[int],
-    *,
-    experts: int | Sequence[int] | None,
+    checkpoint: MegatronCheckpoint, name: str, index: int | slice | Sequence[int], *, experts: int | Sequence[int]
 ) -> Tensor:
     """A part of a weight, which must be finite, or nothing could be said of what a module changed.
 
     `experts` are the parent's numbers of those that it is of, for the error.
     """
     part = checkpoint.read(name, index)
-    layer = split_name(name)[0] or None
-    check_weight(f"{name} of {checkpoint.path}", part, layer=layer, experts=() if experts is None else experts)
+    check_weight(f"{name} of {checkpoint.path}", part, layer=split_name(name)[0] or None, experts=experts)
     return part

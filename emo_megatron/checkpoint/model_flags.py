@@ -185,9 +185,6 @@ def model_flags(
         checkpoint: of the model.
         parser: Megatron's.
         as_trained: also the flags of AS_TRAINED.
-
-    Raises:
-        ValueError: the checkpoint has a flag, not at its default, that may change the model for all that is known here.
     """
     stored = vars(stored_flags(checkpoint))
     known = FUNCTION | AS_TRAINED | NOT_THE_MODEL

@@ -88,9 +88,6 @@ def refuse_prediction(path: Path, names: Iterable[str]) -> None:
     Args:
         path: of the checkpoint.
         names: of its weights.
-
-    Raises:
-        ValueError: it has such layers.
     """
     if any(name.startswith("mtp.") for name in names):
         raise ValueError(

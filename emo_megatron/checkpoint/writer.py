@@ -79,9 +79,6 @@ def write_checkpoint(
 
     Returns:
         `path`.
-
-    Raises:
-        ValueError: `path` exists, or a weight is not finite, which leaves nothing.
     """
     path = Path(path)
     with whole(path, is_new=True) as unfinished:

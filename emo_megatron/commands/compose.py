@@ -94,8 +94,6 @@ def _facts(modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> M
 
 def _stats(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[ExpertStatistics]:
     """Statistics of the files, each of the model that its Selection is of."""
-    if paths and len(paths) != len(selections):
-        raise ValueError(f"--stats must name one file for each selection: {len(paths)} for {len(selections)}")
     found = [load_stats(path) for path in paths]
     for stats, selection in zip(found, selections, strict=False):
         facts = stats.model

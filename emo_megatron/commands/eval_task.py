@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emo_megatron.commands.options import check_least
-from emo_megatron.experts.calibration import Calibration, load_documents
-from emo_megatron.experts.document_files import is_text, read_file
+from emo_megatron.experts.calibration import Calibration, is_text, load_documents, read_file
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf.tokenizer import Tokenizer
 

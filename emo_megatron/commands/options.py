@@ -14,11 +14,7 @@ from emo_megatron.runners.open import Read, is_hugging_face, open_hugging_face, 
 
 
 def check_least(options: object, least: int, *names: str) -> None:
-    """Refuse whole numbers among options that are below `least`, or too large for any tensor; None is no number.
-
-    Raises:
-        ValueError: naming the flag.
-    """
+    """Refuse whole numbers among options that are below `least`, or too large for any tensor; None is no number."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not least <= value < 2**63:

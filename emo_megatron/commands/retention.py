@@ -135,7 +135,9 @@ def _measure(options: Options) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_own(path, kind="a file of rows", format=FORMAT, fields=("weights", "held_out", "rows"))
+    return read_own(
+        path, kind="a file of rows", format=FORMAT, fields=("weights", "held_out", "rows"), made_by="retention"
+    )
 
 
 def _check_same(path: Path, origin: dict[str, Any]) -> None:

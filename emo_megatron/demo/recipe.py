@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emo_megatron.config import PoolDocuments
-from emo_megatron.mcore.local import local_flags
+from emo_megatron.mcore.cpu import local_flags
 
 
 @dataclass(frozen=True, kw_only=True)

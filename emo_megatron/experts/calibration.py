@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from emo_megatron.experts.document_files import ReadIndexed, is_text, read_file
+from emo_megatron.files import one_line
 
+ReadIndexed = Callable[[Path], Sequence[Tensor]]
+"""The documents of an indexed dataset, by its prefix."""
 Tokenize = Callable[[str], Sequence[int]]
 """A text as token ids, end of document included."""
 SEPARATOR = "\n\n"
@@ -28,11 +33,7 @@ NO_TOKENIZER = "{} holds text and the run had no tokenizer: give --tokenizer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Which documents of a file choose the experts; one few-shot example is enough for EMO.
-
-    Raises:
-        ValueError: on construction, when a number is not positive.
-    """
+    """Which documents of a file choose the experts; one few-shot example is enough for EMO."""
 
     num_examples: int | None = None
     """Documents taken, at random and nested: 5 hold those of 1. All, in the order of the file, by default."""
@@ -96,10 +97,6 @@ def load_documents(
         tokenize: for text.
         read_indexed: for indexed datasets.
         vocab_size: tokens must be below it; None checks nothing.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no file of documents, or a damaged one, holds no document, or tokens outside the vocabulary.
     """
     path = Path(path)
     documents = read_file(path, read_indexed=read_indexed)
@@ -145,9 +142,6 @@ def read_documents(
     Args:
         path, calibration, vocab_size, read_indexed: as for `load_documents`.
         tokenizer: of the model; for text, whose source also says what ends a document ("end_of_document").
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_documents`.
     """
     documents = load_documents(
         path,
@@ -240,3 +234,94 @@ def _row(pieces: list[tuple[Tensor, Tensor]], seq_length: int) -> Row:
         is_predicted_S=labels >= 0,
         lengths=lengths,
     )
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file holds texts, or a folder a file that does, so that a tokenizer is needed."""
+    if path.is_dir():
+        return any(path.glob("*.jsonl"))
+    return path.suffix == ".jsonl"
+
+
+def read_file(path: Path, *, read_indexed: ReadIndexed | None = None) -> Sequence[Any]:
+    """Texts or token tensors, one a document, in the order of the file.
+
+    Args:
+        path: a .jsonl file with a "text" on every line; a .safetensors file with "tokens" [N] and "cu_seqlens" [D + 1],
+            both integers; or the prefix of Megatron's indexed dataset (.bin and .idx).
+        read_indexed: for indexed datasets.
+    """
+    is_indexed = Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
+    if not path.exists() and not is_indexed:
+        raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")
+    if path.is_file() and path.suffix == ".jsonl":
+        return read_texts(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return _read_tokens(path)
+    if is_indexed:
+        if read_indexed is None:
+            raise ValueError(f"{path} is an indexed dataset, which is read for Megatron models only")
+        return read_indexed(path)
+    raise ValueError(
+        f"{path} must be a .jsonl file of texts, a .safetensors file of tokens and cu_seqlens, or the "
+        f"prefix of an indexed dataset{'; it is a folder' if path.is_dir() else ''}"
+    )
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a .jsonl file, byte for byte; blank lines are none."""
+    texts = []
+    # lines end where bytes say: a text may hold what Unicode calls the end of a line
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{place}: not JSON ({error})") from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{place}: must be an object with a "text"')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{place}: the text must be Unicode; it holds half of a surrogate pair, {text[error.start]!a}, at "
+                f"character {error.start}"
+            ) from None
+        texts.append(text)
+    return texts
+
+
+def _read_tokens(path: Path) -> list[Tensor]:
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
+    if not {"tokens", "cu_seqlens"} <= stored.keys():
+        raise ValueError(f'{path} must hold "tokens" and "cu_seqlens"; got {sorted(stored)}')
+    tokens, bounds = (_integers(path, name, stored[name]) for name in ("tokens", "cu_seqlens"))
+    lengths = bounds.diff()
+    if bounds.numel() < 1 or bounds[0] != 0 or bounds[-1] != tokens.numel() or (lengths < 0).any():
+        falls = (lengths < 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{path}: cu_seqlens must rise from 0 to the {tokens.numel()} tokens; "
+            + (f"entry {falls[0] + 1} falls" if falls else f"got {_ends(bounds)}")
+        )
+    return list(torch.split(tokens, lengths.tolist()))
+
+
+def _integers(path: Path, name: str, stored: Tensor) -> Tensor:
+    """[n] int64."""
+    # floats, complex numbers and bools have no such range
+    is_integer = not (stored.is_floating_point() or stored.is_complex() or stored.dtype == torch.bool)
+    if not is_integer or stored.dim() != 1:
+        raise ValueError(f'{path}: "{name}" must be one row of integers; got {list(stored.shape)} {stored.dtype}')
+    return stored.long()
+
+
+def _ends(bounds: Tensor) -> str:
+    return f"{int(bounds[0])} to {int(bounds[-1])}" if bounds.numel() else "none"

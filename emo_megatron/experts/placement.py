@@ -89,7 +89,7 @@ def load_placement(path: Path) -> Placement:
     if not path.exists():
         raise FileNotFoundError(f"there is no placement file {path}; write one with place")
     names = [f.name for f in fields(Placement)]
-    stored = read_own(path, kind="a placement file", format=FORMAT, fields=names)
+    stored = read_own(path, kind="a placement file", format=FORMAT, fields=names, made_by="place")
     kinds = {"layers": list, "order": list, "model": str, "method": str, "max_imbalance": float}
     checked(stored, kinds, where=str(path))
     try:

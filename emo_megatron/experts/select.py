@@ -54,11 +54,7 @@ def check_method(name: str, *, flag: str) -> None:
 
 
 def size_of(text: str, *, total: int) -> int:
-    """Experts a layer that a size of `--keep` means where there are `total`, shared ones included.
-
-    Raises:
-        ValueError: it is neither a number nor a share.
-    """
+    """Experts a layer that a size of `--keep` means where there are `total`, shared ones included."""
     number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
         return round(float(number) / 100 * total) if is_share else int(number)
@@ -73,9 +69,6 @@ def parse_keep(text: str, facts: ModelFacts) -> int:
         text: experts a layer as the paper counts them, shared ones included: "16"; or a share of all of them, to the
             nearest number: "12.5%".
         facts: of the model.
-
-    Raises:
-        ValueError: it is neither, or a token could not be routed to top-k experts, or there are not so many.
     """
     total = facts.num_experts + facts.num_shared
     wanted, is_share = size_of(text, total=total), text.strip().endswith("%")
@@ -95,9 +88,6 @@ def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter:
         budget_mb: megabytes, 10^6 bytes, of all weights.
         facts: of the model.
         bytes_per_parameter: 2 for bfloat16.
-
-    Raises:
-        ValueError: not even top-k experts fit.
     """
     layer_bytes = len(facts.layers) * facts.expert_parameters * bytes_per_parameter
     fixed_bytes = facts.other_parameters * bytes_per_parameter
@@ -180,11 +170,7 @@ class MaxRise:
 
     @classmethod
     def parse(cls, text: str) -> MaxRise:
-        """Read "0.05" (nats a token) or "1%" (of the whole model's loss).
-
-        Raises:
-            ValueError: it is neither, negative, or not finite.
-        """
+        """Read "0.05" (nats a token) or "1%" (of the whole model's loss)."""
         try:
             number = float(text.strip().removesuffix("%"))
         except ValueError:

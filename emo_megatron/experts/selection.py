@@ -122,7 +122,7 @@ def load_selection(path: Path | str) -> Selection:
     """Read a Selection file; one that is damaged or of another version is an error with its name."""
     path = Path(path)
     names = [f.name for f in fields(Selection)]
-    stored = read_own(path, kind="a Selection", format=FORMAT, fields=names)
+    stored = read_own(path, kind="a Selection", format=FORMAT, fields=names, made_by="select")
     try:
         experts = tuple(tuple(layer) for layer in stored.pop("experts"))
         return Selection(experts=experts, layers=tuple(stored.pop("layers")), **stored)

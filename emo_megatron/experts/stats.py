@@ -180,8 +180,7 @@ def load_stats(path: Path | str) -> ExpertStatistics:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no statistics file, or a damaged one, or a sum in it is not finite; names the file and what
-            is wrong.
+        ValueError: it is no statistics file, or a damaged one, or a sum in it is not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -193,7 +192,10 @@ def load_stats(path: Path | str) -> ExpertStatistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no statistics file, or cut short: {one_line(error)}") from None
-    if described.get("format") != FORMAT:
+    found, name = described.get("format", ""), FORMAT.rpartition(".")[0]
+    if found != FORMAT and found.startswith(f"{name}."):
+        raise ValueError(f"{path} has the format {found}, and this version reads {FORMAT}: write it again with stats")
+    if found != FORMAT:
         raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
     try:
         return ExpertStatistics(
@@ -229,12 +231,7 @@ def _sources(stored: object) -> tuple[dict[str, Any], ...]:
 
 
 def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
-    """The statistics of all documents of the parts together.
-
-    Raises:
-        ValueError: there is no part, parts are of different models or measure different things, or two of them
-            are of the same documents, which would count twice.
-    """
+    """The statistics of all documents of the parts together."""
     if not parts:
         raise ValueError("there are no statistics to merge: --stats must name at least one file")
     first = parts[0]

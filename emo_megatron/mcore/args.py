@@ -13,7 +13,6 @@ from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore import combinations
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.flags import add_fields
-from emo_megatron.mcore.restart import problems_with_restarts
 from emo_megatron.mcore.unsupported import CONVERSATIONS, SCRIPT, Unsupported, problems_of
 
 
@@ -47,11 +46,7 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
-    """The PoolConfig the flags describe.
-
-    Raises:
-        ValueError: naming every problem of these flags, and groups and balance losses that Megatron asserts to fit.
-    """
+    """The PoolConfig the flags describe."""
     pool = PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
     if getattr(args, "context_parallel_size", 1) > 1 and pool.pool_documents == "attention":
         # as batches.py cuts
@@ -70,13 +65,11 @@ def check_run(
         config: Megatron's configuration of the model.
         args: Megatron's parsed flags.
         rows: on the flags; by default those of `pretrain_emo.py`.
-
-    Raises:
-        ValueError: one line a problem: what must hold, what came, why.
     """
     problems = combinations.problems_with_config(pool, config) + problems_of(rows, args, has_pools=pool.is_on)
     if rows is SCRIPT:
-        problems += problems_of(CONVERSATIONS if args.sft else (), args) + problems_with_restarts(args)
+        problems += problems_of(CONVERSATIONS if args.sft else (), args)
+        problems += combinations.problems_with_restarts(args)
         problems += combinations.problems_with_long_context(pool, args)
     else:
         is_packed = args.dataloader_inter_document_masking

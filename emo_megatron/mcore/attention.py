@@ -28,7 +28,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor
 
 from emo_megatron.config import PoolCpPartition, flag
-from emo_megatron.mcore.local_modules import NormedLinear
+from emo_megatron.mcore.local import NormedLinear
 from emo_megatron.mcore.padding import partition_bounds
 from emo_megatron.sharding import local_token_indices
 

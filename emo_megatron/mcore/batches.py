@@ -1,4 +1,4 @@
-"""Micro-batches of pretraining on megatron.training, with document boundaries on every pipeline stage.
+"""Samples and micro-batches of pretraining on megatron.training, with document boundaries on every pipeline stage.
 
 Tensor-parallel rank 0 of every stage loads, so that the routers of middle stages see boundaries too. With attention
 inside documents, context parallelism cuts by document: each document is padded first (padding.py).
@@ -7,15 +7,18 @@ inside documents, context parallelism cuts by document: each document is padded 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -31,15 +34,88 @@ from emo_megatron.mcore.padding import (
     padding_multiple,
 )
 from emo_megatron.mcore.router_documents import RouterDocuments, merged_bounds
-from emo_megatron.mcore.samples import NUM_PADDING, ROUTER_BOUNDS
 
 TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 BATCH_KEYS = (*TOKEN_KEYS, "cu_seqlens", "max_seqlen")
+
+NUM_PADDING = "num_padding"
+"""Key of a sample, and of a micro-batch with document boundaries: tokens of padding at the end, [mbs] int64."""
+
+ROUTER_BOUNDS = "router_bounds"
+"""Key of a sample, [S + 1] int32 from 0 to S and filled with S, and of a micro-batch, [D + 1] int64: boundaries of its
+documents for the routers only."""
 
 PADDED_BOUNDS = "padded_bounds"
 """Key of a micro-batch that was padded by document: [D + 1] or, with --max-documents, [D + 2] int64."""
 PADDED_TOKENS = "padded_tokens"
 """Key of such a micro-batch: tokens of all context-parallel ranks together, padding included, an int."""
+
+
+class _TellsPadding:
+    """Of a GPTDataset: samples with boundaries also say how many tokens at their end are padding.
+
+    Megatron counts those to the last document. Without Megatron's own boundaries they have ROUTER_BOUNDS.
+    """
+
+    _num_fetched = 0
+    _lengths: tuple[int, ...] = ()
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
+        # Megatron changes the list
+        self._num_fetched, self._lengths = sum(lengths), tuple(lengths)
+        return text, documents, lengths
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(idx)  # type: ignore[misc]
+        num_tokens = len(sample["tokens"])
+        num_real = 0 if idx is None else min(self._num_fetched, num_tokens)
+        told: dict[str, Any] = {NUM_PADDING: num_tokens - num_real}
+        config = self.config  # type: ignore[attr-defined]
+        if getattr(config, "gives_router_bounds", False):
+            # what Megatron makes of them: the last label's token left out, padding counted to the last document
+            lengths = self._lengths[:-1] if self._lengths[-1] == 1 else self._lengths
+            ends = torch.tensor(lengths[:-1], dtype=torch.int32).cumsum(0)
+            bounds = torch.full((num_tokens + 1,), num_tokens, dtype=torch.int32)
+            bounds[: 1 + len(ends)] = torch.cat([ends.new_zeros(1), ends])
+            told[ROUTER_BOUNDS] = bounds
+        return sample | told
+
+
+@dataclass
+class PoolDatasetConfig(GPTDatasetConfig):
+    """Megatron's, and whether samples have boundaries for the routers only."""
+
+    gives_router_bounds: bool = False
+
+
+class PoolGPTDataset(_TellsPadding, GPTDataset):
+    """Megatron's dataset, whose samples tell their padding."""
+
+
+class PoolMockGPTDataset(_TellsPadding, MockGPTDataset):
+    """Megatron's made-up dataset, whose samples tell their padding."""
+
+
+class PoolSFTDataset(SFTDataset):
+    """Megatron's dataset of conversations, whose samples tell their padding.
+
+    A document is a conversation, cut at the end of the sample. Megatron counts the padding to the last one.
+    """
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(idx)
+        messages = self.dataset[int(self.indices[idx % len(self.indices)])]
+        conversations = self._split_conversations(messages)
+        start = int(sample["cu_seqlens"][len(conversations) - 1])
+        num_tokens = len(sample["tokens"])
+        if start >= num_tokens:
+            return sample | {NUM_PADDING: 0}
+        # padding cannot be told by its token: that may be the end-of-document token, which ends conversations too
+        last, _ = self.config.tokenizer.tokenize_conversation(
+            conversations[-1], return_target=True, add_generation_prompt=False
+        )
+        return sample | {NUM_PADDING: num_tokens - min(start + len(last), num_tokens)}
 
 
 def has_documents(args: Any) -> bool:

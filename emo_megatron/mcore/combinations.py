@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
@@ -11,6 +12,8 @@ from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.unsupported import DEDUP, MODEL, problems_of
 
 GATES = ("sigmoid", "sqrtsoftplus")
+RESTARTS = "nvidia_resiliency_ext"
+"""The package behind --inprocess-restart."""
 
 
 def broken(*rules: tuple[object, str]) -> list[str]:
@@ -313,5 +316,24 @@ def problems_with_sharded_optimizer(args: Any) -> list[str]:
             args.load and not (args.no_load_optim or args.finetune),
             f"--load {args.load} must not be given {where}: {why}; convert the checkpoint with "
             "python -m emo_megatron.checkpoint.fsdp",
+        ),
+    )
+
+
+def problems_with_restarts(args: Any) -> list[str]:
+    """Why --inprocess-restart cannot work here: without the package behind it Megatron would go on without restarts."""
+    if not args.inprocess_restart:
+        return []
+    active = args.inprocess_active_world_size
+    return broken(
+        (
+            importlib.util.find_spec(RESTARTS) is None,
+            f"--inprocess-restart needs the package {RESTARTS}, which is not installed: "
+            "pip install nvidia-resiliency-ext, or drop the flag",
+        ),
+        (
+            active not in (None, args.world_size),
+            f"--inprocess-active-world-size must be the number of processes, {args.world_size}; got {active}: flags "
+            "are parsed before reserve ranks are set aside",
         ),
     )

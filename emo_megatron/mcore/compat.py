@@ -24,11 +24,7 @@ def require_megatron() -> tuple[int, int]:
 
 
 def require_bridge() -> tuple[int, int]:
-    """The (major, minor) version of the installed Megatron-Bridge.
-
-    Raises:
-        ImportError: Megatron-Bridge is missing or its version is outside the supported range.
-    """
+    """The (major, minor) version of the installed Megatron-Bridge."""
     return _require("megatron-bridge", by="emo_megatron.bridge", install=BRIDGE_INSTALL)
 
 

@@ -224,10 +224,6 @@ def make_scope(
             what lies past the last one's end is padding; None: the tokens are those of the packing.
         cu_seqlens_padded: as DocumentSegments.from_cu_seqlens takes it: the packing itself has padding.
         cut_bounds: [D' + 1], the pieces that context parallelism cuts one by one; None: it cuts whole samples.
-
-    Raises:
-        ValueError: the boundaries do not fit the tokens.
-        NotImplementedError: --pool-eos-starts-document with padding between documents.
     """
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
     if bounds is not None and (pool.pool_check or bounds.device.type == "cpu"):

@@ -33,10 +33,6 @@ def write_indexed_dataset(prefix: Path, documents: Iterable[Sequence[int]], *, v
         prefix: path without ending; its folder is made if missing.
         documents: token ids in [0, vocab_size), each document with its end-of-document id.
         vocab_size: decides the width of a token on disk.
-
-    Raises:
-        OSError: the disk is full, or another error of the machine.
-        ValueError: if a document is empty or holds an id outside [0, vocab_size), or there is none.
     """
     data, index = (Path(f"{prefix}.{ending}") for ending in ("bin", "idx"))
     # what is renamed first is the inner one

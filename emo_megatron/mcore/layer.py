@@ -18,8 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from emo_megatron.mcore.context import PoolScope, Shard, scope_of
-from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher
-from emo_megatron.mcore.flex import follow_routing_map
+from emo_megatron.mcore.dispatcher import PoolAlltoAllDispatcher, follow_routing_map
 from emo_megatron.mcore.reruns import follow_reruns
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.router_documents import BOTH, current_documents

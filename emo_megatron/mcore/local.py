@@ -1,20 +1,152 @@
-"""Megatron without Transformer Engine and Apex: the flags that choose its modules in plain PyTorch."""
+"""Megatron without Transformer Engine: norms and projections that its local spec lacks, and HybridModel's stack.
+
+They take their place in a spec by spec_rewrite.document_layer. With Transformer Engine none is used.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
 
-def local_flags() -> list[str]:
-    """Megatron's flags for a process without Transformer Engine and Apex, on a GPU or a CPU.
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec_for_backend,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
 
-    Megatron's defaults ask for both. A CPU needs a few flags more: `emo_megatron.mcore.cpu.with_cpu_flags`.
+
+class TorchNorm:
+    """Builds torch's RMSNorm or LayerNorm with Megatron's `sequence_parallel` mark on its parameters.
+
+    The mark makes Megatron sum these gradients over the tensor-parallel ranks, each of which saw its own part of the
+    sequence. A class and not a function, because Megatron-Core 0.18 does not call a function it finds in a spec.
     """
-    return [
-        *("--transformer-impl", "local"),
-        *("--attention-backend", "unfused"),
-        "--no-gradient-accumulation-fusion",
-        "--no-masked-softmax-fusion",
-        "--no-bias-dropout-fusion",
-        "--no-bias-swiglu-fusion",
-        "--no-rope-fusion",
-        "--no-persist-layer-norm",
-    ]
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> torch.nn.Module:
+        """The norm over the last `hidden_size` features; `unused` is what Megatron hands its own norms."""
+        if config.layernorm_zero_centered_gamma:
+            raise ValueError(
+                "--apply-layernorm-1p needs Transformer Engine or Apex; drop the flag or use "
+                "--transformer-impl transformer_engine"
+            )
+        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = norm_class(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class NormedLinear(ColumnParallelLinear):
+    """Megatron's column-parallel projection of its normed input.
+
+    The norm's parameters are `layer_norm_weight` and, with LayerNorm, `layer_norm_bias`, as in Transformer Engine's.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **options)
+        for name, parameter in TorchNorm(config, input_size).named_parameters():
+            self.register_parameter(f"layer_norm_{name}", parameter)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As ColumnParallelLinear.forward."""
+        shape, eps = input_.shape[-1:], self.config.layernorm_epsilon
+        if self.config.normalization == "RMSNorm":
+            normed = F.rms_norm(input_, shape, self.layer_norm_weight, eps)
+        else:
+            normed = F.layer_norm(input_, shape, self.layer_norm_weight, self.layer_norm_bias, eps)
+        return super().forward(normed, *args, **kwargs)
+
+
+class AddableRowParallelLinear(RowParallelLinear):
+    """Megatron's row-parallel projection, to whose output an expert may add its bias.
+
+    Megatron's MLP does so in place, and what one tensor-parallel rank returns is a view that autograd guards.
+    """
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As RowParallelLinear.forward; the output is a tensor of its own where there is a bias to add."""
+        output, bias = super().forward(input_)
+        return (output if bias is None else output.clone()), bias
+
+
+class LocalHybridStack(HybridStack):
+    """Megatron's hybrid stack, whose final norm is Transformer Engine's, with torch's."""
+
+    def __init__(self, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = TorchNorm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
+
+
+class _NeedsTransformerEngine:
+    """Stands where the local stack has no layer: Megatron would silently put one that does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "without Transformer Engine a hybrid pattern may hold attention (*), MLP (-) and MoE (E) layers; "
+            "use --transformer-impl transformer_engine"
+        )
+
+
+def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
+    """The stack of attention, MLP and MoE layers: the two halves of GPT's local layers as layers of their own."""
+    sparse, dense = (
+        get_gpt_layer_local_spec(
+            num_experts=num_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            qk_l2_norm=config.qk_l2_norm,
+            normalization=config.normalization,
+        )
+        for num_experts in (config.num_moe_experts, None)
+    )
+    halves = sparse.submodules
+    attention = dataclasses.replace(
+        sparse,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=halves.input_layernorm,
+            self_attention=halves.self_attention,
+            self_attn_bda=halves.self_attn_bda,
+            sharded_state_dict_keys_map=halves.sharded_state_dict_keys_map,
+        ),
+    )
+    moe, mlp = (
+        dataclasses.replace(
+            layer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=layer.submodules.pre_mlp_layernorm,
+                mlp=layer.submodules.mlp,
+                mlp_bda=layer.submodules.mlp_bda,
+            ),
+        )
+        for layer in (sparse, dense)
+    )
+    layers = {
+        field.name: _NeedsTransformerEngine
+        for field in dataclasses.fields(HybridStackSubmodules)
+        if field.name.endswith("_layer")
+    }
+    layers |= {"attention_layer": attention, "mlp_layer": mlp, "moe_layer": moe}
+    submodules = HybridStackSubmodules(**layers, mtp_block_spec=_local_mtp_spec())
+    return ModuleSpec(module=LocalHybridStack, submodules=submodules)
+
+
+def _local_mtp_spec() -> ModuleSpec:
+    """The block of multi-token prediction, whose layers are a stack of the decoder's."""
+    layer = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
+    )

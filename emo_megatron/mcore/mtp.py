@@ -26,9 +26,6 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
     In a hybrid model the layers of a depth are a stack, which Megatron numbers from 1 at every depth. One layer for all
     depths (mtp_use_repeated_layer) runs once per depth: forward passes from depth 1 on, and those that recompute
     repeats from the last depth back, because each depth's input is the output of the one before.
-
-    Raises:
-        ValueError: on construction, if a depth has several MoE layers, which would have one number.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,11 +70,7 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
 def pool_mtp_block(
     block: MultiTokenPredictionBlockSubmodules, *, config: TransformerConfig, pool: PoolConfig
 ) -> MultiTokenPredictionBlockSubmodules:
-    """The block with pools in every MoE layer; a layer that has them already stays.
-
-    Raises:
-        ValueError, NotImplementedError: as spec.with_pools.
-    """
+    """The block with pools in every MoE layer; a layer that has them already stays."""
     layers = [_pool_mtp_layer(layer, config, pool) for layer in block.layer_specs or ()]
     return dataclasses.replace(block, layer_specs=layers)
 

@@ -36,9 +36,6 @@ def use_exact_mtp_loss(is_exact: bool = True) -> None:
 
     Args:
         is_exact: False puts Megatron's own function back.
-
-    Raises:
-        ValueError: this version of Megatron-Core hands other things to its loss.
     """
     found = set(inspect.signature(_HOST_LOSS).parameters)
     if not _IN_0_18 <= found <= _IN_0_19:

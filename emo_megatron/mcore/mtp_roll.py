@@ -46,9 +46,6 @@ def roll_packed(
 
     Returns:
         The rolled tensor, and its sum.
-
-    Raises:
-        ValueError: a document cannot be cut like this; looked at where its boundaries lie on the host.
     """
     mode = getattr(packed_seq_params, "cp_partition_mode", None)
     if shifts != -1 or dims not in (-1, tensor.dim() - 1) or mode not in (None, "zigzag"):

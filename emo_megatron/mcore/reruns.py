@@ -94,9 +94,6 @@ def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) ->
     Args:
         model: this rank's chunks.
         group: ranks to ask; None: all.
-
-    Raises:
-        ValueError: on all ranks, if one received more tokens than --moe-expert-rank-capacity-factor allows.
     """
     flags_L = []
     for module in (module for chunk in model for module in chunk.modules()):

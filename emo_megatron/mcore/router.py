@@ -14,9 +14,8 @@ from torch import Tensor
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.backend import choose_backend
 from emo_megatron.mcore.context import CLOCK, NO_BOUNDARIES, PoolScope
-from emo_megatron.mcore.flex import leaves_padding_out
+from emo_megatron.mcore.dispatcher import leaves_padding_out
 from emo_megatron.mcore.losses import RouterLosses
 from emo_megatron.mcore.metrics import num_rows
 from emo_megatron.mcore.reruns import Runs, begin_run
@@ -182,16 +181,18 @@ class PoolRouter(TopKRouter):
         return most
 
     def backend(self, logits_TE: Tensor) -> ops.Backend:
-        """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not."""
+        """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not.
+
+        Rank 0 says, once a reason, why it is not the compiled ones.
+        """
         if self._is_standard and not self._is_fused:
             return "reference"
-        return choose_backend(
-            logits_TE.device.type,
-            num_experts=logits_TE.shape[1],
-            top_k=self.topk,
-            dtype=logits_TE.dtype,
-            num_groups=self.num_groups or 0,
-        )
+        device, num_experts, dtype = logits_TE.device.type, logits_TE.shape[1], logits_TE.dtype
+        backend = ops.best_backend(device, num_experts, self.topk, dtype, self.num_groups or 0)
+        if backend == "reference":
+            limits: dict[str, Any] = {"num_experts": num_experts, "top_k": self.topk, "dtype": dtype}
+            tell_backend(ops.why_not_native(device, **limits, num_groups=self.num_groups or 0))
+        return backend
 
     @property
     def _is_fused(self) -> bool:
@@ -206,11 +207,7 @@ class PoolRouter(TopKRouter):
         return not self.pool.is_on_after(self.scope.consumed_samples)
 
     def _with_fused_choice(self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None) -> ops.Routing:
-        """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay.
-
-        Raises:
-            ValueError: Megatron's own, without Transformer Engine.
-        """
+        """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay."""
         probs_TE, map_TE = topk_routing_with_score_function(
             logits_TE,
             self.topk,
@@ -324,9 +321,16 @@ class PoolRouter(TopKRouter):
                 self.local_tokens_per_expert += routed.tokens_per_expert_E
 
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
-        """The map without padding for dispatchers that take any number of experts a token; see mcore/flex.py."""
+        """The map without padding for dispatchers that take any number of experts a token; see leaves_padding_out."""
         if ids_T is None or not leaves_padding_out(self.config):
             # Megatron's dispatchers write padding for quantisation into the map, which backward reads
             pads = self.config.moe_router_padding_for_quantization
             return routing_map_TE.clone() if pads else routing_map_TE
         return routing_map_TE & (ids_T >= 0)[:, None]
+
+
+@functools.cache
+def tell_backend(reason: str) -> None:
+    """Say why the compiled ops do not run, as rank 0."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(f"emo_megatron: routing runs in plain PyTorch, which is slower: {reason}", flush=True)

@@ -38,9 +38,6 @@ class RouterDocuments(Packing):
             layer_number: of the router.
             hidden_shape, shard, pool: as make_scope takes them.
             num_recomputed: how often full recompute repeats the layer in a backward pass.
-
-        Raises:
-            ValueError: it has done so already: these are the documents of an earlier micro-batch.
         """
         asks = (layer_number, is_in_backward())
         self._asked[asks] += 1
@@ -83,9 +80,6 @@ def forward_with_documents(
     Args:
         call: the model, or another function that runs it once or plans to.
         documents: of this micro-batch, not used before; None where the host carries boundaries or there are none.
-
-    Raises:
-        ValueError: `packed_seq_params` is given beside documents.
     """
     if documents is not None and kwargs.get("packed_seq_params") is not None:
         raise ValueError(BOTH)

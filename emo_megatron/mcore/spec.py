@@ -27,7 +27,7 @@ from emo_megatron.config import PoolConfig, load_pool_config
 from emo_megatron.mcore.args import check_run
 from emo_megatron.mcore.combinations import problems_with_config
 from emo_megatron.mcore.compat import require_megatron, training_args
-from emo_megatron.mcore.hybrid_spec import local_stack_spec
+from emo_megatron.mcore.local import local_stack_spec
 from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.mtp import pool_mtp_block
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
@@ -107,9 +107,6 @@ def pool_block_spec(
             layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
         pool: the method; pools off gives the matched standard MoE.
         vp_stage: virtual pipeline stage.
-
-    Raises:
-        ValueError, ImportError, NotImplementedError: as with_pools.
     """
     if getattr(config, "is_hybrid_model", False):
         raise ValueError(
@@ -136,9 +133,6 @@ def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSp
     Args:
         config: Megatron's; with `transformer_impl` local there are attention (`*`), MLP (`-`) and MoE layers.
         pool: the method; pools off gives the matched standard MoE.
-
-    Raises:
-        ValueError, ImportError, NotImplementedError: as with_pools.
     """
     uses_te = config.transformer_impl == "transformer_engine"
     stack: ModuleSpec = hybrid_stack_spec if uses_te else local_stack_spec(config)
@@ -260,14 +254,11 @@ def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> Transform
     Args:
         model_config: Megatron's GPTModelConfig; its model builder calls this, from 0.19 on.
         vp_stage: virtual pipeline stage.
-
-    Raises:
-        ValueError: EMO_POOL_CONFIG is not set or names no valid configuration, or the run would not do what it says.
     """
     config = model_config.transformer
     pool = _prepare_script(config)
     if config.mtp_num_layers:
-        from emo_megatron.mcore.builder import pool_prediction
+        from emo_megatron.mcore.train import pool_prediction
 
         pool_prediction(model_config, pool)
     return pool_block_spec(config, pool=pool, vp_stage=vp_stage)
@@ -303,10 +294,11 @@ def _prepare_script(config: TransformerConfig) -> PoolConfig:
         )
     args = training_args()
     if args is not None:
-        from emo_megatron.mcore.pipeline import let_shapes_travel
-
         check_run(pool, config, args, rows=HOST)
-        let_shapes_travel(config)
+        most_samples = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+        is_packed = args.dataloader_inter_document_masking or args.sft
+        # the forward step is not ours: shapes travel with the tensors
+        config.variable_seq_lengths |= is_packed and args.pipeline_model_parallel_size > 1 and most_samples > 1
     has_documents = args is None or args.dataloader_inter_document_masking
     install_metrics(pool, config, has_documents=has_documents)
     if int(os.environ.get("RANK", "0")) == 0:

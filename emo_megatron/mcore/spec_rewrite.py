@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.attention import DocumentAttention, LatentAttention, require_supported
 from emo_megatron.mcore.layer import PoolMoELayer, PoolTransformerLayer
-from emo_megatron.mcore.local_modules import AddableRowParallelLinear, TorchNorm
+from emo_megatron.mcore.local import AddableRowParallelLinear, TorchNorm
 from emo_megatron.mcore.router import PoolRouter
 
 
@@ -31,9 +31,6 @@ def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool
 
     Returns:
         The new spec, and whether it is an MoE layer.
-
-    Raises:
-        ValueError: names the class in Megatron's place: a layer, MoE layer or router of a recipe's own.
     """
     # the second differs from the first in its CUDA graphs only, and those are refused
     of_megatron = TransformerLayer, MoETransformerLayer
@@ -51,11 +48,7 @@ def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool
 
 
 def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
-    """The layer of the local spec with norms and attention that take packed, sequence-parallel input.
-
-    Raises:
-        NotImplementedError: an option of Megatron's attention that DocumentAttention does not have.
-    """
+    """The layer of the local spec with norms and attention that take packed, sequence-parallel input."""
     submodules = with_torch_norms(layer.submodules)
     attention = submodules.self_attention
     if isinstance(attention, ModuleSpec):
@@ -130,11 +123,7 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
 
 
 def _pool_router(spec: Any) -> type[PoolRouter]:
-    """PoolRouter, over a recipe's own router where that has no more than a projection of its own.
-
-    Raises:
-        ValueError: the router has more of its own, or is none.
-    """
+    """PoolRouter, over a recipe's own router where that has no more than a projection of its own."""
     router = _with_own(PoolRouter, _class_of(spec), (TopKRouter,), own={"gating"})
     if router is not None:
         return router

@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from emo_megatron.ops import native, reference, reference_documents, sizes
+from emo_megatron.ops import native, reference, sizes
 from emo_megatron.ops.groups import limit_to_groups
 from emo_megatron.ops.reference import Routing
-from emo_megatron.ops.reference_pools import ScoreFunction, biased_scores, document_tokens
+from emo_megatron.ops.reference_documents import biased_scores, document_tokens, given_statistics
 from emo_megatron.ops.sizes import top_p_pool_sizes
 
 __all__ = [
@@ -44,73 +44,29 @@ __all__ = [
 Backend = Literal["reference", "native"]
 
 
-def document_scores(
-    logits_TE: Tensor,
-    *,
-    document_ids_T: Tensor,
-    num_documents: int,
-    score_function: ScoreFunction = "softmax",
-    backend: Backend | None = None,
-) -> Tensor:
-    """Sum each document's router probabilities or gates, exactly; see reference.document_scores."""
+def document_scores(logits_TE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
+    """Sum each document's router probabilities or gates, exactly; options and result as reference.document_scores."""
     ops = _implementation(backend, logits_TE, logits_TE.shape[-1], dtype=logits_TE.dtype)
-    scores_DE: Tensor = ops.document_scores(
-        logits_TE, document_ids_T=document_ids_T, num_documents=num_documents, score_function=score_function
-    )
-    return scores_DE
+    return ops.document_scores(logits_TE, **options)
 
 
-def select_pool(
-    scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0, backend: Backend | None = None
-) -> Tensor:
-    """Choose each document's pool: its best-scored experts; see reference.select_pool."""
-    ops = _implementation(backend, scores_DE, scores_DE.shape[-1])
-    pool_DE: Tensor = ops.select_pool(scores_DE, pool_sizes_D=pool_sizes_D, num_forced=num_forced)
-    return pool_DE
+def select_pool(scores_DE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
+    """Choose each document's pool: its best-scored experts; options and result as reference.select_pool."""
+    return _implementation(backend, scores_DE, scores_DE.shape[-1]).select_pool(scores_DE, **options)
 
 
 def pool_topk(
-    logits_TE: Tensor,
-    *,
-    document_ids_T: Tensor | None = None,
-    pool_DE: Tensor | None = None,
-    top_k: int,
-    score_function: ScoreFunction = "softmax",
-    pre_softmax: bool = True,
-    expert_bias_E: Tensor | None = None,
-    scaling_factor: float | None = None,
-    mask: Literal["logits", "selection"] = "logits",
-    num_groups: int | None = None,
-    group_topk: int | None = None,
-    num_documents: int | None = None,
-    backend: Backend | None = None,
+    logits_TE: Tensor, *, top_k: int, num_groups: int | None = None, backend: Backend | None = None, **options: Any
 ) -> Routing:
-    """Route each token to the top-k experts of its document's pool; see reference.pool_topk."""
+    """Route each token to the top-k experts of its document's pool; options and result as reference.pool_topk."""
     ops = _implementation(backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k, num_groups or 0)
-    routing: Routing = ops.pool_topk(
-        logits_TE,
-        document_ids_T=document_ids_T,
-        pool_DE=pool_DE,
-        top_k=top_k,
-        score_function=score_function,
-        pre_softmax=pre_softmax,
-        expert_bias_E=expert_bias_E,
-        scaling_factor=scaling_factor,
-        mask=mask,
-        num_groups=num_groups,
-        group_topk=group_topk,
-        num_documents=num_documents,
-    )
-    return routing
+    return ops.pool_topk(logits_TE, top_k=top_k, num_groups=num_groups, **options)
 
 
-def experts_used(
-    routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int, backend: Backend | None = None
-) -> Tensor:
-    """Experts that each document's tokens chose, [D, ceil(E / 32)] int32; see reference_documents.experts_used."""
-    ops = _documents(_implementation(backend, routing_map_TE, routing_map_TE.shape[-1]))
-    used_DW: Tensor = ops.experts_used(routing_map_TE, document_ids_T=document_ids_T, num_documents=num_documents)
-    return used_DW
+def experts_used(routing_map_TE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
+    """Experts that each document's tokens chose; options and result as reference_documents.experts_used."""
+    ops = _implementation(backend, routing_map_TE, routing_map_TE.shape[-1])
+    return ops.experts_used(routing_map_TE, **options)
 
 
 def document_statistics(
@@ -121,54 +77,21 @@ def document_statistics(
     backend: Backend | None = None,
 ) -> Tensor:
     """Sums over documents for metrics, [5] int64; see reference_documents.document_statistics."""
-    given_DX = reference_documents.given_statistics(scores_DE, pool_DE, used_DW)
-    ops = _documents(_implementation(backend, given_DX))
-    statistics: Tensor = ops.document_statistics(scores_DE, pool_DE, used_DW)
-    return statistics
+    ops = _implementation(backend, given_statistics(scores_DE, pool_DE, used_DW))
+    return ops.document_statistics(scores_DE, pool_DE, used_DW)
 
 
 def draw_bits(
-    sample_positions_D: Tensor,
-    offsets_D: Tensor,
-    *,
-    layers: range | Tensor,
-    seed: int,
-    stream: int = 0,
-    backend: Backend | None = None,
+    sample_positions_D: Tensor, offsets_D: Tensor, *, stream: int = 0, backend: Backend | None = None, **options: Any
 ) -> Tensor:
-    """Random bits for every layer and document, [L, D] int64; see sizes.draw_bits."""
+    """Random bits for every layer and document; options and result as sizes.draw_bits."""
     ops = _implementation(backend, sample_positions_D)
-    draw = sizes.draw_bits if ops is reference else ops.draw_bits
-    bits_LD: Tensor = draw(sample_positions_D, offsets_D, layers=layers, seed=seed, stream=stream)
-    return bits_LD
+    return ops.draw_bits(sample_positions_D, offsets_D, stream=stream, **options)
 
 
-def draw_pool_sizes(
-    sample_positions_D: Tensor,
-    *,
-    offsets_D: Tensor,
-    layer_number: int | range | Tensor,
-    seed: int,
-    low: int,
-    high: int,
-    skew: float = 1.0,
-    unrestricted_share: float = 0.0,
-    num_experts: int,
-    backend: Backend | None = None,
-) -> Tensor:
-    """Draw each document's pool size, of one layer or of several at once; see sizes.draw_pool_sizes."""
-    return sizes.draw_pool_sizes(
-        sample_positions_D,
-        offsets_D=offsets_D,
-        layer_number=layer_number,
-        seed=seed,
-        low=low,
-        high=high,
-        skew=skew,
-        unrestricted_share=unrestricted_share,
-        num_experts=num_experts,
-        draw=partial(draw_bits, backend=backend),
-    )
+def draw_pool_sizes(sample_positions_D: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
+    """Draw each document's pool size, of one layer or of several at once; options as sizes.draw_pool_sizes."""
+    return sizes.draw_pool_sizes(sample_positions_D, draw=partial(draw_bits, backend=backend), **options)
 
 
 def why_not_native(
@@ -197,11 +120,7 @@ def why_not_native(
 def best_backend(
     device_type: str, num_experts: int = 1, top_k: int = 1, dtype: torch.dtype = torch.float32, num_groups: int = 0
 ) -> Backend:
-    """The compiled ops where they run for such tensors, else the reference.
-
-    Raises:
-        RuntimeError: the compiled ops cannot run, and EMO_OPS=native asks for them.
-    """
+    """The compiled ops where they run for such tensors, else the reference."""
     reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype, num_groups=num_groups)
     if reason and _wanted() == "native":
         raise RuntimeError(
@@ -229,11 +148,6 @@ def _implementation(
     if backend is None:
         backend = best_backend(tensor.device.type, num_experts, top_k, dtype, num_groups)
     return native.load_native() if backend == "native" else reference
-
-
-def _documents(ops: Any) -> Any:
-    """Where that backend keeps its ops for metrics."""
-    return reference_documents if ops is reference else ops
 
 
 def _wanted() -> str | None:

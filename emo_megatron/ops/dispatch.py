@@ -22,8 +22,7 @@ __all__ = ["Fanout", "ReceivePlan", "SendPlan", "copy_rows", "count_sends", "pla
 def count_sends(routing_map_TE: Tensor, *, num_ranks: int, backend: Backend | None = None) -> Tensor:
     """What this rank will send: [R + E] int64; see reference_dispatch.count_sends."""
     ops = _ops(_choose(backend, routing_map_TE))
-    counts_X: Tensor = ops.count_sends(routing_map_TE, num_ranks=num_ranks)
-    return counts_X
+    return ops.count_sends(routing_map_TE, num_ranks=num_ranks)
 
 
 def plan_send(
@@ -31,21 +30,18 @@ def plan_send(
 ) -> SendPlan:
     """Lay out rows and pairs; see reference_dispatch.plan_send."""
     ops = _ops(_choose(backend, routing_map_TE))
-    plan: SendPlan = ops.plan_send(routing_map_TE, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs)
-    return plan
+    return ops.plan_send(routing_map_TE, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs)
 
 
 def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int, backend: Backend | None = None) -> ReceivePlan:
     """Put the pairs of received rows in the order of their experts; see reference_dispatch.plan_receive."""
     ops = _ops(_choose(backend, codes_P, num_experts=num_experts))
-    plan: ReceivePlan = ops.plan_receive(codes_P, num_rows=num_rows, num_experts=num_experts)
-    return plan
+    return ops.plan_receive(codes_P, num_rows=num_rows, num_experts=num_experts)
 
 
 def copy_rows(rows_NH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
     """[P, H]: every copy of every row. Differentiable: the gradients of a row's copies are summed."""
-    copies_PH: Tensor = _CopyRows.apply(_choose(backend, rows_NH), rows_NH, *_parts(fanout))
-    return copies_PH
+    return _CopyRows.apply(_choose(backend, rows_NH), rows_NH, *_parts(fanout))
 
 
 def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
@@ -53,8 +49,7 @@ def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = Non
 
     Differentiable: every copy gets its row's gradient.
     """
-    rows_NH: Tensor = _SumRows.apply(_choose(backend, copies_PH), copies_PH, *_parts(fanout))
-    return rows_NH
+    return _SumRows.apply(_choose(backend, copies_PH), copies_PH, *_parts(fanout))
 
 
 class _CopyRows(torch.autograd.Function):
@@ -63,8 +58,7 @@ class _CopyRows(torch.autograd.Function):
         ctx: Any, backend: Backend, rows_NH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
     ) -> Tensor:
         fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
-        copies_PH: Tensor = _ops(backend).copy_rows(rows_NH, fanout=fanout)
-        return copies_PH
+        return _ops(backend).copy_rows(rows_NH, fanout=fanout)
 
     @staticmethod
     @once_differentiable
@@ -79,8 +73,7 @@ class _SumRows(torch.autograd.Function):
         ctx: Any, backend: Backend, copies_PH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
     ) -> Tensor:
         fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
-        rows_NH: Tensor = _ops(backend).sum_rows(copies_PH, fanout=fanout)
-        return rows_NH
+        return _ops(backend).sum_rows(copies_PH, fanout=fanout)
 
     @staticmethod
     @once_differentiable
@@ -110,8 +103,7 @@ def _choose(backend: Backend | None, tensor: Tensor, *, num_experts: int = 1) ->
         return backend
     if tensor.dtype not in native.DISPATCH_DTYPES:
         return "reference"
-    best: Backend = best_backend(tensor.device.type, num_experts)
-    return best
+    return best_backend(tensor.device.type, num_experts)
 
 
 def _ops(backend: Backend) -> Any:

@@ -14,9 +14,29 @@ import torch
 from torch import Tensor
 
 from emo_megatron.ops.groups import groups_used, open_experts
-from emo_megatron.ops.reference_pools import SCORE_FRACTION_BITS, ScoreFunction, document_scores, gates, select_pool
+from emo_megatron.ops.reference_documents import (
+    SCORE_FRACTION_BITS,
+    ScoreFunction,
+    document_scores,
+    document_statistics,
+    experts_used,
+    gates,
+    select_pool,
+    to_units,
+)
+from emo_megatron.ops.sizes import draw_bits
 
-__all__ = ["NUM_TOTALS", "SCORE_FRACTION_BITS", "Routing", "document_scores", "pool_topk", "select_pool", "to_units"]
+__all__ = [
+    "NUM_TOTALS",
+    "SCORE_FRACTION_BITS",
+    "Routing",
+    "document_scores",
+    "document_statistics",
+    "draw_bits",
+    "experts_used",
+    "pool_topk",
+    "select_pool",
+]
 
 NUM_TOTALS = 4
 """Entries of `Routing.counts_X` behind those of the experts."""
@@ -282,8 +302,3 @@ def _assemble(
         z_T=z_T.masked_fill(is_left_out_T, 0.0),
         document_choices_DE=choices_DE,
     )
-
-
-def to_units(nats_X: Tensor) -> Tensor:
-    """Entropies in units of 2**-27 nats, int64; of one expert that has everything, rounding may give less than none."""
-    return (nats_X.clamp(min=0.0) * 2.0**SCORE_FRACTION_BITS).round().to(torch.int64)

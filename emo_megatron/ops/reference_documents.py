@@ -1,17 +1,115 @@
-"""Metrics of documents in plain PyTorch: the definition every other backend is tested against.
+"""Documents in plain PyTorch, their scores, pools and statistics: the definition every other backend is tested against.
 
-Shapes: T tokens on this rank, E routed experts, D documents of the micro-batch, W words of 32 bits that hold E.
+Shapes: T tokens on this rank, E routed experts, D documents of the micro-batch, W words of 32 bits that hold E. An
+all-reduce over the ranks that share a document stands between its scores and its pool. Source: arXiv 2605.06663.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from emo_megatron.ops.reference import to_units
-
+SCORE_FRACTION_BITS = 27
+"""Document scores are probabilities in fixed point with so many fractional bits: sums of 2**36 tokens fit in int64."""
+MAX_GATE_UNITS = 2**30 - 1
+"""A gate counts as less than 8 in document scores; only a square root of softplus exceeds that, for logits above 64."""
 NUM_STATISTICS = 5
 """Entries of `document_statistics`."""
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+
+def document_scores(
+    logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int, score_function: ScoreFunction = "softmax"
+) -> Tensor:
+    """Sum each document's router probabilities, or its gates, exactly.
+
+    Args:
+        logits_TE: [T, E] router logits of any float dtype.
+        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding and counts nowhere.
+        num_documents: D.
+        score_function: softmax over all E experts; or the gates of sigmoid or sqrtsoftplus.
+
+    Returns:
+        [D, E] int64, the scores in units of 2**-27, a gate at most MAX_GATE_UNITS, summed over the document's tokens.
+        Integer sums do not depend on the order of the tokens or on how ranks cut the document. A token with a logit
+        that is NaN or +inf, or with no logit above -inf, adds nothing. Not differentiable.
+    """
+    with torch.no_grad():
+        if score_function == "softmax":
+            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+        else:
+            # torch's float32 functions round otherwise where a tensor's end leaves no whole vector: float64 hides it
+            scores_TE = gates(logits_TE.double(), score_function).clamp_(max=8.0)
+        units_TE = (scores_TE * 2.0**SCORE_FRACTION_BITS).round_().to(torch.int64)
+        row_T = _rows(logits_TE, document_ids_T, num_documents)
+        sums = units_TE.new_zeros(num_documents + 1, units_TE.shape[1])
+        return sums.index_add_(0, row_T, units_TE.clamp_(max=MAX_GATE_UNITS))[:num_documents]
+
+
+def document_tokens(logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
+    """[D] int64, how many tokens of each document `document_scores` adds up; arguments as there."""
+    row_T = _rows(logits_TE.detach(), document_ids_T, num_documents)
+    counts = row_T.new_zeros(num_documents + 1)
+    return counts.index_add_(0, row_T, torch.ones_like(row_T))[:num_documents]
+
+
+def biased_scores(scores_DE: Tensor, tokens_D: Tensor, expert_bias_E: Tensor) -> Tensor:
+    """Each document's sums of gates plus bias: what its pool is chosen by where the bias shall reach it.
+
+    Exact while |bias| is below 2**9 and a document has fewer than 2**26 tokens: the sums then fit in int64. For pools
+    inside groups, which sums of K // group_topk of them choose, so many times fewer tokens.
+
+    Args:
+        scores_DE: [D, E] int64, `document_scores` of gates.
+        tokens_D: [D] int64, `document_tokens`; both over every rank that holds a piece of the document.
+        expert_bias_E: [E] float32, the same on all ranks.
+
+    Returns:
+        [D, E] int64, in units of 2**-27.
+    """
+    units_E = (expert_bias_E.float() * 2.0**SCORE_FRACTION_BITS).round().to(torch.int64)
+    return scores_DE + tokens_D[:, None] * units_E
+
+
+def _rows(logits_TE: Tensor, document_ids_T: Tensor, num_documents: int) -> Tensor:
+    """[T] int64, the document of each token; D, a row to be cut off again, for what counts nowhere."""
+    # no data-dependent shapes, no host sync
+    is_finite_T = logits_TE.float().amax(dim=-1).isfinite()
+    return torch.where((document_ids_T >= 0) & is_finite_T, document_ids_T, num_documents)
+
+
+def gates(logits_TE: Tensor, score_function: ScoreFunction) -> Tensor:
+    """[T, E] float, sigmoid or the square root of softplus of logits of the same dtype; differentiable, 0 at -inf."""
+    if score_function == "sigmoid":
+        return torch.sigmoid(logits_TE)
+    # far below zero softplus is e^x, and the derivative of the root at 0 would be 0 times infinity; so there the last
+    # bits are not Megatron's
+    is_low_TE = logits_TE < -20.0
+    low_TE = torch.exp(0.5 * logits_TE.masked_fill(~is_low_TE, float("-inf")))
+    high_TE = torch.nn.functional.softplus(logits_TE.masked_fill(is_low_TE, 0.0)).sqrt()
+    return torch.where(is_low_TE, low_TE, high_TE)
+
+
+def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0) -> Tensor:
+    """Choose each document's pool: its best-scored experts.
+
+    Args:
+        scores_DE: [D, E] document scores, reduced over every rank that holds a piece of the document.
+        pool_sizes_D: [D] int64, experts wanted; E and more means all.
+        num_forced: the last so many experts are always in and count towards the size.
+
+    Returns:
+        [D, E] bool with max(pool_size, num_forced) True a row. Ties go to the lower index. Not differentiable.
+    """
+    num_free = scores_DE.shape[1] - num_forced
+    order_DE = scores_DE[:, :num_free].sort(dim=-1, descending=True, stable=True).indices
+    is_kept_DE = torch.arange(num_free, device=scores_DE.device) < (pool_sizes_D - num_forced)[:, None]
+    pool_DE = torch.ones_like(scores_DE, dtype=torch.bool)
+    pool_DE[:, :num_free] = torch.empty_like(is_kept_DE).scatter_(1, order_DE, is_kept_DE)
+    return pool_DE
 
 
 def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
@@ -60,9 +158,6 @@ def document_statistics(
         [5] int64, 0 where the tensor is not given: documents with a positive sum of scores; the sizes of their pools;
         the entropies of their shares of the score, each rounded to units of 2**-27 nats; documents that used an
         expert; experts they used.
-
-    Raises:
-        ValueError: there is neither scores_DE nor used_DW, or pool_DE without scores_DE.
     """
     given_DX = given_statistics(scores_DE, pool_DE, used_DW)
     nothing = given_DX.new_zeros((), dtype=torch.int64)
@@ -79,3 +174,8 @@ def document_statistics(
         used_D = ((used_DW[:, :, None] >> bits_B) & 1).sum(dim=(1, 2))
         num_users, num_used = (used_D > 0).sum(), used_D.sum()
     return torch.stack([num_scored, pool_sizes, entropies, num_users, num_used])
+
+
+def to_units(nats_X: Tensor) -> Tensor:
+    """Entropies in units of 2**-27 nats, int64; of one expert that has everything, rounding may give less than none."""
+    return (nats_X.clamp(min=0.0) * 2.0**SCORE_FRACTION_BITS).round().to(torch.int64)

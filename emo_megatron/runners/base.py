@@ -38,11 +38,7 @@ class Loss:
 
     @classmethod
     def mean(cls, nats: float, *, num_tokens: int) -> Loss:
-        """Of a sum over tokens.
-
-        Raises:
-            ValueError: no token was predicted.
-        """
+        """Of a sum over tokens."""
         if num_tokens < 1:
             raise ValueError(
                 "held-out documents must have two tokens or more, since the first is not predicted; got "

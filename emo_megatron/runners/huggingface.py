@@ -34,11 +34,7 @@ MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
 def load_hugging_face(path: Path) -> Any:
-    """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched.
-
-    Raises:
-        ValueError: it is of another kind, or damaged.
-    """
+    """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched."""
     from transformers import AutoModelForCausalLM
 
     kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
@@ -94,9 +90,6 @@ class HuggingFaceStudy:
         model: a causal language model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a forward pass.
-
-    Raises:
-        ValueError: it has no layers of the known kind, or a weight that is not finite.
     """
 
     def __init__(self, model: Any, *, seq_length: int, rows_at_once: int) -> None:

@@ -46,10 +46,6 @@ def again(name: str, options: Any, *, processes: int, log: Path) -> None:
         options: its dataclass.
         processes: how many; one is another process, too.
         log: file for what they print, which is Megatron's.
-
-    Raises:
-        SystemExit: they said what the user can mend.
-        RuntimeError: they failed.
     """
     made = [folder for folder in log.absolute().parents if not folder.exists()]
     log.parent.mkdir(parents=True, exist_ok=True)

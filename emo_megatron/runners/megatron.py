@@ -23,8 +23,7 @@ from emo_megatron.experts.calibration import Row, empty_row, pack_rows
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
 from emo_megatron.mcore.layer import PoolMoELayer
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
-from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs
-from emo_megatron.runners.model_weights import check_weights
+from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs, check_weights, model_weights
 
 
 class MegatronStudy:
@@ -37,10 +36,6 @@ class MegatronStudy:
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
         megatron: more of Megatron's flags, which the user gave.
-
-    Raises:
-        NotImplementedError: there is context parallelism.
-        ValueError: a weight, on whichever rank, is not finite.
     """
 
     def __init__(
@@ -81,11 +76,7 @@ class MegatronStudy:
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """See StudiedModel.
-
-        Raises:
-            NotImplementedError: `outputs`, and expert tensor parallelism or gates on the experts' input.
-        """
+        """See StudiedModel."""
         if outputs:
             check_outputs(self._model.config)
         observers = [LayerObserver(layer, outputs=outputs) for layer in self._layers]
@@ -189,16 +180,13 @@ class MegatronStudy:
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """16 hex digits of the weights of all ranks; another layout has others."""
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_expert_model_parallel_rank(),
-    )
+    """16 hex digits of the weights of all ranks; only another tensor-parallel size has others."""
+    own = [f"{name} {experts} {digest_of([('', part)])}" for name, _, experts, part in model_weights(model)]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, f"{place} {digest_of(model.named_parameters())}")
+    dist.all_gather_object(found, own)
     # data-parallel ranks hold the same
-    return hashlib.sha256("\n".join(sorted(set(found))).encode()).hexdigest()[:16]
+    lines = sorted({line for of_rank in found for line in of_rank})
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

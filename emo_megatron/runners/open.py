@@ -8,8 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from emo_megatron.experts.calibration import NO_TOKENIZER, Calibration, Documents, TextTokenizer, read_documents
-from emo_megatron.experts.document_files import ReadIndexed, is_text
+from emo_megatron.experts.calibration import (
+    NO_TOKENIZER,
+    Calibration,
+    Documents,
+    ReadIndexed,
+    TextTokenizer,
+    is_text,
+    read_documents,
+)
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.runners.base import StudiedModel
 
@@ -72,8 +79,7 @@ def open_megatron(
         texts, tokenizer, rows: as for `open_hugging_face`; the tokenizer is by default that of the run.
         seq_length: tokens a row; by default what the model was trained with, or LONGEST_ROW if that is less.
     """
-    from emo_megatron.runners.layout import check_rows
-    from emo_megatron.runners.loading import checkpoint_in, load_model
+    from emo_megatron.runners.loading import check_rows, checkpoint_in, load_model
     from emo_megatron.runners.run_tokenizer import null_flags
 
     flags = ["--load", str(checkpoint.absolute()), *layout, *more]

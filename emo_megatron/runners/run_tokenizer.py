@@ -30,9 +30,6 @@ def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, voca
         args: the run's flags.
         named: by the command's --tokenizer.
         vocab_size: rows of the model's embedding.
-
-    Raises:
-        ValueError: it is not a folder here, holds no tokenizer, or one of another model.
     """
     extra: list[str] = []
     if named is None:
@@ -56,11 +53,7 @@ def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, voca
 
 
 def text_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> TextTokenizer | None:
-    """What reads text for a run's model: as `hugging_face_tokenizer`, or Megatron's own; None for a run on token ids.
-
-    Raises:
-        ValueError: it cannot be built of files that are here.
-    """
+    """What reads text for a run's model: as `hugging_face_tokenizer`, or Megatron's own; None if the run had none."""
     found = hugging_face_tokenizer(args, named=named, vocab_size=vocab_size)
     kind = getattr(args, "tokenizer_type", None)
     if found is not None or kind in NO_TOKENIZER:
@@ -100,9 +93,6 @@ class MegatronTokenizer:
     Args:
         tokenizer: Megatron's.
         kind: `--tokenizer-type`, for messages.
-
-    Raises:
-        ValueError: it does not read text.
     """
 
     def __init__(self, tokenizer: Any, *, kind: str | None) -> None:

@@ -117,9 +117,9 @@ def test_refusals(parent, module, tmp_path, capsys):
             extract.run(extract.Options(checkpoint=checkpoint, selection=selection, output=output))
         assert not (tmp_path / "new").exists()
 
-    refused("another model: its routers", model="0" * 64)
-    refused("another model: it has 8 routed experts", num_experts=16)
-    refused("another model: its MoE layers", layers=(2, 3))
+    refused("another model.*routers", model="0" * 64)
+    refused("another model.*16", num_experts=16)
+    refused("another model.*layers", layers=(2, 3))
     refused("--keep", kept=[[0, 1], [0, 1, 2]])
     refused("--moe-router-topk", kept=[[0], [1]])
     refused("exists", output=module)

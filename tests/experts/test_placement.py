@@ -132,20 +132,18 @@ def test_the_command_merges_statistics_and_writes_a_placement(tmp_path, capsys):
     assert "p.json exists" in capsys.readouterr().err
     (tmp_path / "p.json").unlink()
     assert main([*command, "5"]) == 2
-    assert "16 do not divide into 5" in capsys.readouterr().err
+    assert "--ranks" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said(tmp_path):
     stats = _stats(_routing()[0])
-    with pytest.raises(ValueError, match="16 do not divide into 3"):
+    with pytest.raises(ValueError, match="--ranks"):
         place(stats, num_ranks=3)
-    with pytest.raises(ValueError, match=r"at least 1; got 0\.5"):
-        place(stats, num_ranks=2, max_imbalance=0.5)
-    for bound in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"--max-imbalance must be a finite number; got {bound}"):
+    for bound in (0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="--max-imbalance"):
             place(stats, num_ranks=2, max_imbalance=bound)
     placement = place(stats, num_ranks=2)
-    with pytest.raises(ValueError, match="once"):
+    with pytest.raises(ValueError, match="order"):
         dataclasses.replace(placement, order=((0,) * 16,))
     with pytest.raises(ValueError, match="another model"):
         placement.check_model("0" * 64, layers=(2,))
@@ -165,7 +163,7 @@ def test_what_is_wrong_is_said(tmp_path):
 
 
 def test_placement_rejects_experts_that_do_not_divide():
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="--ranks"):
         Placement(
             num_experts=3, num_ranks=2, layers=(1,), order=((0, 1, 2),), model="", method="load", max_imbalance=1.0
         )

@@ -26,7 +26,6 @@ ARGUMENTS = st.fixed_dictionaries(
     {"cu_seqlens_q": BOUNDS, "num_tokens": st.integers(-1, 30)},
     optional={"tokens_per_sample": st.integers(-1, 30), "cu_seqlens_padded": BOUNDS},
 )
-ROWS = tensors(st.lists(st.integers(0, 3) | ODD, max_size=12))
 
 
 def check_lengths(given: dict[str, Any]) -> None:
@@ -44,26 +43,6 @@ def check_lengths(given: dict[str, Any]) -> None:
     assert all(a == b or a // size == (b - 1) // size for a, b in pairwise(bounds))
 
 
-def check_rows(rows: torch.Tensor) -> None:
-    ended = read_or_refused(lambda: DocumentSegments.from_eod(rows, eod_token=3), named=["_BS"])
-    restarted = read_or_refused(lambda: DocumentSegments.from_position_ids(rows), named=["_BS"])
-    assert (ended is None) == (restarted is None)
-    if ended is None or restarted is None:
-        return
-    opens: dict[str, list[bool]] = {"eod": [], "position": []}
-    for row in rows.tolist():
-        for before, token in pairwise([None, *row]):
-            opens["eod"].append(before in (None, 3))
-            opens["position"].append(before is None or token == 0 or token != before + 1)
-    for found, wanted in zip((ended, restarted), opens.values(), strict=True):
-        assert found.document_ids_T.tolist() == [n - 1 for n in accumulate(wanted)]
-
-
 @both_sizes
 def test_lengths(inputs: int) -> None:
     fuzz(inputs, ARGUMENTS, check_lengths)
-
-
-@both_sizes
-def test_rows(inputs: int) -> None:
-    fuzz(inputs, ROWS, check_rows)

@@ -32,7 +32,7 @@ def _routed():
 @pytest.mark.parametrize("kind", ["_DeepepManager", "_NCCLEPManager"])
 def test_managers_follow_the_map(kind):
     dispatchers = pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
-    from emo_megatron.mcore.flex import follow_routing_map
+    from emo_megatron.mcore.dispatcher import follow_routing_map
 
     ids, routed = _routed()
     manager = object.__new__(getattr(dispatchers, kind))

@@ -10,7 +10,7 @@ import pytest
 from support.pretraining import SCRIPT, logged, pretrain
 
 from emo_megatron.mcore import cpu
-from emo_megatron.mcore.local import local_flags
+from emo_megatron.mcore.cpu import local_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = {

@@ -14,7 +14,7 @@ BIASES = {"add_bias_linear": True, "moe_shared_expert_intermediate_size": None}
 def _projection(normalization):
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-    from emo_megatron.mcore.local_modules import NormedLinear
+    from emo_megatron.mcore.local import NormedLinear
 
     tiny.setup()
     config = tiny.transformer_config(normalization=normalization)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.pretraining import logged, pretrain
 
-from emo_megatron.mcore import restart, router_documents
+from emo_megatron.mcore import combinations, resume, router_documents
 from emo_megatron.mcore.context import CLOCK
 
 STAND_INS = Path(__file__).resolve().parents[1] / "support" / "stand_ins"
@@ -32,15 +32,15 @@ def test_nothing_of_an_attempt_is_kept():
     CLOCK.consumed_samples = 8
     router_documents.forward_with_documents(lambda: None, documents := object())
     assert router_documents.current_documents() is documents
-    restart.forget_attempt()
+    resume.forget_attempt()
     assert router_documents.current_documents() is None
     assert CLOCK._set is None
 
 
 def test_reserve_ranks_are_refused_by_flag():
     args = argparse.Namespace(inprocess_restart=True, inprocess_active_world_size=6, world_size=8)
-    problems = restart.problems_with_restarts(args)
+    problems = combinations.problems_with_restarts(args)
     assert any("--inprocess-active-world-size" in problem for problem in problems)
     args.inprocess_active_world_size = 8
-    problems = restart.problems_with_restarts(args)
+    problems = combinations.problems_with_restarts(args)
     assert not any("--inprocess-active-world-size" in problem for problem in problems)

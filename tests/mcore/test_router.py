@@ -106,10 +106,10 @@ def _backends(environment):
 
     from support import tiny
 
-    from emo_megatron.mcore import backend
+    from emo_megatron.mcore import router
 
     tiny.setup()
-    backend._tell.cache_clear()
+    router.tell_backend.cache_clear()
     os.environ.update(environment)
     told = io.StringIO()
     try:
@@ -120,7 +120,7 @@ def _backends(environment):
     finally:
         for name in environment:
             del os.environ[name]
-        backend._tell.cache_clear()
+        router.tell_backend.cache_clear()
     return taken, told.getvalue(), gradients
 
 
@@ -145,11 +145,11 @@ def _failing_probe(asked):
 
     from support import tiny
 
-    from emo_megatron.mcore import backend
+    from emo_megatron.mcore import router
     from emo_megatron.ops import native
 
     tiny.setup()
-    backend._tell.cache_clear()
+    router.tell_backend.cache_clear()
     if asked:
         os.environ["EMO_OPS"] = "native"
     told, taken = io.StringIO(), []
@@ -166,7 +166,7 @@ def _failing_probe(asked):
         return str(error)
     finally:
         os.environ.pop("EMO_OPS", None)
-        backend._tell.cache_clear()
+        router.tell_backend.cache_clear()
     return taken, told.getvalue().count("out of memory")
 
 

@@ -45,8 +45,8 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
 
     from emo_megatron.config import PoolConfig
     from emo_megatron.mcore import context
+    from emo_megatron.mcore.batches import NUM_PADDING, PoolSFTDataset
     from emo_megatron.mcore.router import PoolRouter
-    from emo_megatron.mcore.samples import NUM_PADDING, PoolSFTDataset
 
     class Tokenizer:
         """A token a word, the last of every message the end-of-document token, which is the padding's too."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emo_megatron.ops import reference
 from emo_megatron.ops.reference import SCORE_FRACTION_BITS, Routing
-from emo_megatron.ops.reference_pools import MAX_GATE_UNITS
+from emo_megatron.ops.reference_documents import MAX_GATE_UNITS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

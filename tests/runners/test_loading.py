@@ -18,8 +18,14 @@ from emo_megatron.checkpoint.source import check_router, loaded_by_megatron, run
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.mcore import cpu
 from emo_megatron.processes import stops_on_signals
-from emo_megatron.runners.layout import check_layout, check_rows
-from emo_megatron.runners.loading import OTHER_SOURCES, _balance_nothing, checkpoint_in, megatron_refusals
+from emo_megatron.runners.loading import (
+    OTHER_SOURCES,
+    _balance_nothing,
+    check_layout,
+    check_rows,
+    checkpoint_in,
+    megatron_refusals,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

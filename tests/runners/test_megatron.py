@@ -52,6 +52,18 @@ def test_every_layout_measures_what_one_process_does(ranks, single, layout):
         assert_same(answer, single())
 
 
+@pytest.mark.parametrize("layout", [{}, LAYOUTS["dp2"], LAYOUTS["ep2"], LAYOUTS["tp2"], LAYOUTS["pp2"]])
+def test_weights_are_told_apart_by_any_value_and_not_by_the_layout(ranks, layout):
+    sizes = {name: size for name, size in layout.items() if name != "world"}
+    (want,) = ranks(1).run(studies.marks, layout={})
+    assert want[0] == want[2] != want[1]
+    for marks in ranks(layout.get("world", 1)).run(studies.marks, layout=sizes):
+        if sizes.get("tensor_model_parallel_size", 1) == 1:
+            assert marks == want
+        else:
+            assert marks[0] == marks[2] != marks[1]
+
+
 def test_the_sums_are_what_the_definitions_say(ranks, single):
     """Document by document, token by token: also no document sees another one, and padding counts nowhere."""
     want = ranks(1).run(studies.by_definition)[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from emo_megatron.bridge import apply_pools, pool_forward_step
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.hybrid_spec import local_stack_spec
+from emo_megatron.mcore.local import local_stack_spec
 from emo_megatron.mcore.router_documents import forget
 from support import bridge_recipes
 from support.bridge_coverage import without_transformer_engine

@@ -33,7 +33,7 @@ def layers(config: Any, vp_stage: int | None = None) -> Any:
     from megatron.bridge.models.gpt_provider import local_layer_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-    from emo_megatron.mcore.local_modules import TorchNorm
+    from emo_megatron.mcore.local import TorchNorm
     from emo_megatron.mcore.spec_rewrite import document_layer
 
     layer = document_layer(local_layer_spec(config), config=config, pool=config.pool_config())

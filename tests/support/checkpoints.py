@@ -218,6 +218,6 @@ def placement_of(folder: Path, **changes: Any) -> Any:
 
 def weights_of(layout: dict[str, int], config: dict[str, Any]) -> list[Any]:
     """Name, layer and expert of each weight of a model, as this rank tells them."""
-    from emo_megatron.runners.model_weights import model_weights
+    from emo_megatron.runners.megatron_hooks import model_weights
 
-    return [(weight.name, weight.layer, weight.experts) for weight in model_weights(model(config, layout=layout))]
+    return [weight[:3] for weight in model_weights(model(config, layout=layout))]

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from emo_megatron.mcore import batches, padding, train  # noqa: E402
-from emo_megatron.mcore.builder import PoolGPTModelBuilder  # noqa: E402
+from emo_megatron.mcore.train import PoolGPTModelBuilder  # noqa: E402
 from support import shards  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 

@@ -67,6 +67,19 @@ def measure(
     return stats.tensors() | dataclasses.asdict(loss) | {"tokens": stats.num_tokens}
 
 
+@torch.no_grad()
+def marks(layout: dict[str, int]) -> list[str]:
+    """What tells the weights apart: as they are, after a change of one value of one expert of one rank, and back."""
+    model = study(layout)._model
+    found = [studied(model).setting.weights]
+    held = _held(model, layer=3, expert=5, name="")
+    for _ in range(2):
+        if held is not None:
+            held[3, 2] *= -1
+        found.append(studied(model).setting.weights)
+    return found
+
+
 def by_definition() -> dict[str, Tensor]:
     """The statistics of one process again, document by document, token by token, expert by expert."""
     from emo_megatron.experts.calibration import pack_rows

@@ -144,7 +144,7 @@ def validation_samples(prefix: Path, cache: Path, *, masking: bool = True) -> li
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-    from emo_megatron.mcore.samples import PoolDatasetConfig, PoolGPTDataset
+    from emo_megatron.mcore.batches import PoolDatasetConfig, PoolGPTDataset
 
     setup()
     config = PoolDatasetConfig(

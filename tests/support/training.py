@@ -390,7 +390,7 @@ def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
 def _forward_step(
     iterator: Any, model: Any, return_schedule_plan: bool = False, *, case: Case, recorder: Recorder | None
 ) -> Any:
-    from emo_megatron.mcore.pipeline import as_exchanged, flatten_received
+    from emo_megatron.mcore.padding import as_exchanged, flatten_received
     from emo_megatron.mcore.router_documents import forward_with_documents
 
     part = part_of(next(iterator), case)

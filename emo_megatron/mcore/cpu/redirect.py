@@ -1,10 +1,4 @@
-"""Stock Megatron-Core without CUDA: its calls into torch.cuda answered on the CPU, its collectives on gloo.
-
-Megatron asks torch.cuda for streams, events, random states, memory figures and tensors even where nothing is computed
-there. `activate()` gives each of those an answer that is true of one CPU rank, so the unmodified Megatron, with
-`--distributed-backend gloo --transformer-impl local`, trains under every parallel layout. It changes torch for the
-whole process and must run before Megatron builds anything; it does nothing where a GPU exists, unless EMO_DEVICE=cpu.
-"""
+"""What torch.cuda, tensors, collectives and Megatron's random states are answered by on a CPU."""
 
 from __future__ import annotations
 
@@ -18,51 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from emo_megatron.mcore.local import local_flags
 
-# kept for the life of the process: leaving the mode would hand cuda devices back to Megatron
-_mode: TorchFunctionMode | None = None
-
-
-def is_wanted() -> bool:
-    """Whether this process should run Megatron on the CPU: no CUDA device, or EMO_DEVICE=cpu.
-
-    Raises:
-        ValueError: EMO_DEVICE is neither unset, "cpu" nor "cuda".
-    """
-    device = os.environ.get("EMO_DEVICE", "")
-    if device not in ("", "cpu", "cuda"):
-        raise ValueError(f"EMO_DEVICE must be cpu, cuda or unset; got {device!r}")
-    return device == "cpu" or (device == "" and (is_active() or not torch.cuda.is_available()))
-
-
-def is_active() -> bool:
-    """Whether torch.cuda is redirected in this process."""
-    return _mode is not None
-
-
-def activate() -> bool:
-    """Redirect Megatron's CUDA calls to the CPU where `is_wanted()`; idempotent.
-
-    Returns:
-        Whether the redirection is active.
-    """
-    global _mode
-    if not is_wanted():
-        return False
-    if _mode is None:
-        # Megatron decorates with torch.compile; compiling small CPU graphs costs minutes and gains nothing
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        _redirect_cuda_module()
-        _redirect_tensors_and_modules()
-        _redirect_collectives()
-        _redirect_megatron()
-        _mode = _CudaDevicesToCpu()
-        _mode.__enter__()
-        _keep_in_backward(_mode)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print("emo_megatron: no CUDA device in use, Megatron runs on the CPU over gloo", flush=True)
-    return True
+def redirect() -> TorchFunctionMode:
+    """Redirect this process for the rest of its life; the mode stays entered."""
+    _redirect_cuda_module()
+    _redirect_tensors_and_modules()
+    _redirect_collectives()
+    _redirect_megatron()
+    mode = _CudaDevicesToCpu()
+    mode.__enter__()
+    _keep_in_backward(mode)
+    return mode
 
 
 class _Stream:
@@ -290,20 +250,11 @@ def _redirect_collectives() -> None:
 def _redirect_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
 
-    from emo_megatron.mcore import cpu_optimizer
     from emo_megatron.mcore.compat import use_compiled_index_builder
+    from emo_megatron.mcore.cpu.optimizer import repair_loading
 
     megatron: Any = random
     megatron._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     use_compiled_index_builder()
-    cpu_optimizer.repair_loading()
-
-
-def with_cpu_flags(argv: list[str]) -> list[str]:
-    """`argv` with the Megatron flags a CPU run needs in front, where it is one; flags of the caller win."""
-    return [*CPU_FLAGS, *argv] if is_active() else argv
-
-
-CPU_FLAGS = (*("--distributed-backend", "gloo"), *local_flags(), "--use-cpu-initialization", "--no-bias-gelu-fusion")
-"""Megatron's flags for a CPU."""
+    repair_loading()
