@@ -60,7 +60,8 @@ def logits(model: Architecture, weights: dict[str, Tensor], tokens_T: Tensor) ->
         h_TD = _norm(model, x_TD, part["post_attention_layernorm.weight"])
         is_dense = layer in model.dense_layers
         x_TD = x_TD + (_mlp(part, "mlp", h_TD) if is_dense else experts(model, part, h_TD))
-    return _norm(model, x_TD, w["model.norm.weight"]) @ w["model.embed_tokens.weight" if model.tied else "lm_head.weight"].T
+    output_VD = w["model.embed_tokens.weight" if model.tied else "lm_head.weight"]
+    return _norm(model, x_TD, w["model.norm.weight"]) @ output_VD.T
 
 
 def of_layer(weights: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
