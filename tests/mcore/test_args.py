@@ -24,6 +24,13 @@ def test_defaults_are_off_and_every_field_is_a_flag():
     assert pool_args.pool_config_from_args(_parse()) == PoolConfig()
 
 
+def test_none_can_be_said_where_a_number_may_lack(capsys):
+    assert _parse("--pool-eval", "none").pool_eval is None
+    with pytest.raises(SystemExit):
+        _parse("--pool-seed", "none")
+    assert "--pool-seed" in capsys.readouterr().err
+
+
 def test_flags_make_the_configuration():
     parsed = _parse(
         *("--pool-min", "8", "--pool-max", "100", "--pool-eval", "none", "--pool-mask", "selection"),
