@@ -80,7 +80,7 @@ class HuggingFaceFolder:
                     f"{file}: {name} cannot be {self.config[name]}; the folder holds {len(self.shapes)} tensors"
                 )
         try:
-            self.architecture: Architecture = self.format.architecture(self)
+            self.architecture: Architecture = self.format.architecture(self.config, self._is_constant)
         except ValueError as error:
             raise ValueError(f"{file}: this model cannot be imported: {error}") from None
         entries = self.format.entries(self.architecture)
@@ -100,6 +100,17 @@ class HuggingFaceFolder:
             return from_file(entry, self.read(entry.name))
         except NotFiniteError as error:
             raise NotFiniteError(f"{self.path}: {error}") from None
+
+    def _is_constant(self, part: str, values: set[float]) -> bool:
+        seen: set[float] = set()
+        for name in self.shapes:
+            if part not in name:
+                continue
+            tensor = self.read(name).to(torch.float32)
+            seen |= {float(v) for v in tensor.aminmax()} if tensor.numel() else {0.0}
+            if not seen <= values or len(seen) > 1:
+                return False
+        return True
 
     def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
         stored = {name: shape for name, shape in self.shapes.items() if not name.endswith(_NOT_WEIGHTS)}
