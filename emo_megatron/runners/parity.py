@@ -28,10 +28,8 @@ from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
 from emo_megatron.checkpoint.names import is_of_experts, split_name
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.finite import NotFiniteError, check_weight, first_bad
-from emo_megatron.hf.architecture import weight_shapes
-from emo_megatron.hf.card import Parity
 from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
-from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
+from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM, weight_shapes
 from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 from emo_megatron.mcore import cpu
 from emo_megatron.runners.loading import megatron_refusals
@@ -42,6 +40,23 @@ TOLERANCES = {torch.float32: 1e-4}
 """Of the largest logit, by the dtype of the folder: what the order of sums may change."""
 ROUNDED_TOLERANCE = 1e-2
 """In other dtypes: rounding, and a token that chooses another expert of nearly the same score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far the exported model is from the one in Megatron, on the same random tokens in float32."""
+
+    tokens: int
+    max_difference: float
+    """Between two logits."""
+    max_logit: float
+    """The largest absolute one, for comparison."""
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of a logit {self.max_difference:.1e} over {self.tokens} tokens "
+            f"(largest logit {self.max_logit:.3g})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

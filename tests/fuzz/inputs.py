@@ -17,8 +17,7 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
-    from emo_megatron.commands import extract
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import extract, import_
     from emo_megatron.experts.placement import place
     from emo_megatron.experts.select import select_by_stats, selection_of
     from emo_megatron.mcore.dataset import write_indexed_dataset
@@ -33,7 +32,7 @@ def write_inputs(folder: Path) -> Path:
     for format in ("qwen2_moe", "emo"):
         _write_hf(folder / format, format=format)
     words.write_tokenizer(folder / "qwen2_moe")
-    import_folder(ImportOptions(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
+    import_.run(import_.Options(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
     facts = facts_of(MegatronCheckpoint(folder / "megatron"))
     model = experts.MadeUpModel(facts=facts)
     source = experts.documents(3)

@@ -25,9 +25,8 @@ from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.select import MaxRise
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
-from emo_megatron.hf.architecture import weight_shapes
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.measured import read_retention
+from emo_megatron.hf.mapping import weight_shapes
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.mcore.dataset import IndexedDocuments
 from emo_megatron.report.retention_methods import full_report
@@ -159,14 +158,6 @@ def are_rows(rows: Any, folder: Path) -> None:
     assert full_report(rows, MaxRise.parse("1%"))
 
 
-def are_losses(rows: Any, folder: Path) -> None:
-    for row in rows:
-        random = [] if row.random_loss is None else [row.random_loss]
-        assert are_of(float, (row.loss, row.full_loss, *random)), row
-        assert are_of(int, [row.kept], least=1), row
-        assert are_of(str, (row.text, row.chosen_for, row.method)), row
-
-
 def are_pools(config: Any, folder: Path) -> None:
     stored = json.loads((folder / "pools.json").read_text())
     assert all(getattr(config, name) == value for name, value in stored.items())
@@ -209,7 +200,7 @@ def is_checkpoint(found: Any, folder: Path) -> None:
 
 def is_the_checkpoint(found: Any, folder: Path) -> None:
     is_checkpoint(found, folder)
-    wanted = HuggingFaceFolder(folder / "qwen2_moe").weight("layers.1.router")
+    wanted = HuggingFaceFolder(folder / "qwen2_moe").weight("model.layers.1.mlp.gate.weight")
     assert torch.equal(found[2]["decoder.layers.1.mlp.router.weight"], wanted)
 
 
@@ -239,7 +230,6 @@ READERS = {
     "placement": _reader("placement.json", read=lambda f: load_placement(f / "placement.json"), check=is_placement),
     "rows, json": _reader("retention.json", read=lambda f: load_rows(f / "retention.json"), check=are_rows),
     "rows, csv": _reader("retention.csv", read=lambda f: load_rows(f / "retention.csv"), check=are_rows),
-    "losses": _reader("retention.json", read=lambda f: read_retention(f / "retention.json"), check=are_losses),
     "pools": _reader("pools.json", read=lambda f: load_pool_config(f / "pools.json"), check=are_pools),
     "qwen2_moe": _reader(
         *(f"{_HF}config.json", f"{_HF}model.safetensors.index.json"),
