@@ -128,7 +128,7 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
             return Corpus(path=output, manifest=manifest)
         path.unlink()
     descriptions, documents = _collect(config, machine=machine or Machine())
-    texts = {name: _split(documents[name], config=config) for name in documents}
+    texts = {name: split_documents(documents[name], config=config) for name in documents}
     tokenizer = _train_tokenizer(texts, vocab_size=config.vocab_size)
     tokens = _tokenize(texts, tokenizer=tokenizer)
     _balance(tokens)
@@ -206,7 +206,7 @@ def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> di
     documents: dict[bytes, str] = {}
     num_bytes = 0
     for raw in texts:
-        text = _clean(raw, max_chars=config.max_document_chars)
+        text = clean(raw, max_chars=config.max_document_chars)
         key = hashlib.sha256(" ".join(text[:2000].split()).encode()).digest()
         if len(text) < config.min_document_chars or key in documents or key in seen:
             continue
@@ -217,7 +217,7 @@ def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> di
     return documents
 
 
-def _clean(text: str, *, max_chars: int) -> str:
+def clean(text: str, *, max_chars: int) -> str:
     """Unify line ends and blank lines and cut; empty if the text cannot be one document."""
     # a literal end-of-document token would be tokenized as a document boundary
     if EOD in text or NOT_TEXT.search(text):
@@ -230,7 +230,7 @@ def _clean(text: str, *, max_chars: int) -> str:
     return text[: max_chars if line_end < 0 else line_end].rstrip()
 
 
-def _split(documents: list[str], *, config: CorpusConfig) -> _Texts:
+def split_documents(documents: list[str], *, config: CorpusConfig) -> _Texts:
     """Cut shuffled documents into the three splits."""
     count = len(documents)
     fractions = (config.calibration_fraction, config.validation_fraction)

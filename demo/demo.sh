@@ -48,7 +48,8 @@ is_done() { # WHAT MODEL
     if [ "$1" = train ]; then
         [ -f "$tracker" ] && [ "$(cat "$tracker")" = "$steps" ]
     else
-        [ -f "$output/$2/retention/retention.json" ]
+        # what is written last
+        [ -f "$output/$2/retention/retention.png" ]
     fi
 }
 

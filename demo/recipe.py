@@ -1,6 +1,6 @@
 """The demo's models: one set of Megatron flags, and what differs between the models compared.
 
-As a command, it reads the options of demo.sh, prints what that needs of them, and writes the flags of each model's runs.
+As a command, it reads the options of demo.sh, prints what that needs of them, and writes the flags of every run.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) ->
     # the shared expert counts where sizes are named
     keep = {f: str(round(f * size.experts) + size.num_shared) for f in size.fractions}
     # the small model is compared whole: it is what a quarter of the experts competes with
-    sizes = ["--keep"] if model.name == "small" else ["--keep", *keep.values(), "--cross", keep[CROSS]]
+    sizes = [] if model.name == "small" else list(keep.values())
+    sizes += ["--cross", keep[CROSS]] if sizes else []
     flags: dict[str, object] = {
         "--checkpoint": run_dir / "checkpoint",
         "--data": corpus / "calibration",
@@ -220,7 +221,7 @@ def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) ->
     }
     # one argument: its value looks like a flag
     more = [f"--megatron={shlex.join(size.flags)}"] if size.flags else []
-    return [*(str(item) for pair in flags.items() for item in pair), *more, *sizes]
+    return [*(str(item) for pair in flags.items() for item in pair), *more, "--keep", *sizes]
 
 
 @dataclass(frozen=True, kw_only=True)
