@@ -61,8 +61,8 @@ class _Batch:
     is_real_BS: Tensor
 
 
-class HuggingFaceStudy:
-    """A `StudiedModel` over a model of transformers, in one process.
+class HuggingFaceRunner:
+    """A `ExpertRunner` over a model of transformers, in one process.
 
     Args:
         model: a causal language model.
@@ -86,13 +86,13 @@ class HuggingFaceStudy:
         return True
 
     def from_writer[T](self, read: Callable[[], T]) -> T:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         return read()
 
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         observers = self._observe(allowed_LE, outputs=outputs, is_summing=True)
         try:
             for batch in self._batches(documents):
@@ -109,7 +109,7 @@ class HuggingFaceStudy:
         return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         observers = self._observe(allowed_LE, outputs=False, is_summing=False)
         total, count = 0.0, 0
         try:
