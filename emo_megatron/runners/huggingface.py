@@ -1,4 +1,4 @@
-"""A Hugging Face model under study: what its experts do, and its loss with some of them, through hooks.
+"""Run a Hugging Face model and watch it: what its experts do, and its loss with some of them, through hooks.
 
 For mixture-of-experts models of transformers whose layers have a softmax router `gate` beside `experts` (OLMoE, Qwen2-
 and Qwen3-MoE), and the authors' EMO, which is exactly a Qwen2-MoE and is run as one, without remote code.

@@ -1,4 +1,4 @@
-"""A Megatron model under study: what its experts do, and its loss with some of them, under any parallel layout.
+"""Run a Megatron model and watch it: what its experts do, and its loss with some of them, under any parallel layout.
 
 Shapes: L MoE layers of the whole model, E routed experts.
 """

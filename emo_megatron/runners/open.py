@@ -56,8 +56,8 @@ def open_hugging_face(
         reader.check(vocab_size=vocab_size)
     model = load_hugging_face(folder)
     seq_length = seq_length or min(model.config.max_position_embeddings, LONGEST_ROW)
-    study = HuggingFaceRunner(model, seq_length=seq_length, rows_at_once=rows)
-    return study, _reading(reader, vocab_size)
+    runner = HuggingFaceRunner(model, seq_length=seq_length, rows_at_once=rows)
+    return runner, _reading(reader, vocab_size)
 
 
 def open_megatron(
@@ -100,10 +100,10 @@ def open_megatron(
 
     seq_length = seq_length or min(args.seq_length, LONGEST_ROW)
     check_rows(seq_length, rows=rows, args=args)
-    study = MegatronRunner(
+    runner = MegatronRunner(
         model, facts=facts_of(stored), seq_length=seq_length, rows_at_once=rows, megatron=shlex.join(more)
     )
-    return study, _reading(reader, vocab_size, IndexedDocuments)
+    return runner, _reading(reader, vocab_size, IndexedDocuments)
 
 
 def _reading(tokenizer: TextTokenizer | None, vocab_size: int, read_indexed: ReadIndexed | None = None) -> Read:
