@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.benchmarking import rows_of, run_benchmark
 
-from emo_megatron.demo.corpus import CorpusConfig, prepare_corpus
+from demo.corpus import CorpusConfig, prepare_corpus
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -22,7 +23,9 @@ import pytest
 import torch
 from support import made_up
 
-from emo_megatron.demo.corpus import CorpusConfig, prepare_corpus
+from demo import recipe
+from demo.corpus import CorpusConfig, prepare_corpus
+from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -387,7 +390,7 @@ def test_steps_fit_into_the_time(scripts: SimpleNamespace) -> None:
 
 
 def test_an_evaluation_is_longer_with_more_to_measure(scripts: SimpleNamespace) -> None:
-    from emo_megatron.demo.recipe import ON_GPU
+    from fidelity_plan import ON_GPU
 
     def seconds(**changes: Any) -> float:
         size = replace(ON_GPU, evaluation_tokens=changes.pop("tokens", 65536))
@@ -415,7 +418,7 @@ def test_the_log_is_read_as_megatron_writes_it(scripts: SimpleNamespace, tmp_pat
 
 
 def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
-    from emo_megatron.demo.recipe import ON_GPU
+    from fidelity_plan import ON_GPU
 
     def steps(train_tokens: int) -> int:
         return int(scripts.plan.planned_steps(ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS))
@@ -490,3 +493,37 @@ def test_megatron_trains_and_measures_both(corpus: Path, tmp_path: Path) -> None
     assert fmean(stored["early"].values()) > fmean(row["loss"] for row in stored["rows"] if row["method"] == "full")
     assert page.count("±") == 4
     assert "partner not found: run gpu.sh C small" in page
+
+
+def _flags(size: Any, model: Any) -> list[str]:
+    return recipe.megatron_flags(size, model, corpus=Path("corpus"), run_dir=Path("run"))
+
+
+def _pool(size: Any, model: Any) -> Any:
+    parser = add_pool_args(argparse.ArgumentParser(allow_abbrev=False))
+    return pool_config_from_args(parser.parse_known_args(_flags(size, model))[0])
+
+
+@pytest.mark.parametrize("name", ["ON_GPU", "ON_GPU_QUICK"])
+def test_a_step_of_several_micro_batches_balances_over_them(scripts: SimpleNamespace, name: str) -> None:
+    size = getattr(scripts.plan, name)
+    assert size.rows % size.rows_at_once == 0 < size.rows - size.rows_at_once
+    emo, *others = recipe.main_models(size, seed=1)
+    assert _pool(size, emo).pool_balance == "running"
+    for model in (emo, *others):
+        flags = _flags(size, model)
+        given = dict(itertools.pairwise(flags))
+        assert given["--micro-batch-size"] == str(size.rows_at_once)
+        assert given["--global-batch-size"] == str(size.rows)
+        assert given["--transformer-impl"] == "local"
+        assert "--bf16" in flags
+
+
+def test_fewer_steps_shorten_every_schedule(scripts: SimpleNamespace) -> None:
+    size = replace(scripts.plan.ON_GPU, steps=200)
+    emo = recipe.main_models(size, seed=1)[0]
+    flags = dict(itertools.pairwise(_flags(size, emo)))
+    assert flags["--train-iters"] == "200"
+    assert int(flags["--lr-warmup-iters"]) == 50 < scripts.plan.ON_GPU.warmup
+    assert _pool(size, emo).pool_min_decay_samples == 120 * size.rows
+    assert size.tokens == 200 * 128 * 1024

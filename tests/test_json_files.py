@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from emo_megatron.demo.prepared import load_corpus
 from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.hf.folder import HuggingFaceFolder
 from emo_megatron.json_files import read_json
-from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.report.rows import load_rows
 
 NOT_JSON = {
     "empty": b"",
@@ -32,10 +31,6 @@ NOT_JSON = {
 OTHERS = ("null", "true", "1", '"text"', "[[]]", "[1]", '{"a": null}', '{"a": []}')
 
 
-def corpus(path: Path) -> object:
-    return load_corpus(path.rename(path.with_name("corpus.json")).parent)
-
-
 def hugging_face(path: Path) -> object:
     return HuggingFaceFolder(path.rename(path.with_name("config.json")).parent)
 
@@ -44,7 +39,6 @@ READERS = {
     "selection": load_selection,
     "placement": load_placement,
     "rows of the report": load_rows,
-    "corpus": corpus,
     "config": hugging_face,
 }
 
@@ -54,7 +48,7 @@ READERS = {
 def test_no_reader_takes_or_chokes_on_what_is_not_its_file(reader, text, tmp_path):
     file = tmp_path / "file.json"
     file.write_bytes(text)
-    with pytest.raises(ValueError, match=r"(file|corpus|config)\.json") as told:
+    with pytest.raises(ValueError, match=r"(file|config)\.json") as told:
         READERS[reader](file)
     assert "\n" not in str(told.value)
 

@@ -28,7 +28,7 @@ from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
 from emo_megatron.hf.model_config import architecture_of
 from emo_megatron.hf.qwen2_moe import TINY_GATE
 from emo_megatron.hf.weights import MegatronWeights
-from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
 from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer
 

@@ -19,7 +19,7 @@ from emo_megatron import __version__
 from emo_megatron.experts.selection import Selection
 from emo_megatron.hf.architecture import Architecture
 from emo_megatron.hf.mapping import weight_shapes
-from emo_megatron.report.retention_rows import FULL, RANDOM, RetentionRow
+from emo_megatron.report.rows import FULL, RANDOM, RetentionRow
 
 Retained = tuple[RetentionRow, float | None]
 """A row of a module, and the loss with as many experts drawn at random, if it was measured."""

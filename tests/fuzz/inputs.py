@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -50,7 +49,6 @@ def write_inputs(folder: Path) -> Path:
     )
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)
-    _write_corpus(folder / "corpus")
     return folder
 
 
@@ -72,7 +70,7 @@ def _write_hf(folder: Path, *, format: str) -> None:
 
 def _write_rows(folder: Path) -> None:
     """Rows as the command retention reports them."""
-    from emo_megatron.report.retention_rows import rows_of, save_rows
+    from emo_megatron.report.rows import rows_of, save_rows
 
     measured = [
         {
@@ -90,28 +88,3 @@ def _write_rows(folder: Path) -> None:
     ]
     rows = rows_of(measured, model="other", seed=0, versions="1")
     save_rows(rows, folder / "retention")
-
-
-def corpus_config(folder: Path) -> Any:
-    """What the corpus that is there was made of."""
-    from emo_megatron.demo.corpus import CorpusConfig
-
-    return CorpusConfig(corpus_dir=folder.resolve() / "no-text")
-
-
-def _write_corpus(folder: Path) -> None:
-    import dataclasses
-
-    splits = ("train", "calibration", "validation")
-    config = corpus_config(folder)
-    row = {"source": "text", "megabytes": 0.1}
-    row |= {key: dict.fromkeys(splits, 60) for key in ("documents", "tokens")}
-    stored = {
-        "config": dataclasses.asdict(config) | {"corpus_dir": str(config.corpus_dir), "format": 1},
-        "fingerprint": "f00d",
-        "vocab_size": 80,
-        "eod_token": 0,
-        "domains": {"french": row, "perl": row, "python": row},
-    }
-    (folder / "no-text").mkdir(parents=True)
-    (folder / "corpus.json").write_text(json.dumps(stored))

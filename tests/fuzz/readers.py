@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz import inputs
 from support import decoder
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
 from emo_megatron.config import load_pool_config
-from emo_megatron.demo.corpus import describe, prepare_corpus
 from emo_megatron.experts.calibration import Calibration, load_documents
 from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.select import MaxRise
@@ -29,8 +27,8 @@ from emo_megatron.hf.folder import HuggingFaceFolder
 from emo_megatron.hf.mapping import weight_shapes
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.mcore.dataset import IndexedDocuments
-from emo_megatron.report.retention_methods import full_report
-from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.report.rows import load_rows
+from emo_megatron.report.table import full_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +202,6 @@ def is_the_checkpoint(found: Any, folder: Path) -> None:
     assert torch.equal(found[2]["decoder.layers.1.mlp.router.weight"], wanted)
 
 
-def is_corpus(corpus: Any, folder: Path) -> None:
-    assert describe(corpus)
-    assert are_of(str, corpus.domains)
-    assert are_of(int, (corpus.eod_token, corpus.vocab_size, corpus.train_tokens), least=0)
-
-
 def _reader(*files: str, read: Any, check: Any, named: tuple[str, ...] = ()) -> Reader:
     return Reader(files=files, read=read, check=check, also_named=named)
 
@@ -256,11 +248,5 @@ READERS = {
         read=checkpoint,
         check=is_the_checkpoint,
         named=("/megatron",),
-    ),
-    "corpus": _reader(
-        "corpus/corpus.json",
-        read=lambda f: prepare_corpus(f / "corpus", inputs.corpus_config(f / "corpus")),
-        check=is_corpus,
-        named=("no-text",),
     ),
 }

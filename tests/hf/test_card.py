@@ -7,7 +7,7 @@ from support import decoder
 
 from emo_megatron.experts.selection import Selection
 from emo_megatron.hf.card import Origin, model_card, retained
-from emo_megatron.report.retention_rows import RetentionRow
+from emo_megatron.report.rows import RetentionRow
 
 SELECTION = Selection(
     num_experts=32,

@@ -34,7 +34,7 @@ def through_hugging_face(folder: str) -> dict[str, Any]:
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
     from emo_megatron.commands import export, import_
     from emo_megatron.experts.selection import Selection
-    from emo_megatron.report.retention_rows import rows_of, save_rows
+    from emo_megatron.report.rows import rows_of, save_rows
 
     root = Path(folder)
     kept = (0, 1, 2, 3, 5, 8, 9, 11)
