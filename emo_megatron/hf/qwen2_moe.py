@@ -60,7 +60,7 @@ def entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> li
     """The tensors of the format: each weight by its name, and constants where the model has none."""
     found = []
     for tensor in tensors_of(architecture):
-        value = shared_gate_value if tensor.row.needs == "shared_gate" else tensor.row.fill or 0.0
+        value = (shared_gate_value if tensor.row.needs == "shared_gate" else 0.0) or tensor.row.fill or 0.0
         # where the gate halves
         scale = 2.0 if tensor.row.kind == "doubled" and not architecture.shared_gate else 1.0
         for name, shape in tensor.weights.items():
