@@ -12,6 +12,9 @@ def test_default_is_off():
     assert PoolConfig(pool_min=2).is_on
 
 
+MASS = {"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5}
+
+
 @pytest.mark.parametrize(
     ("fields", "names"),
     [
@@ -43,6 +46,9 @@ def test_default_is_off():
         ({"pool_min_decay_samples": float("inf"), "pool_seed": None}, ["-decay-", "--pool-seed"]),
         *(({"pool_min": 4, "pool_skew": value}, ["--pool-skew"]) for value in (0.0, -1.0, float("nan"), float("inf"))),
         ({"pool_min": 4, "pool_rule": "top_p", "pool_top_p": 0.5, "pool_skew": 2.0}, ["--pool-skew"]),
+        (MASS | {"pool_score": "gate_with_bias"}, ["--pool-score"]),
+        (MASS | {"pool_group_scope": "document"}, ["--pool-group-scope"]),
+        ({"pool_min": 4, "pool_group_scope": "document", "pool_forced": 1}, ["--pool-forced"]),
         ({"pool_min": 4, "pool_delay_samples": -1}, ["--pool-delay-samples"]),
         ({"pool_min": 4, "pool_delay_samples": 0.5}, ["--pool-delay-samples"]),
         ({"pool_skew": 2.0, "pool_delay_samples": 9}, ["--pool-skew", "--pool-delay-samples"]),
