@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-table", help="benchmarks/results/parity.md: rewrite its table from this run's parity cases"
     )
+    parser.addoption("--write-pins", action="store_true", help="tests/data/pins.json: write it from this run")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -19,9 +19,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.config.instantiate_utils import target_allowlist
 
-from emo_megatron.config import PoolConfig
+from emo_megatron.config import PoolConfig, broken
 from emo_megatron.mcore.combinations import (
-    broken,
     equal_lengths_flag,
     problems_with_config,
     problems_with_exchange,

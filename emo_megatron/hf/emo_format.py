@@ -22,7 +22,7 @@ from emo_megatron.hf.config_file import (
     whole_number,
     whole_numbers,
 )
-from emo_megatron.hf.formats import Entry, Format, Stored
+from emo_megatron.hf.formats import Entry, Format, IsConstant
 from emo_megatron.mcore.unsupported import only, problems_of
 
 EXPECTED = (
@@ -108,8 +108,7 @@ def _entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> l
     return found
 
 
-def _architecture(stored: Stored) -> Architecture:
-    config = stored.config
+def _architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Architecture:
     problems = problems_of(EXPECTED, config, name_of=str)
     num_shared = whole_number(config, "num_shared_experts", least=0, default=0)
     num_layers, num_all = whole_number(config, "num_hidden_layers"), whole_number(config, "num_experts")

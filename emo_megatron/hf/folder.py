@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import reprlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from emo_megatron.files import machine_error, one_line
+from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.hf.architecture import Architecture
 from emo_megatron.hf.emo_format import EMO
@@ -79,7 +80,7 @@ class HuggingFaceFolder:
                     f"{file}: {name} cannot be {self.config[name]}; the folder holds {len(self.shapes)} tensors"
                 )
         try:
-            self.architecture: Architecture = self.format.architecture(self)
+            self.architecture: Architecture = self.format.architecture(self.config, self._is_constant)
         except ValueError as error:
             raise ValueError(f"{file}: this model cannot be imported: {error}") from None
         entries = self.format.entries(self.architecture)
@@ -99,6 +100,17 @@ class HuggingFaceFolder:
             return from_file(entry, self.read(entry.name))
         except NotFiniteError as error:
             raise NotFiniteError(f"{self.path}: {error}") from None
+
+    def _is_constant(self, part: str, values: set[float]) -> bool:
+        seen: set[float] = set()
+        for name in self.shapes:
+            if part not in name:
+                continue
+            tensor = self.read(name).to(torch.float32)
+            seen |= {float(v) for v in tensor.aminmax()} if tensor.numel() else {0.0}
+            if not seen <= values or len(seen) > 1:
+                return False
+        return True
 
     def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
         stored = {name: shape for name, shape in self.shapes.items() if not name.endswith(_NOT_WEIGHTS)}
@@ -152,6 +164,27 @@ def write_folder(
     for name, value in extra_config.items():
         config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
     _write_json(folder / CONFIG, config)
+
+
+@contextlib.contextmanager
+def as_stock(
+    folder: HuggingFaceFolder, *, dtype: torch.dtype | None = None, under: Path | None = None
+) -> Iterator[Path]:
+    """A folder that stock transformers loads: this one, or a copy as Qwen2-MoE, `under` another for this block."""
+    if folder.format is QWEN2_MOE:
+        yield folder.path
+        return
+    with tempfile.TemporaryDirectory(dir=under) as name:
+        with writing(Path(name)):
+            write_folder(
+                Path(name),
+                format=QWEN2_MOE,
+                architecture=folder.architecture,
+                read=folder.weight,
+                dtype=dtype or folder.dtype,
+                extra_config={},
+            )
+        yield Path(name)
 
 
 def _files(path: Path) -> dict[str, Any]:

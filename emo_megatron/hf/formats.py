@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +29,8 @@ class Entry:
     """Rows of zeros after the weight's own."""
 
 
-class Stored(Protocol):
-    """A checkpoint folder, as far as a format looks at it."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Its config.json."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of every tensor."""
-
-    def read(self, name: str) -> Tensor:
-        """A tensor."""
+IsConstant = Callable[[str, set[float]], bool]
+"""Whether every tensor of a folder whose name has a part is filled with one and the same of some values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +45,8 @@ class Format:
     """What config.json says of an architecture; token ids and dtype are the caller's."""
     entries: Callable[..., list[Entry]]
     """Its tensors, in the order of the model; `shared_gate_value` fills a shared gate that the model lacks."""
-    architecture: Callable[[Stored], Architecture]
-    """What a folder of this format holds; ValueError for what no `Architecture` expresses."""
+    architecture: Callable[[Mapping[str, Any], IsConstant], Architecture]
+    """What a folder with this config.json holds; ValueError for what no `Architecture` expresses."""
 
 
 def to_file(entry: Entry, read: Callable[[str], Tensor], *, dtype: torch.dtype) -> Tensor:

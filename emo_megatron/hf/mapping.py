@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,58 +62,35 @@ class Row:
 
 
 _M, _H = "decoder.layers.*.", "model.layers.*."
-_DENSE, _SHARED, _EXPERT = f"{_H}mlp.", f"{_H}mlp.shared_expert.", f"{_H}mlp.experts.*."
-_ATTENTION = f"{_H}self_attn."
+
+
+def _mlp(megatron: str, weights: str, width: str, down: Kind = "plain", **options: Any) -> tuple[Row, Row]:
+    """The rows of a gated MLP: down(silu(gate x) * up x)."""
+    both = {f"{_H}{weights}.{name}_proj.weight": f"{width}D" for name in ("gate", "up")}
+    return (
+        Row(f"{_M}{megatron}.linear_fc1.weight", both, "gate_up", **options),
+        Row(f"{_M}{megatron}.linear_fc2.weight", {f"{_H}{weights}.down_proj.weight": f"D{width}"}, down, **options),
+    )
+
+
+def _qkv(end: str, columns: str, **options: Any) -> Row:
+    """The row of q, k and v."""
+    parts = {f"{_H}self_attn.{name}_proj.{end}": f"{rows}{columns}" for name, rows in zip("qkv", "QKK", strict=True)}
+    return Row(f"{_M}self_attention.linear_qkv.{end}", parts, "qkv", **options)
+
 
 TABLE = (
     Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "VD"}),
     Row(f"{_M}self_attention.linear_qkv.layer_norm_weight", {f"{_H}input_layernorm.weight": "D"}),
-    Row(
-        f"{_M}self_attention.linear_qkv.weight",
-        {f"{_ATTENTION}{name}_proj.weight": shape for name, shape in (("q", "QD"), ("k", "KD"), ("v", "KD"))},
-        "qkv",
-    ),
-    Row(
-        f"{_M}self_attention.linear_qkv.bias",
-        {f"{_ATTENTION}{name}_proj.bias": shape for name, shape in (("q", "Q"), ("k", "K"), ("v", "K"))},
-        "qkv",
-        needs="qkv_bias",
-        fill=0.0,
-    ),
-    Row(f"{_M}self_attention.linear_proj.weight", {f"{_ATTENTION}o_proj.weight": "DQ"}),
+    _qkv("weight", "D"),
+    _qkv("bias", "", needs="qkv_bias", fill=0.0),
+    Row(f"{_M}self_attention.linear_proj.weight", {f"{_H}self_attn.o_proj.weight": "DQ"}),
     # or OWN_NORM
     Row(f"{_M}{FUSED_NORM}", {f"{_H}post_attention_layernorm.weight": "D"}),
-    Row(
-        f"{_M}mlp.linear_fc1.weight",
-        {f"{_DENSE}gate_proj.weight": "ID", f"{_DENSE}up_proj.weight": "ID"},
-        "gate_up",
-        layers="dense",
-    ),
-    Row(f"{_M}mlp.linear_fc2.weight", {f"{_DENSE}down_proj.weight": "DI"}, layers="dense"),
+    *_mlp("mlp", "mlp", "I", layers="dense"),
     Row(f"{_M}mlp.router.weight", {f"{_H}mlp.gate.weight": "ED"}, layers="moe"),
-    Row(
-        f"{_M}mlp.experts.experts.linear_fc1.weight",
-        {f"{_EXPERT}gate_proj.weight": "FD", f"{_EXPERT}up_proj.weight": "FD"},
-        "gate_up",
-        layers="moe",
-    ),
-    Row(f"{_M}mlp.experts.experts.linear_fc2.weight", {f"{_EXPERT}down_proj.weight": "DF"}, layers="moe"),
-    Row(
-        f"{_M}mlp.shared_experts.linear_fc1.weight",
-        {f"{_SHARED}gate_proj.weight": "SD", f"{_SHARED}up_proj.weight": "SD"},
-        "gate_up",
-        layers="moe",
-        needs="shared_hidden",
-        fill=0.0,
-    ),
-    Row(
-        f"{_M}mlp.shared_experts.linear_fc2.weight",
-        {f"{_SHARED}down_proj.weight": "DS"},
-        "doubled",
-        layers="moe",
-        needs="shared_hidden",
-        fill=0.0,
-    ),
+    *_mlp("mlp.experts.experts", "mlp.experts.*", "F", layers="moe"),
+    *_mlp("mlp.shared_experts", "mlp.shared_expert", "S", "doubled", layers="moe", needs="shared_hidden", fill=0.0),
     Row(
         f"{_M}mlp.shared_experts.gate_weight",
         {f"{_H}mlp.shared_expert_gate.weight": "1D"},

@@ -11,9 +11,8 @@ shared expert's weight by less than 1e-5 and keeps it finite.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from emo_megatron.hf.architecture import Architecture
 from emo_megatron.hf.config_file import (
@@ -27,7 +26,7 @@ from emo_megatron.hf.config_file import (
     whole_number,
     whole_numbers,
 )
-from emo_megatron.hf.formats import Entry, Format, Stored
+from emo_megatron.hf.formats import Entry, Format, IsConstant
 from emo_megatron.hf.mapping import tensors_of
 from emo_megatron.mcore.unsupported import only, problems_of
 
@@ -70,8 +69,7 @@ def entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> li
     return found
 
 
-def _architecture(stored: Stored) -> Architecture:
-    config = stored.config
+def _architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Architecture:
     if problems := problems_of(EXPECTED, config, name_of=str):
         raise ValueError("; ".join(problems))
     sizes = common_sizes(config)
@@ -83,7 +81,7 @@ def _architecture(stored: Stored) -> Architecture:
 
     def has(what: str, part: str, *values: float) -> bool:
         """Whether the export noted it, or its tensors are not the constant of a model without it."""
-        return switch(noted, what, of=RECORD) or not _is_constant(stored, part, set(values))
+        return switch(noted, what, of=RECORD) or not is_constant(part, set(values))
 
     has_shared = has("shared_expert", "shared_expert.", 0.0)
     return Architecture(
@@ -97,20 +95,6 @@ def _architecture(stored: Stored) -> Architecture:
         qkv_bias=has("qkv_bias", "_proj.bias", 0.0),
         shared_gate=has_shared and has("shared_gate", "shared_expert_gate.", 0.0, TINY_GATE),
     )
-
-
-def _is_constant(stored: Stored, part: str, values: set[float]) -> bool:
-    """Whether every tensor whose name has this part is filled with one and the same of these values."""
-    seen: set[float] = set()
-    for name in stored.shapes:
-        if part not in name:
-            continue
-        tensor = stored.read(name).to(torch.float32)
-        low, high = (float(v) for v in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
-        seen |= {low, high}
-        if not seen <= values or len(seen) > 1:
-            return False
-    return True
 
 
 QWEN2_MOE = Format(

@@ -2,7 +2,7 @@
 
 The pieces `megatron.training.pretrain` asks for, for plain pretraining. Unlike pretrain_gpt.py's, every pipeline stage
 builds the dataset, so that the routers of middle stages see boundaries too; what that script does beyond this is in
-the refusal table.
+mcore/unsupported.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 from emo_megatron.finite import NotFiniteError  # noqa: E402
-from emo_megatron.runners.huggingface import HuggingFaceStudy, load_hugging_face  # noqa: E402
+from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face  # noqa: E402
 
 SIZES = {
     "vocab_size": 64,
@@ -59,7 +59,7 @@ def kind(request):
 
 
 def study(built):
-    return HuggingFaceStudy(built, seq_length=16, rows_at_once=3)
+    return HuggingFaceRunner(built, seq_length=16, rows_at_once=3)
 
 
 def blocks(built):
