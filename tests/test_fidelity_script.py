@@ -25,7 +25,9 @@ from support import made_up
 
 from demo import recipe
 from demo.corpus import CorpusConfig, prepare_corpus
+from emo_megatron.experts.calibration import Documents
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
+from emo_megatron.runners.base import Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -259,11 +261,15 @@ def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) 
     from fidelity_measure import DocumentLosses
 
     study = SimpleNamespace(
-        facts="facts", document_nats=lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
+        facts=SimpleNamespace(fingerprint="f00d"),
+        setting=Setting(weights="f00d", seq_length=8, dtype="float32"),
+        is_writer=True,
+        from_writer=lambda find: find(),
+        document_nats=lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double(),
     )
     losses = DocumentLosses(study)
-    assert losses.facts == "facts"
-    found = losses.loss([torch.zeros(4), torch.zeros(1), torch.zeros(7)])
+    assert losses.facts is study.facts
+    found = losses.loss(Documents(tokens=(torch.zeros(4), torch.zeros(1), torch.zeros(7)), source={}))
     assert (found.nats, found.num_tokens) == (1.0, 9)
     assert losses.told == [([6.0, 0.0, 3.0], [3, 0, 6])]
 

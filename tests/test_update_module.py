@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
-from demo.jobs import Job
 
-from demo.corpus import Corpus
 from emo_megatron.cli import COMMANDS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -27,13 +25,9 @@ def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     pytest.importorskip("megatron.core")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     update = importlib.import_module("update_module")
-    manifest = {"eod_token": 0, "vocab_size": 64, "domains": {"french": {}}}
-    corpus = Corpus(path=tmp_path / "run" / "corpus", manifest=manifest)
     folder = tmp_path / "update" / "corpus"
-    folder.mkdir(parents=True)
-    (folder / "corpus.json").write_text(json.dumps(manifest))
     options = update.Options(run=tmp_path / "run", output=tmp_path / "update", steps=2)
-    return update.Study(request.param, options, corpus, folder)
+    return update.Study(request.param, options, folder)
 
 
 def test_it_starts_and_wants_a_demo(tmp_path: Path) -> None:
@@ -52,27 +46,24 @@ def test_every_command_is_one(study) -> None:
     jobs = study.jobs()
     known = {study.parent}
     for job in jobs:
-        if "emo_megatron" in job.command:
-            known = known | {_command(job, known)}
-        elif any(part.endswith("pretrain_emo.py") for part in job.command):
-            known = known | {_training(job, known)}
-        else:
-            assert "emo_megatron.runners.rank_retention" in job.command
-            assert Path(job.command[job.command.index("--load") + 1]) in known
+        left = _command(job, known) if "emo_megatron" in job.command else _training(job, known)
+        known = known | {left}
     assert {variant.path for variant in study.variants()} <= known
     assert len(jobs) == len({job.title for job in jobs})
 
 
-def _command(job: Job, known: set[Path]) -> Path:
+def _command(job: Any, known: set[Path]) -> Path:
     """Parse a command of the package; what it leaves."""
     name, *arguments = job.command[job.command.index("emo_megatron") + 1 :]
-    options = tyro.cli(getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].options), args=arguments)
+    assert name in COMMANDS
+    command = importlib.import_module(f"emo_megatron.commands.{name.replace('-', '_')}")
+    options = tyro.cli(command.Options, args=arguments)
     pairs = itertools.pairwise(arguments)
     assert {Path(value) for flag, value in pairs if flag in INPUTS} <= known
     return Path(options.output)
 
 
-def _training(job: Job, known: set[Path]) -> Path:
+def _training(job: Any, known: set[Path]) -> Path:
     """Parse the flags of a training run; what it leaves."""
     from megatron.training.arguments import add_megatron_arguments
 

@@ -96,7 +96,8 @@ def test_megatron_reads_what_the_manifest_says(corpus: Corpus) -> None:
     assert len(dataset.document_indices) == len(dataset) + 1
     assert dataset.index.dtype.__name__ == "uint16"
     for domain, split in itertools.product(corpus.domains, corpora.HELD_OUT_SPLITS):
-        tokens, cu_seqlens = load_file(corpus.path / split / f"{domain}.safetensors").values()
+        held_out = load_file(corpus.path / split / f"{domain}.safetensors")
+        tokens, cu_seqlens = held_out["tokens"], held_out["cu_seqlens"]
         row = corpus.manifest["domains"][domain]
         assert len(tokens) == cu_seqlens[-1] == row["tokens"][split]
         assert len(cu_seqlens) == row["documents"][split] + 1
