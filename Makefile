@@ -35,7 +35,7 @@ native: $(PACKAGES) ## compile csrc/ again, saying what the compilers say (EMO_C
 	@EMO_BUILD=1 $(VENV)/bin/python setup.py build_ext --inplace --force
 
 demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (ARGS="--quick")
-	@$(RUN) emo_megatron demo $(ARGS)
+	@demo/demo.sh $(ARGS)
 
 test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run the tests that CI runs (ARGS="-k router")
 	@$(RUN) pytest -m "not slow and not gpu" $(ARGS)

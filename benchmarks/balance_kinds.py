@@ -20,15 +20,13 @@ from typing import Any
 import torch
 import tyro
 from fidelity_text import open_corpus
+from jobs import Job, run_jobs
 from timing import RESULTS, describe_machine, markdown_table, run_script, write_results
 
-from emo_megatron.commands.retention import run_retention, versions
-from emo_megatron.demo.jobs import Job, last_iteration, run_chains
-from emo_megatron.demo.prepared import Corpus
-from emo_megatron.demo.recipe import FULL, QUICK, Model, Size, main_models
-from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
-from emo_megatron.report.retention_rows import CHOSEN, RANDOM, RetentionSummary, load_rows, summarise
-from emo_megatron.report.retention_rows import FULL as WHOLE
+from demo.recipe import FULL, PRETRAIN, QUICK, Model, Size, main_models, megatron_flags, retention_flags
+from emo_megatron.commands import retention
+from emo_megatron.report.rows import CHOSEN, RANDOM, RetentionSummary, load_rows, summarise
+from emo_megatron.report.rows import FULL as WHOLE
 from emo_megatron.runners.launch import python
 
 KINDS = {
@@ -93,38 +91,36 @@ def main(options: Options) -> list[Path]:
     """
     os.environ.setdefault("EMO_DEVICE", "cpu")
     facts = describe_machine(torch.device("cpu"), threads=1)
-    size, corpus, runs = options.size, open_corpus(options.corpus), options.runs.resolve()
+    size, corpus, runs = options.size, open_corpus(options.corpus).path.resolve(), options.runs.resolve()
     last = size.steps if options.stop is None else options.stop
     emo, *_ = main_models(size, seed=options.seed)
     models = [
         Model(name=name, flags=(*emo.flags, *flags, "--exit-interval", str(last)), seed=options.seed)
         for name, (_, flags) in KINDS.items()
     ]
-    run_chains([[_training(model, size, last, corpus, runs)] for model in models], at_once=1)
+    run_jobs([_training(model, size, last, corpus, runs) for model in models])
     rows: list[dict[str, Any]] = []
     for model in models:
-        options_of = retention_options(model, size, corpus=corpus, output=runs)
-        checkpoint = options_of.checkpoint / f"iter_{last:07d}"
+        checkpoint = runs / model.name / "checkpoint" / f"iter_{last:07d}"
         # as the demo measures, but modules are tried on one other domain each
-        folder = run_retention(dataclasses.replace(options_of, checkpoint=checkpoint, elsewhere=1))
+        asked = retention_flags(size, model, corpus=corpus, run_dir=runs / model.name)
+        asked += ["--checkpoint", str(checkpoint), "--elsewhere", "1"]
+        folder = retention.run(tyro.cli(retention.Options, args=asked))
         found = load_rows(folder / "retention.json")
         rows += [_row(model.name, summary, last) for summary in summarise(found)]
-    named = dataclasses.replace(corpus, path=Path("CORPUS"))
-    flags = pretraining_flags(emo, size, corpus=named, run_dir=Path("RUN"))
+    flags = megatron_flags(size, emo, corpus=Path("CORPUS"), run_dir=Path("RUN"))
     page = _page(rows, facts, size, flags)
     name = "balance-kinds" + ("-quick" if options.quick else "")
     return write_results(options.output, name, rows=rows, page=page)
 
 
-def _training(model: Model, size: Size, last: int, corpus: Corpus, runs: Path) -> Job:
+def _training(model: Model, size: Size, last: int, corpus: Path, runs: Path) -> Job:
     folder = runs / model.name
-    log, tracker = folder / "train.log", folder / "checkpoint/latest_checkpointed_iteration.txt"
+    tracker = folder / "checkpoint" / "latest_checkpointed_iteration.txt"
     return Job(
         title=f"pretraining {model.name}",
-        command=python(PRETRAIN, *pretraining_flags(model, size, corpus=corpus, run_dir=folder)),
-        log=log,
-        total=last,
-        done=lambda: last_iteration(log),
+        command=python(PRETRAIN, *megatron_flags(size, model, corpus=corpus, run_dir=folder)),
+        log=folder / "train.log",
         is_finished=lambda: tracker.exists() and int(tracker.read_text()) >= last,
     )
 
@@ -163,8 +159,8 @@ def _page(rows: Sequence[dict[str, Any]], facts: dict[str, str], size: Size, fla
             "# Kinds of balance\n",
             "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
             f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
-            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {versions()}. Loss in nats a token, means "
-            "over domains that each keep the experts they use most; in brackets what dropping the others costs. "
+            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {retention.versions()}. Loss in nats a token, "
+            "means over domains that each keep the experts they use most; in brackets what dropping the others costs. "
             "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
             markdown_table(head, table),
             "Flags on top of the common ones:\n",

@@ -24,17 +24,16 @@ from pathlib import Path
 import psutil
 import tyro
 from fidelity_page import page
-from fidelity_plan import LIMITS, PASSES, QUICK_LIMITS, Limits, planned_steps
+from fidelity_plan import LIMITS, ON_GPU, ON_GPU_QUICK, PASSES, QUICK_LIMITS, Limits, planned_steps
 from fidelity_results import MODELS, PREFIX, Partner, Result, find_partners
 from fidelity_stages import EARLY, Run, settings_of
 from fidelity_text import hash_corpus, open_corpus
 from timing import Device, describe_machine, pick_device
 
-from emo_megatron.demo.corpus import Corpus, prepare_corpus
-from emo_megatron.demo.recipe import ON_GPU, ON_GPU_QUICK, Size
-from emo_megatron.demo.run import corpus_config
+from demo.corpus import Corpus, corpus_config, prepare_corpus
+from demo.figure import plot_retention
+from demo.recipe import Size
 from emo_megatron.files import must_be_writable, whole
-from emo_megatron.report import retention
 
 STOPPED = 128 + signal.SIGTERM
 """Exit status after SIGTERM."""
@@ -188,7 +187,7 @@ def _draw(result: Result, options: Options) -> None:
     rows = [row for found in (result, *together) for row in found.rows]
     caption = f"{result.settings['tokens'] / 1e6:.1f}M tokens, {result.machine['hardware']}"
     with contextlib.suppress(ImportError):
-        retention.plot_retention(rows, options.base.with_suffix(".png"), caption=caption)
+        plot_retention(rows, options.base.with_suffix(".png"), caption=caption)
 
 
 def _stop(signal_number: int, frame: object) -> None:

@@ -13,19 +13,9 @@ from statistics import fmean
 from fidelity_results import MODELS, Documents, Partner, Result, condition
 from timing import markdown_table
 
-from emo_megatron.report import retention
-from emo_megatron.report.cells import MISSING, share, signed
-from emo_megatron.report.retention_rows import (
-    CHOSEN,
-    EMO,
-    FULL,
-    QUARTER,
-    RANDOM,
-    SMALL,
-    STANDARD,
-    find_summary,
-    summarise,
-)
+from demo.findings import table
+from emo_megatron.report.rows import CHOSEN, EMO, FULL, QUARTER, RANDOM, SMALL, STANDARD, find_summary, summarise
+from emo_megatron.report.table import MISSING, share, signed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,4 +217,4 @@ def _quarter(together: Mapping[str, Result]) -> str:
 def _table(together: Mapping[str, Result]) -> str:
     """The demo's table of all that were measured."""
     rows = [row for result in together.values() for row in result.rows]
-    return f"```\n{retention.table(rows)}\n```"
+    return f"```\n{table(rows)}\n```"

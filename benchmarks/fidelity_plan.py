@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emo_megatron.demo.recipe import Size
+import jobs  # noqa: F401 - finds the demo
+
+from demo.recipe import QUICK, Size
+from emo_megatron.mcore.cpu import local_flags
 
 PASSES = 5
 """How often the text is read at most: more often, models learn it by heart, and the larger ones sooner."""
@@ -36,6 +39,35 @@ class Limits:
     """Or after this share of the time, whichever comes first."""
     seconds: float
     """With less time nothing is begun."""
+
+
+ON_GPU = Size(
+    steps=915,
+    rows=128,
+    micro_rows=64,
+    seq_length=1024,
+    layers=8,
+    hidden=512,
+    heads=8,
+    experts=64,
+    expert_hidden=256,
+    shared_hidden=512,
+    top_k=4,
+    pool_min=12,
+    fractions=(0.5, 0.25, 0.125),
+    evaluation_tokens=65536,
+    calibration_tokens=32768,
+    lr=1.5e-3,
+    warmup=80,
+    # without Transformer Engine Megatron turns packed documents one by one, which a GPU would wait for
+    positions="learned_absolute",
+    flags=("--bf16", *local_flags()),
+)
+"""120 million tokens for a GPU without Transformer Engine."""
+ON_GPU_QUICK = replace(
+    QUICK, steps=24, micro_rows=4, shared_hidden=64, warmup=4, positions=ON_GPU.positions, flags=ON_GPU.flags
+)
+"""All that `ON_GPU` does, in seconds on a CPU."""
 
 
 LIMITS = Limits(fewest_steps=100, probe_steps=100, probe_share=0.1, seconds=120)

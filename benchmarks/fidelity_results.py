@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from emo_megatron.demo.run import differences
+import jobs  # noqa: F401 - finds the demo
+
+from demo.recipe import differences
 from emo_megatron.files import whole
 from emo_megatron.json_files import from_json, to_json
-from emo_megatron.report.retention_rows import EMO, SMALL, STANDARD, RetentionRow
+from emo_megatron.report.rows import EMO, SMALL, STANDARD, RetentionRow
 
 FORMAT = "emo_megatron.fidelity.1"
 MODELS = (STANDARD, EMO, SMALL)

@@ -27,17 +27,14 @@ from fidelity_plan import (
     step_seconds,
 )
 from fidelity_results import Result, condition
+from jobs import failure
 
+from demo.corpus import Corpus
+from demo.recipe import PRETRAIN, Model, Size, main_models, megatron_flags, retention_flags
 from emo_megatron.commands.retention import versions
-from emo_megatron.commands.retention_options import RetentionOptions
-from emo_megatron.demo.corpus import Corpus
-from emo_megatron.demo.jobs import failure
-from emo_megatron.demo.recipe import Model, Size, main_models
-from emo_megatron.demo.run import PRETRAIN, pretraining_flags, retention_options
 from emo_megatron.json_files import read_json
-from emo_megatron.report.cells import share
-from emo_megatron.report.retention_rows import FULL, SMALL, rows_of
-from emo_megatron.runners.launch import step_arguments
+from emo_megatron.report.rows import FULL, SMALL, rows_of
+from emo_megatron.report.table import share
 from emo_megatron.variables import process_environment
 
 EARLY = 0.6
@@ -104,17 +101,16 @@ class Run:
         Raises:
             RuntimeError: an evaluation failed.
         """
-        options = retention_options(self._model, self.size, corpus=self.corpus, output=self.work)
-        self._measure(options, self._take)
+        self._measure(self._folder / "retention", self.size, self._take)
         left = self.deadline - time.monotonic()
         if left < 2 * self.result.plan["startup_seconds"]:
             self.result.notes.append(
                 f"the checkpoint at {EARLY:.0%} of the steps was not evaluated: {left:.0f} s were left"
             )
             return
-        early = options.checkpoint / f"iter_{_early_step(self.size):07d}"
-        whole = replace(options, checkpoint=early, keep=(), cross=(), output=self._folder / "early")
-        self._measure(whole, self._take_early)
+        early = self._folder / "checkpoint" / f"iter_{_early_step(self.size):07d}"
+        whole = replace(self.size, fractions=())
+        self._measure(self._folder / "early", whole, self._take_early, "--checkpoint", str(early))
         self._done(f"all experts at {EARLY:.0%}")
 
     @property
@@ -154,7 +150,7 @@ class Run:
         Raises:
             RuntimeError: training failed.
         """
-        flags = pretraining_flags(self._model, self.size, corpus=self.corpus, run_dir=self._folder)
+        flags = megatron_flags(self.size, self._model, corpus=self.corpus.path, run_dir=self._folder)
         began, startup, is_over = time.monotonic(), None, False
         with self._started([str(PRETRAIN), *flags], self._log) as process:
             while not is_over:
@@ -206,15 +202,17 @@ class Run:
         self._begin()
         return None
 
-    def _measure(self, options: RetentionOptions, take: Callable[[list[Any]], None]) -> None:
-        """Measure a checkpoint; `take` gets what is measured whenever there is more of it.
+    def _measure(self, output: Path, size: Size, take: Callable[[list[Any]], None], *more: str) -> None:
+        """Measure a checkpoint, the last one unless `more` flags say which.
+
+        `take` gets what is measured whenever there is more of it.
 
         Raises:
             RuntimeError: the evaluation failed.
         """
-        # the arguments of the step, behind -m and its module
-        arguments = step_arguments("retention", options, checkpoint=options.checkpoint)[2:]
-        log, measured = options.output.with_suffix(".log"), options.output / MEASURED
+        arguments = retention_flags(size, self._model, corpus=self.corpus.path, run_dir=self._folder)
+        arguments += ["--output", str(output), *more]
+        log, measured = output.with_suffix(".log"), output / MEASURED
         known, is_over = 0, False
         with self._started([str(MEASURE), *arguments], log) as process:
             while not is_over:

@@ -6,11 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
-from emo_megatron.demo.corpus import HELD_OUT_SPLITS, Corpus
+import jobs  # noqa: F401 - finds the demo
+
+from demo.corpus import HELD_OUT_SPLITS, Corpus
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """A corpus that `prepare_corpus` left: `python -m emo_megatron demo` has one in its output folder.
+    """A corpus that `prepare_corpus` left: `make demo` has one in its output folder.
 
     Raises:
         ValueError: the folder is none.

@@ -51,9 +51,9 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     )
     from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
-    from emo_megatron.runners.megatron import MegatronStudy
+    from emo_megatron.runners.megatron import MegatronRunner
 
-    study = MegatronStudy(model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16)
+    study = MegatronRunner(model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16)
     layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
     if run.pools:
         _train_with_pools(model, layers, stored)

@@ -155,16 +155,16 @@ def describe_machine(device: torch.device, *, threads: int) -> dict[str, str]:
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
-        "hardware": report.gpus[0] if device.type == "cuda" else _cpu_model(),
+        "hardware": report["gpus"][0] if device.type == "cuda" else _cpu_model(),
         "threads": f"{threads} of {os.cpu_count()} cores",
         "load before": f"{os.getloadavg()[0]:.1f} runnable processes (1 minute mean)",
         "system": f"{platform.system()} {platform.machine()}",
     }
     names = ("python", "torch", "megatron-core", "transformer-engine")
-    facts |= {name: report.versions[name].version for name in names}
-    facts["native ops"] = report.backends[f"native ({device.type})"] or "available"
+    facts |= {name: report["versions"][name]["version"] for name in names}
+    facts["native ops"] = report["backends"][f"native ({device.type})"] or "available"
     if device.type == "cuda":
-        facts["driver"] = report.driver
+        facts["driver"] = report["driver"]
     return facts
 
 

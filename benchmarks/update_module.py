@@ -20,18 +20,15 @@ from pathlib import Path
 
 import torch
 import tyro
+from jobs import Job, run_jobs
 from safetensors.torch import save_file
 
-from emo_megatron.commands.retention_options import RetentionOptions
-from emo_megatron.demo.corpus import Corpus, CorpusConfig, _clean, _split
-from emo_megatron.demo.jobs import Job, last_iteration, run_chains
-from emo_megatron.demo.recipe import FULL, main_models, megatron_flags
-from emo_megatron.demo.sources import Machine, perl
-from emo_megatron.runners.launch import python, step_arguments
-from emo_megatron.runners.retention import read_rows
+from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
+from demo.recipe import FULL, PRETRAIN, main_models, megatron_flags
+from demo.sources import Machine, perl
+from emo_megatron.report.rows import load_rows
+from emo_megatron.runners.launch import python
 
-ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN = str(ROOT / "examples" / "pretrain_emo.py")
 DOMAIN = "perl"
 BLENDS = (1.0, 0.5, 0.25)
 
@@ -48,8 +45,6 @@ class Options:
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
     keep: int = 9
     """Experts of the module as the paper counts them: the shared one included."""
-    processes: int = 1
-    """Jobs side by side, one thread each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +66,15 @@ def prepare(options: Options, corpus: Corpus) -> Path:
         return folder
     config = CorpusConfig()
     rng = random.Random("update")
-    texts = {_clean(t, max_chars=config.max_document_chars) for t in perl(Machine(), rng=rng)}
+    texts = {clean(t, max_chars=config.max_document_chars) for t in perl(Machine(), rng=rng)}
     documents = sorted(t for t in texts if len(t) >= config.min_document_chars)
     rng.shuffle(documents)
-    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
-    for split, chosen in _split(documents, config=config).items():
-        tokens = [[*tokenizer(text)["input_ids"], corpus.eod_token] for text in chosen]
+    tokenizer = AutoTokenizer.from_pretrained(corpus.path / "tokenizer")
+    shutil.copytree(corpus.path / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    for split, chosen in split_documents(documents, config=config).items():
+        tokens = [[*tokenizer(text)["input_ids"], EOD_TOKEN] for text in chosen]
         if split == "train":
-            write_indexed_dataset(folder / "train", tokens, vocab_size=corpus.vocab_size)
+            write_indexed_dataset(folder / "train", tokens, vocab_size=corpus.manifest["vocab_size"])
             continue
         shutil.copytree(corpus.path / split, folder / split, dirs_exist_ok=True)
         ends = torch.tensor([0, *map(len, tokens)]).cumsum(0).int()
@@ -86,7 +82,7 @@ def prepare(options: Options, corpus: Corpus) -> Path:
         tensors = {"tokens": flat, "cu_seqlens": ends}
         save_file(tensors, folder / split / f"{DOMAIN}.safetensors")
     manifest = {
-        "eod_token": corpus.eod_token,
+        "eod_token": EOD_TOKEN,
         "domains": dict.fromkeys([*corpus.domains, DOMAIN]),
         "documents": len(documents),
     }
@@ -97,14 +93,12 @@ def prepare(options: Options, corpus: Corpus) -> Path:
 class Study:
     """The jobs for one of the demo's models."""
 
-    def __init__(self, model: str, options: Options, corpus: Corpus, folder: Path) -> None:
+    def __init__(self, model: str, options: Options, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.parent = options.run / model / "checkpoint"
         self.output = options.output / model
         (recipe,) = (m for m in main_models(FULL, seed=1234) if m.name == model)
-        self.flags = functools.partial(
-            megatron_flags, FULL, recipe, tokenizer=corpus.tokenizer_dir, data_prefix=folder / "train"
-        )
+        self.flags = functools.partial(megatron_flags, FULL, recipe, corpus=folder)
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
         self.num_kept = options.keep - 1
@@ -152,8 +146,7 @@ class Study:
 
     def losses(self, variant: Variant) -> dict[str, float]:
         """Held-out loss by domain, nats a token."""
-        rows = read_rows(self._retention(variant).rows_file)
-        return {row["evaluated_on"]: row["loss"] for row in rows}
+        return {row.evaluated_on: row.loss for row in load_rows(self._measured(variant) / "retention.json")}
 
     def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
         return [
@@ -167,11 +160,10 @@ class Study:
 
     def _command(self, result: Path, *arguments: object) -> Job:
         command = [sys.executable, "-m", "emo_megatron", *arguments, "--output", result]
-        return self._job(result.name, command, done=result.exists, log=result.with_suffix(".log"))
+        return self._job(result.name, command, leaves=result, log=result.with_suffix(".log"))
 
     def _training(self, name: str, policy: str, start: Path, *extra: object, pools: bool = True) -> Job:
         folder, steps = self.output / name, self.options.steps
-        log = folder.with_suffix(".log")
         own: list[object] = ["--load", start, "--save", folder, "--finetune"]
         own += ["--train-only", policy, "--train-iters", steps, "--save-interval", steps]
         own += ["--lr", self.options.lr, "--min-lr", self.options.lr / 10]
@@ -183,48 +175,29 @@ class Study:
         flags = self.flags(run_dir=folder)
         if not pools and "--pool-min" in flags:
             flags = flags[: flags.index("--pool-min")]
-        tracker = folder / "latest_checkpointed_iteration.txt"
         return self._job(
             f"training {name}",
             python(PRETRAIN, *flags, *own, *extra),
-            done=tracker.exists,
-            log=log,
-            total=steps,
-            progress=lambda: last_iteration(log),
+            leaves=folder / "latest_checkpointed_iteration.txt",
+            log=folder.with_suffix(".log"),
         )
 
     def _evaluation(self, variant: Variant) -> Job:
-        options = self._retention(variant)
-        command = python(*step_arguments("retention", options, checkpoint=variant.path))
-        num_domains = len(json.loads((self.folder / "corpus.json").read_text())["domains"])
-        return self._job(
-            f"measuring {variant.name}",
-            command,
-            done=lambda: len(read_rows(options.rows_file)) == num_domains,
-            log=options.output / "evaluate.log",
-        )
-
-    def _retention(self, variant: Variant) -> RetentionOptions:
         """The whole model on every domain, none of its experts left out."""
-        return RetentionOptions(
-            checkpoint=variant.path,
-            data=self.folder / "calibration",
-            held_out=self.folder / "validation",
-            output=self.output / "measured" / variant.name,
-            keep=(),
-            held_out_tokens=FULL.evaluation_tokens,
-            rows=FULL.rows,
-        )
+        output = self._measured(variant)
+        flags = ("--checkpoint", variant.path, "--data", self.folder / "calibration")
+        flags += ("--held-out", self.folder / "validation", "--output", output, "--keep")
+        flags += ("--held-out-tokens", FULL.evaluation_tokens, "--rows", FULL.rows)
+        command = python("-m", "emo_megatron", "retention", *flags)
+        log = output.with_suffix(".log")
+        return self._job(f"measuring {variant.name}", command, leaves=output / "retention.json", log=log)
 
-    def _job(self, title, command, *, done, log, total=1, progress=None) -> Job:
-        return Job(
-            title=f"{self.output.name}: {title}",
-            command=[str(part) for part in command],
-            log=log,
-            total=total,
-            done=progress or (lambda: int(done())),
-            is_finished=done,
-        )
+    def _measured(self, variant: Variant) -> Path:
+        return self.output / "measured" / variant.name
+
+    def _job(self, title: str, command: list[object], *, leaves: Path, log: Path) -> Job:
+        command = [str(part) for part in command]
+        return Job(title=f"{self.output.name}: {title}", command=command, log=log, is_finished=leaves.exists)
 
 
 def _blends(name: str) -> tuple[float, ...]:
@@ -257,11 +230,10 @@ def main(options: Options) -> None:
     manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
     corpus = Corpus(path=options.run / "corpus", manifest=manifest)
     folder = prepare(options, corpus)
-    studies = [Study(name, options, corpus, folder) for name in ("emo", "standard")]
+    studies = [Study(name, options, folder) for name in ("emo", "standard")]
     for study in studies:
         study.output.mkdir(parents=True, exist_ok=True)
-    chains = [study.jobs() for study in studies]
-    run_chains(chains, at_once=options.processes)
+        run_jobs(study.jobs())
     head = f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
     rows = [row for study in studies for row in table(study, domains=[*corpus.domains, DOMAIN])]
     text = "\n".join([head, "|---|---|--:|--:|--:|--:|---|", *rows])

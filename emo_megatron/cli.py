@@ -18,7 +18,6 @@ INTERRUPTED = 130
 DEMO_INSTALL = "pip install 'emo_megatron[demo]'"
 
 COMMANDS = {
-    "demo": "Pretrain EMO and the matched standard MoE on real text, cut modules out, compare.",
     "bridge": "Train a Megatron-Bridge (NeMo) recipe with document pools.",
     "stats": "Measure what the experts of a model do on calibration documents.",
     "merge-stats": "Merge statistics of different documents into one file.",
@@ -96,6 +95,8 @@ def _surroundings(command: ModuleType | None) -> Iterator[None]:
 
 def _module(arguments: Sequence[str]) -> ModuleType | None:
     """The code of the command that is called; None where none is."""
+    if arguments[:1] == ["demo"]:
+        raise ValueError("the demo is a script of the repository: run make demo, or demo/demo.sh, in a checkout")
     if not arguments or arguments[0] not in COMMANDS:
         return None
     name = arguments[0].replace("-", "_")

@@ -6,6 +6,7 @@ in a checkpoint and in code. Symbols in brackets are the paper's (arXiv 2605.066
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,15 @@ PoolDispatcher = Literal["megatron", "dedup"]
 PoolDocuments = Literal["attention", "routers"]
 PoolScore = Literal["probability", "gate_with_bias"]
 PoolGroupScope = Literal["token", "document"]
+
+
+WITHOUT_POOLS = ("pool_documents", "pool_balance", "pool_cp_partition", "pool_dispatcher", "pool_seed")
+"""Fields that the standard MoE may have too."""
+
+
+def broken(*rules: tuple[object, str]) -> list[str]:
+    """The sentences whose condition holds."""
+    return [sentence for is_broken, sentence in rules if is_broken]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,113 +125,94 @@ class PoolConfig:
 
     def _problems(self) -> list[str]:
         """What is wrong with this configuration on its own, one sentence each."""
-        found = []
-        for name, kind in (
-            ("pool_rule", PoolRule),
-            ("pool_mask", PoolMask),
-            ("pool_scope", PoolScope),
-            ("pool_balance", PoolBalance),
-            ("pool_cp_partition", PoolCpPartition),
-            ("pool_dispatcher", PoolDispatcher),
-            ("pool_documents", PoolDocuments),
-            ("pool_score", PoolScore),
-            ("pool_group_scope", PoolGroupScope),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                found.append(f"{flag(name)} must be one of {get_args(kind)}; got {getattr(self, name)!r}")
-        if self.pool_documents == "routers" and self.pool_cp_partition == "document":
-            found.append(
-                "--pool-cp-partition must be sample with --pool-documents routers, where context parallelism cuts "
-                "samples; got 'document'"
-            )
+        kinds = get_type_hints(PoolConfig)
         sizes = ("pool_min", "pool_max", "pool_min_start", "pool_eval")
-        counts = ("pool_forced", "pool_min_decay_samples", "pool_delay_samples", "pool_seed")
+        counts = ("pool_forced", "pool_min_decay_samples", "pool_delay_samples")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found = broken(
+            *(
+                (
+                    get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]),
+                    f"{flag(name)} must be one of {get_args(kinds[name])}; got {value!r}",
+                )
+                for name, value in values.items()
+            ),
+            (
+                self.pool_documents == "routers" and self.pool_cp_partition == "document",
+                "--pool-cp-partition must be sample with --pool-documents routers, where context parallelism cuts "
+                "samples; got 'document'",
+            ),
+        )
         # no comparison below refuses NaN
         wrong = [
-            f"{flag(name)} must be a whole number; got {getattr(self, name)!r}"
-            for name in (*sizes, *counts)
-            if not _is_whole(getattr(self, name), can_lack=name in sizes)
+            f"{flag(name)} must be a whole number; got {values[name]!r}"
+            for name in (*sizes, *counts, "pool_seed")
+            if not _is_whole(values[name], can_lack=name in sizes)
         ]
         if wrong:
             return found + wrong
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{flag(name)} must be at least 1; got {value}")
-        for name in ("pool_forced", "pool_min_decay_samples", "pool_delay_samples"):
-            if getattr(self, name) < 0:
-                found.append(f"{flag(name)} must not be negative; got {getattr(self, name)}")
-        if not 0.0 <= self.pool_unrestricted <= 1.0:
-            found.append(f"{flag('pool_unrestricted')} must lie in [0, 1]; got {self.pool_unrestricted}")
-        if not 0.0 < self.pool_skew < float("inf"):
-            found.append(f"--pool-skew must be finite and above 0; got {self.pool_skew}")
+        found += broken(
+            *(
+                (values[name] is not None and values[name] < 1, f"{flag(name)} must be at least 1; got {values[name]}")
+                for name in sizes
+            ),
+            *((values[name] < 0, f"{flag(name)} must not be negative; got {values[name]}") for name in counts),
+            (
+                not 0.0 <= self.pool_unrestricted <= 1.0,
+                f"--pool-unrestricted must lie in [0, 1]; got {self.pool_unrestricted}",
+            ),
+            (not 0.0 < self.pool_skew < float("inf"), f"--pool-skew must be finite and above 0; got {self.pool_skew}"),
+        )
         return found + (self._problems_when_on() if self.is_on else self._problems_when_off())
 
     def _problems_when_on(self) -> list[str]:
-        assert self.pool_min is not None
-        found = []
-        if self.pool_max is not None and self.pool_max < self.pool_min:
-            found.append(f"--pool-max must be at least --pool-min ({self.pool_min}); got {self.pool_max}")
-        if self.pool_forced > self.pool_min:
-            found.append(
-                f"--pool-forced must be at most --pool-min ({self.pool_min}), or small pools hold "
-                f"more than their size; got {self.pool_forced}"
-            )
-        if self.pool_eval is not None and self.pool_forced > self.pool_eval:
-            found.append(f"--pool-forced must be at most --pool-eval ({self.pool_eval}); got {self.pool_forced}")
-        if self.pool_rule == "top_p" and self.pool_unrestricted > 0:
-            found.append("--pool-unrestricted goes with --pool-rule uniform only")
-        if self.pool_rule == "top_p" and self.pool_skew != 1.0:
-            found.append("--pool-skew goes with --pool-rule uniform only")
-        if (self.pool_rule == "top_p") != (self.pool_top_p is not None):
-            found.append("--pool-top-p and --pool-rule top_p go together; give both or neither")
-        if self.pool_top_p is not None and not 0.0 < self.pool_top_p < 1.0:
-            found.append(f"--pool-top-p must lie in (0, 1); got {self.pool_top_p}")
-        if self.pool_rule == "top_p" and self.pool_score != "probability":
-            found.append(f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}")
-        if self.pool_rule == "top_p" and self.pool_group_scope != "token":
-            found.append(f"--pool-group-scope must be token with --pool-rule top_p; got {self.pool_group_scope!r}")
-        if self.pool_group_scope == "document" and self.pool_forced > 0:
-            found.append(
+        low, high, start, top_p = self.pool_min, self.pool_max, self.pool_min_start, self.pool_top_p
+        assert low is not None
+        by_mass, in_groups = self.pool_rule == "top_p", self.pool_group_scope == "document"
+        return broken(
+            (high is not None and high < low, f"--pool-max must be at least --pool-min ({low}); got {high}"),
+            (
+                self.pool_forced > low,
+                f"--pool-forced must be at most --pool-min ({low}), or small pools hold more than their size; got "
+                f"{self.pool_forced}",
+            ),
+            (
+                self.pool_eval is not None and self.pool_forced > self.pool_eval,
+                f"--pool-forced must be at most --pool-eval ({self.pool_eval}); got {self.pool_forced}",
+            ),
+            (by_mass and self.pool_unrestricted > 0, "--pool-unrestricted goes with --pool-rule uniform only"),
+            (by_mass and self.pool_skew != 1.0, "--pool-skew goes with --pool-rule uniform only"),
+            (by_mass != (top_p is not None), "--pool-top-p and --pool-rule top_p go together; give both or neither"),
+            (top_p is not None and not 0.0 < top_p < 1.0, f"--pool-top-p must lie in (0, 1); got {top_p}"),
+            (
+                by_mass and self.pool_score != "probability",
+                f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}",
+            ),
+            (
+                by_mass and in_groups,
+                f"--pool-group-scope must be token with --pool-rule top_p; got {self.pool_group_scope!r}",
+            ),
+            (
+                in_groups and self.pool_forced > 0,
                 "--pool-forced must be 0 with --pool-group-scope document, or pools reach into the groups of the "
-                f"forced experts; got {self.pool_forced}"
-            )
-        if self.pool_min_start is not None:
-            if self.pool_min_decay_samples == 0:
-                found.append("--pool-min-start needs --pool-min-decay-samples above 0")
-            if self.pool_min_start < self.pool_min:
-                found.append(
-                    f"--pool-min-start must be at least --pool-min ({self.pool_min}); got {self.pool_min_start}"
-                )
-            if self.pool_max is not None and self.pool_min_start > self.pool_max:
-                found.append(
-                    f"--pool-min-start must be at most --pool-max ({self.pool_max}); got {self.pool_min_start}"
-                )
-        return found
+                f"forced experts; got {self.pool_forced}",
+            ),
+            (
+                start is not None and self.pool_min_decay_samples == 0,
+                "--pool-min-start needs --pool-min-decay-samples above 0",
+            ),
+            (start is not None and start < low, f"--pool-min-start must be at least --pool-min ({low}); got {start}"),
+            (
+                start is not None and high is not None and start > high,
+                f"--pool-min-start must be at most --pool-max ({high}); got {start}",
+            ),
+        )
 
     def _problems_when_off(self) -> list[str]:
-        needs_pools = {
-            "pool_max": self.pool_max is not None,
-            "pool_rule": self.pool_rule != "uniform",
-            "pool_mask": self.pool_mask != "logits",
-            "pool_scope": self.pool_scope != "document",
-            "pool_score": self.pool_score != "probability",
-            "pool_group_scope": self.pool_group_scope != "token",
-            "pool_eos_starts_document": self.pool_eos_starts_document,
-            "pool_check": self.pool_check,
-            "pool_top_p": self.pool_top_p is not None,
-            "pool_min_start": self.pool_min_start is not None,
-            "pool_min_decay_samples": self.pool_min_decay_samples > 0,
-            "pool_delay_samples": self.pool_delay_samples > 0,
-            "pool_skew": self.pool_skew != 1.0,
-            "pool_unrestricted": self.pool_unrestricted > 0,
-            "pool_forced": self.pool_forced > 0,
-            "pool_eval": self.pool_eval is not None,
-        }
         return [
-            f"{flag(name)} has no effect without --pool-min, which turns pools on"
-            for name, is_set in needs_pools.items()
-            if is_set
+            f"{flag(field.name)} has no effect without --pool-min, which turns pools on"
+            for field in dataclasses.fields(self)
+            if field.name not in WITHOUT_POOLS and getattr(self, field.name) != field.default
         ]
 
     def problems_with_model(self, *, num_experts: int, top_k: int) -> list[str]:

@@ -2,11 +2,10 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass
+from typing import Any
 
 import emo_megatron
 
@@ -38,50 +37,29 @@ PACKAGES = {
 """Distribution name to the module it installs."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Version:
-    """One piece of software: its version, or why there is none, and whether it is supported."""
+def collect_environment() -> dict[str, Any]:
+    """Everything a bug report needs to say about a machine; whatever is broken is reported, never raised.
 
-    version: str
-    supported: str
-    """The range, such as '>=0.18, <0.20'; empty where any version does."""
-    is_supported: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EnvironmentReport:
-    """Everything a bug report needs to say about a machine."""
-
-    emo_megatron: str
-    platform: str
-    versions: dict[str, Version]
-    backends: dict[str, str]
-    """Op backend to the reason it is not available, '' where it is."""
-    gpus: tuple[str, ...]
-    driver: str
-    compiler: str
-    nvcc: str
-    variables: dict[str, str]
-    """Our own environment variables, EMO_*."""
-
-
-def collect_environment() -> EnvironmentReport:
-    """Look at this machine; whatever is broken is reported, never raised."""
+    Returns:
+        emo_megatron and platform; versions, name -> version, supported (a range, empty where any version does) and
+        is_supported; backends, op backend -> why it is not available, empty where it is; gpus; driver, compiler and
+        nvcc; variables, our own ones of the environment. Plain values, for JSON.
+    """
     versions = {"python": _judge("python", platform.python_version())}
     for distribution, module in PACKAGES.items():
         versions[distribution] = _judge(distribution, _find_version(distribution, module))
     tools = dict.fromkeys(("driver", "compiler", "nvcc"), "not found")
-    gpus: tuple[str, ...] = ()
+    gpus: list[str] = []
     try:
         import torch
         from torch.utils import collect_env as found
 
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
         versions["torch"] = _judge("torch", f"{torch.__version__} ({build} build)")
-        gpus = tuple(
+        gpus = [
             f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
             for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        )
+        ]
         questions = (found.get_nvidia_driver_version, found.get_gcc_version, found.get_running_cuda_version)
         for name, ask in zip(tools, questions, strict=True):
             tools[name] = ask(found.run) or "not found"  # type: ignore[no-untyped-call]
@@ -89,41 +67,35 @@ def collect_environment() -> EnvironmentReport:
         pass
     except Exception as error:
         versions["torch"] = _judge("torch", f"does not load: {error!r}")
-    return EnvironmentReport(
-        emo_megatron=emo_megatron.__version__,
-        platform=platform.platform(),
-        versions=versions,
-        backends=_find_backends(),
-        gpus=gpus,
-        variables={name: value for name, value in os.environ.items() if name.startswith("EMO_")},
+    return {
+        "emo_megatron": emo_megatron.__version__,
+        "platform": platform.platform(),
+        "versions": versions,
+        "backends": _find_backends(),
+        "gpus": gpus,
         **tools,
-    )
+        "variables": {name: value for name, value in os.environ.items() if name.startswith("EMO_")},
+    }
 
 
-def format_text(report: EnvironmentReport) -> str:
+def format_text(report: dict[str, Any]) -> str:
     """Lay a report out for people, one fact a line."""
-    rows = [("emo_megatron", report.emo_megatron), ("platform", report.platform)]
-    for name, found in report.versions.items():
-        verdict = "supported" if found.is_supported else "NOT SUPPORTED, needs"
-        note = f" ({verdict} {found.supported})" if found.supported else ""
-        rows.append((name, found.version + note))
-    for name, reason in report.backends.items():
+    rows = [(name, report[name]) for name in ("emo_megatron", "platform")]
+    for name, found in report["versions"].items():
+        verdict = "supported" if found["is_supported"] else "NOT SUPPORTED, needs"
+        rows.append((name, found["version"] + (f" ({verdict} {found['supported']})" if found["supported"] else "")))
+    for name, reason in report["backends"].items():
         rows.append((f"{name} ops", f"not available: {reason}" if reason else "available"))
-    rows += [("gpu", gpu) for gpu in report.gpus or ("none",)]
-    rows += [("driver", report.driver), ("gcc", report.compiler), ("nvcc", report.nvcc)]
-    rows += sorted(report.variables.items())
+    rows += [("gpu", gpu) for gpu in report["gpus"] or ("none",)]
+    rows += [("driver", report["driver"]), ("gcc", report["compiler"]), ("nvcc", report["nvcc"])]
+    rows += sorted(report["variables"].items())
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:{width}}{value}" for name, value in rows)
 
 
-def format_json(report: EnvironmentReport) -> str:
-    """Lay a report out for programs."""
-    return json.dumps(asdict(report), indent=2)
-
-
-def _judge(name: str, version: str) -> Version:
+def _judge(name: str, version: str) -> dict[str, Any]:
     if name not in SUPPORTED:
-        return Version(version=version, supported="", is_supported=True)
+        return {"version": version, "supported": "", "is_supported": True}
     first, end = SUPPORTED[name]
     # the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendor pre-releases count
     numbers = re.match(r"\d+(\.\d+)*", version)
@@ -131,7 +103,7 @@ def _judge(name: str, version: str) -> Version:
     supported = f">={_join(first)}" + (f", <{_join(end)}" if end else "")
     is_within = release >= first and (end is None or release < end)
     is_supported = is_within or (name in OPTIONAL and version == MISSING)
-    return Version(version=version, supported=supported, is_supported=is_supported)
+    return {"version": version, "supported": supported, "is_supported": is_supported}
 
 
 def _join(release: Release) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 _PLACE = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\bexperts\.(?P<expert>\d+)\.)?.*")
-_ROUTER = re.compile(r".*\.(router|mlp\.gate\.weight)")
+_ROUTER = re.compile(r".*\.mlp\.gate\.weight")
 
 
 class NotFiniteError(ValueError):
@@ -61,7 +61,7 @@ def check_named_weight(name: str, weight: Tensor, *, said: str | None = None) ->
     """Refuse a weight that is not finite, by a name that tells its layer and expert, both counted from 0.
 
     Args:
-        name: of a transformers checkpoint (`model.layers.0.mlp.experts.3.up_proj.weight`) or of `weight_shapes`.
+        name: of a transformers checkpoint (`model.layers.0.mlp.experts.3.up_proj.weight`).
         weight: all of it.
         said: the name for the error, if it is another.
     """

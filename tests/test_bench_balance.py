@@ -8,7 +8,7 @@ import pytest
 from support import words
 from support.benchmarking import rows_of, run_benchmark
 
-from emo_megatron.demo.corpus import CorpusConfig, prepare_corpus
+from demo.corpus import CorpusConfig, prepare_corpus
 
 
 @pytest.mark.slow

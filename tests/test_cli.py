@@ -209,4 +209,10 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "env" in done.stdout
-    assert "demo" in done.stdout
+
+
+def test_the_demo_is_a_script_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--quick"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "make demo" in said

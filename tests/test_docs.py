@@ -22,6 +22,7 @@ from emo_megatron.config import PoolConfig, flag, load_pool_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+DEMO = str(ROOT / "demo" / "demo.sh")
 MEGATRON_PAGE = (ROOT / "docs" / "megatron.md").read_text()
 
 
@@ -63,9 +64,16 @@ def test_make_demo_runs_the_demo():
 def quick_demo(tmp_path_factory):
     """A quick demo that was interrupted in its first training and continued; its folder and what it printed."""
     output = tmp_path_factory.mktemp("demo") / "run"
-    command = [sys.executable, "-m", "emo_megatron", "demo", "--quick", "--output", str(output)]
+    command = [DEMO, "--quick", "--output", str(output)]
     first = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # of a test run in the background Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     tracker = output / "emo" / "checkpoint" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 240
@@ -73,7 +81,7 @@ def quick_demo(tmp_path_factory):
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGINT)
     first.wait(timeout=60)
-    return output, _run(command)
+    return output, _run(command, PYTHON=sys.executable)
 
 
 def test_the_quick_demo_leaves_its_files(quick_demo):
@@ -102,7 +110,7 @@ def test_an_interrupted_training_went_on_from_its_checkpoint(quick_demo):
 def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
     output, printed = quick_demo
     trained = (output / "emo" / "train.log").stat().st_mtime
-    again = _run([sys.executable, "-m", "emo_megatron", "demo", "--quick", "--output", str(output)])
+    again = _run([DEMO, "--quick", "--output", str(output)], PYTHON=sys.executable)
     assert (output / "emo" / "train.log").stat().st_mtime == trained
     assert again.splitlines()[-5:] == printed.splitlines()[-5:]
 
@@ -110,8 +118,9 @@ def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
 def _refusal(*arguments: str) -> str:
     """What the demo prints when it refuses these arguments."""
     done = subprocess.run(
-        [sys.executable, "-m", "emo_megatron", "demo", *arguments],
+        [DEMO, *arguments],
         cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         timeout=120,

@@ -5,14 +5,14 @@ import json
 import os
 import sys
 import types
-from dataclasses import replace
 
 import pytest
 from torch.utils import collect_env
 
 import emo_megatron
 from emo_megatron import environment
-from emo_megatron.environment import collect_environment, format_json, format_text
+from emo_megatron.environment import collect_environment, format_text
+from emo_megatron.json_files import to_json
 
 
 @pytest.fixture(autouse=True)
@@ -24,25 +24,21 @@ def _quick_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reports_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMO_DEVICE", "cpu")
     report = collect_environment()
-    assert report.emo_megatron == emo_megatron.__version__
-    assert report.versions["python"].version == ".".join(map(str, sys.version_info[:3]))
-    assert report.versions["python"].is_supported
-    assert report.versions["torch"].version.startswith(importlib.metadata.version("torch")[:4])
-    assert report.versions["torch"].version.endswith(" build)")
-    assert report.backends["reference"] == ""
-    assert report.variables == {k: v for k, v in os.environ.items() if k.startswith("EMO_")}
-    assert (report.driver, report.compiler, report.nvcc) == ("550.1", "12.2", "13.0.88")
+    assert report["emo_megatron"] == emo_megatron.__version__
+    assert report["versions"]["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["versions"]["python"]["is_supported"]
+    assert report["versions"]["torch"]["version"].startswith(importlib.metadata.version("torch")[:4])
+    assert report["versions"]["torch"]["version"].endswith(" build)")
+    assert report["backends"]["reference"] == ""
+    assert report["variables"] == {k: v for k, v in os.environ.items() if k.startswith("EMO_")}
+    assert (report["driver"], report["compiler"], report["nvcc"]) == ("550.1", "12.2", "13.0.88")
 
 
 def test_text_has_a_line_a_fact_and_says_what_is_not_supported() -> None:
     report = collect_environment()
     old = environment._judge("megatron-core", "0.16.1")
-    report = replace(
-        report,
-        versions={**report.versions, "megatron-core": old},
-        backends={"reference": "", "native": "not built"},
-        gpus=(),
-    )
+    report["versions"]["megatron-core"] = old
+    report |= {"backends": {"reference": "", "native": "not built"}, "gpus": []}
     lines = format_text(report).splitlines()
     facts = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
     assert facts["megatron-core"] == "0.16.1 (NOT SUPPORTED, needs >=0.18, <0.20)"
@@ -54,9 +50,9 @@ def test_text_has_a_line_a_fact_and_says_what_is_not_supported() -> None:
 
 def test_json_holds_the_whole_report() -> None:
     report = collect_environment()
-    read = json.loads(format_json(report))
-    assert read["versions"]["torch"]["version"] == report.versions["torch"].version
-    assert read["backends"] == report.backends
+    read = json.loads(to_json(report))
+    assert read["versions"]["torch"]["version"] == report["versions"]["torch"]["version"]
+    assert read["backends"] == report["backends"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +70,7 @@ def test_json_holds_the_whole_report() -> None:
     ],
 )
 def test_judges_versions(name: str, version: str, is_supported: bool) -> None:
-    assert environment._judge(name, version).is_supported is is_supported
+    assert environment._judge(name, version)["is_supported"] is is_supported
 
 
 def test_survives_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,20 +84,20 @@ def test_survives_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", broken_torch)
     monkeypatch.setitem(sys.modules, "emo_megatron.ops", types.ModuleType("emo_megatron.ops"))
     report = collect_environment()
-    assert report.versions["apex"].version.startswith("broken metadata")
-    assert report.versions["torch"].version.startswith("does not load")
-    assert not report.versions["torch"].is_supported
-    assert "does not load" in report.backends["reference"]
+    assert report["versions"]["apex"]["version"].startswith("broken metadata")
+    assert report["versions"]["torch"]["version"].startswith("does not load")
+    assert not report["versions"]["torch"]["is_supported"]
+    assert "does not load" in report["backends"]["reference"]
 
 
 def test_survives_missing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     report = collect_environment()
-    assert report.gpus == ()
+    assert report["gpus"] == []
 
 
 def test_tools_that_fail_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect_env, "run", lambda command: (127, "", "not found"))
     report = collect_environment()
-    assert report.versions["torch"].is_supported
-    assert {report.driver, report.compiler, report.nvcc} == {"not found"}
+    assert report["versions"]["torch"]["is_supported"]
+    assert {report["driver"], report["compiler"], report["nvcc"]} == {"not found"}

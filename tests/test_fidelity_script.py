@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -21,7 +22,9 @@ import pytest
 import torch
 from support import made_up, words
 
-from emo_megatron.demo.corpus import CorpusConfig, prepare_corpus
+from demo import recipe
+from demo.corpus import CorpusConfig, prepare_corpus
+from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -320,6 +323,20 @@ def test_steps_fit_into_the_time(scripts: SimpleNamespace) -> None:
         _choose(scripts, speed=_speed(scripts, step_seconds=6.0))
 
 
+def test_an_evaluation_is_longer_with_more_to_measure(scripts: SimpleNamespace) -> None:
+    from fidelity_plan import ON_GPU
+
+    def seconds(**changes: Any) -> float:
+        size = replace(ON_GPU, evaluation_tokens=changes.pop("tokens", 65536))
+        given = {"num_domains": 8, "fractions": (0.5, 0.25)} | changes
+        return float(scripts.plan.evaluation_seconds(size, _speed(scripts), **given))
+
+    assert seconds(fractions=()) < seconds() < seconds(fractions=(0.5, 0.25, 0.125))
+    assert seconds() < seconds(num_domains=9)
+    assert seconds() < seconds(tokens=100_000)
+    assert seconds(fractions=(), tokens=0) == 2 * 20.0
+
+
 def test_the_log_is_read_as_megatron_writes_it(scripts: SimpleNamespace, tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert scripts.plan.read_log(log) == []
@@ -335,7 +352,7 @@ def test_the_log_is_read_as_megatron_writes_it(scripts: SimpleNamespace, tmp_pat
 
 
 def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
-    from emo_megatron.demo.recipe import ON_GPU
+    from fidelity_plan import ON_GPU
 
     def steps(train_tokens: int) -> int:
         return int(scripts.plan.planned_steps(ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS))
@@ -409,3 +426,37 @@ def test_megatron_trains_and_measures_both(corpus: Path, tmp_path: Path) -> None
     # it learned, and the earlier checkpoint is another one
     assert fmean(stored["early"].values()) > fmean(row["loss"] for row in stored["rows"] if row["method"] == "full")
     assert page.count("±") == 4
+
+
+def _flags(size: Any, model: Any) -> list[str]:
+    return recipe.megatron_flags(size, model, corpus=Path("corpus"), run_dir=Path("run"))
+
+
+def _pool(size: Any, model: Any) -> Any:
+    parser = add_pool_args(argparse.ArgumentParser(allow_abbrev=False))
+    return pool_config_from_args(parser.parse_known_args(_flags(size, model))[0])
+
+
+@pytest.mark.parametrize("name", ["ON_GPU", "ON_GPU_QUICK"])
+def test_a_step_of_several_micro_batches_balances_over_them(scripts: SimpleNamespace, name: str) -> None:
+    size = getattr(scripts.plan, name)
+    assert size.rows % size.rows_at_once == 0 < size.rows - size.rows_at_once
+    emo, *others = recipe.main_models(size, seed=1)
+    assert _pool(size, emo).pool_balance == "running"
+    for model in (emo, *others):
+        flags = _flags(size, model)
+        given = dict(itertools.pairwise(flags))
+        assert given["--micro-batch-size"] == str(size.rows_at_once)
+        assert given["--global-batch-size"] == str(size.rows)
+        assert given["--transformer-impl"] == "local"
+        assert "--bf16" in flags
+
+
+def test_fewer_steps_shorten_every_schedule(scripts: SimpleNamespace) -> None:
+    size = replace(scripts.plan.ON_GPU, steps=200)
+    emo = recipe.main_models(size, seed=1)[0]
+    flags = dict(itertools.pairwise(_flags(size, emo)))
+    assert flags["--train-iters"] == "200"
+    assert int(flags["--lr-warmup-iters"]) == 50 < scripts.plan.ON_GPU.warmup
+    assert _pool(size, emo).pool_min_decay_samples == 120 * size.rows
+    assert size.tokens == 200 * 128 * 1024

@@ -38,15 +38,14 @@ def test_what_has_no_such_value_is_finite():
     ("name", "place"),
     [
         ("model.layers.0.mlp.experts.3.up_proj.weight", " (layer 1, expert 3)"),
-        ("layers.11.experts.20.down", " (layer 12, expert 20)"),
-        ("layers.1.router", " (layer 2, expert 1)"),
+        ("model.layers.11.mlp.experts.20.down_proj.weight", " (layer 12, expert 20)"),
         ("model.layers.1.mlp.gate.weight", " (layer 2, expert 1)"),
         ("model.layers.1.mlp.shared_expert.up_proj.weight", " (layer 2)"),
         ("model.layers.1.mlp.shared_expert_gate.weight", " (layer 2)"),
         ("model.layers.1.mlp.gate_proj.weight", " (layer 2)"),
-        ("layers.0.q", " (layer 1)"),
+        ("model.layers.0.self_attn.q_proj.weight", " (layer 1)"),
         ("model.norm.weight", ""),
-        ("embedding", ""),
+        ("model.embed_tokens.weight", ""),
     ],
 )
 def test_names_tell_layer_and_expert(name, place):

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from emo_megatron.demo.prepared import load_corpus
 from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.measured import read_retention
 from emo_megatron.json_files import read_json
-from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.report.rows import load_rows
 
 NOT_JSON = {
     "empty": b"",
@@ -33,10 +31,6 @@ NOT_JSON = {
 OTHERS = ("null", "true", "1", '"text"', "[[]]", "[1]", '{"a": null}', '{"a": []}')
 
 
-def corpus(path: Path) -> object:
-    return load_corpus(path.rename(path.with_name("corpus.json")).parent)
-
-
 def hugging_face(path: Path) -> object:
     return HuggingFaceFolder(path.rename(path.with_name("config.json")).parent)
 
@@ -45,8 +39,6 @@ READERS = {
     "selection": load_selection,
     "placement": load_placement,
     "rows of the report": load_rows,
-    "rows for the card": read_retention,
-    "corpus": corpus,
     "config": hugging_face,
 }
 
@@ -56,7 +48,7 @@ READERS = {
 def test_no_reader_takes_or_chokes_on_what_is_not_its_file(reader, text, tmp_path):
     file = tmp_path / "file.json"
     file.write_bytes(text)
-    with pytest.raises(ValueError, match=r"(file|corpus|config)\.json") as told:
+    with pytest.raises(ValueError, match=r"(file|config)\.json") as told:
         READERS[reader](file)
     assert "\n" not in str(told.value)
 
@@ -112,7 +104,6 @@ ROW = {
     "tokens": 100,
     "seed": 1,
     "versions": "some",
-    "origin": "ab",
 }
 BAD = {
     "loss": ("2.5", None, True, [2.5], {}, 10**400),
@@ -124,17 +115,13 @@ BAD = {
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
 def test_a_row_of_other_types_is_told_with_its_place(field, value, tmp_path):
-    report = {name: v for name, v in ROW.items() if name != "origin"}
-    for name, reader, rows, place in (
-        ("report.json", load_rows, [report, report | {field: value}], "row 2"),
-        ("list.json", read_retention, [ROW, ROW | {field: value}], "row 2"),
-    ):
-        (tmp_path / name).write_text(json.dumps(rows))
-        with pytest.raises(ValueError, match=rf"{name}, {place}: {field} must be"):
-            reader(tmp_path / name)
-        (tmp_path / name).write_text(json.dumps(rows).replace(f'"{field}"', '"other"'))
-        with pytest.raises(ValueError, match=rf"{name}, .*{field}"):
-            reader(tmp_path / name)
+    rows, file = [ROW, ROW | {field: value}], tmp_path / "report.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=rf"report.json, row 2: {field} must be"):
+        load_rows(file)
+    file.write_text(json.dumps(rows).replace(f'"{field}"', '"other"'))
+    with pytest.raises(ValueError, match=rf"report.json, .*{field}"):
+        load_rows(file)
 
 
 @pytest.mark.parametrize(

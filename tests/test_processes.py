@@ -67,22 +67,6 @@ run(python(*{arguments}, processes=2), stdout=None)
     assert started.end(number) == RETURN_CODES[number]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_jobs_side_by_side_end_with_their_command(deaf, tmp_path, number):
-    arguments, num_up = deaf
-    code = f"""
-from pathlib import Path
-from emo_megatron.demo.jobs import Job, run_chains
-log = Path({str(tmp_path)!r}) / "log"
-common = dict(command={[sys.executable, *arguments]}, log=log, total=1)
-job = Job(title="job", done=lambda: 0, is_finished=lambda: False, **common)
-run_chains([[job], [job]], at_once=2)
-"""
-    started = Command(command(code))
-    started.wait_for(lambda: num_up() == 4)
-    assert started.end(number) == RETURN_CODES[number]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_of_a_test_end_with_it(number):
     code = "import textwrap; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text='')"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import tyro
+from demo.jobs import Job
 
+from demo.corpus import Corpus
 from emo_megatron.cli import COMMANDS
-from emo_megatron.demo.corpus import Corpus
-from emo_megatron.demo.jobs import Job
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--selections")

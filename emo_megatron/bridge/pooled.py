@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.config.instantiate_utils import target_allowlist
 
-from emo_megatron.config import PoolConfig
+from emo_megatron.config import PoolConfig, broken
 from emo_megatron.mcore.combinations import (
     equal_lengths_flag,
     problems_with_config,
@@ -133,44 +133,39 @@ class PooledHybrid(Pooled):
         return with_pools(stack, config=self, pool=self.pool_config())
 
 
-def pooled[Provider](cls: type[Provider]) -> type[Provider]:
-    """The dataclass of a provider with PoolConfig's fields, which run_config.yaml may name."""
+def pooled(provider: type, kind: type[Pooled], **attributes: Any) -> Any:
+    """The dataclass of a provider with PoolConfig's fields, which run_config.yaml may name, in bridge.providers."""
+    module, name = "emo_megatron.bridge.providers", f"Pool{provider.__name__}"
     hints = get_type_hints(PoolConfig)
-    cls.__annotations__ = {name: hints[name] for name in POOL_FIELDS}
-    for field in dataclasses.fields(PoolConfig):
-        setattr(cls, field.name, field.default)
-    target_allowlist.add_exact(f"{cls.__module__}.{cls.__qualname__}")
-    return dataclasses.dataclass(kw_only=True)(cls)
+    fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(PoolConfig)}
+    fields |= {"__annotations__": {field: hints[field] for field in POOL_FIELDS}, "__module__": module}
+    target_allowlist.add_exact(f"{module}.{name}")
+    doc = {"__doc__": f"Bridge's {provider.__name__}, with pools."}
+    return dataclasses.dataclass(kw_only=True)(type(name, (kind, provider), fields | attributes | doc))
 
 
 def require_possible(model: Any) -> None:
     """Raise what this provider cannot do with the pools it is given."""
     pool = model.pool_config()
+    is_packed, needs = pool.pool_documents == "attention", equal_lengths_flag(model)
     problems = problems_of(UNSUPPORTED, model) + problems_with_config(pool, model)
-    problems += _problems_with_layout(model, pool)
-    if problems:
-        raise ValueError(
-            "this recipe cannot train with document pools:\n"
-            + "\n".join(f"  - {_in_words_of_bridge(p)}" for p in problems)
-        )
-
-
-def _problems_with_layout(model: Any, pool: PoolConfig) -> list[str]:
-    """What context parallelism, multi-token prediction and packed attention cannot go with, one sentence each."""
-    is_packed = pool.pool_documents == "attention"
-    problems = problems_with_exchange(model, is_cut=model.cuts_documents)
+    problems += problems_with_exchange(model, is_cut=model.cuts_documents)
     problems += problems_with_prediction(model, is_packed=is_packed)
-    if is_packed and "M" in (getattr(model, "hybrid_layer_pattern", None) or ""):
-        problems.append(
+    problems += broken(
+        (
+            is_packed and "M" in (getattr(model, "hybrid_layer_pattern", None) or ""),
             "--pool-documents must be routers with Mamba layers, M in --hybrid-layer-pattern; got 'attention': that "
-            "they start anew at every document has not been tried"
-        )
-    if model.cuts_documents and (needs := equal_lengths_flag(model)):
-        problems.append(
+            "they start anew at every document has not been tried",
+        ),
+        (
+            model.cuts_documents and needs,
             f"--pool-documents must be routers with {needs} and --context-parallel-size above 1; got 'attention': that "
-            "takes equally many tokens of every rank, and documents are padded to other lengths on each"
-        )
-    return problems
+            "takes equally many tokens of every rank, and documents are padded to other lengths on each",
+        ),
+    )
+    if problems:
+        named = [f"  - {_in_words_of_bridge(problem)}" for problem in problems]
+        raise ValueError("this recipe cannot train with document pools:\n" + "\n".join(named))
 
 
 _RENAMED = {"num_experts": "num_moe_experts"}

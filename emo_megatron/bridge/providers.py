@@ -13,39 +13,10 @@ from megatron.bridge.models.stepfun.step35_provider import Step35ModelProvider
 
 from emo_megatron.bridge.pooled import PooledGPT, PooledHybrid, pooled
 
-
-@pooled
-class PoolGPTModelProvider(PooledGPT, GPTModelProvider):
-    """Bridge's GPT provider, with pools."""
-
-
-@pooled
-class PoolMLAModelProvider(PooledGPT, MLAModelProvider):
-    """Bridge's provider of models with multi-latent attention, with pools."""
-
-
-@pooled
-class PoolOlMoEModelProvider(PooledGPT, OlMoEModelProvider):
-    """Bridge's OLMoE provider, with pools."""
-
-
-@pooled
-class PoolExaoneMoeModelProvider(PooledGPT, ExaoneMoeModelProvider):
-    """Bridge's EXAONE MoE provider, with pools."""
-
-
-@pooled
-class PoolMiniMaxM3ModelProvider(PooledGPT, MiniMaxM3ModelProvider):
-    """Bridge's MiniMax-M3 provider of text models, with pools."""
-
-
-@pooled
-class PoolStep35ModelProvider(PooledGPT, Step35ModelProvider):
-    """Bridge's Step-3.5 provider, with pools."""
-
-    predicts_by_dense_layers = True
-
-
-@pooled
-class PoolHybridModelProvider(PooledHybrid, HybridModelProvider):
-    """Bridge's provider of hybrid models, with pools in their MoE layers."""
+PoolGPTModelProvider = pooled(GPTModelProvider, PooledGPT)
+PoolMLAModelProvider = pooled(MLAModelProvider, PooledGPT)
+PoolOlMoEModelProvider = pooled(OlMoEModelProvider, PooledGPT)
+PoolExaoneMoeModelProvider = pooled(ExaoneMoeModelProvider, PooledGPT)
+PoolMiniMaxM3ModelProvider = pooled(MiniMaxM3ModelProvider, PooledGPT)
+PoolStep35ModelProvider = pooled(Step35ModelProvider, PooledGPT, predicts_by_dense_layers=True)
+PoolHybridModelProvider = pooled(HybridModelProvider, PooledHybrid)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,15 +25,13 @@ from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.padding import (
     Packing,
-    as_exchanged,
     cut_by_document,
-    flatten_received,
     over_all_tokens,
     packed_params,
     padded_bounds,
     padding_multiple,
 )
-from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents, merged_bounds
+from emo_megatron.mcore.router_documents import RouterDocuments, forward_stage, merged_bounds
 
 Batch = dict[str, Tensor | None]
 
@@ -69,20 +66,10 @@ def pool_forward_step(
     # padded documents have no samples of one length, and their shapes travel between stages
     is_flat = packed is None or config.cuts_documents
     num_samples = 1 if is_flat else packing.num_samples or 1
-    flatten_received(model, num_samples=num_samples)
     with state.straggler_timer:
-        output = forward_with_documents(
-            model.build_schedule_plan if return_schedule_plan else model,
-            documents,
-            batch["tokens"],
-            batch["position_ids"],
-            None,
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            packed_seq_params=packed,
+        output = forward_stage(
+            model, batch, documents, packed, num_samples=num_samples, is_planned=return_schedule_plan
         )
-    if not return_schedule_plan:
-        output = as_exchanged(output, model, num_samples=num_samples)
     checks = state.cfg.rerun_state_machine
     loss = functools.partial(
         masked_next_token_loss,
@@ -193,13 +180,8 @@ def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:
     return torch.where(is_filler_B, num_left_out_B, num_padding_B)
 
 
-@dataclass(slots=True)
-class _Run:
-    state: weakref.ref[GlobalState] | None = None
-
-
-_RUN = _Run()
-"""The run that this process is in."""
+# the run that this process is in
+_run: weakref.ref[GlobalState] | None = None
 
 
 def _begin(state: GlobalState) -> None:
@@ -207,7 +189,8 @@ def _begin(state: GlobalState) -> None:
 
     Bridge hands metrics to its loggers and drops the line for the console, so that line is printed here.
     """
-    if _RUN.state is not None and _RUN.state() is state:
+    global _run
+    if _run is not None and _run() is state:
         return
     model = state.cfg.model
     if not isinstance(model, Pooled):
@@ -232,4 +215,4 @@ def _begin(state: GlobalState) -> None:
         return line
 
     tracker.report = report_and_print
-    _RUN.state = weakref.ref(state)
+    _run = weakref.ref(state)

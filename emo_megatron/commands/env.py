@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emo_megatron.environment import collect_environment, format_json, format_text
+from emo_megatron.environment import collect_environment, format_text
 from emo_megatron.files import say
+from emo_megatron.json_files import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,4 +20,4 @@ class Options:
 def run(options: Options) -> None:
     """Print the report."""
     report = collect_environment()
-    say(format_json(report) if options.json else format_text(report))
+    say(to_json(report, indent=2) if options.json else format_text(report))

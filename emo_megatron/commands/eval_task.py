@@ -51,7 +51,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:?\d\d)?(:?\d\d)?(\.\d+)?(Z|[+-]\d
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationTaskOptions:
+class Options:
     """Make a task of lm-eval of held-out documents."""
 
     documents: Path
@@ -69,17 +69,8 @@ class EvaluationTaskOptions:
         check_least(self, 1, "num_tokens")
 
 
-def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
-    """Write NAME.jsonl, the documents, and then NAME.yaml, the task.
-
-    Returns:
-        The task's file.
-
-    Raises:
-        FileNotFoundError: there are no such documents.
-        ValueError: the name is no name, a task of this name exists, the documents or the tokenizer cannot be read or
-            hold no text, or lm-eval could not load them from there; nothing was written.
-    """
+def run(options: Options) -> Path:
+    """Write NAME.jsonl, the documents, and then NAME.yaml, the task, which is returned."""
     if not re.fullmatch(r"[\w-]+", options.name):
         raise ValueError(f"--name must be letters, digits, - and _; got {options.name!r}")
     data = (options.output / f"{options.name}.jsonl").resolve()
@@ -88,7 +79,7 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
     for path in (data, task):
         must_not_exist(path)
     file = _pattern(data)
-    texts = _texts(options, Tokenizer(options.model))
+    texts = _texts(options.documents, Tokenizer(options.model), num_tokens=options.num_tokens)
     # the inner one appears first: a task has its documents, and they do not stay where it cannot be written
     with whole(task, is_new=True) as new_task, whole(data, is_new=True) as new_data:
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
@@ -98,18 +89,16 @@ def write_evaluation_task(options: EvaluationTaskOptions) -> Path:
     return task
 
 
-def _texts(options: EvaluationTaskOptions, tokenizer: Tokenizer) -> list[str]:
+def _texts(path: Path, tokenizer: Tokenizer, *, num_tokens: int | None) -> list[str]:
     """The documents that hold text, in order: texts as they are, tokens as what they stand for."""
-    path = options.documents
-    limit = options.num_tokens
     found: list[str] = []
-    num_tokens = num_empty = 0
+    taken = num_empty = 0
     for text, ids in _documents(path, tokenizer):
-        if limit is not None and num_tokens >= limit:
+        if num_tokens is not None and taken >= num_tokens:
             break
         if text and tokenizer.has_text(ids):
             found.append(text)
-            num_tokens += len(ids)
+            taken += len(ids)
         else:
             num_empty += 1
     if not found:
@@ -133,11 +122,7 @@ def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence
 
 
 def _pattern(path: Path) -> str:
-    """A path as the pattern that matches it alone, for lm-eval's loader takes it for one.
-
-    Raises:
-        ValueError: no pattern does.
-    """
+    """A path as the pattern that matches it alone, for lm-eval's loader takes it for one."""
     if _UNLOADABLE.search(str(path)):
         raise ValueError(
             f"--output must be a folder that lm-eval can load from: {path} has :: or a $ with a name, which mean "
@@ -150,6 +135,3 @@ def _quoted(text: str) -> str:
     """A YAML string in quotes; JSON's has half of a surrogate pair where a character is beyond 16 bits."""
     plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
     return f'"{"".join(plain)}"'
-
-
-Options, run = EvaluationTaskOptions, write_evaluation_task

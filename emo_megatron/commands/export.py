@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,25 +17,26 @@ import torch
 from emo_megatron import __version__
 from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.commands.options import check_least
 from emo_megatron.config import PoolConfig
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.card import Origin, model_card
+from emo_megatron.hf.card import Origin, Retained, model_card, retained
+from emo_megatron.hf.config_file import RECORD
 from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
-from emo_megatron.hf.formats import RECORD
-from emo_megatron.hf.mapping import MegatronWeights
-from emo_megatron.hf.measured import MeasuredLoss, measured_domains, read_retention
 from emo_megatron.hf.model_config import architecture_of
 from emo_megatron.hf.qwen2_moe import TINY_GATE
-from emo_megatron.runners.parity import Converted, check_parity_tokens, measure_parity
+from emo_megatron.hf.weights import MegatronWeights
+from emo_megatron.report.rows import load_rows
+from emo_megatron.runners.parity import Converted, measure_parity
 from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class Options:
     """Export a checkpoint or a module to Hugging Face, for transformers, vLLM, SGLang and lm-eval."""
 
     checkpoint: Path
@@ -52,7 +54,7 @@ class ExportOptions:
     selection: Path | None = None
     """The Selection that the module was cut with, for the model card; by default the one in its folder."""
     retention: Path | None = None
-    """Rows of an evaluation of the model, or of a module's parent (JSON), for the model card."""
+    """Rows of `retention` for the model, or for a module's parent (retention.json), for the model card."""
     retention_domain: str | None = None
     """The domain whose rows are the module's; by default the one that its calibration file is named after."""
     name: str | None = None
@@ -65,17 +67,11 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if not 0 < self.shard_gb < math.inf:
             raise ValueError(f"--shard-gb must be a finite number above 0; got {self.shard_gb}")
-        check_parity_tokens(self.parity_tokens)
+        check_least(self, 0, "parity_tokens")
 
 
-def export(options: ExportOptions) -> Converted:
-    """Write the folder: weights, config.json, tokenizer and model card.
-
-    Raises:
-        ValueError: the format cannot express the model, or something that was named does not fit it; nothing was
-            written.
-        RuntimeError: the result does not compute what the checkpoint does; nothing was left.
-    """
+def run(options: Options) -> Converted:
+    """Write the folder: weights, config.json, tokenizer and model card; a result of other logits is not left."""
     must_not_exist(options.output)
     checkpoint = MegatronCheckpoint(options.checkpoint)
     architecture = architecture_of(checkpoint)
@@ -87,9 +83,10 @@ def export(options: ExportOptions) -> Converted:
         )
     weights = MegatronWeights(checkpoint, architecture)
     tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
-    selection = _selection(options, architecture)
-    retention = _retention(options, selection)
-    dtype = _dtype(options, checkpoint)
+    selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, architecture)
+    retention = _retention(options.retention, options.retention_domain, selection)
+    dtype = DTYPES.get(options.dtype) or _stored_dtype(checkpoint)
+    pools = _pools(checkpoint)
     gate = TINY_GATE if options.nonzero_shared_gate else 0.0
     with whole(options.output, is_new=True) as folder:
         folder.mkdir(parents=True)
@@ -99,10 +96,7 @@ def export(options: ExportOptions) -> Converted:
             architecture=architecture,
             read=weights.read,
             dtype=dtype,
-            extra_config={
-                **(tokenizer.ids if tokenizer else {}),
-                RECORD: {"version": __version__, "pools": _pools(checkpoint)},
-            },
+            extra_config={**(tokenizer.ids if tokenizer else {}), RECORD: {"version": __version__, "pools": pools}},
             shared_gate_value=gate,
             shard_bytes=int(options.shard_gb * 1e9),
         )
@@ -112,26 +106,33 @@ def export(options: ExportOptions) -> Converted:
             selection.save(folder / SELECTION_FILE)
         parity = None
         if options.parity_tokens:
-            written = HuggingFaceFolder(folder)
-            parity = measure_parity(checkpoint, written, tokens=options.parity_tokens)
+            parity = measure_parity(checkpoint, HuggingFaceFolder(folder), tokens=options.parity_tokens)
         card = model_card(
             architecture,
             model_type=options.format,
             dtype=str(dtype).removeprefix("torch."),
-            origin=_origin(checkpoint, options, is_module=selection is not None),
+            origin=Origin(
+                name=_name(checkpoint),
+                title=options.name,
+                iteration=int(checkpoint.common.get("iteration", 0) or 0),
+                samples=getattr(checkpoint.args, "consumed_train_samples", None),
+                seq_length=getattr(checkpoint.args, "seq_length", None),
+                pools=pools,
+                is_module=selection is not None,
+            ),
             selection=selection,
             retention=retention,
-            parity=parity,
+            parity=None if parity is None else str(parity),
             shared_gate_value=gate,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
 
 
-def _selection(options: ExportOptions, architecture: Architecture) -> Selection | None:
-    path = options.selection or options.checkpoint / SELECTION_FILE
-    if options.selection is None and not path.exists():
+def _selection(named: Path | None, of_module: Path, architecture: Architecture) -> Selection | None:
+    if named is None and not of_module.exists():
         return None
+    path = named or of_module
     selection = load_selection(path)
     kept = selection.uniform_count(purpose="a Hugging Face configuration")
     layers = tuple(layer + 1 for layer in architecture.moe_layers)
@@ -143,34 +144,44 @@ def _selection(options: ExportOptions, architecture: Architecture) -> Selection 
     return selection
 
 
-def _retention(options: ExportOptions, selection: Selection | None) -> list[MeasuredLoss]:
-    path = options.retention
+def _retention(path: Path | None, domain: str | None, selection: Selection | None) -> list[Retained]:
     if path is None:
         return []
+    rows = load_rows(path)
+    domains = sorted({row.domain for row in rows})
+    kept = None
     if selection is None:
-        return read_retention(path)
-    domain = options.retention_domain
-    if domain is None:
-        entries = selection.data.get("calibration", [])
-        files = [
-            str(entry["file"])
-            for entry in (entries if isinstance(entries, list) else [])
-            if isinstance(entry, dict) and "file" in entry
-        ]
-        known = {Path(file).name.partition(".")[0] for file in files} & measured_domains(path)
-        if len(known) != 1:
-            raise ValueError(
-                f"--retention {path} does not tell which rows are this module's, whose experts were chosen on "
-                f"{', '.join(files) or 'unrecorded data'}: name the domain with --retention-domain"
-            )
-        domain = known.pop()
-    kept = selection.uniform_count(purpose="a module")
-    return read_retention(path, kept=kept, chosen_for=domain)
+        domain = None
+    else:
+        kept = selection.uniform_count(purpose="a module")
+        domain = domain or _domain(selection, domains, path)
+    if found := retained(rows, kept=kept, chosen_for=domain):
+        return found
+    raise ValueError(
+        f"--retention {path} has no row of a module{'' if kept is None else f' of {kept} routed experts'} for "
+        f"{domain or 'any domain'}; it has {', '.join(domains)}. Evaluate the parent so, or name the domain with "
+        "--retention-domain."
+    )
 
 
-def _dtype(options: ExportOptions, checkpoint: MegatronCheckpoint) -> torch.dtype:
-    if options.dtype != "stored":
-        return DTYPES[options.dtype]
+def _domain(selection: Selection, domains: Sequence[str], path: Path) -> str:
+    """The one that the calibration file of a Selection is named after."""
+    entries = selection.data.get("calibration", [])
+    files = [
+        str(entry["file"])
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and "file" in entry
+    ]
+    known = {Path(file).name.partition(".")[0] for file in files} & set(domains)
+    if len(known) != 1:
+        raise ValueError(
+            f"--retention {path} does not tell which rows are this module's, whose experts were chosen on "
+            f"{', '.join(files) or 'unrecorded data'}: name the domain with --retention-domain"
+        )
+    return known.pop()
+
+
+def _stored_dtype(checkpoint: MegatronCheckpoint) -> torch.dtype:
     stored = {info.dtype for info in checkpoint.names.values()}
     if len(stored) > 1 or not stored <= set(DTYPES.values()):
         raise ValueError(
@@ -189,21 +200,9 @@ def _pools(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     }
 
 
-def _origin(checkpoint: MegatronCheckpoint, options: ExportOptions, *, is_module: bool) -> Origin:
-    args, common = checkpoint.args, checkpoint.common
+def _name(checkpoint: MegatronCheckpoint) -> str:
+    """Of the run, by its folder: runs/NAME/checkpoint/iter_0000800 is NAME."""
     folder = checkpoint.path.resolve()
-    # runs/NAME/checkpoint/iter_0000800 is NAME
     names = [part for part in (folder.parent.name, folder.parent.parent.name) if part]
     named = [part for part in names if part not in ("checkpoint", "checkpoints")]
-    return Origin(
-        name=named[0] if named else folder.name,
-        title=options.name,
-        iteration=int(common.get("iteration", 0) or 0),
-        samples=getattr(args, "consumed_train_samples", None),
-        seq_length=getattr(args, "seq_length", None),
-        pools=_pools(checkpoint),
-        is_module=is_module,
-    )
-
-
-Options, run = ExportOptions, export
+    return named[0] if named else folder.name

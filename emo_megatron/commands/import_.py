@@ -5,7 +5,6 @@ python -m emo_megatron import --folder exported/french --output runs/french
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,24 @@ from typing import Literal
 
 from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.checkpoint.writer import write_checkpoint
+from emo_megatron.checkpoint.writer import Note, write_checkpoint
+from emo_megatron.commands.options import check_least
 from emo_megatron.config import pool_config_of
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.files import must_not_exist, whole
-from emo_megatron.hf.fields import record
-from emo_megatron.hf.folder import CONFIG as CONFIG_FILE
-from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.formats import RECORD
-from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM, megatron_weights
+from emo_megatron.hf import tokenizer as tokenizers
+from emo_megatron.hf.config_file import RECORD, record
+from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
+from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
 from emo_megatron.hf.model_config import flags_of
-from emo_megatron.hf.tokenizer import CONFIG, Tokenizer
-from emo_megatron.runners.parity import Converted, check_parity_tokens, measure_parity
+from emo_megatron.hf.weights import megatron_weights
+from emo_megatron.runners.parity import Converted, measure_parity
 
 TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions:
+class Options:
     """Import a Hugging Face checkpoint (qwen2_moe, or the authors' emo) as a Megatron checkpoint."""
 
     folder: Path
@@ -45,57 +44,35 @@ class ImportOptions:
     """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
 
     def __post_init__(self) -> None:
-        check_parity_tokens(self.parity_tokens)
+        check_least(self, 0, "parity_tokens")
 
 
-def import_folder(options: ImportOptions) -> Converted:
-    """Write the checkpoint: weights only, with the flags of its model for --use-checkpoint-args.
-
-    Returns:
-        Where it is; `tokenizer/` in it holds the tokenizer, if there is one.
-
-    Raises:
-        ValueError: the folder is damaged or holds a model that Megatron's layers do not express; nothing was written.
-        RuntimeError: the result does not compute what the folder does; nothing was left.
-    """
+def run(options: Options) -> Converted:
+    """Write the checkpoint, weights only, with the flags of its model for --use-checkpoint-args; `tokenizer/` in it
+    holds the tokenizer, if there is one. A result of other logits is not left."""
     must_not_exist(options.output)
     source = HuggingFaceFolder(options.folder)
-    tokenizer = None
-    if options.tokenizer or (options.folder / CONFIG).exists():
-        tokenizer = Tokenizer(options.tokenizer or options.folder)
+    notes: dict[str, Note] = {}
+    has_tokenizer = options.tokenizer is not None or (options.folder / tokenizers.CONFIG).exists()
+    if has_tokenizer:
+        tokenizer = tokenizers.Tokenizer(options.tokenizer or options.folder)
         tokenizer.check(vocab_size=source.architecture.vocab_size)
-    args = _flags(source, options, has_tokenizer=tokenizer is not None)
-    file = options.folder / SELECTION_FILE
-    selection = load_selection(file) if file.exists() else None
-    with whole(options.output, is_new=True) as unfinished:
-        weights = megatron_weights(
-            source.architecture,
-            source.weight,
-            dtype=source.dtype,
-            moe_norm=OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM,
-        )
-        write_checkpoint(unfinished, weights, args=args)
-        if tokenizer:
-            tokenizer.save(unfinished / TOKENIZER_FOLDER)
-        if selection:
-            selection.save(unfinished / SELECTION_FILE)
-        parity = None
-        if options.parity_tokens:
-            written = MegatronCheckpoint(unfinished)
-            parity = measure_parity(written, source, tokens=options.parity_tokens)
-    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
-
-
-def _flags(source: HuggingFaceFolder, options: ImportOptions, *, has_tokenizer: bool) -> argparse.Namespace:
-    where = f"{source.path / CONFIG_FILE}, {RECORD}"
+        notes[TOKENIZER_FOLDER] = tokenizer.save
+    moe_norm = OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM
     pools = record(source.config, RECORD).get("pools") or {}
-    return flags_of(
+    args = flags_of(
         source.architecture,
         dtype=source.dtype,
-        moe_norm=OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM,
-        pools=dataclasses.asdict(pool_config_of(pools, where=f"{where}.pools")),
+        moe_norm=moe_norm,
+        pools=dataclasses.asdict(pool_config_of(pools, where=f"{source.path / CONFIG}, {RECORD}.pools")),
         tokenizer=str(options.output.resolve() / TOKENIZER_FOLDER) if has_tokenizer else None,
     )
-
-
-Options, run = ImportOptions, import_folder
+    if (file := options.folder / SELECTION_FILE).exists():
+        notes[SELECTION_FILE] = load_selection(file).save
+    weights = megatron_weights(source.architecture, source.weight, dtype=source.dtype, moe_norm=moe_norm)
+    with whole(options.output, is_new=True) as unfinished:
+        write_checkpoint(unfinished, weights, args=args, notes=notes)
+        parity = None
+        if options.parity_tokens:
+            parity = measure_parity(MegatronCheckpoint(unfinished), source, tokens=options.parity_tokens)
+    return Converted(path=options.output, parity=parity, has_tokenizer=has_tokenizer)

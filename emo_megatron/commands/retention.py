@@ -13,9 +13,9 @@ from emo_megatron.experts.calibration import Calibration, Documents
 from emo_megatron.experts.select import RANDOM, MaxRise, check_method, parse_keep, size_of
 from emo_megatron.files import must_be_writable, whole
 from emo_megatron.json_files import read_own, to_json
-from emo_megatron.report.retention_methods import cliffs_table, find_cliffs, full_report, methods_table
-from emo_megatron.report.retention_methods_figure import plot_methods
-from emo_megatron.report.retention_rows import RetentionRow, load_rows, rows_of, save_rows
+from emo_megatron.report.figure import plot_methods
+from emo_megatron.report.rows import RetentionRow, load_rows, rows_of, save_rows
+from emo_megatron.report.table import cliffs_table, find_cliffs, full_report, methods_table
 from emo_megatron.runners import launch
 from emo_megatron.runners.cache import Measured
 from emo_megatron.runners.retention import Condition, conditions, domain_files, measure_rows

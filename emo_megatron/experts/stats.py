@@ -192,7 +192,10 @@ def load_stats(path: Path | str) -> ExpertStatistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no statistics file, or cut short: {one_line(error)}") from None
-    if described.get("format") != FORMAT:
+    found, name = described.get("format", ""), FORMAT.rpartition(".")[0]
+    if found != FORMAT and found.startswith(f"{name}."):
+        raise ValueError(f"{path} has the format {found}, and this version reads {FORMAT}: write it again with stats")
+    if found != FORMAT:
         raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
     try:
         return ExpertStatistics(

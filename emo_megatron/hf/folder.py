@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from emo_megatron.files import machine_error, one_line
+from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.emo import EMO
-from emo_megatron.hf.entries import Entry, from_file, to_file
-from emo_megatron.hf.formats import Format
+from emo_megatron.hf.emo_format import EMO
+from emo_megatron.hf.formats import Format, from_file, to_file
+from emo_megatron.hf.mapping import shape_problems
 from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 from emo_megatron.json_files import checked, is_a, read_object
 
@@ -55,22 +55,18 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        if not (self.path / CONFIG).exists():
+        file = self.path / CONFIG
+        if not file.exists():
             raise ValueError(f"{self.path} is no Hugging Face checkpoint: it has no {CONFIG}")
-        self.config: Mapping[str, Any] = read_object(self.path / CONFIG, kind="a model's configuration")
+        self.config: Mapping[str, Any] = read_object(file, kind="a model's configuration")
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FORMATS:
-            raise ValueError(
-                f"{self.path / CONFIG}: model_type must be one of {', '.join(FORMATS)}; got {reprlib.repr(model_type)}"
-            )
+            raise ValueError(f"{file}: model_type must be one of {', '.join(FORMATS)}; got {reprlib.repr(model_type)}")
         self.format = FORMATS[model_type]
         self._files = _files(self.path)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        dtypes = set()
-        for name, file in self._files.items():
-            part = file.get_slice(name)
-            self.shapes[name] = tuple(part.get_shape())
-            dtypes.add(part.get_dtype())
+        parts = {name: opened.get_slice(name) for name, opened in self._files.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        dtypes = {part.get_dtype() for part in parts.values()}
         if len(dtypes) != 1 or not dtypes <= _FLOATS.keys():
             raise ValueError(
                 f"{self.path}: every tensor must have the same dtype of {', '.join(_FLOATS)}; got "
@@ -81,19 +77,15 @@ class HuggingFaceFolder:
             # every layer and every expert has tensors of its own
             if is_a(self.config.get(name), int) and self.config[name] > len(self.shapes):
                 raise ValueError(
-                    f"{self.path / CONFIG}: {name} cannot be {self.config[name]}; the folder holds "
-                    f"{len(self.shapes)} tensors"
+                    f"{file}: {name} cannot be {self.config[name]}; the folder holds {len(self.shapes)} tensors"
                 )
         try:
-            self.architecture: Architecture = self.format.architecture(self)
+            self.architecture: Architecture = self.format.architecture(self.config, self._is_constant)
         except ValueError as error:
-            raise ValueError(f"{self.path / CONFIG}: this model cannot be imported: {error}") from None
-        self._check_tensors()
-
-    @cached_property
-    def _entries(self) -> dict[str, Entry]:
+            raise ValueError(f"{file}: this model cannot be imported: {error}") from None
         entries = self.format.entries(self.architecture)
-        return {entry.weight: entry for entry in entries if entry.weight is not None}
+        self._entries = {entry.weight: entry for entry in entries if entry.weight is not None}
+        self._check_shapes({entry.name: entry.shape for entry in entries})
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored."""
@@ -102,36 +94,29 @@ class HuggingFaceFolder:
         return tensor
 
     def weight(self, weight: str) -> Tensor:
-        """A weight of the model, by its name in `architecture.weight_shapes`.
-
-        Raises:
-            NotFiniteError: it is not finite.
-        """
+        """A weight of the model, by its name in `mapping.weight_shapes`; one that is not finite is a NotFiniteError."""
         entry = self._entries[weight]
         try:
             return from_file(entry, self.read(entry.name))
         except NotFiniteError as error:
             raise NotFiniteError(f"{self.path}: {error}") from None
 
-    def _check_tensors(self) -> None:
-        """Every tensor of the format is there in its shape, and no other."""
-        entries = self.format.entries(self.architecture)
-        wanted = {entry.name: entry.shape for entry in entries}
+    def _is_constant(self, part: str, values: set[float]) -> bool:
+        seen: set[float] = set()
+        for name in self.shapes:
+            if part not in name:
+                continue
+            tensor = self.read(name).to(torch.float32)
+            seen |= {float(v) for v in tensor.aminmax()} if tensor.numel() else {0.0}
+            if not seen <= values or len(seen) > 1:
+                return False
+        return True
+
+    def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        stored = {name: shape for name, shape in self.shapes.items() if not name.endswith(_NOT_WEIGHTS)}
         # with "qkv_bias": false the format has none, which is what zeros mean
-        optional = {e.name for e in entries if e.weight is None and e.name.endswith("_proj.bias")}
-        absent = wanted.keys() - self.shapes.keys() - optional
-        unknown = {n for n in self.shapes.keys() - wanted.keys() if not n.endswith(_NOT_WEIGHTS)}
-        problems = [
-            f"{len(names)} tensors {what}, {sorted(names)[0]} among them"
-            for what, names in (("are missing", absent), ("have no place in the model", unknown))
-            if names
-        ]
-        problems += [
-            f"{name} must have the shape {list(wanted[name])}; got {list(shape)}"
-            for name, shape in self.shapes.items()
-            if name in wanted and shape != wanted[name]
-        ][:3]
-        if problems:
+        optional = () if self.architecture.qkv_bias else [n for n in wanted if n.endswith("_proj.bias")]
+        if problems := shape_problems(stored, wanted, optional=optional):
             raise ValueError(f"{self.path} is not what its {CONFIG} says: {'; '.join(problems)}")
 
 
@@ -157,9 +142,6 @@ def write_folder(
         extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own.
         shared_gate_value: fills the gate of a shared expert that has none.
         shard_bytes: size of a shard.
-
-    Raises:
-        ValueError: a weight does not fit the dtype.
     """
     entries = {entry.name: entry for entry in format.entries(architecture, shared_gate_value=shared_gate_value)}
     plan = split_state_dict_into_shards_factory(
@@ -184,12 +166,25 @@ def write_folder(
     _write_json(folder / CONFIG, config)
 
 
-def state_dict(
-    format: Format, architecture: Architecture, read: Callable[[str], Tensor], *, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """All tensors of a model in a format, in memory."""
-    entries: Sequence[Entry] = format.entries(architecture)
-    return {entry.name: to_file(entry, read, dtype=dtype) for entry in entries}
+@contextlib.contextmanager
+def as_stock(
+    folder: HuggingFaceFolder, *, dtype: torch.dtype | None = None, under: Path | None = None
+) -> Iterator[Path]:
+    """A folder that stock transformers loads: this one, or a copy as Qwen2-MoE, `under` another for this block."""
+    if folder.format is QWEN2_MOE:
+        yield folder.path
+        return
+    with tempfile.TemporaryDirectory(dir=under) as name:
+        with writing(Path(name)):
+            write_folder(
+                Path(name),
+                format=QWEN2_MOE,
+                architecture=folder.architecture,
+                read=folder.weight,
+                dtype=dtype or folder.dtype,
+                extra_config={},
+            )
+        yield Path(name)
 
 
 def _files(path: Path) -> dict[str, Any]:
@@ -222,15 +217,11 @@ def _files(path: Path) -> dict[str, Any]:
         with _reading(path / file, what=" is damaged or was cut short"):
             # memory-mapped, and closed with the last reference
             opened[file] = safe_open(path / file, framework="pt")
-    held = {name: file for file, handle in opened.items() for name in _names(handle)}
+    held = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
     if weight_map is not None and held != weight_map:
         differing = sorted(n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n))
         raise ValueError(f"{path / INDEX} does not match its files: {differing[0]} is not where it says")
     return {name: opened[file] for name, file in held.items()}
-
-
-def _names(handle: Any) -> list[str]:
-    return list(handle.keys())
 
 
 @contextlib.contextmanager

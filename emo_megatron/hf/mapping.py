@@ -1,23 +1,38 @@
-"""The weights of `modules.hf.Architecture` in a Megatron checkpoint, both ways: names, joins and cuts.
+"""One table: every tensor of a Megatron checkpoint, and its names in transformers' Qwen2-MoE.
 
-Megatron joins q, k and v of every query group in one matrix, gate and up of an MLP in another, and experts on a first
-axis. Names are those of checkpoint/names.py.
+In names `*` stands for a layer and, in those of routed experts, a second one for an expert; both count from 0. Shapes
+are of the Hugging Face tensors, in letters:
+
+    V vocabulary     Q heads * head width             E experts          I width of a dense layer's MLP
+    D hidden size    K key-value heads * head width   F width of one     S width of the shared expert
+
+A weight of a model has its Qwen2-MoE name everywhere in this package, and the value that Megatron has. The table knows
+nothing of files. Megatron-Bridge can take it for its registry of mappings, one per row:
+
+    plain      AutoMapping(megatron_param, hf_param)
+    qkv        QKVMapping(megatron_param, q, k, v): for each query group its q heads, its k, its v
+    gate_up    GatedMLPMapping(megatron_param, gate, up): one after the other
+    doubled    AutoMapping whose megatron_to_hf gives twice the weight, because Qwen2-MoE halves what it multiplies
+
+A checkpoint stacks routed experts in one tensor, `mlp.experts.experts.linear_fc1.weight`; Bridge maps the parameters of
+the module, `mlp.experts.linear_fc1.weight*`. A row with `needs` is of models that have it only. Of the others Megatron
+has no tensor, and Hugging Face one that is filled with `fill`: a constant, which Bridge writes and does not read. The
+two places of a norm Bridge knows itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from emo_megatron.checkpoint.names import EXPERTS
-from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.checkpoint.writer import LazyWeight
-from emo_megatron.hf.architecture import ATTENTION, Architecture, weight_shapes
+from emo_megatron.hf.architecture import Architecture
 
+Kind = Literal["plain", "qkv", "gate_up", "doubled"]
 NormPlace = Literal["mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"]
 FUSED_NORM: NormPlace = "mlp.linear_fc1.layer_norm_weight"
 """Where a sparse layer's norm lies in checkpoints of Megatron's local layers, and a dense layer's in all."""
@@ -25,146 +40,135 @@ OWN_NORM: NormPlace = "pre_mlp_layernorm.weight"
 """Where it lies in checkpoints of Transformer Engine's layers."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One name in Megatron."""
+
+    megatron: str
+    weights: Mapping[str, str]
+    """Names in Hugging Face, in the order in which they are joined -> shape."""
+    kind: Kind = "plain"
+    _: KW_ONLY
+    layers: Literal["all", "moe", "dense"] = "all"
+    needs: Literal["qkv_bias", "shared_hidden", "shared_gate", "untied"] | None = None
+    """What of `Architecture` must be true for Megatron to have it."""
+    fill: float | None = None
+    """The value of its Hugging Face tensors otherwise; None: there are none."""
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it stacks one part per routed expert."""
+        return any(name.count("*") > 1 for name in self.weights)
+
+
+_M, _H = "decoder.layers.*.", "model.layers.*."
+
+
+def _mlp(megatron: str, weights: str, width: str, down: Kind = "plain", **options: Any) -> tuple[Row, Row]:
+    """The rows of a gated MLP: down(silu(gate x) * up x)."""
+    both = {f"{_H}{weights}.{name}_proj.weight": f"{width}D" for name in ("gate", "up")}
+    return (
+        Row(f"{_M}{megatron}.linear_fc1.weight", both, "gate_up", **options),
+        Row(f"{_M}{megatron}.linear_fc2.weight", {f"{_H}{weights}.down_proj.weight": f"D{width}"}, down, **options),
+    )
+
+
+def _qkv(end: str, columns: str, **options: Any) -> Row:
+    """The row of q, k and v."""
+    parts = {f"{_H}self_attn.{name}_proj.{end}": f"{rows}{columns}" for name, rows in zip("qkv", "QKK", strict=True)}
+    return Row(f"{_M}self_attention.linear_qkv.{end}", parts, "qkv", **options)
+
+
+TABLE = (
+    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "VD"}),
+    Row(f"{_M}self_attention.linear_qkv.layer_norm_weight", {f"{_H}input_layernorm.weight": "D"}),
+    _qkv("weight", "D"),
+    _qkv("bias", "", needs="qkv_bias", fill=0.0),
+    Row(f"{_M}self_attention.linear_proj.weight", {f"{_H}self_attn.o_proj.weight": "DQ"}),
+    # or OWN_NORM
+    Row(f"{_M}{FUSED_NORM}", {f"{_H}post_attention_layernorm.weight": "D"}),
+    *_mlp("mlp", "mlp", "I", layers="dense"),
+    Row(f"{_M}mlp.router.weight", {f"{_H}mlp.gate.weight": "ED"}, layers="moe"),
+    *_mlp("mlp.experts.experts", "mlp.experts.*", "F", layers="moe"),
+    *_mlp("mlp.shared_experts", "mlp.shared_expert", "S", "doubled", layers="moe", needs="shared_hidden", fill=0.0),
+    Row(
+        f"{_M}mlp.shared_experts.gate_weight",
+        {f"{_H}mlp.shared_expert_gate.weight": "1D"},
+        layers="moe",
+        needs="shared_gate",
+        fill=0.0,
+    ),
+    Row("decoder.final_layernorm.weight", {"model.norm.weight": "D"}),
+    Row("output_layer.weight", {"lm_head.weight": "VD"}, needs="untied"),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
-    """A Megatron tensor and the weights it is made of.
+    """A Megatron tensor of a model, and the weights it is made of."""
 
-    Attributes:
-        shape: of the tensor.
-        weights: one after the other on the first axis; of a tensor of experts, expert after expert.
-        kind: rows are the weights' own in order, those of query groups in turn, or one expert each.
-    """
-
+    row: Row
+    name: str
     shape: tuple[int, ...]
-    weights: tuple[str, ...]
-    kind: Literal["rows", "groups", "experts"] = "rows"
+    weights: Mapping[str, tuple[int, ...]]
+    """Name -> shape; of a tensor of experts, expert after expert."""
+    is_constant: bool
+    """Whether this model's Megatron has no such tensor, and Hugging Face one of `row.fill`."""
 
 
-def joined(architecture: Architecture, *, moe_norm: NormPlace) -> dict[str, Joined]:
-    """Every tensor of the Megatron checkpoint of a model, in its order.
-
-    Args:
-        architecture: the model.
-        moe_norm: where the norm of sparse layers lies.
-    """
+def tensors_of(architecture: Architecture, *, moe_norm: NormPlace = FUSED_NORM) -> Iterator[Joined]:
+    """The table for one model, in the order of its layers; `moe_norm` is where the norm of sparse layers lies."""
     a = architecture
-    shapes = weight_shapes(a)
-    found: dict[str, Joined] = {}
-
-    def add(name: str, *weights: str, kind: Literal["rows", "groups", "experts"] = "rows") -> None:
-        first = shapes[weights[0]]
-        rows = sum(shapes[weight][0] for weight in weights)
-        shape = (rows, *first[1:])
-        if kind == "experts":
-            shape = (a.num_experts, rows // a.num_experts, *first[1:])
-        found[name] = Joined(shape=shape, weights=weights, kind=kind)
-
-    def add_mlp(module: str, weights: str) -> None:
-        add(f"{module}linear_fc1.weight", f"{weights}gate", f"{weights}up")
-        add(f"{module}linear_fc2.weight", f"{weights}down")
-
-    add("embedding.word_embeddings.weight", "embedding")
-    for layer in range(a.num_layers):
-        m, w = f"decoder.layers.{layer}.", f"layers.{layer}."
-        add(f"{m}self_attention.linear_qkv.layer_norm_weight", f"{w}attention_norm")
-        add(f"{m}self_attention.linear_qkv.weight", *(w + name for name in ATTENTION), kind="groups")
-        if a.qkv_bias:
-            biases = (f"{w}{name}_bias" for name in ATTENTION)
-            add(f"{m}self_attention.linear_qkv.bias", *biases, kind="groups")
-        add(f"{m}self_attention.linear_proj.weight", f"{w}o")
-        if layer in a.dense_layers:
-            add(m + FUSED_NORM, f"{w}mlp_norm")
-            add_mlp(f"{m}mlp.", f"{w}dense.")
-            continue
-        add(m + moe_norm, f"{w}mlp_norm")
-        add(f"{m}mlp.router.weight", f"{w}router")
-        experts = [f"{w}experts.{expert}." for expert in range(a.num_experts)]
-        both = (expert + name for expert in experts for name in ("gate", "up"))
-        add(f"{m}{EXPERTS}linear_fc1.weight", *both, kind="experts")
-        add(f"{m}{EXPERTS}linear_fc2.weight", *(e + "down" for e in experts), kind="experts")
-        if a.shared_hidden:
-            add_mlp(f"{m}mlp.shared_experts.", f"{w}shared.")
-        if a.shared_gate:
-            add(f"{m}mlp.shared_experts.gate_weight", f"{w}shared_gate")
-    add("decoder.final_layernorm.weight", "final_norm")
-    if not a.tied:
-        add("output_layer.weight", "output")
-    return found
+    sizes = {"V": a.vocab_size, "D": a.hidden_size, "Q": a.num_heads * a.head_dim, "K": a.num_kv_heads * a.head_dim}
+    # a shared expert that is not there is written as wide as another: a width of 0 is not loaded everywhere
+    widths = {"F": a.expert_hidden, "S": a.shared_hidden or a.expert_hidden, "I": a.dense_hidden}
+    sizes |= widths | {"E": a.num_experts, "1": 1}
+    for is_in_layer, group in groupby(TABLE, key=lambda row: "*" in row.megatron):
+        rows = tuple(group)
+        for layer in range(a.num_layers if is_in_layer else 1):
+            other = "moe" if layer in a.dense_layers else "dense"
+            for row in rows:
+                is_constant = row.needs is not None and not getattr(a, row.needs)
+                if row.layers == other or (is_constant and row.fill is None):
+                    continue
+                name = row.megatron.replace("*", str(layer))
+                yield _joined(
+                    row, name if other == "moe" else name.replace(FUSED_NORM, moe_norm), layer, sizes, is_constant
+                )
 
 
-class MegatronWeights:
-    """The weights of a model in a checkpoint, each cut out when it is asked for.
-
-    Raises:
-        ValueError: the checkpoint holds other tensors than the model has.
-    """
-
-    def __init__(self, checkpoint: MegatronCheckpoint, architecture: Architecture) -> None:
-        self._checkpoint, self._architecture = checkpoint, architecture
-        self._shapes = weight_shapes(architecture)
-        tensors = joined(architecture, moe_norm=norm_place(checkpoint, architecture))
-        _check_tensors(checkpoint, {name: tensor.shape for name, tensor in tensors.items()})
-        self._held = {w: (name, tensor) for name, tensor in tensors.items() for w in tensor.weights}
-
-    def read(self, weight: str) -> Tensor:
-        """A weight, by its name in `weight_shapes`."""
-        name, tensor = self._held[weight]
-        shape, index = self._shapes[weight], tensor.weights.index(weight)
-        if tensor.kind == "groups":
-            return _out_of_groups(self._checkpoint.read(name), self._architecture)[index]
-        if tensor.kind == "rows":
-            start = sum(self._shapes[before][0] for before in tensor.weights[:index])
-            return self._checkpoint.read_box(name, (start, *(0 for _ in shape[1:])), shape)
-        expert, part = divmod(index, len(tensor.weights) // tensor.shape[0])
-        offset = (expert, part * shape[0], 0)
-        return self._checkpoint.read_box(name, offset, (1, *shape)).squeeze(0)
+def _joined(row: Row, name: str, layer: int, sizes: Mapping[str, int], is_constant: bool) -> Joined:
+    parts = {weight.replace("*", str(layer), 1): [sizes[axis] for axis in axes] for weight, axes in row.weights.items()}
+    num_rows, rest = sum(shape[0] for shape in parts.values()), next(iter(parts.values()))[1:]
+    experts = range(sizes["E"]) if row.is_of_experts else range(1)
+    return Joined(
+        row=row,
+        name=name,
+        shape=(*([len(experts)] if row.is_of_experts else []), num_rows, *rest),
+        weights={weight.replace("*", str(e)): tuple(shape) for e in experts for weight, shape in parts.items()},
+        is_constant=is_constant,
+    )
 
 
-def norm_place(checkpoint: MegatronCheckpoint, architecture: Architecture) -> NormPlace:
-    """Where this checkpoint keeps the norm of sparse layers."""
-    name = f"decoder.layers.{architecture.moe_layers[0]}.{OWN_NORM}"
-    return OWN_NORM if name in checkpoint.names else FUSED_NORM
-
-
-def megatron_weights(
-    architecture: Architecture, read: Callable[[str], Tensor], *, dtype: torch.dtype, moe_norm: NormPlace
-) -> dict[str, LazyWeight]:
-    """The tensors of a model's Megatron checkpoint, each made while it is written.
-
-    Args:
-        architecture: the model.
-        read: gives a weight by its name in `weight_shapes`, in this dtype.
-        dtype: of all of them.
-        moe_norm: where the norm of sparse layers lies.
-    """
+def weight_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every weight's name and shape, in the order of the model."""
     return {
-        name: LazyWeight(shape=tensor.shape, dtype=dtype, rows=_rows(tensor, architecture, read))
-        for name, tensor in joined(architecture, moe_norm=moe_norm).items()
+        name: shape
+        for tensor in tensors_of(architecture)
+        if not tensor.is_constant
+        for name, shape in tensor.weights.items()
     }
 
 
-def _rows(tensor: Joined, architecture: Architecture, read: Callable[[str], Tensor]) -> Callable[[int, int], Tensor]:
-    def rows(start: int, stop: int) -> Tensor:
-        if tensor.kind == "groups":
-            return _into_groups([read(w) for w in tensor.weights], architecture)[start:stop]
-        if tensor.kind == "rows":
-            return torch.cat([read(weight) for weight in tensor.weights])[start:stop]
-        parts = len(tensor.weights) // tensor.shape[0]
-        experts = (tensor.weights[e * parts : (e + 1) * parts] for e in range(start, stop))
-        return torch.stack([torch.cat([read(w) for w in expert]) for expert in experts])
-
-    return rows
-
-
-def _into_groups(qkv: list[Tensor], architecture: Architecture) -> Tensor:
+def into_groups(qkv: Sequence[Tensor], architecture: Architecture) -> Tensor:
     """q, k and v, [heads * head_dim, ...], as Megatron joins them: for each query group its q heads, its k, its v."""
     groups = architecture.num_kv_heads
     cut = [t.reshape(groups, -1, architecture.head_dim, *t.shape[1:]) for t in qkv]
     return torch.cat(cut, dim=1).reshape(-1, *qkv[0].shape[1:])
 
 
-def _out_of_groups(joined_qkv: Tensor, architecture: Architecture) -> list[Tensor]:
-    """The inverse of `_into_groups`."""
+def out_of_groups(joined_qkv: Tensor, architecture: Architecture) -> list[Tensor]:
+    """The inverse of `into_groups`."""
     a = architecture
     rest = joined_qkv.shape[1:]
     heads = joined_qkv.reshape(a.num_kv_heads, -1, a.head_dim, *rest)
@@ -172,20 +176,23 @@ def _out_of_groups(joined_qkv: Tensor, architecture: Architecture) -> list[Tenso
     return [part.reshape(-1, *rest) for part in parts]
 
 
-def _check_tensors(checkpoint: MegatronCheckpoint, wanted: dict[str, tuple[int, ...]]) -> None:
-    stored = {name: info.shape for name, info in checkpoint.names.items()}
+def shape_problems(
+    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], *, optional: Sequence[str] = ()
+) -> list[str]:
+    """What is wrong with the tensors of a file, one sentence each; `optional` ones may be missing."""
     problems = [
         f"{len(names)} tensors {what}, {min(names)} among them"
         for what, names in (
-            ("are missing", wanted.keys() - stored.keys()),
+            ("are missing", wanted.keys() - stored.keys() - set(optional)),
             ("have no place in the model", stored.keys() - wanted.keys()),
         )
         if names
     ]
-    problems += [
-        f"{name} must have the shape {list(wanted[name])}; got {list(shape)}"
-        for name, shape in stored.items()
-        if name in wanted and shape != wanted[name]
-    ][:3]
-    if problems:
-        raise ValueError(f"{checkpoint.path} is not what its flags say: {'; '.join(problems)}")
+    return (
+        problems
+        + [
+            f"{name} must have the shape {list(wanted[name])}; got {list(shape)}"
+            for name, shape in stored.items()
+            if name in wanted and shape != wanted[name]
+        ][:3]
+    )

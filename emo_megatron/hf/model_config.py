@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,26 +14,7 @@ from emo_megatron.config import PoolConfig
 from emo_megatron.hf.architecture import Architecture
 from emo_megatron.hf.mapping import FUSED_NORM, NormPlace
 from emo_megatron.mcore.args import add_pool_args
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Requirement:
-    """A flag, as Megatron's arguments name it, that must have one of these values; absent is as good as the first."""
-
-    name: str
-    values: tuple[Any, ...]
-    reason: str
-
-    def allows(self, value: Any) -> bool:
-        """Whether `value` is one of them; a list is if it has items and each of them is."""
-        if isinstance(value, list) and value not in self.values:
-            return bool(value) and all(self.allows(item) for item in value)
-        return value in self.values
-
-
-def _only(name: str, *values: Any, reason: str) -> Requirement:
-    return Requirement(name=name, values=values, reason=reason)
-
+from emo_megatron.mcore.unsupported import only, problems_of
 
 _ROPE = "positions there are rotary over the whole head, halves apart, unscaled"
 _NORM = "norms there are RMSNorm with the weight as it is, before attention and MLP"
@@ -44,77 +24,76 @@ _ROUTER = "routers there are a softmax and its top-k, without bias, groups or sc
 _RANDOM = "routers there read their input and score it as it is, without noise"
 _DROPLESS = "no token is dropped there"
 REQUIREMENTS = (
-    _only("position_embedding_type", "rope", reason=_ROPE),
-    _only("rotary_percent", 1.0, reason=_ROPE),
-    _only("rotary_interleaved", False, None, reason=_ROPE),
-    _only("use_rope_scaling", False, reason=_ROPE),
-    _only("rotary_seq_len_interpolation_factor", None, 1, reason=_ROPE),
-    _only("no_rope_freq", None, reason=_ROPE),
-    _only("normalization", "RMSNorm", reason=_NORM),
-    _only("layernorm_zero_centered_gamma", False, reason=f"{_NORM} (--apply-layernorm-1p)"),
-    _only("apply_residual_connection_post_layernorm", False, reason=_NORM),
-    _only("swiglu", True, reason=_MLP),
-    _only("add_bias_linear", False, reason=f"{_MLP} (--disable-bias-linear)"),
-    _only("glu_linear_offset", 0.0, reason=_MLP),
-    _only("activation_func_clamp_value", None, reason=_MLP),
-    _only("moe_mlp_glu_interleave_size", None, reason=_MLP),
-    _only("moe_shared_expert_glu_interleave_size", None, reason=_MLP),
-    _only("qk_layernorm", False, reason=_ATTENTION),
-    _only("qk_l2_norm", False, reason=_ATTENTION),
-    _only("multi_latent_attention", False, reason=_ATTENTION),
-    _only("attention_output_gate", False, reason=_ATTENTION),
-    _only("experimental_attention_variant", None, reason=_ATTENTION),
-    _only("window_size", None, reason=_ATTENTION),
-    _only("softmax_type", "vanilla", reason=_ATTENTION),
-    _only("moe_router_score_function", "softmax", reason=_ROUTER),
-    _only("moe_router_enable_expert_bias", False, reason=_ROUTER),
-    _only("moe_router_topk_scaling_factor", None, 1.0, reason=_ROUTER),
-    _only("moe_router_num_groups", None, 1, reason=_ROUTER),
-    _only("moe_router_group_topk", None, 1, reason=_ROUTER),
-    _only("moe_router_topk_limited_devices", None, 0, reason=_ROUTER),
-    _only(
-        "moe_router_load_balancing_type",
-        *BALANCE_LOSSES,
-        reason=f"{_ROUTER}; this one balances the load by choosing other experts than those of the highest score",
+    only("position_embedding_type", "rope", why=_ROPE),
+    only("rotary_percent", 1.0, why=_ROPE),
+    only("rotary_interleaved", False, None, why=_ROPE),
+    only("use_rope_scaling", False, why=_ROPE),
+    only("rotary_seq_len_interpolation_factor", None, 1, why=_ROPE),
+    only("no_rope_freq", None, why=_ROPE),
+    only("normalization", "RMSNorm", why=_NORM),
+    only("layernorm_zero_centered_gamma", False, why=f"{_NORM} (--apply-layernorm-1p)"),
+    only("apply_residual_connection_post_layernorm", False, why=_NORM),
+    only("swiglu", True, why=_MLP),
+    only("add_bias_linear", False, why=f"{_MLP} (--disable-bias-linear)"),
+    only("glu_linear_offset", 0.0, why=_MLP),
+    only("activation_func_clamp_value", None, why=_MLP),
+    only("moe_mlp_glu_interleave_size", None, why=_MLP),
+    only("moe_shared_expert_glu_interleave_size", None, why=_MLP),
+    only("qk_layernorm", False, why=_ATTENTION),
+    only("qk_l2_norm", False, why=_ATTENTION),
+    only("multi_latent_attention", False, why=_ATTENTION),
+    only("attention_output_gate", False, why=_ATTENTION),
+    only("experimental_attention_variant", None, why=_ATTENTION),
+    only("window_size", None, why=_ATTENTION),
+    only("softmax_type", "vanilla", why=_ATTENTION),
+    only("moe_router_score_function", "softmax", why=_ROUTER),
+    only("moe_router_enable_expert_bias", False, why=_ROUTER),
+    only("moe_router_topk_scaling_factor", None, 1.0, why=_ROUTER),
+    only("moe_router_num_groups", None, 1, why=_ROUTER),
+    only("moe_router_group_topk", None, 1, why=_ROUTER),
+    only("moe_router_topk_limited_devices", None, 0, why=_ROUTER),
+    only(
+        *("moe_router_load_balancing_type", *BALANCE_LOSSES),
+        why=f"{_ROUTER}; this one balances the load by choosing other experts than those of the highest score",
     ),
-    _only("moe_router_force_load_balancing", False, reason=_RANDOM),
-    _only("moe_router_force_biased", None, reason=_RANDOM),
-    _only("moe_input_jitter_eps", None, reason=_RANDOM),
-    _only("moe_expert_capacity_factor", None, reason=_DROPLESS),
-    _only("moe_token_dropping", False, reason=_DROPLESS),
-    _only("moe_apply_probs_on_input", False, reason="experts there are weighted by their output"),
-    _only("moe_latent_size", None, reason="experts there work on the hidden size"),
-    _only("mtp_num_layers", None, 0, reason="there is no multi-token prediction"),
-    _only("use_mup", False, reason="there are no multipliers of embedding and logits"),
-    _only("heterogeneous_layers_config_path", None, reason="layers there are alike"),
-    _only("hybrid_layer_pattern", None, reason="layers there are attention and MLP in turn"),
+    only("moe_router_force_load_balancing", False, why=_RANDOM),
+    only("moe_router_force_biased", None, why=_RANDOM),
+    only("moe_input_jitter_eps", None, why=_RANDOM),
+    only("moe_expert_capacity_factor", None, why=_DROPLESS),
+    only("moe_token_dropping", False, why=_DROPLESS),
+    only("moe_apply_probs_on_input", False, why="experts there are weighted by their output"),
+    only("moe_latent_size", None, why="experts there work on the hidden size"),
+    only("mtp_num_layers", None, 0, why="there is no multi-token prediction"),
+    only("use_mup", False, why="there are no multipliers of embedding and logits"),
+    only("heterogeneous_layers_config_path", None, why="layers there are alike"),
+    only("hybrid_layer_pattern", None, why="layers there are attention and MLP in turn"),
 )
 """Flags that change what a model computes, in ways that neither format has."""
-
-
+SAME = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "num_experts": "num_experts",
+    "top_k": "moe_router_topk",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "layernorm_epsilon",
+}
+"""Fields of `Architecture` -> flags of the same value."""
 MODEL_FLAGS = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("group_query_attention", "kv_channels", "max_position_embeddings", "rotary_base"),
-    *("layernorm_epsilon", "untie_embeddings_and_output_weights", "num_experts", "moe_router_topk"),
-    *("moe_router_pre_softmax", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+    *SAME.values(),
+    *("ffn_hidden_size", "group_query_attention", "num_query_groups", "kv_channels", "rotary_base"),
+    *("untie_embeddings_and_output_weights", "moe_router_pre_softmax", "moe_ffn_hidden_size"),
+    "moe_shared_expert_intermediate_size",
 )
 """What `architecture_of` reads beside REQUIREMENTS."""
 
 
 def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
-    """The model in a checkpoint.
-
-    Raises:
-        ValueError: the formats cannot express it; names every flag in the way and why.
-    """
+    """The model in a checkpoint; ValueError names every flag in the way of a Hugging Face format, and why."""
     args = _stored_flags(checkpoint)
     # refuses flags that nobody knows, whether logits will be compared or not
     model_flags(checkpoint, megatron_parser())
-    problems = [
-        f"{requirement.name} must be {_alternatives(requirement.values)}; got {value!r}: {requirement.reason}"
-        for requirement in REQUIREMENTS
-        if not requirement.allows(value := getattr(args, requirement.name, requirement.values[0]))
-    ]
+    problems = problems_of(REQUIREMENTS, args, name_of=str)
     if not checkpoint.moe_layers:
         problems.append("there must be a layer with experts (--num-experts): this model has none")
     if problems:
@@ -126,22 +105,16 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
     dense = tuple(layer for layer in range(args.num_layers) if layer not in sparse)
     heads = args.num_attention_heads
     return Architecture(
+        **{field: getattr(args, name) for field, name in SAME.items()},
         vocab_size=checkpoint.names["embedding.word_embeddings.weight"].shape[0],
-        hidden_size=args.hidden_size,
-        num_layers=args.num_layers,
-        num_heads=heads,
         num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or args.hidden_size // heads,
-        num_experts=args.num_experts,
-        top_k=args.moe_router_topk,
         expert_hidden=args.moe_ffn_hidden_size or args.ffn_hidden_size,
         shared_hidden=args.moe_shared_expert_intermediate_size or 0,
         dense_hidden=args.ffn_hidden_size if dense else 0,
         dense_layers=dense,
         renormalise=not args.moe_router_pre_softmax,
         rope_theta=float(args.rotary_base),
-        max_positions=args.max_position_embeddings,
-        norm_eps=args.layernorm_epsilon,
         tied=not args.untie_embeddings_and_output_weights,
         qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
         shared_gate=bool(getattr(args, "moe_shared_expert_gate", False)),
@@ -149,11 +122,7 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
 
 
 def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
-    """The flags in a checkpoint, those that describe the model at least.
-
-    Raises:
-        ValueError: it lacks some; a version of Megatron that is not supported may have written it.
-    """
+    """The flags in a checkpoint, those that describe the model at least."""
     args = stored_flags(checkpoint)
     missing = [name for name in MODEL_FLAGS if not hasattr(args, name)]
     if missing:
@@ -162,10 +131,6 @@ def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
             "that is not supported; load it in a supported one and save it again"
         )
     return args
-
-
-def _alternatives(values: tuple[Any, ...]) -> str:
-    return " or ".join(repr(value) for value in values)
 
 
 def flags_of(
@@ -207,30 +172,24 @@ def _values(architecture: Architecture) -> dict[str, Any]:
     """What the flags say of the model; the inverse of `architecture_of`."""
     a = architecture
     return {
-        "num_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
+        **{name: getattr(a, field) for field, name in SAME.items()},
         "ffn_hidden_size": a.dense_hidden or a.expert_hidden,
-        "num_attention_heads": a.num_heads,
         "group_query_attention": a.num_kv_heads != a.num_heads,
         "num_query_groups": a.num_kv_heads,
         "kv_channels": a.head_dim,
         "seq_length": a.max_positions,
-        "max_position_embeddings": a.max_positions,
         "position_embedding_type": "rope",
         "rotary_base": int(a.rope_theta) if a.rope_theta.is_integer() else a.rope_theta,
         "rotary_percent": 1.0,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": a.norm_eps,
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": a.qkv_bias,
         "untie_embeddings_and_output_weights": not a.tied,
         "vocab_size": a.vocab_size,
         "padded_vocab_size": a.vocab_size,
-        "num_experts": a.num_experts,
         # a list, even of ones, has Megatron name layers apart
         "moe_layer_freq": ([int(layer in a.moe_layers) for layer in range(a.num_layers)] if a.dense_layers else 1),
-        "moe_router_topk": a.top_k,
         "moe_router_pre_softmax": not a.renormalise,
         "moe_ffn_hidden_size": a.expert_hidden,
         "moe_shared_expert_intermediate_size": a.shared_hidden or None,

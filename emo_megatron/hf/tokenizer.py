@@ -15,11 +15,7 @@ _JSON_FILES = (CONFIG, WHOLE, "special_tokens_map.json", "added_tokens.json")
 class Tokenizer:
     """A Hugging Face tokenizer of a folder; nothing is fetched, and no code of the folder is run.
 
-    Args:
-        path: folder with tokenizer.json or the files of a tokenizer of transformers.
-
-    Raises:
-        ValueError: there is no tokenizer in it, or a damaged one; names the file.
+    The folder holds tokenizer.json or the files of a tokenizer of transformers; ValueError names one that is damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -93,11 +89,7 @@ class Tokenizer:
         return [token for token in tokens if token not in self._tokenizer.get_added_vocab()]
 
     def check(self, *, vocab_size: int) -> None:
-        """Refuse a vocabulary that the embedding has no rows for.
-
-        Raises:
-            ValueError: saying both sizes.
-        """
+        """Refuse a vocabulary that the embedding has no rows for."""
         if len(self) > vocab_size:
             raise ValueError(
                 f"the tokenizer in {self.path} has {len(self)} tokens and the model's embedding {vocab_size} rows: "

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import inspect
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore import combinations
 from emo_megatron.mcore.compat import repair_help
-from emo_megatron.mcore.flags import add_fields
 from emo_megatron.mcore.unsupported import CONVERSATIONS, SCRIPT, Unsupported, problems_of
 
 
@@ -22,7 +26,7 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "document pools", "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min."
     )
-    add_fields(group, PoolConfig, flag=flag)
+    _add_fields(group)
     group.add_argument(
         "--override-pool-config",
         action="store_true",
@@ -43,6 +47,43 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "change them as little as the main loss. Megatron divides by the counted tokens of each rank's micro-batch.",
     )
     return parser
+
+
+def _add_fields(group: argparse._ActionsContainer) -> None:
+    """A flag for every field of PoolConfig; the string under the field serves reader and --help."""
+    kinds, documentation = typing.get_type_hints(PoolConfig), _field_documentation()
+    for field in dataclasses.fields(PoolConfig):
+        options: dict[str, Any] = {"help": documentation[field.name], "default": field.default}
+        kind, *others = typing.get_args(kinds[field.name]) or (kinds[field.name],)
+        if kind is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(kinds[field.name]) is typing.Literal:
+            options["choices"] = (kind, *others)
+        else:
+            options |= {"type": _none_or(kind) if NoneType in others else kind, "metavar": kind.__name__.upper()}
+        group.add_argument(flag(field.name), **options)
+
+
+def _field_documentation() -> dict[str, str]:
+    """Field -> the string under it, from the source."""
+    body = ast.parse(inspect.getsource(PoolConfig)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split()).replace("%", "%%")
+        for field, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _none_or(kind: Any) -> Callable[[str], Any]:
+    """An argparse type that reads "none" as None."""
+
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:

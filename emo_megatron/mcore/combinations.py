@@ -8,17 +8,12 @@ from typing import Any
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 from megatron.core.transformer.moe import moe_layer
 
-from emo_megatron.config import PoolConfig, flag
+from emo_megatron.config import PoolConfig, broken, flag
 from emo_megatron.mcore.unsupported import DEDUP, MODEL, problems_of
 
 GATES = ("sigmoid", "sqrtsoftplus")
 RESTARTS = "nvidia_resiliency_ext"
 """The package behind --inprocess-restart."""
-
-
-def broken(*rules: tuple[object, str]) -> list[str]:
-    """The sentences whose condition holds."""
-    return [sentence for is_broken, sentence in rules if is_broken]
 
 
 def are_for_routers(args: Any) -> bool:

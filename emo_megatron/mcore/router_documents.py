@@ -8,17 +8,18 @@ hook on the model's output, which autograd calls before anything of that backwar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.compat import is_in_backward
 from emo_megatron.mcore.context import PoolScope, Shard, make_scope
-from emo_megatron.mcore.padding import Packing
+from emo_megatron.mcore.padding import Packing, as_exchanged, flatten_received
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,6 +89,39 @@ def forward_with_documents(
     if documents is not None and isinstance(output, Tensor) and output.requires_grad:
         output.register_hook(lambda _: _start_backward(documents))
     return output
+
+
+def forward_stage(
+    model: Any,
+    batch: Mapping[str, Any],
+    documents: RouterDocuments | None,
+    packed: PackedSeqParams | None,
+    *,
+    num_samples: int,
+    is_planned: bool,
+) -> Any:
+    """A micro-batch through this stage: its output, as Megatron's schedules send it; or the plan of the pass.
+
+    Args:
+        model: this stage, or virtual stage.
+        batch: tokens, position_ids, labels and loss_mask, each a tensor or None.
+        documents: as forward_with_documents takes them.
+        packed: the same for a host that carries boundaries.
+        num_samples: of a packed micro-batch whose stages exchange samples; else 1.
+        is_planned: plan the pass and don't run it, as expert-parallel overlap asks.
+    """
+    flatten_received(model, num_samples=num_samples)
+    output = forward_with_documents(
+        model.build_schedule_plan if is_planned else model,
+        documents,
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=packed,
+    )
+    return output if is_planned else as_exchanged(output, model, num_samples=num_samples)
 
 
 BOTH = (

@@ -2,7 +2,7 @@
 
 The pieces `megatron.training.pretrain` asks for, for plain pretraining. Unlike pretrain_gpt.py's, every pipeline stage
 builds the dataset, so that the routers of middle stages see boundaries too; what that script does beyond this is in
-the refusal table.
+mcore/unsupported.py.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from emo_megatron.mcore.batches import (
 from emo_megatron.mcore.combinations import are_for_routers, is_padded
 from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
 from emo_megatron.mcore.mtp_roll import use_packed_roll
-from emo_megatron.mcore.padding import as_exchanged, flatten_received, over_all_tokens
-from emo_megatron.mcore.router_documents import forward_with_documents
+from emo_megatron.mcore.padding import over_all_tokens
+from emo_megatron.mcore.router_documents import forward_stage
 from emo_megatron.mcore.spec import with_pools
 
 SPIKY_LOSS_FACTOR = 10
@@ -130,20 +130,11 @@ def forward_step(
     # padded documents have no samples of one length, and their shapes travel between stages as they are
     is_flat = packed is None or PADDED_TOKENS in batch
     num_samples = 1 if is_flat else len(batch[NUM_PADDING])
-    flatten_received(model, num_samples=num_samples)
+    documents = router_documents(batch)
     with _STRAGGLERS:
-        output = forward_with_documents(
-            model.build_schedule_plan if return_schedule_plan else model,
-            router_documents(batch),
-            batch["tokens"],
-            batch["position_ids"],
-            None,
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            packed_seq_params=packed,
+        output = forward_stage(
+            model, batch, documents, packed, num_samples=num_samples, is_planned=return_schedule_plan
         )
-    if not return_schedule_plan:
-        output = as_exchanged(output, model, num_samples=num_samples)
     padding = _padding(batch)
     return output, functools.partial(loss_func, batch["loss_mask"], padding=padding)
 

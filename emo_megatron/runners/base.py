@@ -61,7 +61,7 @@ class Setting:
     """More of Megatron's flags, which the user gave."""
 
 
-class StudiedModel(Protocol):
+class ExpertRunner(Protocol):
     """A model whose experts can be watched and left out. On several ranks all of them call alike and get the same."""
 
     @property
@@ -108,14 +108,14 @@ class StudiedModel(Protocol):
 
 
 def statistics_of(
-    model: StudiedModel,
+    model: ExpertRunner,
     documents: Sequence[Tensor],
     *,
     summed: Callable[[str], Tensor],
     outputs: bool,
     allowed_LE: Tensor | None,
 ) -> ExpertStatistics:
-    """What a `StudiedModel` answers, from its sums.
+    """What a `ExpertRunner` answers, from its sums.
 
     Args:
         model: the one that is asked.
@@ -147,7 +147,7 @@ def statistics_of(
         raise
 
 
-def check_nats(nats: float, model: StudiedModel, documents: Sequence[Tensor], *, allowed_LE: Tensor | None) -> None:
+def check_nats(nats: float, model: ExpertRunner, documents: Sequence[Tensor], *, allowed_LE: Tensor | None) -> None:
     """Refuse a sum of losses that is not finite. All ranks call alike.
 
     Args:

@@ -26,7 +26,7 @@ from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.select import select_top
 from emo_megatron.experts.stats import ExpertStatistics, load_stats, merge_stats
 from emo_megatron.json_files import from_json, to_json
-from emo_megatron.runners.base import Loss, StudiedModel
+from emo_megatron.runners.base import ExpertRunner, Loss
 
 FOLDER = "EMO_MEGATRON_CACHE"
 """Variable with the folder of the cache; by default emo_megatron in XDG_CACHE_HOME or ~/.cache."""
@@ -165,14 +165,14 @@ class Measured:
         cache: the answers.
     """
 
-    def __init__(self, model: StudiedModel, cache: Cache) -> None:
+    def __init__(self, model: ExpertRunner, cache: Cache) -> None:
         self.model, self._cache = model, cache
         self.facts, self.setting, self.is_writer = model.facts, model.setting, model.is_writer
         self.from_writer = model.from_writer
         self._setting = asdict(self.setting) | {"routers": model.facts.fingerprint, "version": __version__}
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
-        """Mean loss on documents, see StudiedModel."""
+        """Mean loss on documents, see ExpertRunner."""
 
         def find() -> dict[str, Any]:
             return asdict(self.model.loss(documents.tokens, allowed_LE=allowed_LE))
@@ -192,7 +192,7 @@ class Measured:
         return found
 
     def statistics(self, documents: Documents, *, outputs: bool) -> ExpertStatistics:
-        """What the experts do on documents, see StudiedModel; kept as it comes, so that an interrupted pass goes on."""
+        """What the experts do on documents, see ExpertRunner; kept as it comes, so that an interrupted pass goes on."""
         question = self._question("statistics", documents, None) | {"outputs": outputs}
         total = self.from_writer(lambda: self._cache.get_statistics(question))
         done = 0 if total is None else total.num_documents

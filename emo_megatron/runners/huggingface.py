@@ -1,4 +1,4 @@
-"""A Hugging Face model under study: what its experts do, and its loss with some of them, through hooks.
+"""Run a Hugging Face model and watch it: what its experts do, and its loss with some of them, through hooks.
 
 For mixture-of-experts models of transformers whose layers have a softmax router `gate` beside `experts` (OLMoE, Qwen2-
 and Qwen3-MoE), and the authors' EMO, which is exactly a Qwen2-MoE and is run as one, without remote code.
@@ -9,9 +9,8 @@ Shapes: B rows, S positions, T = B * S tokens, E routed experts, K experts a tok
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from emo_megatron.experts.calibration import Row, pack_rows
 from emo_megatron.experts.selection import router_fingerprint
 from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
-from emo_megatron.files import one_line, writing
+from emo_megatron.files import one_line
 from emo_megatron.finite import check_named_weight
 from emo_megatron.json_files import read_object
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
@@ -37,40 +36,19 @@ def load_hugging_face(path: Path) -> Any:
     """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched."""
     from transformers import AutoModelForCausalLM
 
+    from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
+
     kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(
             f"experts are studied in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
         )
-    with _as_stock(path, kind) as folder:
+    with as_stock(HuggingFaceFolder(path)) if kind == "emo" else nullcontext(path) as folder:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is not whole: {one_line(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-@contextmanager
-def _as_stock(path: Path, kind: str) -> Iterator[Path]:
-    """A folder that stock transformers loads."""
-    if kind != "emo":
-        yield path
-        return
-    from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
-    from emo_megatron.hf.qwen2_moe import QWEN2_MOE
-
-    stored = HuggingFaceFolder(path)
-    with tempfile.TemporaryDirectory() as folder:
-        with writing(Path(folder)):
-            write_folder(
-                Path(folder),
-                format=QWEN2_MOE,
-                architecture=stored.architecture,
-                read=stored.weight,
-                dtype=stored.dtype,
-                extra_config={},
-            )
-        yield Path(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +61,8 @@ class _Batch:
     is_real_BS: Tensor
 
 
-class HuggingFaceStudy:
-    """A `StudiedModel` over a model of transformers, in one process.
+class HuggingFaceRunner:
+    """A `ExpertRunner` over a model of transformers, in one process.
 
     Args:
         model: a causal language model.
@@ -108,13 +86,13 @@ class HuggingFaceStudy:
         return True
 
     def from_writer[T](self, read: Callable[[], T]) -> T:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         return read()
 
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         observers = self._observe(allowed_LE, outputs=outputs, is_summing=True)
         try:
             for batch in self._batches(documents):
@@ -131,7 +109,7 @@ class HuggingFaceStudy:
         return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         observers = self._observe(allowed_LE, outputs=False, is_summing=False)
         total, count = 0.0, 0
         try:

@@ -1,4 +1,4 @@
-"""A Megatron model under study: what its experts do, and its loss with some of them, under any parallel layout.
+"""Run a Megatron model and watch it: what its experts do, and its loss with some of them, under any parallel layout.
 
 Shapes: L MoE layers of the whole model, E routed experts.
 """
@@ -26,8 +26,8 @@ from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, stat
 from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs, check_weights, model_weights
 
 
-class MegatronStudy:
-    """A `StudiedModel` over this process's part of a Megatron model. Every rank makes the same calls.
+class MegatronRunner:
+    """A `ExpertRunner` over this process's part of a Megatron model. Every rank makes the same calls.
 
     Args:
         model: the GPTModel of this pipeline stage, whose MoE layers are PoolMoELayers and whose pools are off in
@@ -60,7 +60,7 @@ class MegatronStudy:
         return dist.get_rank() == 0
 
     def from_writer[T](self, read: Callable[[], T]) -> T:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         found: list[Any] = [None, None]
         if self.is_writer:
             try:
@@ -76,7 +76,7 @@ class MegatronStudy:
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         if outputs:
             check_outputs(self._model.config)
         observers = [LayerObserver(layer, outputs=outputs) for layer in self._layers]
@@ -93,7 +93,7 @@ class MegatronStudy:
         return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """See StudiedModel."""
+        """See ExpertRunner."""
         entries = self._run(documents, allowed_LE)
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         # on the last stage every tensor-parallel rank has the losses of all tokens

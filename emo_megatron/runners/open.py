@@ -18,7 +18,7 @@ from emo_megatron.experts.calibration import (
     read_documents,
 )
 from emo_megatron.hf.tokenizer import Tokenizer
-from emo_megatron.runners.base import StudiedModel
+from emo_megatron.runners.base import ExpertRunner
 
 LONGEST_ROW = 4096
 """Tokens of a row where nobody says otherwise and the model could take more."""
@@ -34,7 +34,7 @@ def is_hugging_face(checkpoint: Path) -> bool:
 
 def open_hugging_face(
     folder: Path, *, texts: Sequence[Path], tokenizer: Path | None, seq_length: int | None, rows: int
-) -> tuple[StudiedModel, Read]:
+) -> tuple[ExpertRunner, Read]:
     """The model of a Hugging Face folder.
 
     Args:
@@ -45,7 +45,7 @@ def open_hugging_face(
         rows: rows at once.
     """
     from emo_megatron.json_files import checked, read_object
-    from emo_megatron.runners.huggingface import HuggingFaceStudy, load_hugging_face
+    from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face
 
     config = folder / "config.json"
     described = read_object(config, kind="a model's configuration")
@@ -56,8 +56,8 @@ def open_hugging_face(
         reader.check(vocab_size=vocab_size)
     model = load_hugging_face(folder)
     seq_length = seq_length or min(model.config.max_position_embeddings, LONGEST_ROW)
-    study = HuggingFaceStudy(model, seq_length=seq_length, rows_at_once=rows)
-    return study, _reading(reader, vocab_size)
+    runner = HuggingFaceRunner(model, seq_length=seq_length, rows_at_once=rows)
+    return runner, _reading(reader, vocab_size)
 
 
 def open_megatron(
@@ -69,7 +69,7 @@ def open_megatron(
     tokenizer: Path | None,
     seq_length: int | None,
     rows: int,
-) -> tuple[StudiedModel, Read]:
+) -> tuple[ExpertRunner, Read]:
     """This process's part of the model of a Megatron checkpoint. Starts Megatron, which a process can do once.
 
     Args:
@@ -96,14 +96,14 @@ def open_megatron(
     # they import Megatron, which its stand-ins for a CPU must precede
     from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.dataset import IndexedDocuments
-    from emo_megatron.runners.megatron import MegatronStudy
+    from emo_megatron.runners.megatron import MegatronRunner
 
     seq_length = seq_length or min(args.seq_length, LONGEST_ROW)
     check_rows(seq_length, rows=rows, args=args)
-    study = MegatronStudy(
+    runner = MegatronRunner(
         model, facts=facts_of(stored), seq_length=seq_length, rows_at_once=rows, megatron=shlex.join(more)
     )
-    return study, _reading(reader, vocab_size, IndexedDocuments)
+    return runner, _reading(reader, vocab_size, IndexedDocuments)
 
 
 def _reading(tokenizer: TextTokenizer | None, vocab_size: int, read_indexed: ReadIndexed | None = None) -> Read:

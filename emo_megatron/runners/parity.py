@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,8 @@ from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
 from emo_megatron.checkpoint.names import is_of_experts, split_name
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.finite import NotFiniteError, check_weight, first_bad
-from emo_megatron.hf.architecture import weight_shapes
-from emo_megatron.hf.card import Parity
-from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
-from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
-from emo_megatron.hf.qwen2_moe import QWEN2_MOE
+from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
+from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM, weight_shapes
 from emo_megatron.mcore import cpu
 from emo_megatron.runners.loading import megatron_refusals
 from emo_megatron.variables import as_no_other_job
@@ -45,18 +41,31 @@ ROUNDED_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
-    """What an export or an import made.
+class Parity:
+    """How far the exported model is from the one in Megatron, on the same random tokens in float32."""
 
-    Attributes:
-        path: its folder.
-        parity: None where it was not measured.
-        has_tokenizer: whether a tokenizer was found and lies in the folder.
-    """
+    tokens: int
+    max_difference: float
+    """Between two logits."""
+    max_logit: float
+    """The largest absolute one, for comparison."""
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of a logit {self.max_difference:.1e} over {self.tokens} tokens "
+            f"(largest logit {self.max_logit:.3g})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What an export or an import made."""
 
     path: Path
     parity: Parity | None
+    """None where it was not measured."""
     has_tokenizer: bool
+    """Whether a tokenizer was found and lies in the folder."""
 
     def __str__(self) -> str:
         lines = [str(self.path)]
@@ -67,24 +76,12 @@ class Converted:
         return "\n".join(lines)
 
 
-def check_parity_tokens(tokens: int) -> None:
-    """Refuse a number of tokens below 0.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if tokens < 0:
-        raise ValueError(f"--parity-tokens must be 0 or more; got {tokens}")
-
-
 def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int) -> Parity:
     """The difference between both models' logits on one sequence of so many random tokens.
 
-    The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation.
-
-    Raises:
-        NotFiniteError: a logit of one of them is not finite; names the weight that makes it so, if there is one.
-        RuntimeError: they differ by more than the tolerance, so one of the two is another model.
+    The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation. Logits that
+    are not finite are a NotFiniteError, which names the weight that makes them so if there is one; logits that differ
+    by more than the tolerance are a RuntimeError.
     """
     tokens = min(tokens, folder.architecture.max_positions)
     generator = torch.Generator().manual_seed(0)
@@ -126,18 +123,7 @@ def hugging_face_logits(folder: HuggingFaceFolder, tokens_T: Tensor) -> Tensor:
     """[T, V] float32 of the model in a folder; the authors' format through Qwen2-MoE, which needs no code of theirs."""
     from transformers import Qwen2MoeForCausalLM
 
-    with contextlib.ExitStack() as stack:
-        path = folder.path
-        if folder.format is not QWEN2_MOE:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent)))
-            write_folder(
-                path,
-                format=QWEN2_MOE,
-                architecture=folder.architecture,
-                read=folder.weight,
-                dtype=torch.float32,
-                extra_config={},
-            )
+    with as_stock(folder, dtype=torch.float32, under=folder.path.parent) as path:
         model: Any = Qwen2MoeForCausalLM.from_pretrained(
             str(path), dtype=torch.float32, local_files_only=True, attn_implementation="eager"
         ).eval()

@@ -59,7 +59,7 @@ def test_every_flag_of_the_older_megatron_is_in_one_list():
 
 
 def test_what_an_export_reads_or_refuses_changes_the_function():
-    assert {r.name for r in REQUIREMENTS} | set(MODEL_FLAGS) <= model_flags.FUNCTION
+    assert {r.field for r in REQUIREMENTS} | set(MODEL_FLAGS) <= model_flags.FUNCTION
 
 
 def test_a_flag_that_is_not_known_is_refused_unless_it_is_at_its_default():

@@ -221,6 +221,15 @@ def test_what_is_no_files_fault_is_told_as_it_is(error, wrap):
     assert found.value is error
 
 
+@pytest.mark.parametrize("name", ["mlp.linear_fc1.weight_v", "mlp.experts.experts.1.linear_fc1.weight"])
+def test_a_part_of_a_weight_is_refused(name, tmp_path):
+    """The other half, or the first expert, would be read as whatever memory holds."""
+    weights = {f"decoder.layers.0.{name}": torch.ones(2, 2)}
+    written = write_checkpoint(tmp_path / "part", weights, args=argparse.Namespace())
+    with pytest.raises(ValueError, match=r"part of decoder\.layers\.0\.mlp.*linear_fc1"):
+        MegatronCheckpoint(written)
+
+
 def test_no_file_is_replaced_by_a_checkpoint(saved, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file exists; name one that does not"):

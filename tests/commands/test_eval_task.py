@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import decoder, words
 
-from emo_megatron.commands.eval_task import EvaluationTaskOptions, write_evaluation_task
+from emo_megatron.commands import eval_task
 from emo_megatron.hf.folder import FORMATS, write_folder
 from emo_megatron.hf.tokenizer import Tokenizer
 
@@ -59,8 +59,8 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     # a folder with a name that is a pattern, and documents of which some are lists, templates or numbers
     tasks = tmp_path / "run [1]*? #%'\\" / "tasks"
     texts = [*TEXTS, *ANY]
-    write_evaluation_task(
-        EvaluationTaskOptions(
+    eval_task.run(
+        eval_task.Options(
             documents=write_texts(tmp_path / "held_out.jsonl", texts), name="held-out", model=exported, output=tasks
         )
     )
@@ -109,7 +109,7 @@ def test_documents_that_make_no_task_are_refused(exported: Path, tmp_path: Path,
     documents = write_texts(tmp_path / "d.jsonl", texts)
     tasks = tmp_path / "tasks"
     with pytest.raises(ValueError, match=rf"d\.jsonl.*{what}"):
-        write_evaluation_task(EvaluationTaskOptions(documents=documents, name="t", model=exported, output=tasks))
+        eval_task.run(eval_task.Options(documents=documents, name="t", model=exported, output=tasks))
     assert not tasks.exists()
 
 
@@ -118,25 +118,23 @@ def test_what_is_left_out_is_counted_and_what_is_taken_stays(
 ) -> None:
     documents = write_texts(tmp_path / "d.jsonl", ["", *ANY, "<|endoftext|>", "unheard words"])
     options = {"documents": documents, "model": exported, "output": tmp_path}
-    write_evaluation_task(EvaluationTaskOptions(name="all", **options))
+    eval_task.run(eval_task.Options(name="all", **options))
     assert capsys.readouterr().err.startswith("2 documents")
     lines = (tmp_path / "all.jsonl").read_bytes().decode().rstrip("\n").split("\n")
     # word by word the tokenizer knows hardly any of it
     assert [json.loads(line)["text"] for line in lines] == [*ANY, "unheard words"]
-    write_evaluation_task(EvaluationTaskOptions(name="few", num_tokens=1, **options))
+    eval_task.run(eval_task.Options(name="few", num_tokens=1, **options))
     (line,) = (tmp_path / "few.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == ANY[0]
     with pytest.raises(ValueError, match="--num-tokens must be 1"):
-        write_evaluation_task(EvaluationTaskOptions(name="none", num_tokens=0, **options))
+        eval_task.run(eval_task.Options(name="none", num_tokens=0, **options))
 
 
 @pytest.mark.parametrize("name", ["a::b", "$HOME", "x${HOME}"])
 def test_a_folder_that_lm_eval_cannot_name_is_refused(exported: Path, tmp_path: Path, name: str) -> None:
     documents = write_texts(tmp_path / "d.jsonl", TEXTS)
     with pytest.raises(ValueError, match="--output"):
-        write_evaluation_task(
-            EvaluationTaskOptions(documents=documents, name="t", model=exported, output=tmp_path / name)
-        )
+        eval_task.run(eval_task.Options(documents=documents, name="t", model=exported, output=tmp_path / name))
     assert not (tmp_path / name).exists()
 
 
@@ -144,8 +142,8 @@ def test_a_folder_that_lm_eval_cannot_name_is_refused(exported: Path, tmp_path: 
 def test_a_task_names_its_documents_in_any_folder(exported: Path, tmp_path: Path, name: str) -> None:
     datasets = pytest.importorskip("datasets")
     yaml = pytest.importorskip("yaml")
-    task = write_evaluation_task(
-        EvaluationTaskOptions(
+    task = eval_task.run(
+        eval_task.Options(
             documents=write_texts(tmp_path / "d.jsonl", ANY), name="t", model=exported, output=tmp_path / name
         )
     )
@@ -164,14 +162,14 @@ def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
     save_file(
         {"tokens": flat, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, tmp_path / "held_out.safetensors"
     )
-    options = EvaluationTaskOptions(
+    options = eval_task.Options(
         documents=tmp_path / "held_out.safetensors",
         name="tokens",
         model=exported,
         output=tmp_path / "tasks",
         num_tokens=10,
     )
-    task = write_evaluation_task(options)
+    task = eval_task.run(options)
     lines = (tmp_path / "tasks" / "tokens.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == TEXTS[:2]
     assert task.read_text().startswith('task: "tokens"\n')
@@ -179,9 +177,7 @@ def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_name_is_refused(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--name must be letters.*got 'a b'"):
-        write_evaluation_task(
-            EvaluationTaskOptions(documents=tmp_path / "x.jsonl", name="a b", model=exported, output=tmp_path)
-        )
+        eval_task.run(eval_task.Options(documents=tmp_path / "x.jsonl", name="a b", model=exported, output=tmp_path))
     assert not list(tmp_path.glob("*.yaml"))
 
 
@@ -190,10 +186,8 @@ def test_no_task_and_no_documents_are_written_over(tmp_path: Path, name: str) ->
     mine = tmp_path / name
     mine.write_text("mine")
     # refused before documents or tokenizer are looked at: neither is there
-    options = EvaluationTaskOptions(
-        documents=tmp_path / "no.jsonl", name="french", model=tmp_path / "no", output=tmp_path
-    )
+    options = eval_task.Options(documents=tmp_path / "no.jsonl", name="french", model=tmp_path / "no", output=tmp_path)
     with pytest.raises(ValueError, match=f"{name} exists; name one that does not"):
-        write_evaluation_task(options)
+        eval_task.run(options)
     assert mine.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [mine]

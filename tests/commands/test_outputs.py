@@ -26,8 +26,6 @@ ELSEWHERE = {
     "env",
     # writes checkpoints by Megatron-Bridge, which goes on with what it finds
     "bridge",
-    # goes on with what it finds in its folder
-    "demo",
     # adds to a folder, see tests/commands/test_eval_task.py
     "eval-task",
 }

@@ -10,12 +10,13 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from emo_megatron.demo import corpus as corpora
-from emo_megatron.demo import sources
-from emo_megatron.demo.corpus import Corpus, CorpusConfig, describe, prepare_corpus
-from emo_megatron.demo.sources import Machine, Source
+from demo import corpus as corpora
+from demo import sources
+from demo.corpus import Corpus, CorpusConfig, describe, prepare_corpus
+from demo.sources import Machine, Source
 from emo_megatron.mcore.dataset import write_indexed_dataset
 
 ALPHABETS = {"latin": "abcdefghij", "cyrillic": "абвгдежзик", "digits": "0123456789"}
@@ -52,19 +53,20 @@ def corpus(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def _documents(corpus: Corpus) -> dict[str, list[list[int]]]:
-    dataset = IndexedDataset(str(corpus.train_prefix))
+    dataset = IndexedDataset(str(corpus.path / "train"))
     documents = {"train": [dataset[index].tolist() for index in range(len(dataset))]}
     for split in corpora.HELD_OUT_SPLITS:
         documents[split] = []
         for domain in corpus.domains:
-            tokens, ends = corpus.documents(split, domain)
+            held_out = load_file(corpus.path / split / f"{domain}.safetensors")
+            tokens, ends = held_out["tokens"], held_out["cu_seqlens"]
             assert tokens.dtype == ends.dtype == torch.int32
             documents[split] += [tokens[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
     return documents
 
 
 def _texts(corpus: Corpus) -> dict[str, list[str]]:
-    decode = AutoTokenizer.from_pretrained(corpus.tokenizer_dir).decode
+    decode = AutoTokenizer.from_pretrained(corpus.path / "tokenizer").decode
     return {split: [decode(ids[:-1]) for ids in d] for split, d in _documents(corpus).items()}
 
 
@@ -83,28 +85,28 @@ def test_documents_come_back_whole_mixed_and_in_one_split_only(folders: Path, co
 
 def test_every_document_ends_with_the_only_eod_in_it(corpus: Corpus) -> None:
     for tokens in itertools.chain.from_iterable(_documents(corpus).values()):
-        assert tokens.index(corpus.eod_token) == len(tokens) - 1
+        assert tokens.index(corpora.EOD_TOKEN) == len(tokens) - 1
 
 
 def test_megatron_reads_what_the_manifest_says(corpus: Corpus) -> None:
-    dataset = IndexedDataset(str(corpus.train_prefix))
+    dataset = IndexedDataset(str(corpus.path / "train"))
     rows = corpus.manifest["domains"].values()
     assert len(dataset) == sum(row["documents"]["train"] for row in rows)
     assert int(dataset.sequence_lengths.sum()) == corpus.train_tokens
     assert len(dataset.document_indices) == len(dataset) + 1
     assert dataset.index.dtype.__name__ == "uint16"
     for domain, split in itertools.product(corpus.domains, corpora.HELD_OUT_SPLITS):
-        tokens, cu_seqlens = corpus.documents(split, domain)
+        tokens, cu_seqlens = load_file(corpus.path / split / f"{domain}.safetensors").values()
         row = corpus.manifest["domains"][domain]
         assert len(tokens) == cu_seqlens[-1] == row["tokens"][split]
         assert len(cu_seqlens) == row["documents"][split] + 1
 
 
 def test_the_tokenizer_loads_in_transformers_and_megatron(corpus: Corpus) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
-    assert len(tokenizer) == corpus.vocab_size <= 400
-    assert tokenizer.eos_token_id == corpus.eod_token == 0
-    assert HuggingFaceTokenizer(str(corpus.tokenizer_dir)).eos_id == 0
+    tokenizer = AutoTokenizer.from_pretrained(corpus.path / "tokenizer")
+    assert len(tokenizer) == corpus.manifest["vocab_size"] <= 400
+    assert tokenizer.eos_token_id == corpora.EOD_TOKEN == corpus.manifest["eod_token"] == 0
+    assert HuggingFaceTokenizer(str(corpus.path / "tokenizer")).eos_id == 0
     text = "  spaces,\tжизнь\n\nand symbols \U0001f600 <|"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -135,7 +137,7 @@ def test_a_finished_corpus_is_returned_without_reading_or_writing(
         assert prepare_corpus(tmp_path, _config(folders)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
     # another config, and a run that was cut off before the manifest, start over
-    assert prepare_corpus(tmp_path, _config(folders, vocab_size=300)).vocab_size == 300
+    assert prepare_corpus(tmp_path, _config(folders, vocab_size=300)).manifest["vocab_size"] == 300
     (tmp_path / "corpus.json").unlink()
     (tmp_path / "train.bin").write_bytes(b"cut off")
     assert prepare_corpus(tmp_path, _config(folders)).manifest == first.manifest
@@ -162,10 +164,10 @@ def test_unusable_documents_and_copies_are_left_out(tmp_path: Path) -> None:
 
 def test_long_documents_are_cut_at_a_line_end() -> None:
     text = "".join(f"line {number}  \r\n\n\n\n" for number in range(100))
-    cut = corpora._clean(text, max_chars=95)
+    cut = corpora.clean(text, max_chars=95)
     assert cut == "\n\n".join(f"line {number}" for number in range(len(cut.split("\n\n"))))
     assert 80 <= len(cut) <= 95
-    assert corpora._clean("x" * 200, max_chars=95) == "x" * 95
+    assert corpora.clean("x" * 200, max_chars=95) == "x" * 95
 
 
 def test_no_domain_has_more_training_tokens_than_the_median_one(tmp_path: Path) -> None:
@@ -216,13 +218,6 @@ def test_a_source_is_read_no_further_than_needed() -> None:
     assert len(corpora._read(texts, seen=set(), config=_config(None, bytes_per_domain=1))) == 12
 
 
-def test_bad_configs_and_questions_name_every_problem(corpus: Corpus) -> None:
-    with pytest.raises(ValueError, match=r"max_domains must be 3.*vocab_size.*fractions"):
-        CorpusConfig(max_domains=2, vocab_size=10, validation_fraction=0.5)
-    with pytest.raises(ValueError, match="got 'train', 'latin'"):
-        corpus.documents("train", "latin")
-
-
 @pytest.mark.parametrize("documents", [[[1, 2], []], [[1, 5]], [[-1]], []])
 def test_bad_documents_leave_no_dataset(tmp_path: Path, documents: list[list[int]]) -> None:
     with pytest.raises(ValueError, match=r"document"):
@@ -259,8 +254,8 @@ def _catalog(messages: dict[str, str], *, order: str) -> bytes:
 
 def test_sources_find_nothing_on_an_empty_machine(tmp_path: Path) -> None:
     names = [source.name for source in sources.MACHINE_SOURCES]
-    assert [name for name in names if _found(_machine(tmp_path, {}), name)] == ["unicode"]
-    assert len(names) == len(set(names)) >= 12
+    assert not any(_found(_machine(tmp_path, {}), name) for name in names)
+    assert len(names) == len(set(names)) >= 8
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -268,11 +263,11 @@ def test_message_catalogs_give_their_translations(tmp_path: Path, order: str) ->
     long, plural = "Tür und Tor geschlossen", "eine Datei gelöscht\0%d Dateien gelöscht"
     texts = {"": "Content-Type: text/plain; charset=UTF-8", "door": long, "a\0b": plural}
     data = _catalog(texts | {"same " * 4: "same " * 4, "ok": "ja"}, order=order)
-    folder = "usr/share/locale/de/LC_MESSAGES"
+    folder = "usr/share/locale/fr/LC_MESSAGES"
     iso = _catalog({"a": "Namen von Sprachen, Namen von Orten"}, order=order)
     files = {f"{folder}/a.mo": data, f"{folder}/iso_639.mo": iso, f"{folder}/cut.mo": data[:60]}
     machine = _machine(tmp_path, files | {f"{folder}/no.mo": b"something else"})
-    assert _found(machine, "de") == [f"{long}\n{plural}".replace("\0", "\n")]
+    assert _found(machine, "fr") == [f"{long}\n{plural}".replace("\0", "\n")]
 
 
 def test_man_pages_become_plain_text(tmp_path: Path) -> None:
@@ -313,14 +308,10 @@ def test_code_is_cut_into_definitions_without_licences(tmp_path: Path) -> None:
     }
     machine = _machine(tmp_path, files)
     assert _found(machine, "python") == [function]
-    assert _found(machine, "unit_test") == [function.replace("read", "test_read")]
     assert _found(machine, "docstring") == ["Read it. " * 70]
     assert _found(machine, "c_header") == [f"#ifndef A\n{note}#endif\n"]
     assert _found(machine, "javascript") == ["\n// adds\nf = (a) => a;\n"]
     assert _found(machine, "perl") == ["use strict;\n"]
-    (listing,) = _found(machine, "bytecode")
-    assert "STORE_FAST" in listing
-    assert "0x" not in listing
 
 
 def test_debian_packages_and_changelogs_count_once_a_source(tmp_path: Path) -> None:

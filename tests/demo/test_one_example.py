@@ -17,7 +17,7 @@ from support.pretraining import ROOT
 
 from emo_megatron.experts.calibration import Calibration, load_documents
 from emo_megatron.experts.select import select_by_stats, select_random
-from emo_megatron.runners.huggingface import HuggingFaceStudy, load_hugging_face
+from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face
 
 DEMO = Path(os.environ.get("EMO_DEMO", ROOT / "runs" / "demo"))
 KEEP = 8
@@ -40,7 +40,7 @@ def model(tmp_path_factory):
     command = (sys.executable, "-m", "emo_megatron", *step)
     tokenizer = ("--tokenizer", DEMO / "corpus" / "tokenizer")
     subprocess.run([str(part) for part in (*command, *tokenizer)], check=True, cwd=ROOT)
-    return HuggingFaceStudy(load_hugging_face(folder), seq_length=256, rows_at_once=8)
+    return HuggingFaceRunner(load_hugging_face(folder), seq_length=256, rows_at_once=8)
 
 
 def test_one_example_chooses_as_well_as_many(model):

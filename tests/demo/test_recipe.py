@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import signal
 from pathlib import Path
 
 import pytest
+import tyro
 
-from emo_megatron import processes
+from demo import recipe
 from emo_megatron.checkpoint.reader import num_shared_experts
+from emo_megatron.commands import retention
 from emo_megatron.config import PoolConfig
-from emo_megatron.demo import jobs, recipe, run
-from emo_megatron.demo.corpus import Corpus
 from emo_megatron.experts.select import parse_keep
 from emo_megatron.experts.stats import ModelFacts
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 
 
 def _flags(model, size=recipe.FULL):
-    return recipe.megatron_flags(size, model, tokenizer=Path("tok"), data_prefix=Path("data"), run_dir=Path("run"))
+    return recipe.megatron_flags(size, model, corpus=Path("corpus"), run_dir=Path("run"))
 
 
 def _pool(model, size=recipe.FULL):
@@ -40,7 +38,7 @@ def test_the_three_models_differ_in_experts_and_pools_only():
     assert len({m.seed for m in models.values()}) == 1
 
 
-@pytest.mark.parametrize("size", [recipe.FULL, recipe.QUICK, recipe.ON_GPU, recipe.ON_GPU_QUICK])
+@pytest.mark.parametrize("size", [recipe.FULL, recipe.QUICK])
 def test_every_pool_configuration_is_valid(size):
     everything = [*recipe.main_models(size, seed=1), *recipe.extra_models(size, seed=1)]
     pools = {m.name: _pool(m, size) for m in everything}
@@ -55,35 +53,13 @@ def test_every_pool_configuration_is_valid(size):
     assert pools["emo-ignores-boundaries"].pool_scope == "sample"
 
 
-@pytest.mark.parametrize("size", [recipe.ON_GPU, recipe.ON_GPU_QUICK])
-def test_a_step_of_several_micro_batches_balances_over_them(size):
-    assert size.rows % size.rows_at_once == 0 < size.rows - size.rows_at_once
-    emo, *others = recipe.main_models(size, seed=1)
-    assert _pool(emo, size).pool_balance == "running"
-    for model in (emo, *others):
-        flags = _flags(model, size)
-        given = dict(itertools.pairwise(flags))
-        assert given["--micro-batch-size"] == str(size.rows_at_once)
-        assert given["--global-batch-size"] == str(size.rows)
-        assert given["--transformer-impl"] == "local"
-        assert "--bf16" in flags
-
-
-def test_fewer_steps_shorten_every_schedule():
-    size = dataclasses.replace(recipe.ON_GPU, steps=200)
-    emo = recipe.main_models(size, seed=1)[0]
-    flags = dict(itertools.pairwise(_flags(emo, size)))
-    assert flags["--train-iters"] == "200"
-    assert int(flags["--lr-warmup-iters"]) == 50 < recipe.ON_GPU.warmup
-    assert _pool(emo, size).pool_min_decay_samples == 120 * size.rows
-    assert size.tokens == 200 * 128 * 1024
-
-
-@pytest.mark.parametrize("size", [recipe.FULL, recipe.ON_GPU])
+@pytest.mark.parametrize(
+    "size", [recipe.FULL, dataclasses.replace(recipe.FULL, shared_hidden=100, flags=("--bf16", "--swiglu"))]
+)
 def test_modules_keep_the_fractions_of_the_routed_experts(size, tmp_path):
     model = recipe.main_models(size, seed=1)[0]
-    corpus = Corpus(path=tmp_path, manifest={})
-    options = run.retention_options(model, size, corpus=corpus, output=tmp_path)
+    flags = recipe.retention_flags(size, model, corpus=tmp_path, run_dir=tmp_path / "emo")
+    options = tyro.cli(retention.Options, args=flags)
     facts = ModelFacts(
         fingerprint="f00d",
         num_experts=size.experts,
@@ -99,7 +75,8 @@ def test_modules_keep_the_fractions_of_the_routed_experts(size, tmp_path):
     )
     kept = [parse_keep(text, facts) for text in options.keep]
     assert kept == [size.experts * fraction for fraction in size.fractions]
-    assert options.megatron.split() == list(size.flags)
+    assert (options.megatron or "").split() == list(size.flags)
+    assert [parse_keep(text, facts) for text in options.cross] == [size.experts // 4]
 
 
 def test_ablations_see_as_many_tokens_a_step():
@@ -110,46 +87,20 @@ def test_ablations_see_as_many_tokens_a_step():
         assert tokens == recipe.FULL.rows * recipe.FULL.seq_length, model.name
 
 
-def _job(tmp_path, name, code, total=2):
-    marker = tmp_path / f"{name}.done"
-    return jobs.Job(
-        title=name,
-        command=["python3", "-c", code.format(marker=marker)],
-        log=tmp_path / f"{name}.log",
-        total=total,
-        done=lambda: 1,
-        is_finished=marker.exists,
-    )
+def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path):
+    first = recipe.Options(output=tmp_path / "a run", quick=True)
+    known = recipe.plan(first)
+    assert recipe.plan(first) == known
+    assert known["models"].split() == ["emo", "standard", "small"]
+    flags = (tmp_path / "a run" / "emo" / "train.flags").read_text().split("\0")
+    assert flags[flags.index("--data-path") + 1] == str(tmp_path / "a run" / "corpus" / "train")
+    with pytest.raises(ValueError, match=r"seed is 1234 there and 1 here.*--output"):
+        recipe.plan(dataclasses.replace(first, seed=1))
 
 
-WRITE = "open('{marker}', 'w').write('x'); print('hello')"
-
-
-def test_chains_run_in_order_and_finished_jobs_are_skipped(tmp_path):
-    first, second = _job(tmp_path, "first", WRITE), _job(tmp_path, "second", WRITE)
-    (tmp_path / "first.done").write_text("earlier")
-    jobs.run_chains([[first, second]], at_once=2)
-    assert (tmp_path / "first.done").read_text() == "earlier"
-    assert (tmp_path / "second.log").read_text() == "hello\n"
-
-
-def test_a_failure_shows_the_log_and_stops_the_others(tmp_path, monkeypatch):
-    started = []
-
-    def start(*arguments, **options):
-        started.append(processes.start(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(jobs, "start", start)
-    slow = _job(tmp_path, "slow", "import time; time.sleep(60)")
-    bad = _job(tmp_path, "bad", "raise SystemExit('it broke')")
-    with pytest.raises(RuntimeError, match=r"bad failed with exit code 1(.|\n)*it broke"):
-        jobs.run_chains([[slow], [bad]], at_once=2)
-    assert [process.returncode for process in started] == [-signal.SIGTERM, 1]
-
-
-def test_the_last_iteration_is_read_from_megatrons_log(tmp_path):
-    log = tmp_path / "log"
-    assert jobs.last_iteration(log) == 0
-    log.write_text(" iteration        5/     700 | x\n iteration       10/     700 | consumed\n")
-    assert jobs.last_iteration(log) == 10
+@pytest.mark.parametrize(
+    ("changed", "flag"), [({"processes": 0}, "--processes"), ({"seed": 0}, "--seed"), ({"seed": 2**31}, "--seed")]
+)
+def test_options_that_cannot_be_are_refused(changed, flag):
+    with pytest.raises(ValueError, match=flag):
+        recipe.Options(**changed)

@@ -185,3 +185,12 @@ def test_what_statistics_say_of_themselves_is_checked(name, value, tmp_path):
     save_file(load_file(path), path, metadata=described | {name: value})
     with pytest.raises(ValueError, match=rf"s\.safetensors.*{name}"):
         load_stats(path)
+
+
+def test_a_file_of_another_version_names_the_command_that_writes_it_again(tmp_path):
+    path = experts.statistics().save(tmp_path / "s.safetensors")
+    with safe_open(path, framework="pt") as file:
+        described = file.metadata()
+    save_file(load_file(path), path, metadata=described | {"format": "emo_megatron.stats.0"})
+    with pytest.raises(ValueError, match=r"emo_megatron\.stats\.0.* with stats$"):
+        load_stats(path)

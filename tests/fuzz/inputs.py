@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,8 +16,7 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
-    from emo_megatron.commands import extract
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import extract, import_
     from emo_megatron.experts.placement import place
     from emo_megatron.experts.select import select_by_stats, selection_of
     from emo_megatron.mcore.dataset import write_indexed_dataset
@@ -33,7 +31,7 @@ def write_inputs(folder: Path) -> Path:
     for format in ("qwen2_moe", "emo"):
         _write_hf(folder / format, format=format)
     words.write_tokenizer(folder / "qwen2_moe")
-    import_folder(ImportOptions(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
+    import_.run(import_.Options(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
     facts = facts_of(MegatronCheckpoint(folder / "megatron"))
     model = experts.MadeUpModel(facts=facts)
     source = experts.documents(3)
@@ -51,7 +49,6 @@ def write_inputs(folder: Path) -> Path:
     )
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)
-    _write_corpus(folder / "corpus")
     return folder
 
 
@@ -73,7 +70,7 @@ def _write_hf(folder: Path, *, format: str) -> None:
 
 def _write_rows(folder: Path) -> None:
     """Rows as the command retention reports them."""
-    from emo_megatron.report.retention_rows import rows_of, save_rows
+    from emo_megatron.report.rows import rows_of, save_rows
 
     measured = [
         {
@@ -91,28 +88,3 @@ def _write_rows(folder: Path) -> None:
     ]
     rows = rows_of(measured, model="other", seed=0, versions="1")
     save_rows(rows, folder / "retention")
-
-
-def corpus_config(folder: Path) -> Any:
-    """What the corpus that is there was made of."""
-    from emo_megatron.demo.corpus import CorpusConfig
-
-    return CorpusConfig(corpus_dir=folder.resolve() / "no-text")
-
-
-def _write_corpus(folder: Path) -> None:
-    import dataclasses
-
-    splits = ("train", "calibration", "validation")
-    config = corpus_config(folder)
-    row = {"source": "text", "megabytes": 0.1}
-    row |= {key: dict.fromkeys(splits, 60) for key in ("documents", "tokens")}
-    stored = {
-        "config": dataclasses.asdict(config) | {"corpus_dir": str(config.corpus_dir), "format": 1},
-        "fingerprint": "f00d",
-        "vocab_size": 80,
-        "eod_token": 0,
-        "domains": {"french": row, "perl": row, "python": row},
-    }
-    (folder / "no-text").mkdir(parents=True)
-    (folder / "corpus.json").write_text(json.dumps(stored))

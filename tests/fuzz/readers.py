@@ -14,24 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz import inputs
 from support import decoder
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
 from emo_megatron.config import load_pool_config
-from emo_megatron.demo.corpus import describe, prepare_corpus
 from emo_megatron.experts.calibration import Calibration, load_documents
 from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.select import MaxRise
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
-from emo_megatron.hf.architecture import weight_shapes
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.measured import read_retention
+from emo_megatron.hf.mapping import weight_shapes
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.mcore.dataset import IndexedDocuments
-from emo_megatron.report.retention_methods import full_report
-from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.report.rows import load_rows
+from emo_megatron.report.table import full_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +156,6 @@ def are_rows(rows: Any, folder: Path) -> None:
     assert full_report(rows, MaxRise.parse("1%"))
 
 
-def are_losses(rows: Any, folder: Path) -> None:
-    for row in rows:
-        random = [] if row.random_loss is None else [row.random_loss]
-        assert are_of(float, (row.loss, row.full_loss, *random)), row
-        assert are_of(int, [row.kept], least=1), row
-        assert are_of(str, (row.text, row.chosen_for, row.method)), row
-
-
 def are_pools(config: Any, folder: Path) -> None:
     stored = json.loads((folder / "pools.json").read_text())
     assert all(getattr(config, name) == value for name, value in stored.items())
@@ -209,14 +198,8 @@ def is_checkpoint(found: Any, folder: Path) -> None:
 
 def is_the_checkpoint(found: Any, folder: Path) -> None:
     is_checkpoint(found, folder)
-    wanted = HuggingFaceFolder(folder / "qwen2_moe").weight("layers.1.router")
+    wanted = HuggingFaceFolder(folder / "qwen2_moe").weight("model.layers.1.mlp.gate.weight")
     assert torch.equal(found[2]["decoder.layers.1.mlp.router.weight"], wanted)
-
-
-def is_corpus(corpus: Any, folder: Path) -> None:
-    assert describe(corpus)
-    assert are_of(str, corpus.domains)
-    assert are_of(int, (corpus.eod_token, corpus.vocab_size, corpus.train_tokens), least=0)
 
 
 def _reader(*files: str, read: Any, check: Any, named: tuple[str, ...] = ()) -> Reader:
@@ -239,7 +222,6 @@ READERS = {
     "placement": _reader("placement.json", read=lambda f: load_placement(f / "placement.json"), check=is_placement),
     "rows, json": _reader("retention.json", read=lambda f: load_rows(f / "retention.json"), check=are_rows),
     "rows, csv": _reader("retention.csv", read=lambda f: load_rows(f / "retention.csv"), check=are_rows),
-    "losses": _reader("retention.json", read=lambda f: read_retention(f / "retention.json"), check=are_losses),
     "pools": _reader("pools.json", read=lambda f: load_pool_config(f / "pools.json"), check=are_pools),
     "qwen2_moe": _reader(
         *(f"{_HF}config.json", f"{_HF}model.safetensors.index.json"),
@@ -266,11 +248,5 @@ READERS = {
         read=checkpoint,
         check=is_the_checkpoint,
         named=("/megatron",),
-    ),
-    "corpus": _reader(
-        "corpus/corpus.json",
-        read=lambda f: prepare_corpus(f / "corpus", inputs.corpus_config(f / "corpus")),
-        check=is_corpus,
-        named=("no-text",),
     ),
 }

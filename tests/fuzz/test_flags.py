@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 from emo_megatron.mcore.finetune import TrainOnly
-from emo_megatron.mcore.flags import flags_of
 from emo_megatron.runners.start import add_start_args, start_hooks
 
 TRAINING = {
@@ -29,6 +29,12 @@ TRAINING = {
     "expert_model_parallel_size": (2, 1),
 }
 """What Megatron's own flags may say."""
+
+
+def _argv_of(pool: PoolConfig) -> list[str]:
+    """The flags that say this configuration."""
+    given = {f.name: getattr(pool, f.name) for f in dataclasses.fields(pool) if getattr(pool, f.name) != f.default}
+    return [flag(name) if value is True else f"{flag(name)}={value}" for name, value in given.items()]
 
 
 @both_sizes
@@ -64,7 +70,7 @@ def test_flags(inputs: int, valid: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         except (OSError, ValueError) as error:
             check_line(str(error), named=["--", *(v for a in argv for v in a.split("=", 1) if v)])
             return
-        again = parser.parse_args(flags_of(pool, flag=flag))
+        again = parser.parse_args(_argv_of(pool))
         assert pool_config_from_args(again) == pool
 
     # a number where there is no none

@@ -25,7 +25,6 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from emo_megatron import cli
 
 VALID: dict[str, str] = {
-    "demo": "--output new --corpus no-text --quick",
     "stats": "--checkpoint megatron --data text.jsonl --output new",
     "merge-stats": "--stats stats.safetensors other.safetensors --output new",
     "select": "--stats stats.safetensors --keep 4 --output new",
@@ -45,7 +44,7 @@ PATHS = (
     *("new", "new/deep/file.json", "missing", "text.jsonl", "held.jsonl", "tokens.safetensors", "indexed"),
     *("stats.safetensors", "other.safetensors", "selection2.json", "selection3.json", "placement.json"),
     *("retention.json", "retention.csv", "qwen2_moe", "emo", "megatron", "module"),
-    *("megatron/release", "corpus", "text.jsonl/under", "", ".", "..", "-dash", "x" * 300, "é\u2028[1]*?%"),
+    *("megatron/release", "text.jsonl/under", "", ".", "..", "-dash", "x" * 300, "é\u2028[1]*?%"),
 )
 NUMBERS = (
     *("1", "2", "4", "0", "-1", "8", "100", "0.5", "1.0", "1e3", "nan", "inf", "-inf", "1e999", "5e-324"),
@@ -59,7 +58,6 @@ TEXTS = (
 
 
 KNOWN = {
-    "demo": ("--seed 0", "--processes 0"),
     "stats": (
         *("--megatron none", "--megatron=None", "--megatron a'b", "--examples 0", "--tokens 0"),
         *("--shots -1", "--seed -1", f"--seed {2**64}"),
@@ -93,7 +91,6 @@ def folder(valid: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "emo_megatron.runners.huggingface": "load_hugging_face",
         "emo_megatron.checkpoint.writer": "_save",
         "emo_megatron.commands.export": "measure_parity",
-        "emo_megatron.demo.corpus": "prepare_corpus",
         "emo_megatron.commands.retention": "plot_methods",
     }
     monkeypatch.chdir(valid)

@@ -41,11 +41,6 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
             (b"offset", b"offseT"),
         ),
     ),
-    "corpus": (
-        (b'"train": 60', b'"train": "60"'),
-        (b'"eod_token": 0', b'"eod_token": Infinity'),
-        (b'"vocab_size"', b'"vocabulary"'),
-    ),
 }
 """Faults that were found: of a valid file, which part was replaced with what."""
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 from support import decoder
 
 from emo_megatron.experts.selection import Selection
-from emo_megatron.hf.card import Origin, Parity, model_card
-from emo_megatron.hf.measured import MeasuredLoss, measured_domains, read_retention
+from emo_megatron.hf.card import Origin, model_card, retained
+from emo_megatron.report.rows import RetentionRow
 
 SELECTION = Selection(
     num_experts=32,
@@ -24,13 +20,22 @@ SELECTION = Selection(
 )
 ORIGIN = Origin(name="emo", iteration=800, samples=12800, seq_length=256, pools={"pool_min": 6})
 
-OWN = MeasuredLoss(
-    text="french", chosen_for="french", method="mean_prob", kept=6, loss=3.375, full_loss=3.25, random_loss=4.5
-)
 
-
-def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> dict[str, Any]:
-    return {"domain": domain, "evaluated_on": evaluated_on, "num_experts_kept": kept, "method": method, "loss": loss}
+def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> RetentionRow:
+    full = {"french": 3.25, "python": 2.0}[evaluated_on]
+    return RetentionRow(
+        model="emo",
+        domain=domain,
+        evaluated_on=evaluated_on,
+        keep_fraction=kept / 32,
+        num_experts_kept=kept,
+        method=method,
+        loss=loss,
+        rise=loss - full,
+        tokens=100,
+        seed=0,
+        versions="test",
+    )
 
 
 ROWS = [
@@ -52,8 +57,8 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
         dtype="float32",
         origin=ORIGIN,
         selection=SELECTION,
-        retention=[OWN],
-        parity=Parity(tokens=64, max_difference=2e-6, max_logit=3.0),
+        retention=retained(ROWS, kept=6, chosen_for="french")[:1],
+        parity="a difference of 2.0e-06",
     )
     parsed = ModelCard(card)
     assert parsed.data.library_name == "transformers"
@@ -69,7 +74,7 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
         "| 2 | 1 2 8 9 20 31 |",
         "the parent limited to the experts that `mean_prob` chose",
         "| french | french | 6 | 3.375 | 3.250 | +0.125 | 4.500 |",
-        "largest difference of a logit 2.0e-06 over 64 tokens",
+        "computed in float32: a difference of 2.0e-06.",
     ):
         assert told in card, told
 
@@ -90,14 +95,15 @@ def test_active_parameters_are_those_a_token_meets() -> None:
     assert f"{total:,} parameters, {total - 8 * expert:,} of them active" in card
 
 
-def test_measured_rows_are_the_modules_own(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps({str(i): row for i, row in enumerate(ROWS)}))
-    own, other = read_retention(file, kept=6, chosen_for="french")
-    assert own == OWN
-    assert (other.text, other.chosen_for, other.loss, other.full_loss) == ("python", "french", 9.0, 2.0)
-    assert [(r.text, r.kept) for r in read_retention(file)] == [("french", 6), ("french", 12)]
-    assert measured_domains(file) == {"french", "python"}
+def test_measured_rows_are_the_modules_own() -> None:
+    (own, random_loss), (other, _) = retained(ROWS, kept=6, chosen_for="french")
+    assert (own.evaluated_on, own.loss, random_loss) == ("french", 3.375, 4.5)
+    assert (other.evaluated_on, other.domain, other.loss) == ("python", "french", 9.0)
+    assert [(r.evaluated_on, r.num_experts_kept, loss) for r, loss in retained(ROWS)] == [
+        ("french", 6, 4.5),
+        ("french", 12, None),
+    ]
+    assert retained(ROWS, kept=5) == []
 
 
 def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> None:
@@ -109,31 +115,6 @@ def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them() -> 
         selection=SELECTION,
     )
     assert "standard mixture" not in card
-
-
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "null", '"3.2"'])
-@pytest.mark.parametrize("place", [0, len(ROWS) - 1])
-def test_a_loss_that_is_no_finite_number_is_told_of_no_model(place: int, value: str, tmp_path: Path) -> None:
-    rows = [dict(row) for row in ROWS]
-    rows[place]["loss"] = "HERE"
-    (tmp_path / "rows.json").write_text(json.dumps(rows).replace('"HERE"', value))
-    for read in (read_retention, measured_domains):
-        with pytest.raises(ValueError, match=rf"rows\.json.*(row {place + 1}: |\[{place}\]\.)loss "):
-            read(tmp_path / "rows.json")
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "not readable JSON"),
-        ('[{"loss": 3}]', "row 1 lacks domain"),
-        (json.dumps(ROWS), "no row of a module of 5 routed experts for any domain .*french, python"),
-    ],
-)
-def test_a_file_that_says_nothing_of_the_module_is_refused(text: str, reason: str, tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(ValueError, match=reason):
-        read_retention(tmp_path / "rows.json", kept=5)
 
 
 @pytest.mark.parametrize("dense_layers", [(), (0,)])

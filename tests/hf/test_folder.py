@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import decoder
 
-from emo_megatron.hf.architecture import weight_shapes
 from emo_megatron.hf.folder import INDEX, HuggingFaceFolder, write_folder
+from emo_megatron.hf.mapping import weight_shapes
 from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 
 
@@ -52,7 +52,7 @@ def test_stock_transformers_read_the_shards(sharded: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(sharded)
     weights = decoder.random_weights(HuggingFaceFolder(sharded).architecture)
-    assert torch.equal(model.lm_head.weight, weights["output"])
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
 
 
 def test_more_fields_of_the_configuration_join_the_formats_own(sharded: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 from support import decoder
 from torch import Tensor
 
-from emo_megatron.hf.architecture import Architecture, weight_shapes
-from emo_megatron.hf.emo import EMO
+from emo_megatron.hf.architecture import Architecture
+from emo_megatron.hf.emo_format import EMO
 from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
+from emo_megatron.hf.formats import from_file, to_file
+from emo_megatron.hf.mapping import weight_shapes
 from emo_megatron.hf.qwen2_moe import QWEN2_MOE, TINY_GATE
 
 TOKENS = torch.arange(40) * 7 % 80
@@ -75,7 +77,7 @@ def test_reading_gives_back_every_bit(format: str, variant: str, dtype: torch.dt
 def test_doubling_a_value_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = decoder.architecture()
     weights = decoder.random_weights(model)
-    weights["layers.2.shared.down"][3, 3] = 40000.0
+    weights["model.layers.2.mlp.shared_expert.down_proj.weight"][3, 3] = 40000.0
     with pytest.raises(ValueError, match=r"layers\.2.*down_proj.*float16.*--dtype float32"):
         write(tmp_path / "out", "qwen2_moe", model, weights, dtype=torch.float16)
 
@@ -88,7 +90,8 @@ def test_the_gate_for_llama_cpp_is_not_zero_and_hardly_changes_the_model(tmp_pat
     gate = read.read("model.layers.1.mlp.shared_expert_gate.weight")
     assert torch.equal(gate, torch.full((1, 32), TINY_GATE))
     assert read.architecture == model
-    assert torch.equal(read.weight("layers.1.shared.down"), weights["layers.1.shared.down"])
+    down = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    assert torch.equal(read.weight(down), weights[down])
     difference = (stock_logits(tmp_path / "tiny") - stock_logits(tmp_path / "zero")).abs().max()
     assert 0 < difference < 1e-3
     with pytest.raises(ValueError, match="--nonzero-shared-gate"):
@@ -103,7 +106,7 @@ def test_the_released_format_weighs_as_its_authors_code_does(tmp_path: Path) -> 
     shared = read.config["num_shared_experts"]
     assert (read.config["num_experts"], read.config["num_experts_per_tok"], shared) == (7, 3, 1)
     x_TD = torch.randn(20, 32, dtype=torch.float64)
-    part = {n[len("layers.1.") :]: w.double() for n, w in weights.items() if "layers.1." in n}
+    part = {name: w.double() for name, w in decoder.of_layer(weights, 1).items()}
     mlp = "model.layers.1.mlp."
     theirs = {n.removeprefix(mlp): read.read(n).double() for n in read.shapes if mlp in n}
     logits_TE = x_TD @ theirs["gate.weight"].T
@@ -115,7 +118,7 @@ def test_the_released_format_weighs_as_its_authors_code_does(tmp_path: Path) -> 
             out_TD[t] += weight * _their_mlp(theirs, int(expert), x_TD[t])
         for expert, weight in zip(always.indices[t], always.values[t], strict=True):
             out_TD[t] += weight * _their_mlp(theirs, int(expert) + 7 - shared, x_TD[t])
-    torch.testing.assert_close(out_TD, decoder._experts(model, part, x_TD))
+    torch.testing.assert_close(out_TD, decoder.experts(model, part, x_TD))
 
 
 def _their_mlp(theirs: dict[str, Tensor], expert: int, x_D: Tensor) -> Tensor:
@@ -169,29 +172,18 @@ def released_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Released:
-    """The released model without its values."""
-
-    config = RELEASED
-    shapes = released_shapes()
-
-    def read(self, name: str) -> Tensor:
-        return torch.empty(self.shapes[name], device="meta")
-
-
 def test_the_released_1b14b_layout_both_ways() -> None:
-    from emo_megatron.hf.entries import from_file, to_file
-
-    model = EMO.architecture(Released())
+    model = EMO.architecture(RELEASED, lambda part, values: False)
     assert (model.num_experts, model.top_k, model.shared_hidden) == (127, 7, 1024)
     entries = EMO.entries(model)
     assert {entry.name: entry.shape for entry in entries} == released_shapes()
     assert EMO.problems(model) == []
-    weights = {e.weight: from_file(e, Released().read(e.name)) for e in entries}
+    shapes = released_shapes()
+    weights = {e.weight: from_file(e, torch.empty(shapes[e.name], device="meta")) for e in entries}
     assert {name: tuple(w.shape) for name, w in weights.items()} == weight_shapes(model)
     for entry in entries:
         made = to_file(entry, weights.__getitem__, dtype=torch.float32)
-        assert tuple(made.shape) == Released.shapes[entry.name]
+        assert tuple(made.shape) == shapes[entry.name]
     written = EMO.config(model)
     differing = {name for name, value in RELEASED.items() if written.get(name) != value}
     assert differing == {"output_router_logits"}

@@ -36,26 +36,25 @@ def hugging_face_folder(folder: Path, variant: str, *, dtype: torch.dtype = torc
 
 def imported(folder: Path, variant: str, **options: Any) -> Path:
     """A Megatron checkpoint of a variant."""
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import import_
 
     given = {"parity_tokens": 0, "transformer_impl": IMPORTED.get(variant, "local")} | options
     source = hugging_face_folder(folder / "source", variant, dtype=given.pop("dtype", torch.float32))
-    return import_folder(ImportOptions(folder=source, output=folder / "megatron", **given)).path
+    return import_.run(import_.Options(folder=source, output=folder / "megatron", **given)).path
 
 
 def round_trip(folder: str, variant: str) -> dict[str, Any]:
     """Import, export, import; both parities against Megatron's own layers."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.export import ExportOptions, export
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import export, import_
     from emo_megatron.hf.folder import HuggingFaceFolder
     from emo_megatron.runners.parity import hugging_face_logits, megatron_logits
 
     root = Path(folder)
     first = MegatronCheckpoint(imported(root, variant, parity_tokens=32))
-    export(ExportOptions(checkpoint=root / "megatron", output=root / "out", parity_tokens=32))
-    second = import_folder(
-        ImportOptions(
+    export.run(export.Options(checkpoint=root / "megatron", output=root / "out", parity_tokens=32))
+    second = import_.run(
+        import_.Options(
             folder=root / "out", output=root / "again", parity_tokens=0, transformer_impl=IMPORTED.get(variant, "local")
         )
     )
@@ -97,7 +96,7 @@ def with_other_flags(folder: str) -> dict[str, Any]:
     from support import run_flags
 
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.export import ExportOptions, export
+    from emo_megatron.commands import export
     from emo_megatron.hf.folder import HuggingFaceFolder
     from emo_megatron.runners.parity import hugging_face_logits, megatron_logits
 
@@ -116,7 +115,7 @@ def with_other_flags(folder: str) -> dict[str, Any]:
     for name, group in {"all": run_flags.HOW_IT_RAN | bf16, "pipeline": run_flags.PIPELINE}.items():
         run = write_checkpoint_of(flags(**group), root / name)
         options = {"output": root / f"{name} out", "parity_tokens": 32}
-        assert export(ExportOptions(checkpoint=run, **options)).parity is not None
+        assert export.run(export.Options(checkpoint=run, **options)).parity is not None
         found[name] = hugging_face_logits(HuggingFaceFolder(root / f"{name} out"), tokens_T)
     for name, value in {
         "rotary_base": 100,
@@ -133,7 +132,7 @@ def with_other_flags(folder: str) -> dict[str, Any]:
     foreign = write_checkpoint_of(flags(spec=["mine.layers", "spec"]), root / "foreign")
     # also where no logits would tell
     with pytest.raises(ValueError, match="--spec mine"):
-        export(ExportOptions(checkpoint=foreign, output=root / "foreign out", parity_tokens=0))
+        export.run(export.Options(checkpoint=foreign, output=root / "foreign out", parity_tokens=0))
     assert not (root / "foreign out").exists()
     del stored["layernorm_epsilon"]
     found["older name"] = megatron_logits(flags(norm_epsilon=1.0), tokens_T)
@@ -161,13 +160,12 @@ def test_only_flags_that_change_the_function_change_the_logits(ranks: Callable[[
 
 def through_the_released_format(folder: str) -> dict[str, Any]:
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.export import ExportOptions, export
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import export, import_
 
     root = Path(folder)
     first = imported(root, "the paper's", dtype=torch.bfloat16)
-    export(ExportOptions(checkpoint=first, output=root / "out", format="emo", parity_tokens=32))
-    second = import_folder(ImportOptions(folder=root / "out", output=root / "again"))
+    export.run(export.Options(checkpoint=first, output=root / "out", format="emo", parity_tokens=32))
+    second = import_.run(import_.Options(folder=root / "out", output=root / "again"))
     before, after = MegatronCheckpoint(first), MegatronCheckpoint(second.path)
     return {
         "unequal": [n for n in before.names if not torch.equal(before.read(n), after.read(n))],
@@ -189,13 +187,13 @@ def test_the_released_format_there_and_back(ranks: Callable[[int], Ranks], tmp_p
 def rounded(folder: str) -> dict[str, Any]:
     """An export of fewer bits than the checkpoint has."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.export import ExportOptions, export
+    from emo_megatron.commands import export
     from emo_megatron.hf.folder import HuggingFaceFolder
     from emo_megatron.runners.parity import measure_parity
 
     root = Path(folder)
     checkpoint = imported(root, "grouped queries, renormalised")
-    export(ExportOptions(checkpoint=checkpoint, output=root / "out", dtype="bfloat16", nonzero_shared_gate=True))
+    export.run(export.Options(checkpoint=checkpoint, output=root / "out", dtype="bfloat16", nonzero_shared_gate=True))
     written = HuggingFaceFolder(root / "out")
     parity = measure_parity(MegatronCheckpoint(checkpoint), written, tokens=32)
     gate = written.read("model.layers.0.mlp.shared_expert_gate.weight")
@@ -213,8 +211,7 @@ def refusals(folder: str) -> dict[str, str]:
     """What is said about models and inputs that cannot be, with what is left on disk."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
     from emo_megatron.checkpoint.writer import write_checkpoint
-    from emo_megatron.commands.export import ExportOptions, export
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import export, import_
     from emo_megatron.experts.selection import Selection
 
     root = Path(folder)
@@ -233,31 +230,31 @@ def refusals(folder: str) -> dict[str, str]:
         args = argparse.Namespace(**vars(checkpoint.args) | flags)
         weights = {n: checkpoint.read(n) for n in checkpoint.names}
         write_checkpoint(root / name, weights, args=args)
-        fails(name, export, ExportOptions(checkpoint=root / name, output=root / "never"))
+        fails(name, export.run, export.Options(checkpoint=root / name, output=root / "never"))
 
     with_flags("qk norm and sigmoid", qk_layernorm=True, moe_router_score_function="sigmoid")
     with_flags("positions", position_embedding_type="learned_absolute", rotary_percent=0.5)
     with_flags("expert count", num_experts=5)
     old = argparse.Namespace(**{n: v for n, v in vars(checkpoint.args).items() if n != "rotary_base"})
     write_checkpoint(root / "old", {n: checkpoint.read(n) for n in checkpoint.names}, args=old)
-    fails("old", export, ExportOptions(checkpoint=root / "old", output=root / "never"))
+    fails("old", export.run, export.Options(checkpoint=root / "old", output=root / "never"))
     to = {"checkpoint": good, "output": root / "never"}
-    fails("emo", export, ExportOptions(**to, format="emo"))
+    fails("emo", export.run, export.Options(**to, format="emo"))
     tokenizer = words.write_tokenizer(root / "large", size=99)
-    fails("vocabulary", export, ExportOptions(**to, tokenizer=tokenizer))
+    fails("vocabulary", export.run, export.Options(**to, tokenizer=tokenizer))
     selection = Selection(
         num_experts=9, experts=((0, 1, 2, 3),) * 3, layers=(1, 2, 3), method="m", seed=0, model="x"
     ).save(root / "selection.json")
-    fails("selection", export, ExportOptions(**to, selection=selection))
+    fails("selection", export.run, export.Options(**to, selection=selection))
     uneven = Selection(
         num_experts=9, experts=((0, 1), (2,), (3,)), layers=(1, 2, 3), method="m", seed=0, model="x"
     ).save(root / "uneven.json")
-    fails("uneven", export, ExportOptions(**to, selection=uneven))
-    fails("exists", export, ExportOptions(checkpoint=good, output=root / "source"))
+    fails("uneven", export.run, export.Options(**to, selection=uneven))
+    fails("exists", export.run, export.Options(checkpoint=good, output=root / "source"))
     fails(
         "vocabulary of an import",
-        import_folder,
-        ImportOptions(folder=root / "source", output=root / "never", tokenizer=tokenizer),
+        import_.run,
+        import_.Options(folder=root / "source", output=root / "never", tokenizer=tokenizer),
     )
     return said | {"left": str(sorted(p.name for p in root.glob("*never*")))}
 
@@ -333,8 +330,9 @@ def test_another_model_is_no_parity(ranks: Callable[[int], Ranks], tmp_path: Pat
 
 def released_in_megatron() -> dict[str, tuple[int, ...]]:
     """Shapes of the released model's tensors as Megatron joins them, without values."""
-    from emo_megatron.hf.architecture import Architecture, weight_shapes
-    from emo_megatron.hf.mapping import FUSED_NORM, megatron_weights
+    from emo_megatron.hf.architecture import Architecture
+    from emo_megatron.hf.mapping import FUSED_NORM, weight_shapes
+    from emo_megatron.hf.weights import megatron_weights
 
     model = Architecture(
         vocab_size=100352,

@@ -32,9 +32,9 @@ STOCK = Path(__file__).resolve().parents[1] / "support" / "pretrain_stock.py"
 def through_hugging_face(folder: str) -> dict[str, Any]:
     """Export what was trained, as a module with a Selection and measured rows, and import it again."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands.export import ExportOptions, export
-    from emo_megatron.commands.import_ import ImportOptions, import_folder
+    from emo_megatron.commands import export, import_
     from emo_megatron.experts.selection import Selection
+    from emo_megatron.report.rows import rows_of, save_rows
 
     root = Path(folder)
     kept = (0, 1, 2, 3, 5, 8, 9, 11)
@@ -47,17 +47,18 @@ def through_hugging_face(folder: str) -> dict[str, Any]:
         model="f00d",
         data={"calibration": [{"file": "french.jsonl"}]},
     ).save(root / "trained" / "selection.json")
-    rows = [
-        {"domain": "french", "evaluated_on": "french", "method": m, "num_experts_kept": k, "loss": n}
-        for m, k, n in (("full", 12, 3.0), ("mean_prob", 8, 3.25), ("random", 8, 4.0))
+    measured = [
+        {"domain": "french", "evaluated_on": "french", "method": m, "num_experts_kept": k, "keep_fraction": k / 12}
+        | {"loss": loss, "tokens": 100}
+        for m, k, loss in (("full", 12, 3.0), ("mean_prob", 8, 3.25), ("random", 8, 4.0))
     ]
-    (root / "rows.json").write_text(json.dumps(rows))
-    export(
-        ExportOptions(
+    save_rows(rows_of(measured, model="trained", seed=0, versions="test"), root / "rows")
+    export.run(
+        export.Options(
             checkpoint=root / "trained", output=root / "out", tokenizer=root / "words", retention=root / "rows.json"
         )
     )
-    import_folder(ImportOptions(folder=root / "out", output=root / "imported", parity_tokens=0))
+    import_.run(import_.Options(folder=root / "out", output=root / "imported", parity_tokens=0))
     before, after = (MegatronCheckpoint(root / name) for name in ("trained", "imported"))
     return {
         "card": (root / "out" / "README.md").read_text(),

@@ -24,6 +24,13 @@ def test_defaults_are_off_and_every_field_is_a_flag():
     assert pool_args.pool_config_from_args(_parse()) == PoolConfig()
 
 
+def test_none_can_be_said_where_a_number_may_lack(capsys):
+    assert _parse("--pool-eval", "none").pool_eval is None
+    with pytest.raises(SystemExit):
+        _parse("--pool-seed", "none")
+    assert "--pool-seed" in capsys.readouterr().err
+
+
 def test_flags_make_the_configuration():
     parsed = _parse(
         *("--pool-min", "8", "--pool-max", "100", "--pool-eval", "none", "--pool-mask", "selection"),
@@ -52,26 +59,6 @@ def test_help_documents_every_flag(capsys):
     assert "Smallest pool, in routed experts" in text
 
 
-def test_boundaries_for_the_routers_alone_take_what_packed_ones_do_not():
-    routers = PoolConfig(pool_min=4, pool_documents="routers", pool_balance="running")
-    free = {"dataloader_inter_document_masking": False, "virtual_pipeline_model_parallel_size": 2}
-    host = _host(context_parallel_size=2, **free)
-    pool_args.check_run(routers, host, host)
-    both = _host(dataloader_inter_document_masking=True)
-    with pytest.raises(ValueError, match="--dataloader-inter-document-masking") as caught:
-        pool_args.check_run(routers, both, both)
-    assert str(caught.value).count("  - ") == 1
-
-
-def test_megatrons_own_scripts_plan_no_documents():
-    planned = _host(overlap_moe_expert_parallel_comm=True)
-    pools = PoolConfig(pool_min=4)
-    pool_args.check_run(pools, planned, planned)
-    with pytest.raises(ValueError, match="--overlap-moe-expert-parallel-comm"):
-        pool_args.check_run(pools, planned, planned, rows=HOST)
-    pool_args.check_run(PoolConfig(), planned, planned, rows=HOST)
-
-
 def test_conversations_go_with_what_their_dataset_takes():
     talk = {"sft": True, "tokenizer_type": "SFTTokenizer"}
     pools = PoolConfig(pool_min=4)
@@ -87,14 +74,6 @@ def test_conversations_go_with_what_their_dataset_takes():
         pool_args.check_run(pools, host, host)
     for name in (*wrong, "tokenizer_type"):
         assert f"--{name.replace('_', '-')} must be" in str(caught.value)
-
-
-def test_restarts_need_their_package():
-    host = _host(inprocess_restart=True)
-    with pytest.raises(ValueError, match="--inprocess-restart needs"):
-        pool_args.check_run(PoolConfig(), host, host)
-    # Megatron's own scripts say what they do without it
-    pool_args.check_run(PoolConfig(), host, host, rows=HOST)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +167,66 @@ REFUSED = {
 }
 
 
+POOLS, OFF = PoolConfig(pool_min=4), PoolConfig()
+ROUTERS = PoolConfig(pool_min=4, pool_documents="routers", pool_balance="running")
+LOSSES = ["global_aux_loss", "seq_aux_loss"]
+TWO_LOSSES = {"moe_router_load_balancing_type": LOSSES, "moe_aux_loss_coeff": [0.1, 0.01]}
+SINKHORN = {"moe_router_load_balancing_type": [*LOSSES, "sinkhorn"], "moe_aux_loss_coeff": [0.1, 0.01, 0.0]}
+UNPACKED = {"dataloader_inter_document_masking": False}
+INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2}
+PLANNED = INTERLEAVED | {"overlap_moe_expert_parallel_comm": True}
+CUT = {"context_parallel_size": 2, "mtp_num_layers": 1}
+POSITIONS = {"mtp_num_layers": 1, "position_embedding_type": "learned_absolute", "pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("pool", "host", "rows", "flag"),
+    [
+        (POOLS, {}, SCRIPT, None),
+        # boundaries for the routers alone take what packed ones do not
+        (ROUTERS, UNPACKED | INTERLEAVED | {"context_parallel_size": 2}, SCRIPT, None),
+        (ROUTERS, {}, SCRIPT, "--dataloader-inter-document-masking"),
+        (ROUTERS, UNPACKED | PLANNED, SCRIPT, None),
+        # a planned pass of an interleaved pipeline takes one packed sample
+        (POOLS, PLANNED, SCRIPT, "--micro-batch-size must be 1"),
+        (POOLS, PLANNED | {"micro_batch_size": 1, "eval_micro_batch_size": 1}, SCRIPT, None),
+        (POOLS, PLANNED | {"overlap_moe_expert_parallel_comm": False}, SCRIPT, None),
+        (POOLS, PLANNED | {"virtual_pipeline_model_parallel_size": None}, SCRIPT, None),
+        (POOLS, {"eval_micro_batch_size": 1}, SCRIPT, None),
+        (POOLS, {"eval_micro_batch_size": 1, "tensor_model_parallel_size": 2}, SCRIPT, "--eval-micro-batch-size"),
+        (POOLS, {"inprocess_restart": True}, SCRIPT, "--inprocess-restart needs"),
+        # the router
+        (POOLS, {"moe_router_num_groups": 1, "moe_router_group_topk": 1}, SCRIPT, None),
+        (OFF, {"moe_router_force_load_balancing": True}, SCRIPT, None),
+        (OFF, {"moe_router_force_biased": 0.1}, SCRIPT, None),
+        (OFF, TWO_LOSSES, SCRIPT, None),
+        (OFF, SINKHORN, SCRIPT, "sinkhorn"),
+        (OFF, UNPACKED | {"moe_router_dtype": None}, SCRIPT, None),
+        (OFF, {"num_moe_experts": None}, SCRIPT, "--num-experts"),
+        # Megatron's own scripts: they say themselves what they do without the package of restarts
+        (OFF, {"inprocess_restart": True}, HOST, None),
+        (POOLS, {"overlap_moe_expert_parallel_comm": True}, SCRIPT, None),
+        (POOLS, {"overlap_moe_expert_parallel_comm": True}, HOST, "--overlap-moe-expert-parallel-comm"),
+        (OFF, {"overlap_moe_expert_parallel_comm": True}, HOST, None),
+        # packed samples of the standard model are cut as wrongly; multi-token prediction is fine
+        (POOLS, CUT, SCRIPT, None),
+        (POOLS, CUT, HOST, "--context-parallel-size must be 1"),
+        (OFF, CUT, HOST, "--context-parallel-size must be 1"),
+        (POOLS, POSITIONS, HOST, "--position-embedding-type"),
+        # they have boundaries on two stages
+        (POOLS, {"pipeline_model_parallel_size": 2}, HOST, None),
+        *((POOLS, stages, SCRIPT, None) for stages in ({"pipeline_model_parallel_size": 4}, INTERLEAVED)),
+        *((POOLS, stages, HOST, "pipeline") for stages in ({"pipeline_model_parallel_size": 4}, INTERLEAVED)),
+    ],
+)
+def test_runs_that_are_taken_and_refused(pool, host, rows, flag):
+    host = _host(**host)
+    refused = pytest.raises(ValueError, match=flag) if flag else contextlib.nullcontext()
+    with refused as caught:
+        pool_args.check_run(pool, host, host, rows=rows)
+    assert flag is None or str(caught.value).count("  - ") == 1
+
+
 def test_every_row_of_the_table_is_tested():
     assert {r.field for r in (*MODEL, *SCRIPT)} == set(REFUSED)
 
@@ -197,30 +236,6 @@ def test_each_row_is_refused_by_name(field, value):
     host = _host(**{field: value})
     with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
         pool_args.check_run(PoolConfig(pool_min=4), host, host)
-
-
-def test_one_group_is_no_group():
-    one = _host(moe_router_num_groups=1, moe_router_group_topk=1)
-    pool_args.check_run(PoolConfig(pool_min=4), one, one)
-
-
-@pytest.mark.parametrize("option", ["moe_router_force_load_balancing", "moe_router_force_biased"])
-def test_the_standard_moe_may_route_at_random(option):
-    host = _host(**{option: True if option.endswith("balancing") else 0.1})
-    pool_args.check_run(PoolConfig(), host, host)
-
-
-def test_an_allowed_run_passes():
-    pool_args.check_run(PoolConfig(pool_min=4), _host(), _host())
-
-
-def test_a_list_of_allowed_balancing_types_passes_and_a_mixed_one_does_not():
-    kinds = ["global_aux_loss", "seq_aux_loss"]
-    fine = _host(moe_router_load_balancing_type=kinds, moe_aux_loss_coeff=[0.1, 0.01])
-    mixed = _host(moe_router_load_balancing_type=[*kinds, "sinkhorn"], moe_aux_loss_coeff=[0.1, 0.01, 0.0])
-    pool_args.check_run(PoolConfig(), fine, fine)
-    with pytest.raises(ValueError, match="sinkhorn"):
-        pool_args.check_run(PoolConfig(), mixed, mixed)
 
 
 KINDS = {"moe_router_load_balancing_type": ["global_aux_loss", "seq_aux_loss"]}
@@ -296,72 +311,6 @@ def test_all_problems_come_at_once():
         "--pool-min",
     ):
         assert name in str(caught.value)
-
-
-def test_the_standard_model_needs_neither_fp32_routing_nor_boundaries():
-    host = _host(moe_router_dtype=None, dataloader_inter_document_masking=False)
-    pool_args.check_run(PoolConfig(), host, host)
-
-
-def test_no_experts_is_said_plainly():
-    host = _host(num_moe_experts=None)
-    with pytest.raises(ValueError, match="--num-experts"):
-        pool_args.check_run(PoolConfig(), host, host)
-
-
-def test_a_planned_pass_of_an_interleaved_pipeline_takes_one_packed_sample():
-    planned = {"virtual_pipeline_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}
-    pools = PoolConfig(pool_min=4)
-    host = _host(**planned)
-    with pytest.raises(ValueError, match="--micro-batch-size must be 1"):
-        pool_args.check_run(pools, host, host)
-    for free in (
-        {"micro_batch_size": 1},
-        {"overlap_moe_expert_parallel_comm": False},
-        {"virtual_pipeline_model_parallel_size": None},
-    ):
-        host = _host(**(planned | free))
-        pool_args.check_run(pools, host, host)
-    host = _host(**planned, dataloader_inter_document_masking=False)
-    pool_args.check_run(PoolConfig(pool_min=4, pool_documents="routers"), host, host)
-
-
-def test_evaluation_has_the_micro_batches_of_training_under_tensor_parallelism():
-    pools = PoolConfig(pool_min=4)
-    host = _host(eval_micro_batch_size=1)
-    pool_args.check_run(pools, host, host)
-    host = _host(eval_micro_batch_size=1, tensor_model_parallel_size=2)
-    with pytest.raises(ValueError, match="--eval-micro-batch-size"):
-        pool_args.check_run(pools, host, host)
-
-
-def test_megatrons_own_scripts_cut_whole_samples():
-    pools = PoolConfig(pool_min=4)
-    cut = _host(context_parallel_size=2, mtp_num_layers=1)
-    pool_args.check_run(pools, cut, cut)
-    with pytest.raises(ValueError, match="--context-parallel-size must be 1") as caught:
-        pool_args.check_run(pools, cut, cut, rows=HOST)
-    assert str(caught.value).count("  - ") == 1, "multi-token prediction is fine"
-    # packed samples of the standard model are cut as wrongly
-    with pytest.raises(ValueError, match="--context-parallel-size must be 1"):
-        pool_args.check_run(PoolConfig(), cut, cut, rows=HOST)
-
-
-def test_megatrons_own_scripts_have_no_positions_for_a_second_stage():
-    host = _host(mtp_num_layers=1, position_embedding_type="learned_absolute", pipeline_model_parallel_size=2)
-    with pytest.raises(ValueError, match="--position-embedding-type"):
-        pool_args.check_run(PoolConfig(pool_min=4), host, host, rows=HOST)
-
-
-def test_megatrons_own_scripts_have_boundaries_on_two_stages():
-    pools = PoolConfig(pool_min=4)
-    for stages in ({"pipeline_model_parallel_size": 4}, {"virtual_pipeline_model_parallel_size": 2}):
-        host = _host(**stages)
-        pool_args.check_run(pools, host, host)
-        with pytest.raises(ValueError, match="pipeline"):
-            pool_args.check_run(pools, host, host, rows=HOST)
-    host = _host(pipeline_model_parallel_size=2)
-    pool_args.check_run(pools, host, host, rows=HOST)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,7 @@ from emo_megatron.checkpoint import writer as weights_writer
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
-from emo_megatron.commands import compose, extract, merge
-from emo_megatron.commands.export import ExportOptions, export
-from emo_megatron.commands.import_ import ImportOptions, import_folder
+from emo_megatron.commands import compose, export, extract, import_, merge
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
 from emo_megatron.runners import parity as hf_parity
@@ -184,7 +182,7 @@ def test_a_folder_of_such_a_weight_is_not_imported(tmp_path, format, name, place
 
     source = folder_of(tmp_path / "source", format=format, change=change)
     with pytest.raises(NotFiniteError) as told:
-        import_folder(ImportOptions(folder=source, output=tmp_path / "new"))
+        import_.run(import_.Options(folder=source, output=tmp_path / "new"))
     assert f"the weight {name}{place} holds -inf" in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -193,15 +191,15 @@ def test_a_folder_of_such_a_weight_is_not_imported(tmp_path, format, name, place
 def test_a_checkpoint_of_such_a_weight_is_not_exported(rewritten, tmp_path, format):
     source = folder_of(tmp_path / "source")
     whole = tmp_path / "whole"
-    import_folder(ImportOptions(folder=source, output=whole, parity_tokens=0))
+    import_.run(import_.Options(folder=source, output=whole, parity_tokens=0))
     broken = rewritten(tmp_path / "broken", whole, spoiled(FC2, row=5))
     wide = rewritten(tmp_path / "wide", whole, spoiled(FC2, row=5, value=1e6))
     name = "model.layers.1.mlp.experts.5.down_proj.weight"
     new = {"output": tmp_path / "new", "format": format}
     with pytest.raises(NotFiniteError, match=rf"{name} \(layer 2, expert 5\) holds nan"):
-        export(ExportOptions(checkpoint=broken, **new))
+        export.run(export.Options(checkpoint=broken, **new))
     with pytest.raises(ValueError, match=rf"{name} does not fit .*float16.* 1e\+06"):
-        export(ExportOptions(checkpoint=wide, dtype="float16", **new))
+        export.run(export.Options(checkpoint=wide, dtype="float16", **new))
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".*"))
 
@@ -217,7 +215,7 @@ def test_a_checkpoint_of_such_a_weight_is_not_exported(rewritten, tmp_path, form
 def test_logits_that_are_not_finite_are_no_parity(monkeypatch, rewritten, tmp_path, megatron, hugging_face, which):
     folder = HuggingFaceFolder(folder_of(tmp_path / "source"))
     whole = tmp_path / "whole"
-    import_folder(ImportOptions(folder=folder.path, output=whole, parity_tokens=0))
+    import_.run(import_.Options(folder=folder.path, output=whole, parity_tokens=0))
     broken = rewritten(tmp_path / "broken", whole, spoiled(FC2, row=5))
     for name, value in (("megatron_logits", megatron), ("hugging_face_logits", hugging_face)):
         logits_TV = torch.ones(4, 80)
@@ -234,10 +232,10 @@ def test_numbers_of_commands_are_finite(parent, tmp_path):
     places = {"output": tmp_path / "new"}
     for value in (math.nan, math.inf, -math.inf, 0.0, -1.0):
         with pytest.raises(ValueError, match="--shard-gb must be a finite number above 0"):
-            ExportOptions(checkpoint=parent, shard_gb=value, **places)
+            export.Options(checkpoint=parent, shard_gb=value, **places)
     for options in (
-        lambda: ExportOptions(checkpoint=parent, parity_tokens=-1, **places),
-        lambda: ImportOptions(folder=parent, parity_tokens=-1, **places),
+        lambda: export.Options(checkpoint=parent, parity_tokens=-1, **places),
+        lambda: import_.Options(folder=parent, parity_tokens=-1, **places),
     ):
         with pytest.raises(ValueError, match="--parity-tokens must"):
             options()

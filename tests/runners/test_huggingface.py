@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 from emo_megatron.finite import NotFiniteError  # noqa: E402
-from emo_megatron.runners.huggingface import HuggingFaceStudy, load_hugging_face  # noqa: E402
+from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face  # noqa: E402
 
 SIZES = {
     "vocab_size": 64,
@@ -59,7 +59,7 @@ def kind(request):
 
 
 def study(built):
-    return HuggingFaceStudy(built, seq_length=16, rows_at_once=3)
+    return HuggingFaceRunner(built, seq_length=16, rows_at_once=3)
 
 
 def blocks(built):
@@ -169,7 +169,7 @@ def test_leaving_experts_out_is_a_model_without_them(kind):
 
 
 def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
-    from emo_megatron.hf.emo import EMO
+    from emo_megatron.hf.emo_format import EMO
     from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
 
     parts = KINDS["qwen2_moe"] | {"mlp_only_layers": [], "shared_expert_intermediate_size": 8}

@@ -22,7 +22,7 @@ from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
-from emo_megatron.report.retention_rows import load_rows
+from emo_megatron.report.rows import load_rows
 from emo_megatron.runners import launch
 from emo_megatron.variables import IN_RANKS, process_environment
 

@@ -1,4 +1,4 @@
-"""The model that `modules.hf.Architecture` describes, straight from its definition, in float64; and random weights."""
+"""The model that `hf.Architecture` describes, straight from its definition, in float64; and random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from emo_megatron.hf.architecture import Architecture, weight_shapes
+from emo_megatron.hf.architecture import Architecture
+from emo_megatron.hf.mapping import weight_shapes
 
 SMALL = {
     "vocab_size": 80,
@@ -52,14 +53,21 @@ def random_weights(model: Architecture, *, seed: int = 0) -> dict[str, Tensor]:
 def logits(model: Architecture, weights: dict[str, Tensor], tokens_T: Tensor) -> Tensor:
     """[T, V] float64."""
     w = {name: weight.double() for name, weight in weights.items()}
-    x_TD = w["embedding"][tokens_T]
+    x_TD = w["model.embed_tokens.weight"][tokens_T]
     for layer in range(model.num_layers):
-        part = {n.split(".", 2)[2]: t for n, t in w.items() if n.startswith(f"layers.{layer}.")}
-        x_TD = x_TD + _attention(model, part, _norm(model, x_TD, part["attention_norm"]))
-        h_TD = _norm(model, x_TD, part["mlp_norm"])
+        part = of_layer(w, layer)
+        x_TD = x_TD + _attention(model, part, _norm(model, x_TD, part["input_layernorm.weight"]))
+        h_TD = _norm(model, x_TD, part["post_attention_layernorm.weight"])
         is_dense = layer in model.dense_layers
-        x_TD = x_TD + (_mlp(part, "dense", h_TD) if is_dense else _experts(model, part, h_TD))
-    return _norm(model, x_TD, w["final_norm"]) @ w["embedding" if model.tied else "output"].T
+        x_TD = x_TD + (_mlp(part, "mlp", h_TD) if is_dense else experts(model, part, h_TD))
+    output_VD = w["model.embed_tokens.weight" if model.tied else "lm_head.weight"]
+    return _norm(model, x_TD, w["model.norm.weight"]) @ output_VD.T
+
+
+def of_layer(weights: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The weights of a layer, by their names in it."""
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def _norm(model: Architecture, x_TD: Tensor, weight_D: Tensor) -> Tensor:
@@ -67,13 +75,13 @@ def _norm(model: Architecture, x_TD: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def _mlp(part: dict[str, Tensor], name: str, x_TD: Tensor) -> Tensor:
-    gate, up, down = (part[f"{name}.{kind}"] for kind in ("gate", "up", "down"))
+    gate, up, down = (part[f"{name}.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
     return (silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
 
 
 def _attention(model: Architecture, part: dict[str, Tensor], x_TD: Tensor) -> Tensor:
     def heads(name: str) -> Tensor:
-        projected = x_TD @ part[name].T + part.get(f"{name}_bias", 0.0)
+        projected = x_TD @ part[f"self_attn.{name}_proj.weight"].T + part.get(f"self_attn.{name}_proj.bias", 0.0)
         return projected.view(len(x_TD), -1, model.head_dim).transpose(0, 1)
 
     share = model.num_heads // model.num_kv_heads
@@ -82,7 +90,7 @@ def _attention(model: Architecture, part: dict[str, Tensor], x_TD: Tensor) -> Te
     scores = q @ k.transpose(1, 2) / model.head_dim**0.5
     is_future = torch.ones(len(x_TD), len(x_TD), dtype=torch.bool).triu(1)
     mixed = scores.masked_fill(is_future, float("-inf")).softmax(-1) @ v
-    return mixed.transpose(0, 1).reshape(len(x_TD), -1) @ part["o"].T
+    return mixed.transpose(0, 1).reshape(len(x_TD), -1) @ part["self_attn.o_proj.weight"].T
 
 
 def _rotate(model: Architecture, heads_HTd: Tensor) -> Tensor:
@@ -93,14 +101,14 @@ def _rotate(model: Architecture, heads_HTd: Tensor) -> Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
-def _experts(model: Architecture, part: dict[str, Tensor], x_TD: Tensor) -> Tensor:
-    best = (x_TD @ part["router"].T).softmax(-1).topk(model.top_k)
+def experts(model: Architecture, part: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+    best = (x_TD @ part["mlp.gate.weight"].T).softmax(-1).topk(model.top_k)
     gates = best.values / best.values.sum(-1, keepdim=True) if model.renormalise else best.values
     out_TD = torch.zeros_like(x_TD)
-    for token, (experts, weights) in enumerate(zip(best.indices, gates, strict=True)):
-        for expert, weight in zip(experts.tolist(), weights, strict=True):
-            out_TD[token] += weight * _mlp(part, f"experts.{expert}", x_TD[token])
+    for token, (chosen, weights) in enumerate(zip(best.indices, gates, strict=True)):
+        for expert, weight in zip(chosen.tolist(), weights, strict=True):
+            out_TD[token] += weight * _mlp(part, f"mlp.experts.{expert}", x_TD[token])
     if not model.shared_hidden:
         return out_TD
-    weight_T1 = (x_TD @ part["shared_gate"].T).sigmoid() if model.shared_gate else 1.0
-    return out_TD + weight_T1 * _mlp(part, "shared", x_TD)
+    weight_T1 = (x_TD @ part["mlp.shared_expert_gate.weight"].T).sigmoid() if model.shared_gate else 1.0
+    return out_TD + weight_T1 * _mlp(part, "mlp.shared_expert", x_TD)

@@ -43,17 +43,17 @@ def measure(arguments: list[str]) -> None:
     """Leave what fidelity_measure.py leaves: the whole model, then size after size."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("output", "checkpoint", "name"):
-        parser.add_argument(f"--retention-{name}")
-    parser.add_argument("--retention-keep", nargs="*", default=[])
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--keep", nargs="*", default=[])
     options = parser.parse_known_args(arguments)[0]
-    experts = 2 if options.retention_name == "small" else 8
-    rows = [row(options.retention_name, d, d, "full", experts, experts) for d in DOMAINS]
-    for kept in (None, *(int(size) - 2 for size in options.retention_keep)):
+    experts = 2 if options.name == "small" else 8
+    rows = [row(options.name, d, d, "full", experts, experts) for d in DOMAINS]
+    for kept in (None, *(int(size) - 2 for size in options.keep)):
         if kept is not None:
             for method in ("random", "mean_prob"):
-                rows += [row(options.retention_name, d, d, method, kept, experts) for d in DOMAINS]
-            rows.append(row(options.retention_name, "one", "two", "mean_prob", kept, experts))
-        output = Path(options.retention_output) / "measured.json"
+                rows += [row(options.name, d, d, method, kept, experts) for d in DOMAINS]
+            rows.append(row(options.name, "one", "two", "mean_prob", kept, experts))
+        output = Path(options.output) / "measured.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         part = output.with_suffix(".part")
         part.write_text(json.dumps(rows))

@@ -24,7 +24,7 @@ def documents(count: int = 23, *, seed: int = 3) -> list[Tensor]:
 
 
 def study(layout: dict[str, int], **config: Any) -> Any:
-    """A MegatronStudy of the same model under any layout: three MoE layers after a dense one."""
+    """A MegatronRunner of the same model under any layout: three MoE layers after a dense one."""
     from emo_megatron.config import PoolConfig
     from support import shards, tiny
 
@@ -36,9 +36,9 @@ def study(layout: dict[str, int], **config: Any) -> Any:
 
 
 def studied(model: Any) -> Any:
-    """A MegatronStudy of the model above, whatever its weights are now."""
+    """A MegatronRunner of the model above, whatever its weights are now."""
     from emo_megatron.experts.stats import ModelFacts
-    from emo_megatron.runners.megatron import MegatronStudy
+    from emo_megatron.runners.megatron import MegatronRunner
 
     facts = ModelFacts(
         fingerprint="f00d",
@@ -49,7 +49,7 @@ def studied(model: Any) -> Any:
         expert_parameters=1,
         other_parameters=1,
     )
-    return MegatronStudy(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
+    return MegatronRunner(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
 
 
 def measure(

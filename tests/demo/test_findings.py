@@ -1,16 +1,14 @@
-"""Tests of emo_megatron.report.retention on rows whose means can be worked out by hand."""
+"""The demo's findings, table and figure, on rows whose means can be worked out by hand."""
 
 import builtins
-import csv
-import dataclasses
-import json
 import struct
 from pathlib import Path
 
 import pytest
 
-from emo_megatron.report import retention
-from emo_megatron.report.retention import RetentionRow, RetentionSummary
+from demo.figure import plot_retention
+from demo.findings import findings, table
+from emo_megatron.report.rows import RetentionRow
 
 FULL_LOSS = {"emo": 3.0, "standard": 3.0, "small": 3.5}
 EXPERTS = 32
@@ -73,158 +71,6 @@ def measured(**changes: float) -> list[RetentionRow]:
     return rows
 
 
-def test_summarise_by_hand() -> None:
-    rows = [
-        row("emo", "mean_prob", 0.25, 0.1, domain="a"),
-        row("emo", "mean_prob", 0.25, 0.3, domain="b"),
-        row("emo", "mean_prob", 0.25, 1.0, domain="a", evaluated_on="b"),
-        row("emo", "mean_prob", 0.25, 2.0, domain="b", evaluated_on="a"),
-        row("emo", "full", 1.0, 0.0, domain="a"),
-    ]
-    full, quarter = retention.summarise(rows)
-    assert full == RetentionSummary(
-        model="emo",
-        method="full",
-        keep_fraction=1.0,
-        num_experts_kept=32,
-        num_domains=1,
-        loss=3.0,
-        rise=0.0,
-        rise_elsewhere=None,
-    )
-    assert full.selectivity is None
-    assert (quarter.method, quarter.num_experts_kept, quarter.num_domains) == ("mean_prob", 8, 2)
-    assert quarter.loss == pytest.approx(3.2)
-    assert quarter.rise == pytest.approx(0.2)
-    assert quarter.rise_elsewhere == pytest.approx(1.5)
-    assert quarter.selectivity == pytest.approx(1.3)
-
-
-def test_every_domain_counts_the_same() -> None:
-    rows = [row("emo", "mean_prob", 0.5, 0.1, domain="a", seed=seed) for seed in range(3)]
-    rows.append(row("emo", "mean_prob", 0.5, 0.5, domain="b"))
-    (summary,) = retention.summarise(rows)
-    assert summary.rise == pytest.approx(0.3)
-
-
-def test_random_experts_belong_to_no_domain() -> None:
-    rows = [
-        row("emo", "random", 0.5, 0.2, domain="a", evaluated_on="b"),
-        row("emo", "random", 0.5, 0.4, domain="b", evaluated_on="b"),
-        row("emo", "random", 0.5, 0.5, domain="", evaluated_on="c"),
-    ]
-    (summary,) = retention.summarise(rows)
-    assert summary.num_domains == 2
-    assert summary.rise == pytest.approx((0.3 + 0.5) / 2)
-    assert summary.selectivity is None
-
-
-def test_summaries_are_sorted_and_need_a_domains_own_rows() -> None:
-    rows = [
-        row("standard", "mean_prob", 0.5, 0.1),
-        row("emo", "mean_prob", 0.25, 0.1),
-        row("emo", "mean_prob", 0.5, 0.1),
-        row("emo", "mean_prob", 0.125, 0.1, evaluated_on="b"),
-        row("emo", "full", 1.0, 0.0),
-    ]
-    got = [(s.model, s.method, s.keep_fraction) for s in retention.summarise(rows)]
-    assert got == [
-        ("emo", "full", 1.0),
-        ("emo", "mean_prob", 0.5),
-        ("emo", "mean_prob", 0.25),
-        ("standard", "mean_prob", 0.5),
-    ]
-    assert retention.summarise([]) == []
-
-
-@pytest.mark.parametrize("fraction", [0.0, -0.25, 1.5, float("nan")])
-def test_bad_fraction(fraction: float) -> None:
-    with pytest.raises(ValueError, match=r"keep_fraction must "):
-        dataclasses.replace(row("emo", "full", 1.0, 0.0), keep_fraction=fraction)
-
-
-# numbers that no short decimal is exactly, and text that csv and json must quote
-AWKWARD = dataclasses.replace(
-    row("emo", "mean_prob", 1 / 3, 0.1 + 0.2), versions='a "quoted", é\nsecond line', domain=""
-)
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
-def test_rows_survive_their_files(tmp_path: Path, suffix: str) -> None:
-    rows = [*measured(), AWKWARD]
-    paths = retention.save_rows(rows, tmp_path / "new" / "run.1")
-    assert paths == (tmp_path / "new" / "run.1.csv", tmp_path / "new" / "run.1.json")
-    assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows
-    # nothing unfinished stays, and a second write replaces the first
-    assert sorted(tmp_path.glob("new/*")) == sorted(paths)
-    retention.save_rows(rows[:1], tmp_path / "new" / "run.1")
-    assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows[:1]
-
-
-def test_no_rows_survive_their_files(tmp_path: Path) -> None:
-    for path in retention.save_rows([], tmp_path / "retention"):
-        assert retention.load_rows(path) == []
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = measured()
-    retention.save_rows(rows, tmp_path / "retention")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        retention.save_rows(rows[:1], tmp_path / "retention")
-    assert retention.load_rows(tmp_path / "retention.csv") == rows
-
-
-def test_load_rows_refuses_other_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"from \.csv or \.json; got .*retention\.txt"):
-        retention.load_rows(tmp_path / "retention.txt")
-    record = dataclasses.asdict(row("emo", "full", 1.0, 0.0))
-    for broken in ({**record, "extra": 1}, {k: v for k, v in record.items() if k != "seed"}):
-        (tmp_path / "broken.json").write_text(json.dumps([broken]))
-        with pytest.raises(ValueError, match="must have the columns"):
-            retention.load_rows(tmp_path / "broken.json")
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
-@pytest.mark.parametrize("column", ["loss", "rise", "tokens", "seed", "keep_fraction"])
-@pytest.mark.parametrize("value", ["nan", "-inf", "1e999", "many", ""])
-def test_rows_with_a_number_that_is_none_are_refused_by_file_and_row(
-    tmp_path: Path, suffix: str, column: str, value: str
-) -> None:
-    records = [dataclasses.asdict(row("emo", "full", 1.0, 0.0)) for _ in range(3)]
-    records[1][column] = "HERE"
-    path = tmp_path / f"rows{suffix}"
-    if suffix == ".json":
-        names = {"nan": "NaN", "-inf": "-Infinity", "1e999": "1e999"}
-        path.write_text(json.dumps(records).replace('"HERE"', names.get(value, f'"{value}"')))
-    else:
-        records[1][column] = value
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, records[0])
-            writer.writeheader()
-            writer.writerows(records)
-    with pytest.raises(ValueError, match=rf"rows\{suffix}.*(row 2: |\[1\]\.){column} "):
-        retention.load_rows(path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("column", ["loss", "rise"])
-def test_a_row_is_of_finite_numbers(column: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{column} must be a finite number; got {value}"):
-        dataclasses.replace(row("emo", "full", 1.0, 0.0), **{column: value})
-
-
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", "3"])
-def test_files_of_something_else_hold_no_rows(tmp_path: Path, text: str) -> None:
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(ValueError, match=r"rows\.json"):
-        retention.load_rows(tmp_path / "rows.json")
-
-
 BREAKS = {
     "quarter_rise": {"emo": 0.1251},
     "eighth_rise": {"emo_eighth": 0.2501},
@@ -236,7 +82,7 @@ BREAKS = {
 
 
 def test_findings_hold() -> None:
-    found = retention.findings(measured())
+    found = findings(measured())
     assert [finding.name for finding in found] == list(BREAKS)
     assert all(finding.holds for finding in found)
     numbers = {finding.name: (finding.value, finding.bound) for finding in found}
@@ -251,17 +97,17 @@ def test_findings_hold() -> None:
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_findings_fail(name: str) -> None:
-    found = {finding.name: finding for finding in retention.findings(measured(**BREAKS[name]))}
+    found = {finding.name: finding for finding in findings(measured(**BREAKS[name]))}
     assert not found[name].holds
 
 
 def test_findings_of_models_that_lose_nothing() -> None:
     # 3 times a gain, or a fifth of one, would be bounds that reward a loss
-    better = {f.name: f for f in retention.findings(measured(emo=-0.02, standard=-0.5))}
+    better = {f.name: f for f in findings(measured(emo=-0.02, standard=-0.5))}
     assert better["quarter_rise"].holds
     assert better["quarter_rise"].bound == 0.0
-    assert not retention.findings(measured(emo=0.001, standard=-0.5))[0].holds
-    random = {f.name: f for f in retention.findings(measured(emo=-0.02, random=-0.05))}
+    assert not findings(measured(emo=0.001, standard=-0.5))[0].holds
+    random = {f.name: f for f in findings(measured(emo=-0.02, random=-0.05))}
     assert not random["choice_matters"].holds
 
 
@@ -277,12 +123,12 @@ def test_findings_of_models_that_lose_nothing() -> None:
     ],
 )
 def test_findings_leave_out_what_was_not_measured(left_out, missing: set[str]) -> None:
-    found = retention.findings([r for r in measured() if not left_out(r)])
+    found = findings([r for r in measured() if not left_out(r)])
     assert {finding.name for finding in found} == set(BREAKS) - missing
 
 
 def test_table() -> None:
-    lines = retention.table(measured()).splitlines()
+    lines = table(measured()).splitlines()
     assert [line.split()[2:] for line in lines[3:6]] == [
         ["3.050", "3.000", "-", "-", "-"],
         ["3.175", "(+0.125)", "3.625", "(+0.625)", "3.500", "3.425", "(+0.375)", "+0.375"],
@@ -291,24 +137,24 @@ def test_table() -> None:
     kept = [line.split()[:2] for line in lines[3:6]]
     assert kept == [["32", "(all)"], ["8", "(1/4)"], ["4", "(1/8)"]]
     assert len({len(line) for line in lines[2:6]}) == 1
-    assert "lower is better" in retention.table(measured())
+    assert "lower is better" in table(measured())
 
 
 def test_a_rise_that_rounds_to_zero_has_no_minus() -> None:
     rows = measured(emo=-1e-5)
-    assert "3.050 (+0.000)" in retention.table(rows)
-    assert "+0.000 against +0.625" in retention.findings(rows)[0].text
-    assert "(-0.001)" in retention.table(measured(emo=-0.001))
+    assert "3.050 (+0.000)" in table(rows)
+    assert "+0.000 against +0.625" in findings(rows)[0].text
+    assert "(-0.001)" in table(measured(emo=-0.001))
 
 
 def test_table_without_most_of_the_numbers() -> None:
     small = [row("small", "full", 1.0, 0.0)]
-    assert "8 (all)" in retention.table(small)
-    assert "3.500" in retention.table(small)
+    assert "8 (all)" in table(small)
+    assert "3.500" in table(small)
     # the small model has a line of its own if nothing else keeps as many experts
-    lines = retention.table([row("emo", "full", 1.0, 0.0), *small]).splitlines()
+    lines = table([row("emo", "full", 1.0, 0.0), *small]).splitlines()
     assert lines[4].split() == ["8", "(1/4)", "-", "-", "3.500", "-", "-"]
-    assert retention.table([])
+    assert table([])
 
 
 def png_size(path: Path) -> tuple[int, ...]:
@@ -326,10 +172,8 @@ def distinct_colors(path: Path) -> int:
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    empty = retention.plot_retention([], tmp_path / "empty.png")
-    full = retention.plot_retention(
-        measured(), tmp_path / "new" / "retention.png", caption="emo, 2 domains, commit abc"
-    )
+    empty = plot_retention([], tmp_path / "empty.png")
+    full = plot_retention(measured(), tmp_path / "new" / "retention.png", caption="emo, 2 domains, commit abc")
     assert full == tmp_path / "new" / "retention.png"
     assert list(full.parent.iterdir()) == [full]
     assert png_size(full) == png_size(empty) == (1600, 650)
@@ -350,7 +194,7 @@ def test_plot(tmp_path: Path) -> None:
 def test_plot_of_a_part(tmp_path: Path, is_kept) -> None:
     pytest.importorskip("matplotlib")
     rows = [r for r in measured() if is_kept(r)]
-    assert png_size(retention.plot_retention(rows, tmp_path / "part.png")) == (1600, 650)
+    assert png_size(plot_retention(rows, tmp_path / "part.png")) == (1600, 650)
 
 
 def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +207,7 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
         row("emo", "mean_prob", 0.125, 9.0, evaluated_on="b"),
         row("emo", "mean_prob", 0.25, 1.5, domain="b", evaluated_on="a", seed=1),
     ]
-    retention.plot_retention(rows, tmp_path / "retention.png", caption="the caption")
+    plot_retention(rows, tmp_path / "retention.png", caption="the caption")
     curves, crossings = figures[0].axes
     means = [line for line in curves.lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in means] == [[0.125, 0.25, 1.0]] * 2
@@ -387,7 +231,7 @@ def test_many_domains_get_a_color_bar(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "replace", lambda self, target: target)
     names = [f"a domain with name {i}" for i in range(11)]
     rows = [row("emo", "mean_prob", 0.25, 0.1, domain=kept, evaluated_on=text) for kept in names for text in names]
-    retention.plot_retention(rows, tmp_path / "retention.png")
+    plot_retention(rows, tmp_path / "retention.png")
     _, crossings, bar = figures[0].axes
     assert [text.get_text() for text in crossings.texts] == ["kept for"]
     assert len(crossings.get_xticklabels()) == 11
@@ -405,4 +249,4 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'emo_megatron\[report\]'"):
-        retention.plot_retention(measured(), tmp_path / "retention.png")
+        plot_retention(measured(), tmp_path / "retention.png")

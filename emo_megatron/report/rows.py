@@ -32,11 +32,7 @@ NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "rise", "tokens", "seed"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetentionRow:
-    """One evaluation of one subset of experts on one domain.
-
-    Raises:
-        ValueError: on construction, when a number is not finite, a count below 1, or `keep_fraction` not in (0, 1].
-    """
+    """One evaluation of one subset of experts on one domain; ValueError where a number of it cannot be."""
 
     model: str
     """emo, standard, or small: trained from scratch with as few experts as a module has."""

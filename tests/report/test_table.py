@@ -7,9 +7,9 @@ import struct
 import pytest
 
 from emo_megatron.experts.select import MaxRise
-from emo_megatron.report.retention_methods import cliffs_table, find_cliffs, full_report, methods_table
-from emo_megatron.report.retention_methods_figure import plot_methods
-from emo_megatron.report.retention_rows import rows_of
+from emo_megatron.report.figure import plot_methods
+from emo_megatron.report.rows import rows_of
+from emo_megatron.report.table import cliffs_table, find_cliffs, full_report, methods_table
 
 FULL_LOSS = {"a": 2.0, "b": 4.0}
 # domain -> method -> rise with 16, 8 and 4 of 32 experts
@@ -64,11 +64,11 @@ def test_cliffs_by_hand(rows):
     cliffs = {(c.domain, c.method): c for c in find_cliffs(rows, MaxRise(value=0.1, is_share=False))}
     assert len(cliffs) == 3 * 3
     mean = cliffs[None, "mean_prob"]
-    assert (mean.num_experts_kept, mean.keep_fraction) == (8, 0.25)
-    assert (mean.loss, mean.rise) == (pytest.approx(3.07), pytest.approx(0.07))
+    assert (mean.size.num_experts_kept, mean.size.keep_fraction) == (8, 0.25)
+    assert (mean.size.loss, mean.size.rise) == (pytest.approx(3.07), pytest.approx(0.07))
     # reap is within the bound again with 8 experts, but was out of it with 16
-    assert cliffs[None, "reap"].num_experts_kept == 32
-    assert cliffs["a", "random"].rise == 0
+    assert cliffs[None, "reap"].size.num_experts_kept == 32
+    assert cliffs["a", "random"].size.rise == 0
     assert not any(c.is_smallest_measured for c in cliffs.values())
     assert {c.model for c in cliffs.values()} == {"emo"}
 
@@ -76,14 +76,14 @@ def test_cliffs_by_hand(rows):
 def test_a_bound_may_be_a_share_of_the_loss_and_may_hold_everywhere(rows):
     def kept(value):
         cliffs = find_cliffs(rows, MaxRise(value=value, is_share=True))
-        return {c.domain: c.num_experts_kept for c in cliffs if c.method == "mean_prob"}
+        return {c.domain: c.size.num_experts_kept for c in cliffs if c.method == "mean_prob"}
 
     # 2.4 % of 2 nats are .048, of 4 nats .096
     assert kept(0.024) == {None: 8, "a": 16, "b": 8}
     (widest,) = [
         c for c in find_cliffs(rows, MaxRise(value=1.0, is_share=True)) if (c.domain, c.method) == ("b", "mean_prob")
     ]
-    assert widest.num_experts_kept == 4
+    assert widest.size.num_experts_kept == 4
     assert widest.is_smallest_measured
     assert "4 (1/8) or fewer" in cliffs_table([widest], MaxRise(value=1.0, is_share=True))
 

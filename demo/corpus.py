@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import statistics
+import sys
 import warnings
 from array import array
 from collections.abc import Iterable, Sized
@@ -28,13 +29,17 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from emo_megatron.demo.prepared import HELD_OUT_SPLITS, MANIFEST, SPLITS, Corpus, load_corpus
-from emo_megatron.demo.sources import MACHINE_SOURCES, Machine, folder_sources
+from demo import recipe
+from demo.sources import MACHINE_SOURCES, Machine, folder_sources
 from emo_megatron.files import gone_on_failure, whole, writing
+from emo_megatron.json_files import read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+HELD_OUT_SPLITS = ("calibration", "validation")
+SPLITS = ("train", *HELD_OUT_SPLITS)
+MANIFEST = "corpus.json"
 EOD = "<|endoftext|>"
 EOD_TOKEN = 0
 MIN_DOMAINS = 3
@@ -71,20 +76,32 @@ class CorpusConfig:
     seed: int = 1234
     """Decides which documents are taken, their split and their order."""
 
-    def __post_init__(self) -> None:
-        fractions = (self.calibration_fraction, self.validation_fraction)
-        checks = {
-            f"max_domains must be {MIN_DOMAINS} or more": self.max_domains >= MIN_DOMAINS,
-            "min_documents must be 6 or more": self.min_documents >= 6,
-            "min_document_chars must be in [1, max_document_chars]": (
-                1 <= self.min_document_chars <= self.max_document_chars
-            ),
-            "vocab_size must be above 256": self.vocab_size > 256,
-            "fractions must be in (0, 1/6]": all(0 < fraction <= 1 / 6 for fraction in fractions),
-        }
-        problems = [problem for problem, holds in checks.items() if not holds]
-        if problems:
-            raise ValueError("; ".join(problems) + f"; got {self}")
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """A corpus on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+    """The content of corpus.json."""
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, in order of preference."""
+        return list(self.manifest["domains"])
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training split over all domains."""
+        return sum(row["tokens"]["train"] for row in self.manifest["domains"].values())
+
+
+def corpus_config(folder: Path | None, *, seed: int, quick: bool) -> CorpusConfig:
+    """What the corpus is made of, from a folder with one folder of text files a domain or from this machine's text."""
+    full = CorpusConfig(corpus_dir=folder, seed=seed)
+    if not quick:
+        return full
+    return dataclasses.replace(full, max_domains=4, bytes_per_domain=300_000, min_documents=60)
 
 
 type _Texts = dict[str, list[str]]
@@ -106,12 +123,12 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
     corpus_dir = None if config.corpus_dir is None else str(config.corpus_dir.resolve())
     wanted = dataclasses.asdict(config) | {"corpus_dir": corpus_dir, "format": FORMAT}
     if path.exists():
-        corpus = load_corpus(output)
-        if corpus.manifest["config"] == wanted:
-            return corpus
+        manifest = read_object(path, kind="a corpus")
+        if manifest.get("config") == wanted:
+            return Corpus(path=output, manifest=manifest)
         path.unlink()
     descriptions, documents = _collect(config, machine=machine or Machine())
-    texts = {name: _split(documents[name], config=config) for name in documents}
+    texts = {name: split_documents(documents[name], config=config) for name in documents}
     tokenizer = _train_tokenizer(texts, vocab_size=config.vocab_size)
     tokens = _tokenize(texts, tokenizer=tokenizer)
     _balance(tokens)
@@ -189,7 +206,7 @@ def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> di
     documents: dict[bytes, str] = {}
     num_bytes = 0
     for raw in texts:
-        text = _clean(raw, max_chars=config.max_document_chars)
+        text = clean(raw, max_chars=config.max_document_chars)
         key = hashlib.sha256(" ".join(text[:2000].split()).encode()).digest()
         if len(text) < config.min_document_chars or key in documents or key in seen:
             continue
@@ -200,7 +217,7 @@ def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> di
     return documents
 
 
-def _clean(text: str, *, max_chars: int) -> str:
+def clean(text: str, *, max_chars: int) -> str:
     """Unify line ends and blank lines and cut; empty if the text cannot be one document."""
     # a literal end-of-document token would be tokenized as a document boundary
     if EOD in text or NOT_TEXT.search(text):
@@ -213,7 +230,7 @@ def _clean(text: str, *, max_chars: int) -> str:
     return text[: max_chars if line_end < 0 else line_end].rstrip()
 
 
-def _split(documents: list[str], *, config: CorpusConfig) -> _Texts:
+def split_documents(documents: list[str], *, config: CorpusConfig) -> _Texts:
     """Cut shuffled documents into the three splits."""
     count = len(documents)
     fractions = (config.calibration_fraction, config.validation_fraction)
@@ -299,3 +316,18 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
             for tensor in tensors.values():
                 digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def main() -> None:
+    """Prepare the corpus of the run in the folder that is named, and print what is in it."""
+    output = Path(sys.argv[1])
+    run = read_object(output / "demo.json", kind="the settings of a run")
+    folder = Path(run["corpus"]) if run["corpus"] else None
+    is_quick = run["size"]["steps"] == recipe.QUICK.steps
+    corpus = prepare_corpus(output / "corpus", corpus_config(folder, seed=run["seed"], quick=is_quick))
+    recipe.claim(output, {"text": corpus.manifest["fingerprint"]})
+    print(describe(corpus), flush=True)
+
+
+if __name__ == "__main__":
+    recipe.run_step(main)

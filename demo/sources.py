@@ -7,7 +7,6 @@ program crowds out the others, so any prefix is a fair sample.
 
 import ast
 import codecs
-import dis
 import gzip
 import os
 import random
@@ -15,9 +14,7 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import sysconfig
-import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -26,7 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import NamedTuple
 
 import torch
@@ -183,12 +179,6 @@ def python(machine: Machine, *, rng: random.Random) -> Iterator[str]:
     return _definitions(find_files(roots, (".py",), rng=rng, skip=skip), rng=rng)
 
 
-def unit_test(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """Top-level definitions of the test modules of the standard library and of packages."""
-    paths = find_files([machine.stdlib / "test", machine.packages], (".py",), rng=rng)
-    return _definitions((path for path in paths if path.name.startswith("test_")), rng=rng)
-
-
 def docstring(machine: Machine, *, rng: random.Random) -> Iterator[str]:
     """Long docstrings: English prose about interfaces."""
     roots = [machine.packages, machine.stdlib]
@@ -285,34 +275,6 @@ def messages(machine: Machine, *, rng: random.Random, language: str) -> Iterator
     yield from spread(documents, rng=rng)
 
 
-def unicode_table(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """Lines of code point, category and name, but for names made from the code point."""
-    made = ("CJK ", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH", "NUSHU", "KHITAN SMALL")
-    named = ((char, unicodedata.name(char, "")) for char in map(chr, range(sys.maxunicode)))
-    known = ((char, name) for char, name in named if name and not name.startswith(made))
-    lines = (f"U+{ord(char):04X} {unicodedata.category(char)} {name}" for char, name in known)
-    yield from spread((("", text) for text in group_pieces(lines)), rng=rng)
-
-
-def bytecode(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """Disassembled functions of the standard library."""
-    for _, tree in _parse(find_files([machine.stdlib], (".py",), rng=rng, skip=NO_TESTS)):
-        constants: tuple[object, ...] = ()
-        with suppress(SyntaxError, ValueError, RecursionError):
-            constants = compile(tree, "", "exec", dont_inherit=True).co_consts
-        for code in [item for item in constants if isinstance(item, CodeType)][:MAX_PER_FILE]:
-            listing = dis.Bytecode(code).dis()
-            # addresses and the order of a set of strings differ from one process to the next
-            if " at 0x" not in listing and "frozenset(" not in listing:
-                yield listing
-
-
-def decimal(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """Test vectors of decimal arithmetic."""
-    for text in read_texts(find_files([machine.stdlib / "test"], (".decTest",), rng=rng)):
-        yield from group_pieces(line for line in text.splitlines() if line[:2] != "--")
-
-
 def folder_sources(corpus_dir: Path) -> tuple[Source, ...]:
     """One domain for each folder in `corpus_dir`: every UTF-8 file below it is a document."""
     return tuple(
@@ -335,12 +297,6 @@ MACHINE_SOURCES = (
     Source("ru", "Russian messages of programs", partial(messages, language="ru")),
     Source("javascript", "JavaScript files", javascript),
     Source("perl", "Perl modules", perl),
-    Source("de", "German messages of programs", partial(messages, language="de")),
-    Source("ja", "Japanese messages of programs", partial(messages, language="ja")),
     Source("docstring", "long docstrings of Python packages", docstring),
-    Source("unicode", "names of Unicode characters", unicode_table),
-    Source("bytecode", "disassembled functions of the standard library", bytecode),
-    Source("decimal", "test vectors of decimal arithmetic", decimal),
-    Source("unit_test", "test functions and classes of Python packages", unit_test),
 )
 """Every domain this machine may hold, in order of preference."""

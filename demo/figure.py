@@ -6,9 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from emo_megatron.files import whole
-from emo_megatron.report.cells import share as label
-from emo_megatron.report.retention_rows import (
+from emo_megatron.report.figure import FAINT, INK, drawing, over_shares
+from emo_megatron.report.rows import (
     CHOSEN,
     EMO,
     FULL,
@@ -21,6 +20,7 @@ from emo_megatron.report.retention_rows import (
     find_summary,
     summarise,
 )
+from emo_megatron.report.table import share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,21 +38,6 @@ LINES: dict[str, dict[str, Any]] = {
     CHOSEN: {"linewidth": 3.2, "marker": "o", "markersize": 7.5},
     RANDOM: {"linewidth": 1.9, "linestyle": (0, (4, 2.5))},
 }
-INK, FAINT = "#222222", "#8a8a8a"
-# matplotlib types the keys as its own literals
-STYLE: dict[Any, Any] = {
-    "font.size": 13.0,
-    "axes.titlesize": 13.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 INCHES, DOTS_PER_INCH = (12.8, 5.2), 125
 MAX_ANNOTATED = 10
 
@@ -67,25 +52,15 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
         rows: models, methods, fractions and pairs of domains may be missing.
         path: of the PNG; missing folders are made.
         caption: printed below: model, data, commit.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the retention figure needs matplotlib: pip install 'emo_megatron[report]'") from error
     path = Path(path)
-    with rc_context(STYLE), whole(path) as unfinished:
-        figure = Figure(figsize=INCHES, dpi=DOTS_PER_INCH, facecolor="white")
+    with drawing(path, figsize=INCHES, dpi=DOTS_PER_INCH) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.08, 1.0))
         figure.subplots_adjust(left=0.066, right=0.988, top=0.805, bottom=0.235, wspace=0.53)
         figure.text(0.012, 0.925, _headline(summarise(rows)), size=18, weight="bold")
         figure.text(0.012, 0.03, caption, size=10.5, color="#5a5a5a")
         _draw_curves(left, rows)
         _draw_crossings(figure, right, rows)
-        figure.savefig(unfinished, format="png")
     return path
 
 
@@ -99,7 +74,6 @@ def _headline(summaries: list[RetentionSummary]) -> str:
 
 def _draw_curves(axes: "Axes", rows: Sequence[RetentionRow]) -> None:
     summaries = summarise(rows)
-    fractions = sorted({row.keep_fraction for row in rows if row.model != SMALL}) or [1.0]
     ends = []
     for model in (STANDARD, EMO):
         for method in (RANDOM, CHOSEN):
@@ -118,15 +92,10 @@ def _draw_curves(axes: "Axes", rows: Sequence[RetentionRow]) -> None:
                 _draw_domains(axes, [row for row in rows if row.model == model])
             ends.append((means[0].loss, NAMES[model, method], COLORS[model]))
     _draw_small(axes, summaries)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(fractions[-1] * 1.12, fractions[0] / 1.12)
-    axes.set_xticks(fractions, [label(f) for f in fractions])
-    axes.minorticks_off()
+    over_shares(axes, [row.keep_fraction for row in rows if row.model != SMALL])
     axes.set_xlabel("share of experts kept  (thin lines: each domain)")
     axes.set_ylabel("loss, nats a token")
     axes.set_title("Loss on the domain the experts are kept for", pad=10)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
     _name_lines(axes, ends)
 
 
@@ -196,8 +165,8 @@ def _draw_small(axes: "Axes", summaries: list[RetentionSummary]) -> None:
 
 def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]) -> None:
     """A heat map of EMO's rise: experts chosen for the row's domain, text of the column's."""
-    cells, share = _crossings(rows)
-    axes.set_title(f"Rise in nats with {label(share)} of EMO's experts", pad=10)
+    cells, fraction = _crossings(rows)
+    axes.set_title(f"Rise in nats with {share(fraction)} of EMO's experts", pad=10)
     if not cells:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "modules were not run on other domains", ha="center", color=FAINT)
@@ -236,12 +205,12 @@ def _crossings(rows: Sequence[RetentionRow]) -> tuple[dict[tuple[str, str], floa
     shares = {row.keep_fraction for row in chosen if not row.is_own}
     if not shares:
         return {}, QUARTER
-    share = min(shares, key=lambda s: abs(math.log(s / QUARTER)))
+    fraction = min(shares, key=lambda s: abs(math.log(s / QUARTER)))
     rises: dict[tuple[str, str], list[float]] = {}
     for row in chosen:
-        if row.keep_fraction == share:
+        if row.keep_fraction == fraction:
             rises.setdefault((row.domain, row.evaluated_on), []).append(row.rise)
-    return {pair: fmean(values) for pair, values in rises.items()}, share
+    return {pair: fmean(values) for pair, values in rises.items()}, fraction
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Methods of choosing experts side by side: a table by model, size and method, and the cliff of each.
+"""Tables of retention: methods of choosing experts side by side, by model and size, and the cliff of each.
 
 The cliff is the smallest number of experts, counted down from all of them, whose loss stays within a bound.
 """
@@ -7,33 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from emo_megatron.experts.select import METHODS, MaxRise
-from emo_megatron.report.cells import MISSING, share, signed, text_table
-from emo_megatron.report.retention_rows import FULL, RANDOM, RetentionRow, RetentionSummary, find_summary, summarise
+from emo_megatron.report.rows import FULL, RANDOM, RetentionRow, RetentionSummary, find_summary, summarise
 
-HEADINGS = (
-    ("", "model"),
-    ("experts", "kept"),
-    ("", "method"),
-    ("loss,", "nats a token"),
-    ("", "rise"),
-    ("random", "experts"),
-    ("selec-", "tivity"),
-)
-CLIFF_HEADINGS = (
-    ("", "model"),
-    ("", "method"),
-    ("", "domain"),
-    ("experts", "kept"),
-    ("loss,", "nats a token"),
-    ("", "rise"),
-)
+MISSING = "-"
+KEPT, LOSS, RISE = ("experts", "kept"), ("loss,", "nats a token"), ("", "rise")
+HEADINGS = (("", "model"), KEPT, ("", "method"), LOSS, RISE, ("random", "experts"), ("selec-", "tivity"))
+CLIFF_HEADINGS = (("", "model"), ("", "method"), ("", "domain"), KEPT, LOSS, RISE)
 MEAN = "all, on average"
 """Stands for a domain in the table of cliffs."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def signed(nats: float) -> str:
+    """Three digits and a sign; a rise that rounds to zero has no minus."""
+    return f"{round(nats, 3) + 0.0:+.3f}"
+
+
+def share(fraction: float) -> str:
+    """A fraction of the experts: 1/4, or all."""
+    return "all" if fraction == 1.0 else str(Fraction(fraction).limit_denominator(256))
+
+
+def text_table(headings: Sequence[Sequence[str]], lines: Sequence[Sequence[str]]) -> str:
+    """Lay cells out to the right, with a rule below the headings.
+
+    Args:
+        headings: for each column its lines, as many for every one.
+        lines: of cells, one a column.
+    """
+    above = [list(line) for line in zip(*headings, strict=True)]
+    rows = [*above, *lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = ["   ".join(map(str.rjust, cells, widths)).rstrip() for cells in rows]
+    text.insert(len(above), "-" * (sum(widths) + 3 * (len(widths) - 1)))
+    return "\n".join(text)
+
+
+@dataclass(frozen=True, slots=True)
 class Cliff:
     """How few experts a model can keep by one method within a bound, among the sizes that were measured."""
 
@@ -41,13 +53,8 @@ class Cliff:
     method: str
     domain: str | None
     """None: the mean of all domains, each with its own experts."""
-    num_experts_kept: int
-    """Routed experts a layer; all of them where even the largest module is out of bounds."""
-    keep_fraction: float
-    loss: float
-    """Nats a token."""
-    rise: float
-    """Nats a token."""
+    size: RetentionSummary
+    """What is kept, its loss and rise; all experts where even the largest module is out of bounds."""
     is_smallest_measured: bool
     """No smaller module was measured, so that the cliff may lie below."""
 
@@ -69,29 +76,14 @@ def find_cliffs(rows: Iterable[RetentionRow], bound: MaxRise) -> list[Cliff]:
             if full is None or method == FULL:
                 continue
             sizes = [s for s in summaries if (s.model, s.method) == (model, method)]
-            found.append(_cliff(full, sizes, method=method, domain=domain, bound=bound))
+            within = full
+            # most experts come first
+            for size in sizes:
+                if size.loss > bound.highest(full.loss):
+                    break
+                within = size
+            found.append(Cliff(model, method, domain, within, is_smallest_measured=within is sizes[-1]))
     return found
-
-
-def _cliff(
-    full: RetentionSummary, sizes: list[RetentionSummary], *, method: str, domain: str | None, bound: MaxRise
-) -> Cliff:
-    """Sizes come with most experts first."""
-    within = full
-    for size in sizes:
-        if size.loss > bound.highest(full.loss):
-            break
-        within = size
-    return Cliff(
-        model=full.model,
-        method=method,
-        domain=domain,
-        num_experts_kept=within.num_experts_kept,
-        keep_fraction=within.keep_fraction,
-        loss=within.loss,
-        rise=within.rise,
-        is_smallest_measured=within is sizes[-1],
-    )
 
 
 def methods_table(rows: Iterable[RetentionRow]) -> str:
@@ -100,20 +92,18 @@ def methods_table(rows: Iterable[RetentionRow]) -> str:
     Random experts, as many, stand in every line: a rise tells little without them.
     """
     summaries = summarise(rows)
+    chosen = {(s.model, s.keep_fraction) for s in summaries if s.method not in (FULL, RANDOM)}
     lines = []
     for summary in sorted(summaries, key=_place):
-        by_chance = find_summary(summaries, model=summary.model, method=RANDOM, keep_fraction=summary.keep_fraction)
-        if summary.method == RANDOM and any(
-            s.method not in (FULL, RANDOM) and s.keep_fraction == summary.keep_fraction
-            for s in summaries
-            if s.model == summary.model
-        ):
+        # they have a line of their own where nothing else keeps as many
+        if summary.method == RANDOM and (summary.model, summary.keep_fraction) in chosen:
             continue
+        by_chance = find_summary(summaries, model=summary.model, method=RANDOM, keep_fraction=summary.keep_fraction)
         is_full = summary.method == FULL
         lines.append(
             (
                 summary.model,
-                f"{summary.num_experts_kept} ({share(summary.keep_fraction)})",
+                kept(summary),
                 MISSING if is_full else summary.method,
                 f"{summary.loss:.3f}",
                 MISSING if is_full else signed(summary.rise),
@@ -122,6 +112,11 @@ def methods_table(rows: Iterable[RetentionRow]) -> str:
             )
         )
     return text_table(HEADINGS, lines)
+
+
+def kept(summary: RetentionSummary) -> str:
+    """How many experts, and their share."""
+    return f"{summary.num_experts_kept} ({share(summary.keep_fraction)})"
 
 
 def _place(summary: RetentionSummary) -> tuple[str, float, int]:
@@ -143,10 +138,9 @@ def cliffs_table(cliffs: Sequence[Cliff], bound: MaxRise) -> str:
             cliff.model,
             cliff.method,
             MEAN if cliff.domain is None else cliff.domain,
-            f"{cliff.num_experts_kept} ({share(cliff.keep_fraction)})"
-            + (" or fewer" if cliff.is_smallest_measured else ""),
-            f"{cliff.loss:.3f}",
-            signed(cliff.rise),
+            kept(cliff.size) + (" or fewer" if cliff.is_smallest_measured else ""),
+            f"{cliff.size.loss:.3f}",
+            signed(cliff.size.rise),
         )
         for cliff in cliffs
     ]

@@ -8,37 +8,37 @@ row for it, which its softmax over one logit makes irrelevant: zeros on export, 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from emo_megatron.hf import qwen2_moe
 from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.entries import Entry
-from emo_megatron.hf.fields import whole_number, whole_numbers
-from emo_megatron.hf.formats import (
+from emo_megatron.hf.config_file import (
     RECORD,
-    Format,
-    Stored,
+    SILU,
     common_config,
     common_sizes,
-    expect,
     head_dim_problems,
-    plain_entries,
-    renamer,
+    whole_number,
+    whole_numbers,
 )
+from emo_megatron.hf.formats import Entry, Format, IsConstant
+from emo_megatron.mcore.unsupported import only, problems_of
 
-_SHARED = re.compile(r"(model\.layers\.\d+\.mlp)\.shared_expert\.(.*)")
-_GATE = re.compile(r".*\.mlp\.gate\.weight")
-_RENAME = renamer(
-    {
-        "attention_norm": "pre_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "router": "mlp.gate",
-        "shared_gate": "mlp.shared_expert_gate",
-        "shared": "shared_expert",
-        "dense": "",
-    }
+EXPECTED = (
+    SILU,
+    only("attention_bias", False, None, why="there the output projection has a bias, too"),
+    only("dense_mlp_bias", False, None, why="MLPs in Megatron's models here have no bias"),
+    only("always_active_experts", None, [], why="their weight is a probability"),
+    only("always_active_experts_per_layer", None, [], why="their weight is a probability"),
+    only("num_shared_experts", 0, 1, None, why="more weigh 1 in total there and 1 each in training"),
 )
+RENAMED = {
+    "input_layernorm": "pre_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "mlp.shared_expert.": "mlp.experts.{last}.",
+}
+"""Qwen2-MoE's names -> those of this format."""
 
 
 def _problems(architecture: Architecture) -> list[str]:
@@ -94,28 +94,24 @@ def _config(architecture: Architecture) -> dict[str, Any]:
 def _entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> list[Entry]:
     if shared_gate_value:
         raise ValueError("the shared expert has no gate in this format: drop --nonzero-shared-gate")
-    last = architecture.num_experts
     found = []
-    for entry in plain_entries(architecture, _RENAME):
-        if shared := _SHARED.fullmatch(entry.name):
-            entry = dataclasses.replace(entry, name=f"{shared[1]}.experts.{last}.{shared[2]}")
-        elif architecture.shared_hidden and _GATE.fullmatch(entry.name):
-            entry = dataclasses.replace(entry, shape=(entry.shape[0] + 1, entry.shape[1]), padding_rows=1)
-        found.append(entry)
+    for entry in qwen2_moe.entries(architecture):
+        # no constants: what the model has not, the format has not
+        if entry.weight is None:
+            continue
+        name, shape, padding = entry.name, entry.shape, 0
+        for theirs, ours in RENAMED.items():
+            name = name.replace(theirs, ours.format(last=architecture.num_experts))
+        if architecture.shared_hidden and name.endswith(".mlp.gate.weight"):
+            shape, padding = (shape[0] + 1, shape[1]), 1
+        found.append(dataclasses.replace(entry, name=name, shape=shape, scale=1.0, padding_rows=padding))
     return found
 
 
-def _architecture(stored: Stored) -> Architecture:
-    config = stored.config
-    problems = expect(config, hidden_act="silu", attention_bias=False, dense_mlp_bias=False)
-    if config.get("always_active_experts") or config.get("always_active_experts_per_layer"):
-        problems.append("always_active_experts must not be given: their weight is a probability")
+def _architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Architecture:
+    problems = problems_of(EXPECTED, config, name_of=str)
     num_shared = whole_number(config, "num_shared_experts", least=0, default=0)
-    if num_shared > 1:
-        problems.append(
-            f"num_shared_experts must be 0 or 1; got {num_shared}: more weigh 1 in total here and 1 each in training"
-        )
-    num_layers, num_all = (whole_number(config, "num_hidden_layers"), whole_number(config, "num_experts"))
+    num_layers, num_all = whole_number(config, "num_hidden_layers"), whole_number(config, "num_experts")
     counts = _per_layer(config, "num_experts", num_layers=num_layers, otherwise=num_all)
     sparse = {count for count in counts if count}
     if len(sparse) > 1:
@@ -138,7 +134,7 @@ def _architecture(stored: Stored) -> Architecture:
 
 
 def _per_layer(config: Mapping[str, Any], name: str, *, num_layers: int, otherwise: int) -> list[int]:
-    counts = whole_numbers(config, f"{name}_per_layer", default=[]) or [otherwise] * num_layers
+    counts = whole_numbers(config, f"{name}_per_layer") or [otherwise] * num_layers
     if len(counts) != num_layers:
         raise ValueError(f"{name}_per_layer must have an entry for each of {num_layers} layers; got {len(counts)}")
     return counts

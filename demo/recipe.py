@@ -1,0 +1,339 @@
+"""The demo's models: one set of Megatron flags, and what differs between the models compared.
+
+As a command, it reads the options of demo.sh, prints what that needs of them, and writes the flags of every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from emo_megatron.config import PoolDocuments
+from emo_megatron.files import message_of, whole
+from emo_megatron.json_files import read_object
+from emo_megatron.processes import stops_on_signals
+from emo_megatron.runners.launch import USER_ERROR, say_error
+from emo_megatron.variables import PARENT, process_environment, stay_offline
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAIN = ROOT / "examples" / "pretrain_emo.py"
+CROSS = 0.25
+"""Fraction of the experts whose modules are tried on every other domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the models are and how long they train."""
+
+    steps: int = 800
+    """Optimizer steps."""
+    rows: int = 16
+    """Packed samples a step: the population of the balance loss."""
+    micro_rows: int | None = None
+    """Of them, those of a micro-batch; None: all. With several micro-batches the balance runs over those so far."""
+    seq_length: int = 256
+    """Tokens a sample."""
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    experts: int = 32
+    """Routed experts; one shared expert comes on top."""
+    expert_hidden: int = 64
+    shared_hidden: int = 64
+    """Width of the shared expert."""
+    top_k: int = 2
+    pool_min: int = 6
+    pool_decay: float = 0.6
+    """Share of training over which the pool's lower bound falls from all experts to pool_min."""
+    fractions: tuple[float, ...] = (0.5, 0.25, 0.125, 0.0625)
+    """Fractions of the routed experts that modules keep."""
+    evaluation_tokens: int = 16384
+    """Validation tokens a domain."""
+    calibration_tokens: int = 8192
+    """Calibration tokens a domain, which choose its experts."""
+    lr: float = 3e-3
+    """Largest learning rate; it falls to a tenth."""
+    warmup: int = 40
+    """Steps in which the learning rate rises, a quarter of all at most."""
+    positions: str = "rope"
+    """Megatron's --position-embedding-type."""
+    documents: PoolDocuments = "attention"
+    """Who gets document boundaries, in every model alike."""
+    flags: tuple[str, ...] = ()
+    """More of Megatron's flags, for training and evaluation alike."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch."""
+        return self.micro_rows or self.rows
+
+    @property
+    def num_shared(self) -> int:
+        """Shared experts as --keep counts them: how many routed ones are as wide."""
+        return -(-self.shared_hidden // self.expert_hidden)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.steps * self.rows * self.seq_length
+
+
+FULL = Size()
+"""What the README's figure shows."""
+QUICK = Size(
+    steps=16,
+    rows=8,
+    seq_length=128,
+    layers=2,
+    hidden=64,
+    experts=8,
+    expert_hidden=32,
+    shared_hidden=32,
+    pool_min=2,
+    fractions=(0.5, 0.25),
+    evaluation_tokens=2048,
+    calibration_tokens=2048,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One model to pretrain: a name, and its flags on top of the common ones."""
+
+    name: str
+    flags: tuple[str, ...]
+    seed: int
+
+
+def main_models(size: Size, *, seed: int) -> list[Model]:
+    """EMO, the matched standard MoE, and a standard MoE with a quarter of the experts."""
+    return [
+        Model(name="emo", flags=(*_experts(size.experts), *_pools(size)), seed=seed),
+        Model(name="standard", flags=_experts(size.experts), seed=seed),
+        Model(name="small", flags=_experts(size.experts // 4), seed=seed),
+    ]
+
+
+def extra_models(size: Size, *, seed: int) -> list[Model]:
+    """A second seed of the two models compared, and two ablations of EMO that lose the modules."""
+    emo = (*_experts(size.experts), *_pools(size))
+    return [
+        Model(name="emo-seed2", flags=emo, seed=seed + 1),
+        Model(name="standard-seed2", flags=_experts(size.experts), seed=seed + 1),
+        Model(
+            name="emo-ignores-boundaries",
+            flags=(*_experts(size.experts), *_long_samples(size, 4), "--pool-scope", "sample"),
+            seed=seed,
+        ),
+        # a micro-batch of one sample: the load balances within it, as without global balancing
+        Model(name="emo-balances-locally", flags=(*emo, "--micro-batch-size", "1"), seed=seed),
+    ]
+
+
+def _experts(number: int) -> tuple[str, ...]:
+    return ("--num-experts", str(number))
+
+
+def _pools(size: Size, *, rows: int | None = None) -> tuple[str, ...]:
+    # the lower bound of the pool starts at all experts: more than half of the gap to the standard model closes
+    decay = round(size.pool_decay * size.steps * (rows or size.rows))
+    flags = ("--pool-min", str(size.pool_min), "--pool-min-decay-samples", str(decay))
+    # as Megatron balances the standard model, so that both see one population
+    return flags if size.micro_rows is None else (*flags, "--pool-balance", "running")
+
+
+def _long_samples(size: Size, times: int) -> tuple[str, ...]:
+    """EMO on as many tokens a step in samples so much longer, each of which packs several documents."""
+    rows, length = str(size.rows // times), str(size.seq_length * times)
+    return (
+        *_pools(size, rows=size.rows // times),
+        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--micro-batch-size", rows, "--global-batch-size", rows),
+    )
+
+
+def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
+    """Flags of examples/pretrain_emo.py for one model.
+
+    The model's own flags come last, so that they win.
+
+    Args:
+        size: of the model and its training.
+        model: which one.
+        corpus: folder of the text, see corpus.py.
+        run_dir: its folder `checkpoint` receives the checkpoints, from which an interrupted training goes on.
+    """
+    flags = f"""
+        --num-layers {size.layers} --hidden-size {size.hidden} --ffn-hidden-size {size.expert_hidden}
+        --num-attention-heads {size.heads}
+        --seq-length {size.seq_length} --max-position-embeddings {size.seq_length}
+        --position-embedding-type {size.positions} --normalization RMSNorm
+        --attention-dropout 0 --hidden-dropout 0
+        --moe-ffn-hidden-size {size.expert_hidden} --moe-shared-expert-intermediate-size {size.shared_hidden}
+        --moe-router-topk {size.top_k} --moe-router-dtype fp32 --moe-router-load-balancing-type global_aux_loss
+        --moe-aux-loss-coeff {0.1 / size.layers} --moe-z-loss-coeff {1e-3 / size.layers}
+        --moe-token-dispatcher-type alltoall
+        --micro-batch-size {size.rows_at_once} --global-batch-size {size.rows} --train-iters {size.steps}
+        --lr {size.lr} --min-lr {size.lr / 10} --lr-decay-style cosine
+        --lr-warmup-iters {min(size.warmup, size.steps // 4)} --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
+        --init-method-std 0.02 --seed {model.seed}
+        --split 100,0,0 --num-workers 0 --eval-iters 0 --eval-interval 1000000
+        --log-interval {max(1, size.steps // 140)} --save-interval {max(1, size.steps // 4)} --ckpt-format torch_dist
+        --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+        --tokenizer-type HuggingFaceTokenizer
+    """.split()
+    # these may hold spaces
+    flags += ["--tokenizer-model", str(corpus / "tokenizer"), "--data-path", str(corpus / "train")]
+    flags += ["--data-cache-path", str(run_dir / "data-cache")]
+    flags += ["--save", str(run_dir / "checkpoint"), "--load", str(run_dir / "checkpoint")]
+    if size.documents == "routers":
+        flags += ["--pool-documents", "routers"]
+    else:
+        flags += ["--dataloader-inter-document-masking"]
+    return [*flags, *size.flags, *model.flags]
+
+
+def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
+    """Flags of `retention` for the model in `run_dir`/checkpoint."""
+    # the shared expert counts where sizes are named
+    keep = {f: str(round(f * size.experts) + size.num_shared) for f in size.fractions}
+    # the small model is compared whole: it is what a quarter of the experts competes with
+    sizes = [] if model.name == "small" else list(keep.values())
+    sizes += ["--cross", keep[CROSS]] if sizes else []
+    flags: dict[str, object] = {
+        "--checkpoint": run_dir / "checkpoint",
+        "--data": corpus / "calibration",
+        "--held-out": corpus / "validation",
+        "--output": run_dir / "retention",
+        "--tokens": size.calibration_tokens,
+        "--held-out-tokens": size.evaluation_tokens,
+        "--rows": size.rows_at_once,
+        "--seed": model.seed,
+        "--name": model.name,
+    }
+    # one argument: its value looks like a flag
+    more = [f"--megatron={shlex.join(size.flags)}"] if size.flags else []
+    return [*(str(item) for pair in flags.items() for item in pair), *more, "--keep", *sizes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Pretrain three small models on text this machine already has and show what a quarter of their experts keeps."""
+
+    output: Path | None = None
+    """Folder of the run, runs/demo or runs/demo-quick if not given; an interrupted run in it is continued."""
+    corpus: Path | None = None
+    """Folder with one folder of text files a domain. Default: text found on this machine."""
+    quick: bool = False
+    """A run of about two minutes that shows the mechanics; its models are too small to show the effect."""
+    extra: bool = False
+    """Also train a second seed and two ablations (about three times as long)."""
+    pool_documents: PoolDocuments = "attention"
+    """attention: attention and routers keep to documents. routers: attention runs across them, in every model."""
+    seed: int = 1234
+    """Of initialisation, data order and pool sizes."""
+    processes: int = 2
+    """Processes side by side, one thread each."""
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"--processes must be at least 1; got {self.processes}")
+        # Megatron's bounds, of which --extra wants the next one, too
+        if not 1 <= self.seed < 2**31:
+            raise ValueError(f"--seed must lie in [1, 2^31); got {self.seed}")
+
+
+def plan(options: Options) -> dict[str, str]:
+    """Note the settings and flags of a run in its folder; what demo.sh needs to know of them.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    size = replace(QUICK if options.quick else FULL, documents=options.pool_documents)
+    output = (options.output or Path("runs") / ("demo-quick" if options.quick else "demo")).resolve()
+    source = str(options.corpus.resolve()) if options.corpus else None
+    models = main_models(size, seed=options.seed)
+    settings = {"size": asdict(size), "seed": options.seed, "corpus": source}
+    claim(output, settings | {model.name: " ".join(model.flags) for model in models})
+    models += extra_models(size, seed=options.seed) if options.extra else []
+    for model in models:
+        folder = output / model.name
+        folder.mkdir(exist_ok=True)
+        for name, flags_of in {"train": megatron_flags, "evaluate": retention_flags}.items():
+            flags = flags_of(size, model, corpus=output / "corpus", run_dir=folder)
+            with whole(folder / f"{name}.flags") as unfinished:
+                unfinished.write_text("".join(f"{flag}\0" for flag in flags), encoding="utf-8")
+    about = (
+        f"training {len(models)} models on {size.tokens / 1e6:.1f}M tokens each, {options.processes} side by side; "
+        f"logs are in {output}/<model>/"
+    )
+    return {
+        "output": str(output),
+        "processes": str(options.processes),
+        "steps": str(size.steps),
+        "models": " ".join(model.name for model in models),
+        "about": about,
+    }
+
+
+def claim(output: Path, settings: dict[str, Any]) -> None:
+    """Note what the run in this folder is made of; refuse a folder whose run is made of something else."""
+    settings = json.loads(json.dumps(settings))
+    path = output / "demo.json"
+    found = read_object(path, kind="the settings of a run") if path.exists() else {}
+    differing = [f"{name} is {was} there and {now} here" for name, was, now in differences(found, settings)]
+    if differing:
+        raise ValueError(
+            f"{output} holds a run with other settings: {'; '.join(differing)}. "
+            "Give another folder with --output, or delete that one."
+        )
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(found | settings, indent=1), encoding="utf-8")
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
+    """Name, value found and value wanted of the settings that both have and that differ, in the order of `wanted`."""
+    for name in (name for name in wanted if name in found):
+        if isinstance(wanted[name], dict) and isinstance(found[name], dict):
+            yield from differences(found[name], wanted[name])
+        elif found[name] != wanted[name]:
+            yield name, found[name], wanted[name]
+
+
+def run_step(step: Callable[[], None]) -> None:
+    """Run a step of demo.sh: offline, its half-written files removed where it ends, its errors told in one line."""
+    stay_offline()
+    try:
+        with stops_on_signals():
+            step()
+    except (ImportError, OSError, ValueError) as error:
+        say_error(message_of(error))
+        sys.exit(USER_ERROR)
+
+
+def main() -> None:
+    """Print shell code: the environment of every step, and variables."""
+    options = tyro.cli(Options, prog="demo/demo.sh", config=(tyro.conf.FlagCreatePairsOff,))
+    known = plan(options)
+    environment = process_environment()
+    # the shell is the parent
+    environment.pop(PARENT)
+    for name in os.environ.keys() - environment.keys():
+        print(f"unset {name}")
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            print(f"export {name}={shlex.quote(value)}")
+    for name, value in known.items():
+        print(f"{name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    run_step(main)

@@ -1,0 +1,135 @@
+"""config.json: its fields, each of the type that its name promises, and what both formats say alike."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from emo_megatron.hf.architecture import Architecture
+from emo_megatron.json_files import is_a
+from emo_megatron.mcore.unsupported import only
+
+RECORD = "emo_megatron"
+"""Key under which an export keeps what only Megatron knows; every loader ignores it."""
+MOST = 2**31 - 1
+"""No size of a model is larger."""
+SILU = only("hidden_act", "silu", None, why="MLPs in Megatron's models here are down(silu(gate) * up)")
+"""Of both formats; null is what the format does without the field."""
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
+"""Fields of `Architecture` -> of config.json."""
+
+
+def whole_number(config: Mapping[str, Any], name: str, *, least: int = 1, default: int | None = None) -> int:
+    """A size or a count, `default` where it is not given or null; without a default it must be given."""
+    value = _given(config, name, default)
+    if not is_a(value, int) or not least <= value <= MOST:
+        raise _wrong(name, f"a whole number, {least} or more", value)
+    return int(value)
+
+
+def whole_numbers(config: Mapping[str, Any], name: str, *, below: int = MOST + 1) -> list[int]:
+    """Counts in [0, below), none where they are not given."""
+    value = _given(config, name, [])
+    if not isinstance(value, list) or not all(is_a(n, int) and 0 <= n < below for n in value):
+        raise _wrong(name, f"a list of whole numbers in [0, {below})", value)
+    return value
+
+
+def number(config: Mapping[str, Any], name: str, *, of: str = "") -> float:
+    """A number above 0; `of` names the field whose object `config` is."""
+    value = _given(config, name, None)
+    if not is_a(value, float) or value <= 0:
+        raise _wrong(f"{of}.{name}".lstrip("."), "a number above 0", value)
+    return float(value)
+
+
+def switch(config: Mapping[str, Any], name: str, *, of: str = "") -> bool:
+    """True or false, false where it is not given; `of` as for `number`."""
+    value = _given(config, name, False)
+    if not isinstance(value, bool):
+        raise _wrong(f"{of}.{name}".lstrip("."), "true or false", value)
+    return value
+
+
+def record(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object, empty where it is not given."""
+    value = _given(config, name, {})
+    if not isinstance(value, dict):
+        raise _wrong(name, "an object", value)
+    return value
+
+
+def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    if value is None and default is None:
+        raise ValueError(f"config.json must give {name}; it does not")
+    return default if value is None else value
+
+
+def _wrong(name: str, wanted: str, value: object) -> ValueError:
+    return ValueError(f"{name} must be {wanted}; got {reprlib.repr(value)}")
+
+
+def common_config(architecture: Architecture) -> dict[str, Any]:
+    """Fields that both formats name alike."""
+    a = architecture
+    return {
+        **{name: getattr(a, field) for field, name in SIZES.items()},
+        "num_key_value_heads": a.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": a.norm_eps,
+        "rope_theta": a.rope_theta,
+        "norm_topk_prob": a.renormalise,
+        "tie_word_embeddings": a.tied,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+
+
+def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the fields of `Architecture` that both formats name alike."""
+    missing = [name for name in (*SIZES.values(), "rms_norm_eps", "norm_topk_prob") if name not in config]
+    if missing:
+        raise ValueError(f"config.json must give {', '.join(missing)}; it does not")
+    sizes = {field: whole_number(config, name) for field, name in SIZES.items()}
+    num_layers, heads = sizes["num_layers"], sizes["num_heads"]
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * num_layers:
+        raise _wrong("layer_types", f"full_attention for each of {num_layers} layers", kinds)
+    return sizes | {
+        "num_kv_heads": whole_number(config, "num_key_value_heads", default=heads),
+        "head_dim": whole_number(config, "head_dim", default=max(sizes["hidden_size"] // heads, 1)),
+        "norm_eps": number(config, "rms_norm_eps"),
+        "renormalise": switch(config, "norm_topk_prob"),
+        "rope_theta": _rope_theta(config),
+        "tied": switch(config, "tie_word_embeddings"),
+    }
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary positions, where transformers 4 or 5 keeps it."""
+    parameters = record(config, "rope_parameters") or record(config, "rope_scaling")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rotary positions must not be scaled; config.json has rope_type {reprlib.repr(kind)}")
+    if "rope_theta" not in parameters:
+        return number(config, "rope_theta")
+    return number(parameters, "rope_theta", of="rope_parameters")
+
+
+def head_dim_problems(architecture: Architecture) -> list[str]:
+    """What is wrong where heads do not share out the hidden size."""
+    a = architecture
+    if a.head_dim * a.num_heads == a.hidden_size:
+        return []
+    return [
+        f"a head must be hidden size / heads = {a.hidden_size}/{a.num_heads} wide (--kv-channels); got {a.head_dim}: "
+        "vLLM takes no other for this architecture"
+    ]

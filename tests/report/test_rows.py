@@ -1,0 +1,196 @@
+"""Rows of retention: means that can be worked out by hand, files that come back, files that are refused."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from emo_megatron.report import rows as retention
+from emo_megatron.report.rows import RetentionRow, RetentionSummary
+
+FULL_LOSS = {"emo": 3.0, "standard": 3.0, "small": 3.5}
+EXPERTS = 32
+
+
+def row(
+    model: str,
+    method: str,
+    keep_fraction: float,
+    rise: float,
+    *,
+    domain: str = "a",
+    evaluated_on: str | None = None,
+    seed: int = 0,
+    full_loss: float | None = None,
+) -> RetentionRow:
+    full = FULL_LOSS[model] if full_loss is None else full_loss
+    return RetentionRow(
+        model=model,
+        domain=domain,
+        evaluated_on=domain if evaluated_on is None else evaluated_on,
+        keep_fraction=keep_fraction,
+        num_experts_kept=round((8 if model == "small" else EXPERTS) * keep_fraction),
+        method=method,
+        loss=full + rise,
+        rise=rise,
+        tokens=1000,
+        seed=seed,
+        versions="torch 2.14, test",
+    )
+
+
+MEASURED = [row("emo", "full", 1.0, 0.0), row("emo", "mean_prob", 0.25, 0.125, evaluated_on="b")]
+
+
+def test_summarise_by_hand() -> None:
+    rows = [
+        row("emo", "mean_prob", 0.25, 0.1, domain="a"),
+        row("emo", "mean_prob", 0.25, 0.3, domain="b"),
+        row("emo", "mean_prob", 0.25, 1.0, domain="a", evaluated_on="b"),
+        row("emo", "mean_prob", 0.25, 2.0, domain="b", evaluated_on="a"),
+        row("emo", "full", 1.0, 0.0, domain="a"),
+    ]
+    full, quarter = retention.summarise(rows)
+    assert full == RetentionSummary(
+        model="emo",
+        method="full",
+        keep_fraction=1.0,
+        num_experts_kept=32,
+        num_domains=1,
+        loss=3.0,
+        rise=0.0,
+        rise_elsewhere=None,
+    )
+    assert full.selectivity is None
+    assert (quarter.method, quarter.num_experts_kept, quarter.num_domains) == ("mean_prob", 8, 2)
+    assert quarter.loss == pytest.approx(3.2)
+    assert quarter.rise == pytest.approx(0.2)
+    assert quarter.rise_elsewhere == pytest.approx(1.5)
+    assert quarter.selectivity == pytest.approx(1.3)
+
+
+def test_every_domain_counts_the_same() -> None:
+    rows = [row("emo", "mean_prob", 0.5, 0.1, domain="a", seed=seed) for seed in range(3)]
+    rows.append(row("emo", "mean_prob", 0.5, 0.5, domain="b"))
+    (summary,) = retention.summarise(rows)
+    assert summary.rise == pytest.approx(0.3)
+
+
+def test_random_experts_belong_to_no_domain() -> None:
+    rows = [
+        row("emo", "random", 0.5, 0.2, domain="a", evaluated_on="b"),
+        row("emo", "random", 0.5, 0.4, domain="b", evaluated_on="b"),
+        row("emo", "random", 0.5, 0.5, domain="", evaluated_on="c"),
+    ]
+    (summary,) = retention.summarise(rows)
+    assert summary.num_domains == 2
+    assert summary.rise == pytest.approx((0.3 + 0.5) / 2)
+    assert summary.selectivity is None
+
+
+def test_summaries_are_sorted_and_need_a_domains_own_rows() -> None:
+    rows = [
+        row("standard", "mean_prob", 0.5, 0.1),
+        row("emo", "mean_prob", 0.25, 0.1),
+        row("emo", "mean_prob", 0.5, 0.1),
+        row("emo", "mean_prob", 0.125, 0.1, evaluated_on="b"),
+        row("emo", "full", 1.0, 0.0),
+    ]
+    got = [(s.model, s.method, s.keep_fraction) for s in retention.summarise(rows)]
+    assert got == [
+        ("emo", "full", 1.0),
+        ("emo", "mean_prob", 0.5),
+        ("emo", "mean_prob", 0.25),
+        ("standard", "mean_prob", 0.5),
+    ]
+    assert retention.summarise([]) == []
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.25, 1.5, float("nan")])
+def test_bad_fraction(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"keep_fraction must "):
+        dataclasses.replace(row("emo", "full", 1.0, 0.0), keep_fraction=fraction)
+
+
+# numbers that no short decimal is exactly, and text that csv and json must quote
+AWKWARD = dataclasses.replace(
+    row("emo", "mean_prob", 1 / 3, 0.1 + 0.2), versions='a "quoted", é\nsecond line', domain=""
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_rows_survive_their_files(tmp_path: Path, suffix: str) -> None:
+    rows = [*MEASURED, AWKWARD]
+    paths = retention.save_rows(rows, tmp_path / "new" / "run.1")
+    assert paths == (tmp_path / "new" / "run.1.csv", tmp_path / "new" / "run.1.json")
+    assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows
+    # nothing unfinished stays, and a second write replaces the first
+    assert sorted(tmp_path.glob("new/*")) == sorted(paths)
+    retention.save_rows(rows[:1], tmp_path / "new" / "run.1")
+    assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows[:1]
+
+
+def test_no_rows_survive_their_files(tmp_path: Path) -> None:
+    for path in retention.save_rows([], tmp_path / "retention"):
+        assert retention.load_rows(path) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = MEASURED
+    retention.save_rows(rows, tmp_path / "retention")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        retention.save_rows(rows[:1], tmp_path / "retention")
+    assert retention.load_rows(tmp_path / "retention.csv") == rows
+
+
+def test_load_rows_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"from \.csv or \.json; got .*retention\.txt"):
+        retention.load_rows(tmp_path / "retention.txt")
+    record = dataclasses.asdict(row("emo", "full", 1.0, 0.0))
+    for broken in ({**record, "extra": 1}, {k: v for k, v in record.items() if k != "seed"}):
+        (tmp_path / "broken.json").write_text(json.dumps([broken]))
+        with pytest.raises(ValueError, match="must have the columns"):
+            retention.load_rows(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("column", ["loss", "rise", "tokens", "seed", "keep_fraction"])
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e999", "many", ""])
+def test_rows_with_a_number_that_is_none_are_refused_by_file_and_row(
+    tmp_path: Path, suffix: str, column: str, value: str
+) -> None:
+    records = [dataclasses.asdict(row("emo", "full", 1.0, 0.0)) for _ in range(3)]
+    records[1][column] = "HERE"
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".json":
+        names = {"nan": "NaN", "-inf": "-Infinity", "1e999": "1e999"}
+        path.write_text(json.dumps(records).replace('"HERE"', names.get(value, f'"{value}"')))
+    else:
+        records[1][column] = value
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    with pytest.raises(ValueError, match=rf"rows\{suffix}.*(row 2: |\[1\]\.){column} "):
+        retention.load_rows(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", ["loss", "rise"])
+def test_a_row_is_of_finite_numbers(column: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{column} must be a finite number; got {value}"):
+        dataclasses.replace(row("emo", "full", 1.0, 0.0), **{column: value})
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", "3"])
+def test_files_of_something_else_hold_no_rows(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        retention.load_rows(tmp_path / "rows.json")
