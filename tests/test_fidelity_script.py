@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import made_up, words
+from support import experts, made_up, words
 
 from demo import recipe
 from demo.corpus import CorpusConfig, prepare_corpus
+from emo_megatron.experts.calibration import Documents
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,12 +204,11 @@ def test_the_comparable_partner_with_most_stages_is_taken(made: Any, scripts: Si
 def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) -> None:
     from fidelity_measure import DocumentLosses
 
-    study = SimpleNamespace(
-        facts="facts", document_nats=lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
-    )
-    losses = DocumentLosses(study)
-    assert losses.facts == "facts"
-    found = losses.loss([torch.zeros(4), torch.zeros(1), torch.zeros(7)])
+    model = experts.MadeUpModel()
+    model.document_nats = lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
+    losses = DocumentLosses(model)
+    assert losses.facts == model.facts
+    found = losses.loss(Documents(tokens=(torch.zeros(4), torch.zeros(1), torch.zeros(7)), source={}))
     assert (found.nats, found.num_tokens) == (1.0, 9)
     assert losses.told == [([6.0, 0.0, 3.0], [3, 0, 6])]
 
