@@ -167,11 +167,8 @@ def _planned(options: Options, corpus: Corpus, *, corpus_hash: str) -> tuple[Siz
 
 
 def _facts(corpus: Corpus) -> dict[str, object]:
-    return {
-        "domains": corpus.manifest["domains"],
-        "train_tokens": corpus.train_tokens,
-        "vocab_size": corpus.manifest["vocab_size"],
-    }
+    stored = corpus.manifest
+    return {"domains": stored["domains"], "train_tokens": corpus.train_tokens, "vocab_size": stored["vocab_size"]}
 
 
 def _partners(result: Result, options: Options) -> dict[str, Partner]:

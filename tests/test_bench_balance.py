@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
+from support import words
 from support.benchmarking import rows_of, run_benchmark
 
 from demo.corpus import CorpusConfig, prepare_corpus
@@ -44,13 +44,8 @@ def test_pools_of_all_experts_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kinds_of_balance_are_trained_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    rng = random.Random(1)
-    for name, alphabet in {"a": "abcdefgh", "d": "0123456789", "g": "αβγδεζηθ"}.items():
-        (tmp_path / "texts" / name).mkdir(parents=True)
-        for number in range(60):
-            words = ("".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(120))
-            (tmp_path / "texts" / name / f"{number}.txt").write_text(" ".join(words))
-    prepare_corpus(tmp_path / "corpus", CorpusConfig(corpus_dir=tmp_path / "texts", min_documents=12, vocab_size=400))
+    texts = words.write_alphabets(tmp_path / "texts")
+    prepare_corpus(tmp_path / "corpus", CorpusConfig(corpus_dir=texts, min_documents=12, vocab_size=400))
     folders = ("--corpus", tmp_path / "corpus", "--runs", tmp_path / "runs")
     done = run_benchmark("balance_kinds", "--quick", *folders, "--output", tmp_path / "results")
     assert done.returncode == 0, done.stderr[-3000:]

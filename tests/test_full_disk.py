@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from support import decoder, words
+from support import pinned, words
 
 from emo_megatron import cli
 
@@ -44,28 +42,11 @@ def run(command: str, *arguments: object) -> int:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model, its Megatron checkpoint, two modules of it, and the files that go with them."""
-    from emo_megatron.hf.folder import FORMATS, write_folder
-    from emo_megatron.hf.tokenizer import Tokenizer
-
     root = tmp_path_factory.mktemp("disk")
-    model = decoder.architecture()
-    (root / "hf").mkdir()
-    tokenizer = Tokenizer(words.write_tokenizer(root / "tokenizer"))
-    write_folder(
-        root / "hf",
-        format=FORMATS["qwen2_moe"],
-        architecture=model,
-        read=decoder.random_weights(model).__getitem__,
-        dtype=torch.float32,
-        extra_config=tokenizer.ids,
-    )
-    tokenizer.save(root / "hf")
-    for kind, first in (("data", 1), ("held_out", 7)):
-        (root / kind).mkdir()
+    pinned.write_model(root / "hf", words.write_tokenizer(root / "tokenizer", size=pinned.VOCAB))
+    for first, kind in enumerate(("data", "held_out")):
         for place, domain in enumerate(DOMAINS):
-            tokens = (torch.arange(24) * (first + place) % 40).int()
-            boundaries = torch.tensor([0, 10, 24], dtype=torch.int32)
-            save_file({"tokens": tokens, "cu_seqlens": boundaries}, root / kind / f"{domain}.safetensors")
+            pinned.write_documents(root / kind / f"{domain}.safetensors", seed=2 * first + place)
     texts = ("the experts route the token", "the module keeps the experts")
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     assert run("import", "--folder", root / "hf", "--output", root / "megatron", *NO_PARITY) == 0
@@ -102,7 +83,7 @@ COMMANDS = {
     "compose files": "compose --selections french.json perl.json --stats french.safetensors "
     "perl.safetensors --output OUT",
     "relabel": "relabel --checkpoint megatron --placement place.json --output OUT",
-    "place": "place --stats french.safetensors --ranks 3 --output OUT",
+    "place": "place --stats french.safetensors --ranks 4 --output OUT",
     "stats": "stats --checkpoint hf --data data/perl.safetensors --output OUT",
     "merge-stats": "merge-stats --stats french.safetensors perl.safetensors --output OUT",
     "select": "select --stats french.safetensors --keep 3 --output OUT",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -131,15 +130,6 @@ def test_the_kernels_target_is_judged_on_a_gpu(scripts: pytest.MonkeyPatch) -> N
     assert "- not judged: " in kernels.page_of([], 1.0, torch.device("cuda"), [])
 
 
-def test_the_commit_comes_from_the_caller(scripts: pytest.MonkeyPatch) -> None:
-    import timing
-
-    scripts.setenv("EMO_COMMIT", "abc123")
-    assert timing._commit() == "abc123"
-    scripts.delenv("EMO_COMMIT")
-    assert timing._commit() != "abc123"
-
-
 @pytest.fixture
 def package(scripts: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], tuple[Path, list[list[str]]]]:
     """Gives the package a library that does not work, for a reason; what is compiled is a file, which then works."""
@@ -179,25 +169,6 @@ def test_a_library_that_does_not_work_is_compiled_even_if_one_was_brought(
     builds.wait(tmp_path / "builds", logs=tmp_path, device="cuda")
     assert compiled == []
     assert library.read_text() == "for CPUs"
-
-
-def test_builds_are_compared_in_the_order_of_the_question(scripts: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import builds
-
-    folder, output = tmp_path / "builds", tmp_path / "output"
-    folder.mkdir(), output.mkdir()
-    for name in (*builds.VARIANTS, "other"):
-        (folder / f"{name}.so").touch()
-    asked = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        asked.append(Path(command[command.index("--library") + 1]).stem)
-        return subprocess.CompletedProcess(command, 1)
-
-    scripts.setattr(builds.subprocess, "run", run)
-    with pytest.raises(SystemExit):
-        builds.compare(folder, device="cuda", output=output, is_quick=True)
-    assert asked == [*builds.VARIANTS, "_native"]
 
 
 def test_a_step_may_take_longer_where_nothing_works_without_it(tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from emo_megatron.processes import is_running
 
-REQUIRED_SECONDS = 2
-"""In which all processes of a command must be gone after it was ended."""
 BOUND_SECONDS = 10
 """In which they are here: a loaded machine is slow, and torchrun, left alone, gives its ranks 30 s."""
 TESTS = Path(__file__).resolve().parents[1]

@@ -1,7 +1,8 @@
-"""Tiny tokenizers, made on the spot."""
+"""Tiny tokenizers and texts, made on the spot."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -56,4 +57,15 @@ def _save(tokenizer: Any, folder: Path, **special: str) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def write_alphabets(folder: Path) -> Path:
+    """Texts of three domains, which are alphabets, for a corpus."""
+    rng = random.Random(1)
+    for name, alphabet in {"a": "abcdefgh", "d": "0123456789", "g": "αβγδεζηθ"}.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(60):
+            words = ("".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(120))
+            (folder / name / f"{number}.txt").write_text(" ".join(words))
     return folder
