@@ -3,6 +3,9 @@
 TORCH ?= torch
 ARGS ?=
 
+# a file's tests stay together, for they share what takes long to make; ARGS="-n 0" runs one after the other
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PACKAGES := $(VENV)/.packages
@@ -38,10 +41,10 @@ demo: $(STAMP) ## pretrain EMO and the standard MoE, cut modules out, compare (A
 	@demo/demo.sh $(ARGS)
 
 test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run the tests that CI runs (ARGS="-k router")
-	@$(RUN) pytest -m "not slow and not gpu" $(ARGS)
+	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run all tests, the slow ones too, and the GPU ones where there is a GPU
-	@$(RUN) pytest $(ARGS)
+	@$(RUN) pytest $(PARALLEL) $(ARGS)
 
 lint: $(STAMP) ## check style, spelling and which package imports which
 	@$(RUN) ruff check --quiet .

@@ -22,7 +22,7 @@ from emo_megatron.files import message_of, to_output, whole
 from emo_megatron.json_files import to_json
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.runners.base import Loss
-from emo_megatron.runners.cache import Measured, open_cache
+from emo_megatron.runners.cache import Cache, Measured
 from emo_megatron.runners.launch import USER_ERROR, say_error
 from emo_megatron.runners.retention import measure_rows
 from emo_megatron.variables import stay_offline
@@ -37,8 +37,8 @@ class DocumentLosses(Measured):
         told: of each call of `loss`: nats of the documents, and their predicted tokens.
     """
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model, open_cache())
+    def __init__(self, model: Any, cache: Cache) -> None:
+        super().__init__(model, cache)
         self.told: list[tuple[list[float], list[int]]] = []
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
@@ -52,7 +52,7 @@ class DocumentLosses(Measured):
 def measure(options: Options) -> None:
     """Load the checkpoint and write `measured.json`."""
     opened, rows, calibration, held_out = prepare(options)
-    model = DocumentLosses(opened.model)
+    model = DocumentLosses(opened.model, opened.cache)
     measured: list[dict[str, Any]] = []
     for _, group in groupby(sorted(rows, key=lambda row: -row.num_kept), key=lambda row: row.num_kept):
         measured += measure_rows(model, list(group), calibration=calibration, held_out=held_out, seed=options.seed)
@@ -68,7 +68,7 @@ def main() -> int:
     try:
         with stops_on_signals(), to_output():
             measure(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (MemoryError, OSError, ValueError) as error:
+    except (ImportError, MemoryError, NotImplementedError, OSError, ValueError) as error:
         say_error(message_of(error))
         return USER_ERROR
     return 0

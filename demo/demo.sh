@@ -66,9 +66,10 @@ show() { # how far all that runs is, in one line
     local line="" pid what
     for pid in "${!running[@]}"; do
         what=${running[$pid]}
-        line+="$what $(grep -o 'iteration *[0-9]*/ *[0-9]*' "$output/${what#* }/${what% *}.log" | tail -1 | tr -s ' ')   "
+        # no line is there at first
+        line+="$what $({ grep -o 'iteration *[0-9]*/ *[0-9]*' "$output/${what#* }/${what% *}.log" || true; } | tail -1 | tr -s ' ')   "
     done
-    printf '\r\033[K%s' "$line"
+    printf '\r\033[K%s' "${line:0:${COLUMNS:-80}}"
 }
 
 end() { # PID: a finished step, behind which its model's next one comes

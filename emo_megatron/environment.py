@@ -1,5 +1,6 @@
 """What this machine has and whether emo_megatron supports it: `python -m emo_megatron env`."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -62,7 +63,8 @@ def collect_environment() -> dict[str, Any]:
         ]
         questions = (found.get_nvidia_driver_version, found.get_gcc_version, found.get_running_cuda_version)
         for name, ask in zip(tools, questions, strict=True):
-            tools[name] = ask(found.run) or "not found"  # type: ignore[no-untyped-call]
+            with contextlib.suppress(Exception):
+                tools[name] = ask(found.run) or "not found"  # type: ignore[no-untyped-call]
     except ModuleNotFoundError:
         pass
     except Exception as error:

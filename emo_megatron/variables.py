@@ -67,7 +67,9 @@ def process_environment() -> dict[str, str]:
         # torchrun's ranks must not outlive it by half a minute
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1",
     }
-    return DEFAULTS | without_other_jobs(os.environ) | ALONE | OFFLINE | own
+    around = without_other_jobs(os.environ)
+    around.pop(IN_RANKS, None)
+    return DEFAULTS | around | ALONE | OFFLINE | own
 
 
 def stay_offline() -> None:

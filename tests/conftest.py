@@ -46,7 +46,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(f"{name}: {counted[name]}")
 
 
+FIRST = (
+    "test_docs",
+    "test_pretrain",
+    "test_tutorial",
+    "test_resume",
+    "test_parity",
+    "test_layouts",
+    "test_stats_select",
+)
+"""Files that take minutes: started last, one would keep all but one processor waiting."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the order is the same in every process that runs them
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -26,6 +26,14 @@ DEMO = str(ROOT / "demo" / "demo.sh")
 MEGATRON_PAGE = (ROOT / "docs" / "megatron.md").read_text()
 
 
+def _commands() -> list[str]:
+    """The commands of the shell blocks and those quoted in the text."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    quoted = re.findall(r"`((?:make|python|torchrun)\b[^`\n]*)`", README)
+    return [line for line in [*lines, *quoted] if line]
+
+
 def _run(command: list[str], **environment: str) -> str:
     done = subprocess.run(
         command,
@@ -38,6 +46,32 @@ def _run(command: list[str], **environment: str) -> str:
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
+
+
+# where each command of the README is run
+RUN_IN = {
+    "make test": "test_docs.py::test_make_test_runs_tests",
+    "make demo": "test_docs.py::test_make_demo_runs_the_demo",
+    "make demo ARGS=--quick": "test_docs.py::test_the_quick_demo_leaves_its_files",
+    "python -m emo_megatron env": "test_docs.py::test_env_runs",
+    "make help": "test_project.py::test_make_alone_lists_every_target",
+    'make setup TORCH="torch==2.13.0"': "test_project.py::test_make_setup_takes_another_torch",
+    "python examples/pretrain_emo.py --help": "test_pretrain.py::test_help_shows_the_pool_flags",
+    "torchrun --nproc-per-node 8 examples/pretrain_emo.py --pool-min 8"
+    " --dataloader-inter-document-masking ...": "test_pretrain.py::test_layouts_train",
+    **dict.fromkeys(
+        re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "modules.md").read_text()),
+        "test_tutorial.py::test_every_command_leaves_what_the_next_one_takes",
+    ),
+    "transformers serve runs/python/hf": "test_tutorial.py::test_the_module_is_served",
+}
+
+
+def test_every_command_has_a_test():
+    assert set(_commands()) == set(RUN_IN)
+    for test in RUN_IN.values():
+        file, name = test.split("::")
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(), test
 
 
 def test_env_runs():

@@ -27,6 +27,7 @@ from demo import recipe
 from demo.corpus import CorpusConfig, prepare_corpus
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
+from emo_megatron.runners.cache import NoCache
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -206,7 +207,7 @@ def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) 
 
     model = experts.MadeUpModel()
     model.document_nats = lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
-    losses = DocumentLosses(model)
+    losses = DocumentLosses(model, NoCache())
     assert losses.facts == model.facts
     found = losses.loss(Documents(tokens=(torch.zeros(4), torch.zeros(1), torch.zeros(7)), source={}))
     assert (found.nats, found.num_tokens) == (1.0, 9)
@@ -461,3 +462,52 @@ def test_fewer_steps_shorten_every_schedule(scripts: SimpleNamespace) -> None:
     assert int(flags["--lr-warmup-iters"]) == 50 < scripts.plan.ON_GPU.warmup
     assert _pool(size, emo).pool_min_decay_samples == 120 * size.rows
     assert size.tokens == 200 * 128 * 1024
+
+
+def test_another_corpus_is_not_compared(scripts: SimpleNamespace, made: Any, corpus: Path, tmp_path: Path) -> None:
+    made("emo")
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in corpus.rglob("*"):
+        target = other / path.relative_to(corpus)
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    changed = bytearray((other / "train.bin").read_bytes())
+    changed[0] ^= 1
+    (other / "train.bin").write_bytes(changed)
+    standard = made("standard", corpus=other)
+    assert "corpus is" in standard.page
+    assert "±" not in standard.page
+
+
+def test_a_partner_that_was_stopped_is_compared_in_what_it_has(made: Any, scripts: SimpleNamespace) -> None:
+    emo, small = (
+        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes()) for model in ("emo", "small")
+    )
+    emo.rows = [row for row in emo.rows if row.method == "full"]
+    emo.nats = {name: nats for name, nats in emo.nats.items() if name.startswith("full")}
+    partner = scripts.results.Partner(result=emo, place="there", differing=())
+    page = scripts.page.page(small, {"emo": partner})
+    assert "not measured yet" in page
+    assert "±" not in page
+
+
+@pytest.mark.slow
+def test_every_stage_is_kept_when_it_is_done(
+    made: Any, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[list[str]] = []
+    save = scripts.results.Result.save
+
+    def watch(result: Any, path: Path) -> None:
+        save(result, path)
+        kept.append(json.loads(path.read_text())["stages"])
+
+    monkeypatch.setattr(scripts.results.Result, "save", watch)
+    stages = made("standard", wait=0.5).stored["stages"]
+    assert len(stages) == 6
+    for number in range(1, 7):
+        assert stages[:number] in kept

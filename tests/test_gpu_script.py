@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.device import BROUGHT, DeviceMachine, make_machine
+from support.device import BROUGHT, DeviceMachine, make_machine, write_tool
 from support.gpu_script import GPU, Left, run_driver, start_driver
 
 from emo_megatron import ops
@@ -173,6 +173,12 @@ def test_the_largest_files_go_to_keep_within_the_limit(
     assert size <= float(mib) * (1 << 20)
 
 
+def test_one_file_is_the_summary(machine: DeviceMachine, tmp_path: Path) -> None:
+    left = run_driver(machine, tmp_path / "output", LARGE, "B", "--max-files", "1")
+    assert [path.name for path in left.output.iterdir()] == ["summary.md"]
+    assert len(left.rows) == 3
+
+
 KILLED = """
 steps.STAGES["B"] = (
     python("first", "print('done')"),
@@ -267,6 +273,19 @@ def _refused(left: Left, says: list[str]) -> None:
     assert [text for text in says if text not in line] == []
 
 
+@pytest.mark.parametrize("smi", [None, "exit 0", "echo No devices were found; exit 6"])
+def test_without_a_gpu_nothing_begins(machine: DeviceMachine, tmp_path: Path, smi: str | None) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if smi:
+        write_tool(tools / "nvidia-smi", smi)
+    left = run_driver(machine, tmp_path / "output", "", PATH=f"{tools}:/usr/bin:/bin")
+    if smi is None and shutil.which("nvidia-smi", path="/usr/bin:/bin"):
+        pytest.skip("this machine has a GPU")
+    _refused(left, ["GPU", "--rehearse"])
+    assert not (tmp_path / "output").exists()
+
+
 def test_wheels_that_are_missing_or_broken_are_named(machine: DeviceMachine, tmp_path: Path) -> None:
     wheels, output = tmp_path / "wheels", tmp_path / "output"
     shutil.copytree(machine.wheels, wheels)
@@ -280,6 +299,12 @@ def test_wheels_that_are_missing_or_broken_are_named(machine: DeviceMachine, tmp
     broken.write_bytes(b"half of")
     _refused(run_driver(machine, output, "", "B", "--wheels", str(wheels)), [broken.name])
     assert not output.exists()
+    # a Python that has them needs none
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    plain = {"PYTHONPATH": str(ROOT)}
+    table = 'steps.STAGES["B"] = (python("runs", "", needs=("wheels",)),)'
+    assert run_driver(machine, output, table, "B", "--wheels", str(empty), **plain).status == 0
 
 
 def test_an_output_folder_must_be_new_and_open_to_writing(machine: DeviceMachine, tmp_path: Path) -> None:
@@ -290,3 +315,15 @@ def test_an_output_folder_must_be_new_and_open_to_writing(machine: DeviceMachine
     _refused(run_driver(machine, file / "output", ""), ["cannot be written", str(file)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "mine"
+
+
+def test_the_script_wants_a_python_with_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "A", "--output", str(tmp_path / "output")],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    _refused(Left(status=done.returncode, out=done.stdout, error=done.stderr, output=tmp_path), ["/bin/false", "torch"])
+    assert not list(tmp_path.iterdir())

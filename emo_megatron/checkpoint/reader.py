@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from emo_megatron.checkpoint.names import ROUTER, Piece, in_order, pieces_of
 from emo_megatron.experts.selection import router_fingerprint
 from emo_megatron.experts.stats import ModelFacts
+from emo_megatron.files import machine_error
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -273,7 +274,8 @@ def reading(file: Path) -> Iterator[None]:
     except (CheckpointException, Exception) as raised:
         # torch's loader wraps everything, with a traceback as its text
         error = next(iter(raised.failures.values()))[0] if isinstance(raised, CheckpointException) else raised
-        if not isinstance(error, Exception) or (isinstance(error, OSError) and error.filename is not None):
+        is_of_machine = isinstance(error, MemoryError) or machine_error(error) is not None
+        if not isinstance(error, Exception) or is_of_machine:
             raise error from None
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{file} is damaged, or another version of Megatron wrote it: {reason}") from raised

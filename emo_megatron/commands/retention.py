@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ def run(options: Options) -> Path:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder; {output} is a file")
     must_be_writable(output / "rows.json")
+    _read_earlier(output / "rows.json")
     beside = _beside(options)
     if options.is_elsewhere(options.checkpoint):
         options.run_elsewhere("retention", log=output / "retention.log")
@@ -140,14 +142,18 @@ def _read(path: Path) -> dict[str, Any]:
     )
 
 
-def _check_same(path: Path, origin: dict[str, Any]) -> None:
-    """Refuse to write over rows of something else."""
-    if not path.exists():
-        return
+def _read_earlier(path: Path) -> dict[str, Any] | None:
+    """What an earlier call wrote, if there was one."""
     try:
-        stored = _read(path)
+        return _read(path) if path.exists() else None
     except ValueError as error:
         raise ValueError(f"{error}; remove it, or name another folder with --output") from None
+
+
+def _check_same(path: Path, origin: dict[str, Any]) -> None:
+    """Refuse to write over rows of something else."""
+    if (stored := _read_earlier(path)) is None:
+        return
     # of other domains there may be some more
     texts = origin["held_out"].items()
     is_same = all(stored["held_out"].get(name, mark) == mark for name, mark in texts)
@@ -172,8 +178,11 @@ def _draw(options: Options, measured: list[dict[str, Any]], beside: list[Retenti
 
 def versions() -> str:
     """What measures, for people."""
-    names = ("torch", "megatron-core")
-    return ", ".join([f"emo_megatron {__version__}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
+    found = [f"emo_megatron {__version__}"]
+    for name in ("torch", "megatron-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 def _beside(options: Options) -> list[RetentionRow]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from emo_megatron.commands.options import DataOptions
+from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.stats import load_stats
 from emo_megatron.files import must_be_writable
+from emo_megatron.runners.cache import Measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +39,29 @@ def run(options: Options) -> Path:
         options.run_elsewhere("stats", log=output.with_name(f"{output.name}.log"))
         return output
     model, read = options.open(options.checkpoint, texts=[options.data])
-    stats = model.statistics(read(options.data, options.calibration), outputs=options.outputs)
+    documents = read(options.data, options.calibration)
+    if model.from_writer(lambda: _is_done(options, model, documents)):
+        return output
+    stats = model.statistics(documents, outputs=options.outputs)
     if model.is_writer:
-        if output.exists() and load_stats(output).digest() != stats.digest():
-            raise ValueError(
-                f"{output} holds the statistics of something else: other weights, --data, --seq-length, dtype, "
-                "--outputs or --megatron; name another file with --output"
-            )
         stats.save(output)
     return output
+
+
+def _is_done(options: Options, model: Measured, documents: Documents) -> bool:
+    """Whether the output holds these statistics; what is of something else is not written over."""
+    if not options.output.exists():
+        return False
+    found, setting = load_stats(options.output), asdict(model.setting)
+    wanted = {"sha256": documents.source["sha256"]} | setting
+    is_same = (
+        [{name: entry.get(name) for name in wanted} for entry in found.data] == [wanted]
+        and found.model.is_same(model.facts)
+        and ("norm_LE" in found.tensors()) == options.outputs
+    )
+    if not is_same:
+        raise ValueError(
+            f"{options.output} holds the statistics of something else: other weights, --data, --seq-length, dtype, "
+            "--outputs, --tensor-parallel or --megatron; name another file with --output"
+        )
+    return True

@@ -66,7 +66,7 @@ def compose_selections(
 
 def _check_parents(selections: Sequence[Selection]) -> Selection:
     if not selections:
-        raise ValueError("nothing to compose: give at least one selection")
+        raise ValueError("--selections must name at least one Selection; got none")
     first = selections[0]
     for number, other in enumerate(selections[1:], start=2):
         try:

@@ -84,7 +84,7 @@ def _problems_with_balance(pool: PoolConfig, values: Any) -> list[str]:
         (
             num_coefficients != (len(kinds) if is_list else None),
             f"--moe-aux-loss-coeff must be one number for each of --moe-router-load-balancing-type {named}; got "
-            f" {coefficients!r}",
+            f"{coefficients!r}",
         ),
         (len(set(kinds)) < len(kinds), f"--moe-router-load-balancing-type must name a loss once; got {named}"),
         (

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +53,7 @@ class Setting:
     """What a measurement depends on beside the documents."""
 
     weights: str
-    """`digest_of` what is run."""
+    """`digest_of` what is run: its weights, and how it computes with them."""
     seq_length: int
     """Tokens a row."""
     dtype: str
@@ -176,18 +177,20 @@ _CHUNK = 2**20
 """64-bit words hashed at once: some tens of megabytes of intermediate results."""
 
 
-def digest_of(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """16 hex digits that change with any bit of any weight, wherever the weights lie and whenever they were written.
+def digest_of(weights: Iterable[tuple[str, Tensor]], *, configuration: Mapping[str, object] | None = None) -> str:
+    """16 hex digits that tell models apart, wherever their weights lie and whenever they were written.
 
     File names, sizes and metadata do not tell two fine-tunings of one model apart, so the weights themselves are read.
 
     Args:
         weights: by name, of any shapes and dtypes, on any device.
+        configuration: what else the model's answers depend on; a value is told apart as text.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
     for name, weight in sorted(weights, key=lambda named: named[0]):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        digest.update(_sums(weight.detach()).cpu().numpy().tobytes())
+        if weight.numel():
+            digest.update(_sums(weight.detach()).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
 import sys
 import tempfile
@@ -45,8 +47,11 @@ def open_cache() -> Cache:
     try:
         megabytes = float(limit)
     except ValueError:
-        raise ValueError(f"{LIMIT} must be a number of megabytes; got {limit}") from None
-    return Cache(Path(folder).expanduser(), megabytes=megabytes)
+        megabytes = math.nan
+    if not 0 <= megabytes < math.inf:
+        raise ValueError(f"{LIMIT} must be megabytes, 0 or more; got {limit}")
+    # where nobody is at home nothing is kept there
+    return Cache(Path(os.path.expanduser(folder)), megabytes=megabytes)  # noqa: PTH111
 
 
 class Cache:
@@ -106,8 +111,10 @@ class Cache:
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as own:
                 unfinished = Path(own) / path.name
                 write(unfinished)
-                self._make_room(unfinished.stat().st_size)
-                unfinished.replace(path)
+                size = unfinished.stat().st_size
+                if size <= self._limit:
+                    self._make_room(size)
+                    unfinished.replace(path)
         except OSError as error:
             if not self._is_told:
                 print(f"warning: what is measured is not kept in {self._folder}: {error}", file=sys.stderr)
@@ -147,6 +154,15 @@ class NoCache(Cache):
         """Nothing is kept."""
 
 
+def _versions() -> dict[str, str]:
+    """What measures."""
+    found = {"emo_megatron": __version__}
+    for name in ("megatron-core", "torch", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _touch(path: Path) -> None:
     """Note that an entry was used; a cache that others write may be read."""
     with contextlib.suppress(OSError):
@@ -166,10 +182,10 @@ class Measured:
     """
 
     def __init__(self, model: ExpertRunner, cache: Cache) -> None:
-        self.model, self._cache = model, cache
+        self.model, self.cache = model, cache
         self.facts, self.setting, self.is_writer = model.facts, model.setting, model.is_writer
         self.from_writer = model.from_writer
-        self._setting = asdict(self.setting) | {"routers": model.facts.fingerprint, "version": __version__}
+        self._setting = asdict(self.setting) | {"facts": asdict(model.facts), "versions": _versions()}
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
         """Mean loss on documents, see ExpertRunner."""
@@ -194,7 +210,7 @@ class Measured:
     def statistics(self, documents: Documents, *, outputs: bool) -> ExpertStatistics:
         """What the experts do on documents, see ExpertRunner; kept as it comes, so that an interrupted pass goes on."""
         question = self._question("statistics", documents, None) | {"outputs": outputs}
-        total = self.from_writer(lambda: self._cache.get_statistics(question))
+        total = self.from_writer(lambda: self.cache.get_statistics(question))
         done = 0 if total is None else total.num_documents
         with tqdm(
             total=len(documents.tokens),
@@ -210,17 +226,17 @@ class Measured:
                 done += len(chunk)
                 bar.update(len(chunk))
                 if self.is_writer:
-                    self._cache.put_statistics(question, total)
+                    self.cache.put_statistics(question, total)
         assert total is not None, "there is a document at least"
         return total.of(documents.source | asdict(self.setting))
 
     def remember(self, question: dict[str, Any], find: Callable[[], Any]) -> Any:
         """The kept answer to a question, or what `find` finds: anything but None that JSON holds as it is."""
-        answer = self.from_writer(lambda: self._cache.get(question))
+        answer = self.from_writer(lambda: self.cache.get(question))
         if answer is None:
             answer = find()
             if self.is_writer:
-                self._cache.put(question, answer)
+                self.cache.put(question, answer)
         return answer
 
     def _question(self, measured: str, documents: Documents, allowed_LE: Tensor | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def load_hugging_face(path: Path) -> Any:
     kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(
-            f"experts are studied in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
+            f"experts are watched in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
         )
     with as_stock(HuggingFaceFolder(path)) if kind == "emo" else nullcontext(path) as folder:
         try:
@@ -62,7 +62,7 @@ class _Batch:
 
 
 class HuggingFaceRunner:
-    """A `ExpertRunner` over a model of transformers, in one process.
+    """An `ExpertRunner` over a model of transformers, in one process.
 
     Args:
         model: a causal language model.
@@ -78,7 +78,11 @@ class HuggingFaceRunner:
         self._seq_length, self._rows_at_once = seq_length, rows_at_once
         self.facts = _facts(model, self._blocks)
         dtype = str(next(model.parameters()).dtype)
-        self.setting = Setting(weights=digest_of(_stored_weights(model)), seq_length=seq_length, dtype=dtype)
+        self.setting = Setting(
+            weights=digest_of(_stored_weights(model), configuration=_configuration(model)),
+            seq_length=seq_length,
+            dtype=dtype,
+        )
 
     @property
     def is_writer(self) -> bool:
@@ -186,6 +190,12 @@ def _stored_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         for expert, rows in enumerate(parameter):
             for kind, weight in zip(kinds, rows.chunk(len(kinds)), strict=True):
                 yield f"{joined[1]}.{expert}.{kind}_proj.weight", weight
+
+
+def _configuration(model: Any) -> dict[str, object]:
+    """What of config.json may change what the model computes."""
+    told = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+    return {name: value for name, value in model.config.to_dict().items() if name not in told}
 
 
 def _facts(model: Any, blocks: dict[int, Any]) -> ModelFacts:

@@ -57,7 +57,7 @@ def again(name: str, options: Any, *, processes: int, log: Path) -> None:
             code = run(command, stdout=megatron_says, environment={IN_RANKS: "1"})
     finally:
         if code == USER_ERROR:
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
             _remove_empty(made)
         elif unfinished.exists():
             # an interrupted command's, too: it may tell what the user did not wait for

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs, ch
 
 
 class MegatronRunner:
-    """A `ExpertRunner` over this process's part of a Megatron model. Every rank makes the same calls.
+    """An `ExpertRunner` over this process's part of a Megatron model. Every rank makes the same calls.
 
     Args:
         model: the GPTModel of this pipeline stage, whose MoE layers are PoolMoELayers and whose pools are off in
@@ -35,14 +35,22 @@ class MegatronRunner:
         facts: of the whole model.
         seq_length: tokens a row; longer documents are cut.
         rows_at_once: rows of a micro-batch.
+        configuration: the flags of the run that made the model.
         megatron: more of Megatron's flags, which the user gave.
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, facts: ModelFacts, seq_length: int, rows_at_once: int, megatron: str = ""
+        self,
+        model: torch.nn.Module,
+        *,
+        facts: ModelFacts,
+        seq_length: int,
+        rows_at_once: int,
+        configuration: Mapping[str, object] | None = None,
+        megatron: str = "",
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
-            raise NotImplementedError("experts are studied without context parallelism; drop --context-parallel-size")
+            raise NotImplementedError("experts are watched without context parallelism; drop --context-parallel-size")
         check_weights(model)
         self.facts = facts
         self._model: Any = model.eval()
@@ -51,7 +59,7 @@ class MegatronRunner:
         parameter = next(model.parameters())
         self._device = parameter.device
         self.setting = Setting(
-            weights=_digest(model), seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron
+            weights=_digest(model, configuration), seq_length=seq_length, dtype=str(parameter.dtype), megatron=megatron
         )
 
     @property
@@ -179,13 +187,13 @@ class MegatronRunner:
         return total.cpu()
 
 
-def _digest(model: torch.nn.Module) -> str:
-    """16 hex digits of the weights of all ranks; only another tensor-parallel size has others."""
+def _digest(model: torch.nn.Module, configuration: Mapping[str, object] | None) -> str:
+    """16 hex digits of the configuration and all ranks' weights; only another tensor-parallel size has others."""
     own = [f"{name} {experts} {digest_of([('', part)])}" for name, _, experts, part in model_weights(model)]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     # data-parallel ranks hold the same
-    lines = sorted({line for of_rank in found for line in of_rank})
+    lines = [digest_of((), configuration=configuration), *sorted({line for of_rank in found for line in of_rank})]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -50,6 +49,7 @@ def open_hugging_face(
     config = folder / "config.json"
     described = read_object(config, kind="a model's configuration")
     vocab_size: int = checked(described, {"vocab_size": int}, where=str(config))["vocab_size"]
+    _must_exist(texts)
     # tokens need no tokenizer, and a folder may have none
     reader = Tokenizer(tokenizer or folder) if any(map(is_text, texts)) else None
     if reader:
@@ -80,20 +80,26 @@ def open_megatron(
         seq_length: tokens a row; by default what the model was trained with, or LONGEST_ROW if that is less.
     """
     from emo_megatron.runners.loading import check_rows, checkpoint_in, load_model
-    from emo_megatron.runners.run_tokenizer import null_flags
+    from emo_megatron.runners.run_tokenizer import TOKENIZER_FLAGS, null_flags, text_tokenizer, tokenizer_args
 
+    _must_exist(texts)
     flags = ["--load", str(checkpoint.absolute()), *layout, *more]
     stored = checkpoint_in(flags)
     vocab_size = stored.args.padded_vocab_size
+    given = {word.partition("=")[0] for word in flags} & set(TOKENIZER_FLAGS)
+    if tokenizer is not None and given:
+        raise ValueError(f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one")
     reader = None
-    for path in filter(is_text, texts):
-        reader = _run_tokenizer(flags, stored=stored.args, named=tokenizer)
+    if text := next(filter(is_text, texts), None):
+        args = tokenizer_args(stored.args, flags)
+        reader = text_tokenizer(args, named=tokenizer, vocab_size=vocab_size)
         if reader is None:
-            raise ValueError(NO_TOKENIZER.format(path))
+            raise ValueError(NO_TOKENIZER.format(text))
     # Megatron reads them there; the last of a flag counts, and what they say of a tokenizer is done with
     sys.argv[1:] = [*flags, *null_flags(vocab_size=vocab_size)]
     model, args = load_model(stored)
     # they import Megatron, which its stand-ins for a CPU must precede
+    from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
     from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.dataset import IndexedDocuments
     from emo_megatron.runners.megatron import MegatronRunner
@@ -101,7 +107,12 @@ def open_megatron(
     seq_length = seq_length or min(args.seq_length, LONGEST_ROW)
     check_rows(seq_length, rows=rows, args=args)
     runner = MegatronRunner(
-        model, facts=facts_of(stored), seq_length=seq_length, rows_at_once=rows, megatron=shlex.join(more)
+        model,
+        facts=facts_of(stored),
+        seq_length=seq_length,
+        rows_at_once=rows,
+        configuration=model_flags(stored, megatron_parser(), as_trained=True),
+        megatron=shlex.join(more),
     )
     return runner, _reading(reader, vocab_size, IndexedDocuments)
 
@@ -112,11 +123,8 @@ def _reading(tokenizer: TextTokenizer | None, vocab_size: int, read_indexed: Rea
     )
 
 
-def _run_tokenizer(flags: Sequence[str], *, stored: argparse.Namespace, named: Path | None) -> TextTokenizer | None:
-    """What reads texts for the model of a run."""
-    from emo_megatron.runners.run_tokenizer import TOKENIZER_FLAGS, text_tokenizer, tokenizer_args
-
-    given = {word.partition("=")[0] for word in flags} & set(TOKENIZER_FLAGS)
-    if named is not None and given:
-        raise ValueError(f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one")
-    return text_tokenizer(tokenizer_args(stored, flags), named=named, vocab_size=stored.padded_vocab_size)
+def _must_exist(texts: Sequence[Path]) -> None:
+    """Say that a file is missing before a model is loaded."""
+    for path in texts:
+        if not path.exists() and not Path(f"{path}.idx").exists():
+            raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -70,3 +72,39 @@ def test_a_failure_shows_the_end_of_its_log_and_stops_the_others(demo, tmp_path)
     assert "train standard failed with exit code 3" in said
     assert "it broke" in said
     assert started.end() == 1
+
+
+DONE = """
+import pathlib, sys, time
+given = dict(zip(sys.argv, sys.argv[1:]))
+time.sleep(1)
+if "retention" in sys.argv:
+    (pathlib.Path(given["--output"])).mkdir(parents=True)
+    (pathlib.Path(given["--output"]) / "retention.png").touch()
+else:
+    folder = pathlib.Path(given["--save"])
+    folder.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text(given["--train-iters"])
+    print(" iteration        3/      16 |", flush=True)
+    time.sleep(1)
+"""
+"""A training or an evaluation that leaves what the demo looks for, and says nothing at first."""
+
+
+def test_a_terminal_sees_how_far_it_is(demo, tmp_path):
+    make, _ = demo
+    (tmp_path / "done.py").write_text(DONE)
+    command = make(f'case "$*" in *demo.findings*) exit 0 ;; esac; exec {sys.executable} {tmp_path}/done.py "$@"')
+    reader, terminal = os.openpty()
+    started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    said = b""
+    # on Linux a terminal that nobody has open any more is an error
+    with contextlib.suppress(OSError):
+        while part := os.read(reader, 4096):
+            said += part
+    os.close(reader)
+    assert started.wait(timeout=60) == 0, said
+    assert b"train emo" in said
+    assert b"iteration 3/ 16" in said
+    assert all((tmp_path / "a run" / model / "retention" / "retention.png").exists() for model in ("emo", "small"))

@@ -1,4 +1,4 @@
-"""emo_megatron.mcore.hf_*: Megatron checkpoints to Hugging Face and back, bit for bit, the same model on both sides."""
+"""Megatron checkpoints to Hugging Face and back, bit for bit, the same model on both sides."""
 
 from __future__ import annotations
 

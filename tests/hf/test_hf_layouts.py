@@ -1,4 +1,4 @@
-"""emo_megatron.mcore.hf_*, with parallel Megatron on both ends: what it saved, exported, imported and loaded again."""
+"""Conversion with parallel Megatron on both ends: what it saved, exported, imported and loaded again."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import checkpoints, decoder
 from support.checkpoints import placement_of, selection_of
 
-from emo_megatron.checkpoint import writer as weights_writer
+from emo_megatron.checkpoint import writer
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
@@ -48,7 +48,7 @@ def rewritten(monkeypatch):
         checkpoint = MegatronCheckpoint(source)
         weights = {name: change(name, checkpoint.read(name)) for name in checkpoint.names}
         with monkeypatch.context() as patched:
-            patched.setattr(weights_writer, "check_weight", lambda *args, **options: None)
+            patched.setattr(writer, "check_weight", lambda *args, **options: None)
             return write_checkpoint(folder, weights, args=checkpoint.args, notes=notes)
 
     return write

@@ -53,6 +53,8 @@ def test_what_was_measured_is_not_measured_again(cache):
 
 CHANGES = [
     *({"facts": dataclasses.replace(experts.FACTS, fingerprint=name)} for name in ("beef",)),
+    # the same weights with another config.json
+    {"facts": dataclasses.replace(experts.FACTS, top_k=1)},
     # routers may be the same after the experts were trained
     {"setting": dataclasses.replace(experts.SETTING, weights="x")},
     {"setting": dataclasses.replace(experts.SETTING, seq_length=8)},
@@ -88,10 +90,12 @@ def test_other_documents_experts_and_outputs_are_other_questions(cache):
 
 def test_another_version_of_the_package_measures_anew(cache, monkeypatch):
     Measured(experts.MadeUpModel(), cache).loss(DOCUMENTS)
-    monkeypatch.setattr(caches, "__version__", "0.0.0")
-    model = experts.MadeUpModel()
-    Measured(model, cache).loss(DOCUMENTS)
-    assert model.num_losses == 1
+    for name in ("emo_megatron", "torch"):
+        others = caches._versions() | {name: "0.0.0"}
+        monkeypatch.setattr(caches, "_versions", lambda others=others: others)
+        model = experts.MadeUpModel()
+        Measured(model, cache).loss(DOCUMENTS)
+        assert model.num_losses == 1
 
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
@@ -131,6 +135,10 @@ def test_the_least_used_go_when_there_is_no_room(tmp_path):
     assert cache.get({"number": 8})
     assert cache.get({"number": 0})
     assert cache.get({"number": 1}) is None
+    # what is larger than all of it is not kept, and costs nobody's place
+    cache.put({"number": 9}, "x" * 5000)
+    assert cache.get({"number": 9}) is None
+    assert cache.get({"number": 8})
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 4000
 
 
@@ -173,9 +181,10 @@ def test_the_environment_names_folder_and_limit(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "base"))
     open_cache().put({"a": 1}, 2)
     assert list((tmp_path / "base" / "emo_megatron").iterdir())
-    monkeypatch.setenv(caches.LIMIT, "many")
-    with pytest.raises(ValueError, match=caches.LIMIT):
-        open_cache()
+    for limit in ("many", "nan", "-1", "inf"):
+        monkeypatch.setenv(caches.LIMIT, limit)
+        with pytest.raises(ValueError, match=caches.LIMIT):
+            open_cache()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])

@@ -50,6 +50,8 @@ CONFIG = {
 """A dense layer, then two with routed experts; document pools are written down."""
 UNTOLD = re.compile(r"created_by|versions?|.*_version")
 """Fields that differ by version."""
+MARK = re.compile(r"[0-9a-f]{16}")
+"""What tells a model apart, by the configuration that a version of transformers writes, too."""
 FLAGS = re.findall(
     r"\w+",
     """
@@ -137,7 +139,8 @@ def of_json(path: Path) -> Any:
 def told(value: Any) -> Any:
     """A parsed file without what differs by version."""
     if isinstance(value, dict):
-        return {str(k): told(v) for k, v in value.items() if not UNTOLD.fullmatch(str(k))}
+        kept = {str(k): v for k, v in value.items() if not UNTOLD.fullmatch(str(k))}
+        return {k: told(v) for k, v in kept.items() if not (k == "weights" and MARK.fullmatch(str(v)))}
     return [told(v) for v in value] if isinstance(value, list | tuple) else value
 
 
