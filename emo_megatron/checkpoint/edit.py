@@ -47,7 +47,7 @@ class Module:
 
     def row_of(self, layer: int, expert: int) -> int | None:
         """Where the module has an expert of its parent, by the layer's number; None: it does not have it."""
-        kept = self.selection.by_layer[layer]
+        kept = self.selection.experts[self.selection.layers.index(layer)]
         return kept.index(expert) if expert in kept else None
 
 
