@@ -188,9 +188,6 @@ def _redirect_collectives() -> None:
     all_to_all_single, all_reduce = dist.all_to_all_single, dist.all_reduce
     all_gather = dist.all_gather
 
-    def as_list(sizes: Any) -> Any:
-        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
-
     def all_to_all_with_lists(
         output: torch.Tensor,
         input: torch.Tensor,
@@ -200,7 +197,7 @@ def _redirect_collectives() -> None:
         async_op: bool = False,
     ) -> Any:
         return all_to_all_single(
-            output, input, as_list(output_split_sizes), as_list(input_split_sizes), group, async_op
+            output, input, _as_list(output_split_sizes), _as_list(input_split_sizes), group, async_op
         )
 
     def all_reduce_with_average(
@@ -245,6 +242,10 @@ def _redirect_collectives() -> None:
     module.all_reduce = all_reduce_with_average
     module.all_gather = all_gather_of_any_length
     module.reduce_scatter = reduce_scatter_of_any_length
+
+
+def _as_list(sizes: Any) -> Any:
+    return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
 
 def _redirect_megatron() -> None:
