@@ -250,12 +250,7 @@ def load_pool_config(path: Path) -> PoolConfig:
 
 
 def pool_config_of(stored: object, *, where: str) -> PoolConfig:
-    """The PoolConfig of an object with any of its fields, as JSON holds it.
-
-    Args:
-        stored: what was read.
-        where: its file and place, for the error.
-    """
+    """The PoolConfig of an object with any of its fields, as JSON holds it; `where` it stands is for the error."""
     if not isinstance(stored, dict):
         raise ValueError(f'{where} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}')
     kinds = get_type_hints(PoolConfig)

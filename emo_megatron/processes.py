@@ -44,11 +44,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a Python of this package, which ends at the latest with the thread that calls this.
 
-    Args:
-        command: argument vector.
-        stdout: gets what it prints.
-        stderr: as `subprocess.Popen`'s.
-        environment: more variables.
+    `environment` has more variables; all else is as `subprocess.Popen`'s.
     """
     return subprocess.Popen(
         command,

@@ -31,12 +31,7 @@ SHARDED_EXPERTS = ("expert_model_parallel_size", "moe")
 
 
 def run(recipe: str, overrides: Sequence[str], *, strict: bool) -> str | None:
-    """Train a recipe with pools, as a process of its own or a rank of torchrun.
-
-    Args:
-        recipe: as `find_recipe` takes it.
-        overrides: in Hydra's words, such as `model.pool_min=8`, `train.train_iters=100`.
-        strict: refuse a recipe of which an option must change.
+    """Train a recipe with pools, as a process of its own or a rank of torchrun; arguments as `prepare`'s.
 
     Returns:
         Where its checkpoints lie; None if it saves none, and on other ranks than the first.
@@ -55,6 +50,11 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
     """The ConfigContainer of a recipe with the command line's changes and pools, checked, for Bridge's pretrain().
 
     The changes come first, so that they can make a recipe one that takes pools.
+
+    Args:
+        recipe: as `find_recipe` takes it.
+        overrides: in Hydra's words, such as `model.pool_min=8`, `train.train_iters=100`.
+        strict: refuse a recipe of which an option must change.
     """
     pool, others = pools_and_others(overrides)
     cfg = _call(find_recipe(recipe), recipe)

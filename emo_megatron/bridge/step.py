@@ -39,16 +39,10 @@ Batch = dict[str, Tensor | None]
 def pool_forward_step(
     state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    """One micro-batch through this stage, for Bridge's `pretrain(cfg, pool_forward_step)`.
+    """One micro-batch through this stage, for Bridge's `pretrain(cfg, pool_forward_step)`; see apply_pools.
 
-    Args:
-        state: Bridge's; its model is one that apply_pools has changed.
-        data_iterator: of this stage's batches.
-        model: this stage, or virtual stage.
-        return_schedule_plan: plan the pass and don't run it, as expert-parallel overlap asks.
-
-    Returns:
-        The stage's output or the plan, and the loss as a function of the output.
+    The stage's output, and the loss as a function of that. With `return_schedule_plan`, as expert-parallel overlap
+    asks, the pass is planned and not run.
     """
     _begin(state)
     CLOCK.consumed_samples = state.train_state.consumed_train_samples

@@ -40,12 +40,9 @@ def problems_with_config(pool: PoolConfig, config: Any) -> list[str]:
 
 
 def problems_with_routing(pool: PoolConfig, values: Any, *, only_asserted: bool = False) -> list[str]:
-    """What does not go together in the router.
+    """What does not go together in the router, by Megatron's TransformerConfig or its parsed flags.
 
-    Args:
-        pool: the method.
-        values: Megatron's TransformerConfig or its parsed flags.
-        only_asserted: look only for what Megatron stops at by an assertion when it makes the one of the other.
+    With `only_asserted` only what Megatron stops at by an assertion when it makes the one of the other.
     """
     num_experts = getattr(values, "num_moe_experts", None) or getattr(values, "num_experts", None)
     # flags that another host's parser does not have are passed over
@@ -191,9 +188,7 @@ def equal_lengths_flag(config: Any) -> str | None:
 def problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
     """How context-parallel ranks exchange keys and values, where attention does something else.
 
-    Args:
-        args: parsed flags, or a model's configuration.
-        is_cut: whether documents are cut one by one.
+    By parsed flags, or a model's configuration; `is_cut` says whether documents are cut one by one.
     """
     if args.context_parallel_size == 1:
         return []
@@ -220,11 +215,9 @@ def problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
 
 
 def problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
-    """What does not go with multi-token prediction.
+    """What does not go with multi-token prediction, by parsed flags or a model's configuration.
 
-    Args:
-        args: parsed flags, or a model's configuration.
-        is_packed: whether attention keeps to documents.
+    `is_packed` says whether attention keeps to documents.
     """
     if not args.mtp_num_layers:
         is_exact = getattr(args, "mtp_exact_loss", False)

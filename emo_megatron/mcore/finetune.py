@@ -1,7 +1,10 @@
-"""Train a part of the model only: the routed experts, all or some of them, alone or with the routers.
+"""What a run does with the weights of another: train a part of them only, or put the experts in another order.
 
-Everything else is frozen before Megatron wraps the model, so that frozen weights get no gradient, no optimizer state
-and no weight decay.
+The part is the routed experts, all or some of them, alone or with the routers. Everything else is frozen before
+Megatron wraps the model, so that frozen weights get no gradient, no optimizer state and no weight decay.
+
+Experts are put in order as weights are loaded, and nothing is written. Router rows change places on every rank, experts
+between expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from emo_megatron.mcore.compat import training_args
+
 # the experts of the local layers, and of Transformer Engine's
 _EXPERT = re.compile(r"local_experts\.(\d+)\..+|linear_fc[12]\.(?:weight|bias)(\d+)")
 
 TrainOnly = Literal["experts", "experts+router", "all"]
 Experts = Mapping[int, Collection[int]]
 """Number of an MoE layer -> experts of the whole model."""
+Orders = Mapping[int, tuple[int, ...]]
+"""Number of an MoE layer -> the expert, of the whole model, that comes to each place."""
 
 
 def freeze_hook(policy: TrainOnly, *, experts: Experts | None = None) -> Callable[[list[Any]], list[Any]]:
@@ -79,3 +86,69 @@ def expert_parameters(layer: MoELayer) -> list[tuple[int, Tensor]]:
             raise ValueError(f"the experts' weights lie in one parameter ({name}): drop --moe-single-grouped-weight")
         found.append((layer.local_expert_indices[int(match[1] or match[2])], parameter))
     return found
+
+
+def place_when_loaded(
+    model: torch.nn.Module, orders: Orders, *, check: Callable[[MoELayer], None] = lambda layer: None
+) -> None:
+    """Put the experts of every MoE layer in order when another run's weights were loaded.
+
+    A layer raises RuntimeError at its first forward pass if that never happened, and when such weights come twice; and
+    what `check`, called with a layer that is loaded and not placed yet, raises.
+    """
+    for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
+        _place_when_loaded(layer, orders[layer.layer_number], check)
+
+
+def _place_when_loaded(layer: MoELayer, order: tuple[int, ...], check: Callable[[MoELayer], None]) -> None:
+    is_placed = False
+
+    def loaded(*_: Any) -> None:
+        nonlocal is_placed
+        if not _starts_from_weights():
+            return
+        if is_placed:
+            # of what is loaded, some tensors are the model's own, placed by now, and others are copies
+            raise RuntimeError(
+                f"layer {layer.layer_number}: weights were loaded twice, as Megatron does where a checkpoint lacks or "
+                "has more than the model; --expert-placement cannot tell which are placed. Use relabel"
+            )
+        check(layer)
+        place_experts(layer, order=order)
+        is_placed = True
+
+    def started(*_: Any) -> None:
+        if _starts_from_weights() and not is_placed:
+            raise RuntimeError(
+                f"layer {layer.layer_number}: --expert-placement placed nothing, for no weights came through "
+                "load_state_dict. Use relabel"
+            )
+        first_forward.remove()
+
+    layer.register_load_state_dict_post_hook(loaded)
+    first_forward = layer.register_forward_pre_hook(started)
+
+
+def _starts_from_weights() -> bool:
+    args = training_args()
+    # Megatron sets this where it falls back to --pretrained-checkpoint
+    return args is None or bool(args.finetune)
+
+
+@torch.no_grad()
+def place_experts(layer: MoELayer, *, order: tuple[int, ...]) -> None:
+    """Put a layer's experts in this order; every expert-parallel rank calls, with its weights loaded."""
+    for tensor in (*layer.router.parameters(), *layer.router.buffers()):
+        if tensor.dim() and len(tensor) == len(order):
+            tensor.copy_(tensor[list(order)])
+    of_experts: dict[int, list[Tensor]] = {}
+    for expert, parameter in expert_parameters(layer):
+        of_experts.setdefault(expert, []).append(parameter)
+    # one kind of weight at a time: a rank has all experts' in memory for a moment
+    for own in zip(*(of_experts[e] for e in sorted(of_experts)), strict=True):
+        here = torch.stack([parameter.data for parameter in own])
+        parts = [torch.empty_like(here) for _ in range(layer.ep_group.size())]
+        torch.distributed.all_gather(parts, here, group=layer.ep_group)
+        every = torch.cat(parts)
+        for place, parameter in zip(sorted(of_experts), own, strict=True):
+            parameter.copy_(every[order[place]])

@@ -31,11 +31,7 @@ MAY_DIFFER = ("pool_eval", "pool_check", "pool_cp_partition", "pool_dispatcher")
 def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
     """The pools that the checkpoint in `--load` was trained with; off if its flags know no pools.
 
-    Args:
-        args: Megatron's parsed flags, left as they are. The checkpoint is read by Megatron's own reader.
-
-    Returns:
-        None where there is no checkpoint, or none with the flags of its run.
+    None where there is no checkpoint, or none with the flags of its run. Megatron's own reader reads it.
     """
     # it tells every flag it would set, none of which is wanted here; and it exits where it cannot read, saying why
     told = io.StringIO()

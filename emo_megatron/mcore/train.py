@@ -110,15 +110,9 @@ def loss_func(
 def forward_step(
     data_iterator: Iterator[Any] | None, model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    """One micro-batch through this stage.
+    """One micro-batch through this stage, or virtual stage: its output, and the loss as a function of that.
 
-    Args:
-        data_iterator: of this stage's batches.
-        model: this stage, or virtual stage.
-        return_schedule_plan: plan the pass and don't run it, as --overlap-moe-expert-parallel-comm asks.
-
-    Returns:
-        The stage's output or the plan, and the loss as a function of the output.
+    With `return_schedule_plan`, as --overlap-moe-expert-parallel-comm asks, the pass is planned and not run.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -162,11 +156,7 @@ def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[...
     """For Megatron's `pretrain`: which of a pipeline's ranks share the embedding of tokens.
 
     Without it Megatron takes the first and the last, and a stage between them that has the layers of multi-token
-    prediction would train a table of its own, from zeros.
-
-    Args:
-        config: of the model.
-        is_tied: whether the output layer has the same weights.
+    prediction would train a table of its own, from zeros. `is_tied` says whether the output layer has the same weights.
     """
 
     def ranks_of(pipeline: list[int], *unused: Any) -> list[int]:

@@ -46,26 +46,28 @@ Backend = Literal["reference", "native"]
 
 def document_scores(logits_TE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
     """Sum each document's router probabilities or gates, exactly; options and result as reference.document_scores."""
-    ops = _implementation(backend, logits_TE, logits_TE.shape[-1], dtype=logits_TE.dtype)
+    ops = _implementation(backend, logits_TE, num_experts=logits_TE.shape[-1], dtype=logits_TE.dtype)
     return ops.document_scores(logits_TE, **options)
 
 
 def select_pool(scores_DE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
     """Choose each document's pool: its best-scored experts; options and result as reference.select_pool."""
-    return _implementation(backend, scores_DE, scores_DE.shape[-1]).select_pool(scores_DE, **options)
+    ops = _implementation(backend, scores_DE, num_experts=scores_DE.shape[-1])
+    return ops.select_pool(scores_DE, **options)
 
 
 def pool_topk(
     logits_TE: Tensor, *, top_k: int, num_groups: int | None = None, backend: Backend | None = None, **options: Any
 ) -> Routing:
     """Route each token to the top-k experts of its document's pool; options and result as reference.pool_topk."""
-    ops = _implementation(backend, logits_TE, logits_TE.shape[-1], logits_TE.dtype, top_k, num_groups or 0)
+    limits = {"num_experts": logits_TE.shape[-1], "top_k": top_k, "num_groups": num_groups or 0}
+    ops = _implementation(backend, logits_TE, dtype=logits_TE.dtype, **limits)
     return ops.pool_topk(logits_TE, top_k=top_k, num_groups=num_groups, **options)
 
 
 def experts_used(routing_map_TE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
     """Experts that each document's tokens chose; options and result as reference_documents.experts_used."""
-    ops = _implementation(backend, routing_map_TE, routing_map_TE.shape[-1])
+    ops = _implementation(backend, routing_map_TE, num_experts=routing_map_TE.shape[-1])
     return ops.experts_used(routing_map_TE, **options)
 
 
@@ -136,17 +138,10 @@ def available_backends() -> dict[str, str]:
     return {"reference": "", **{f"native ({device})": why_not_native(device) for device in devices}}
 
 
-def _implementation(
-    backend: Backend | None,
-    tensor: Tensor,
-    num_experts: int = 1,
-    dtype: torch.dtype = torch.float32,
-    top_k: int = 1,
-    num_groups: int = 0,
-) -> Any:
+def _implementation(backend: Backend | None, tensor: Tensor, **limits: Any) -> Any:
     """The backend asked for, or the best one for this tensor."""
     if backend is None:
-        backend = best_backend(tensor.device.type, num_experts, top_k, dtype, num_groups)
+        backend = best_backend(tensor.device.type, **limits)
     return native.load_native() if backend == "native" else reference
 
 

@@ -177,7 +177,7 @@ def pool_topk(
     z_T = torch.logsumexp(carrying_TE, dim=-1)
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, expert_ids_TK, True)
     probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_ids_TK, weights_TK.to(logits_TE.dtype))
-    is_over_T = None
+    is_over_T = torch.zeros_like(is_nonfinite_T)
     if num_groups is not None and group_topk is not None:
         is_over_T = groups_used(map_TE, num_groups) > group_topk
     return _assemble(
@@ -267,7 +267,7 @@ def _assemble(
     is_padding_T: Tensor | None,
     is_nonfinite_T: Tensor,
     *,
-    is_over_T: Tensor | None,
+    is_over_T: Tensor,
     document_ids_T: Tensor | None,
     num_documents: int | None,
 ) -> Routing:
@@ -280,11 +280,8 @@ def _assemble(
     scores_TE = scores_TE.masked_fill(is_left_out_T[:, None], 0.0)
     counted_TE = map_TE & ~is_left_out_T[:, None]
     entropy_T = -torch.xlogy(scores_TE.detach(), scores_TE.detach()).sum(dim=-1)
-    num_nonfinite = is_nonfinite_T.sum()
-    num_over = torch.zeros_like(num_nonfinite)
-    if is_over_T is not None:
-        num_over = (is_over_T & ~is_left_out_T).sum()
-    totals = [(~is_left_out_T).sum(), num_nonfinite, num_over, to_units(entropy_T).sum()]
+    num_over = (is_over_T & ~is_left_out_T).sum()
+    totals = [(~is_left_out_T).sum(), is_nonfinite_T.sum(), num_over, to_units(entropy_T).sum()]
     sums_RE = scores_TE.sum(dim=0, keepdim=True)
     choices_DE = torch.zeros_like(counted_TE[:0], dtype=torch.int64)
     if num_documents is not None:

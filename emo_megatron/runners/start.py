@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from emo_megatron.config import raise_problems
-from emo_megatron.mcore.finetune import Experts, TrainOnly, freeze_hook
-from emo_megatron.mcore.placement import place_when_loaded
+from emo_megatron.mcore.finetune import Experts, TrainOnly, freeze_hook, place_when_loaded
 from emo_megatron.mcore.unsupported import PLACEMENT, SELECTION, problems_of
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ def _orders(file):
 
 def _weights(folder, placement=None):
     """This rank's weights after loading."""
-    from emo_megatron.mcore.placement import place_when_loaded
+    from emo_megatron.mcore.finetune import place_when_loaded
 
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6)
     if placement is not None:
@@ -59,7 +59,7 @@ def test_loading_places_as_relabelling_does(ranks, run):
 
 def _wrong_loads(folder, placement):
     """What a placed model says that nothing was loaded into, then when weights come a second time."""
-    from emo_megatron.mcore.placement import place_when_loaded
+    from emo_megatron.mcore.finetune import place_when_loaded
 
     said = []
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
@@ -91,7 +91,7 @@ def _loads_another(folder, placement, source):
     """What a placed model says when the weights of another model come."""
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
     from emo_megatron.checkpoint.source import check_router
-    from emo_megatron.mcore.placement import place_when_loaded
+    from emo_megatron.mcore.finetune import place_when_loaded
 
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
     source = MegatronCheckpoint(source)
