@@ -85,6 +85,6 @@ def _pool_mtp_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConf
     inner = submodules.mtp_model_layer
     # a hybrid model has none: it builds a stack of the decoder's
     if inner is not None and not issubclass(get_module(inner), PoolTransformerLayer):
-        inner, _ = pool_layer(inner, config=config, pool=pool)
+        inner = pool_layer(inner, config=config, pool=pool)
         submodules = dataclasses.replace(submodules, mtp_model_layer=inner)
     return dataclasses.replace(layer, module=PoolMTPLayer, submodules=submodules)

@@ -30,7 +30,7 @@ from emo_megatron.mcore.compat import require_megatron, training_args
 from emo_megatron.mcore.local import local_stack_spec
 from emo_megatron.mcore.metrics import install_metrics
 from emo_megatron.mcore.mtp import pool_mtp_block
-from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
+from emo_megatron.mcore.spec_rewrite import document_layer, has_pools, pool_layer, with_torch_norms
 from emo_megatron.mcore.unsupported import HOST
 
 
@@ -65,8 +65,8 @@ def with_pools[
     _check(config, pool)
     parts: Any = spec.submodules if isinstance(spec, ModuleSpec) else spec
     if isinstance(spec, ModuleSpec) and isinstance(parts, TransformerLayerSubmodules):
-        layer, has_pools = pool_layer(spec, config=config, pool=pool)
-        _require_pools(has_pools, [spec])
+        layer = pool_layer(spec, config=config, pool=pool)
+        _require_pools([layer])
         return layer
     if isinstance(parts, TransformerBlockSubmodules):
         parts = _pool_block(parts, config, pool)
@@ -126,23 +126,22 @@ def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSp
 def _pool_block(
     block: TransformerBlockSubmodules, config: TransformerConfig, pool: PoolConfig
 ) -> TransformerBlockSubmodules:
-    pairs = [pool_layer(layer, config=config, pool=pool) for layer in block.layer_specs]
+    layers = [pool_layer(layer, config=config, pool=pool) for layer in block.layer_specs]
     frequency = config.moe_layer_freq
     # a pipeline stage may be all dense, or have no layer; the model may not
     has_sparse_layers = isinstance(frequency, int) or any(frequency)
-    is_dense_stage = len(pairs) < config.num_layers and frequency != 1 and has_sparse_layers
-    has_pools = not pairs or is_dense_stage or any(has_pools for _, has_pools in pairs)
-    _require_pools(has_pools, block.layer_specs)
-    block = dataclasses.replace(block, layer_specs=[layer for layer, _ in pairs])
+    is_dense_stage = len(layers) < config.num_layers and frequency != 1 and has_sparse_layers
+    if layers and not is_dense_stage:
+        _require_pools(layers)
+    block = dataclasses.replace(block, layer_specs=layers)
     return with_torch_norms(block) if config.transformer_impl == "local" else block
 
 
 def _pool_stack(stack: HybridStackSubmodules, config: TransformerConfig, pool: PoolConfig) -> HybridStackSubmodules:
     """The stack with pools in its MoE layer, the one kind of layer that has experts."""
-    _require_pools(isinstance(stack.moe_layer, ModuleSpec), [stack.moe_layer])
-    moe_layer, has_pools = pool_layer(stack.moe_layer, config=config, pool=pool)
-    _require_pools(has_pools, [stack.moe_layer])
-    stack = dataclasses.replace(stack, moe_layer=moe_layer)
+    if isinstance(stack.moe_layer, ModuleSpec):
+        stack = dataclasses.replace(stack, moe_layer=pool_layer(stack.moe_layer, config=config, pool=pool))
+    _require_pools([stack.moe_layer])
     if stack.mtp_block_spec is not None:
         mtp = pool_mtp_block(stack.mtp_block_spec.submodules, config=config, pool=pool)
         mtp_spec = dataclasses.replace(stack.mtp_block_spec, submodules=mtp)
@@ -157,9 +156,9 @@ def _pool_stack(stack: HybridStackSubmodules, config: TransformerConfig, pool: P
     return dataclasses.replace(stack, **layers)
 
 
-def _require_pools(has_pools: bool, layers: list[Any]) -> None:
+def _require_pools(layers: list[Any]) -> None:
     """Refuse a model in which pools have no place: it would be a standard one, silently."""
-    if has_pools:
+    if any(map(has_pools, layers)):
         return
     kinds = sorted({repr(getattr(getattr(x, "submodules", x), "mlp", x)) for x in layers})
     raise ValueError(

@@ -26,13 +26,10 @@ from emo_megatron.mcore.local import AddableRowParallelLinear, TorchNorm
 from emo_megatron.mcore.router import PoolRouter
 
 
-def pool_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> tuple[ModuleSpec, bool]:
+def pool_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
     """The layer with PoolTransformerLayer, and PoolMoELayer and PoolRouter where it is an MoE layer.
 
     Of the local spec also as `document_layer` makes it.
-
-    Returns:
-        The new spec, and whether it is an MoE layer.
     """
     # the second differs from the first in its CUDA graphs only, and those are refused
     of_megatron = TransformerLayer, MoETransformerLayer
@@ -43,13 +40,15 @@ def pool_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig
             "Use a spec of TransformerLayer, or of a layer that overrides its __init__ alone"
         )
     mlp = _pool_mlp(layer.submodules.mlp, pool)
-    has_pools = mlp is not layer.submodules.mlp
     attention = _with_whole_gradient(layer.submodules.self_attention)
     submodules = dataclasses.replace(layer.submodules, mlp=mlp, self_attention=attention)
     layer = dataclasses.replace(layer, module=module, submodules=submodules)
-    if config.transformer_impl == "local":
-        layer = document_layer(layer, config=config, pool=pool)
-    return layer, has_pools
+    return document_layer(layer, config=config, pool=pool) if config.transformer_impl == "local" else layer
+
+
+def has_pools(layer: Any) -> bool:
+    """Whether this is the spec of an MoE layer with pools."""
+    return _class_of(getattr(getattr(layer, "submodules", None), "mlp", None)) is PoolMoELayer
 
 
 def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
