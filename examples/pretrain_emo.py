@@ -47,7 +47,6 @@ def prepare() -> tuple[Any, ...]:
     check_run(pool, model.transformer, args)
     resume.check_resume(pool, args)
     model.transformer_layer_spec = pool_spec_builder(pool)
-    model.builder = train.BUILDER
     train.let_lengths_vary(args, model.transformer)
     train.prepare_prediction(args)
     model.pre_wrap_hooks += start_hooks(args)

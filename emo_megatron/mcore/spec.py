@@ -209,14 +209,38 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
 
 
 def pool_spec_builder(pool: PoolConfig) -> Any:
-    """A function of Megatron's `GPTModelConfig` (and vp_stage), the form its model builder calls; it has `pool`."""
+    """A function of Megatron's `GPTModelConfig` (and vp_stage), the form its model builder calls.
+
+    The layers of multi-token prediction that this builder makes next get pools, too.
+    """
 
     def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         config = getattr(model_config, "transformer", model_config)
+        if config is not model_config and config.mtp_num_layers:
+            _pool_prediction(model_config, pool)
         return pool_block_spec(config, pool=pool, vp_stage=vp_stage)
 
-    build.pool = pool  # type: ignore[attr-defined]
     return build
+
+
+def _pool_prediction(model_config: Any, pool: PoolConfig) -> None:
+    """Give pools to the block of multi-token prediction that Megatron's builder makes next for this `GPTModelConfig`.
+
+    No option says of what spec it makes that, and the spec of the decoder is what the builder asks for first.
+    """
+    # Megatron-Core alone has no such builder
+    from megatron.training.models import gpt
+
+    of_megatron = gpt.mtp_block_spec
+
+    def mtp_block_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
+        gpt.mtp_block_spec = of_megatron
+        block = of_megatron(config, *args, **kwargs)
+        if block is None or config is not model_config:
+            return block
+        return with_pools(block, config=config.transformer, pool=pool)
+
+    gpt.mtp_block_spec = mtp_block_spec
 
 
 POOL_CONFIG_VARIABLE = "EMO_POOL_CONFIG"
@@ -228,13 +252,8 @@ def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> Transform
 
     Megatron's model builder calls it, from 0.19 on, with its GPTModelConfig.
     """
-    config = model_config.transformer
-    pool = _prepare_script(config)
-    if config.mtp_num_layers:
-        from emo_megatron.mcore.train import pool_prediction
-
-        pool_prediction(model_config, pool)
-    return pool_block_spec(config, pool=pool, vp_stage=vp_stage)
+    pool = _prepare_script(model_config.transformer)
+    return pool_spec_builder(pool)(model_config, vp_stage)
 
 
 class _StackOfScript:

@@ -1,4 +1,4 @@
-"""Pretraining on megatron.training: the step, the loss, the datasets, and the builder of the model.
+"""Pretraining on megatron.training: the step, the loss and the datasets.
 
 The pieces `megatron.training.pretrain` asks for, for plain pretraining. Unlike pretrain_gpt.py's, every pipeline stage
 builds the dataset, so that the routers of middle stages see boundaries too; what that script does beyond this is in
@@ -11,12 +11,10 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
@@ -24,11 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, get_model_config
 from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
-from megatron.training.models import gpt
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from emo_megatron.config import PoolConfig
 from emo_megatron.json_files import read_object
 from emo_megatron.mcore.batches import (
     NUM_PADDING,
@@ -48,7 +44,6 @@ from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
 from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.padding import over_all_tokens
 from emo_megatron.mcore.router_documents import forward_stage
-from emo_megatron.mcore.spec import with_pools
 
 SPIKY_LOSS_FACTOR = 10
 """--check-for-spiky-loss reports a loss so many times the largest seen."""
@@ -228,46 +223,3 @@ def dataset_config(args: Any) -> PoolDatasetConfig:
         inter_document_masking=args.dataloader_inter_document_masking,
         gives_router_bounds=are_for_routers(args),
     )
-
-
-class PoolGPTModelBuilder(gpt.GPTModelBuilder):
-    """Builds a model whose `transformer_layer_spec` is a `spec.pool_spec_builder`."""
-
-    def build_model(self, *args: Any, **kwargs: Any) -> GPTModel:
-        """One stage of the model."""
-        pool = self._model_config.transformer_layer_spec.pool
-        with mock.patch.object(gpt, "mtp_block_spec", _pooled(gpt.mtp_block_spec, pool)):
-            return super().build_model(*args, **kwargs)
-
-
-BUILDER = f"{PoolGPTModelBuilder.__module__}.{PoolGPTModelBuilder.__qualname__}"
-"""For Megatron's `GPTModelConfig.builder`."""
-
-
-def pool_prediction(model_config: Any, pool: PoolConfig) -> None:
-    """Give pools to the block of multi-token prediction that Megatron's builder makes next for this `GPTModelConfig`.
-
-    For a script that chose its builder before anything of this package was called: from its layer spec, which
-    Megatron's builder calls first.
-    """
-    of_megatron = gpt.mtp_block_spec
-    with_pools_there = _pooled(of_megatron, pool)
-
-    def mtp_block_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
-        gpt.mtp_block_spec = of_megatron
-        build = with_pools_there if config is model_config else of_megatron
-        return build(config, *args, **kwargs)
-
-    gpt.mtp_block_spec = mtp_block_spec
-
-
-def _pooled(of_megatron: Callable[..., Any], pool: PoolConfig) -> Callable[..., Any]:
-    """Megatron's `mtp_block_spec`, with pools in what it returns."""
-
-    def mtp_block_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
-        block = of_megatron(config, *args, **kwargs)
-        if block is None:
-            return None
-        return with_pools(block, config=config.transformer, pool=pool)
-
-    return mtp_block_spec

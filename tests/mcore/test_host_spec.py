@@ -28,7 +28,7 @@ FLAGS = shlex.split("""
 DOCUMENTS = "--dataloader-inter-document-masking"
 
 
-def _train(config_file, flags):
+def _train(config_file, flags, pool=None):
     """Two steps of the model that Megatron's model builder makes of these flags, or the error it gives."""
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -55,6 +55,10 @@ def _train(config_file, flags):
         global_vars.set_args(args)
         tiny.setup()
         config = gpt_config_from_args(args)
+        if pool is not None:
+            from emo_megatron.mcore.spec import pool_spec_builder
+
+            config.transformer_layer_spec = pool_spec_builder(pool)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model = config.get_builder_cls()(config).build_model(groups)
     except ValueError as error:
@@ -112,6 +116,15 @@ def test_layers_of_multi_token_prediction_have_pools_too(ranks, pool_file):
     assert all(set(sizes) <= {3, 4} for sizes in answer["pools"])
     assert answer["losses"][1] < answer["losses"][0]
     assert answer["is_megatrons"], "what Megatron's builder calls is put back"
+
+
+def test_a_script_of_its_own_has_pools_there_too(ranks):
+    pool = PoolConfig(pool_min=3, pool_max=4)
+    flags = [*FLAGS[3:], DOCUMENTS, "--mtp-num-layers", "2"]
+    answer = ranks(1).run(_train, config_file=None, flags=flags, pool=pool)[0]
+    assert answer["routers"] == [(True, pool)] * 4
+    assert len(answer["pools"]) == 4
+    assert answer["is_megatrons"]
 
 
 def test_an_empty_object_is_the_standard_model(ranks, pool_file):

@@ -24,10 +24,10 @@ from emo_megatron.mcore import cpu  # noqa: E402
 cpu.activate()
 
 import torch  # noqa: E402
+from megatron.training.models.gpt import GPTModelBuilder  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from emo_megatron.mcore import batches, padding, train  # noqa: E402
-from emo_megatron.mcore.train import PoolGPTModelBuilder  # noqa: E402
 from support import shards  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
@@ -48,7 +48,7 @@ class RecorderOfRun(Recorder):
 
 
 RECORDERS: list[RecorderOfRun] = []
-build = PoolGPTModelBuilder.build_model
+build = GPTModelBuilder.build_model
 
 
 def build_and_record(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     own, sys.argv[1:] = parser.parse_known_args()
     if own.bug:
         BUGS[own.bug]()
-    PoolGPTModelBuilder.build_model = build_and_record  # type: ignore[method-assign]
+    GPTModelBuilder.build_model = build_and_record  # type: ignore[method-assign]
     atexit.register(write, own.record)
     script = ROOT / "examples" / "pretrain_emo.py"
     sys.argv[0] = str(script)
