@@ -231,32 +231,34 @@ def make_scope(
     segments, attended_ids_T = _segments(
         packing, pool, num_tokens=num_tokens, bounds=bounds, cu_seqlens_padded=cu_seqlens_padded
     )
-    places_T = _places(
-        hidden_shape[1], num_tokens, shard=shard, cut_bounds=cut_bounds, device=packing.cu_seqlens.device
-    )
-    if bounds is not None:
-        if places_T is None:
-            places_T = torch.arange(num_tokens, device=bounds.device)
-        places_T = packed_places(places_T, packing.cu_seqlens, bounds)
+    places_T, ids_T = None, segments.document_ids_T
+    # otherwise this rank routes all tokens, in order
+    if bounds is not None or not shard.tp_size == shard.cp_size == hidden_shape[1] == 1:
+        places_T = local_token_indices(
+            num_tokens=num_tokens,
+            batch_size=hidden_shape[1],
+            tp_rank=shard.tp_rank,
+            tp_size=shard.tp_size,
+            cp_rank=shard.cp_rank,
+            cp_size=shard.cp_size,
+            document_bounds=cut_bounds,
+            device=packing.cu_seqlens.device,
+        )
+        if bounds is None:
+            ids_T = segments.take(places_T)
+        else:
+            places_T = packed_places(places_T, packing.cu_seqlens, bounds)
+            ids_T = segments.take(places_T.clamp(min=0)).masked_fill(places_T < 0, -1)
     samples = segments.num_tokens // segments.tokens_per_sample
     first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
     return PoolScope(
         segments=segments,
-        document_ids_T=_taken(segments, places_T, has_padding=bounds is not None),
+        document_ids_T=ids_T,
         sample_positions_D=segments.rows_D + first,
         consumed_samples=CLOCK.consumed_samples,
         places_T=places_T,
         attended_ids_T=attended_ids_T if pool.pool_documents == "attention" else None,
     )
-
-
-def _taken(segments: DocumentSegments, places_T: Tensor | None, *, has_padding: bool) -> Tensor:
-    """[T] int64, the document of each token at these places."""
-    if places_T is None:
-        return segments.document_ids_T
-    if not has_padding:
-        return segments.take(places_T)
-    return segments.take(places_T.clamp(min=0)).masked_fill(places_T < 0, -1)
 
 
 def _segments(
@@ -291,22 +293,6 @@ def _segments(
             )
         segments = segments_of(_before_last_token(cu_seqlens, length))
     return segments.whole_samples() if pool.pool_scope == "sample" else segments, attended_ids_T
-
-
-def _places(batch_size: int, num_tokens: int, *, shard: Shard, cut_bounds: Tensor | None, device: Any) -> Tensor | None:
-    """[T] int64, which tokens of the whole micro-batch this rank routes; None: all of them, in order."""
-    if shard.tp_size == shard.cp_size == batch_size == 1:
-        return None
-    return local_token_indices(
-        num_tokens=num_tokens,
-        batch_size=batch_size,
-        tp_rank=shard.tp_rank,
-        tp_size=shard.tp_size,
-        cp_rank=shard.cp_rank,
-        cp_size=shard.cp_size,
-        document_bounds=cut_bounds,
-        device=device,
-    )
 
 
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:
