@@ -125,18 +125,16 @@ def has_documents(args: Any) -> bool:
 
 def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> bool:
     """Whether this stage embeds tokens or has a loss."""
-    return bool(is_first_or_last_pipeline_stage(vp_stage)) or predicts_further(config, vp_stage)
+    return is_first_or_last_pipeline_stage(vp_stage) or predicts_further(config, vp_stage)
 
 
 def predicts_further(config: TransformerConfig, vp_stage: int | None) -> bool:
     """Whether this stage has layers of multi-token prediction."""
-    return bool(
-        mtp_on_this_rank(
-            layout=config.pipeline_model_parallel_layout,
-            mtp_num_layers=config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
     )
 
 
@@ -241,7 +239,7 @@ def _on_this_tp_rank(
 ) -> dict[str, Any]:
     """These keys of what tensor-parallel rank 0 has loaded, where this pipeline stage needs them."""
     args = get_args()
-    on_rank: dict[str, Any] = get_batch_on_this_tp_rank(
+    return get_batch_on_this_tp_rank(
         {key: loaded[key].cuda(non_blocking=True) for key in keys if loaded},
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
@@ -258,7 +256,6 @@ def _on_this_tp_rank(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return on_rank
 
 
 def _broadcast(values: Tensor) -> None:

@@ -68,10 +68,11 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
     before they travel, where Megatron rounds each.
     """
 
+    _last: _Dispatch
+
     def __init__(self, num_local_experts: int, *, config: TransformerConfig, pg_collection: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
-        self._last: _Dispatch | None = None
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Lay out what is sent, and tell its receivers.
@@ -104,7 +105,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows [N, H] and the probabilities [P] of their pairs over the expert-parallel ranks."""
-        exchange = self._dispatched.exchange
+        exchange = self._last.exchange
         rows_NH = all_to_all(self.ep_group, hidden_states, exchange.rows_from, exchange.rows_to)
         probs_P = all_to_all(self.ep_group, probs, exchange.pairs_from, exchange.pairs_to)
         return rows_NH, probs_P
@@ -115,7 +116,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         Returns:
             tokens [P, H] by expert, their number for each expert [e] on the CPU, their probabilities [P].
         """
-        exchange, receive = self._dispatched.exchange, self._dispatched.receive
+        exchange, receive = self._last.exchange, self._last.receive
         rows_NH = self._gather_partners(hidden_states, exchange.rows_of_partners)
         probs_P = self._gather_partners(probs, exchange.pairs_of_partners)
         tokens_PH = copy_rows(rows_NH, fanout=receive.pairs)
@@ -123,7 +124,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum what the experts here, [P, H], give each row, which they have weighted: [N, H]."""
-        exchange, receive = self._dispatched.exchange, self._dispatched.receive
+        exchange, receive = self._last.exchange, self._last.receive
         rows_NH = sum_rows(hidden_states, fanout=receive.pairs)
         if self.tp_size > 1:
             rows_NH = reduce_scatter_to_sequence_parallel_region(
@@ -133,20 +134,14 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Send rows [N, H] back to the ranks they came from."""
-        exchange = self._dispatched.exchange
+        exchange = self._last.exchange
         return all_to_all(self.ep_group, hidden_states, exchange.rows_to, exchange.rows_from)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum each token's rows: [s, b, H]."""
-        last = self._dispatched
-        if not last.rows_are_tokens:
-            hidden_states = sum_rows(hidden_states, fanout=last.send.rows)
-        return hidden_states.view(last.shape)
-
-    @property
-    def _dispatched(self) -> _Dispatch:
-        assert self._last is not None, "dispatch_preprocess comes first"
-        return self._last
+        if not self._last.rows_are_tokens:
+            hidden_states = sum_rows(hidden_states, fanout=self._last.send.rows)
+        return hidden_states.view(self._last.shape)
 
     def _gather_partners(self, tensor_X: Tensor, sizes: list[int]) -> Tensor:
         """What all expert-tensor-parallel ranks hold, whose experts are shards of the same."""
@@ -183,7 +178,7 @@ def leaves_padding_out(config: Any) -> bool:
     All-to-all counts on K experts a token, and whether NCCL EP takes fewer is not documented: there padding goes
     where its own logits send it, which spreads it.
     """
-    return config.moe_token_dispatcher_type == "flex" and _flex_backend(config) in ("deepep", "hybridep")
+    return config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend in ("deepep", "hybridep")
 
 
 def follow_routing_map(dispatcher: Any, config: Any) -> None:
@@ -197,7 +192,7 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
         dispatcher: of the MoE layer.
         config: Megatron's configuration of the model.
     """
-    if config.moe_token_dispatcher_type != "flex" or _flex_backend(config) == "hybridep":
+    if config.moe_token_dispatcher_type != "flex" or config.moe_flex_dispatcher_backend == "hybridep":
         # HybridEP's manager goes by the map
         return
     manager = dispatcher._comm_manager
@@ -207,24 +202,9 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
 
 def _setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
     type(manager).setup_metadata(manager, routing_map, probs)
-    manager.token_indices, manager.token_probs = indices_of_map(
-        routing_map.reshape(len(routing_map), -1), probs.reshape(len(probs), -1), top_k=manager.router_topk
-    )
-
-
-def indices_of_map(routing_map_TE: Tensor, probs_TE: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """The experts of every token, [T, K] int64 with -1 for none, and their weights, [T, K], differentiable.
-
-    Args:
-        routing_map_TE: [T, E] bool, at most K True per token.
-        probs_TE: [T, E].
-        top_k: K.
-    """
+    map_TE, probs_TE = (x.reshape(len(x), -1) for x in (routing_map, probs))
     # the order of a token's experts is of no importance, so that of equal keys is not either
-    is_sent_TK, experts_TK = torch.topk(routing_map_TE.to(probs_TE.dtype), top_k, dim=-1)
-    weights_TK = probs_TE.gather(1, experts_TK)
-    return experts_TK.masked_fill(is_sent_TK == 0, -1), weights_TK
-
-
-def _flex_backend(config: Any) -> str:
-    return str(config.moe_flex_dispatcher_backend)
+    is_sent_TK, experts_TK = torch.topk(map_TE.to(probs_TE.dtype), manager.router_topk, dim=-1)
+    # -1 for none
+    manager.token_indices = experts_TK.masked_fill(is_sent_TK == 0, -1)
+    manager.token_probs = probs_TE.gather(1, experts_TK)

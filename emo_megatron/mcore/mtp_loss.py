@@ -85,12 +85,10 @@ def exact_mtp_loss(
     rolls = {"cp_group": cp_group, "packed_seq_params": packed_seq_params}
     if labels is None:
         head |= rolls | {"loss_mask": loss_mask, "is_training": is_training, "config": config}
-        hidden: Tensor = _HOST_LOSS(hidden_states=hidden_states, labels=None, **head)
-        return hidden
+        return _HOST_LOSS(hidden_states=hidden_states, labels=None, **head)
     if loss_mask is None:
         loss_mask = torch.ones_like(labels)
     scale = _scale(loss_mask.sum(), config, cp_group)
-    assert config.mtp_num_layers is not None
     targets, counts_K = _targets(labels, loss_mask, num_depths=config.mtp_num_layers, **rolls)
     log = _Log(counts_K, head) if is_training else None
     hidden, *of_depths = torch.chunk(hidden_states, 1 + len(targets), dim=0)
@@ -122,15 +120,7 @@ def _targets(
 
 
 def _scale(num_tokens: Tensor, config: TransformerConfig, cp_group: dist.ProcessGroup | None) -> Tensor | float:
-    """What a depth's summed loss is multiplied by.
-
-    Args:
-        num_tokens: [], tokens of this rank that the main loss counts.
-        config: of the model.
-        cp_group: of context parallelism.
-    """
-    assert config.mtp_num_layers is not None
-    assert config.mtp_loss_scaling_factor is not None
+    """What a depth's summed loss is multiplied by; `num_tokens`, [], are those this rank counts in the main loss."""
     scale = config.mtp_loss_scaling_factor / config.mtp_num_layers
     if config.calculate_per_token_loss:
         return scale
@@ -144,8 +134,7 @@ def _output_weight(config: Any, output_layer: Any, output_weight: Tensor | None)
     """The output layer's weight for the losses of depths; None: its own. 0.18 cannot keep it from learning by them."""
     if not getattr(config, "mtp_detach_heads", False):
         return output_weight
-    weight: Tensor = output_layer.weight if output_weight is None else output_weight
-    return weight.detach()
+    return (output_layer.weight if output_weight is None else output_weight).detach()
 
 
 class _Log:

@@ -218,5 +218,4 @@ def as_exchanged(output: Tensor, model: Any, *, num_samples: int) -> Tensor:
         return output
     exchanged = output.view(-1, num_samples, output.shape[-1])
     # schedules free what they have sent, which they can't do with a view
-    sent: Tensor = make_viewless_tensor(inp=exchanged, requires_grad=exchanged.requires_grad, keep_graph=True)
-    return sent
+    return make_viewless_tensor(inp=exchanged, requires_grad=exchanged.requires_grad, keep_graph=True)

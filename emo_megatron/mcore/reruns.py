@@ -82,8 +82,7 @@ def _check_over_budget(dispatcher: Any) -> Tensor | None:
     # evaluation is checked too, between two steps
     if dispatcher.pool_router.training:
         dispatcher.pool_router.runs.has_ended = True
-    flag: Tensor | None = type(dispatcher).check_over_budget(dispatcher)
-    return flag
+    return type(dispatcher).check_over_budget(dispatcher)
 
 
 def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) -> None:

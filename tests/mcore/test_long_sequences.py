@@ -64,7 +64,7 @@ def _work(num_tokens, num_documents, backend):
     from megatron.core import parallel_state
 
     from emo_megatron import ops
-    from emo_megatron.mcore import context, mtp_roll, padding
+    from emo_megatron.mcore import context, mtp, padding
 
     tiny.setup(context_parallel_size=WORLD)
     group = parallel_state.get_context_parallel_group()
@@ -112,7 +112,7 @@ def _work(num_tokens, num_documents, backend):
     packed, cut = measure("padding and cut", pad_and_cut)
     scope = measure("scope", make_scope)
     measure("ids of depth 1", lambda: scope.ids_at(1))
-    measure("roll", lambda: mtp_roll.roll_packed(cut["tokens"], -1, -1, packed, group))
+    measure("roll", lambda: mtp.roll_packed(cut["tokens"], -1, -1, packed, group))
     sizes_LD = measure("sizes", draw_sizes)
     logits_TE = torch.randn(cut["tokens"].shape[1], EXPERTS).requires_grad_()
     pool_DE = measure("pools", choose_pools)
@@ -178,14 +178,14 @@ def _rolls():
     """Operations of a roll of many documents, ours and Megatron's."""
     from megatron.core import parallel_state
 
-    from emo_megatron.mcore import mtp_roll
+    from emo_megatron.mcore import mtp
 
     tiny.setup(context_parallel_size=WORLD)
     group = parallel_state.get_context_parallel_group()
     _, bounds, packed = _packed(TOKENS[-1], MANY)
     local = torch.arange(int(bounds[-1]) // WORLD)[None]
     found = []
-    for roll in (mtp_roll.roll_packed, mtp_roll._HOST_ROLL):
+    for roll in (mtp.roll_packed, mtp._HOST_ROLL):
         with Operations() as operations:
             rolled, _ = roll(local, -1, -1, packed, group)
         found.append((operations.count, rolled))

@@ -25,13 +25,21 @@ def redirect() -> TorchFunctionMode:
     return mode
 
 
-class _Stream:
-    """A stream on which everything is already done, which is true of a CPU."""
-
-    cuda_stream = 0
+class _Done:
+    """What a CPU's streams and events have in common: everything on them has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Done):
+    cuda_stream = 0
 
     def wait_stream(self, *args: Any) -> None:
         pass
@@ -39,33 +47,16 @@ class _Stream:
     def wait_event(self, *args: Any) -> None:
         pass
 
-    def synchronize(self) -> None:
-        pass
-
     def record_event(self, *args: Any) -> _Event:
         return _Event()
 
-    def query(self) -> bool:
-        return True
 
-
-class _Event:
-    """An event that has always happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
+class _Event(_Done):
     def record(self, *args: Any) -> None:
         pass
 
     def wait(self, *args: Any) -> None:
         pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
 
     def elapsed_time(self, other: Any) -> float:
         return 0.0
@@ -168,12 +159,10 @@ class _ZeroStats(dict[str, int]):
 
 
 def _redirect_tensors_and_modules() -> None:
-    unchanged = lambda self, *args, **kwargs: self  # noqa: E731
-    targets: Any = torch.Tensor, torch.nn.Module
-    for target in targets:
-        target.cuda = unchanged
-    targets[0].pin_memory = unchanged
-    targets[0].record_stream = _answer(None)
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    tensor.cuda = tensor.pin_memory = module.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = _answer(None)
     accelerator: Any = torch.accelerator
     accelerator.is_available = _answer(False)
     accelerator.current_accelerator = _answer(None)
