@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,17 +161,16 @@ def scope_of(
         packed_seq_params: of the micro-batch; None gives None.
         hidden_shape: [s, b, h] of this rank's hidden states.
         shard: this rank's part.
-        pool: the method's configuration.
+        pool: the method.
         layer_number: of the asking layer. A layer that asks twice outside backward is in a new forward pass, even if
             the caller reuses one packed_seq_params object.
     """
     if packed_seq_params is None:
         return None
-    carrier: Any = packed_seq_params
-    scope: PoolScope | None = getattr(carrier, "emo_scope", None)
+    scope: PoolScope | None = getattr(packed_seq_params, "emo_scope", None)
     if scope is None or (layer_number in scope.layers_seen and not is_in_backward()):
         scope = _scope_of_packed(packed_seq_params, hidden_shape, shard=shard, pool=pool)
-        carrier.emo_scope = scope
+        packed_seq_params.emo_scope = scope
     scope.layers_seen.add(layer_number)
     return scope
 

@@ -58,7 +58,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
     tp_cp_group: dist.ProcessGroup
     tp_dp_cp_group: dist.ProcessGroup
 
-    def __init__(self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool = True) -> None:
+    def __init__(self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool) -> None:
         super().__init__()
         self.names = names
         self.num_layers = num_layers
@@ -246,7 +246,7 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
 
     Args:
         pool: the method.
-        config: Megatron's configuration of the model.
+        config: of the model.
         has_documents: whether training batches carry document boundaries.
     """
     names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)

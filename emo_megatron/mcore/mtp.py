@@ -28,8 +28,7 @@ from emo_megatron.mcore.layer import PoolTransformerLayer
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
 
-_host: Any = multi_token_prediction
-_HOST_ROLL: Any = getattr(_host, "_roll_tensor_packed_seq", None)
+_HOST_ROLL = getattr(multi_token_prediction, "_roll_tensor_packed_seq", None)
 _HOST_PARAMETERS = ("tensor", "shifts", "dims", "packed_seq_params", "cp_group")
 
 
@@ -73,10 +72,10 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
     def _next_depth(self) -> int:
         num_depths = self.config.mtp_num_layers
         if is_in_backward():
-            self._num_backward = (self._num_backward + 1) % num_depths
-            return num_depths - (self._num_backward - 1) % num_depths
-        self._num_forward = (self._num_forward + 1) % num_depths
-        return (self._num_forward - 1) % num_depths + 1
+            self._num_backward = self._num_backward % num_depths + 1
+            return num_depths + 1 - self._num_backward
+        self._num_forward = self._num_forward % num_depths + 1
+        return self._num_forward
 
 
 def pool_mtp_block(
@@ -108,7 +107,7 @@ def _pool_mtp_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConf
 def use_packed_roll() -> None:
     """Let Megatron roll packed documents with `roll_packed`; a version that calls its own otherwise is left alone."""
     if _HOST_ROLL is not None and tuple(inspect.signature(_HOST_ROLL).parameters) == _HOST_PARAMETERS:
-        _host._roll_tensor_packed_seq = roll_packed
+        multi_token_prediction._roll_tensor_packed_seq = roll_packed
 
 
 def roll_packed(

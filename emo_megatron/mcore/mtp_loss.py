@@ -21,8 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 _CALLERS: tuple[Any, ...] = (gpt_model, hybrid_model)
-_host: Any = multi_token_prediction
-_HOST_LOSS = _host.process_mtp_loss
+_HOST_LOSS = multi_token_prediction.process_mtp_loss
 _IN_0_18 = {
     *("hidden_states", "labels", "loss_mask", "output_layer", "output_weight"),
     *("runtime_gather_output", "is_training", "compute_language_model_loss", "config"),
@@ -162,7 +161,7 @@ class _Log:
             MTPLossLoggingHelper.save_loss_to_tracker(saved, depth_idx, num_layers, avg_group=self._group)
             return
         head = self._head
-        correct, total = _host._compute_mtp_acceptance_counts(
+        correct, total = multi_token_prediction._compute_mtp_acceptance_counts(
             logits, labels, loss_mask, head["output_layer"], head["runtime_gather_output"], head.get("tp_group")
         )
         MTPLossLoggingHelper.save_metrics_to_tracker(

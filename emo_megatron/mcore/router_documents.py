@@ -52,23 +52,18 @@ class RouterDocuments(Packing):
         return self._scope
 
 
-@dataclass(kw_only=True, slots=True)
-class _Current:
-    forward: RouterDocuments | None = None
-    backward: RouterDocuments | None = None
-
-
-_CURRENT = _Current()
+_CURRENT: dict[bool, RouterDocuments | None] = {}
+"""Whether in backward -> the documents of the micro-batch that is computed there."""
 
 
 def current_documents() -> RouterDocuments | None:
     """The documents of the micro-batch that is being computed, or recomputed in backward; None: it has none."""
-    return _CURRENT.backward if is_in_backward() else _CURRENT.forward
+    return _CURRENT.get(is_in_backward())
 
 
 def forget() -> None:
     """Forget the documents of every micro-batch, before training starts over in this process."""
-    _CURRENT.forward = _CURRENT.backward = None
+    _CURRENT.clear()
 
 
 def forward_with_documents(
@@ -84,10 +79,10 @@ def forward_with_documents(
     """
     if documents is not None and kwargs.get("packed_seq_params") is not None:
         raise ValueError(BOTH)
-    _CURRENT.forward = documents
+    _CURRENT[False] = documents
     output = call(*args, **kwargs)
     if documents is not None and isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(lambda _: _start_backward(documents))
+        output.register_hook(lambda _: _CURRENT.update({True: documents}))
     return output
 
 
@@ -128,10 +123,6 @@ BOTH = (
     "packed_seq_params must be None with --pool-documents routers, where attention does not keep to documents; drop "
     "it, or use --pool-documents attention"
 )
-
-
-def _start_backward(documents: RouterDocuments) -> None:
-    _CURRENT.backward = documents
 
 
 def merged_bounds(bounds_BX: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "recomputation takes depths in the order of forward": (
         "mcore/mtp.py",
-        [("num_depths - (self._num_backward - 1) % num_depths", "(self._num_backward - 1) % num_depths + 1")],
+        [("return num_depths + 1 - self._num_backward", "return self._num_backward")],
         "CP2, one layer of multi-token prediction-recompute-full-mbs2-ga2",
     ),
 }
