@@ -192,12 +192,7 @@ class DocumentAttention(torch.nn.Module):
         self.softmax_offset = torch.nn.Parameter(own)
         set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> Any:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """Megatron's sharded state: the learnable offsets, cut by heads over tensor-parallel ranks."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),

@@ -169,7 +169,7 @@ def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp
         batch = _on_this_tp_rank(loaded, BATCH_KEYS, config, vp_stage)
         batch = flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: _num_padding(loaded)}
         return _padded(batch) if is_padded(args) else batch
-    documents = _broadcast_documents(loaded) if is_for_routers else {NUM_PADDING: None}
+    documents = _broadcast_documents(loaded) if is_for_routers else {}
     if not has_tokens:
         return dict.fromkeys(BATCH_KEYS) | documents
     batch = _on_this_tp_rank(loaded, TOKEN_KEYS, config, vp_stage)

@@ -110,9 +110,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
                 self.ensure_initialized(name, self.num_layers)
         return super().report(loss_scale, *args, track_names=track_names, **kwargs)
 
-    def _count_moe_layers(
-        self, num_layers: int | None, moe_layer_freq: int | list[int] | None, mtp_num_layers: Any
-    ) -> int:
+    def _count_moe_layers(self, num_layers: Any, moe_layer_freq: Any, mtp_num_layers: Any) -> int:
         counted = mtp_num_layers if self.adds_mtp_layers else None
         return int(super()._count_moe_layers(num_layers, moe_layer_freq, counted))
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_attr_wrapped_model, make_viewless_tensor
 from torch import Tensor
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.compat import is_in_backward
 from emo_megatron.mcore.context import PoolScope, Shard, make_scope
-from emo_megatron.mcore.padding import Packing, as_exchanged, flatten_received
+from emo_megatron.mcore.padding import Packing
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,6 +98,10 @@ def forward_stage(
 ) -> Any:
     """A micro-batch through this stage: its output, as Megatron's schedules send it; or the plan of the pass.
 
+    Layers take a packed micro-batch as one sequence, [mbs * s, 1, h], s being this rank's part of a sample; schedules
+    exchange [s, mbs, h]. The bytes are the same, so a stage changes the view at its edges, and shapes need not travel
+    with the tensors, for which every stage would wait.
+
     Args:
         model: this stage, or virtual stage.
         batch: tokens, position_ids, labels and loss_mask, each a tensor or None.
@@ -105,7 +110,10 @@ def forward_stage(
         num_samples: of a packed micro-batch whose stages exchange samples; else 1.
         is_planned: plan the pass and don't run it, as expert-parallel overlap asks.
     """
-    flatten_received(model, num_samples=num_samples)
+    if num_samples > 1:
+        decoder = get_attr_wrapped_model(model, "decoder")
+        if decoder.input_tensor is not None:
+            decoder.input_tensor = decoder.input_tensor.view(-1, 1, decoder.input_tensor.shape[-1])
     output = forward_with_documents(
         model.build_schedule_plan if is_planned else model,
         documents,
@@ -116,7 +124,11 @@ def forward_stage(
         loss_mask=batch["loss_mask"],
         packed_seq_params=packed,
     )
-    return output if is_planned else as_exchanged(output, model, num_samples=num_samples)
+    if is_planned or num_samples == 1 or get_attr_wrapped_model(model, "post_process"):
+        return output
+    exchanged = output.view(-1, num_samples, output.shape[-1])
+    # schedules free what they have sent, which they can't do with a view
+    return make_viewless_tensor(inp=exchanged, requires_grad=exchanged.requires_grad, keep_graph=True)
 
 
 BOTH = (

@@ -390,25 +390,15 @@ def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
 def _forward_step(
     iterator: Any, model: Any, return_schedule_plan: bool = False, *, case: Case, recorder: Recorder | None
 ) -> Any:
-    from emo_megatron.mcore.padding import as_exchanged, flatten_received
-    from emo_megatron.mcore.router_documents import forward_with_documents
+    from emo_megatron.mcore.router_documents import forward_stage
 
     part = part_of(next(iterator), case)
     if recorder is not None:
         recorder.places_T = part.places_T
-    flatten_received(model, num_samples=part.num_flat)
-    output = forward_with_documents(
-        model.build_schedule_plan if return_schedule_plan else model,
-        part.documents,
-        part.tokens,
-        part.positions,
-        None,
-        labels=part.labels,
-        loss_mask=part.loss_mask,
-        packed_seq_params=part.packed,
+    batch = {"tokens": part.tokens, "position_ids": part.positions, "labels": part.labels, "loss_mask": part.loss_mask}
+    output = forward_stage(
+        model, batch, part.documents, part.packed, num_samples=part.num_flat, is_planned=return_schedule_plan
     )
-    if not return_schedule_plan:
-        output = as_exchanged(output, model, num_samples=part.num_flat)
     return output, functools.partial(_loss, part.loss_mask.flatten(), case=case)
 
 

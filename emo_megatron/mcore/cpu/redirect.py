@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -178,8 +179,8 @@ def _redirect_collectives() -> None:
     all_gather = dist.all_gather
 
     def all_to_all_with_lists(
-        output: torch.Tensor,
-        input: torch.Tensor,
+        output: Tensor,
+        input: Tensor,
         output_split_sizes: Any = None,
         input_split_sizes: Any = None,
         group: Any = None,
@@ -190,7 +191,7 @@ def _redirect_collectives() -> None:
         )
 
     def all_reduce_with_average(
-        tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+        tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
         if op != dist.ReduceOp.AVG:
             return all_reduce(tensor, op, group, async_op)
@@ -199,7 +200,7 @@ def _redirect_collectives() -> None:
         return all_reduce(tensor, dist.ReduceOp.SUM, group, async_op)
 
     def all_gather_of_any_length(
-        outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None, async_op: bool = False
+        outputs: list[Tensor], input: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
         longest = max(len(output) for output in outputs) if input.dim() else 0
         if async_op or all(len(output) == longest for output in outputs if input.dim()):
@@ -213,12 +214,8 @@ def _redirect_collectives() -> None:
         return None
 
     def reduce_scatter_of_any_length(
-        output: torch.Tensor,
-        inputs: list[torch.Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
+        output: Tensor, inputs: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> None:
         if async_op:
             raise NotImplementedError("reduce_scatter over gloo is synchronous here; got async_op=True")
         whole = torch.cat([part.reshape(-1) for part in inputs])
