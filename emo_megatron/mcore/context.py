@@ -37,10 +37,9 @@ class SampleClock:
     It reads megatron.training's own count. A host without that sets `consumed_samples` before every step.
     """
 
-    def __init__(self) -> None:
-        self._set: int | None = None
-        self.is_told = True
-        """Whether a training loop tells."""
+    is_told = True
+    """Whether a training loop tells."""
+    _set: int | None = None
 
     @property
     def consumed_samples(self) -> int:

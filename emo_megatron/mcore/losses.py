@@ -70,7 +70,7 @@ class RouterLosses:
         ids_T: Tensor | None,
         pool_DE: Tensor | None,
         scores_DE: Tensor | None,
-        choose_plainly: Callable[[], ops.Routing] | None = None,
+        choose_plainly: Callable[[], ops.Routing] | None,
     ) -> Tensor:
         """Count the micro-batch, and attach this rank's shares of the losses to the gradient of `probs_TE`.
 

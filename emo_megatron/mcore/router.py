@@ -317,8 +317,7 @@ class PoolRouter(TopKRouter):
     def _count_for_bias(self, routed: ops.Routing) -> None:
         """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""
         if self.enable_expert_bias and torch.is_grad_enabled():
-            with torch.no_grad():
-                self.local_tokens_per_expert += routed.tokens_per_expert_E
+            self.local_tokens_per_expert += routed.tokens_per_expert_E
 
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
         """The map without padding for dispatchers that take any number of experts a token; see leaves_padding_out."""
