@@ -71,7 +71,8 @@ run(python(*{arguments}, processes=2), stdout=None)
 def test_ranks_of_a_test_end_with_it(number):
     code = "import textwrap; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text='')"
     started = Command([sys.executable, "-c", code])
-    started.wait_for(lambda: sum("spawn_main" in line for line in started.running()) == 2)
+    # and the process that they are forked from
+    started.wait_for(lambda: sum("forkserver" in line for line in started.running()) == 3)
     started.end(number)
 
 
