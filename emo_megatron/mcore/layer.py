@@ -7,7 +7,7 @@ checkpoint and its closure carries the scope.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from megatron.core import tensor_parallel
 from megatron.core.extensions.transformer_engine import te_checkpoint
@@ -32,6 +32,7 @@ class PoolMoELayer(MoELayer):
     """
 
     scope: PoolScope | None = None
+    moe_layer_recompute: bool
 
     def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
@@ -50,7 +51,7 @@ class PoolMoELayer(MoELayer):
     @property
     def pool_router(self) -> PoolRouter:
         """The router, also when an adapter wraps it."""
-        return getattr(self.router, "to_wrap", self.router)
+        return cast(PoolRouter, getattr(self.router, "to_wrap", self.router))
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
