@@ -28,7 +28,7 @@ from emo_megatron.mcore.layer import PoolTransformerLayer
 from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
 
-_HOST_ROLL = getattr(multi_token_prediction, "_roll_tensor_packed_seq", None)
+_HOST_ROLL: Any = getattr(multi_token_prediction, "_roll_tensor_packed_seq", None)
 _HOST_PARAMETERS = ("tensor", "shifts", "dims", "packed_seq_params", "cp_group")
 
 
