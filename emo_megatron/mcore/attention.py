@@ -98,8 +98,7 @@ class DocumentAttention(torch.nn.Module):
             query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch, or this
                 context-parallel rank's), else [s, b, heads, head_dim]; key and value alike, with the same or fewer
                 heads.
-            attention_mask: unused; the mask is causal within documents.
-            attn_mask_type: unused, likewise.
+            attention_mask, attn_mask_type: unused; the mask is causal within documents.
             attention_bias: must be None.
             packed_seq_params: document boundaries; None means one document a sample.
 

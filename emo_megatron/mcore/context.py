@@ -157,10 +157,7 @@ def scope_of(
     """The scope of this forward pass, made by the first layer that asks and found by the others.
 
     Args:
-        packed_seq_params: of the micro-batch; None gives None.
         hidden_shape: [s, b, h] of this rank's hidden states.
-        shard: this rank's part.
-        pool: the method.
         layer_number: of the asking layer. A layer that asks twice outside backward is in a new forward pass, even if
             the caller reuses one packed_seq_params object.
     """
@@ -213,10 +210,7 @@ def make_scope(
     """The scope of a micro-batch that was packed like this.
 
     Args:
-        packing: of the whole micro-batch.
         hidden_shape: [s, b, h] of this rank's hidden states.
-        shard: this rank's part.
-        pool: the method's configuration.
         bounds: [D' + 1], D' >= D: document d was moved to bounds[d] by padding behind the documents before it, and
             what lies past the last one's end is padding; None: the tokens are those of the packing.
         cu_seqlens_padded: as DocumentSegments.from_cu_seqlens takes it: the packing itself has padding.

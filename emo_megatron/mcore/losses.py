@@ -76,7 +76,6 @@ class RouterLosses:
 
         Args:
             probs_TE: weights of the chosen experts, returned as they are.
-            routed: of this micro-batch.
             ids_T: document of each token; None: no boundaries.
             pool_DE: the documents' pools; None: all experts.
             scores_DE: what the pools were chosen by, where they were chosen in this pass.
@@ -199,12 +198,11 @@ class RouterLosses:
         tracker.add_documents(number, used_DW, pool_DE=pool_DE, scores_DE=scores_DE)
 
     def _record_share(self, name: str, share: Tensor, group: Any, *, is_mean: bool = False) -> None:
-        """Log a value of which every rank of `group` holds a share: summed when Megatron reports, not here.
+        """Log a value of which every rank of `group` holds a share.
 
-        Args:
-            is_mean: whether the sums of data-parallel ranks are averaged then.
+        Shares are summed, and with `is_mean` the sums of data-parallel ranks averaged, when Megatron reports, not here.
         """
-        config = self.router.config
+        router = self.router
         get_moe_metrics_tracker().record(
-            name, share, self.router.layer_number, num_rows(config), reduce_group=group, needs_dp_avg=is_mean
+            name, share, router.layer_number, num_rows(router.config), reduce_group=group, needs_dp_avg=is_mean
         )

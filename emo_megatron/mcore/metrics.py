@@ -79,7 +79,6 @@ class PoolMetricsTracker(MoEMetricsTracker):
         """Add what a micro-batch's documents use and hold.
 
         Args:
-            layer_number: of the router.
             used_DW: `ops.experts_used` of this rank.
             pool_DE, scores_DE: their pools and what those were chosen by, equal on the ranks of tp_cp_group; None: they
                 were not chosen in this pass.
@@ -242,10 +241,7 @@ def forget_layer(layer_number: int) -> None:
 def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_documents: bool) -> None:
     """Make Megatron report the metrics that this configuration's routers record, and no others.
 
-    Args:
-        pool: the method.
-        config: of the model.
-        has_documents: whether training batches carry document boundaries.
+    Those of documents only where training batches carry their boundaries (`has_documents`).
     """
     names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)
     names += DOCUMENT_METRICS if has_documents else ()

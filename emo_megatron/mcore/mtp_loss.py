@@ -31,11 +31,7 @@ _IN_0_19 = _IN_0_18 | {"tp_group", "input_ids"}
 
 
 def use_exact_mtp_loss(is_exact: bool = True) -> None:
-    """Let Megatron's models compute the losses of multi-token prediction with `exact_mtp_loss`.
-
-    Args:
-        is_exact: False puts Megatron's own function back.
-    """
+    """Let Megatron's models compute the losses of multi-token prediction with `exact_mtp_loss`; False: as before."""
     found = set(inspect.signature(_HOST_LOSS).parameters)
     if not _IN_0_18 <= found <= _IN_0_19:
         raise ValueError(
@@ -73,8 +69,6 @@ def exact_mtp_loss(
         labels: [b, s] of the main loss; None: whatever Megatron does then.
         loss_mask: [b, s], which tokens the main loss counts; None: all.
         is_training: whether losses are logged: for each depth the mean over all ranks' counted tokens of the depth.
-        config: of the model.
-        cp_group: of context parallelism.
         packed_seq_params: the documents that rolls keep to.
         head: what else Megatron's function takes: how hidden states become losses.
 

@@ -152,7 +152,6 @@ def over_all_tokens(
     Args:
         loss: [], summed over this rank's tokens.
         num_tokens: [] int32, how many they are.
-        cp_group: of context parallelism.
 
     Returns:
         The loss times the ranks, and the tokens of all of them.

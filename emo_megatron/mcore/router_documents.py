@@ -36,10 +36,7 @@ class RouterDocuments(Packing):
     ) -> PoolScope:
         """The scope of this micro-batch, for a layer that starts its forward pass or repeats it in backward.
 
-        Args:
-            layer_number: of the router.
-            hidden_shape, shard, pool: as make_scope takes them.
-            num_recomputed: how often full recompute repeats the layer in a backward pass.
+        Full recompute repeats it `num_recomputed` times; the rest is as make_scope takes it.
         """
         asks = (layer_number, is_in_backward())
         self._asked[asks] += 1
@@ -103,7 +100,6 @@ def forward_stage(
     with the tensors, for which every stage would wait.
 
     Args:
-        model: this stage, or virtual stage.
         batch: tokens, position_ids, labels and loss_mask, each a tensor or None.
         documents: as forward_with_documents takes them.
         packed: the same for a host that carries boundaries.
