@@ -24,12 +24,6 @@ from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
 from emo_megatron.mcore.padding import PACKING, Packing, packed_places, partition_bounds, require_padded
 from emo_megatron.sharding import local_token_indices
 
-NO_BOUNDARIES = (
-    "Pools need document boundaries and this forward pass got none. Train with --dataloader-inter-document-masking, "
-    "or pass PackedSeqParams to the model; with --pool-documents routers, call the model through "
-    "emo_megatron.mcore.router_documents.forward_with_documents."
-)
-
 
 class SampleClock:
     """How many training samples the run has consumed before this step; pool sizes are drawn from it.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.context import CLOCK, NO_BOUNDARIES, PoolScope
+from emo_megatron.mcore.context import CLOCK, PoolScope
 from emo_megatron.mcore.dispatcher import leaves_padding_out
 from emo_megatron.mcore.losses import RouterLosses
 from emo_megatron.mcore.metrics import num_rows
@@ -252,7 +252,11 @@ class PoolRouter(TopKRouter):
             return None, None
         scope = self.scope
         if scope is None or ids_T is None:
-            raise ValueError(NO_BOUNDARIES)
+            raise ValueError(
+                "Pools need document boundaries and this forward pass got none. Train with "
+                "--dataloader-inter-document-masking, or pass PackedSeqParams to the model; with --pool-documents "
+                "routers, call the model through emo_megatron.mcore.router_documents.forward_with_documents."
+            )
         if self._is_standard or self.layer_number in scope.pools:
             return scope.pools.get(self.layer_number), None
         scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)

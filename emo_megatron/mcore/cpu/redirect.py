@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -102,7 +103,7 @@ def _keep_in_backward(mode: TorchFunctionMode) -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    if isinstance(device, bool) or device is None:
+    if isinstance(device, bool):
         return False
     if isinstance(device, torch.device):
         return device.type == "cuda"
@@ -137,7 +138,7 @@ def _redirect_cuda_module() -> None:
     }
     for name, value in answers.items():
         setattr(cuda, name, _answer(value))
-    cuda.memory_stats = lambda *args, **kwargs: _ZeroStats()
+    cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)
     cuda.get_device_properties = _answer(
         SimpleNamespace(total_memory=8 << 30, major=9, minor=0, name="cpu", multi_processor_count=1)
     )
@@ -150,13 +151,6 @@ def _redirect_cuda_module() -> None:
     # types, for Megatron asks isinstance() of them where it casts for --bf16 and --fp16
     for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte"):
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
-
-
-class _ZeroStats(dict[str, int]):
-    """Memory statistics of a device that does not exist."""
-
-    def __missing__(self, key: str) -> int:
-        return 0
 
 
 def _redirect_tensors_and_modules() -> None:
