@@ -216,8 +216,8 @@ def make_scope(
     segments, attended_ids_T = _segments(
         packing, pool, num_tokens=num_tokens, bounds=bounds, cu_seqlens_padded=cu_seqlens_padded
     )
+    # all tokens, in order
     places_T, ids_T = None, segments.document_ids_T
-    # otherwise this rank routes all tokens, in order
     if bounds is not None or not shard.tp_size == shard.cp_size == hidden_shape[1] == 1:
         places_T = local_token_indices(
             num_tokens=num_tokens,
