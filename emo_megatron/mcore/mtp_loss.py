@@ -31,7 +31,7 @@ _IN_0_19 = _IN_0_18 | {"tp_group", "input_ids"}
 
 
 def use_exact_mtp_loss(is_exact: bool = True) -> None:
-    """Let Megatron's models compute the losses of multi-token prediction with `exact_mtp_loss`, or again with its own."""
+    """Let Megatron's models compute losses of multi-token prediction with `exact_mtp_loss`, or again with its own."""
     found = set(inspect.signature(_HOST_LOSS).parameters)
     if not _IN_0_18 <= found <= _IN_0_19:
         raise ValueError(
