@@ -7,21 +7,15 @@ in a checkpoint and in code. Symbols in brackets are the paper's (arXiv 2605.066
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-PoolRule = Literal["uniform", "top_p"]
-PoolMask = Literal["logits", "selection"]
-PoolScope = Literal["document", "sample"]
-PoolBalance = Literal["micro", "running"]
-PoolCpPartition = Literal["sample", "document"]
-PoolDispatcher = Literal["megatron", "dedup"]
-PoolDocuments = Literal["attention", "routers"]
-PoolScore = Literal["probability", "gate_with_bias"]
-PoolGroupScope = Literal["token", "document"]
+from emo_megatron.json_files import read_json
 
+PoolCpPartition = Literal["sample", "document"]
+PoolDocuments = Literal["attention", "routers"]
 
 WITHOUT_POOLS = ("pool_documents", "pool_balance", "pool_cp_partition", "pool_dispatcher", "pool_seed")
 """Fields that the standard MoE may have too."""
@@ -32,20 +26,22 @@ def broken(*rules: tuple[object, str]) -> list[str]:
     return [sentence for is_broken, sentence in rules if is_broken]
 
 
+def raise_problems(where: str, problems: Sequence[str]) -> None:
+    """Raise all that is wrong, a line for each; nothing where there is nothing."""
+    if problems:
+        raise ValueError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolConfig:
-    """How every document of a batch gets its pool of experts. The default is off: the standard MoE.
-
-    Raises:
-        ValueError: on construction, listing every problem of the configuration at once.
-    """
+    """How every document of a batch gets its pool of experts. The default is off: the standard MoE."""
 
     pool_min: int | None = None
     """Smallest pool, in routed experts (the shared expert does not count). None turns pools off."""
     pool_max: int | None = None
     """Largest pool, in routed experts. None means all of them; with --pool-group-scope document all that the groups of
     a document hold."""
-    pool_rule: PoolRule = "uniform"
+    pool_rule: Literal["uniform", "top_p"] = "uniform"
     """uniform: the size is an integer drawn from [pool_min, pool_max] for every document and layer, uniformly (the
     paper) or as pool_skew says. top_p: the fewest experts that hold pool_top_p of the document's mean probability,
     within these bounds."""
@@ -72,17 +68,17 @@ class PoolConfig:
     """Share of documents, in [0, 1], drawn for every layer apart, that may use all experts."""
     pool_forced: int = 0
     """The last so many routed experts are in every pool and count towards its size."""
-    pool_mask: PoolMask = "logits"
+    pool_mask: Literal["logits", "selection"] = "logits"
     """logits: experts outside the pool get no probability (the paper). selection: the pool limits the choice only;
     weights and losses use all experts (OLMo-core's second version)."""
-    pool_score: PoolScore = "probability"
+    pool_score: Literal["probability", "gate_with_bias"] = "probability"
     """What a document's pool is chosen by, summed over its tokens. probability: the softmax over all experts (the
     paper). gate_with_bias: the gate plus the expert bias, for recipes that balance load by
     --moe-router-enable-expert-bias alone: with probability an expert that no pool takes gets bias and no token."""
-    pool_group_scope: PoolGroupScope = "token"
+    pool_group_scope: Literal["token", "document"] = "token"
     """Who keeps to --moe-router-group-topk of the --moe-router-num-groups. token: every token, inside its document's
     pool, as far as the pool reaches. document: the pool lies inside so many groups, so every token keeps to them."""
-    pool_scope: PoolScope = "document"
+    pool_scope: Literal["document", "sample"] = "document"
     """document: one pool a document (the paper). sample: boundaries are ignored and a whole packed sample shares a
     pool (an ablation; it destroys the modules)."""
     pool_eval: int | None = None
@@ -91,14 +87,14 @@ class PoolConfig:
     """Who gets document boundaries: attention is attention, rotary embedding and routers, as packed sequences (the
     paper). routers leaves all else as the recipe has it, so that attention runs across documents. For the standard
     model too; models trained one way are not to be compared with those trained the other."""
-    pool_balance: PoolBalance = "micro"
+    pool_balance: Literal["micro", "running"] = "micro"
     """Population of the load balance: micro is one micro-batch of all data-parallel ranks (the paper), running is the
     mean of the micro-batches of the step so far."""
     pool_cp_partition: PoolCpPartition = "sample"
     """How the host cuts packed micro-batches over context-parallel ranks: sample is one zigzag over the micro-batch,
     document one over every document, as Transformer Engine's packed attention needs. Batches do not say.
     pretrain_emo.py and Bridge cut by document where attention keeps to documents, whatever this says."""
-    pool_dispatcher: PoolDispatcher = "megatron"
+    pool_dispatcher: Literal["megatron", "dedup"] = "megatron"
     """Who carries tokens to their experts: megatron is what --moe-token-dispatcher-type says; dedup takes the place of
     its alltoall and sends a token to each rank once, however many of its experts are there. Works without pools too."""
     pool_seed: int = 1234
@@ -119,9 +115,7 @@ class PoolConfig:
         return self.is_on and consumed_samples >= self.pool_delay_samples
 
     def __post_init__(self) -> None:
-        problems = self._problems()
-        if problems:
-            raise ValueError("pool configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise_problems("pool configuration", self._problems())
 
     def _problems(self) -> list[str]:
         """What is wrong with this configuration on its own, one sentence each."""
@@ -250,13 +244,9 @@ def flag(field_name: str) -> str:
 
 def load_pool_config(path: Path) -> PoolConfig:
     """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"pool configuration {path}: there is no such file") from None
-    except (OSError, RecursionError, ValueError) as error:
-        raise ValueError(f"pool configuration {path} is not readable JSON: {error}") from error
-    return pool_config_of(stored, where=f"pool configuration {path}")
+    if not path.exists():
+        raise ValueError(f"pool configuration {path}: there is no such file")
+    return pool_config_of(read_json(path, kind="a pool configuration"), where=f"pool configuration {path}")
 
 
 def pool_config_of(stored: object, *, where: str) -> PoolConfig:
@@ -265,9 +255,6 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
     Args:
         stored: what was read.
         where: its file and place, for the error.
-
-    Raises:
-        ValueError: it is no such object; names every problem in it.
     """
     if not isinstance(stored, dict):
         raise ValueError(f'{where} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}')
@@ -280,8 +267,7 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
     unknown = ", ".join(name for name in stored if name not in kinds)
     if unknown:
         problems.append(f"unknown: {unknown}; the fields are {', '.join(kinds)}")
-    if problems:
-        raise ValueError(f"{where}:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems(where, problems)
     try:
         return PoolConfig(**stored)
     except ValueError as error:

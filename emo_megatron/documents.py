@@ -1,8 +1,8 @@
 """Which document every token of a micro-batch belongs to.
 
-Shapes: B samples of a micro-batch, S tokens per sample, T = B * S tokens in flat packed order
-(sample 0's tokens, then sample 1's), D documents. A document never crosses a sample. Everything is
-vectorised and, unless a docstring says otherwise, never waits for the device.
+Shapes: B samples of a micro-batch, S tokens per sample, T = B * S tokens in flat packed order (sample 0's tokens, then
+sample 1's), D documents. A document never crosses a sample. Unless a docstring says otherwise, nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from emo_megatron.sharding import divide_exactly
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DocumentSegments:
-    """The documents of one whole micro-batch, before any rank takes its shard."""
+    """The documents of one whole micro-batch, before any rank takes its shard; made by `from_cu_seqlens`."""
 
     document_ids_T: Tensor
     """[T] int64 in [-1, D): the document of each token, ascending in flat order; -1 is padding."""
@@ -29,16 +29,6 @@ class DocumentSegments:
     """S, at least 1; flat index // S is the row of the sample in the micro-batch."""
     real_starts_D: Tensor | None = None
     """[D] int64: `starts_D` if padding between documents took no place; None: there is none."""
-
-    def __post_init__(self) -> None:
-        for name in ("document_ids_T", "starts_D"):
-            value = getattr(self, name)
-            if value.dim() != 1 or value.dtype != torch.int64:
-                raise ValueError(
-                    f"{name} must be a 1-D int64 tensor; got {value.dim()}-D {value.dtype}. Build segments with "
-                    "from_cu_seqlens."
-                )
-        _check_tokens_per_sample(self.tokens_per_sample, num_tokens=self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -80,9 +70,9 @@ class DocumentSegments:
     ) -> DocumentSegments:
         """Read the boundaries attention uses: `PackedSeqParams.cu_seqlens_q` of the micro-batch.
 
-        Document d is [cu[d], cu[d + 1]); tokens past the last entry are padding. With
-        `cu_seqlens_padded` it occupies [padded[d], padded[d + 1]), of which the first
-        cu[d + 1] - cu[d] tokens are real. Repeated values are empty documents; they keep their id.
+        Document d is [cu[d], cu[d + 1]); tokens past the last entry are padding. With `cu_seqlens_padded` it occupies
+        [padded[d], padded[d + 1]), of which the first cu[d + 1] - cu[d] tokens are real. Repeated values are empty
+        documents; they keep their id.
 
         Args:
             cu_seqlens_q: [D + 1] int32 or int64, from 0, never decreasing, of unsharded tokens.
@@ -90,12 +80,12 @@ class DocumentSegments:
             tokens_per_sample: S; None when the micro-batch is one sample.
             cu_seqlens_padded: [D + 1], as `cu_seqlens_q`.
             check: look at the values too, which waits for a device tensor. None: only on the host.
-                Shapes and dtypes are always checked.
         """
         _check_offsets_form(cu_seqlens_q, padded=cu_seqlens_padded)
         if tokens_per_sample is None:
             tokens_per_sample = max(num_tokens, 1)
-        _check_tokens_per_sample(tokens_per_sample, num_tokens=num_tokens)
+        remedy = "Pass the length of one sample, or None if the micro-batch is one sample."
+        divide_exactly(num_tokens, tokens_per_sample, "num_tokens", "tokens_per_sample", remedy)
         cu = cu_seqlens_q.long()
         bounds = cu if cu_seqlens_padded is None else cu_seqlens_padded.long()
         if check or (check is None and cu.device.type == "cpu"):
@@ -144,25 +134,19 @@ class DocumentSegments:
         return self.document_ids_T[token_indices]
 
 
-def _check_tokens_per_sample(tokens_per_sample: int, *, num_tokens: int) -> None:
-    remedy = "Pass the length of one sample, or None if the micro-batch is one sample."
-    divide_exactly(num_tokens, tokens_per_sample, "num_tokens", "tokens_per_sample", remedy)
-
-
 def _check_offsets_form(cu_seqlens: Tensor, *, padded: Tensor | None) -> None:
     """What shapes and dtypes say about cumulative lengths; never looks at values."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens_q must be 1-D with at least two entries, [documents + 1]; got "
-            f"{list(cu_seqlens.shape)}. Drop a batch dimension; one document is [0, num_tokens]."
+            f"cu_seqlens_q must be 1-D with at least two entries, [documents + 1]; got {list(cu_seqlens.shape)}. Drop "
+            "a batch dimension; one document is [0, num_tokens]."
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens_q must be int32 or int64; got {cu_seqlens.dtype}. Convert it.")
     if padded is not None and (padded.shape, padded.dtype) != (cu_seqlens.shape, cu_seqlens.dtype):
         raise ValueError(
-            f"cu_seqlens_padded must match cu_seqlens_q, {list(cu_seqlens.shape)} "
-            f"{cu_seqlens.dtype}; got {list(padded.shape)} {padded.dtype}. Take both from the same "
-            "PackedSeqParams."
+            f"cu_seqlens_padded must match cu_seqlens_q, {list(cu_seqlens.shape)} {cu_seqlens.dtype}; got "
+            f"{list(padded.shape)} {padded.dtype}. Take both from the same PackedSeqParams."
         )
 
 

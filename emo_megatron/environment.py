@@ -24,9 +24,6 @@ SUPPORTED: dict[str, tuple[Release, Release | None]] = {
 BRIDGE_INSTALL = "docs/bridge.md says how, under Versions"
 """pip cannot resolve all that Megatron-Bridge asks for."""
 
-OPTIONAL = ("megatron-bridge",)
-"""Supported as well where they are not installed."""
-
 PACKAGES = {
     "torch": "torch",
     "megatron-core": "megatron.core",
@@ -98,18 +95,24 @@ def format_text(report: dict[str, Any]) -> str:
 def _judge(name: str, version: str) -> dict[str, Any]:
     if name not in SUPPORTED:
         return {"version": version, "supported": "", "is_supported": True}
+    # nobody needs the bridge
+    is_fine = is_supported(name, version) or (name == "megatron-bridge" and version == MISSING)
+    return {"version": version, "supported": supported_range(name), "is_supported": is_fine}
+
+
+def supported_range(name: str) -> str:
+    """The releases of one of SUPPORTED in words."""
+    first, end = (".".join(map(str, release or ())) for release in SUPPORTED[name])
+    return f">={first}" + (f", <{end}" if end else "")
+
+
+def is_supported(name: str, version: str) -> bool:
+    """Whether a version of one of SUPPORTED lies in its range."""
     first, end = SUPPORTED[name]
     # the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendor pre-releases count
     numbers = re.match(r"\d+(\.\d+)*", version)
     release = tuple(map(int, numbers.group().split("."))) if numbers else ()
-    supported = f">={_join(first)}" + (f", <{_join(end)}" if end else "")
-    is_within = release >= first and (end is None or release < end)
-    is_supported = is_within or (name in OPTIONAL and version == MISSING)
-    return {"version": version, "supported": supported, "is_supported": is_supported}
-
-
-def _join(release: Release) -> str:
-    return ".".join(map(str, release))
+    return release >= first and (end is None or release < end)
 
 
 def _find_version(distribution: str, module: str) -> str:

@@ -16,16 +16,7 @@ _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 
 
 def read_json(path: Path, *, kind: str) -> Any:
-    """What a JSON file holds.
-
-    Args:
-        path: of the file.
-        kind: what it should be, with its article, for the error.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: as `from_json`; names the file.
-    """
+    """What a JSON file holds; `kind` is what it should be, with its article, for the error."""
     stored = path.read_bytes()
     try:
         return from_json(stored)
@@ -62,14 +53,10 @@ def read_own(path: Path, *, kind: str, format: str, fields: Collection[str], mad
 
     Args:
         path: of the file.
-        kind: what it should be, with its article, for the error.
+        kind: as in `read_json`.
         format: its "format", which ends in the number of its version.
         fields: names of all others.
         made_by: the command that writes such files.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is another file, of another version, lacks a field or has one more.
     """
     stored = read_object(path, kind=kind)
     found = stored.pop("format", None)

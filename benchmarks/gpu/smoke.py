@@ -122,7 +122,7 @@ def _row_problem(name: str, rows: dispatch.Fanout, num_copies: int, num_rows: in
     is_copy = name == "copy_rows"
     shape = (num_rows if is_copy else num_copies, WIDTH)
     values_XH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    moved = dispatch.Fanout(**{key: getattr(rows, key).to(device) for key in rows.__slots__})
+    moved = dispatch.Fanout(*(part.to(device) for part in rows))
     leaf_XH = values_XH.to(device).requires_grad_()
     op = getattr(dispatch, name)
     got_XH = op(leaf_XH, fanout=moved, backend="native")

@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.config.instantiate_utils import target_allowlist
 
-from emo_megatron.config import PoolConfig, broken
+from emo_megatron.config import PoolConfig, broken, raise_problems
 from emo_megatron.mcore.combinations import (
     equal_lengths_flag,
     problems_with_config,
@@ -163,12 +163,7 @@ def require_possible(model: Any) -> None:
             "takes equally many tokens of every rank, and documents are padded to other lengths on each",
         ),
     )
-    if problems:
-        named = [f"  - {_in_words_of_bridge(problem)}" for problem in problems]
-        raise ValueError("this recipe cannot train with document pools:\n" + "\n".join(named))
-
-
-_RENAMED = {"num_experts": "num_moe_experts"}
+    raise_problems("this recipe cannot train with document pools", [_in_words_of_bridge(p) for p in problems])
 
 
 def _in_words_of_bridge(message: str) -> str:
@@ -176,7 +171,7 @@ def _in_words_of_bridge(message: str) -> str:
 
     def field(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
-        return f"model.{_RENAMED.get(name, name)}"
+        return "model.num_moe_experts" if name == "num_experts" else f"model.{name}"
 
     return re.sub(r"--([a-z0-9]+(?:-[a-z0-9]+)*)", field, message)
 

@@ -62,14 +62,14 @@ def apply_pools(
     fields = {name: getattr(pool, name) for name in POOL_FIELDS}
     fields |= {name.removeprefix("model."): new for name, (_, new) in changes.items() if name.startswith("model.")}
     tried = copy.copy(model)
-    for place in (tried, model):
-        # a recipe that is refused stays as it was
-        place.__class__ = kind
-        vars(place).update(fields)
-        if place is tried:
-            require_possible(tried)
-            # the step checks what was loaded, after minutes of many ranks
-            check_resume(cfg.checkpoint, tried.pool_config(), step=step_to_load(cfg.checkpoint))
+    # a recipe that is refused stays as it was
+    tried.__class__ = kind
+    vars(tried).update(fields)
+    require_possible(tried)
+    # the step checks what was loaded, after minutes of many ranks
+    check_resume(cfg.checkpoint, tried.pool_config(), step=step_to_load(cfg.checkpoint))
+    model.__class__ = kind
+    vars(model).update(fields)
     cfg.dataset.inter_document_masking = True
     if is_first_rank():
         for name, (old, new) in changes.items():

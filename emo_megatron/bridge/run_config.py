@@ -11,7 +11,7 @@ import yaml
 from emo_megatron.bridge.pooled import POOL_FIELDS
 from emo_megatron.config import PoolConfig
 from emo_megatron.files import whole
-from emo_megatron.mcore.resume import differences
+from emo_megatron.mcore.resume import require_same_pools
 
 RUN_CONFIG = "run_config.yaml"
 
@@ -19,10 +19,7 @@ RUN_CONFIG = "run_config.yaml"
 def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
     """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
 
-    Args:
-        checkpoint: a recipe's section of checkpoints.
-        asked: the pools that this run asks for.
-        step: of the checkpoint that is loaded; 0: none is.
+    `checkpoint` is a recipe's section, `step` that of the checkpoint which is loaded; 0: none is.
     """
     if step == 0 or checkpoint.load is None or checkpoint.finetune:
         return
@@ -34,12 +31,13 @@ def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
             stacklevel=2,
         )
         return
-    if differing := differences(stored_pool_config(path), asked, name_of="model.{}".format):
-        raise ValueError(
-            f"the run in checkpoint.load {checkpoint.load} had other document pools:\n"
-            + "\n".join(differing)
-            + "\nGive the same fields; or checkpoint.finetune=true to start a new run from its weights"
-        )
+    require_same_pools(
+        stored_pool_config(path),
+        asked,
+        run=f"checkpoint.load {checkpoint.load}",
+        remedy="Give the same fields; or checkpoint.finetune=true to start a new run from its weights",
+        name_of="model.{}".format,
+    )
 
 
 def step_to_load(checkpoint: Any) -> int:
@@ -60,11 +58,7 @@ def stored_pool_config(path: Path) -> PoolConfig:
 def stock_run_config(path: Path, output: Path) -> None:
     """Write the run_config.yaml of a run with pools as one of stock Bridge, for people without this package.
 
-    The weights need nothing: pools add none.
-
-    Args:
-        path: run_config.yaml of a checkpoint.
-        output: the file to write; may be `path`.
+    The weights need nothing: pools add none. `output` may be `path`.
     """
     from emo_megatron.bridge.recipe import PROVIDERS
 

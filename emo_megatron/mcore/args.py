@@ -14,10 +14,12 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from emo_megatron.config import PoolConfig, flag
+from emo_megatron.config import PoolConfig, flag, raise_problems
 from emo_megatron.mcore import combinations
 from emo_megatron.mcore.compat import repair_help
 from emo_megatron.mcore.unsupported import CONVERSATIONS, SCRIPT, Unsupported, problems_of
+
+_REFUSED = "this run cannot start"
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -92,7 +94,7 @@ def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
     if getattr(args, "context_parallel_size", 1) > 1 and pool.pool_documents == "attention":
         # as batches.py cuts
         pool = dataclasses.replace(pool, pool_cp_partition="document")
-    _raise(combinations.problems_with_routing(pool, args, only_asserted=True))
+    raise_problems(_REFUSED, combinations.problems_with_routing(pool, args, only_asserted=True))
     return pool
 
 
@@ -101,11 +103,7 @@ def check_run(
 ) -> None:
     """Refuse what this package would do wrong or silently not do, all of it in one error.
 
-    Args:
-        pool: the method.
-        config: Megatron's configuration of the model.
-        args: Megatron's parsed flags.
-        rows: on the flags; by default those of `pretrain_emo.py`.
+    `rows` are of the script that runs: `pretrain_emo.py`'s, or HOST of Megatron's own.
     """
     problems = combinations.problems_with_config(pool, config) + problems_of(rows, args, has_pools=pool.is_on)
     if rows is SCRIPT:
@@ -124,9 +122,4 @@ def check_run(
             stacklevel=2,
         )
     # a row on the model and one on the flags may say the same
-    _raise(list(dict.fromkeys(problems)))
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("this run cannot start:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems(_REFUSED, list(dict.fromkeys(problems)))

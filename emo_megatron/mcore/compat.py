@@ -11,15 +11,11 @@ from typing import Any
 
 import torch
 
-from emo_megatron.environment import BRIDGE_INSTALL, SUPPORTED
+from emo_megatron.environment import BRIDGE_INSTALL, is_supported, supported_range
 
 
 def require_megatron() -> tuple[int, int]:
-    """The (major, minor) version of the installed Megatron-Core.
-
-    Raises:
-        ImportError: Megatron-Core is missing or its version is outside the supported range.
-    """
+    """The (major, minor) version of the installed Megatron-Core."""
     return _require("megatron-core", by="emo_megatron.mcore", install="pip install 'emo_megatron[megatron]'")
 
 
@@ -29,21 +25,15 @@ def require_bridge() -> tuple[int, int]:
 
 
 def _require(distribution: str, *, by: str, install: str) -> tuple[int, int]:
-    first, end = SUPPORTED[distribution]
-    assert end is not None
-    wanted = f"{distribution} >= {_dotted(first)}, < {_dotted(end)}"
+    wanted = f"{distribution} {supported_range(distribution)}"
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"{by} needs {wanted}. Install it: {install}") from None
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if not first <= (major, minor) < end:
+    if not is_supported(distribution, version):
         raise ImportError(f"{by} supports {wanted}; found {version}")
-    return major, minor
-
-
-def _dotted(release: tuple[int, ...]) -> str:
-    return ".".join(map(str, release))
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def is_in_backward() -> bool:

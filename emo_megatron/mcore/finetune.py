@@ -37,15 +37,10 @@ def freeze_hook(policy: TrainOnly, *, experts: Experts | None = None) -> Callabl
 
 
 def freeze(model: torch.nn.Module, *, policy: TrainOnly, experts: Experts | None = None) -> int:
-    """Freeze all that the policy does not name.
+    """Freeze all that the policy does not name, in a pipeline stage's chunk of a model that is not wrapped yet.
 
-    Args:
-        model: a GPTModel, or a pipeline stage's chunk of one, not yet wrapped.
-        policy: what stays trainable.
-        experts: those that stay trainable, all if None.
-
-    Returns:
-        Parameters (numbers) on this rank that stay trainable.
+    With `experts` only these of the routed experts stay trainable. Returns how many parameters (numbers) of this rank
+    do.
     """
     if policy != "all":
         model.requires_grad_(False)

@@ -26,7 +26,7 @@ from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.compat import is_in_backward
 from emo_megatron.mcore.layer import PoolTransformerLayer
 from emo_megatron.mcore.router import PoolRouter
-from emo_megatron.mcore.spec_rewrite import document_layer, pool_layer, with_torch_norms
+from emo_megatron.mcore.spec_rewrite import pool_layer, with_torch_norms
 
 _HOST_ROLL: Any = getattr(multi_token_prediction, "_roll_tensor_packed_seq", None)
 _HOST_PARAMETERS = ("tensor", "shifts", "dims", "packed_seq_params", "cp_group")
@@ -92,14 +92,11 @@ def _pool_mtp_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConf
             "pools take the place of Megatron's MultiTokenPredictionLayer; this spec builds "
             f"{layer.module}. Use a spec of MultiTokenPredictionLayer"
         )
-    is_local = config.transformer_impl == "local"
-    submodules = with_torch_norms(layer.submodules) if is_local else layer.submodules
+    submodules = with_torch_norms(layer.submodules) if config.transformer_impl == "local" else layer.submodules
     inner = submodules.mtp_model_layer
     # a hybrid model has none: it builds a stack of the decoder's
     if inner is not None and not issubclass(get_module(inner), PoolTransformerLayer):
-        inner, _ = pool_layer(inner, pool=pool)
-        if is_local:
-            inner = document_layer(inner, config=config, pool=pool)
+        inner, _ = pool_layer(inner, config=config, pool=pool)
         submodules = dataclasses.replace(submodules, mtp_model_layer=inner)
     return dataclasses.replace(layer, module=PoolMTPLayer, submodules=submodules)
 

@@ -53,38 +53,34 @@ def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
     return PoolConfig(**stored)
 
 
-def differences(stored: PoolConfig, asked: PoolConfig, *, name_of: Callable[[str], str]) -> list[str]:
-    """A line for each field in which a run to resume had other pools; `name_of` says a field in the host's words."""
+def require_same_pools(
+    stored: PoolConfig, asked: PoolConfig, *, run: str, remedy: str, name_of: Callable[[str], str] = flag
+) -> None:
+    """Refuse to resume `run`, which had the stored pools, with others; `name_of` says a field in the host's words."""
     names = [field.name for field in dataclasses.fields(PoolConfig)]
     if asked.is_on and not stored.is_on:
         # the run had no pools, and so none of the other fields
         names = ["pool_min"]
-    return [
+    differing = [
         f"  - {name_of(name)} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
         for name in names
         if name not in MAY_DIFFER and getattr(stored, name) != getattr(asked, name)
     ]
+    if differing:
+        raise ValueError("\n".join([f"the run in {run} had other document pools:", *differing, remedy]))
 
 
 def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
-    """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
-
-    Args:
-        pool: the method this run asks for.
-        args: Megatron's parsed flags, with `override_pool_config`.
-    """
+    """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own."""
     if args.load is None or args.finetune or args.override_pool_config:
         return
     stored = stored_pool_config(args)
-    if stored is None:
-        return
-    if differing := differences(stored, pool, name_of=flag):
-        raise ValueError(
-            f"the run in --load {args.load} had other document pools:\n"
-            + "\n".join(differing)
-            + "\nGive the same flags; or --override-pool-config to go on with these from here; or --finetune to "
-            "start a new run from its weights."
+    if stored is not None:
+        remedy = (
+            "Give the same flags; or --override-pool-config to go on with these from here; or --finetune to start a "
+            "new run from its weights."
         )
+        require_same_pools(stored, pool, run=f"--load {args.load}", remedy=remedy)
 
 
 def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> None:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from emo_megatron.config import PoolConfig, load_pool_config
+from emo_megatron.config import PoolConfig, load_pool_config, raise_problems
 from emo_megatron.mcore.args import check_run
 from emo_megatron.mcore.combinations import problems_with_config
 from emo_megatron.mcore.compat import require_megatron, training_args
@@ -53,13 +53,6 @@ def with_pools[
 
     Returns:
         The same kind of spec. The one that came is left as it was.
-
-    Raises:
-        ValueError: the pool layers would not do what the configuration says; names every problem. Or nothing in the
-            spec could be given pools, or it has a layer, MoE layer or router of its own in a place of Megatron's,
-            which is named.
-        ImportError: Transformer Engine is asked for and missing.
-        NotImplementedError: an option of Megatron's attention that only Transformer Engine's has.
     """
     blocks = TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
     if not isinstance(spec, ModuleSpec | blocks) and callable(spec):
@@ -70,31 +63,24 @@ def with_pools[
 
         return build  # type: ignore[return-value]
     _check(config, pool)
-    if (rewritten := _pool_submodules(spec, config, pool)) is not None:
-        return rewritten
-    submodules = getattr(spec, "submodules", None)
-    if isinstance(submodules, TransformerLayerSubmodules):
-        layer, has_pools = _pool_layer(spec, config, pool)
+    parts: Any = spec.submodules if isinstance(spec, ModuleSpec) else spec
+    if isinstance(spec, ModuleSpec) and isinstance(parts, TransformerLayerSubmodules):
+        layer, has_pools = pool_layer(spec, config=config, pool=pool)
         _require_pools(has_pools, [spec])
         return layer
-    if (rewritten := _pool_submodules(submodules, config, pool)) is None:
+    if isinstance(parts, TransformerBlockSubmodules):
+        parts = _pool_block(parts, config, pool)
+    elif isinstance(parts, HybridStackSubmodules):
+        parts = _pool_stack(parts, config, pool)
+    elif isinstance(parts, MultiTokenPredictionBlockSubmodules):
+        parts = pool_mtp_block(parts, config=config, pool=pool)
+    else:
         raise ValueError(
             "pools go into a ModuleSpec of a transformer layer, of a block of them, of a hybrid stack or of a block "
             "of multi-token prediction, into the submodules of a block, or into a function that returns one; got "
             f"{spec!r}"
         )
-    return dataclasses.replace(spec, submodules=rewritten)
-
-
-def _pool_submodules(parts: Any, config: TransformerConfig, pool: PoolConfig) -> Any:
-    """The same parts of a block, of a stack or of multi-token prediction, with pools; None: they are none of these."""
-    if isinstance(parts, TransformerBlockSubmodules):
-        return _pool_block(parts, config, pool)
-    if isinstance(parts, HybridStackSubmodules):
-        return _pool_stack(parts, config, pool)
-    if isinstance(parts, MultiTokenPredictionBlockSubmodules):
-        return pool_mtp_block(parts, config=config, pool=pool)
-    return None
+    return dataclasses.replace(spec, submodules=parts) if isinstance(spec, ModuleSpec) else parts
 
 
 def pool_block_spec(
@@ -105,7 +91,7 @@ def pool_block_spec(
     Args:
         config: Megatron's; `transformer_impl` chooses Transformer Engine or the local spec, `moe_layer_freq` which
             layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
-        pool: the method; pools off gives the matched standard MoE.
+        pool: as in `with_pools`.
         vp_stage: virtual pipeline stage.
     """
     if getattr(config, "is_hybrid_model", False):
@@ -130,26 +116,17 @@ def pool_block_spec(
 def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSpec:
     """HybridModel's stack with document pools in every MoE layer, an `E` of its pattern.
 
-    Args:
-        config: Megatron's; with `transformer_impl` local there are attention (`*`), MLP (`-`) and MoE layers.
-        pool: the method; pools off gives the matched standard MoE.
+    With `transformer_impl` local there are attention (`*`), MLP (`-`) and MoE layers.
     """
     uses_te = config.transformer_impl == "transformer_engine"
     stack: ModuleSpec = hybrid_stack_spec if uses_te else local_stack_spec(config)
     return with_pools(stack, config=config, pool=pool)
 
 
-def _pool_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConfig) -> tuple[ModuleSpec, bool]:
-    layer, has_pools = pool_layer(layer, pool=pool)
-    if config.transformer_impl == "local":
-        layer = document_layer(layer, config=config, pool=pool)
-    return layer, has_pools
-
-
 def _pool_block(
     block: TransformerBlockSubmodules, config: TransformerConfig, pool: PoolConfig
 ) -> TransformerBlockSubmodules:
-    pairs = [_pool_layer(layer, config, pool) for layer in block.layer_specs]
+    pairs = [pool_layer(layer, config=config, pool=pool) for layer in block.layer_specs]
     frequency = config.moe_layer_freq
     # a pipeline stage may be all dense, or have no layer; the model may not
     has_sparse_layers = isinstance(frequency, int) or any(frequency)
@@ -163,7 +140,7 @@ def _pool_block(
 def _pool_stack(stack: HybridStackSubmodules, config: TransformerConfig, pool: PoolConfig) -> HybridStackSubmodules:
     """The stack with pools in its MoE layer, the one kind of layer that has experts."""
     _require_pools(isinstance(stack.moe_layer, ModuleSpec), [stack.moe_layer])
-    moe_layer, has_pools = pool_layer(stack.moe_layer, pool=pool)
+    moe_layer, has_pools = pool_layer(stack.moe_layer, config=config, pool=pool)
     _require_pools(has_pools, [stack.moe_layer])
     stack = dataclasses.replace(stack, moe_layer=moe_layer)
     if stack.mtp_block_spec is not None:
@@ -224,8 +201,7 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
             "emo_megatron.mcore.reruns.raise_over_budget before every optimizer step, or dropped tokens go unnoticed",
             stacklevel=2,
         )
-    if problems:
-        raise ValueError("this model cannot be built with pool layers:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems("this model cannot be built with pool layers", problems)
     if uses_te and not HAVE_TE:
         raise ImportError(
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed; "
@@ -251,9 +227,7 @@ POOL_CONFIG_VARIABLE = "EMO_POOL_CONFIG"
 def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder of this pipeline stage, for pretrain_gpt.py `--spec emo_megatron.mcore.spec pool_layer_spec`.
 
-    Args:
-        model_config: Megatron's GPTModelConfig; its model builder calls this, from 0.19 on.
-        vp_stage: virtual pipeline stage.
+    Megatron's model builder calls it, from 0.19 on, with its GPTModelConfig.
     """
     config = model_config.transformer
     pool = _prepare_script(config)

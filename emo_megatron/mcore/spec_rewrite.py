@@ -26,8 +26,10 @@ from emo_megatron.mcore.local import AddableRowParallelLinear, TorchNorm
 from emo_megatron.mcore.router import PoolRouter
 
 
-def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool]:
+def pool_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> tuple[ModuleSpec, bool]:
     """The layer with PoolTransformerLayer, and PoolMoELayer and PoolRouter where it is an MoE layer.
+
+    Of the local spec also as `document_layer` makes it.
 
     Returns:
         The new spec, and whether it is an MoE layer.
@@ -44,7 +46,10 @@ def pool_layer(layer: ModuleSpec, *, pool: PoolConfig) -> tuple[ModuleSpec, bool
     has_pools = mlp is not layer.submodules.mlp
     attention = _with_whole_gradient(layer.submodules.self_attention)
     submodules = dataclasses.replace(layer.submodules, mlp=mlp, self_attention=attention)
-    return dataclasses.replace(layer, module=module, submodules=submodules), has_pools
+    layer = dataclasses.replace(layer, module=module, submodules=submodules)
+    if config.transformer_impl == "local":
+        layer = document_layer(layer, config=config, pool=pool)
+    return layer, has_pools
 
 
 def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:

@@ -36,15 +36,12 @@ class Unsupported:
             return bool(value) and all(self.allows(item) for item in value)
         return value in self.allowed
 
-    def must(self) -> str:
-        """The allowed values in words."""
-        words = [repr(value) for value in self.allowed if value is not None]
-        return " or ".join(words + ["not given"] * (None in self.allowed))
-
-    def message(self, value: Any, *, name_of: Callable[[str], str] = flag_of) -> str:
+    def message(self, value: Any, *, name_of: Callable[[str], str]) -> str:
         """What must hold, what came, why."""
+        allowed = [repr(value) for value in self.allowed if value is not None]
+        must = " or ".join(allowed + ["not given"] * (None in self.allowed))
         untried = " (untried)" if self.is_untried else ""
-        return f"{self.flag or name_of(self.field)} must be {self.must()}; got {value!r}: {self.reason}{untried}"
+        return f"{self.flag or name_of(self.field)} must be {must}; got {value!r}: {self.reason}{untried}"
 
 
 def problems_of(

@@ -41,7 +41,7 @@ def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int, backend: B
 
 def copy_rows(rows_NH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
     """[P, H]: every copy of every row. Differentiable: the gradients of a row's copies are summed."""
-    return _CopyRows.apply(_choose(backend, rows_NH), rows_NH, *_parts(fanout))
+    return _CopyRows.apply(_choose(backend, rows_NH), rows_NH, *fanout)
 
 
 def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
@@ -49,52 +49,35 @@ def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = Non
 
     Differentiable: every copy gets its row's gradient.
     """
-    return _SumRows.apply(_choose(backend, copies_PH), copies_PH, *_parts(fanout))
+    return _SumRows.apply(_choose(backend, copies_PH), copies_PH, *fanout)
 
 
 class _CopyRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, backend: Backend, rows_NH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
-    ) -> Tensor:
-        fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
-        return _ops(backend).copy_rows(rows_NH, fanout=fanout)
+    def forward(ctx: Any, backend: Backend, rows_NH: Tensor, *fanout: Tensor) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(*fanout)
+        return _ops(backend).copy_rows(rows_NH, fanout=Fanout(*fanout))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_PH: Tensor) -> Any:
-        gradient_NH = _ops(ctx.backend).sum_rows(gradient_PH, fanout=_kept(ctx))
+        gradient_NH = _ops(ctx.backend).sum_rows(gradient_PH, fanout=Fanout(*ctx.saved_tensors))
         return None, gradient_NH, None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, backend: Backend, copies_PH: Tensor, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor
-    ) -> Tensor:
-        fanout = _keep(ctx, backend, source_P, copies_P, bounds_N)
-        return _ops(backend).sum_rows(copies_PH, fanout=fanout)
+    def forward(ctx: Any, backend: Backend, copies_PH: Tensor, *fanout: Tensor) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(*fanout)
+        return _ops(backend).sum_rows(copies_PH, fanout=Fanout(*fanout))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NH: Tensor) -> Any:
-        gradient_PH = _ops(ctx.backend).copy_rows(gradient_NH, fanout=_kept(ctx))
+        gradient_PH = _ops(ctx.backend).copy_rows(gradient_NH, fanout=Fanout(*ctx.saved_tensors))
         return None, gradient_PH, None, None, None
-
-
-def _parts(fanout: Fanout) -> tuple[Tensor, Tensor, Tensor]:
-    return fanout.source_P, fanout.copies_P, fanout.bounds_N
-
-
-def _keep(ctx: Any, backend: Backend, source_P: Tensor, copies_P: Tensor, bounds_N: Tensor) -> Fanout:
-    ctx.backend = backend
-    ctx.save_for_backward(source_P, copies_P, bounds_N)
-    return Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
-
-
-def _kept(ctx: Any) -> Fanout:
-    source_P, copies_P, bounds_N = ctx.saved_tensors
-    return Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
 
 
 def _choose(backend: Backend | None, tensor: Tensor, *, num_experts: int = 1) -> Backend:

@@ -147,21 +147,17 @@ class NativeOps:
 
     def plan_send(self, routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int) -> SendPlan:
         """As reference_dispatch.plan_send."""
-        source_P, copies_P, bounds_N, places_P, codes_P = self._ops.plan_send(
-            routing_map_TE.contiguous(), num_ranks, num_rows, num_pairs
-        )
-        rows = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
-        return SendPlan(rows=rows, places_P=places_P, codes_P=codes_P)
+        *rows, places_P, codes_P = self._ops.plan_send(routing_map_TE.contiguous(), num_ranks, num_rows, num_pairs)
+        return SendPlan(rows=Fanout(*rows), places_P=places_P, codes_P=codes_P)
 
     def plan_receive(self, codes_P: Tensor, *, num_rows: int, num_experts: int) -> ReceivePlan:
         """As reference_dispatch.plan_receive."""
-        source_P, copies_P, bounds_N, order_P = self._ops.plan_receive(codes_P.contiguous(), num_rows, num_experts)
-        pairs = Fanout(source_P=source_P, copies_P=copies_P, bounds_N=bounds_N)
-        return ReceivePlan(pairs=pairs, order_P=order_P)
+        *pairs, order_P = self._ops.plan_receive(codes_P.contiguous(), num_rows, num_experts)
+        return ReceivePlan(pairs=Fanout(*pairs), order_P=order_P)
 
     def copy_rows(self, rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
         """As reference_dispatch.copy_rows; every row is read once."""
-        return self._ops.copy_rows(rows_NH.contiguous(), fanout.source_P, fanout.copies_P, fanout.bounds_N)
+        return self._ops.copy_rows(rows_NH.contiguous(), *fanout)
 
     def sum_rows(self, copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
         """As reference_dispatch.sum_rows."""

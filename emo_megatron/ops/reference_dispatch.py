@@ -11,14 +11,14 @@ relation, a `Fanout`, read in two directions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fanout:
+class Fanout(NamedTuple):
     """Which row every copy is of, and which copies every row has."""
 
     source_P: Tensor

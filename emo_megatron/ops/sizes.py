@@ -74,10 +74,8 @@ def draw_bits(
     """Random bits for every layer and document: splitmix64's finaliser, chained over the counters.
 
     Args:
-        sample_positions_D: [D] int64, see `draw_pool_sizes`.
-        offsets_D: [D] int64, likewise.
+        sample_positions_D, offsets_D, seed: as in `draw_pool_sizes`.
         layers: L layer numbers, in steps of one; or [L] int64 of any.
-        seed: of the draw.
         stream: 0 to 3, draws of the same seed that are independent.
 
     Returns:
@@ -95,8 +93,9 @@ def draw_bits(
 
 
 def first_state(seed: int, *, stream: int) -> int:
-    """The hash before the first counter, as an int64."""
-    return _wrap(seed * 4 + stream + 1)
+    """The hash before the first counter: the low 64 bits of a Python integer, as an int64."""
+    value = (seed * 4 + stream + 1) & ((1 << 64) - 1)
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def top_p_pool_sizes(scores_DE: Tensor, *, top_p: float, low: int, high: int) -> Tensor:
@@ -160,9 +159,3 @@ def _thresholds(buckets: int, skew: float) -> list[int]:
     with localcontext(Context(prec=50)):
         shares = [(Decimal(k) / buckets) ** Decimal(skew) for k in range(1, buckets)]
         return [math.ceil(2**31 * share) for share in shares]
-
-
-def _wrap(value: int) -> int:
-    """A Python integer as the int64 with the same low 64 bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value

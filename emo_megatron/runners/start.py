@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from emo_megatron.config import raise_problems
 from emo_megatron.mcore.finetune import Experts, TrainOnly, freeze_hook
 from emo_megatron.mcore.placement import place_when_loaded
 from emo_megatron.mcore.unsupported import PLACEMENT, SELECTION, problems_of
@@ -67,8 +68,7 @@ def start_hooks(args: argparse.Namespace) -> list[Hook]:
 
 
 def _refuse(args: argparse.Namespace, rows: Any, flag: str) -> None:
-    if problems := problems_of(rows, args):
-        raise ValueError(f"this run cannot have {flag}:\n" + "\n".join(f"  - {p}" for p in problems))
+    raise_problems(f"this run cannot have {flag}", problems_of(rows, args))
 
 
 def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:

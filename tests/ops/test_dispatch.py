@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -141,7 +141,7 @@ def random_fanout(num_copies: int, num_rows: int) -> Fanout:
 
 
 def to_device(fanout: Fanout, device: torch.device) -> Fanout:
-    return Fanout(**{field.name: getattr(fanout, field.name).to(device) for field in fields(Fanout)})
+    return Fanout(*(part.to(device) for part in fanout))
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -290,11 +290,11 @@ def test_what_cannot_be_is_named() -> None:
         ({"bounds_N": torch.tensor([0, 1])}, "bounds must have shape"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.copy_rows(torch.zeros(2, 3), fanout=replace(fanout, **changed))
+            ops.copy_rows(torch.zeros(2, 3), fanout=fanout._replace(**changed))
     with pytest.raises(RuntimeError, match="rows must be float64"):
         ops.copy_rows(torch.zeros(2, 3, dtype=torch.int64), fanout=fanout)
     with pytest.raises(RuntimeError, match=r"order must lie in \[0, 2\); got -1"):
-        ops.sum_rows(torch.zeros(2, 3), fanout=replace(fanout, copies_P=torch.tensor([0, -1])))
+        ops.sum_rows(torch.zeros(2, 3), fanout=fanout._replace(copies_P=torch.tensor([0, -1])))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -316,7 +316,7 @@ def test_what_the_host_cannot_look_at_stays_inside(compiled: Compiled) -> None:
     assert copies_PH[:4, 0].tolist() == [1, 0, 0, 1]
     # the last one is named by no row, so nobody writes it
     assert copies_PH[4].isnan().all()
-    of_no_row = replace(fanout, bounds_N=fanout.bounds_N[:1])
+    of_no_row = fanout._replace(bounds_N=fanout.bounds_N[:1])
     assert not compiled.ops.copy_rows(rows_NH[:0], fanout=of_no_row).any()
     sums_NH = compiled.ops.sum_rows(torch.ones(30, 8, device=device)[10:15], fanout=fanout)
     assert sums_NH[:, 0].tolist() == [1, 1, 0]
