@@ -177,15 +177,6 @@ def test_operations_of_a_step_are_those_counted_by_torch():
     assert step_flops(size, batch) == counter.get_total_flops() - attention // 2
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"), [(GPU_NAME, 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("Some GPU", None)]
-)
-def test_the_peak_of_a_gpu_is_known_or_left_out(name, tflops):
-    from model_cost import peak_flops
-
-    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
-
-
 @pytest.mark.parametrize(("gpu", "mfu"), [(GPU_NAME, "0.5"), ("Some GPU", "")])
 def test_a_gpus_rows_have_times_and_memory(gpu, mfu):
     from bench_model import QUICK, _rows

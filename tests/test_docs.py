@@ -149,27 +149,6 @@ def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
     assert again.splitlines()[-5:] == printed.splitlines()[-5:]
 
 
-def _refusal(*arguments: str) -> str:
-    """What the demo prints when it refuses these arguments."""
-    done = subprocess.run(
-        [DEMO, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    return done.stderr
-
-
-def test_the_demo_refuses_a_folder_of_another_run(quick_demo):
-    output, _ = quick_demo
-    assert "steps is 16 there and" in _refusal("--output", str(output))
-
-
 def test_paths_exist():
     named = re.findall(r"`((?:examples|docs|tests|emo_megatron)/[\w./-]+)`", README)
     linked = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
