@@ -105,6 +105,7 @@ FAILURES = """
 steps.STAGES["B"] = (
     python("fails", "print('wrong'); raise SystemExit(1)"),
     python("hangs", "import time; print('begun', flush=True); time.sleep(60)", seconds=1),
+    python("compiles", "import time; time.sleep(2)", seconds=1, most_seconds=20),
     python("lacks wheels", "", needs=("wheels",)),
     python("lacks a tool", "", needs=("no-such-tool",)),
     Step(name="is no command", command=("/no/such/command",), seconds=5),
@@ -120,6 +121,8 @@ def test_a_failure_is_a_row_and_the_rest_runs(machine: DeviceMachine, tmp_path: 
     assert found == {
         "fails": "FAILED",
         "hangs": "timed out",
+        # nothing works without it
+        "compiles": "ok",
         "lacks wheels": "not run",
         "lacks a tool": "not run",
         "is no command": "FAILED",

@@ -16,6 +16,15 @@ BOUND_SECONDS = 10
 """In which they are here: a loaded machine is slow, and torchrun, left alone, gives its ranks 30 s."""
 TESTS = Path(__file__).resolve().parents[1]
 MARK = "TEST_MARK"
+DEAF = """
+import emo_megatron, os, signal, sys, time
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+os.fork()
+open(sys.argv[1] + "/" + str(os.getpid()), "w").close()
+time.sleep(600)
+"""
+"""A process that hears no signal, and one that it forked; each leaves a file in the folder that it is given."""
 
 
 class Command:
