@@ -6,7 +6,6 @@ The limit of a file's size stands in for the disk: the system refuses the very w
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
 import shutil
 import warnings
@@ -48,7 +47,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place, domain in enumerate(DOMAINS):
             pinned.write_documents(root / kind / f"{domain}.safetensors", seed=2 * first + place)
     texts = ("the experts route the token", "the module keeps the experts")
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    words.write_texts(root / "texts.jsonl", texts)
     assert run("import", "--folder", root / "hf", "--output", root / "megatron", *NO_PARITY) == 0
     for domain in DOMAINS:
         stats, kept = root / f"{domain}.safetensors", root / f"{domain}.json"

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from safetensors.torch import save_file
 from support import checkpoints, words
 
 from emo_megatron.commands import retention
@@ -34,45 +33,12 @@ RUN = Path("runs/demo")
 VOCAB = 64
 
 
-def save_checkpoint(folder: str, tokenizer: str) -> None:
-    """A tiny EMO with the flags of a run, tokenizer and pools included."""
-    from support import tiny
-
-    from emo_megatron.hf.architecture import Architecture
-    from emo_megatron.hf.mapping import FUSED_NORM
-    from emo_megatron.hf.model_config import flags_of
-
-    assert tiny.VOCAB == VOCAB
-    model = Architecture(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=8,
-        num_experts=16,
-        top_k=2,
-        expert_hidden=16,
-        shared_hidden=16,
-        renormalise=False,
-        max_positions=64,
-        norm_eps=1e-5,
-    )
-    flags = flags_of(model, dtype=torch.float32, moe_norm=FUSED_NORM, pools={"pool_min": 3}, tokenizer=Path(tokenizer))
-    checkpoints.ARGS = vars(flags) | {"consumed_train_samples": 16, "seq_length": 64}
-    checkpoints.save(folder, layout={}, config={"num_moe_experts": 16})
-
-
-def write_text(path: Path, *, seed: int) -> None:
-    """Documents of random words, each with its end, as the demo's corpus stores them."""
+def documents(*, seed: int) -> list[torch.Tensor]:
+    """Of random words, each with its end, as the demo's corpus stores them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 50, (8,), generator=generator).tolist()
-    documents = [
-        torch.cat([torch.randint(2, VOCAB, (n,), generator=generator), torch.zeros(1).long()]) for n in lengths
-    ]
-    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"tokens": torch.cat(documents).int(), "cu_seqlens": bounds.int()}, path)
+    ends = torch.zeros(1, dtype=torch.int32)
+    return [torch.cat([torch.randint(2, VOCAB, (n,), generator=generator).int(), ends]) for n in lengths]
 
 
 def environment() -> dict[str, str]:
@@ -105,9 +71,16 @@ def folder(ranks, tmp_path_factory):
     tokenizer = words.write_tokenizer(root / RUN / "corpus" / "tokenizer", size=VOCAB)
     for split, seed in (("calibration", 1), ("validation", 11)):
         for place, domain in enumerate(("python", "french")):
-            write_text(root / RUN / "corpus" / split / f"{domain}.safetensors", seed=seed + place)
-    checkpoint = root / RUN / "emo" / "checkpoint"
-    ranks(1).run(save_checkpoint, folder=str(checkpoint), tokenizer=str(tokenizer))
+            words.write_tokens(root / RUN / "corpus" / split / f"{domain}.safetensors", documents(seed=seed + place))
+    sizes = {"num_kv_heads": 4, "num_experts": 16, "renormalise": False, "max_positions": 64}
+    ranks(1).run(
+        checkpoints.save_run,
+        folder=str(root / RUN / "emo" / "checkpoint"),
+        layout={},
+        config={"num_moe_experts": 16},
+        tokenizer=str(tokenizer),
+        **sizes,
+    )
     return root, [call(command, root) for command in COMMANDS[:5]]
 
 
@@ -137,8 +110,8 @@ def test_commands_of_the_dispatch_page_relabel_the_experts(folder):
     from emo_megatron.mcore.dataset import write_indexed_dataset
 
     root, _ = folder
-    documents = [[2 + (7 * n + i) % (VOCAB - 2) for i in range(20 + n)] for n in range(20)]
-    write_indexed_dataset(root / RUN / "corpus" / "train", documents, vocab_size=VOCAB)
+    texts = [[2 + (7 * n + i) % (VOCAB - 2) for i in range(20 + n)] for n in range(20)]
+    write_indexed_dataset(root / RUN / "corpus" / "train", texts, vocab_size=VOCAB)
     (block,) = re.findall(r"```bash\n(.*?)\n```", DISPATCH_PAGE, flags=re.DOTALL)
     commands = block.splitlines()
     assert [shlex.split(command)[3] for command in commands] == ["stats", "place", "relabel"]

@@ -14,7 +14,6 @@ import torch
 from support import decoder, words
 
 from emo_megatron.commands import eval_task
-from emo_megatron.hf.folder import FORMATS, write_folder
 from emo_megatron.hf.tokenizer import Tokenizer
 
 TEXTS = [
@@ -38,18 +37,8 @@ ANY = [
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    model = decoder.architecture()
-    folder = tmp_path / "model"
-    folder.mkdir()
     tokenizer = Tokenizer(words.write_tokenizer(tmp_path / "tokenizer"))
-    write_folder(
-        folder,
-        format=FORMATS["qwen2_moe"],
-        architecture=model,
-        read=decoder.random_weights(model).__getitem__,
-        dtype=torch.float32,
-        extra_config=tokenizer.ids,
-    )
+    folder = decoder.write_folder(tmp_path / "model", extra_config=tokenizer.ids)
     tokenizer.save(folder)
     return folder
 
@@ -61,7 +50,10 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     texts = [*TEXTS, *ANY]
     eval_task.run(
         eval_task.Options(
-            documents=write_texts(tmp_path / "held_out.jsonl", texts), name="held-out", model=exported, output=tasks
+            documents=words.write_texts(tmp_path / "held_out.jsonl", texts),
+            name="held-out",
+            model=exported,
+            output=tasks,
         )
     )
     command = [
@@ -93,11 +85,6 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     assert found == pytest.approx(nats / num_bytes / math.log(2), rel=1e-4)
 
 
-def write_texts(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 @pytest.mark.parametrize(
     ("texts", "what"),
     [
@@ -106,7 +93,7 @@ def write_texts(path: Path, texts: list[str]) -> Path:
     ],
 )
 def test_documents_that_make_no_task_are_refused(exported: Path, tmp_path: Path, texts: list[str], what: str) -> None:
-    documents = write_texts(tmp_path / "d.jsonl", texts)
+    documents = words.write_texts(tmp_path / "d.jsonl", texts)
     tasks = tmp_path / "tasks"
     with pytest.raises(ValueError, match=rf"d\.jsonl.*{what}"):
         eval_task.run(eval_task.Options(documents=documents, name="t", model=exported, output=tasks))
@@ -116,7 +103,7 @@ def test_documents_that_make_no_task_are_refused(exported: Path, tmp_path: Path,
 def test_what_is_left_out_is_counted_and_what_is_taken_stays(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    documents = write_texts(tmp_path / "d.jsonl", ["", *ANY, "<|endoftext|>", "unheard words"])
+    documents = words.write_texts(tmp_path / "d.jsonl", ["", *ANY, "<|endoftext|>", "unheard words"])
     options = {"documents": documents, "model": exported, "output": tmp_path}
     eval_task.run(eval_task.Options(name="all", **options))
     assert capsys.readouterr().err.startswith("2 documents")
@@ -132,7 +119,7 @@ def test_what_is_left_out_is_counted_and_what_is_taken_stays(
 
 @pytest.mark.parametrize("name", ["a::b", "$HOME", "x${HOME}"])
 def test_a_folder_that_lm_eval_cannot_name_is_refused(exported: Path, tmp_path: Path, name: str) -> None:
-    documents = write_texts(tmp_path / "d.jsonl", TEXTS)
+    documents = words.write_texts(tmp_path / "d.jsonl", TEXTS)
     with pytest.raises(ValueError, match="--output"):
         eval_task.run(eval_task.Options(documents=documents, name="t", model=exported, output=tmp_path / name))
     assert not (tmp_path / name).exists()
@@ -144,7 +131,7 @@ def test_a_task_names_its_documents_in_any_folder(exported: Path, tmp_path: Path
     yaml = pytest.importorskip("yaml")
     task = eval_task.run(
         eval_task.Options(
-            documents=write_texts(tmp_path / "d.jsonl", ANY), name="t", model=exported, output=tmp_path / name
+            documents=words.write_texts(tmp_path / "d.jsonl", ANY), name="t", model=exported, output=tmp_path / name
         )
     )
     stored = yaml.safe_load(task.read_text())
@@ -154,16 +141,9 @@ def test_a_task_names_its_documents_in_any_folder(exported: Path, tmp_path: Path
 
 
 def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    ids = [Tokenizer(exported).encode(text) for text in TEXTS]
-    bounds = [0, *torch.tensor([len(i) for i in ids]).cumsum(0).tolist()]
-    flat = torch.tensor([token for document in ids for token in document], dtype=torch.int32)
-    save_file(
-        {"tokens": flat, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}, tmp_path / "held_out.safetensors"
-    )
+    ids = [torch.tensor(Tokenizer(exported).encode(text)).int() for text in TEXTS]
     options = eval_task.Options(
-        documents=tmp_path / "held_out.safetensors",
+        documents=words.write_tokens(tmp_path / "held_out.safetensors", ids),
         name="tokens",
         model=exported,
         output=tmp_path / "tasks",

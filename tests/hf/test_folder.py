@@ -12,26 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import decoder
 
-from emo_megatron.hf.folder import INDEX, HuggingFaceFolder, write_folder
+from emo_megatron.hf.folder import INDEX, HuggingFaceFolder
 from emo_megatron.hf.mapping import weight_shapes
-from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    model = decoder.architecture()
-    weights = decoder.random_weights(model)
-    (tmp_path / "out").mkdir()
-    write_folder(
-        tmp_path / "out",
-        format=QWEN2_MOE,
-        architecture=model,
-        read=weights.__getitem__,
-        dtype=torch.float32,
-        extra_config={"eos_token_id": 5, "emo_megatron": {"version": "0"}},
-        shard_bytes=30_000,
-    )
-    return tmp_path / "out"
+    more = {"eos_token_id": 5, "emo_megatron": {"version": "0"}}
+    return decoder.write_folder(tmp_path / "out", extra_config=more, shard_bytes=30_000)
 
 
 def test_shards_are_as_large_as_asked_for_and_the_index_names_them(sharded: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import words
 
 transformers = pytest.importorskip("transformers")
 
@@ -210,8 +211,7 @@ def test_commands_on_a_folder(tmp_path, kind):
     from emo_megatron.experts.selection import load_selection
 
     model(kind).save_pretrained(tmp_path / "model")
-    bounds = torch.tensor([0, *(len(d) for d in documents())]).cumsum(0)
-    save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
+    words.write_tokens(tmp_path / "d.safetensors", documents())
     common = ["--checkpoint", f"{tmp_path}/model"]
     data, stats = f"{tmp_path}/d.safetensors", f"{tmp_path}/s.safetensors"
     held_out = f"{tmp_path}/h.safetensors"
@@ -233,10 +233,9 @@ def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
 
     built = model(kind).eval()
     built.save_pretrained(tmp_path / "model")
-    bounds = torch.tensor([0, *(len(d) for d in documents())]).cumsum(0)
-    save_file({"tokens": torch.cat(documents()), "cu_seqlens": bounds}, tmp_path / "d.safetensors")
+    words.write_tokens(tmp_path / "d.safetensors", documents())
     held_out = torch.arange(1, 40) * 7 % 64
-    save_file({"tokens": held_out, "cu_seqlens": torch.tensor([0, 15, 39])}, tmp_path / "h.safetensors")
+    words.write_tokens(tmp_path / "h.safetensors", held_out.split([15, 24]))
     options = retention.Options(
         checkpoint=tmp_path / "model",
         data=tmp_path / "d.safetensors",
@@ -335,10 +334,8 @@ def test_no_command_measures_a_weight_that_is_not_finite(tmp_path, capsys):
 
     folder = tmp_path / "model"
     model("qwen2_moe").save_pretrained(folder)
-    for name, tokens in (("d", documents()), ("h", documents()[2:3])):
-        bounds = torch.tensor([0, *(len(d) for d in tokens)]).cumsum(0)
-        stored = {"tokens": torch.cat(tokens), "cu_seqlens": bounds}
-        save_file(stored, tmp_path / f"{name}.safetensors")
+    words.write_tokens(tmp_path / "d.safetensors", documents())
+    words.write_tokens(tmp_path / "h.safetensors", documents()[2:3])
     spoil(folder, "model.layers.2.mlp.experts.3.down_proj.weight", float("nan"))
     files = sorted(path.name for path in tmp_path.iterdir())
     data, held_out = ([flag, f"{tmp_path}/{name}.safetensors"] for flag, name in (("--data", "d"), ("--held-out", "h")))

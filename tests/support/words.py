@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 WORDS = ("the", "of", "experts", "route", "document", "pool", "module", "keeps", "token", "and")
 END = "<|endoftext|>"
@@ -58,6 +64,20 @@ def _save(tokenizer: Any, folder: Path, **special: str) -> Path:
 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> Path:
+    """A file of documents that are texts."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def write_tokens(path: Path, documents: Sequence[Tensor]) -> Path:
+    """A file of documents that are tokens."""
+    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"tokens": torch.cat([*documents]), "cu_seqlens": bounds.int()}, path)
+    return path
 
 
 def write_alphabets(folder: Path) -> Path:
