@@ -195,21 +195,6 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "EMO loses 0.12 nats a token, a standard MoE 0.62" in texts[0]
 
 
-def test_many_domains_get_a_color_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = []
-    module = pytest.importorskip("matplotlib.figure")
-    monkeypatch.setattr(module.Figure, "savefig", lambda self, path, **_: figures.append(self))
-    monkeypatch.setattr(Path, "replace", lambda self, target: target)
-    names = [f"a domain with name {i}" for i in range(11)]
-    rows = [row("emo", "mean_prob", 0.25, 0.1, domain=kept, evaluated_on=text) for kept in names for text in names]
-    plot_retention(rows, tmp_path / "retention.png")
-    _, crossings, bar = figures[0].axes
-    assert [text.get_text() for text in crossings.texts] == ["kept for"]
-    assert len(crossings.get_xticklabels()) == 11
-    assert all(len(label.get_text()) <= 11 for label in crossings.get_xticklabels())
-    assert bar.get_position().x1 < 1
-
-
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_import = builtins.__import__
 

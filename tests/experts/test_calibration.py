@@ -78,14 +78,9 @@ def test_bad_files_are_refused_with_the_place(tmp_path):
     write_texts(path, ["a"])
     with pytest.raises(ValueError, match="--tokenizer"):
         load_documents(path, calibration=ALL)
-    tokens = write_tokens(tmp_path / "t.safetensors", [torch.tensor([5, 99])])
-    with pytest.raises(ValueError, match=r"\[0, 50\).*5 to 99"):
-        load_documents(tokens, calibration=ALL, vocab_size=50)
-    save_file({"tokens": torch.arange(3), "cu_seqlens": torch.tensor([0, 2])}, tokens)
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 3 tokens"):
-        load_documents(tokens, calibration=ALL)
+    tokens = tmp_path / "t.safetensors"
     save_file({"tokens": torch.arange(3)}, tokens)
-    with pytest.raises(ValueError, match='must hold "tokens" and "cu_seqlens"'):
+    with pytest.raises(ValueError, match='"cu_seqlens"'):
         load_documents(tokens, calibration=ALL)
     tokens.write_bytes(tokens.read_bytes()[:-3])
     with pytest.raises(ValueError, match="cut short"):
@@ -135,7 +130,7 @@ def test_texts_are_read_byte_for_byte(tmp_path):
         (torch.arange(4), torch.tensor([0.0, 1.5, 4.0]), '"cu_seqlens".*float32'),
         (torch.arange(4), torch.tensor([[0, 4]]), r'"cu_seqlens".*\[1, 2\]'),
         (torch.arange(4), torch.tensor([0, 3, 2, 4]), "entry 2 falls"),
-        (torch.arange(4), torch.tensor([0, 5]), "0 to 5"),
+        *((torch.arange(4), torch.tensor([0, end]), f"0 to {end}") for end in (3, 5)),
         (torch.arange(4), torch.tensor([], dtype=torch.int64), "got none"),
         (torch.arange(4), torch.tensor([0, 2, 9, 4], dtype=torch.uint16), "entry 3 falls"),
     ],

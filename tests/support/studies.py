@@ -37,19 +37,10 @@ def study(layout: dict[str, int], **config: Any) -> Any:
 
 def studied(model: Any) -> Any:
     """A MegatronRunner of the model above, whatever its weights are now."""
-    from emo_megatron.experts.stats import ModelFacts
     from emo_megatron.runners.megatron import MegatronRunner
+    from support import experts
 
-    facts = ModelFacts(
-        fingerprint="f00d",
-        num_experts=8,
-        num_shared=1,
-        top_k=2,
-        layers=(2, 3, 4),
-        expert_parameters=1,
-        other_parameters=1,
-    )
-    return MegatronRunner(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
+    return MegatronRunner(model, facts=experts.FACTS, seq_length=SEQ_LENGTH, rows_at_once=2)
 
 
 def measure(
