@@ -249,9 +249,9 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
 @pytest.mark.parametrize(
     ("processes", "number", "code"),
     [
-        (1, signal.SIGTERM, 143),
         (2, signal.SIGINT, 130),
         (2, signal.SIGKILL, -9),
+        pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),

@@ -56,10 +56,9 @@ def save(
     seed: int = 5,
     args: dict[str, Any] = ARGS,
 ) -> dict[str, Tensor]:
-    """Write a model as Megatron's training does; with the values of `source`, another checkpoint, if that is given.
+    """Write a model as Megatron's training does, with the values of `source`, another checkpoint, if that is given.
 
-    Returns:
-        Its state by the names that the reader gives, where one rank has all of it.
+    Returns its state by the names that the reader gives, where one rank has all of it.
     """
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -146,9 +145,7 @@ def logits(
 ) -> Tensor | None:
     """Logits of fixed tokens from a checkpoint, on ranks of the last pipeline stage and tensor rank 0.
 
-    Args:
-        stock: Megatron's own layers and router.
-        allowed: [L, E], experts that a pool model's routers are limited to.
+    Of Megatron's own layers and router if `stock`; `allowed` [L, E] are experts that routers are limited to.
     """
     from emo_megatron.mcore.router import PoolRouter
 

@@ -65,11 +65,7 @@ class Command:
             time.sleep(0.05)
 
     def end(self, *numbers: int) -> int:
-        """Send signals to the command alone; its return code once nothing of it is left.
-
-        Raises:
-            AssertionError: some of its processes go on.
-        """
+        """Send signals to the command alone; its return code once nothing of it is left."""
         for number in numbers:
             self.process.send_signal(number)
         end = time.monotonic() + BOUND_SECONDS

@@ -226,12 +226,8 @@ def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
 def said_of(layout: dict[str, int], places: list[dict[str, Any]], value: float, **config: Any) -> list[dict[str, str]]:
     """What each rank is told of the model when weights of it hold a value, one place after the other.
 
-    Args:
-        layout: of the ranks.
-        places: "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or
-            "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
-        value: that they hold.
-        config: of the model.
+    Places are "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or the
+    "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
     """
     model = study(layout, **config)._model
     return [_said(model, value=value, **place) for place in places]

@@ -26,13 +26,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def write_tokenizer(folder: Path, *, size: int = 40, around: str | None = None, **special: str) -> Path:
-    """A word-level tokenizer of `size` tokens with an end-of-text token, as transformers saves one.
+    """A word-level tokenizer as transformers saves one; `around` is what it puts around a text, as templates say it.
 
-    Args:
-        folder: to write.
-        size: tokens.
-        around: what is put around a text, as tokenizers' templates say it.
-        special: `eos_token` and others; an end-of-text token where nothing is put around.
+    Where nothing is put around, it has an end-of-text token.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
