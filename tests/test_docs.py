@@ -85,7 +85,7 @@ in_checkout = pytest.mark.skipif(
 
 @in_checkout
 def test_make_test_runs_tests():
-    output = _run(["make", "test", "ARGS=tests/test_config.py -q"])
+    output = _run(["make", "test", "ARGS=tests/test_config.py -q -n 0"])
     assert re.search(r"\d+ passed", output)
 
 
