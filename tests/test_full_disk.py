@@ -5,31 +5,20 @@ The limit of a file's size stands in for the disk: the system refuses the very w
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import pinned, words
+from support.running import limited
 
 from emo_megatron import cli
 
 DOMAINS = ("french", "perl")
 RESUMABLE = ("stats", "retention", "select layerwise")
 """They keep what they have measured, in whole files."""
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run(command: str, *arguments: object) -> int:
@@ -110,7 +99,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     for limit in (0, max(sizes.values()) - 1):
         shutil.rmtree(tmp_path / "new")
         capsys.readouterr()
-        with largest_file(limit):
+        with limited(resource.RLIMIT_FSIZE, limit):
             assert run(*command) == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said

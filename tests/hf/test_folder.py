@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import decoder
+from support.running import limited
 
 from emo_megatron.hf.folder import INDEX, HuggingFaceFolder
 from emo_megatron.hf.mapping import weight_shapes
@@ -153,15 +155,8 @@ def test_a_file_whose_header_lies_is_refused_by_name(content: bytes, sharded: Pa
 
 
 def test_too_many_open_files_are_no_damage(sharded: Path) -> None:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
-    try:
-        with pytest.raises(OSError, match=r"\.safetensors") as told:
-            HuggingFaceFolder(sharded)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with limited(resource.RLIMIT_NOFILE, lowest + 1), pytest.raises(OSError, match=r"\.safetensors") as told:
+        HuggingFaceFolder(sharded)
     assert told.value.errno == errno.EMFILE

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from emo_megatron.processes import is_running
@@ -25,6 +27,17 @@ open(sys.argv[1] + "/" + str(os.getpid()), "w").close()
 time.sleep(600)
 """
 """A process that hears no signal, and one that it forked; each leaves a file in the folder that it is given."""
+
+
+@contextlib.contextmanager
+def limited(kind: int, soft: int) -> Iterator[None]:
+    """A limit of `resource` for this process."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 class Command:
