@@ -66,7 +66,6 @@ def fails(error: BaseException) -> Any:
         ),
         (MemoryError(), "not enough memory"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "runs/a: the disk is full"),
-        (OSError(errno.EROFS, "Read-only file system", "runs/a"), "runs/a: Read-only"),
         (ModuleNotFoundError("no", name="tokenizers"), "some-thing needs tokenizers"),
         (ModuleNotFoundError("no", name="tokenizers"), "pip install 'emo_megatron[demo]'"),
     ],
