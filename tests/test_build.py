@@ -115,7 +115,7 @@ def test_an_nvcc_that_fails_costs_the_gpu_kernels_only(tmp_path: Path) -> None:
         assert "emo_megatron/_native.so" in wheel.namelist()
 
 
-def test_a_wish_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wish_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMO_CUDA", "yes")
     with pytest.raises(SystemExit, match="EMO_CUDA"):
         SETUP.find_nvcc()

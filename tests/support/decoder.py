@@ -61,13 +61,13 @@ def write_folder(
     **options: Any,
 ) -> Path:
     """A Hugging Face folder of a model; of random weights, if none are given."""
-    from emo_megatron.hf.folder import FORMATS, write_folder
+    from emo_megatron.hf import folder as folders
 
     model = model or architecture()
     read = (weights or random_weights(model)).__getitem__
     folder.mkdir(parents=True)
     options = {"dtype": torch.float32, "extra_config": {}} | options
-    write_folder(folder, format=FORMATS[format], architecture=model, read=read, **options)
+    folders.write_folder(folder, format=folders.FORMATS[format], architecture=model, read=read, **options)
     return folder
 
 
