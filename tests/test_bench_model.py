@@ -177,15 +177,6 @@ def test_operations_of_a_step_are_those_counted_by_torch():
     assert step_flops(size, batch) == counter.get_total_flops() - attention // 2
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"), [(GPU_NAME, 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("Some GPU", None)]
-)
-def test_the_peak_of_a_gpu_is_known_or_left_out(name, tflops):
-    from model_cost import peak_flops
-
-    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
-
-
 @pytest.mark.parametrize(("gpu", "mfu"), [(GPU_NAME, "0.5"), ("Some GPU", "")])
 def test_a_gpus_rows_have_times_and_memory(gpu, mfu):
     from bench_model import QUICK, _rows
@@ -232,28 +223,6 @@ def test_operations_are_kernels_on_a_gpu_and_leaves_on_a_cpu():
     on_gpu = list(_operations(events, on_gpu=True))
     assert most_of(on_gpu, on_gpu=True) == [("long", 1, 9), ("copy", 2, 2)]
     assert most_of(on_gpu, on_gpu=False)[0] == ("copy", 2, 2)
-
-
-def test_rows_that_do_not_fit_are_halved(monkeypatch):
-    import bench_model
-    from models import Training, batches_of
-
-    def check(training):
-        if training.batches[0].tokens["labels"].numel() > fits:
-            raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(bench_model, "check_models", check)
-    size, cpu = dataclasses.replace(bench_model.QUICK, rows=7), torch.device("cpu")
-    whole = Training(
-        models={}, trackers={}, distributed=None, optimizer=None, batches=batches_of(size, cpu), num_layers=1
-    )
-    fits = 3 * size.seq_length
-    training, found = bench_model._checked(whole, size, cpu)
-    assert found == dataclasses.replace(size, rows=3)
-    assert {batch.tokens["labels"].numel() for batch in training.batches} == {fits}
-    fits = 1
-    with pytest.raises(torch.OutOfMemoryError):
-        bench_model._checked(whole, size, cpu)
 
 
 @pytest.mark.parametrize("changes", [{"top_k": 8}, {"heads": 5}, {"rows": 0}, {"document_tokens": 65}])
