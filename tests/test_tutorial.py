@@ -38,9 +38,8 @@ def save_checkpoint(folder: str, tokenizer: str) -> None:
     """A tiny EMO with the flags of a run, tokenizer and pools included."""
     from support import tiny
 
-    from emo_megatron.hf.architecture import Architecture
-    from emo_megatron.hf.mapping import FUSED_NORM
-    from emo_megatron.hf.model_config import flags_of
+    from emo_megatron.hf.mapping import FUSED_NORM, Architecture
+    from emo_megatron.hf.megatron import flags_of
 
     assert tiny.VOCAB == VOCAB
     model = Architecture(

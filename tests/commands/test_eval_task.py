@@ -14,7 +14,8 @@ import torch
 from support import decoder, words
 
 from emo_megatron.commands import eval_task
-from emo_megatron.hf.folder import FORMATS, write_folder
+from emo_megatron.hf.folder import write_folder
+from emo_megatron.hf.formats import FORMATS
 from emo_megatron.hf.tokenizer import Tokenizer
 
 TEXTS = [

@@ -53,7 +53,8 @@ def write_inputs(folder: Path) -> Path:
 
 
 def _write_hf(folder: Path, *, format: str) -> None:
-    from emo_megatron.hf.folder import FORMATS, write_folder
+    from emo_megatron.hf.folder import write_folder
+    from emo_megatron.hf.formats import FORMATS
 
     model = decoder.architecture(num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4)
     folder.mkdir()

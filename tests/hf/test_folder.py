@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from support import decoder
 
 from emo_megatron.hf.folder import INDEX, HuggingFaceFolder, write_folder
+from emo_megatron.hf.formats import QWEN2_MOE
 from emo_megatron.hf.mapping import weight_shapes
-from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 
 
 @pytest.fixture

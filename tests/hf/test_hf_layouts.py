@@ -73,9 +73,8 @@ def save_in_parallel(folder: str) -> None:
     """Equal layers, which Megatron stacks, written by two ranks with the flags of their run."""
     from support import checkpoints, tiny
 
-    from emo_megatron.hf.architecture import Architecture
-    from emo_megatron.hf.mapping import FUSED_NORM
-    from emo_megatron.hf.model_config import flags_of
+    from emo_megatron.hf.mapping import FUSED_NORM, Architecture
+    from emo_megatron.hf.megatron import flags_of
 
     model = Architecture(
         vocab_size=tiny.VOCAB,
