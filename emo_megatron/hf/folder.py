@@ -42,10 +42,6 @@ class HuggingFaceFolder:
         shapes: name -> shape of every tensor.
         dtype: of its tensors.
         architecture: the model it holds.
-
-    Raises:
-        ValueError: it is not a checkpoint, a shard is missing or cut short, or it holds what no `Architecture`
-            expresses; says which.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -129,11 +125,8 @@ def write_folder(
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
 
     Args:
-        folder: to write into.
-        format: of the folder.
-        architecture: the model.
+        folder, format, architecture, dtype: what is written.
         read: gives a weight by its name in `mapping.weight_shapes`.
-        dtype: of the tensors.
         extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own.
         shared_gate_value: fills the gate of a shared expert that has none.
         shard_bytes: size of a shard.

@@ -154,8 +154,7 @@ def flags_of(
     """Flags of a Megatron run of a model, as its own parser gives them.
 
     Args:
-        architecture: the model.
-        dtype: of its weights.
+        architecture, dtype: of the model.
         moe_norm: tells Megatron's local layers from Transformer Engine's.
         pools: fields of PoolConfig that are not the default.
         tokenizer: folder of its tokenizer; None leaves Megatron's default.
@@ -245,11 +244,8 @@ def megatron_weights(
 ) -> dict[str, LazyWeight]:
     """The tensors of a model's Megatron checkpoint, each made while it is written.
 
-    Args:
-        architecture: the model.
-        read: gives a weight by its name in `weight_shapes`, in this dtype.
-        dtype: of all of them.
-        moe_norm: where the norm of sparse layers lies.
+    `read` gives a weight by its name in `weight_shapes`, in this dtype; `moe_norm` is where the norm of sparse layers
+    lies.
     """
     return {
         tensor.name: LazyWeight(shape=tensor.shape, dtype=dtype, rows=_rows(tensor, architecture, read))

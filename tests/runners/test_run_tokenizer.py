@@ -22,7 +22,8 @@ NAME = "some-owner/some-tokenizer"
 
 
 def hugging_face_folder(folder: Path, tokenizer: Path) -> Path:
-    from emo_megatron.hf.folder import FORMATS, write_folder
+    from emo_megatron.hf.folder import write_folder
+    from emo_megatron.hf.formats import FORMATS
     from emo_megatron.hf.tokenizer import Tokenizer
 
     model = decoder.architecture()
@@ -160,7 +161,7 @@ def readings(folder: str) -> dict[str, Any]:
     """Tokens of the texts, and their sources, as a Megatron run reads them and as its export is read."""
     import dataclasses
 
-    from emo_megatron.experts.calibration import Calibration, read_documents
+    from emo_megatron.experts.calibration import Calibration, load_documents
     from emo_megatron.hf.tokenizer import Tokenizer
     from emo_megatron.runners.run_tokenizer import text_tokenizer, tokenizer_args
 
@@ -192,7 +193,7 @@ def readings(folder: str) -> dict[str, Any]:
         }
         found[name] = {
             side: dataclasses.asdict(
-                read_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
+                load_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
             )
             for side, tokenizer in sides.items()
         }
