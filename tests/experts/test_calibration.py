@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ ALL = Calibration()
 
 def letters(text):
     return [ord(letter) for letter in text] + [0]
+
+
+LETTERS = SimpleNamespace(end=0, encode=letters)
 
 
 def test_examples_are_nested_and_shots_are_none_of_them():
@@ -42,7 +46,7 @@ def test_shots_stand_in_front_of_an_example_in_one_document(tmp_path):
     chosen = Calibration(num_examples=1, num_shots=2, seed=1)
     (example,), shots = chosen.pick(4)
     texts = ["aa", "b", "cc", "d"]
-    read = load_documents(write_texts(tmp_path / "t.jsonl", texts), calibration=chosen, tokenize=letters)
+    read = load_documents(write_texts(tmp_path / "t.jsonl", texts), calibration=chosen, tokenizer=LETTERS)
     text = "\n\n".join(texts[at] for at in (*shots, example))
     assert [d.tolist() for d in read.tokens] == [letters(text)]
     tokens = [torch.tensor([*range(10 * n, 10 * n + 3), 0]) for n in range(1, 5)]
@@ -54,14 +58,14 @@ def test_shots_stand_in_front_of_an_example_in_one_document(tmp_path):
 def test_the_source_says_what_was_taken(tmp_path):
     path = write_texts(tmp_path / "t.jsonl", ["one", "two", "three", "four"])
     some = Calibration(num_tokens=7)
-    read = load_documents(path, calibration=some, tokenize=letters)
+    read = load_documents(path, calibration=some, tokenizer=LETTERS)
     assert read.num_tokens == 8
     assert read.source["file"] == "t.jsonl"
     assert (read.source["documents"], read.source["tokens"]) == (2, 8)
     assert read.source["num_tokens"] == 7
-    again = load_documents(path, calibration=some, tokenize=letters)
+    again = load_documents(path, calibration=some, tokenizer=LETTERS)
     assert again.source == read.source
-    more = load_documents(path, calibration=ALL, tokenize=letters)
+    more = load_documents(path, calibration=ALL, tokenizer=LETTERS)
     assert more.source["sha256"] != read.source["sha256"]
 
 
@@ -74,7 +78,7 @@ def test_bad_files_are_refused_with_the_place(tmp_path):
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=what):
-            load_documents(path, calibration=ALL, tokenize=letters)
+            load_documents(path, calibration=ALL, tokenizer=LETTERS)
     write_texts(path, ["a"])
     with pytest.raises(ValueError, match="--tokenizer"):
         load_documents(path, calibration=ALL)
@@ -108,7 +112,7 @@ def test_a_line_that_is_no_text_is_named(tmp_path, line, what):
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"text": "a"}\r\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"t\.jsonl, line 2: .*{what}") as error:
-        load_documents(path, calibration=ALL, tokenize=letters)
+        load_documents(path, calibration=ALL, tokenizer=LETTERS)
     assert "\n" not in str(error.value)
 
 
@@ -117,7 +121,7 @@ def test_texts_are_read_byte_for_byte(tmp_path):
     texts = ["a\u2028b\x85\x0c", "\0", "\U0001f600", " \r\n "]
     lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     path.write_bytes("\r\n\n".join(lines).encode())
-    read = load_documents(path, calibration=ALL, tokenize=letters)
+    read = load_documents(path, calibration=ALL, tokenizer=LETTERS)
     assert [document.tolist() for document in read.tokens] == [letters(text) for text in texts]
 
 
@@ -154,12 +158,14 @@ def test_a_folder_is_no_file_of_documents(tmp_path):
     for name in ("x.jsonl", "x.safetensors", "x"):
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=rf"{name} must be .* it is a folder"):
-            load_documents(tmp_path / name, calibration=ALL, tokenize=letters)
+            load_documents(tmp_path / name, calibration=ALL, tokenizer=LETTERS)
 
 
 def test_documents_without_a_token_are_left_out(tmp_path):
     path = write_texts(tmp_path / "t.jsonl", ["a", "", "b"])
-    read = load_documents(path, calibration=ALL, tokenize=lambda text: [ord(c) for c in text])
+    read = load_documents(
+        path, calibration=ALL, tokenizer=SimpleNamespace(end=None, encode=lambda text: [ord(c) for c in text])
+    )
     assert [document.tolist() for document in read.tokens] == [[97], [98]]
     assert read.source["documents"] == 2
 

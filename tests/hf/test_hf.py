@@ -318,9 +318,8 @@ def test_another_model_is_no_parity(ranks: Callable[[int], Ranks], tmp_path: Pat
 
 def released_in_megatron() -> dict[str, tuple[int, ...]]:
     """Shapes of the released model's tensors as Megatron joins them, without values."""
-    from emo_megatron.hf.architecture import Architecture
-    from emo_megatron.hf.mapping import FUSED_NORM, weight_shapes
-    from emo_megatron.hf.weights import megatron_weights
+    from emo_megatron.hf.mapping import FUSED_NORM, Architecture, weight_shapes
+    from emo_megatron.hf.megatron import megatron_weights
 
     model = Architecture(
         vocab_size=100352,

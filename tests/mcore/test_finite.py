@@ -18,7 +18,8 @@ from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
 from emo_megatron.commands import compose, export, extract, import_, merge
 from emo_megatron.finite import NotFiniteError
-from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
+from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
+from emo_megatron.hf.formats import FORMATS
 from emo_megatron.runners import parity as hf_parity
 from emo_megatron.runners.parity import measure_parity
 

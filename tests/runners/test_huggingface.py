@@ -170,8 +170,8 @@ def test_leaving_experts_out_is_a_model_without_them(kind):
 
 
 def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
-    from emo_megatron.hf.emo_format import EMO
     from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
+    from emo_megatron.hf.formats import EMO
 
     parts = KINDS["qwen2_moe"] | {"mlp_only_layers": [], "shared_expert_intermediate_size": 8}
     config = transformers.AutoConfig.for_model(

@@ -137,7 +137,7 @@ def readings(folder: str) -> dict[str, Any]:
     """Tokens of the texts, and their sources, as a Megatron run reads them and as its export is read."""
     import dataclasses
 
-    from emo_megatron.experts.calibration import Calibration, read_documents
+    from emo_megatron.experts.calibration import Calibration, load_documents
     from emo_megatron.hf.tokenizer import Tokenizer
     from emo_megatron.runners.run_tokenizer import text_tokenizer, tokenizer_args
 
@@ -169,7 +169,7 @@ def readings(folder: str) -> dict[str, Any]:
         }
         found[name] = {
             side: dataclasses.asdict(
-                read_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
+                load_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
             )
             for side, tokenizer in sides.items()
         }

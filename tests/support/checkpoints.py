@@ -84,9 +84,8 @@ def save_run(
     folder: str, *, layout: dict[str, int], config: dict[str, Any], tokenizer: str | None = None, **changes: Any
 ) -> None:
     """Write a model with the flags of its run, tokenizer and pools included; `changes` are of its Architecture."""
-    from emo_megatron.hf.architecture import Architecture
-    from emo_megatron.hf.mapping import FUSED_NORM
-    from emo_megatron.hf.model_config import flags_of
+    from emo_megatron.hf.mapping import FUSED_NORM, Architecture
+    from emo_megatron.hf.megatron import flags_of
     from support import tiny
 
     sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8, "top_k": 2}

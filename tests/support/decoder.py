@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.mapping import weight_shapes
+from emo_megatron.hf.mapping import Architecture, weight_shapes
 
 SMALL = {
     "vocab_size": 80,
