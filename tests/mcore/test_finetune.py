@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import training
+from support import shards, training
 from support.training import Case
 
 from emo_megatron.checkpoint.names import EXPERTS, ROUTER, split_name
@@ -20,7 +20,6 @@ def _train(case, policy, experts):
         a gradient: weight decay alone changes weights too.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
-    from support import shards, training
 
     from emo_megatron.mcore.finetune import freeze
 
@@ -72,8 +71,6 @@ def _train(case, policy, experts):
     ids=lambda value: value.id if isinstance(value, Case) else None,
 )
 def test_only_what_the_policy_names_is_trained(ranks, case, policy, experts):
-    from support import shards
-
     case = training.with_samples(case, 4)
     answers = ranks(case.world_size).run(_train, case=case, policy=policy, experts=experts)
     before, after = (shards.join([answer[i] for answer in answers]) for i in (0, 1))

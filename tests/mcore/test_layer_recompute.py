@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support import tiny
 
 from emo_megatron.config import PoolConfig
 
@@ -15,7 +16,6 @@ def _two_in_flight(precision):
 
     Both forwards run before the backwards, and before each backward the other micro-batch's scope lies on the layers.
     """
-    from support import tiny
     from torch.utils.checkpoint import checkpoint
 
     from emo_megatron.mcore import layer as layers

@@ -10,7 +10,6 @@ import itertools
 
 import pytest
 import torch
-from mcore.test_metrics import Operations
 from support import tiny
 from support.work import measured
 
@@ -38,12 +37,7 @@ def _pools():
 
 
 def _shard(group):
-    from emo_megatron.mcore.context import Shard
-
-    return Shard(
-        **{"tp_rank": 0, "tp_size": 1, "cp_rank": group.rank(), "cp_size": WORLD},
-        **{"dp_rank": 0, "dp_size": 1, "microbatch": 0},
-    )
+    return tiny.shard(cp_rank=group.rank(), cp_size=WORLD)
 
 
 def _packed(num_tokens, num_documents):
@@ -172,32 +166,6 @@ def test_memory_grows_linearly_with_tokens_and_documents(works):
             (shorter, one), (longer, many) = works[tokens, 1], works[tokens, MANY]
             for_documents = many[piece].num_bytes - one[piece].num_bytes
             assert for_documents <= MOST_BYTES * (MANY + longer - shorter), piece
-
-
-def _rolls():
-    """Operations of a roll of many documents, ours and Megatron's."""
-    from megatron.core import parallel_state
-
-    from emo_megatron.mcore import mtp_roll
-
-    tiny.setup(context_parallel_size=WORLD)
-    group = parallel_state.get_context_parallel_group()
-    _, bounds, packed = _packed(TOKENS[-1], MANY)
-    local = torch.arange(int(bounds[-1]) // WORLD)[None]
-    found = []
-    for roll in (mtp_roll.roll_packed, mtp_roll._HOST_ROLL):
-        with Operations() as operations:
-            rolled, _ = roll(local, -1, -1, packed, group)
-        found.append((operations.count, rolled))
-    (ours, got), (theirs, want) = found
-    assert torch.equal(got, want)
-    return ours, theirs
-
-
-def test_megatrons_roll_has_operations_for_every_document(ranks):
-    for ours, theirs in ranks(WORLD).run(_rolls):
-        assert ours < 50
-        assert theirs > 10 * MANY
 
 
 def _layer(num_tokens, num_documents):

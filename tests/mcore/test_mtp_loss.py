@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from support import tiny
 
 DEPTHS, FACTOR, HIDDEN, WORDS = 2, 0.3, 8, 11
 LENGTHS = [4, 8, 4, 16, 8, 8]
@@ -57,7 +58,6 @@ def _run(loss_function, batch, *, per_token=False, cp_group=None, **overrides):
         MTPLossLoggingHelper,
         process_mtp_loss,
     )
-    from support import tiny
 
     layer = torch.nn.Linear(HIDDEN, WORDS, bias=False)
     layer.weight.data = _weight()
@@ -136,8 +136,6 @@ def _defined(batch):
 
 def _losses(whose, **options):
     """On one rank: the loss of the whole micro-batch."""
-    from support import tiny
-
     tiny.setup()
     return _run(_loss_function(whose), _micro_batch(LENGTHS), **options)
 
@@ -167,8 +165,6 @@ def test_divides_by_the_tokens_of_the_main_loss(ranks, per_token):
 
 def _halves(whose, **options):
     """On one rank: the losses of the micro-batch's halves, of equally many tokens of the main loss."""
-    from support import tiny
-
     tiny.setup()
     batch = _micro_batch(LENGTHS)
     split = sum(LENGTHS[:3])
@@ -198,7 +194,6 @@ def test_halves_of_a_micro_batch_add_up(ranks, per_token):
 def _cut(whose, **options):
     """On two context-parallel ranks: each rank's part of the micro-batch."""
     from megatron.core import parallel_state
-    from support import tiny
 
     from emo_megatron.sharding import local_token_indices
 
@@ -234,8 +229,6 @@ def test_context_parallel_ranks_add_up(ranks, whose, per_token):
 
 def _data_parallel():
     """On two data-parallel ranks: a micro-batch each, of different lengths."""
-    from support import tiny
-
     tiny.setup()
     rank = torch.distributed.get_rank()
     return _run(_loss_function("exact"), _micro_batch(LENGTHS[3 * rank :], seed=rank))["losses"]
@@ -249,8 +242,6 @@ def test_logs_the_mean_over_all_ranks_tokens(ranks):
 
 def _special():
     """On one rank: the cases in which Megatron's behaviour is kept, of both functions."""
-    from support import tiny
-
     tiny.setup()
     batch = _micro_batch(LENGTHS)
     found = {}

@@ -68,7 +68,6 @@ def _roll_on_ranks(packings, dtypes):
     import torch
     from megatron.core import parallel_state
     from megatron.core.transformer import multi_token_prediction
-    from support import tiny
 
     from emo_megatron.mcore import mtp_roll
     from emo_megatron.sharding import local_token_indices
@@ -104,7 +103,6 @@ def _operations(num_documents, host=False):
     """Operations of a roll of so many documents on this rank, and its collectives and messages."""
     import torch
     from megatron.core import parallel_state
-    from support import tiny
 
     from emo_megatron.mcore import mtp_roll
 

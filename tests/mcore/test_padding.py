@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import tiny
 
 from emo_megatron.config import PoolConfig
 
@@ -43,13 +44,10 @@ def _packing(packed):
 
 
 def _scope(packing, pool, *, cp=(0, 1), tp=(0, 1), bounds=None, num_tokens=None):
-    from emo_megatron.mcore.context import CLOCK, Shard, make_scope
+    from emo_megatron.mcore.context import CLOCK, make_scope
 
     CLOCK.consumed_samples = 0
-    shard = Shard(
-        **{"tp_rank": tp[0], "tp_size": tp[1], "cp_rank": cp[0], "cp_size": cp[1]},
-        **{"dp_rank": 0, "dp_size": 1, "microbatch": 0},
-    )
+    shard = tiny.shard(tp_rank=tp[0], tp_size=tp[1], cp_rank=cp[0], cp_size=cp[1])
     num_tokens = num_tokens or packing.num_samples * SAMPLE
     try:
         return make_scope(
@@ -164,8 +162,6 @@ def test_boundaries_that_do_not_fit_are_an_error():
 
 
 def test_a_host_that_says_how_it_cut_decides():
-    from support import tiny
-
     from emo_megatron.mcore.padding import partition_bounds
 
     packed = tiny.packed([0, 8, 16])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-from support import training
+from support import hybridep, training
 from support.training import Case
 
 ROUTING = {
@@ -18,33 +18,9 @@ ROUTING = {
 CASE = Case(mbs=2, accumulation=2, balance="running", config=ROUTING)
 
 
-def _dispatch(x, routing_map, probs, num_permuted_tokens=None, **_):
-    """HybridEP's dispatch on one rank: tokens by expert, those above the bound dropped."""
-    experts, tokens = routing_map.T.nonzero(as_tuple=True)
-    bound = len(tokens) if num_permuted_tokens is None else num_permuted_tokens
-    is_over = torch.tensor([len(tokens) > bound]).int()
-    tokens, experts = tokens[:bound], experts[:bound]
-    counts = torch.bincount(experts, minlength=routing_map.shape[1])
-    return x[tokens], probs[tokens, experts], None, counts, (tokens, x.shape, is_over)
-
-
-def _combine(x, handle, **_):
-    tokens, shape, _ = handle
-    return x.new_zeros(shape).index_add(0, tokens, x)
-
-
+@hybridep.stand_in()
 def _step(rerun):
     """What a step leaves behind: pools of every run, gradients, expert bias, what is logged."""
-    library = {"hybrid_ep_dispatch": _dispatch, "hybrid_ep_combine": _combine}
-    with mock.patch.multiple(
-        "megatron.core.transformer.moe.token_dispatcher", get_align_size_for_quantization=lambda _: 1, **library
-    ):
-        return _step_with_hybridep(rerun)
-
-
-def _step_with_hybridep(rerun):
-    import dataclasses
-
     from emo_megatron.mcore.context import CLOCK
     from emo_megatron.mcore.metrics import install_metrics
     from emo_megatron.mcore.router import PoolRouter

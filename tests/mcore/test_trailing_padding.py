@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import torch
+from support import tiny
 
 from emo_megatron.config import PoolConfig
 
 SEQ = 24
-
-
-def _samples(prefix, cache):
-    from support import tiny
-
-    return tiny.validation_samples(prefix, cache)
 
 
 def test_samples_tell_their_padding(ranks, tmp_path):
@@ -21,7 +16,7 @@ def test_samples_tell_their_padding(ranks, tmp_path):
     # 60 tokens of documents of 12 ends in a sample of 24 and one that is short
     documents = [[value] * 12 for value in (5, 6, 7, 8, 9)]
     write_indexed_dataset(tmp_path / "text", documents, vocab_size=512)
-    *samples, nothing = ranks(1).run(_samples, prefix=tmp_path / "text", cache=tmp_path / "cache")[0]
+    *samples, nothing = ranks(1).run(tiny.validation_samples, prefix=tmp_path / "text", cache=tmp_path / "cache")[0]
     padding = [sample["num_padding"] for sample in samples]
     assert nothing["num_padding"] == SEQ
     assert sorted(padding)[:-1] == [0] * (len(padding) - 1)
@@ -35,23 +30,10 @@ def test_samples_tell_their_padding(ranks, tmp_path):
 
 def _votes(padding):
     """Pools of two samples whose last tokens are padding or text, at logits that tell both apart."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from support import tiny
-
-    from emo_megatron.mcore.context import PACKING, Packing, Shard, scope_of
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
     pool = PoolConfig(pool_min=3, pool_max=3)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = PoolRouter(config=tiny.transformer_config(), pg_collection=groups, pool=pool)
-    router.set_layer_number(1)
-    packed = tiny.packed([0, 6, 16, 32])
-    if padding is not None:
-        packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16, num_padding_B=torch.tensor(padding))
-        setattr(packed, PACKING, packing)
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(packed, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1)
+    router = tiny.router(pool)
+    router.scope = tiny.scope(tiny.packed([0, 6, 16, 32], num_padding=padding), pool)
     logits = torch.zeros(32, 1, 8)
     logits[:, :, :3] = 1.0
     # the tail of the first sample wants the last experts, more than the rest wants the first
