@@ -6,8 +6,13 @@ import itertools
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 from support import shards, tiny, training
 from support.training import Case
+
+from emo_megatron.mcore.attention import DocumentAttention
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 BOUNDS = [0, 3, 16, 21, 32]
@@ -27,8 +32,6 @@ def _inputs():
 
 
 def _attention(kind, layer_number=1, **options):
-    from megatron.core.transformer.enums import AttnMaskType
-
     tiny.setup()
     config = tiny.transformer_config(num_query_groups=GROUPS, init_method_std=1.0, **options)
     return kind(config, layer_number, AttnMaskType.causal, "self")
@@ -43,8 +46,6 @@ def _gradients(attention, run):
 
 
 def _packed_and_brute_force(**options):
-    from emo_megatron.mcore.attention import DocumentAttention
-
     attention = _attention(DocumentAttention, **options)
     packed = tiny.packed(BOUNDS, tokens_per_sample=16)
     left = options.get("window_size", (-1, 0))[0]
@@ -81,11 +82,6 @@ def test_it_is_a_loop_over_queries_that_see_their_document(ranks, options):
 
 
 def _ours_and_megatrons(**options):
-    from megatron.core import parallel_state
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    from emo_megatron.mcore.attention import DocumentAttention
-
     answers = []
     for kind in (DocumentAttention, DotProductAttention):
         attention = _attention(kind, **options)

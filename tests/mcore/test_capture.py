@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support import tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import context
+from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.router_documents import RouterDocuments
 
 EXPERTS, TOKENS, SAMPLE, NUM_DOCUMENTS = 8, 32, 16, 9
 SIGMOID = {
@@ -60,11 +66,6 @@ def _scope(
     pool: PoolConfig, *, cp: int, is_padded: bool = False, is_moved: bool = False, has_tails: bool = False
 ) -> Any:
     """The scope of a micro-batch whose boundaries have no values."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    from emo_megatron.mcore import context
-    from emo_megatron.mcore.router_documents import RouterDocuments
-
     shard = tiny.shard(cp_size=cp)
     shape = torch.Size([TOKENS // cp, 1, 32])
     bounds = torch.empty(NUM_DOCUMENTS + 1, dtype=torch.int32)
@@ -99,12 +100,6 @@ def _forward_and_backward(
     **forms: bool,
 ) -> list[Any]:
     """Device and shapes of what the second micro-batch of a step gives: probs, map, gradient."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from emo_megatron.mcore import context
-    from emo_megatron.mcore.metrics import install_metrics
-
     tiny.setup()
     options = (config or {}) | {"mtp_num_layers": depth or None}
     pools = PoolConfig(**({"pool_min": 3} | pool))
@@ -141,6 +136,11 @@ def test_no_configuration_waits_or_has_shapes_that_depend_on_data(ranks, backend
         assert got == [flat, flat, ("meta", (tokens, 1, EXPERTS))], name
 
 
-def test_a_value_that_is_looked_at_is_found(ranks):
+def _look_at_a_value():
+    # an error that left the rank would end it, and the next test would wait for another
     with pytest.raises(RuntimeError, match="DataDependent"):
-        ranks(1).run(_forward_and_backward, backend="reference", pool={"pool_check": True})
+        _forward_and_backward(backend="reference", pool={"pool_check": True})
+
+
+def test_a_value_that_is_looked_at_is_found(ranks):
+    ranks(1).run(_look_at_a_value)

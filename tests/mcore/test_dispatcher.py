@@ -14,6 +14,7 @@ from support import shards, tiny
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.combinations import problems_with_config
 
 TOLERANCE = 1e-6
 """Of a tensor's norm; float32."""
@@ -172,9 +173,8 @@ def _noted(tokens, dispatched):
 
 
 @pytest.mark.parametrize("dispatcher", ["megatron", "dedup"])
-def test_padding_for_quantisation_changes_nothing_but_the_rows(ranks, dispatcher):
-    wanted = ranks(2).run(_padded, dispatcher=dispatcher, pads=False)
-    padded = ranks(2).run(_padded, dispatcher=dispatcher, pads=True)
+def test_padding_for_quantisation_changes_nothing_but_the_rows(once, dispatcher):
+    wanted, padded = (once(2, _padded, dispatcher=dispatcher, pads=pads) for pads in (False, True))
     assert any(n % 16 for _, tokens, _ in wanted for n in tokens)
     for (want, before, _), (found, after, _) in zip(wanted, padded, strict=True):
         assert all(n % 16 == 0 and n >= m for n, m in zip(after, before, strict=True))
@@ -184,8 +184,8 @@ def test_padding_for_quantisation_changes_nothing_but_the_rows(ranks, dispatcher
 
 @pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 @pytest.mark.parametrize("pads", [False, True])
-def test_starts_no_more_operations_than_alltoall(ranks, pads):
-    counts = [ranks(2).run(_padded, dispatcher=dispatcher, pads=pads)[0][2] for dispatcher in ("dedup", "megatron")]
+def test_starts_no_more_operations_than_alltoall(once, pads):
+    counts = [once(2, _padded, dispatcher=dispatcher, pads=pads)[0][2] for dispatcher in ("dedup", "megatron")]
     assert counts[0] <= counts[1]
 
 
@@ -199,8 +199,6 @@ def test_starts_no_more_operations_than_alltoall(ranks, pads):
     ],
 )
 def test_refuses_what_it_cannot_do(option, value):
-    from emo_megatron.mcore.combinations import problems_with_config
-
     def problems(dispatcher):
         config = SimpleNamespace(num_moe_experts=8, moe_router_topk=2, **{option: value})
         return problems_with_config(PoolConfig(pool_dispatcher=dispatcher), config)

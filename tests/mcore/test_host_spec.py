@@ -11,10 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from support import tiny
 
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore import on_cpu
+from emo_megatron.mcore import cpu, on_cpu
+from emo_megatron.mcore.router import PoolRouter
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = shlex.split("""
@@ -32,18 +38,10 @@ DOCUMENTS = "--dataloader-inter-document-masking"
 
 def _train(config_file, flags):
     """Two steps of the model that Megatron's model builder makes of these flags, or the error it gives."""
-    import torch
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import global_vars
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.models import gpt
-
-    from emo_megatron.mcore import cpu
-    from emo_megatron.mcore.router import PoolRouter
 
     of_megatron = gpt.mtp_block_spec
     # Megatron leaves this choice in the environment of a process, where other tests build models too

@@ -7,11 +7,21 @@ import os
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.spec_utils import import_module
 from support import shards, tiny, training
 from support.layouts import MTP, PADDED
 from support.training import Case
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec
+from emo_megatron.mcore.router import PoolRouter
+from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents
+from emo_megatron.mcore.spec import pool_hybrid_spec
 
 TOLERANCE = 1e-5
 PATTERN = "*-*E|*E*E"
@@ -21,11 +31,6 @@ SLOW = pytest.mark.slow
 
 
 def _hybrid(config, pool, pattern, **options):
-    from megatron.core import parallel_state
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-    from emo_megatron.mcore.spec import pool_hybrid_spec
-
     return HybridModel(
         config=config,
         hybrid_stack_spec=pool_hybrid_spec(config, pool=pool),
@@ -119,10 +124,6 @@ def test_every_token_keeps_to_the_pool_of_its_document(reference):
 
 def _as_gpt():
     """Losses of a GPTModel and of a HybridModel with its weights, and where their gradients differ."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
     # a layer's number is in the hash that draws pool sizes, and a hybrid stack counts other layers: one size
     pool = PoolConfig(pool_min=3, pool_max=3)
@@ -177,11 +178,7 @@ def _built_by_megatron(config_text, tmp, pattern="*E*E", depths=None):
 
     Their pools, layer numbers and depths of prediction; or the error.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.spec_utils import import_module
     from megatron.training.models.hybrid import HybridModelConfig
-
-    from emo_megatron.mcore.router import PoolRouter
 
     tiny.setup()
     spec = import_module(("emo_megatron.mcore.spec", "pool_hybrid_layer_spec"))
@@ -222,10 +219,6 @@ def test_megatrons_builder_takes_it_as_a_spec(ranks, tmp_path):
 
 def _with_prediction(repeated, **recompute):
     """Losses and gradients of two micro-batches, whose boundaries go to the routers only."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-
-    from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents
-
     tiny.setup()
     destroy_moe_metrics_tracker()
     predicting = {"mtp_num_layers": 2, "mtp_use_repeated_layer": repeated}
@@ -267,10 +260,6 @@ def test_recompute_of_prediction_repeats_its_pools(ranks, repeated):
 
 def _stacks():
     """Which layers of Megatron's Transformer Engine stack change, and what a local stack without them says."""
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     config = tiny.transformer_config(num_layers=2)
     try:

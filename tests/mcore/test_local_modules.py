@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.mlp import MLP
 from support import shards, tiny, training
 from support.training import Case
+
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.local import NormedLinear
 
 UNCOMPRESSED = {"multi_latent_attention": True, "q_lora_rank": None}
 BIASES = {"add_bias_linear": True, "moe_shared_expert_intermediate_size": None}
 
 
 def _projection(normalization):
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-
-    from emo_megatron.mcore.local import NormedLinear
-
     tiny.setup()
     config = tiny.transformer_config(normalization=normalization)
     linear = NormedLinear(32, 8, config=config, init_method=config.init_method, bias=False)
@@ -41,11 +43,6 @@ def test_a_normed_projection_is_a_norm_and_a_product(ranks, normalization):
 
 
 def _experts():
-    from megatron.core.parallel_state import get_tensor_model_parallel_group
-    from megatron.core.transformer.mlp import MLP
-
-    from emo_megatron.config import PoolConfig
-
     tiny.setup()
     layer = tiny.model(PoolConfig(pool_min=3), **BIASES).decoder.layers[0].mlp
     expert = layer.experts.local_experts[0]

@@ -6,11 +6,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.package_info import __version__
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from support import tiny, training
 from support.layouts import FEATURES
 from support.ranks import Ranks
+
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec
+from emo_megatron.mcore.compat import require_megatron
 
 MEGATRON = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.18"
 
@@ -28,14 +38,6 @@ def old_ranks():
 
 def _step(layout):
     """Two micro-batches through Megatron's own schedule, with explicit boundaries."""
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.package_info import __version__
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore.compat import require_megatron
-
     tiny.setup(**layout)
     model = tiny.model(PoolConfig(pool_min=3))
     # packed micro-batches of two samples are [2 s, 1, h]: their shape travels with them
@@ -104,13 +106,6 @@ def test_long_context_trains_the_model_of_one_process(old_ranks, name):
 
 def _rewritten():
     """Classes of a recipe's layer once it has pools, and what is said to attention that needs 0.19."""
-    from unittest import mock
-
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     pool = PoolConfig(pool_min=3)
     config = tiny.transformer_config(multi_latent_attention=True)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import Counter
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_logging, moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from support import tiny, training
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from emo_megatron import documents, ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec_rewrite
+from emo_megatron.mcore.context import CLOCK, scope_of
+from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.router_documents import RouterDocuments
 
 POOLS = PoolConfig(pool_min=3)
 LAYERS, MICRO_BATCHES = 4, 3
@@ -47,7 +58,6 @@ class Operations(TorchDispatchMode):
 
 def _one_launch(name, compute):
     """A function of Transformer Engine's, differentiable in its first argument and result, by one operation a pass."""
-    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
     def count(direction):
         mode = _get_current_dispatch_mode()
@@ -76,8 +86,6 @@ def _one_launch(name, compute):
 
 def _transformer_engine():
     """Stands in for its fused routing functions, each of the fewest operations it could be."""
-    from megatron.core.transformer.moe import moe_utils
-
     choose = moe_utils.topk_routing_with_score_function
     score = moe_utils.compute_routing_scores_for_aux_loss
     loss = moe_utils.switch_load_balancing_loss_func
@@ -97,10 +105,6 @@ def _transformer_engine():
 
 def _routers(pool, layers, fusion):
     """Of every layer, with their metrics installed but for fusion; pool None: stock routers."""
-    from megatron.core.transformer.moe import moe_logging
-
-    from emo_megatron.mcore.metrics import install_metrics
-
     tiny.setup()
     routers = [tiny.router(pool, num_layers=layers, moe_router_fusion=fusion) for _ in range(layers)]
     if pool is None or fusion:
@@ -116,11 +120,6 @@ def _routers(pool, layers, fusion):
 
 def _step(pool, recomputes=False, layers=LAYERS, fusion=False):
     """Operations of every (micro-batch, layer), of the end of the step and of the report; pool None: stock routers."""
-    from megatron.core.transformer.moe import moe_logging
-
-    from emo_megatron.mcore.context import CLOCK, scope_of
-    from emo_megatron.mcore.router_documents import RouterDocuments
-
     routers = _routers(pool, layers, fusion)
     CLOCK.consumed_samples = 0
     logits = torch.randn(32, 1, 8, requires_grad=True)
@@ -179,10 +178,10 @@ FEATURES = {
 
 @HAS_COMPILED
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_step_starts_no_more_operations_than_the_stock_routers(ranks, feature):
+def test_a_step_starts_no_more_operations_than_the_stock_routers(once, feature):
     totals = []
     for pool in (None, dataclasses.replace(POOLS, **FEATURES[feature])):
-        passes, end, _ = ranks(1).run(_step, pool=pool, recomputes=feature == "recompute")[0]
+        passes, end, _ = once(1, _step, pool=pool, recomputes=feature == "recompute")[0]
         totals.append(sum(sum(seen.values()) for seen in passes.values()) + end)
     stock, ours = totals
     assert ours <= stock
@@ -204,9 +203,9 @@ def test_pools_start_no_more_operations_than_fused_stock_routers(ranks):
 
 
 @HAS_COMPILED
-def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks):
+def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(once):
     (stock, stock_end, stock_report), (ours, our_end, our_report) = (
-        ranks(1).run(_step, pool=pool)[0] for pool in (None, POOLS)
+        once(1, _step, pool=pool, recomputes=False)[0] for pool in (None, POOLS)
     )
     assert len(stock) == len(ours) == LAYERS * MICRO_BATCHES
     counts = {key: sum(seen.values()) for key, seen in ours.items()}
@@ -219,11 +218,6 @@ def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks
 
 def _stock_layers():
     """Builds models of Megatron's own layers, with the attention it lacks on a CPU."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    from emo_megatron.mcore import spec_rewrite
 
     class StockRouter(TopKRouter):
         def __init__(self, *args, pool, **kwargs):
@@ -236,11 +230,6 @@ def _stock_layers():
 
 def _whole_step(case, is_stock):
     """Operations of a step's passes, the second one: what the first makes is there."""
-    from megatron.core.transformer.moe import moe_logging
-
-    from emo_megatron.mcore.context import CLOCK
-    from emo_megatron.mcore.metrics import install_metrics
-
     with _stock_layers() if is_stock else contextlib.nullcontext():
         chunks, _ = training.build(case, seed=1)
     if is_stock:
@@ -284,12 +273,6 @@ def _reported(logits_TE, pool, padded=()):
 
     Tokens `padded` are padding by Megatron's mask, those from 28 on by the boundaries.
     """
-    import warnings
-
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-    from emo_megatron.mcore.metrics import install_metrics
-
     tiny.setup()
     router = tiny.router(pool, num_layers=1)
     install_metrics(pool, router.config, has_documents=True)
@@ -381,11 +364,6 @@ def test_the_standard_model_logs_the_same_in_every_layout(ranks, layout):
 
 def _logged_by_stages():
     """What the stages of the hybrid model `*-*-|*E*E/*E` log, the first of which has no MoE layer."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-    from emo_megatron.mcore.metrics import install_metrics
-
     tiny.setup(pipeline_model_parallel_size=2)
     config = tiny.transformer_config(num_layers=8, mtp_num_layers=1)
     config.is_hybrid_model = True

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from unittest import mock
 
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from support import shards, training
 from support.training import Case
+
+from emo_megatron.mcore import spec_rewrite
 
 
 def _train(case, megatrons_own=False):
     """As training.train; `megatrons_own` keeps Megatron's class of the attention."""
-    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-
-    from emo_megatron.mcore import spec_rewrite
-
     kept = MLASelfAttention if megatrons_own else spec_rewrite.LatentAttention
     with mock.patch.object(spec_rewrite, "LatentAttention", kept):
         return training.train(case, seed=1)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper, process_mtp_loss
 from support import tiny
+
+from emo_megatron.mcore import mtp_loss
+from emo_megatron.mcore.mtp_loss import exact_mtp_loss
+from emo_megatron.sharding import local_token_indices
 
 DEPTHS, FACTOR, HIDDEN, WORDS = 2, 0.3, 8, 11
 LENGTHS = [4, 8, 4, 16, 8, 8]
@@ -51,14 +58,6 @@ def _weight():
 
 def _run(loss_function, batch, *, per_token=False, cp_group=None, **overrides):
     """Gradients of the micro-batch's hidden states and of the output layer, and what this rank logs of each depth."""
-    import inspect
-
-    from megatron.core.transformer.multi_token_prediction import (
-        MTPLossAutoScaler,
-        MTPLossLoggingHelper,
-        process_mtp_loss,
-    )
-
     layer = torch.nn.Linear(HIDDEN, WORDS, bias=False)
     layer.weight.data = _weight()
     hidden = batch["hidden"].clone().requires_grad_()
@@ -141,10 +140,6 @@ def _losses(whose, **options):
 
 
 def _loss_function(name):
-    from megatron.core.transformer.multi_token_prediction import process_mtp_loss
-
-    from emo_megatron.mcore.mtp_loss import exact_mtp_loss
-
     return {"exact": exact_mtp_loss, "megatron": process_mtp_loss}[name]
 
 
@@ -193,10 +188,6 @@ def test_halves_of_a_micro_batch_add_up(ranks, per_token):
 
 def _cut(whose, **options):
     """On two context-parallel ranks: each rank's part of the micro-batch."""
-    from megatron.core import parallel_state
-
-    from emo_megatron.sharding import local_token_indices
-
     tiny.setup(context_parallel_size=2)
     group = parallel_state.get_context_parallel_group()
     held = local_token_indices(
@@ -275,8 +266,6 @@ def test_is_megatrons_where_nothing_is_divided_otherwise(ranks):
 
 
 def test_takes_the_place_of_megatrons_loss(monkeypatch):
-    from emo_megatron.mcore import mtp_loss
-
     for module in mtp_loss._CALLERS:
         monkeypatch.setattr(module, "process_mtp_loss", mtp_loss._HOST_LOSS)
     for is_exact, want in ((True, mtp_loss.exact_mtp_loss), (False, mtp_loss._HOST_LOSS)):
@@ -286,8 +275,6 @@ def test_takes_the_place_of_megatrons_loss(monkeypatch):
 
 
 def test_another_megatron_is_refused(monkeypatch):
-    from emo_megatron.mcore import mtp_loss
-
     monkeypatch.setattr(mtp_loss, "_HOST_LOSS", lambda hidden_states, labels: None)
     with pytest.raises(ValueError, match="--mtp-exact-loss"):
         mtp_loss.use_exact_mtp_loss()

@@ -9,9 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.router import PoolRouter, tell_backend
+from emo_megatron.ops import native
 
 POOLS = PoolConfig(pool_min=3)
 
@@ -25,15 +29,12 @@ def _train_step(model, cu_seqlens, seed=0, **packed_overrides):
 
 
 def _routers(model):
-    from emo_megatron.mcore.router import PoolRouter
-
     return [m for m in model.modules() if isinstance(m, PoolRouter)]
 
 
 @contextlib.contextmanager
 def _fused_choice():
     """Transformer Engine's fused choice, stood in for by one of other weights, and of other experts for token 0."""
-    from megatron.core.transformer.moe import moe_utils
 
     def choose(logits, topk, **options):
         probs, routing_map = moe_utils.topk_routing_with_score_function(logits, topk, **options)
@@ -94,10 +95,8 @@ def test_without_pools_it_is_the_stock_router_bit_for_bit(ranks, overrides):
 
 
 def _backends(environment):
-    from emo_megatron.mcore import router
-
     tiny.setup()
-    router.tell_backend.cache_clear()
+    tell_backend.cache_clear()
     os.environ.update(environment)
     told = io.StringIO()
     try:
@@ -108,7 +107,7 @@ def _backends(environment):
     finally:
         for name in environment:
             del os.environ[name]
-        router.tell_backend.cache_clear()
+        tell_backend.cache_clear()
     return taken, told.getvalue(), gradients
 
 
@@ -126,11 +125,8 @@ def test_the_compiled_ops_route_and_a_fallback_is_told_once(ranks):
 
 def _failing_probe():
     """The backends of three micro-batches, the first of which meets a probe that fails once; what was said."""
-    from emo_megatron.mcore import router
-    from emo_megatron.ops import native
-
     tiny.setup()
-    router.tell_backend.cache_clear()
+    tell_backend.cache_clear()
     told, taken = io.StringIO(), []
     try:
         model = tiny.model(POOLS)
@@ -142,7 +138,7 @@ def _failing_probe():
                 model(**tiny.batch(0), attention_mask=None, packed_seq_params=packed)
             taken.append(set(packed.emo_scope.backends.values()))
     finally:
-        router.tell_backend.cache_clear()
+        tell_backend.cache_clear()
     return taken, told.getvalue().count("out of memory")
 
 
@@ -231,8 +227,6 @@ def test_recompute_sees_its_own_micro_batch(ranks, recompute, balance):
 
 
 def _same_params_twice():
-    from emo_megatron.mcore.context import CLOCK
-
     tiny.setup()
     model = tiny.model(POOLS)
     params = tiny.packed([0, 5, 16, 32])
@@ -269,8 +263,6 @@ def test_with_pools_the_compiled_op_is_the_fusion(ranks):
 
 def _steps_around_the_delay(**overrides):
     """Gradients of a step before and one after the start of the pools, by configuration; pools in evaluation."""
-    from emo_megatron.mcore.context import CLOCK
-
     tiny.setup()
     late = PoolConfig(pool_min=3, pool_max=5, pool_delay_samples=8, pool_eval=4)
     early = PoolConfig(pool_min=3, pool_max=5, pool_eval=4)

@@ -7,9 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core import parallel_state as state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.utils import get_batch_on_this_cp_rank
 from support import shards, tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK, Packing, make_scope
+from emo_megatron.mcore.dataset import write_indexed_dataset
+from emo_megatron.mcore.router import PoolRouter
+from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents, merged_bounds
 
 SEQ, ROWS, VOCAB = tiny.SEQ, tiny.ROWS, tiny.VOCAB
 BOUNDS = [0, 5, 16, 20, 27, 32]
@@ -18,17 +27,12 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 
 def _model(pool, *, positions="learned_absolute", **options):
     """On a CPU Megatron's rotary embedding cannot be cut over context-parallel ranks: it pins memory."""
-    from megatron.core import parallel_state
-
     torch.manual_seed(3)
     cp_size = parallel_state.get_context_parallel_world_size()
     return tiny.model(pool, positions=positions, context_parallel_size=cp_size, **options).train()
 
 
 def _batch(seed):
-    from megatron.core import parallel_state as state
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
     tokens = torch.randint(VOCAB, (ROWS, SEQ), generator=torch.Generator().manual_seed(seed))
     batch = {
         "tokens": tokens,
@@ -41,14 +45,10 @@ def _batch(seed):
 
 
 def _documents(bounds):
-    from emo_megatron.mcore.router_documents import RouterDocuments
-
     return bounds and RouterDocuments(cu_seqlens=torch.tensor(bounds), tokens_per_sample=SEQ)
 
 
 def _forward(model, documents, *, seed=1, **options):
-    from emo_megatron.mcore.router_documents import forward_with_documents
-
     batch = _batch(seed)
     return forward_with_documents(
         model,
@@ -64,10 +64,6 @@ def _forward(model, documents, *, seed=1, **options):
 
 def _trained(pools, cp, mtp):
     """Per-token losses and logits, every gradient and the losses of MTP, for each (pools, boundaries)."""
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup(context_parallel_size=cp)
     # without pools routing runs in plain PyTorch, and compiled ops differ in the last bits
     was, PoolRouter.backend = PoolRouter.backend, lambda *_: "reference"
@@ -75,7 +71,7 @@ def _trained(pools, cp, mtp):
     for size, bounds in pools:
         MTPLossLoggingHelper.tracker = {}
         pool = PoolConfig(pool_min=size, pool_documents="routers")
-        model = _model(pool, positions="learned_absolute" if cp > 1 else "rope", mtp_num_layers=mtp or None)
+        model = _model(pool, positions="learned_absolute" if cp > 1 else "rope", mtp_num_layers=int(mtp) or None)
         logits = []
         model.output_layer.register_forward_hook(functools.partial(_keep_logits, logits))
         losses = _forward(model, _documents(bounds))
@@ -108,9 +104,6 @@ def test_pools_of_all_experts_are_the_model_without_boundaries(ranks, cp, mtp):
 
 def _step(layout, options):
     """Pools that the routers used and gradients of two micro-batches through Megatron's schedule."""
-    from megatron.core import parallel_state as state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     tiny.setup(**layout)
     pool = PoolConfig(pool_min=2, pool_max=4, pool_documents="routers")
     model = _model(pool, moe_aux_loss_coeff=0.0, moe_z_loss_coeff=0.0, **options)
@@ -231,9 +224,6 @@ def test_a_batch_without_boundaries_is_an_error(ranks):
 
 
 def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path):
-    from emo_megatron.mcore.dataset import write_indexed_dataset
-    from emo_megatron.mcore.router_documents import merged_bounds
-
     # lengths that, shuffled, end documents on, before and after a sample's last token; the last sample is short and
     # ends with a document of one token
     lengths = [7, 16, 2, 25, 1, 1, 12, 12, 1, 23, 1]
@@ -253,8 +243,6 @@ def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path)
 
 
 def test_tokens_of_several_samples_keep_their_documents():
-    from emo_megatron.mcore.context import CLOCK, Packing, make_scope
-
     CLOCK.consumed_samples = 0
     scope = make_scope(
         Packing(cu_seqlens=torch.tensor([0, 1, 4, 8]), tokens_per_sample=4),

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support import tiny
 
 from emo_megatron.config import PoolConfig
@@ -17,8 +18,6 @@ BOUNDS = [0, 5, 13, 16, 29, 32]
 
 def _router(pool=POOLS, layout=None, **options):
     """A router with the same weight on every rank; `pool` None gives Megatron's own."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
     tiny.setup(**layout or {})
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
     router = tiny.router(pool, **options)
