@@ -7,10 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from support import tiny
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.dispatcher import follow_routing_map
 
 T, E, K = 96, 16, 4
 
@@ -32,11 +35,8 @@ def _routed():
 
 @pytest.mark.parametrize("kind", ["_DeepepManager", "_NCCLEPManager"])
 def test_managers_follow_the_map(kind):
-    dispatchers = pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
-    from emo_megatron.mcore.dispatcher import follow_routing_map
-
     ids, routed = _routed()
-    manager = object.__new__(getattr(dispatchers, kind))
+    manager = object.__new__(getattr(token_dispatcher, kind))
     vars(manager).update(num_experts=E, router_topk=K, capacity_factor=None)
     dispatcher = SimpleNamespace(_comm_manager=manager)
     backend = {"_DeepepManager": "deepep", "_NCCLEPManager": "ncclep"}[kind]
@@ -97,10 +97,6 @@ LIBRARIES = {
 
 def _sent_by_a_layer(backend):
     """Where a layer routes every token of a micro-batch, with which weights, and where its manager would send it."""
-    from megatron.core.transformer.moe import token_dispatcher
-
-    from emo_megatron.mcore.context import CLOCK
-
     tiny.setup(expert_model_parallel_size=2)
     CLOCK.consumed_samples = 0
     pool = PoolConfig(pool_min=3)

@@ -7,6 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from support import tiny
 
 from emo_megatron.config import PoolConfig
@@ -22,9 +25,6 @@ NAMES = {
 
 
 def _router(pool, kinds, **options):
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
     get_moe_metrics_tracker().clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
     balance = {"moe_router_load_balancing_type": list(kinds), "moe_aux_loss_coeff": list(kinds.values())}
@@ -38,8 +38,6 @@ def _set_bias(router):
 
 def _route(router, logits):
     """The gradient of the attached losses alone, what was chosen, and what was logged."""
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
     probs, routing_map = router.routing(logits)
     (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
     logged = {name: entry.values[0].item() for name, entry in get_moe_metrics_tracker().metrics.items()}
@@ -147,7 +145,6 @@ def test_losses_count_neither_bias_nor_groups(ranks, kinds):
 
 def _with_fused_choice():
     """Transformer Engine's choice, stood in for by one of other experts for token 0."""
-    from megatron.core.transformer.moe import moe_utils
 
     def choose(logits, topk, **options):
         found = moe_utils.topk_routing_with_score_function(logits, topk, **options)
@@ -192,34 +189,27 @@ def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
     assert NAMES[kind] in ours[2]
 
 
-def _collectives(kinds, options):
+def _collectives(balances, options):
     """All-reduces of one layer in forward, and again in recompute, on two ranks that share documents."""
     tiny.setup(tensor_model_parallel_size=2)
-    pool = PoolConfig(pool_min=3)
-    router = _router(pool, kinds, **options)
-    packed = tiny.packed([*BOUNDS[:-1], 32], tokens_per_sample=32)
-    router.scope = tiny.scope(packed, pool, tokens=16, tp_rank=torch.distributed.get_rank(), tp_size=2)
-    logits = torch.randn(16, 1, 8, requires_grad=True)
-    counts = []
-    for _ in range(2):
-        with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as seen:
-            router.routing(logits)
-        counts.append(seen.call_count)
+    pool, counts = PoolConfig(pool_min=3), []
+    for kinds in balances:
+        router = _router(pool, kinds, **options)
+        packed = tiny.packed([*BOUNDS[:-1], 32], tokens_per_sample=32)
+        router.scope = tiny.scope(packed, pool, tokens=16, tp_rank=torch.distributed.get_rank(), tp_size=2)
+        logits = torch.randn(16, 1, 8, requires_grad=True)
+        for _ in range(2):
+            with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as seen:
+                router.routing(logits)
+            counts.append(seen.call_count)
     return counts
 
 
-@pytest.mark.parametrize(
-    ("kinds", "wanted"),
-    [
-        # scores of documents; counts of experts; choices of documents
-        ({"none": 0.0}, 1),
-        ({"global_aux_loss": 0.1}, 2),
-        ({"aux_loss": 0.1}, 2),
-        ({"seq_aux_loss": 0.1}, 3),
-        ({"seq_aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
-        ({"seq_aux_loss": 0.1, "aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
-    ],
-)
 @pytest.mark.parametrize("options", [{}, GROUPS])
-def test_a_layer_has_three_collectives_at_most(ranks, kinds, options, wanted):
-    assert ranks(2).run(_collectives, kinds=kinds, options=options) == [[wanted, 0]] * 2
+def test_a_layer_has_three_collectives_at_most(ranks, options):
+    # scores of documents; counts of experts; choices of documents
+    wanted = {"none": 1, "global_aux_loss": 2, "aux_loss": 2, "seq_aux_loss": 3}
+    wanted |= {"seq_aux_loss global_aux_loss": 3, "seq_aux_loss aux_loss global_aux_loss": 3}
+    balances = [dict.fromkeys(kinds.split(), 0.0 if kinds == "none" else 0.1) for kinds in wanted]
+    counts = [count for forward in wanted.values() for count in (forward, 0)]
+    assert ranks(2).run(_collectives, balances=balances, options=options) == [counts] * 2

@@ -6,9 +6,13 @@ import itertools
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.router import PoolRouter
 
 BOUNDS = [0, 1, 6, 6, 16, 30, 32]
 DEPTHS = 2
@@ -37,9 +41,6 @@ def _forward(model, packed=None, seed=1):
 
 def _seen(**options):
     """Router's number and depth, and the ids it routed by in each of two forward passes."""
-    from emo_megatron.mcore.context import CLOCK
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
     CLOCK.consumed_samples = 0
     model = _model(PoolConfig(pool_min=3), **options)
@@ -76,9 +77,6 @@ def test_layers_count_on_and_route_what_has_a_target(ranks, repeated):
 
 def _trained(pool, **options):
     """Losses, gradients, losses of prediction, and the keys of a checkpoint."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     tiny.setup()
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}

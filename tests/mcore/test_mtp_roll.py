@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcore.test_metrics import Operations
+from megatron.core import parallel_state
 from megatron.core.transformer import multi_token_prediction
 from support import tiny
 
 from emo_megatron.mcore import mtp
+from emo_megatron.sharding import local_token_indices
 
 DTYPES = ["int64", "int32", "float32", "float64", "bfloat16", "bool"]
 PIECES = {
@@ -65,14 +67,6 @@ def test_equals_megatrons_roll(lengths, tail, cut, lead, dtype):
 
 def _roll_on_ranks(packings, dtypes):
     """Of each packing and dtype: whether this rank's roll is Megatron's, and the part of the whole micro-batch's."""
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.transformer import multi_token_prediction
-    from support import tiny
-
-    from emo_megatron.mcore import mtp
-    from emo_megatron.sharding import local_token_indices
-
     size = torch.distributed.get_world_size()
     tiny.setup(context_parallel_size=size)
     group = parallel_state.get_context_parallel_group()
@@ -102,12 +96,6 @@ def test_equals_megatrons_roll_under_context_parallelism(ranks, world):
 
 def _operations(num_documents, host=False):
     """Operations of a roll of so many documents on this rank, and its collectives and messages."""
-    import torch
-    from megatron.core import parallel_state
-    from support import tiny
-
-    from emo_megatron.mcore import mtp
-
     size = torch.distributed.get_world_size()
     tiny.setup(context_parallel_size=size)
     group = parallel_state.get_context_parallel_group()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.metrics import install_metrics
 
 BOUNDS = [0, 9, 9, 20, 32]
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
@@ -15,10 +17,6 @@ BIASED = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias
 
 def _route(pool, options, bias):
     """Pools, choices and logits of one micro-batch, and what is logged of it."""
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-    from emo_megatron.mcore.metrics import install_metrics
-
     tiny.setup()
     router = tiny.router(pool, **options)
     if bias is not None:

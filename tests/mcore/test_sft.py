@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 from support import tiny, words
 from support.pretraining import logged, pretrain
+
+from emo_megatron.ops import draw_pool_sizes
 
 SEQ = 16
 WORDS = [f"w{i}" for i in range(40)]
@@ -36,10 +41,6 @@ SAMPLES = {
 
 def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
     """Of samples with messages of these lengths: boundaries and padding."""
-    import numpy as np
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-
     from emo_megatron.mcore.batches import NUM_PADDING, PoolSFTDataset
 
     class Tokenizer:
@@ -74,7 +75,7 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
 
 
 def test_padding_belongs_to_no_conversation(ranks):
-    """What it has no vote in: tests/mcore/test_trailing_padding.py."""
+    """What it has no vote in: tests/mcore/test_padding.py."""
     samples = [lengths for lengths, _, _ in SAMPLES.values()]
     (documents,) = ranks(1).run(_documents, samples=samples)
     assert documents == [(bounds, padding) for _, bounds, padding in SAMPLES.values()]
@@ -94,8 +95,6 @@ def talk(tmp_path, monkeypatch) -> dict[str, Path]:
 
 
 def test_a_run_on_conversations(talk):
-    from emo_megatron.ops import draw_pool_sizes
-
     flags: list[object] = ["--sft", "--tokenizer-type", "SFTTokenizer", "--pool-min", 3]
     flags += ["--sft-tokenizer-prompt-format", "default", "--tokenizer-model", talk["tokenizer"]]
     output = pretrain(1, *flags, "--micro-batch-size", 4, data=talk["data"])

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec
 
 POOLS = PoolConfig(pool_min=3)
 
@@ -46,13 +53,6 @@ def test_the_shared_expert_is_megatrons_flag(ranks):
 
 def _transformer_engine_spec():
     """The TE form of the spec on Megatron's own builder, with TE's classes stood in for where TE is missing."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     attention = object()
     moe = functools.partial(MoELayer, submodules=MoESubmodules(experts=object))
@@ -117,8 +117,6 @@ def test_the_authors_off_by_one_is_an_option(ranks):
 
 def _refused(pool, variant=None, is_built=False, **overrides):
     """Error and message of a spec, or of its model; a variant of attention is set where Megatron does not look."""
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     config = tiny.transformer_config(**overrides)
     config.experimental_attention_variant = variant
@@ -167,10 +165,6 @@ def test_what_layers_cannot_be_built_of_is_refused_by_flag(ranks, error, names, 
 
 
 def _warnings(loop, capacity):
-    import warnings
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     config = tiny.transformer_config(
         moe_token_dispatcher_type="flex",
@@ -211,8 +205,6 @@ def test_a_pipeline_stage_may_be_all_dense(ranks):
 
 def _without_data_parallel_group():
     """Ranks as the scope sees them, from a collection without `dp` as some hosts hand over, and the true ones."""
-    from megatron.core import parallel_state
-
     tiny.setup(tensor_model_parallel_size=2)
     model = tiny.model(POOLS)
     layer = model.decoder.layers[0]

@@ -7,17 +7,24 @@ import functools
 from unittest import mock
 
 import pytest
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec
 
 POOLS = PoolConfig(pool_min=3)
 
 
 def _walk(spec, path=""):
     """Every leaf of a spec by its path."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
     if isinstance(spec, functools.partial):
         parts = {"func": spec.func, "args": spec.args, **spec.keywords}
     elif isinstance(spec, ModuleSpec):
@@ -47,8 +54,6 @@ def _changed(before, after):
 
 
 def _block(config):
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
     return get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", qk_l2_norm=config.qk_l2_norm
     )
@@ -62,10 +67,6 @@ def _config(**overrides):
 
 
 def _of_blocks(**overrides):
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     config = _config(**overrides)
     block = _block(config)
@@ -106,10 +107,6 @@ def test_only_layer_moe_layer_and_router_change(ranks, variant):
 
 
 def _of_stack():
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     with mock.patch.object(spec, "HAVE_TE", True):
         return _changed(hybrid_stack_spec, spec.with_pools(hybrid_stack_spec, config=_config(), pool=POOLS))
@@ -125,14 +122,6 @@ def test_of_a_hybrid_stack_the_layers_with_experts_change(ranks):
 
 def _refused():
     """What is said to specs of recipes' own, by what they hold."""
-    from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    from emo_megatron.mcore import spec
 
     class OwnRouter(TopKRouter):
         pass
@@ -183,10 +172,6 @@ def test_what_a_recipe_builds_of_its_own_is_refused_by_name(ranks):
 
 
 def _with_own_gating():
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    from emo_megatron.mcore import spec
-
     class OwnGating(TopKRouter):
         def gating(self, input):
             return super().gating(input) * 0 + 1
@@ -209,11 +194,6 @@ def test_a_routers_own_projection_stays(ranks):
 
 
 def _with_own_constructor():
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    from emo_megatron.mcore import spec
-
     class OwnLayer(TransformerLayer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
