@@ -231,3 +231,25 @@ def test_sizes_that_cannot_be_are_refused(changes):
 
     with pytest.raises(ValueError, match=f"--{next(iter(changes)).replace('_', '-')}|--model-dim"):
         Options(**changes).size(QUICK)
+
+
+def test_rows_that_do_not_fit_are_halved(monkeypatch):
+    import bench_model
+    from models import Training, batches_of
+
+    def check(training):
+        if training.batches[0].tokens["labels"].numel() > fits:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_model, "check_models", check)
+    size, cpu = dataclasses.replace(bench_model.QUICK, rows=7), torch.device("cpu")
+    whole = Training(
+        models={}, trackers={}, distributed=None, optimizer=None, batches=batches_of(size, cpu), num_layers=1
+    )
+    fits = 3 * size.seq_length
+    training, found = bench_model._checked(whole, size, cpu)
+    assert found == dataclasses.replace(size, rows=3)
+    assert {batch.tokens["labels"].numel() for batch in training.batches} == {fits}
+    fits = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        bench_model._checked(whole, size, cpu)

@@ -443,3 +443,50 @@ def test_every_stage_is_kept_when_it_is_done(
     assert len(stages) == 6
     for number in range(1, 7):
         assert stages[:number] in kept
+
+
+def test_the_comparable_partner_with_most_stages_is_taken(made: Any, scripts: SimpleNamespace, tmp_path: Path) -> None:
+    found = made("emo")
+    parse, folder = scripts.results.Result.parse, tmp_path / "several"
+    stored = next(found.output.glob("*.json")).read_bytes()
+    good, partial, other = parse(stored), parse(stored), parse(stored)
+    partial.stages, partial.nats = ["begun"], {}
+    other.settings["seed"] += 1
+    other.stages.append("one more")
+    for place, result in {"a": other, "b": good, "c": partial, "d": other}.items():
+        result.save(folder / place / "fidelity-emo.json")
+
+    def find() -> Any:
+        return scripts.results.find_partners(folder, model="standard", settings=found.stored["settings"])["emo"]
+
+    assert find().place == str(folder / "b" / "fidelity-emo.json")
+    (folder / "b" / "fidelity-emo.json").unlink()
+    assert find().place == str(folder / "c" / "fidelity-emo.json")
+    (folder / "c" / "fidelity-emo.json").unlink()
+    seed = found.stored["settings"]["seed"]
+    assert find().differing == (f"seed is {seed + 1} there and {seed} here",)
+    assert scripts.results.find_partners(folder, model="emo", settings=good.settings) == {}
+    assert scripts.results.find_partners(None, model="small", settings=good.settings) == {}
+
+
+def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
+    from fidelity_plan import ON_GPU
+
+    def steps(train_tokens: int) -> int:
+        return int(scripts.plan.planned_steps(ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS))
+
+    assert steps(100_000_000) == 915
+    assert steps(9_000_000) == scripts.plan.PASSES * 9_000_000 // (128 * 1024) < 915
+    assert steps(1000) == scripts.plan.LIMITS.fewest_steps
+
+
+def test_a_partner_that_was_stopped_is_compared_in_what_it_has(made: Any, scripts: SimpleNamespace) -> None:
+    emo, small = (
+        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes()) for model in ("emo", "small")
+    )
+    emo.rows = [row for row in emo.rows if row.method == "full"]
+    emo.nats = {name: nats for name, nats in emo.nats.items() if name.startswith("full")}
+    partner = scripts.results.Partner(result=emo, place="there", differing=())
+    page = scripts.page.page(small, {"emo": partner})
+    assert "not measured yet" in page
+    assert "±" not in page

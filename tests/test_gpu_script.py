@@ -309,3 +309,15 @@ def test_an_output_folder_must_be_new_and_open_to_writing(machine: DeviceMachine
     _refused(run_driver(machine, file / "output", ""), ["cannot be written", str(file)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "mine"
+
+
+def test_the_script_wants_a_python_with_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "A", "--output", str(tmp_path / "output")],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "/bin/false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    _refused(Left(status=done.returncode, out=done.stdout, error=done.stderr, output=tmp_path), ["/bin/false", "torch"])
+    assert not list(tmp_path.iterdir())
