@@ -46,9 +46,8 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
 
     checkpoint = checkpoint_in(sys.argv[1:])
     stored = checkpoint.args
-    model, _ = load_model(
-        checkpoint, flags=["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
-    )
+    sys.argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
+    model, _ = load_model(checkpoint)
     from emo_megatron.checkpoint.reader import facts_of
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.runners.megatron import MegatronRunner

@@ -177,15 +177,6 @@ def test_operations_of_a_step_are_those_counted_by_torch():
     assert step_flops(size, batch) == counter.get_total_flops() - attention // 2
 
 
-@pytest.mark.parametrize(
-    ("name", "tflops"), [(GPU_NAME, 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("Some GPU", None)]
-)
-def test_the_peak_of_a_gpu_is_known_or_left_out(name, tflops):
-    from model_cost import peak_flops
-
-    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
-
-
 @pytest.mark.parametrize(("gpu", "mfu"), [(GPU_NAME, "0.5"), ("Some GPU", "")])
 def test_a_gpus_rows_have_times_and_memory(gpu, mfu):
     from bench_model import QUICK, _rows
@@ -234,6 +225,14 @@ def test_operations_are_kernels_on_a_gpu_and_leaves_on_a_cpu():
     assert most_of(on_gpu, on_gpu=False)[0] == ("copy", 2, 2)
 
 
+@pytest.mark.parametrize("changes", [{"top_k": 8}, {"heads": 5}, {"rows": 0}, {"document_tokens": 65}])
+def test_sizes_that_cannot_be_are_refused(changes):
+    from bench_model import QUICK, Options
+
+    with pytest.raises(ValueError, match=f"--{next(iter(changes)).replace('_', '-')}|--model-dim"):
+        Options(**changes).size(QUICK)
+
+
 def test_rows_that_do_not_fit_are_halved(monkeypatch):
     import bench_model
     from models import Training, batches_of
@@ -254,11 +253,3 @@ def test_rows_that_do_not_fit_are_halved(monkeypatch):
     fits = 1
     with pytest.raises(torch.OutOfMemoryError):
         bench_model._checked(whole, size, cpu)
-
-
-@pytest.mark.parametrize("changes", [{"top_k": 8}, {"heads": 5}, {"rows": 0}, {"document_tokens": 65}])
-def test_sizes_that_cannot_be_are_refused(changes):
-    from bench_model import QUICK, Options
-
-    with pytest.raises(ValueError, match=f"--{next(iter(changes)).replace('_', '-')}|--model-dim"):
-        Options(**changes).size(QUICK)

@@ -35,13 +35,17 @@ ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 ARM_EMULATOR = shutil.which("qemu-aarch64")
 
 
+def copy_sources(folder: Path) -> None:
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+
+
 def build_wheel(folder: Path, *, path: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Build a wheel of a copy of the project into `folder`, with PATH `path`."""
     source = folder / "source"
     source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
+    copy_sources(source)
     (source / "emo_megatron" / "_native.so").unlink(missing_ok=True)
     return subprocess.run(
         [
@@ -88,16 +92,9 @@ def test_the_wheel_serves_every_python_and_loads_without_its_sources(tmp_path: P
 def test_a_machine_without_a_compiler_builds_a_wheel(tmp_path: Path) -> None:
     done = build_wheel(tmp_path, path=str(tmp_path), EMO_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no compiled ops, the reference ops will run: there is no C++ compiler" in (done.stdout + done.stderr)
+    assert "no compiled ops" in (done.stdout + done.stderr)
     with zipfile.ZipFile(wheel_in(tmp_path)) as wheel:
         assert "emo_megatron/_native.so" not in wheel.namelist()
-
-
-@pytest.mark.parametrize(("wish", "message"), [("yes", "EMO_CUDA must be auto, 0 or 1; got 'yes'")])
-def test_a_wish_that_cannot_be_met_fails(tmp_path: Path, wish: str, message: str) -> None:
-    done = build_wheel(tmp_path, path="/usr/bin:/bin", EMO_CUDA=wish, CUDA_HOME=str(tmp_path))
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
 
 
 def fake_tool(folder: Path, name: str, script: str) -> None:
@@ -118,10 +115,14 @@ def test_an_nvcc_that_fails_costs_the_gpu_kernels_only(tmp_path: Path) -> None:
         assert "emo_megatron/_native.so" in wheel.namelist()
 
 
+def test_a_wish_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMO_CUDA", "yes")
+    with pytest.raises(SystemExit, match="EMO_CUDA"):
+        SETUP.find_nvcc()
+
+
 def test_a_failed_build_leaves_no_older_library(tmp_path: Path) -> None:
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
+    copy_sources(tmp_path)
     library = tmp_path / "emo_megatron" / "_native.so"
     library.write_text("older")
     fake_tool(tmp_path, "c++", "exit 3")

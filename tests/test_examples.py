@@ -189,8 +189,3 @@ def test_several_nodes_need_to_know_each_other(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         _launch(tmp_path, "pretrain_emo.sh", NNODES="2", NODE_RANK="1")
     assert "MASTER_ADDR" in failure.value.stderr
-
-
-def test_an_unknown_flag_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit):
-        _validated(["--no-such-flag", "1"], monkeypatch, world_size=1)

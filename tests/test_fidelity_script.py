@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,30 +179,6 @@ def test_what_is_no_result_is_passed_over(made: Any, tmp_path: Path) -> None:
     assert "±" in standard.page
 
 
-def test_the_comparable_partner_with_most_stages_is_taken(made: Any, scripts: SimpleNamespace, tmp_path: Path) -> None:
-    found = made("emo")
-    parse, folder = scripts.results.Result.parse, tmp_path / "several"
-    stored = next(found.output.glob("*.json")).read_bytes()
-    good, partial, other = parse(stored), parse(stored), parse(stored)
-    partial.stages, partial.nats = ["begun"], {}
-    other.settings["seed"] += 1
-    other.stages.append("one more")
-    for place, result in {"a": other, "b": good, "c": partial, "d": other}.items():
-        result.save(folder / place / "fidelity-emo.json")
-
-    def find() -> Any:
-        return scripts.results.find_partners(folder, model="standard", settings=found.stored["settings"])["emo"]
-
-    assert find().place == str(folder / "b" / "fidelity-emo.json")
-    (folder / "b" / "fidelity-emo.json").unlink()
-    assert find().place == str(folder / "c" / "fidelity-emo.json")
-    (folder / "c" / "fidelity-emo.json").unlink()
-    seed = found.stored["settings"]["seed"]
-    assert find().differing == (f"seed is {seed + 1} there and {seed} here",)
-    assert scripts.results.find_partners(folder, model="emo", settings=good.settings) == {}
-    assert scripts.results.find_partners(None, model="small", settings=good.settings) == {}
-
-
 def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) -> None:
     from fidelity_measure import DocumentLosses
 
@@ -325,20 +302,6 @@ def test_steps_fit_into_the_time(scripts: SimpleNamespace) -> None:
         _choose(scripts, speed=_speed(scripts, step_seconds=6.0))
 
 
-def test_an_evaluation_is_longer_with_more_to_measure(scripts: SimpleNamespace) -> None:
-    from fidelity_plan import ON_GPU
-
-    def seconds(**changes: Any) -> float:
-        size = replace(ON_GPU, evaluation_tokens=changes.pop("tokens", 65536))
-        given = {"num_domains": 8, "fractions": (0.5, 0.25)} | changes
-        return float(scripts.plan.evaluation_seconds(size, _speed(scripts), **given))
-
-    assert seconds(fractions=()) < seconds() < seconds(fractions=(0.5, 0.25, 0.125))
-    assert seconds() < seconds(num_domains=9)
-    assert seconds() < seconds(tokens=100_000)
-    assert seconds(fractions=(), tokens=0) == 2 * 20.0
-
-
 def test_the_log_is_read_as_megatron_writes_it(scripts: SimpleNamespace, tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert scripts.plan.read_log(log) == []
@@ -351,17 +314,6 @@ def test_the_log_is_read_as_megatron_writes_it(scripts: SimpleNamespace, tmp_pat
     assert scripts.plan.step_seconds(lines) == pytest.approx((2 * 0.8 + 0.9) / 3)
     log.write_text(made_up.LINE.format(1, 24, 1, 100.0, 2.5).replace("lm loss", "other"))
     assert scripts.plan.read_log(log)[0].loss is None
-
-
-def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
-    from fidelity_plan import ON_GPU
-
-    def steps(train_tokens: int) -> int:
-        return int(scripts.plan.planned_steps(ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS))
-
-    assert steps(100_000_000) == 915
-    assert steps(9_000_000) == scripts.plan.PASSES * 9_000_000 // (128 * 1024) < 915
-    assert steps(1000) == scripts.plan.LIMITS.fewest_steps
 
 
 def test_the_gap_is_paired_over_documents(scripts: SimpleNamespace) -> None:
@@ -466,33 +418,13 @@ def test_fewer_steps_shorten_every_schedule(scripts: SimpleNamespace) -> None:
 
 def test_another_corpus_is_not_compared(scripts: SimpleNamespace, made: Any, corpus: Path, tmp_path: Path) -> None:
     made("emo")
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in corpus.rglob("*"):
-        target = other / path.relative_to(corpus)
-        if path.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    other = shutil.copytree(corpus, tmp_path / "other")
     changed = bytearray((other / "train.bin").read_bytes())
     changed[0] ^= 1
     (other / "train.bin").write_bytes(changed)
     standard = made("standard", corpus=other)
     assert "corpus is" in standard.page
     assert "±" not in standard.page
-
-
-def test_a_partner_that_was_stopped_is_compared_in_what_it_has(made: Any, scripts: SimpleNamespace) -> None:
-    emo, small = (
-        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes()) for model in ("emo", "small")
-    )
-    emo.rows = [row for row in emo.rows if row.method == "full"]
-    emo.nats = {name: nats for name, nats in emo.nats.items() if name.startswith("full")}
-    partner = scripts.results.Partner(result=emo, place="there", differing=())
-    page = scripts.page.page(small, {"emo": partner})
-    assert "not measured yet" in page
-    assert "±" not in page
 
 
 @pytest.mark.slow
@@ -511,3 +443,50 @@ def test_every_stage_is_kept_when_it_is_done(
     assert len(stages) == 6
     for number in range(1, 7):
         assert stages[:number] in kept
+
+
+def test_the_comparable_partner_with_most_stages_is_taken(made: Any, scripts: SimpleNamespace, tmp_path: Path) -> None:
+    found = made("emo")
+    parse, folder = scripts.results.Result.parse, tmp_path / "several"
+    stored = next(found.output.glob("*.json")).read_bytes()
+    good, partial, other = parse(stored), parse(stored), parse(stored)
+    partial.stages, partial.nats = ["begun"], {}
+    other.settings["seed"] += 1
+    other.stages.append("one more")
+    for place, result in {"a": other, "b": good, "c": partial, "d": other}.items():
+        result.save(folder / place / "fidelity-emo.json")
+
+    def find() -> Any:
+        return scripts.results.find_partners(folder, model="standard", settings=found.stored["settings"])["emo"]
+
+    assert find().place == str(folder / "b" / "fidelity-emo.json")
+    (folder / "b" / "fidelity-emo.json").unlink()
+    assert find().place == str(folder / "c" / "fidelity-emo.json")
+    (folder / "c" / "fidelity-emo.json").unlink()
+    seed = found.stored["settings"]["seed"]
+    assert find().differing == (f"seed is {seed + 1} there and {seed} here",)
+    assert scripts.results.find_partners(folder, model="emo", settings=good.settings) == {}
+    assert scripts.results.find_partners(None, model="small", settings=good.settings) == {}
+
+
+def test_the_text_is_not_read_too_often(scripts: SimpleNamespace) -> None:
+    from fidelity_plan import ON_GPU
+
+    def steps(train_tokens: int) -> int:
+        return int(scripts.plan.planned_steps(ON_GPU, train_tokens=train_tokens, limits=scripts.plan.LIMITS))
+
+    assert steps(100_000_000) == 915
+    assert steps(9_000_000) == scripts.plan.PASSES * 9_000_000 // (128 * 1024) < 915
+    assert steps(1000) == scripts.plan.LIMITS.fewest_steps
+
+
+def test_a_partner_that_was_stopped_is_compared_in_what_it_has(made: Any, scripts: SimpleNamespace) -> None:
+    emo, small = (
+        scripts.results.Result.parse(next(made(model).output.glob("*.json")).read_bytes()) for model in ("emo", "small")
+    )
+    emo.rows = [row for row in emo.rows if row.method == "full"]
+    emo.nats = {name: nats for name, nats in emo.nats.items() if name.startswith("full")}
+    partner = scripts.results.Partner(result=emo, place="there", differing=())
+    page = scripts.page.page(small, {"emo": partner})
+    assert "not measured yet" in page
+    assert "±" not in page

@@ -73,14 +73,11 @@ def test_what_is_no_finite_number_is_refused(value):
     assert finite_number(3, what="x") == 3.0
 
 
-@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_json_holds_finite_numbers(text, tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(f'{{"found": [{text}]}}')
-    with pytest.raises(ValueError, match=r"x\.json.*finite"):
-        read_json(path, kind="a file")
+def test_json_is_written_of_finite_numbers(tmp_path):
+    """That no other is read: test_json_files.py."""
     for value in BAD:
         with pytest.raises(ValueError, match=r"nan|inf"):
             to_json({"found": [value]})
+    path = tmp_path / "x.json"
     path.write_text(to_json({"a": [1, 0.1, None]}))
     assert read_json(path, kind="a file") == {"a": [1, 0.1, None]}

@@ -5,32 +5,20 @@ The limit of a file's size stands in for the disk: the system refuses the very w
 
 from __future__ import annotations
 
-import contextlib
-import json
 import resource
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import pinned, words
+from support.running import limited
 
 from emo_megatron import cli
 
 DOMAINS = ("french", "perl")
 RESUMABLE = ("stats", "retention", "select layerwise")
 """They keep what they have measured, in whole files."""
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run(command: str, *arguments: object) -> int:
@@ -48,7 +36,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place, domain in enumerate(DOMAINS):
             pinned.write_documents(root / kind / f"{domain}.safetensors", seed=2 * first + place)
     texts = ("the experts route the token", "the module keeps the experts")
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    words.write_texts(root / "texts.jsonl", texts)
     assert run("import", "--folder", root / "hf", "--output", root / "megatron", *NO_PARITY) == 0
     for domain in DOMAINS:
         stats, kept = root / f"{domain}.safetensors", root / f"{domain}.json"
@@ -111,7 +99,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     for limit in (0, max(sizes.values()) - 1):
         shutil.rmtree(tmp_path / "new")
         capsys.readouterr()
-        with largest_file(limit):
+        with limited(resource.RLIMIT_FSIZE, limit):
             assert run(*command) == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said

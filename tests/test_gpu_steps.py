@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.device import ROOT, make_machine
-from support.gpu_script import GPU, run_driver
+from support.device import ROOT
+from support.gpu_script import GPU
 
 from emo_megatron import ops
 from emo_megatron.ops import dispatch, native
@@ -104,32 +103,6 @@ def test_sanitized_cases_are_compared_with_the_cpu(scripts: pytest.MonkeyPatch) 
     assert sanitize.main() == 1
 
 
-def test_the_kernels_target_is_judged_on_a_gpu(scripts: pytest.MonkeyPatch) -> None:
-    import kernels
-
-    def page(factor: float, device: str) -> str:
-        # a byte a second: the floor is one second a kernel
-        timed = [
-            kernels.Timed(
-                kernel=name,
-                tokens=65536,
-                experts=128,
-                dtype="float32",
-                layout="packed",
-                how="graph replay",
-                seconds=[factor + random.Random(i).uniform(0, 0.01) for i in range(5)],
-                num_bytes=1,
-            )
-            for name in kernels.ROUTING
-        ]
-        return kernels.page_of(timed, 1.0, torch.device(device), [])
-
-    assert "- met: " in page(1.9, "cuda")
-    assert "- MISSED: " in page(2.1, "cuda")
-    assert "- not measured: " in page(1.9, "cpu")
-    assert "- not judged: " in kernels.page_of([], 1.0, torch.device("cuda"), [])
-
-
 @pytest.fixture
 def package(scripts: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], tuple[Path, list[list[str]]]]:
     """Gives the package a library that does not work, for a reason; what is compiled is a file, which then works."""
@@ -169,18 +142,3 @@ def test_a_library_that_does_not_work_is_compiled_even_if_one_was_brought(
     builds.wait(tmp_path / "builds", logs=tmp_path, device="cuda")
     assert compiled == []
     assert library.read_text() == "for CPUs"
-
-
-def test_a_step_may_take_longer_where_nothing_works_without_it(tmp_path: Path) -> None:
-    pytest.importorskip("megatron.core")
-    machine = make_machine(tmp_path / "machine", python=sys.executable)
-    table = """
-import stage
-stage.REHEARSAL_PACE = 1
-steps.STAGES["B"] = (
-    python("compiler", "import time; time.sleep(2)", seconds=1, most_seconds=60),
-    python("slow", "import time; time.sleep(2)", seconds=1),
-)
-"""
-    left = run_driver(machine, tmp_path / "output", table, "B", "--rehearse")
-    assert [left.rows[name][0] for name in ("compiler", "slow")] == ["ok", "timed out"]

@@ -10,7 +10,6 @@ import pytest
 from emo_megatron.experts.placement import load_placement
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.json_files import read_json
 from emo_megatron.report.rows import load_rows
 
 NOT_JSON = {
@@ -53,22 +52,6 @@ def test_no_reader_takes_or_chokes_on_what_is_not_its_file(reader, text, tmp_pat
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        (NOT_JSON["empty"], "empty"),
-        (NOT_JSON["cut"], "line 1 column 12"),
-        (NOT_JSON["not a number"], "loss is nan, which is not a finite number"),
-        (NOT_JSON["nested"], "nested too deeply"),
-        (NOT_JSON["twice"], "'keep' stands twice"),
-    ],
-)
-def test_the_place_is_told(text, place, tmp_path):
-    (tmp_path / "a.json").write_bytes(text)
-    with pytest.raises(ValueError, match=rf"a\.json is not a list of cats: .*{place}"):
-        read_json(tmp_path / "a.json", kind="a list of cats")
-
-
 @pytest.mark.parametrize("reader", [load_selection, load_placement, load_rows])
 def test_a_folder_and_a_missing_file_are_told_by_the_machine(reader, tmp_path):
     (tmp_path / "folder.json").mkdir()
@@ -79,64 +62,10 @@ def test_a_folder_and_a_missing_file_are_told_by_the_machine(reader, tmp_path):
 
 
 @pytest.mark.parametrize("reader", [load_selection, load_placement])
-@pytest.mark.parametrize("version", ["0", "2", "10"])
+@pytest.mark.parametrize("version", ["0", "10"])
 def test_another_version_is_told_from_another_file(reader, version, tmp_path):
     kind = reader.__name__.removeprefix("load_")
-    stored = {"format": f"emo_megatron.{kind}.{version}", "new": 1}
-    (tmp_path / "a.json").write_text(json.dumps(stored))
-    maker = {"selection": "select", "placement": "place"}[kind]
-    with pytest.raises(ValueError, match=rf"a\.json has the format .*{kind}\.{version}.* version 1.* {maker}$"):
-        reader(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text(json.dumps(stored | {"format": "other.selection.1"}))
-    with pytest.raises(ValueError, match=rf'lacks "format": "emo_megatron\.{kind}\.1"'):
-        reader(tmp_path / "a.json")
-
-
-ROW = {
-    "model": "emo",
-    "domain": "french",
-    "evaluated_on": "french",
-    "keep_fraction": 0.25,
-    "num_experts_kept": 4,
-    "method": "mean_prob",
-    "loss": 2.5,
-    "rise": 0.5,
-    "tokens": 100,
-    "seed": 1,
-    "versions": "some",
-}
-BAD = {
-    "loss": ("2.5", None, True, [2.5], {}, 10**400),
-    "num_experts_kept": ("4", 4.5, True, None, 10**30),
-    "domain": (4, None, ["french"]),
-    "evaluated_on": (0.5, {}),
-}
-
-
-@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
-def test_a_row_of_other_types_is_told_with_its_place(field, value, tmp_path):
-    rows, file = [ROW, ROW | {field: value}], tmp_path / "report.json"
-    file.write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=rf"report.json, row 2: {field} must be"):
-        load_rows(file)
-    file.write_text(json.dumps(rows).replace(f'"{field}"', '"other"'))
-    with pytest.raises(ValueError, match=rf"report.json, .*{field}"):
-        load_rows(file)
-
-
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        ("emo,french,french,0.25,4.5,mean_prob,2.5,0.5,100,1,some", "4.5"),
-        ("emo,french,french,,4,mean_prob,2.5,0.5,100,1,some", "keep_fraction"),
-        ("emo,french,french,0.25,4", "row 1"),
-        ("emo,french,french,7,4,mean_prob,2.5,0.5,100,1,some", "keep_fraction"),
-        ('emo,"french', "end of data"),
-        ("emo,french,french,0.25,4,mean_prob,2.5,0.5,100,1,some,more", "None"),
-    ],
-)
-def test_a_line_of_csv_is_told_with_its_place(line, what, tmp_path):
-    header = ",".join(name for name in ROW if name != "origin")
-    (tmp_path / "a.csv").write_text(f"{header}\n{line}\n")
-    with pytest.raises(ValueError, match=rf"a\.csv.*{what}"):
-        load_rows(tmp_path / "a.csv")
+    for format, told in ((f"emo_megatron.{kind}.{version}", version), ("other.selection.1", "lacks")):
+        (tmp_path / "a.json").write_text(json.dumps({"format": format, "new": 1}))
+        with pytest.raises(ValueError, match=rf"a\.json.*{told}"):
+            reader(tmp_path / "a.json")

@@ -7,11 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.pretraining import ROOT, logged, pretrain, scalars, stored_tensors
+
+from emo_megatron.config import PoolConfig
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +27,9 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
-        (2, ["--expert-model-parallel-size", 2]),
-        (2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"]),
+        # test_resume.py trains these two too, and compares their losses
+        pytest.param(2, ["--expert-model-parallel-size", 2], marks=pytest.mark.slow),
+        pytest.param(2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"], marks=pytest.mark.slow),
         (2, ["--pipeline-model-parallel-size", 2, *SELECTIVE]),
         pytest.param(
             2,
@@ -82,6 +84,8 @@ def test_evaluation_on_mock_data(processes, flags):
 
 
 def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
     flags = ["--pool-min", 3, "--use-distributed-optimizer", "--ckpt-format", "torch_dist"]
     # the other format stores what lies between the tensors too, which nobody initialised
     flags += ["--dist-ckpt-optim-fully-reshardable"]
@@ -93,10 +97,12 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
         return ["--save", folder, "--save-interval", 2, "--tensorboard-dir", folder / "tb"]
 
     pretrain(2, *flags, *save(whole), data=data_prefix)
-    pretrain(2, *flags, *save(parts), "--exit-interval", 2, data=data_prefix)
-    pretrain(2, *flags, *save(parts), "--load", parts, data=data_prefix)
+    (whole / "latest_checkpointed_iteration.txt").write_text("2")
+    pretrain(2, *flags, *save(parts), "--load", whole, data=data_prefix)
     for name in ("lm loss", "grad-norm", "learning-rate", "global_load_balancing_loss"):
-        assert scalars(parts / "tb", name) == scalars(whole / "tb", name), name
+        resumed = scalars(parts / "tb", name)
+        assert resumed == {step: value for step, value in scalars(whole / "tb", name).items() if step > 2}, name
+        assert len(resumed) == 2
     wanted = stored_tensors(whole / "iter_0000004")
     found = stored_tensors(parts / "iter_0000004")
     assert found.keys() == wanted.keys()
@@ -118,33 +124,18 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
     assert 3.0 < sizes[4] < 8.0
     assert all(value > 1.0 for value in scalars(whole / "tb", "experts_per_document").values())
 
-    _check_stored_pool_configuration(whole / "iter_0000004")
-
-
-def _check_stored_pool_configuration(checkpoint: Path) -> None:
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    from emo_megatron.config import PoolConfig
-
-    common = load_common_state_dict(str(checkpoint))
-    stored = {f.name: getattr(common["args"], f.name) for f in dataclasses.fields(PoolConfig)}
-    assert stored["pool_min"] == 3
+    args = load_common_state_dict(str(whole / "iter_0000004"))["args"]
+    stored = {f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)}
     assert PoolConfig(**stored) == PoolConfig(
         pool_min=3, pool_min_decay_samples=24, pool_delay_samples=16, pool_skew=1.5
     )
     assert all(isinstance(v, int | float | str | None) for v in stored.values())
 
 
-def test_without_pools_it_trains_the_standard_model_on_mock_data():
-    output = pretrain(1, data=None)
-    assert len(logged(output)) == 4
-    assert not logged(output, "pool_size")
-
-
 def test_a_wrong_configuration_is_refused_before_anything_is_built():
     output = pretrain(1, "--pool-min", 1, "--moe-latent-size", 16, data=None, expect_failure=True)
-    assert "--pool-min must be at least --moe-router-topk (2)" in output
-    assert "--moe-latent-size 16 needs" in output
+    assert "--pool-min must" in output
+    assert "--moe-latent-size" in output
     assert "number of parameters" not in output
 
 

@@ -7,21 +7,11 @@ import sys
 import time
 
 import pytest
-from support.running import Command
+from support.running import DEAF, Command
 
 from emo_megatron.processes import stops_on_signals
 
 RETURN_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGKILL: -signal.SIGKILL}
-
-DEAF = """
-import emo_megatron, os, signal, sys, time
-for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
-os.fork()
-(open(sys.argv[1] + str(os.getpid()), "w")).close()
-time.sleep(600)
-"""
-"""A process that hears no signal, and one that it forked."""
 
 
 def command(code: str) -> list[str]:
@@ -44,7 +34,7 @@ def deaf(tmp_path):
     script, marks = tmp_path / "deaf.py", tmp_path / "up"
     script.write_text(DEAF)
     marks.mkdir()
-    return [str(script), f"{marks}/"], lambda: len(list(marks.iterdir()))
+    return [str(script), str(marks)], lambda: len(list(marks.iterdir()))
 
 
 @pytest.mark.parametrize("number", RETURN_CODES)
@@ -71,7 +61,8 @@ run(python(*{arguments}, processes=2), stdout=None)
 def test_ranks_of_a_test_end_with_it(number):
     code = "import textwrap; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text='')"
     started = Command([sys.executable, "-c", code])
-    started.wait_for(lambda: sum("spawn_main" in line for line in started.running()) == 2)
+    # and the process that they are forked from
+    started.wait_for(lambda: sum("forkserver" in line for line in started.running()) == 3)
     started.end(number)
 
 

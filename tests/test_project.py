@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import emo_megatron
 from emo_megatron.environment import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,12 +89,6 @@ def test_make_says_what_to_install_without_an_interpreter(tmp_path: Path) -> Non
     assert len(errors) == 1
     assert "no Python 3.12 or 3.13" in errors[0]
     assert not (tmp_path / ".venv").exists()
-
-
-def test_the_version_has_one_source() -> None:
-    assert PYPROJECT["project"]["dynamic"] == ["version"]
-    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "emo_megatron.__version__"}
-    assert re.fullmatch(r"\d+\.\d+\.\d+", emo_megatron.__version__)
 
 
 def test_supported_versions_are_those_of_pyproject() -> None:

@@ -22,7 +22,7 @@ from emo_megatron.bridge.run_config import check_resume
 from emo_megatron.mcore.batches import TOKEN_KEYS
 from emo_megatron.mcore.context import CLOCK
 from emo_megatron.mcore.metrics import install_metrics
-from emo_megatron.mcore.mtp_roll import use_packed_roll
+from emo_megatron.mcore.mtp import use_packed_roll
 from emo_megatron.mcore.padding import (
     Packing,
     cut_by_document,

@@ -179,13 +179,7 @@ def stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
 def model_flags(
     checkpoint: MegatronCheckpoint, parser: argparse.ArgumentParser, *, as_trained: bool = False
 ) -> dict[str, Any]:
-    """What of the flags in a checkpoint makes its model, by the parser's names.
-
-    Args:
-        checkpoint: of the model.
-        parser: Megatron's.
-        as_trained: also the flags of AS_TRAINED.
-    """
+    """What of the flags in a checkpoint makes its model, by the names of Megatron's parser; perhaps AS_TRAINED, too."""
     stored = vars(stored_flags(checkpoint))
     known = FUNCTION | AS_TRAINED | NOT_THE_MODEL
     for action in flags_of_models(parser):

@@ -83,12 +83,7 @@ def is_of_experts(name: str) -> bool:
 
 
 def refuse_prediction(path: Path, names: Iterable[str]) -> None:
-    """Refuse a checkpoint with layers of multi-token prediction, which commands for trained models do not know.
-
-    Args:
-        path: of the checkpoint.
-        names: of its weights.
-    """
+    """Refuse a checkpoint with layers of multi-token prediction, which commands for trained models do not know."""
     if any(name.startswith("mtp.") for name in names):
         raise ValueError(
             f"{path} has layers of multi-token prediction, which this command does not know: train without "

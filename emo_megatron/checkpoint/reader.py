@@ -1,9 +1,8 @@
 """Megatron's distributed checkpoints by tensor name and slice: the model's weights, whatever layout wrote them.
 
-One set of names for every checkpoint: layers apart (`decoder.layers.3.mlp.router.weight`), experts on the first axis
-(`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`, [E, 2f, h]). Megatron also stacks equal layers in one tensor
-and can store every expert alone, the halves of a gated projection apart; none of it shows here. Nothing is read but
-what is asked for, chunk by chunk (Megatron stores each expert in a chunk of its own). No process group is needed.
+Every checkpoint has the names of names.py (`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`, [E, 2f, h]).
+Nothing is read but what is asked for, chunk by chunk (Megatron stores each expert in a chunk of its own). No process
+group is needed.
 """
 
 from __future__ import annotations
@@ -95,7 +94,23 @@ class MegatronCheckpoint:
                 raise ValueError(f"{self.path} is not whole: it has a part of {name} only")
 
     def _folder(self, path: Path) -> Path:
-        return _iteration_folder(path)
+        """The folder with the checkpoint's metadata."""
+        folder = tracked_folder(path) or path
+        if not folder.is_dir():
+            raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
+        with reading(folder / "metadata.json"):
+            config = maybe_load_config(str(folder))
+        if config is None and (folder / ".metadata").exists():
+            raise ValueError(
+                f"{folder} is not a torch_dist checkpoint: one of Megatron-FSDP (--ckpt-format fsdp_dtensor) becomes "
+                f"one with python -m emo_megatron.checkpoint.fsdp --checkpoint {path} --output NEW_FOLDER"
+            )
+        if config is None or config.sharded_backend != "torch_dist":
+            raise ValueError(
+                f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with its {TRACKER}, or "
+                "one iteration's in it, and convert other formats with Megatron's --ckpt-convert-format torch_dist"
+            )
+        return folder
 
     def _found(self, sizes: dict[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
         return pieces_of(sizes)
@@ -241,26 +256,6 @@ def tracked_folder(run: Path) -> Path | None:
             "iteration, or write its number there"
         )
     return run / f"iter_{int(said):07d}"
-
-
-def _iteration_folder(path: Path) -> Path:
-    """The folder with the checkpoint's metadata."""
-    folder = tracked_folder(path) or path
-    if not folder.is_dir():
-        raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
-    with reading(folder / "metadata.json"):
-        config = maybe_load_config(str(folder))
-    if config is None and (folder / ".metadata").exists():
-        raise ValueError(
-            f"{folder} is not a torch_dist checkpoint: one of Megatron-FSDP (--ckpt-format fsdp_dtensor) becomes one "
-            f"with python -m emo_megatron.checkpoint.fsdp --checkpoint {path} --output NEW_FOLDER"
-        )
-    if config is None or config.sharded_backend != "torch_dist":
-        raise ValueError(
-            f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with its {TRACKER}, or one "
-            "iteration's in it, and convert other formats with Megatron's --ckpt-convert-format torch_dist"
-        )
-    return folder
 
 
 @contextlib.contextmanager

@@ -39,11 +39,7 @@ def is_run(path: str | None) -> bool:
 
 
 def loaded_by_megatron(args: argparse.Namespace) -> MegatronCheckpoint:
-    """The checkpoint that a training run will load, by the rules of Megatron's `load_checkpoint`.
-
-    Args:
-        args: Megatron's flags `load`, `ckpt_step` and `pretrained_checkpoint`.
-    """
+    """The checkpoint that a training run will load, by the rules of Megatron's `load_checkpoint` for its flags."""
     flag, path = "--load", args.load
     if args.pretrained_checkpoint is not None and not is_run(path):
         flag, path = "--pretrained-checkpoint", args.pretrained_checkpoint

@@ -76,9 +76,6 @@ def write_checkpoint(
         args: flags of a run of this model (num_experts, hidden_size, ...), as another run would parse them; those
             that tell how far it got and under which layout are reset here.
         notes: more files for `path`, by name; written when all weights are.
-
-    Returns:
-        `path`.
     """
     path = Path(path)
     with whole(path, is_new=True) as unfinished:

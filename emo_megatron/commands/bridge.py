@@ -37,15 +37,7 @@ class Options:
 
 
 def run(options: Options) -> str | None:
-    """Train, or list the recipes.
-
-    Returns:
-        Where the checkpoints lie, if there are any.
-
-    Raises:
-        ImportError: Megatron-Bridge is missing or of another version.
-        ValueError: the recipe cannot be trained like this; says what to write instead.
-    """
+    """Train, or list the recipes; returns where the checkpoints lie, if there are any."""
     from emo_megatron.mcore import cpu
     from emo_megatron.mcore.compat import require_bridge
 

@@ -21,13 +21,12 @@ from emo_megatron.commands.options import check_least
 from emo_megatron.config import PoolConfig
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.files import must_not_exist, whole
-from emo_megatron.hf.architecture import Architecture
 from emo_megatron.hf.card import Origin, Retained, model_card, retained
 from emo_megatron.hf.config_file import RECORD
-from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
-from emo_megatron.hf.model_config import architecture_of
-from emo_megatron.hf.qwen2_moe import TINY_GATE
-from emo_megatron.hf.weights import MegatronWeights
+from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
+from emo_megatron.hf.formats import FORMATS, TINY_GATE
+from emo_megatron.hf.mapping import Architecture
+from emo_megatron.hf.megatron import MegatronWeights, architecture_of
 from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
 from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer

@@ -21,8 +21,7 @@ from emo_megatron.hf import tokenizer as tokenizers
 from emo_megatron.hf.config_file import RECORD, record
 from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
-from emo_megatron.hf.model_config import flags_of
-from emo_megatron.hf.weights import megatron_weights
+from emo_megatron.hf.megatron import flags_of, megatron_weights
 from emo_megatron.runners.parity import Converted, measure_parity
 
 TOKENIZER_FOLDER = "tokenizer"

@@ -71,12 +71,7 @@ class ModelOptions:
         launch.again(command, self, processes=self.processes, log=log)
 
     def open(self, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[Measured, Read]:
-        """The model of a checkpoint, and what reads documents for it.
-
-        Args:
-            checkpoint: Megatron's or Hugging Face's.
-            texts: files that will be read.
-        """
+        """The model of a checkpoint, Megatron's or Hugging Face's, and what reads documents (`texts`) for it."""
         cache = NoCache() if self.no_cache else open_cache()
         if not is_hugging_face(checkpoint):
             model, read = open_megatron(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emo_megatron import __version__
 from emo_megatron.commands.options import DataOptions, check_least
 from emo_megatron.experts.calibration import Calibration, Documents
 from emo_megatron.experts.select import RANDOM, MaxRise, check_method, parse_keep, size_of
@@ -17,7 +14,7 @@ from emo_megatron.json_files import read_own, to_json
 from emo_megatron.report.figure import plot_methods
 from emo_megatron.report.rows import RetentionRow, load_rows, rows_of, save_rows
 from emo_megatron.report.table import cliffs_table, find_cliffs, full_report, methods_table
-from emo_megatron.runners import launch
+from emo_megatron.runners import cache, launch
 from emo_megatron.runners.cache import Measured
 from emo_megatron.runners.retention import Condition, conditions, domain_files, measure_rows
 
@@ -178,11 +175,8 @@ def _draw(options: Options, measured: list[dict[str, Any]], beside: list[Retenti
 
 def versions() -> str:
     """What measures, for people."""
-    found = [f"emo_megatron {__version__}"]
-    for name in ("torch", "megatron-core"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(found)
+    found = cache.versions()
+    return ", ".join(f"{name} {found[name]}" for name in ("emo_megatron", "torch", "megatron-core") if name in found)
 
 
 def _beside(options: Options) -> list[RetentionRow]:

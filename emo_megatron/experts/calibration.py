@@ -6,7 +6,6 @@ what a document does does not depend on its neighbours: statistics of two files 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,6 @@ from emo_megatron.files import one_line
 
 ReadIndexed = Callable[[Path], Sequence[Tensor]]
 """The documents of an indexed dataset, by its prefix."""
-Tokenize = Callable[[str], Sequence[int]]
-"""A text as token ids, end of document included."""
 SEPARATOR = "\n\n"
 """Between the shots of a text."""
 NO_TOKENIZER = "{} holds text and the run had no tokenizer: give --tokenizer"
@@ -81,43 +78,6 @@ class Documents:
         return sum(document.numel() for document in self.tokens)
 
 
-def load_documents(
-    path: Path | str,
-    *,
-    calibration: Calibration,
-    tokenize: Tokenize | None = None,
-    read_indexed: ReadIndexed | None = None,
-    vocab_size: int | None = None,
-) -> Documents:
-    """Read calibration documents; those without a token are left out.
-
-    Args:
-        path: a file as `read_file` reads it.
-        calibration: which documents.
-        tokenize: for text.
-        read_indexed: for indexed datasets.
-        vocab_size: tokens must be below it; None checks nothing.
-    """
-    path = Path(path)
-    documents = read_file(path, read_indexed=read_indexed)
-    examples, shots = calibration.pick(len(documents))
-    chosen: list[Tensor] = []
-    num_tokens = 0
-    for place in examples:
-        parts = [documents[at] for at in (*shots, place)]
-        tokens = _tokens(parts, path, tokenize)
-        if tokens.numel():
-            _check(tokens, vocab_size, where=f"{path}, document {place + 1}")
-            chosen.append(tokens)
-            num_tokens += tokens.numel()
-        if calibration.num_tokens and num_tokens >= calibration.num_tokens:
-            break
-    if not chosen:
-        raise ValueError(f"{path} holds no document")
-    source = {"file": path.name, "sha256": _digest(chosen), "documents": len(chosen), "tokens": num_tokens}
-    return Documents(tokens=tuple(chosen), source=source | asdict(calibration))
-
-
 class TextTokenizer(Protocol):
     """What reads text for a model."""
 
@@ -129,31 +89,43 @@ class TextTokenizer(Protocol):
         """A document's tokens without added specials, ended by `end` if there is one."""
 
 
-def read_documents(
+def load_documents(
     path: Path,
     *,
     calibration: Calibration,
-    tokenizer: TextTokenizer | None,
-    vocab_size: int,
+    tokenizer: TextTokenizer | None = None,
     read_indexed: ReadIndexed | None = None,
+    vocab_size: int | None = None,
 ) -> Documents:
-    """Read documents for a model: the one way, whichever format the model is in.
+    """Read calibration documents; those without a token are left out.
 
     Args:
-        path, calibration, vocab_size, read_indexed: as for `load_documents`.
+        path: a file as `read_file` reads it.
+        calibration: which documents.
         tokenizer: of the model; for text, whose source also says what ends a document ("end_of_document").
+        read_indexed: for indexed datasets.
+        vocab_size: tokens must be below it; None checks nothing.
     """
-    documents = load_documents(
-        path,
-        calibration=calibration,
-        tokenize=None if tokenizer is None else tokenizer.encode,
-        read_indexed=read_indexed,
-        vocab_size=vocab_size,
-    )
-    if tokenizer is None or not is_text(path):
-        return documents
-    source = documents.source | {"end_of_document": tokenizer.end}
-    return dataclasses.replace(documents, source=source)
+    documents = read_file(path, read_indexed=read_indexed)
+    examples, shots = calibration.pick(len(documents))
+    chosen: list[Tensor] = []
+    num_tokens = 0
+    for place in examples:
+        parts = [documents[at] for at in (*shots, place)]
+        tokens = _tokens(parts, path, tokenizer)
+        if tokens.numel():
+            _check(tokens, vocab_size, where=f"{path}, document {place + 1}")
+            chosen.append(tokens)
+            num_tokens += tokens.numel()
+        if calibration.num_tokens and num_tokens >= calibration.num_tokens:
+            break
+    if not chosen:
+        raise ValueError(f"{path} holds no document")
+    source = {"file": path.name, "sha256": _digest(chosen), "documents": len(chosen), "tokens": num_tokens}
+    source |= asdict(calibration)
+    if tokenizer is not None and is_text(path):
+        source["end_of_document"] = tokenizer.end
+    return Documents(tokens=tuple(chosen), source=source)
 
 
 def _check(tokens: Tensor, vocab_size: int | None, *, where: str) -> None:
@@ -166,12 +138,12 @@ def _check(tokens: Tensor, vocab_size: int | None, *, where: str) -> None:
         )
 
 
-def _tokens(parts: list[Any], path: Path, tokenize: Tokenize | None) -> Tensor:
+def _tokens(parts: list[Any], path: Path, tokenizer: TextTokenizer | None) -> Tensor:
     """One document of several texts or token sequences."""
     if isinstance(parts[0], str):
-        if tokenize is None:
+        if tokenizer is None:
             raise ValueError(NO_TOKENIZER.format(path))
-        return torch.tensor(tokenize(SEPARATOR.join(parts)), dtype=torch.int64)
+        return torch.tensor(tokenizer.encode(SEPARATOR.join(parts)), dtype=torch.int64)
     # all but the last lose their end of document: it would close the document in front of the example
     return torch.cat([*(part[:-1] for part in parts[:-1]), parts[-1]]).long()
 
@@ -198,12 +170,7 @@ class Row:
 
 
 def pack_rows(documents: Sequence[Tensor], *, seq_length: int) -> Iterator[Row]:
-    """Put documents into rows in their order, as many as fit; longer ones are cut into pieces of a row.
-
-    Args:
-        documents: [n] int64 each.
-        seq_length: S.
-    """
+    """Put documents, [n] int64 each, into rows in their order, as many as fit; longer ones are cut into pieces of S."""
     pieces: list[tuple[Tensor, Tensor]] = []
     room = seq_length
     for document in documents:
@@ -307,9 +274,10 @@ def _read_tokens(path: Path) -> list[Tensor]:
     lengths = bounds.diff()
     if bounds.numel() < 1 or bounds[0] != 0 or bounds[-1] != tokens.numel() or (lengths < 0).any():
         falls = (lengths < 0).nonzero().flatten().tolist()
+        ends = f"{int(bounds[0])} to {int(bounds[-1])}" if bounds.numel() else "none"
         raise ValueError(
             f"{path}: cu_seqlens must rise from 0 to the {tokens.numel()} tokens; "
-            + (f"entry {falls[0] + 1} falls" if falls else f"got {_ends(bounds)}")
+            + (f"entry {falls[0] + 1} falls" if falls else f"got {ends}")
         )
     return list(torch.split(tokens, lengths.tolist()))
 
@@ -321,7 +289,3 @@ def _integers(path: Path, name: str, stored: Tensor) -> Tensor:
     if not is_integer or stored.dim() != 1:
         raise ValueError(f'{path}: "{name}" must be one row of integers; got {list(stored.shape)} {stored.dtype}')
     return stored.long()
-
-
-def _ends(bounds: Tensor) -> str:
-    return f"{int(bounds[0])} to {int(bounds[-1])}" if bounds.numel() else "none"

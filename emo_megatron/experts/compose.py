@@ -79,9 +79,5 @@ def _check_parents(selections: Sequence[Selection]) -> Selection:
 def _added(scores: Sequence[Tensor], *, selections: Sequence[Selection]) -> Tensor:
     if len(scores) != len(selections):
         raise ValueError(f"--stats must name one file for each selection: {len(scores)} for {len(selections)}")
-    shape = (len(selections[0].layers), selections[0].num_experts)
-    for score_LE in scores:
-        if tuple(score_LE.shape) != shape:
-            raise ValueError(f"scores must be [layers, experts] = {shape}; got {tuple(score_LE.shape)}")
     parts = [s.double() / s.double().sum(dim=1, keepdim=True).clamp(min=1e-300) for s in scores]
     return torch.stack(parts).sum(dim=0)

@@ -154,13 +154,9 @@ def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
 
 
 def place_together(together_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int) -> Ranks:
-    """The best of some starts, each bettered by swaps.
+    """The best of some starts, each bettered by swaps; the rest as in `place`.
 
-    Args:
-        together_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
-        num_ranks: R, a divisor of E.
-        max_imbalance: as in `place`.
-        seed: of the order of swaps.
+    together_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
     """
     load_E = together_EE.diagonal().copy()
     weight_EE = together_EE - np.diag(load_E)

@@ -65,10 +65,8 @@ def size_of(text: str, *, total: int) -> int:
 def parse_keep(text: str, facts: ModelFacts) -> int:
     """Routed experts a layer that `--keep` asks for.
 
-    Args:
-        text: experts a layer as the paper counts them, shared ones included: "16"; or a share of all of them, to the
-            nearest number: "12.5%".
-        facts: of the model.
+    Its text is experts a layer as the paper counts them, shared ones included: "16"; or a share of all of them, to the
+    nearest number: "12.5%".
     """
     total = facts.num_experts + facts.num_shared
     wanted, is_share = size_of(text, total=total), text.strip().endswith("%")
@@ -82,13 +80,7 @@ def parse_keep(text: str, facts: ModelFacts) -> int:
 
 
 def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter: float) -> int:
-    """Most routed experts a layer whose module's weights fit.
-
-    Args:
-        budget_mb: megabytes, 10^6 bytes, of all weights.
-        facts: of the model.
-        bytes_per_parameter: 2 for bfloat16.
-    """
+    """Most routed experts a layer of a module whose weights, all of them, fit in megabytes of 10^6 bytes."""
     layer_bytes = len(facts.layers) * facts.expert_parameters * bytes_per_parameter
     fixed_bytes = facts.other_parameters * bytes_per_parameter
     room = (budget_mb * 1e6 - fixed_bytes) / layer_bytes
@@ -103,17 +95,10 @@ def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter:
 
 
 def select_top(scores_LE: Tensor, *, keep: int) -> Tensor:
-    """Keep each layer's best-scored experts.
-
-    Args:
-        scores_LE: [L, E], higher is better; for the paper's method the mean router probability.
-        keep: experts kept a layer, in [1, E].
+    """Keep each layer's `keep` best-scored experts, of scores [L, E] that must be finite; higher is better.
 
     Returns:
         [L, E] bool with `keep` True a row; ties go to the lower index.
-
-    Raises:
-        NotFiniteError: a score is not finite.
     """
     bad = first_bad(scores_LE)
     if bad is not None:
@@ -133,16 +118,7 @@ def select_random(*, num_layers: int, num_experts: int, keep: int, seed: int) ->
 
 
 def select_by_stats(stats: ExpertStatistics, *, method: str, keep: int) -> Tensor:
-    """The experts that a method keeps by statistics alone.
-
-    Args:
-        stats: of the calibration documents; taken with outputs where the method needs them.
-        method: one of METHODS with scores.
-        keep: routed experts kept a layer.
-
-    Returns:
-        [L, E] bool with `keep` True a row.
-    """
+    """The experts that a method with scores keeps by statistics alone, [L, E] bool with `keep` True a row."""
     scores = METHODS[method].scores
     assert scores is not None, "what runs the model, or chance, needs no statistics"
     return select_top(scores(stats), keep=keep)

@@ -113,8 +113,9 @@ class Selection:
         path = Path(path)
         text = to_json({"format": FORMAT} | asdict(self), indent=1)
         # a layer's experts on one line: the file is read by people
+        text = re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
         with whole(path) as unfinished:
-            unfinished.write_text(_one_line_lists(text) + "\n", encoding="utf-8")
+            unfinished.write_text(text + "\n", encoding="utf-8")
         return path
 
 
@@ -131,10 +132,9 @@ def load_selection(path: Path | str) -> Selection:
 
 
 def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
-    """What a Selection knows its model by: sha256, in hex, of the routers.
+    """What a Selection knows its model by: sha256, in hex, of the routers of its MoE layers in model order.
 
-    Args:
-        router_weights: [E, h] of every MoE layer in model order, whole, in any dtype: they are compared as float32.
+    They are [E, h], whole, in any dtype, and compared as float32.
     """
     digest = hashlib.sha256()
     for weight in router_weights:
@@ -146,7 +146,7 @@ def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
 def _problems(selection: Selection) -> list[str]:
     problems = []
     num_experts = selection.num_experts
-    if not _is_int(num_experts) or not 1 <= num_experts <= MOST_EXPERTS:
+    if not is_a(num_experts, int) or not 1 <= num_experts <= MOST_EXPERTS:
         return [f"num_experts must be a positive number, {MOST_EXPERTS} at most; got {num_experts!r}"]
     layers = selection.layers
     if not layers or not are_layers(layers):
@@ -154,7 +154,7 @@ def _problems(selection: Selection) -> list[str]:
     if len(selection.experts) != len(layers):
         problems.append(f"it lists {len(selection.experts)} layers of experts and {len(layers)} layer numbers")
     for layer, kept in zip(layers, selection.experts, strict=False):
-        is_ascending = all(map(_is_int, kept)) and list(kept) == sorted(set(kept))
+        is_ascending = all(is_a(expert, int) for expert in kept) and list(kept) == sorted(set(kept))
         if not kept or not is_ascending or kept[0] < 0 or kept[-1] >= num_experts:
             problems.append(
                 f"layer {layer} must keep at least one expert of 0 to {num_experts - 1}, ascending; got {_short(kept)}"
@@ -164,7 +164,7 @@ def _problems(selection: Selection) -> list[str]:
         value: Any = getattr(selection, name)
         if not isinstance(value, str) or not value:
             problems.append(f"{name} must be a text; got {reprlib.repr(value)}")
-    if selection.seed is not None and not _is_int(selection.seed):
+    if selection.seed is not None and not is_a(selection.seed, int):
         problems.append(f"seed must be a number or null; got {reprlib.repr(selection.seed)}")
     data: Any = selection.data
     if not isinstance(data, dict):
@@ -172,14 +172,6 @@ def _problems(selection: Selection) -> list[str]:
     return problems
 
 
-def _is_int(value: object) -> bool:
-    return is_a(value, int)
-
-
 def _short(numbers: Sequence[object]) -> str:
     head = ", ".join(map(reprlib.repr, numbers[:8]))
     return f"[{head}, ... {len(numbers)} in all]" if len(numbers) > 8 else f"[{head}]"
-
-
-def _one_line_lists(text: str) -> str:
-    return re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)

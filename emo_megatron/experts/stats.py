@@ -54,11 +54,8 @@ class ModelFacts:
 
     def is_same(self, other: ModelFacts) -> bool:
         """Whether the routers are the same; formats may differ in what else they store."""
-        return self._routers == other._routers
-
-    @property
-    def _routers(self) -> tuple[object, ...]:
-        return self.fingerprint, self.num_experts, self.top_k, self.layers
+        names = ("fingerprint", "num_experts", "top_k", "layers")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

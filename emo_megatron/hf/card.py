@@ -17,8 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from emo_megatron import __version__
 from emo_megatron.experts.selection import Selection
-from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.mapping import weight_shapes
+from emo_megatron.hf.mapping import Architecture, weight_shapes
 from emo_megatron.report.rows import FULL, RANDOM, RetentionRow
 
 Retained = tuple[RetentionRow, float | None]

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from emo_megatron.hf.architecture import Architecture
+from emo_megatron.hf.mapping import Architecture
 from emo_megatron.json_files import is_a
 from emo_megatron.mcore.unsupported import only
 
@@ -122,14 +122,3 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     if "rope_theta" not in parameters:
         return number(config, "rope_theta")
     return number(parameters, "rope_theta", of="rope_parameters")
-
-
-def head_dim_problems(architecture: Architecture) -> list[str]:
-    """What is wrong where heads do not share out the hidden size."""
-    a = architecture
-    if a.head_dim * a.num_heads == a.hidden_size:
-        return []
-    return [
-        f"a head must be hidden size / heads = {a.hidden_size}/{a.num_heads} wide (--kv-channels); got {a.head_dim}: "
-        "vLLM takes no other for this architecture"
-    ]

@@ -19,15 +19,10 @@ from tqdm import tqdm
 
 from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.finite import NotFiniteError
-from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.emo_format import EMO
-from emo_megatron.hf.formats import Format, from_file, to_file
-from emo_megatron.hf.mapping import shape_problems
-from emo_megatron.hf.qwen2_moe import QWEN2_MOE
+from emo_megatron.hf.formats import FORMATS, QWEN2_MOE, Format, from_file, to_file
+from emo_megatron.hf.mapping import Architecture, shape_problems
 from emo_megatron.json_files import checked, is_a, read_object
 
-FORMATS: dict[str, Format] = {format.model_type: format for format in (QWEN2_MOE, EMO)}
-"""By model_type."""
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,10 +42,6 @@ class HuggingFaceFolder:
         shapes: name -> shape of every tensor.
         dtype: of its tensors.
         architecture: the model it holds.
-
-    Raises:
-        ValueError: it is not a checkpoint, a shard is missing or cut short, or it holds what no `Architecture`
-            expresses; says which.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -134,11 +125,8 @@ def write_folder(
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
 
     Args:
-        folder: to write into.
-        format: of the folder.
-        architecture: the model.
-        read: gives a weight by its name in `architecture.weight_shapes`.
-        dtype: of the tensors.
+        folder, format, architecture, dtype: what is written.
+        read: gives a weight by its name in `mapping.weight_shapes`.
         extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own.
         shared_gate_value: fills the gate of a shared expert that has none.
         shard_bytes: size of a shard.

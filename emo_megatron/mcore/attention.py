@@ -27,23 +27,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from emo_megatron.config import PoolCpPartition, flag
+from emo_megatron.config import PoolCpPartition
 from emo_megatron.mcore.local import NormedLinear
 from emo_megatron.mcore.padding import partition_bounds
 from emo_megatron.sharding import local_token_indices
 
-_SUPPORTED = {"apply_query_key_layer_scaling": False}
-"""Options of Megatron's attention that DocumentAttention does not have, with the value that leaves them out."""
-
 
 def require_supported(config: TransformerConfig) -> None:
-    """Raise NotImplementedError for an option of Megatron's attention that DocumentAttention does not have."""
-    for field, supported in _SUPPORTED.items():
-        if getattr(config, field, supported) != supported:
-            raise NotImplementedError(
-                f"{flag(field)} {getattr(config, field)!r} needs Transformer Engine's attention; "
-                f"use --transformer-impl transformer_engine, or {supported!r}"
-            )
+    """Raise NotImplementedError for the option of Megatron's attention that DocumentAttention does not have."""
+    if config.apply_query_key_layer_scaling:
+        raise NotImplementedError(
+            "--apply-query-key-layer-scaling needs Transformer Engine's attention; use --transformer-impl "
+            "transformer_engine, or drop it"
+        )
 
 
 class DocumentAttention(torch.nn.Module):
@@ -57,9 +53,6 @@ class DocumentAttention(torch.nn.Module):
     Attributes:
         softmax_offset: [heads of this rank], the logit of a key without a value, which takes a share of every softmax.
             A parameter, under Megatron's name, with --softmax-type learnable; zero with off-by-one; None otherwise.
-
-    Raises:
-        NotImplementedError: on construction, for an option of Megatron's attention it does not have.
     """
 
     def __init__(
@@ -75,7 +68,6 @@ class DocumentAttention(torch.nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
-        require_supported(config)
         if attn_mask_type is not AttnMaskType.causal:
             raise NotImplementedError(f"attention is causal here; the spec asks for {attn_mask_type}")
         self.softmax_scale = softmax_scale
@@ -106,8 +98,7 @@ class DocumentAttention(torch.nn.Module):
             query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch, or this
                 context-parallel rank's), else [s, b, heads, head_dim]; key and value alike, with the same or fewer
                 heads.
-            attention_mask: unused; the mask is causal within documents.
-            attn_mask_type: unused, likewise.
+            attention_mask, attn_mask_type: unused; the mask is causal within documents.
             attention_bias: must be None.
             packed_seq_params: document boundaries; None means one document a sample.
 
@@ -116,28 +107,33 @@ class DocumentAttention(torch.nn.Module):
         """
         if attention_bias is not None:
             raise NotImplementedError("an attention bias needs Transformer Engine's attention")
+        num_tokens, packed, rows = query.shape[0], packed_seq_params, 1
         if self.cp_group is not None:
-            return self._across_ranks(query, key, value, packed_seq_params)
-        num_tokens = query.shape[0]
-        if packed_seq_params is None:
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            key, value, own_T = self._of_all_ranks(key, value, packed)
+            visible: Tensor | None = self._visible(key, packed, rows)[:, :, own_T]
+        elif packed is not None:
+            rows = num_tokens // (getattr(packed, "tokens_per_sample", None) or num_tokens)
+            visible = self._visible(key, packed, rows)
+        else:
             is_plain = self.window_size is None and self.softmax_offset is None
-            out = self._attend(q, k, v, None if is_plain else self._visible(query, None, 1))
-            return out.permute(2, 0, 1, 3).flatten(2)
-        rows = num_tokens // (getattr(packed_seq_params, "tokens_per_sample", None) or num_tokens)
+            visible = None if is_plain else self._visible(key, None, rows)
+        if packed is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            return self._attend(q, k, v, visible).permute(2, 0, 1, 3).flatten(2)
         q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
-        out = self._attend(q, k, v, self._visible(query, packed_seq_params, rows))
-        return out.transpose(1, 2).reshape(num_tokens, -1)
+        return self._attend(q, k, v, visible).transpose(1, 2).reshape(num_tokens, -1)
 
-    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None) -> Tensor:
-        """Attention of this rank's tokens to everybody's."""
+    def _of_all_ranks(
+        self, key: Tensor, value: Tensor, packed: PackedSeqParams | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The keys and values [t or s, ...] of all context-parallel ranks, and which of them are this rank's."""
         assert self.cp_group is not None
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        num_tokens = query.shape[0] * size
+        num_tokens = key.shape[0] * size
         bounds = None if packed is None else partition_bounds(packed, self.cp_partition)
         positions_RT = [
             local_token_indices(
-                num_tokens=num_tokens, cp_rank=r, cp_size=size, document_bounds=bounds, device=query.device
+                num_tokens=num_tokens, cp_rank=r, cp_size=size, document_bounds=bounds, device=key.device
             )
             for r in range(size)
         ]
@@ -145,14 +141,7 @@ class DocumentAttention(torch.nn.Module):
         k, v = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)[order_T] for x in (key, value)
         )
-        visible = self._visible(k, packed, 1)[:, :, positions_RT[rank]]
-        if packed is None:
-            query, k, v = (x.permute(1, 2, 0, 3) for x in (query, k, v))
-        else:
-            query, k, v = (x.transpose(0, 1)[None] for x in (query, k, v))
-        out = self._attend(query, k, v, visible)
-        out = out.permute(2, 0, 1, 3).flatten(2)
-        return out if packed is None else out[:, 0]
+        return k, v, positions_RT[rank]
 
     def _visible(self, keys: Tensor, packed: PackedSeqParams | None, rows: int) -> Tensor:
         """[rows or 1, 1, s, s] bool, True = visible, for `rows` samples in the `keys` [t or s, ...] of all ranks."""
@@ -202,12 +191,7 @@ class DocumentAttention(torch.nn.Module):
         self.softmax_offset = torch.nn.Parameter(own)
         set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> Any:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """Megatron's sharded state: the learnable offsets, cut by heads over tensor-parallel ranks."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),

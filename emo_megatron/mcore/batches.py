@@ -125,18 +125,16 @@ def has_documents(args: Any) -> bool:
 
 def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> bool:
     """Whether this stage embeds tokens or has a loss."""
-    return bool(is_first_or_last_pipeline_stage(vp_stage)) or predicts_further(config, vp_stage)
+    return is_first_or_last_pipeline_stage(vp_stage) or predicts_further(config, vp_stage)
 
 
 def predicts_further(config: TransformerConfig, vp_stage: int | None) -> bool:
     """Whether this stage has layers of multi-token prediction."""
-    return bool(
-        mtp_on_this_rank(
-            layout=config.pipeline_model_parallel_layout,
-            mtp_num_layers=config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
     )
 
 
@@ -150,40 +148,34 @@ def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp
         only. `cu_seqlens` are those before padding.
     """
     args = get_args()
-    if are_for_routers(args):
-        return _get_batch_for_routers(data_iterator, config, vp_stage)
-    has_documents = args.dataloader_inter_document_masking
-    if not has_documents and not needs_tokens(config, vp_stage):
+    is_for_routers = are_for_routers(args)
+    is_packed = not is_for_routers and args.dataloader_inter_document_masking
+    has_tokens = needs_tokens(config, vp_stage)
+    if not (is_for_routers or is_packed or has_tokens):
         return dict.fromkeys(BATCH_KEYS)
-    batch: dict[str, Any] = {}
-    num_padding_B = None
-    if has_documents:
-        num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
+    loaded: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None, "the dataset is built on every stage"
         loaded = next(data_iterator)
+        if is_for_routers and ROUTER_BOUNDS not in loaded:
+            raise ValueError(
+                f"a batch must have {ROUTER_BOUNDS!r} with --pool-documents routers; got {sorted(loaded)}: build the "
+                "datasets with emo_megatron.mcore.train.datasets_provider"
+            )
         _check_tokens(loaded, seq_length=args.seq_length)
-        if has_documents:
-            _check_documents(loaded["cu_seqlens"], seq_length=args.seq_length)
-            num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
-        batch = {
-            key: loaded[key].cuda(non_blocking=True) if loaded.get(key) is not None else None
-            for key in (*BATCH_KEYS, "attention_mask", "cu_seqlens_padded", "local_cp_size")
-        }
-    batch = _on_this_tp_rank(batch, config, vp_stage, has_cu_seqlens=has_documents)
-    if num_padding_B is not None:
-        _broadcast(num_padding_B)
-    if num_padding_B is None:
-        return _cut_samples(batch) | {NUM_PADDING: None}
-    batch = flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: num_padding_B}
-    return _padded(batch) if is_padded(args) else batch
-
-
-def _cut_samples(batch: dict[str, Any]) -> dict[str, Any]:
-    """Of samples without boundaries for attention, the two pieces of each that this context-parallel rank holds."""
-    group = mpu.get_context_parallel_group()
-    cut: dict[str, Any] = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
-    return cut
+        if is_for_routers or is_packed:
+            _check_documents(loaded[ROUTER_BOUNDS if is_for_routers else "cu_seqlens"], seq_length=args.seq_length)
+    if is_packed:
+        batch = _on_this_tp_rank(loaded, BATCH_KEYS, config, vp_stage)
+        batch = flatten_batch_for_packed_sequences(batch) | {NUM_PADDING: _num_padding(loaded)}
+        return _padded(batch) if is_padded(args) else batch
+    documents = _broadcast_documents(loaded) if is_for_routers else {}
+    if not has_tokens:
+        return dict.fromkeys(BATCH_KEYS) | documents
+    batch = _on_this_tp_rank(loaded, TOKEN_KEYS, config, vp_stage)
+    # the two pieces of each sample that this context-parallel rank holds
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return batch | documents
 
 
 def _padded(batch: dict[str, Any]) -> dict[str, Any]:
@@ -218,54 +210,40 @@ def _padded(batch: dict[str, Any]) -> dict[str, Any]:
     return cut | {PADDED_BOUNDS: bounds, PADDED_TOKENS: num_tokens}
 
 
-def _get_batch_for_routers(
-    data_iterator: Iterator[Any] | None, config: TransformerConfig, vp_stage: int | None
-) -> dict[str, Any]:
-    args = get_args()
-    batch: dict[str, Any] = {}
-    sizes = torch.zeros(1, dtype=torch.int64, device="cuda")
+def _broadcast_documents(loaded: dict[str, Any]) -> dict[str, Any]:
+    """ROUTER_BOUNDS and NUM_PADDING of what tensor-parallel rank 0 has loaded, which is empty on others."""
+    num_bounds = torch.zeros(1, dtype=torch.int64, device="cuda")
     bounds = torch.empty(0)
-    num_padding_B = torch.zeros(args.micro_batch_size, dtype=torch.int64, device="cuda")
-    is_first = mpu.get_tensor_model_parallel_rank() == 0
-    if is_first:
-        assert data_iterator is not None, "the dataset is built on every stage"
-        loaded = next(data_iterator)
-        if ROUTER_BOUNDS not in loaded:
-            raise ValueError(
-                f"a batch must have {ROUTER_BOUNDS!r} with --pool-documents routers; got {sorted(loaded)}: build the "
-                "datasets with emo_megatron.mcore.train.datasets_provider"
-            )
-        _check_tokens(loaded, seq_length=args.seq_length)
-        _check_documents(loaded[ROUTER_BOUNDS], seq_length=args.seq_length)
+    if loaded:
         # on the host, where counting the documents costs nothing
         bounds = merged_bounds(loaded[ROUTER_BOUNDS])
-        sizes.fill_(len(bounds))
+        num_bounds.fill_(len(bounds))
         bounds = bounds.cuda(non_blocking=True)
+    _broadcast(num_bounds)
+    if not loaded:
+        bounds = torch.empty(int(num_bounds.item()), dtype=torch.int64, device="cuda")
+    _broadcast(bounds)
+    return {ROUTER_BOUNDS: bounds, NUM_PADDING: _num_padding(loaded)}
+
+
+def _num_padding(loaded: dict[str, Any]) -> Tensor:
+    num_padding_B = torch.zeros(get_args().micro_batch_size, dtype=torch.int64, device="cuda")
+    if loaded:
         num_padding_B = loaded[NUM_PADDING].cuda(non_blocking=True)
-        batch = {key: loaded[key].cuda(non_blocking=True) for key in TOKEN_KEYS}
-    if mpu.get_tensor_model_parallel_world_size() > 1:
-        _broadcast(sizes)
-        if not is_first:
-            bounds = torch.empty(int(sizes.item()), dtype=torch.int64, device="cuda")
-        _broadcast(bounds)
-        _broadcast(num_padding_B)
-    documents = {ROUTER_BOUNDS: bounds, NUM_PADDING: num_padding_B}
-    if not needs_tokens(config, vp_stage):
-        return dict.fromkeys(BATCH_KEYS) | documents
-    batch = _on_this_tp_rank(batch, config, vp_stage, has_cu_seqlens=False)
-    return _cut_samples(batch) | documents
+    _broadcast(num_padding_B)
+    return num_padding_B
 
 
 def _on_this_tp_rank(
-    batch: dict[str, Any], config: TransformerConfig, vp_stage: int | None, *, has_cu_seqlens: bool
+    loaded: dict[str, Any], keys: tuple[str, ...], config: TransformerConfig, vp_stage: int | None
 ) -> dict[str, Any]:
-    """Tensor-parallel rank 0's batch, and of it what this pipeline stage needs."""
+    """These keys of what tensor-parallel rank 0 has loaded, where this pipeline stage needs them."""
     args = get_args()
-    on_rank: dict[str, Any] = get_batch_on_this_tp_rank(
-        batch,
+    return get_batch_on_this_tp_rank(
+        {key: loaded[key].cuda(non_blocking=True) for key in keys if loaded},
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=has_cu_seqlens,
+        has_cu_seqlens="cu_seqlens" in keys,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
         # above 1 it would look for documents that the dataset has padded
@@ -278,7 +256,6 @@ def _on_this_tp_rank(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return on_rank
 
 
 def _broadcast(values: Tensor) -> None:

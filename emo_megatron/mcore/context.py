@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +24,6 @@ from emo_megatron.mcore.compat import consumed_train_samples, is_in_backward
 from emo_megatron.mcore.padding import PACKING, Packing, packed_places, partition_bounds, require_padded
 from emo_megatron.sharding import local_token_indices
 
-NO_BOUNDARIES = (
-    "Pools need document boundaries and this forward pass got none. Train with --dataloader-inter-document-masking, "
-    "or pass PackedSeqParams to the model; with --pool-documents routers, call the model through "
-    "emo_megatron.mcore.router_documents.forward_with_documents."
-)
-
 
 class SampleClock:
     """How many training samples the run has consumed before this step; pool sizes are drawn from it.
@@ -38,10 +31,9 @@ class SampleClock:
     It reads megatron.training's own count. A host without that sets `consumed_samples` before every step.
     """
 
-    def __init__(self) -> None:
-        self._set: int | None = None
-        self.is_told = True
-        """Whether a training loop tells."""
+    is_told = True
+    """Whether a training loop tells."""
+    _set: int | None = None
 
     @property
     def consumed_samples(self) -> int:
@@ -159,20 +151,16 @@ def scope_of(
     """The scope of this forward pass, made by the first layer that asks and found by the others.
 
     Args:
-        packed_seq_params: of the micro-batch; None gives None.
         hidden_shape: [s, b, h] of this rank's hidden states.
-        shard: this rank's part.
-        pool: the method's configuration.
         layer_number: of the asking layer. A layer that asks twice outside backward is in a new forward pass, even if
             the caller reuses one packed_seq_params object.
     """
     if packed_seq_params is None:
         return None
-    carrier: Any = packed_seq_params
-    scope: PoolScope | None = getattr(carrier, "emo_scope", None)
+    scope: PoolScope | None = getattr(packed_seq_params, "emo_scope", None)
     if scope is None or (layer_number in scope.layers_seen and not is_in_backward()):
         scope = _scope_of_packed(packed_seq_params, hidden_shape, shard=shard, pool=pool)
-        carrier.emo_scope = scope
+        packed_seq_params.emo_scope = scope
     scope.layers_seen.add(layer_number)
     return scope
 
@@ -216,10 +204,7 @@ def make_scope(
     """The scope of a micro-batch that was packed like this.
 
     Args:
-        packing: of the whole micro-batch.
         hidden_shape: [s, b, h] of this rank's hidden states.
-        shard: this rank's part.
-        pool: the method's configuration.
         bounds: [D' + 1], D' >= D: document d was moved to bounds[d] by padding behind the documents before it, and
             what lies past the last one's end is padding; None: the tokens are those of the packing.
         cu_seqlens_padded: as DocumentSegments.from_cu_seqlens takes it: the packing itself has padding.
@@ -231,32 +216,34 @@ def make_scope(
     segments, attended_ids_T = _segments(
         packing, pool, num_tokens=num_tokens, bounds=bounds, cu_seqlens_padded=cu_seqlens_padded
     )
-    places_T = _places(
-        hidden_shape[1], num_tokens, shard=shard, cut_bounds=cut_bounds, device=packing.cu_seqlens.device
-    )
-    if bounds is not None:
-        if places_T is None:
-            places_T = torch.arange(num_tokens, device=bounds.device)
-        places_T = packed_places(places_T, packing.cu_seqlens, bounds)
+    # all tokens, in order
+    places_T, ids_T = None, segments.document_ids_T
+    if bounds is not None or not shard.tp_size == shard.cp_size == hidden_shape[1] == 1:
+        places_T = local_token_indices(
+            num_tokens=num_tokens,
+            batch_size=hidden_shape[1],
+            tp_rank=shard.tp_rank,
+            tp_size=shard.tp_size,
+            cp_rank=shard.cp_rank,
+            cp_size=shard.cp_size,
+            document_bounds=cut_bounds,
+            device=packing.cu_seqlens.device,
+        )
+        if bounds is None:
+            ids_T = segments.take(places_T)
+        else:
+            places_T = packed_places(places_T, packing.cu_seqlens, bounds)
+            ids_T = segments.take(places_T.clamp(min=0)).masked_fill(places_T < 0, -1)
     samples = segments.num_tokens // segments.tokens_per_sample
     first = CLOCK.consumed_samples + (shard.microbatch * shard.dp_size + shard.dp_rank) * samples
     return PoolScope(
         segments=segments,
-        document_ids_T=_taken(segments, places_T, has_padding=bounds is not None),
+        document_ids_T=ids_T,
         sample_positions_D=segments.rows_D + first,
         consumed_samples=CLOCK.consumed_samples,
         places_T=places_T,
         attended_ids_T=attended_ids_T if pool.pool_documents == "attention" else None,
     )
-
-
-def _taken(segments: DocumentSegments, places_T: Tensor | None, *, has_padding: bool) -> Tensor:
-    """[T] int64, the document of each token at these places."""
-    if places_T is None:
-        return segments.document_ids_T
-    if not has_padding:
-        return segments.take(places_T)
-    return segments.take(places_T.clamp(min=0)).masked_fill(places_T < 0, -1)
 
 
 def _segments(
@@ -291,22 +278,6 @@ def _segments(
             )
         segments = segments_of(_before_last_token(cu_seqlens, length))
     return segments.whole_samples() if pool.pool_scope == "sample" else segments, attended_ids_T
-
-
-def _places(batch_size: int, num_tokens: int, *, shard: Shard, cut_bounds: Tensor | None, device: Any) -> Tensor | None:
-    """[T] int64, which tokens of the whole micro-batch this rank routes; None: all of them, in order."""
-    if shard.tp_size == shard.cp_size == batch_size == 1:
-        return None
-    return local_token_indices(
-        num_tokens=num_tokens,
-        batch_size=batch_size,
-        tp_rank=shard.tp_rank,
-        tp_size=shard.tp_size,
-        cp_rank=shard.cp_rank,
-        cp_size=shard.cp_size,
-        document_bounds=cut_bounds,
-        device=device,
-    )
 
 
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:

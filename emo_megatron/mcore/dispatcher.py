@@ -42,23 +42,6 @@ class _Exchange:
     """[e] int64 on the CPU: pairs of all senders for each expert here."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Dispatch:
-    """All that the steps after the first need of it."""
-
-    shape: torch.Size
-    """[s, b, H], of the hidden states."""
-    exchange: _Exchange
-    send: SendPlan
-    receive: ReceivePlan
-
-    @property
-    def rows_are_tokens(self) -> bool:
-        """Whether there is one rank, so that tokens go nowhere: Megatron's permutation remains."""
-        num_tokens = self.shape[:-1].numel()
-        return self.exchange.rows_to == [num_tokens]
-
-
 class PoolAlltoAllDispatcher(MoETokenDispatcher):
     """Dispatches each token once to every rank that holds any of its experts; dropless.
 
@@ -68,10 +51,15 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
     before they travel, where Megatron rounds each.
     """
 
+    # of the last dispatch
+    _shape: torch.Size
+    _exchange: _Exchange
+    _send: SendPlan
+    _receive: ReceivePlan
+
     def __init__(self, num_local_experts: int, *, config: TransformerConfig, pg_collection: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
-        self._last: _Dispatch | None = None
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Lay out what is sent, and tell its receivers.
@@ -89,22 +77,24 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
             # token goes to that rank anyway costs no row
             multiple = get_align_size_for_quantization(self.config)
             routing_map = pad_routing_map(routing_map, multiple)
-        exchange = self._exchange_of(routing_map)
-        send = plan_send(
+        self._shape = hidden_states.shape
+        self._exchange = exchange = self._exchange_of(routing_map)
+        self._send = send = plan_send(
             routing_map, num_ranks=self.ep_size, num_rows=sum(exchange.rows_to), num_pairs=sum(exchange.pairs_to)
         )
         codes_P = all_to_all(self.ep_group, send.codes_P, exchange.pairs_from, exchange.pairs_to)
         codes_P = self._gather_partners(codes_P, exchange.pairs_of_partners)
-        receive = plan_receive(codes_P, num_rows=sum(exchange.rows_of_partners), num_experts=self.num_local_experts)
-        self._last = _Dispatch(shape=hidden_states.shape, exchange=exchange, send=send, receive=receive)
+        self._receive = plan_receive(
+            codes_P, num_rows=sum(exchange.rows_of_partners), num_experts=self.num_local_experts
+        )
         rows_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not self._last.rows_are_tokens:
+        if not self._rows_are_tokens:
             rows_NH = copy_rows(rows_NH, fanout=send.rows)
         return rows_NH, probs.flatten().gather(0, send.places_P)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows [N, H] and the probabilities [P] of their pairs over the expert-parallel ranks."""
-        exchange = self._dispatched.exchange
+        exchange = self._exchange
         rows_NH = all_to_all(self.ep_group, hidden_states, exchange.rows_from, exchange.rows_to)
         probs_P = all_to_all(self.ep_group, probs, exchange.pairs_from, exchange.pairs_to)
         return rows_NH, probs_P
@@ -115,7 +105,7 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
         Returns:
             tokens [P, H] by expert, their number for each expert [e] on the CPU, their probabilities [P].
         """
-        exchange, receive = self._dispatched.exchange, self._dispatched.receive
+        exchange, receive = self._exchange, self._receive
         rows_NH = self._gather_partners(hidden_states, exchange.rows_of_partners)
         probs_P = self._gather_partners(probs, exchange.pairs_of_partners)
         tokens_PH = copy_rows(rows_NH, fanout=receive.pairs)
@@ -123,30 +113,27 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum what the experts here, [P, H], give each row, which they have weighted: [N, H]."""
-        exchange, receive = self._dispatched.exchange, self._dispatched.receive
-        rows_NH = sum_rows(hidden_states, fanout=receive.pairs)
+        rows_NH = sum_rows(hidden_states, fanout=self._receive.pairs)
         if self.tp_size > 1:
             rows_NH = reduce_scatter_to_sequence_parallel_region(
-                rows_NH, group=self.tp_group, input_split_sizes=exchange.rows_of_partners
+                rows_NH, group=self.tp_group, input_split_sizes=self._exchange.rows_of_partners
             )
         return rows_NH
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Send rows [N, H] back to the ranks they came from."""
-        exchange = self._dispatched.exchange
-        return all_to_all(self.ep_group, hidden_states, exchange.rows_to, exchange.rows_from)
+        return all_to_all(self.ep_group, hidden_states, self._exchange.rows_to, self._exchange.rows_from)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum each token's rows: [s, b, H]."""
-        last = self._dispatched
-        if not last.rows_are_tokens:
-            hidden_states = sum_rows(hidden_states, fanout=last.send.rows)
-        return hidden_states.view(last.shape)
+        if not self._rows_are_tokens:
+            hidden_states = sum_rows(hidden_states, fanout=self._send.rows)
+        return hidden_states.view(self._shape)
 
     @property
-    def _dispatched(self) -> _Dispatch:
-        assert self._last is not None, "dispatch_preprocess comes first"
-        return self._last
+    def _rows_are_tokens(self) -> bool:
+        """Whether there is one rank, so that tokens go nowhere: Megatron's permutation remains."""
+        return self._exchange.rows_to == [self._shape[:-1].numel()]
 
     def _gather_partners(self, tensor_X: Tensor, sizes: list[int]) -> Tensor:
         """What all expert-tensor-parallel ranks hold, whose experts are shards of the same."""
@@ -183,7 +170,7 @@ def leaves_padding_out(config: Any) -> bool:
     All-to-all counts on K experts a token, and whether NCCL EP takes fewer is not documented: there padding goes
     where its own logits send it, which spreads it.
     """
-    return config.moe_token_dispatcher_type == "flex" and _flex_backend(config) in ("deepep", "hybridep")
+    return config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend in ("deepep", "hybridep")
 
 
 def follow_routing_map(dispatcher: Any, config: Any) -> None:
@@ -192,12 +179,8 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
     DeepEP's and NCCL EP's managers ignore the map and send every token to the experts of its largest weights. Padding
     has no weight at all, so all of it would go to the same experts, and an expert whose weight underflowed to 0 would
     be swapped for another one, perhaps outside the pool.
-
-    Args:
-        dispatcher: of the MoE layer.
-        config: Megatron's configuration of the model.
     """
-    if config.moe_token_dispatcher_type != "flex" or _flex_backend(config) == "hybridep":
+    if config.moe_token_dispatcher_type != "flex" or config.moe_flex_dispatcher_backend == "hybridep":
         # HybridEP's manager goes by the map
         return
     manager = dispatcher._comm_manager
@@ -207,24 +190,9 @@ def follow_routing_map(dispatcher: Any, config: Any) -> None:
 
 def _setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
     type(manager).setup_metadata(manager, routing_map, probs)
-    manager.token_indices, manager.token_probs = indices_of_map(
-        routing_map.reshape(len(routing_map), -1), probs.reshape(len(probs), -1), top_k=manager.router_topk
-    )
-
-
-def indices_of_map(routing_map_TE: Tensor, probs_TE: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
-    """The experts of every token, [T, K] int64 with -1 for none, and their weights, [T, K], differentiable.
-
-    Args:
-        routing_map_TE: [T, E] bool, at most K True per token.
-        probs_TE: [T, E].
-        top_k: K.
-    """
+    map_TE, probs_TE = (x.reshape(len(x), -1) for x in (routing_map, probs))
     # the order of a token's experts is of no importance, so that of equal keys is not either
-    is_sent_TK, experts_TK = torch.topk(routing_map_TE.to(probs_TE.dtype), top_k, dim=-1)
-    weights_TK = probs_TE.gather(1, experts_TK)
-    return experts_TK.masked_fill(is_sent_TK == 0, -1), weights_TK
-
-
-def _flex_backend(config: Any) -> str:
-    return str(config.moe_flex_dispatcher_backend)
+    is_sent_TK, experts_TK = torch.topk(map_TE.to(probs_TE.dtype), manager.router_topk, dim=-1)
+    # -1 for none
+    manager.token_indices = experts_TK.masked_fill(is_sent_TK == 0, -1)
+    manager.token_probs = probs_TE.gather(1, experts_TK)

@@ -82,10 +82,9 @@ class PoolMoELayer(MoELayer):
         scope, self.scope = self.scope, None
         self.pool_router.scope = scope
         try:
-            routed: tuple[Tensor, Tensor] = super().route(hidden_states, padding_mask)
+            return super().route(hidden_states, padding_mask)
         finally:
             self.pool_router.scope = None
-        return routed
 
 
 class PoolTransformerLayer(TransformerLayer):

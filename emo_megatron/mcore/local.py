@@ -140,13 +140,10 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
         if field.name.endswith("_layer")
     }
     layers |= {"attention_layer": attention, "mlp_layer": mlp, "moe_layer": moe}
-    submodules = HybridStackSubmodules(**layers, mtp_block_spec=_local_mtp_spec())
-    return ModuleSpec(module=LocalHybridStack, submodules=submodules)
-
-
-def _local_mtp_spec() -> ModuleSpec:
-    """The block of multi-token prediction, whose layers are a stack of the decoder's."""
-    layer = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
-    return ModuleSpec(
-        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer])
+    # of no layer of its own: the layers of multi-token prediction are a stack of the decoder's
+    prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
+    mtp_block = ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[prediction])
     )
+    submodules = HybridStackSubmodules(**layers, mtp_block_spec=mtp_block)
+    return ModuleSpec(module=LocalHybridStack, submodules=submodules)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from emo_megatron import balance, ops
 from emo_megatron.balance import LayerCounts, TokenCounts
-from emo_megatron.mcore.metrics import Groups, num_rows, pool_metrics
+from emo_megatron.mcore.metrics import num_rows, pool_metrics
 
 if TYPE_CHECKING:
+    from emo_megatron.mcore.context import PoolScope
     from emo_megatron.mcore.router import PoolRouter
 
 
@@ -53,6 +54,10 @@ class RouterLosses:
         return float(self.router.get_aux_loss_coeff(kind)) / self.router.num_depths
 
     @property
+    def _z_coeff(self) -> float:
+        return self.router.config.moe_z_loss_coeff or 0.0
+
+    @property
     def needs_documents(self) -> bool:
         """Whether scores and choices are to be summed for each document."""
         return self.router.training and self.coefficient("seq_aux_loss") > 0.0
@@ -65,49 +70,49 @@ class RouterLosses:
         ids_T: Tensor | None,
         pool_DE: Tensor | None,
         scores_DE: Tensor | None,
-        choose_plainly: Callable[[], ops.Routing] | None = None,
+        choose_plainly: Callable[[], ops.Routing] | None,
     ) -> Tensor:
         """Count the micro-batch, and attach this rank's shares of the losses to the gradient of `probs_TE`.
 
         Args:
             probs_TE: weights of the chosen experts, returned as they are.
-            routed: of this micro-batch.
             ids_T: document of each token; None: no boundaries.
             pool_DE: the documents' pools; None: all experts.
             scores_DE: what the pools were chosen by, where they were chosen in this pass.
             choose_plainly: routes once more, without bias and groups; None: there are neither.
         """
-        router = self.router
-        # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
-        scope = router.scope
+        router, scope = self.router, self.router.scope
         if scope is None and not torch.is_grad_enabled():
             # recompute comes again, and nothing keeps what would be counted now
             return probs_TE
-        is_first = scope is None or router.layer_number not in scope.counts
-        z_coeff = router.config.moe_z_loss_coeff or 0.0
-        counts = self._counts(routed, pool_DE, choose_plainly, z_coeff=z_coeff, is_first=is_first)
-        if is_first:
-            self._record(routed.routing_map_TE, ids_T, scores_DE)
+        # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
+        if scope is None or router.layer_number not in scope.counts:
+            counts = self._count(routed, pool_DE, choose_plainly)
+            if scope is not None:
+                scope.counts[router.layer_number] = counts
+                self._record_documents(scope, routed.routing_map_TE, ids_T, scores_DE)
+        else:
+            counts = scope.counts[router.layer_number]
         if not torch.is_grad_enabled():
             return probs_TE
         # Megatron averages gradients over data-parallel ranks, or divides their sum by all tokens of the step
         num_ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
         is_per_token = router.calculate_per_token_loss
         attached = []
-        if shares := self._shares_of_all_ranks(routed, counts, z_coeff):
+        if shares := self._shares_of_all_ranks(routed, counts):
             scale = 1 if is_per_token else num_ranks
             share = balance.weighted_sum([(loss, weight * scale) for loss, weight in shares])
             attached.append(share * counts.population.num_tokens if is_per_token else share)
-        if counts.own is not None:
-            share = self._share_of_own(routed, counts.own) * self.coefficient("aux_loss")
-            attached.append(share * counts.own.num_tokens if is_per_token else share)
+        if (own := counts.own) is not None:
+            loss = balance.load_balancing_loss(routed.score_sums_E, fraction=own, population=own, top_k=router.topk)
+            self._record_share("load_balancing_loss", loss, router.tp_cp_group, is_mean=True)
+            share = loss * self.coefficient("aux_loss")
+            attached.append(share * own.num_tokens if is_per_token else share)
         if not attached:
             return probs_TE
         return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(torch.add, attached))
 
-    def _shares_of_all_ranks(
-        self, routed: ops.Routing, counts: LayerCounts, z_coeff: float
-    ) -> list[tuple[Tensor, float]]:
+    def _shares_of_all_ranks(self, routed: ops.Routing, counts: LayerCounts) -> list[tuple[Tensor, float]]:
         """Losses over all ranks, each this rank's share, and what they are multiplied by."""
         everyone = self.router.tp_dp_cp_group
         weighted = []
@@ -122,31 +127,17 @@ class RouterLosses:
             loss = balance.document_balance_loss(routed.score_sums_RE, weights_DE=counts.weights_DE)
             weighted.append((loss, coefficient))
             self._record_share("seq_load_balancing_loss", loss, everyone)
-        if z_coeff > 0.0:
+        if self._z_coeff > 0.0:
             loss = balance.z_loss(routed.z_T, population=counts.population)
-            weighted.append((loss, z_coeff))
+            weighted.append((loss, self._z_coeff))
             self._record_share("z_loss", loss, everyone)
         return weighted
 
-    def _share_of_own(self, routed: ops.Routing, own: TokenCounts) -> Tensor:
-        """This rank's share of the `aux_loss` of its data-parallel rank."""
-        loss = balance.load_balancing_loss(routed.score_sums_E, fraction=own, population=own, top_k=self.router.topk)
-        self._record_share("load_balancing_loss", loss, self.router.tp_cp_group, is_mean=True)
-        return loss
-
-    def _counts(
-        self,
-        routed: ops.Routing,
-        pool_DE: Tensor | None,
-        choose_plainly: Callable[[], ops.Routing] | None,
-        *,
-        z_coeff: float,
-        is_first: bool,
+    def _count(
+        self, routed: ops.Routing, pool_DE: Tensor | None, choose_plainly: Callable[[], ops.Routing] | None
     ) -> LayerCounts:
-        """What the losses are made of, reduced once and kept for recompute."""
-        router, scope = self.router, self.router.scope
-        if scope is not None and not is_first:
-            return scope.counts[router.layer_number]
+        """What the losses are made of, reduced over the ranks."""
+        router = self.router
         num_experts = routed.routing_map_TE.shape[1]
         num_real = routed.counts_X.shape[0]
         balanced, counts_X = routed, routed.counts_X
@@ -155,7 +146,7 @@ class RouterLosses:
                 balanced = choose_plainly()
             # what the losses count comes first, what the metrics do comes last, in one collective
             counts_X = torch.cat([balanced.counts_X[: num_experts + 1], counts_X])
-        is_reduced = self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or z_coeff > 0.0
+        is_reduced = self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or self._z_coeff > 0.0
         if is_reduced:
             counts_X = balance.reduce_counts(counts_X, group=router.tp_dp_cp_group)
         population = fraction = TokenCounts.of(counts_X, num_experts=num_experts)
@@ -163,8 +154,7 @@ class RouterLosses:
             before_X = self._step_counts.get(router.layer_number)
             so_far_X = counts_X if before_X is None else counts_X + before_X
             fraction = TokenCounts.of(so_far_X, num_experts=num_experts)
-            if is_first:
-                self._step_counts[router.layer_number] = so_far_X
+            self._step_counts[router.layer_number] = so_far_X
         weights_DE = choices_DE = None
         if self.needs_documents:
             choices_DE = balanced.document_choices_DE
@@ -172,15 +162,11 @@ class RouterLosses:
             weights_DE = balance.document_weights(
                 choices_DE, pool_sizes_D=None if pool_DE is None else pool_DE.sum(dim=-1), population=population
             )
-        counts = LayerCounts(
-            fraction=fraction, population=population, own=self._own_counts(balanced, choices_DE), weights_DE=weights_DE
-        )
-        if is_first and scope is not None:
-            scope.counts[router.layer_number] = counts
-        if is_first and (tracker := pool_metrics()) is not None:
-            real_X = counts_X[-num_real:]
-            tracker.add_counts(router.layer_number, real_X, groups=self._groups, is_reduced=is_reduced)
-        return counts
+        if (tracker := pool_metrics()) is not None:
+            tracker.tp_cp_group, tracker.tp_dp_cp_group = router.tp_cp_group, router.tp_dp_cp_group
+            tracker.add_counts(router.layer_number, counts_X[-num_real:], is_reduced=is_reduced)
+        own = self._own_counts(balanced, choices_DE)
+        return LayerCounts(fraction=fraction, population=population, own=own, weights_DE=weights_DE)
 
     def _own_counts(self, balanced: ops.Routing, choices_DE: Tensor | None) -> TokenCounts | None:
         """What `aux_loss` counts, over the ranks that share documents; None: it is not asked for.
@@ -200,35 +186,23 @@ class RouterLosses:
         own_X = balance.reduce_counts(own_X, group=self.router.tp_cp_group)
         return TokenCounts.of(own_X, num_experts=num_experts)
 
-    def _record(self, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None) -> None:
+    def _record_documents(
+        self, scope: PoolScope, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None
+    ) -> None:
         """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
-        router = self.router
-        tracker, scope = pool_metrics(), router.scope
-        if tracker is None or scope is None or ids_T is None:
+        tracker, number = pool_metrics(), self.router.layer_number
+        if tracker is None or ids_T is None:
             return
         used_DW = ops.experts_used(routing_map_TE, document_ids_T=ids_T, num_documents=scope.segments.num_documents)
-        is_split = router.tp_cp_group.size() > 1
-        if is_split:
-            tracker.hold_used(router.layer_number, used_DW, groups=self._groups)
-        if scores_DE is not None or not is_split:
-            pool_DE = None if scores_DE is None else scope.pools[router.layer_number]
-            statistics_S = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW)
-            tracker.add_documents(router.layer_number, statistics_S, groups=self._groups)
-        if scores_DE is not None:
-            pool_DE = scope.pools[router.layer_number]
-            tracker.add_pools(router.layer_number, pool_DE, scores_DE, groups=self._groups)
+        pool_DE = None if scores_DE is None else scope.pools[number]
+        tracker.add_documents(number, used_DW, pool_DE=pool_DE, scores_DE=scores_DE)
 
     def _record_share(self, name: str, share: Tensor, group: Any, *, is_mean: bool = False) -> None:
-        """Log a value of which every rank of `group` holds a share: summed when Megatron reports, not here.
+        """Log a value of which every rank of `group` holds a share.
 
-        Args:
-            is_mean: whether the sums of data-parallel ranks are averaged then.
+        Shares are summed, and with `is_mean` the sums of data-parallel ranks averaged, when Megatron reports, not here.
         """
-        config = self.router.config
+        router = self.router
         get_moe_metrics_tracker().record(
-            name, share, self.router.layer_number, num_rows(config), reduce_group=group, needs_dp_avg=is_mean
+            name, share, router.layer_number, num_rows(router.config), reduce_group=group, needs_dp_avg=is_mean
         )
-
-    @property
-    def _groups(self) -> Groups:
-        return Groups(tp_cp=self.router.tp_cp_group, tp_dp_cp=self.router.tp_dp_cp_group)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,16 +41,6 @@ MAX_HELD = 1 << 16
 """Micro-batches x layers whose used experts wait for a report. A host that never reports forgets the oldest."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Groups:
-    """Who shares what a router counts; None: one rank."""
-
-    tp_cp: dist.ProcessGroup | None
-    """Ranks that hold tokens of the same documents."""
-    tp_dp_cp: dist.ProcessGroup | None
-    """All ranks that route this layer."""
-
-
 class PoolMetricsTracker(MoEMetricsTracker):
     """Reports the pool metrics next to the losses Megatron names itself.
 
@@ -60,49 +49,54 @@ class PoolMetricsTracker(MoEMetricsTracker):
         num_layers: of the whole model, all pipeline stages, multi-token prediction included.
         adds_mtp_layers: whether layers of multi-token prediction have experts and are not among the MoE layers that
             the host counts. Megatron adds them always, and its mean over layers is then too small.
+
+    Attributes:
+        tp_cp_group: ranks that hold tokens of the same documents.
+        tp_dp_cp_group: all ranks that route a layer. A router sets both before it adds anything.
     """
 
-    def __init__(self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool = True) -> None:
+    tp_cp_group: dist.ProcessGroup
+    tp_dp_cp_group: dist.ProcessGroup
+
+    def __init__(self, names: tuple[str, ...], *, num_layers: int, adds_mtp_layers: bool) -> None:
         super().__init__()
         self.names = names
         self.num_layers = num_layers
         self.adds_mtp_layers = adds_mtp_layers
-        self._groups: Groups | None = None
         self._local_X: dict[int, Tensor] = {}
         self._global_X: dict[int, Tensor] = {}
         self._documents: dict[int, Tensor] = {}
         self._used: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._pooled: dict[int, Tensor] = {}
 
-    def add_counts(self, layer_number: int, counts_X: Tensor, *, groups: Groups, is_reduced: bool) -> None:
+    def add_counts(self, layer_number: int, counts_X: Tensor, *, is_reduced: bool) -> None:
         """Add a micro-batch's `Routing.counts_X`, [E + 4] int64, of this rank or, if reduced, of all ranks."""
-        self._groups = groups
         _add(self._global_X if is_reduced else self._local_X, layer_number, counts_X)
 
-    def add_documents(self, layer_number: int, statistics_S: Tensor, *, groups: Groups) -> None:
-        """Add a micro-batch's `ops.document_statistics`, [5] int64, equal on the ranks of groups.tp_cp."""
-        self._groups = groups
-        _add(self._documents, layer_number, statistics_S)
+    def add_documents(
+        self, layer_number: int, used_DW: Tensor, *, pool_DE: Tensor | None, scores_DE: Tensor | None
+    ) -> None:
+        """Add what a micro-batch's documents use and hold.
 
-    def add_pools(self, layer_number: int, pool_DE: Tensor, scores_DE: Tensor, *, groups: Groups) -> None:
-        """Add a micro-batch's pools, and what their documents score, equal on the ranks of groups.tp_cp.
-
-        Nothing happens where experts in no pool are not reported.
+        Args:
+            used_DW: `ops.experts_used` of this rank.
+            pool_DE, scores_DE: their pools and what those were chosen by, equal on the ranks of tp_cp_group; None: they
+                were not chosen in this pass.
         """
-        if "experts_in_no_pool" not in self.names:
-            return
-        self._groups = groups
-        # an empty document, which scores nothing, has a pool too
-        counts_D1 = ~pool_DE.all(dim=-1, keepdim=True) & (scores_DE.sum(dim=-1, keepdim=True) > 0)
-        _add(self._pooled, layer_number, (pool_DE & counts_D1).sum(dim=0))
-
-    def hold_used(self, layer_number: int, used_DW: Tensor, *, groups: Groups) -> None:
-        """Keep a micro-batch's `ops.experts_used` of this rank, to be joined with those of groups.tp_cp in a report."""
-        self._groups = groups
-        held = self._used[layer_number]
-        held.append(used_DW)
-        if len(held) * len(self._used) > MAX_HELD:
-            del held[0]
+        is_split = self.tp_cp_group.size() > 1
+        if is_split:
+            # a report joins them with those of the other ranks
+            held = self._used[layer_number]
+            held.append(used_DW)
+            if len(held) * len(self._used) > MAX_HELD:
+                del held[0]
+        if scores_DE is not None or not is_split:
+            statistics_S = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW)
+            _add(self._documents, layer_number, statistics_S)
+        if pool_DE is not None and scores_DE is not None and "experts_in_no_pool" in self.names:
+            # an empty document, which scores nothing, has a pool too
+            counts_D1 = ~pool_DE.all(dim=-1, keepdim=True) & (scores_DE.sum(dim=-1, keepdim=True) > 0)
+            _add(self._pooled, layer_number, (pool_DE & counts_D1).sum(dim=0))
 
     def report(self, loss_scale: float, *args: Any, track_names: Any = None, **kwargs: Any) -> str:
         """As MoEMetricsTracker.report, with the pool metrics added to the names asked for."""
@@ -115,9 +109,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
                 self.ensure_initialized(name, self.num_layers)
         return super().report(loss_scale, *args, track_names=track_names, **kwargs)
 
-    def _count_moe_layers(
-        self, num_layers: int | None, moe_layer_freq: int | list[int] | None, mtp_num_layers: Any
-    ) -> int:
+    def _count_moe_layers(self, num_layers: Any, moe_layer_freq: Any, mtp_num_layers: Any) -> int:
         counted = mtp_num_layers if self.adds_mtp_layers else None
         return int(super()._count_moe_layers(num_layers, moe_layer_freq, counted))
 
@@ -154,10 +146,9 @@ class PoolMetricsTracker(MoEMetricsTracker):
     def _token_ratios(self) -> dict[str, tuple[list[int], Tensor]]:
         counts = dict(self._global_X)
         if self._local_X:
-            assert self._groups is not None
             local = sorted(self._local_X)
             stacked_LX = torch.stack([self._local_X[layer] for layer in local])
-            summed_LX = balance.reduce_counts(stacked_LX, group=self._groups.tp_dp_cp)
+            summed_LX = balance.reduce_counts(stacked_LX, group=self.tp_dp_cp_group)
             counts |= dict(zip(local, summed_LX, strict=True))
         if not counts:
             return {}
@@ -178,15 +169,13 @@ class PoolMetricsTracker(MoEMetricsTracker):
         layers = sorted(self._documents.keys() | self._used.keys())
         if not layers:
             return {}
-        assert self._groups is not None
         sums = dict(self._documents)
         if self._used:
-            joined = self._joined_statistics(self._groups)
-            for layer, statistics_S in joined.items():
+            for layer, statistics_S in self._joined_statistics().items():
                 _add(sums, layer, statistics_S)
         own_LS = torch.stack([sums[layer] for layer in layers])
         documents, sizes, entropy, users, used = (
-            balance.reduce_counts(own_LS, group=self._groups.tp_dp_cp).double().unbind(1)
+            balance.reduce_counts(own_LS, group=self.tp_dp_cp_group).double().unbind(1)
         )
         return {
             "pool_size": (layers, sizes / documents.clamp(min=1)),
@@ -197,27 +186,24 @@ class PoolMetricsTracker(MoEMetricsTracker):
     def _unpooled(self) -> dict[str, tuple[list[int], Tensor]]:
         if not self._pooled:
             return {}
-        assert self._groups is not None
         layers = sorted(self._pooled)
         pools_LE = torch.stack([self._pooled[layer] for layer in layers])
-        pools_LE = balance.reduce_counts(pools_LE, group=self._groups.tp_dp_cp)
+        pools_LE = balance.reduce_counts(pools_LE, group=self.tp_dp_cp_group)
         return {"experts_in_no_pool": (layers, (pools_LE == 0).sum(dim=1).double())}
 
-    def _joined_statistics(self, groups: Groups) -> dict[int, Tensor]:
+    def _joined_statistics(self) -> dict[int, Tensor]:
         """Layer -> [5] int64, of the experts that documents use on any rank that holds a part of them."""
         words = {layer: torch.cat(self._used[layer]) for layer in sorted(self._used)}
         mine_RW = torch.cat(list(words.values()))
-        num_ranks = 1 if groups.tp_cp is None else groups.tp_cp.size()
-        parts = [torch.empty_like(mine_RW) for _ in range(num_ranks)]
-        dist.all_gather(parts, mine_RW, group=groups.tp_cp)
+        parts = [torch.empty_like(mine_RW) for _ in range(self.tp_cp_group.size())]
+        dist.all_gather(parts, mine_RW, group=self.tp_cp_group)
         joined = functools.reduce(torch.bitwise_or, parts).split([len(w) for w in words.values()])
         return {
             layer: ops.document_statistics(None, used_DW=used_DW) for layer, used_DW in zip(words, joined, strict=True)
         }
 
     def _warn_of_nonfinite(self, layers: list[int], nonfinite_L: Tensor) -> None:
-        group = None if self._groups is None else self._groups.tp_dp_cp
-        if group is not None and group.rank() != 0:
+        if self.tp_dp_cp_group.rank() != 0:
             return
         for layer, count in zip(layers, nonfinite_L.tolist(), strict=True):
             if count:
@@ -255,10 +241,7 @@ def forget_layer(layer_number: int) -> None:
 def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_documents: bool) -> None:
     """Make Megatron report the metrics that this configuration's routers record, and no others.
 
-    Args:
-        pool: the method.
-        config: Megatron's configuration of the model.
-        has_documents: whether training batches carry document boundaries.
+    Those of documents only where training batches carry their boundaries (`has_documents`).
     """
     names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)
     names += DOCUMENT_METRICS if has_documents else ()

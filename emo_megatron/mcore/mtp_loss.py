@@ -21,8 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 _CALLERS: tuple[Any, ...] = (gpt_model, hybrid_model)
-_host: Any = multi_token_prediction
-_HOST_LOSS = _host.process_mtp_loss
+_HOST_LOSS = multi_token_prediction.process_mtp_loss
 _IN_0_18 = {
     *("hidden_states", "labels", "loss_mask", "output_layer", "output_weight"),
     *("runtime_gather_output", "is_training", "compute_language_model_loss", "config"),
@@ -32,11 +31,7 @@ _IN_0_19 = _IN_0_18 | {"tp_group", "input_ids"}
 
 
 def use_exact_mtp_loss(is_exact: bool = True) -> None:
-    """Let Megatron's models compute the losses of multi-token prediction with `exact_mtp_loss`.
-
-    Args:
-        is_exact: False puts Megatron's own function back.
-    """
+    """Let Megatron's models compute losses of multi-token prediction with `exact_mtp_loss`, or again with its own."""
     found = set(inspect.signature(_HOST_LOSS).parameters)
     if not _IN_0_18 <= found <= _IN_0_19:
         raise ValueError(
@@ -74,8 +69,6 @@ def exact_mtp_loss(
         labels: [b, s] of the main loss; None: whatever Megatron does then.
         loss_mask: [b, s], which tokens the main loss counts; None: all.
         is_training: whether losses are logged: for each depth the mean over all ranks' counted tokens of the depth.
-        config: of the model.
-        cp_group: of context parallelism.
         packed_seq_params: the documents that rolls keep to.
         head: what else Megatron's function takes: how hidden states become losses.
 
@@ -85,12 +78,10 @@ def exact_mtp_loss(
     rolls = {"cp_group": cp_group, "packed_seq_params": packed_seq_params}
     if labels is None:
         head |= rolls | {"loss_mask": loss_mask, "is_training": is_training, "config": config}
-        hidden: Tensor = _HOST_LOSS(hidden_states=hidden_states, labels=None, **head)
-        return hidden
+        return _HOST_LOSS(hidden_states=hidden_states, labels=None, **head)
     if loss_mask is None:
         loss_mask = torch.ones_like(labels)
     scale = _scale(loss_mask.sum(), config, cp_group)
-    assert config.mtp_num_layers is not None
     targets, counts_K = _targets(labels, loss_mask, num_depths=config.mtp_num_layers, **rolls)
     log = _Log(counts_K, head) if is_training else None
     hidden, *of_depths = torch.chunk(hidden_states, 1 + len(targets), dim=0)
@@ -122,15 +113,7 @@ def _targets(
 
 
 def _scale(num_tokens: Tensor, config: TransformerConfig, cp_group: dist.ProcessGroup | None) -> Tensor | float:
-    """What a depth's summed loss is multiplied by.
-
-    Args:
-        num_tokens: [], tokens of this rank that the main loss counts.
-        config: of the model.
-        cp_group: of context parallelism.
-    """
-    assert config.mtp_num_layers is not None
-    assert config.mtp_loss_scaling_factor is not None
+    """What a depth's summed loss is multiplied by; `num_tokens`, [], are those this rank counts in the main loss."""
     scale = config.mtp_loss_scaling_factor / config.mtp_num_layers
     if config.calculate_per_token_loss:
         return scale
@@ -144,8 +127,7 @@ def _output_weight(config: Any, output_layer: Any, output_weight: Tensor | None)
     """The output layer's weight for the losses of depths; None: its own. 0.18 cannot keep it from learning by them."""
     if not getattr(config, "mtp_detach_heads", False):
         return output_weight
-    weight: Tensor = output_layer.weight if output_weight is None else output_weight
-    return weight.detach()
+    return (output_layer.weight if output_weight is None else output_weight).detach()
 
 
 class _Log:
@@ -173,7 +155,7 @@ class _Log:
             MTPLossLoggingHelper.save_loss_to_tracker(saved, depth_idx, num_layers, avg_group=self._group)
             return
         head = self._head
-        correct, total = _host._compute_mtp_acceptance_counts(
+        correct, total = multi_token_prediction._compute_mtp_acceptance_counts(
             logits, labels, loss_mask, head["output_layer"], head["runtime_gather_output"], head.get("tp_group")
         )
         MTPLossLoggingHelper.save_metrics_to_tracker(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_attr_wrapped_model, make_viewless_tensor
 from torch import Tensor
 
 from emo_megatron.config import PoolCpPartition
@@ -153,7 +152,6 @@ def over_all_tokens(
     Args:
         loss: [], summed over this rank's tokens.
         num_tokens: [] int32, how many they are.
-        cp_group: of context parallelism.
 
     Returns:
         The loss times the ranks, and the tokens of all of them.
@@ -191,32 +189,3 @@ def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Ten
         return None
     padded = packed.cu_seqlens_q_padded
     return packed.cu_seqlens_q if padded is None else padded
-
-
-def flatten_received(model: Any, *, num_samples: int) -> None:
-    """Give this stage the hidden states it received as its layers take them, before its forward pass.
-
-    Layers take a packed micro-batch as one sequence, [mbs * s, 1, h], s being this rank's part of a sample; Megatron's
-    schedules exchange [s, mbs, h]. The bytes are the same, so a stage changes the view at its edges, and shapes need
-    not travel with the tensors, for which every stage would wait.
-
-    Args:
-        model: this stage, or virtual stage.
-        num_samples: of the packed micro-batch; 1 leaves everything as it is.
-    """
-    if num_samples == 1:
-        return
-    decoder = get_attr_wrapped_model(model, "decoder")
-    received = decoder.input_tensor
-    if received is not None:
-        decoder.input_tensor = received.view(-1, 1, received.shape[-1])
-
-
-def as_exchanged(output: Tensor, model: Any, *, num_samples: int) -> Tensor:
-    """A stage's output as Megatron's schedules send it: [s, mbs, h] of [mbs * s, 1, h]; the last stage's as it is."""
-    if num_samples == 1 or get_attr_wrapped_model(model, "post_process"):
-        return output
-    exchanged = output.view(-1, num_samples, output.shape[-1])
-    # schedules free what they have sent, which they can't do with a view
-    sent: Tensor = make_viewless_tensor(inp=exchanged, requires_grad=exchanged.requires_grad, keep_graph=True)
-    return sent

@@ -37,12 +37,7 @@ class Runs:
 
 
 def begin_run(router: Any, consumed_samples: int) -> None:
-    """Take back what a router has counted if this micro-batch, any of a run, begins another run of its step.
-
-    Args:
-        router: PoolRouter in training.
-        consumed_samples: training samples before this step.
-    """
+    """Take back what a router in training has counted if this micro-batch begins another run of its step."""
     runs, is_rerun = router.runs, _is_rerun()
     is_same_step = consumed_samples == runs.consumed_samples
     if is_same_step and not runs.has_ended and is_rerun == runs.is_rerun:
@@ -66,12 +61,7 @@ def _is_rerun() -> bool:
 
 
 def follow_reruns(dispatcher: Any, router: Any) -> None:
-    """Let a dispatcher that may drop tokens tell its router when the host has looked for them.
-
-    Args:
-        dispatcher: of the MoE layer; others stay as they are.
-        router: the layer's PoolRouter.
-    """
+    """Let a layer's dispatcher, if it may drop tokens, tell its router when the host has looked for them."""
     if hasattr(dispatcher, "check_over_budget"):
         # attributes, not a closure: a copy of the layer has a router of its own
         dispatcher.pool_router = router
@@ -82,8 +72,7 @@ def _check_over_budget(dispatcher: Any) -> Tensor | None:
     # evaluation is checked too, between two steps
     if dispatcher.pool_router.training:
         dispatcher.pool_router.runs.has_ended = True
-    flag: Tensor | None = type(dispatcher).check_over_budget(dispatcher)
-    return flag
+    return type(dispatcher).check_over_budget(dispatcher)
 
 
 def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) -> None:

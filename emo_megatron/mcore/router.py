@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
-from emo_megatron.mcore.context import CLOCK, NO_BOUNDARIES, PoolScope
+from emo_megatron.mcore.context import CLOCK, PoolScope
 from emo_megatron.mcore.dispatcher import leaves_padding_out
 from emo_megatron.mcore.losses import RouterLosses
 from emo_megatron.mcore.metrics import num_rows
@@ -252,7 +252,11 @@ class PoolRouter(TopKRouter):
             return None, None
         scope = self.scope
         if scope is None or ids_T is None:
-            raise ValueError(NO_BOUNDARIES)
+            raise ValueError(
+                "Pools need document boundaries and this forward pass got none. Train with "
+                "--dataloader-inter-document-masking, or pass PackedSeqParams to the model; with --pool-documents "
+                "routers, call the model through emo_megatron.mcore.router_documents.forward_with_documents."
+            )
         if self._is_standard or self.layer_number in scope.pools:
             return scope.pools.get(self.layer_number), None
         scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)
@@ -317,8 +321,7 @@ class PoolRouter(TopKRouter):
     def _count_for_bias(self, routed: ops.Routing) -> None:
         """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""
         if self.enable_expert_bias and torch.is_grad_enabled():
-            with torch.no_grad():
-                self.local_tokens_per_expert += routed.tokens_per_expert_E
+            self.local_tokens_per_expert += routed.tokens_per_expert_E
 
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
         """The map without padding for dispatchers that take any number of experts a token; see leaves_padding_out."""

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_attr_wrapped_model, make_viewless_tensor
 from torch import Tensor
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.compat import is_in_backward
 from emo_megatron.mcore.context import PoolScope, Shard, make_scope
-from emo_megatron.mcore.padding import Packing, as_exchanged, flatten_received
+from emo_megatron.mcore.padding import Packing
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,10 +36,7 @@ class RouterDocuments(Packing):
     ) -> PoolScope:
         """The scope of this micro-batch, for a layer that starts its forward pass or repeats it in backward.
 
-        Args:
-            layer_number: of the router.
-            hidden_shape, shard, pool: as make_scope takes them.
-            num_recomputed: how often full recompute repeats the layer in a backward pass.
+        Full recompute repeats it `num_recomputed` times; the rest is as make_scope takes it.
         """
         asks = (layer_number, is_in_backward())
         self._asked[asks] += 1
@@ -52,23 +50,18 @@ class RouterDocuments(Packing):
         return self._scope
 
 
-@dataclass(kw_only=True, slots=True)
-class _Current:
-    forward: RouterDocuments | None = None
-    backward: RouterDocuments | None = None
-
-
-_CURRENT = _Current()
+_CURRENT: dict[bool, RouterDocuments | None] = {}
+"""Whether in backward -> the documents of the micro-batch that is computed there."""
 
 
 def current_documents() -> RouterDocuments | None:
     """The documents of the micro-batch that is being computed, or recomputed in backward; None: it has none."""
-    return _CURRENT.backward if is_in_backward() else _CURRENT.forward
+    return _CURRENT.get(is_in_backward())
 
 
 def forget() -> None:
     """Forget the documents of every micro-batch, before training starts over in this process."""
-    _CURRENT.forward = _CURRENT.backward = None
+    _CURRENT.clear()
 
 
 def forward_with_documents(
@@ -84,10 +77,10 @@ def forward_with_documents(
     """
     if documents is not None and kwargs.get("packed_seq_params") is not None:
         raise ValueError(BOTH)
-    _CURRENT.forward = documents
+    _CURRENT[False] = documents
     output = call(*args, **kwargs)
     if documents is not None and isinstance(output, Tensor) and output.requires_grad:
-        output.register_hook(lambda _: _start_backward(documents))
+        output.register_hook(lambda _: _CURRENT.update({True: documents}))
     return output
 
 
@@ -102,15 +95,21 @@ def forward_stage(
 ) -> Any:
     """A micro-batch through this stage: its output, as Megatron's schedules send it; or the plan of the pass.
 
+    Layers take a packed micro-batch as one sequence, [mbs * s, 1, h], s being this rank's part of a sample; schedules
+    exchange [s, mbs, h]. The bytes are the same, so a stage changes the view at its edges, and shapes need not travel
+    with the tensors, for which every stage would wait.
+
     Args:
-        model: this stage, or virtual stage.
         batch: tokens, position_ids, labels and loss_mask, each a tensor or None.
         documents: as forward_with_documents takes them.
         packed: the same for a host that carries boundaries.
         num_samples: of a packed micro-batch whose stages exchange samples; else 1.
         is_planned: plan the pass and don't run it, as expert-parallel overlap asks.
     """
-    flatten_received(model, num_samples=num_samples)
+    if num_samples > 1:
+        decoder = get_attr_wrapped_model(model, "decoder")
+        if decoder.input_tensor is not None:
+            decoder.input_tensor = decoder.input_tensor.view(-1, 1, decoder.input_tensor.shape[-1])
     output = forward_with_documents(
         model.build_schedule_plan if is_planned else model,
         documents,
@@ -121,17 +120,17 @@ def forward_stage(
         loss_mask=batch["loss_mask"],
         packed_seq_params=packed,
     )
-    return output if is_planned else as_exchanged(output, model, num_samples=num_samples)
+    if is_planned or num_samples == 1 or get_attr_wrapped_model(model, "post_process"):
+        return output
+    exchanged = output.view(-1, num_samples, output.shape[-1])
+    # schedules free what they have sent, which they can't do with a view
+    return make_viewless_tensor(inp=exchanged, requires_grad=exchanged.requires_grad, keep_graph=True)
 
 
 BOTH = (
     "packed_seq_params must be None with --pool-documents routers, where attention does not keep to documents; drop "
     "it, or use --pool-documents attention"
 )
-
-
-def _start_backward(documents: RouterDocuments) -> None:
-    _CURRENT.backward = documents
 
 
 def merged_bounds(bounds_BX: Tensor) -> Tensor:

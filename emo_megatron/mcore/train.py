@@ -40,8 +40,8 @@ from emo_megatron.mcore.batches import (
     router_documents,
 )
 from emo_megatron.mcore.combinations import are_for_routers, is_padded
+from emo_megatron.mcore.mtp import use_packed_roll
 from emo_megatron.mcore.mtp_loss import use_exact_mtp_loss
-from emo_megatron.mcore.mtp_roll import use_packed_roll
 from emo_megatron.mcore.padding import over_all_tokens
 from emo_megatron.mcore.router_documents import forward_stage
 

@@ -54,9 +54,6 @@ def drawing(path: Path, **options: Any) -> Iterator[Figure]:
     Args:
         path: missing folders are made.
         **options: of matplotlib's Figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context

@@ -125,15 +125,7 @@ def rows_of(measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, ver
 
 
 def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Path]:
-    """Write rows as `path`.csv and `path`.json, each file whole or not at all.
-
-    Args:
-        rows: any number of them.
-        path: without suffix; missing folders are made.
-
-    Returns:
-        The two paths, csv first.
-    """
+    """Write rows as `path`.csv and `path`.json, each file whole or not at all; returns both paths."""
     records = [asdict(row) for row in rows]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [f.name for f in fields(RetentionRow)], lineterminator="\n")
@@ -150,12 +142,7 @@ def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Pat
 
 
 def load_rows(path: Path | str) -> list[RetentionRow]:
-    """Read the rows of one of the files that `save_rows` wrote; the suffix says which form it has.
-
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: another suffix, no such file, or a row with missing or unknown columns, or values of other types.
-    """
+    """Read the rows of one of the files that `save_rows` wrote; the suffix says which form it has."""
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"rows are read from .csv or .json; got {path}. Add the suffix.")

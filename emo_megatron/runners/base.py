@@ -22,20 +22,12 @@ from emo_megatron.finite import NotFiniteError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Cross entropy on held-out documents.
-
-    Raises:
-        NotFiniteError: on construction, when it is not finite.
-    """
+    """Cross entropy on held-out documents."""
 
     nats: float
     """Mean a token."""
     num_tokens: int
     """Predicted tokens behind it: every token of a document but its first."""
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.nats):
-            raise NotFiniteError(f"a loss must be a finite number; got {self.nats}")
 
     @classmethod
     def mean(cls, nats: float, *, num_tokens: int) -> Loss:
@@ -63,7 +55,10 @@ class Setting:
 
 
 class ExpertRunner(Protocol):
-    """A model whose experts can be watched and left out. On several ranks all of them call alike and get the same."""
+    """A model whose experts can be watched and left out. On several ranks all of them call alike and get the same.
+
+    What it measures is finite, or a NotFiniteError names the layer and the expert that make it so.
+    """
 
     @property
     def facts(self) -> ModelFacts:
@@ -93,18 +88,11 @@ class ExpertRunner(Protocol):
             documents: [n] int64 token ids each.
             outputs: also what they put out, for EASY-EP and REAP; costs time and memory.
             allowed_LE: [L, E] bool, experts that may be used; None: all. Probabilities are over all experts anyway.
-
-        Raises:
-            NotFiniteError: what an expert does is not a finite number; names its layer and the expert.
         """
         ...
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """Mean loss on documents with the allowed experts, as a module cut out of the model would have it.
-
-        Raises:
-            NotFiniteError: it is not a finite number; names the layer and the expert that make it so, see `check_nats`.
-        """
+        """Mean loss on documents with the allowed experts, as a module cut out of the model would have it."""
         ...
 
 
@@ -119,14 +107,8 @@ def statistics_of(
     """What a `ExpertRunner` answers, from its sums.
 
     Args:
-        model: the one that is asked.
-        documents: that it ran.
+        model, documents, outputs, allowed_LE: of the call that is answered.
         summed: name of a sum of `LayerSums` -> that of all layers, [L, E] or [L, E, E]; on the CPU.
-        outputs: whether outputs were looked at.
-        allowed_LE: [L, E] bool, the experts that were used; None: all.
-
-    Raises:
-        NotFiniteError: a sum is not finite; names the layer and the expert.
     """
     together_LEE = summed("together_EE").round().long()
     try:
@@ -151,15 +133,8 @@ def statistics_of(
 def check_nats(nats: float, model: ExpertRunner, documents: Sequence[Tensor], *, allowed_LE: Tensor | None) -> None:
     """Refuse a sum of losses that is not finite. All ranks call alike.
 
-    Args:
-        nats: the sum.
-        model: that was run; the documents are run once more to see where it comes from.
-        documents: behind the sum.
-        allowed_LE: [L, E] bool, the experts that were used; None: all.
-
-    Raises:
-        NotFiniteError: naming the first layer and expert whose numbers are not finite, or saying that it is the
-            logits'.
+    The documents are run once more, and the error names the first layer and expert whose numbers are not finite, or
+    says that it is the logits'.
     """
     if math.isfinite(nats):
         return

@@ -154,7 +154,7 @@ class NoCache(Cache):
         """Nothing is kept."""
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What measures."""
     found = {"emo_megatron": __version__}
     for name in ("megatron-core", "torch", "transformers"):
@@ -185,7 +185,7 @@ class Measured:
         self.model, self.cache = model, cache
         self.facts, self.setting, self.is_writer = model.facts, model.setting, model.is_writer
         self.from_writer = model.from_writer
-        self._setting = asdict(self.setting) | {"facts": asdict(model.facts), "versions": _versions()}
+        self._setting = asdict(self.setting) | {"facts": asdict(model.facts), "versions": versions()}
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
         """Mean loss on documents, see ExpertRunner."""

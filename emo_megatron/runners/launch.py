@@ -42,8 +42,7 @@ def again(name: str, options: Any, *, processes: int, log: Path) -> None:
     A command that has said what the user can mend did nothing: an earlier log stays, and no new folder does.
 
     Args:
-        name: of the command.
-        options: its dataclass.
+        name, options: of the command.
         processes: how many; one is another process, too.
         log: file for what they print, which is Megatron's.
     """

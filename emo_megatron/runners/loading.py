@@ -12,7 +12,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,20 +72,8 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     return checkpoint
 
 
-def load_model(
-    checkpoint: MegatronCheckpoint,
-    *,
-    add_args: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = lambda parser: parser,
-    check: Callable[[argparse.Namespace], None] = lambda args: None,
-    flags: Sequence[str] = (),
-) -> tuple[torch.nn.Module, argparse.Namespace]:
-    """Start Megatron with this process's arguments and load a model.
-
-    Args:
-        checkpoint: of `checkpoint_in`.
-        add_args: adds flags of the caller's own to Megatron's parser.
-        check: raises ValueError for flags that cannot be; called before anything is built.
-        flags: more of Megatron's flags, which the command line's win over.
+def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argparse.Namespace]:
+    """Start Megatron with this process's arguments and load the model of `checkpoint_in`.
 
     Returns:
         This pipeline stage, unwrapped, in evaluation; and Megatron's flags.
@@ -107,16 +95,15 @@ def load_model(
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.error = refuse  # type: ignore[method-assign]
         parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
-        return add_args(parser)
+        return parser
 
     # Megatron wants batches even where nothing is trained
     batch = ("--micro-batch-size", "1", "--global-batch-size", os.environ.get("WORLD_SIZE", "1"))
-    own = cpu.with_cpu_flags([*batch, *flags, *sys.argv[1:]])
+    own = cpu.with_cpu_flags([*batch, *sys.argv[1:]])
     with run_with(checkpoint.path) as run:
         sys.argv[1:] = [*own, *RUN_FLAGS, "--load", str(run)]
         with megatron_refusals():
             args = parse_and_validate_args(extra_args_provider=add_all)
-        check(args)
         _balance_nothing(args)
         with megatron_refusals():
             config = gpt_config_from_args(args)
@@ -132,11 +119,7 @@ def load_model(
 
 @contextlib.contextmanager
 def megatron_refusals(model: str = "the model") -> Iterator[None]:
-    """What Megatron refuses with an assertion or an exit, as one line.
-
-    Args:
-        model: which one is built.
-    """
+    """What Megatron refuses with an assertion or an exit, as one line that says which model is built."""
     try:
         yield
     except (AssertionError, SystemExit, ValueError, CheckpointException) as error:
@@ -185,9 +168,7 @@ def _balance_nothing(args: argparse.Namespace) -> None:
 def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
     """Refuse a layout that a model cannot be cut into.
 
-    Args:
-        checkpoint: of the model.
-        argv: Megatron's flags; the number of processes is WORLD_SIZE in the environment.
+    `argv` are Megatron's flags; the number of processes is WORLD_SIZE in the environment.
     """
     tensor, pipeline, expert, context, expert_tensor = _sizes_in(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

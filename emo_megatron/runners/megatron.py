@@ -114,12 +114,7 @@ class MegatronRunner:
         return Loss.mean(nats, num_tokens=num_tokens)
 
     def document_nats(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Tensor:
-        """[D] float64 on the CPU: cross entropy of each document, summed over all its tokens but the first.
-
-        Raises:
-            NotImplementedError: several ranks share the documents.
-            NotFiniteError: as `loss`.
-        """
+        """[D] float64 on the CPU: cross entropy of each document, summed over all its tokens but the first."""
         if dist.get_world_size() > 1:
             raise NotImplementedError("losses of single documents are measured in one process")
         entries = self._run(documents, allowed_LE)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from emo_megatron.checkpoint.names import EXPERTS, ROUTER
@@ -25,11 +24,7 @@ from emo_megatron.mcore.layer import PoolMoELayer
 
 
 def check_outputs(config: Any) -> None:
-    """Refuse layouts under which the lengths of expert outputs cannot be told.
-
-    Args:
-        config: TransformerConfig of the model.
-    """
+    """Refuse a TransformerConfig of a layout under which the lengths of expert outputs cannot be told."""
     if config.expert_tensor_parallel_size > 1:
         raise NotImplementedError(
             "EASY-EP and REAP need whole expert outputs, and expert tensor parallelism adds them up after the "
@@ -47,12 +42,8 @@ class LayerObserver:
     Megatron's experts multiply the gate in before their second projection, so that the length of a row they put out is
     gate times length of the expert's output.
 
-    Args:
-        layer: to watch.
-        outputs: whether to look at what the experts put out.
-
-    Attributes:
-        sums: over the tokens that this rank counts; every token is counted on one rank.
+    `sums` are over the tokens that this rank counts; every token is counted on one rank. With `outputs` it also looks
+    at what the experts put out.
     """
 
     def __init__(self, layer: PoolMoELayer, *, outputs: bool) -> None:
@@ -170,7 +161,7 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
         experts: int | Sequence[int] = ()
         if expert := _EXPERT.fullmatch(rest):
             rest = EXPERTS + expert["rest"]
-            own = _own_experts(layer)
+            own = list(layer.mlp.local_expert_indices)
             local = expert["local"] or expert["grouped"]
             experts = own[int(local)] if local else own
         elif rest.startswith(ROUTER) and tensor.dim():
@@ -181,12 +172,6 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
             if rest.startswith(ours):
                 rest = stored + rest.removeprefix(ours)
         yield f"decoder.layers.{number - 1}.{rest}", number, experts, tensor
-
-
-def _own_experts(layer: Any) -> list[int]:
-    """Numbers, in the whole model, of the experts that this rank has of a layer."""
-    assert isinstance(layer.mlp, MoELayer)
-    return list(layer.mlp.local_expert_indices)
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

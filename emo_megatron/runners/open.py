@@ -14,9 +14,9 @@ from emo_megatron.experts.calibration import (
     ReadIndexed,
     TextTokenizer,
     is_text,
-    read_documents,
+    load_documents,
 )
-from emo_megatron.hf.tokenizer import Tokenizer
+from emo_megatron.json_files import checked, read_object
 from emo_megatron.runners.base import ExpertRunner
 
 LONGEST_ROW = 4096
@@ -43,7 +43,7 @@ def open_hugging_face(
         seq_length: tokens a row; by default what the model takes, or LONGEST_ROW.
         rows: rows at once.
     """
-    from emo_megatron.json_files import checked, read_object
+    from emo_megatron.hf.tokenizer import Tokenizer
     from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face
 
     config = folder / "config.json"
@@ -118,7 +118,7 @@ def open_megatron(
 
 
 def _reading(tokenizer: TextTokenizer | None, vocab_size: int, read_indexed: ReadIndexed | None = None) -> Read:
-    return lambda path, calibration: read_documents(
+    return lambda path, calibration: load_documents(
         path, calibration=calibration, tokenizer=tokenizer, vocab_size=vocab_size, read_indexed=read_indexed
     )
 

@@ -17,11 +17,10 @@ from tqdm import tqdm
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.select import LAYERWISE, METHODS, RANDOM, select_by_stats, select_random
 from emo_megatron.experts.stats import ExpertStatistics
+from emo_megatron.report.rows import FULL
 from emo_megatron.runners.cache import Measured
 from emo_megatron.runners.search import select_layerwise
 
-FULL = "full"
-"""The method of the rows with all experts."""
 SUFFIXES = (".jsonl", ".safetensors", ".idx")
 """Of files with documents, the last one with a .bin beside it."""
 
@@ -32,9 +31,6 @@ def domain_files(data: Path, held_out: Path) -> dict[str, tuple[Path, Path]]:
     Args:
         data: a file or the prefix of an indexed dataset, or a folder of them.
         held_out: the same; a folder's files have the names of `data`'s.
-
-    Raises:
-        ValueError: a folder holds no documents, two files of one name, or other domains than the other folder.
     """
     if data.is_dir() != held_out.is_dir():
         raise ValueError(f"--data and --held-out must be two files or two folders; got {data} and {held_out}")
@@ -130,8 +126,7 @@ def measure_rows(
     """Measure rows; all ranks call alike.
 
     Args:
-        model: that loses experts.
-        rows: of `conditions`.
+        model, rows: what loses experts, and how, see `conditions`.
         calibration: by domain, the documents that choose experts.
         held_out: by domain, the documents whose loss is measured.
         seed: of random experts.

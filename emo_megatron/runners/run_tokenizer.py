@@ -26,10 +26,7 @@ _FILES = {
 def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> Tokenizer | None:
     """The Hugging Face tokenizer that was named, or that the run had; None if it had no such one.
 
-    Args:
-        args: the run's flags.
-        named: by the command's --tokenizer.
-        vocab_size: rows of the model's embedding.
+    `args` are the run's flags, `named` is of the command's --tokenizer, `vocab_size` are rows of the embedding.
     """
     extra: list[str] = []
     if named is None:
@@ -90,9 +87,7 @@ def null_flags(*, vocab_size: int) -> list[str]:
 class MegatronTokenizer:
     """A tokenizer that Megatron builds, reading documents as a Hugging Face one does.
 
-    Args:
-        tokenizer: Megatron's.
-        kind: `--tokenizer-type`, for messages.
+    `kind` is its --tokenizer-type, for messages.
     """
 
     def __init__(self, tokenizer: Any, *, kind: str | None) -> None:

@@ -19,15 +19,7 @@ from emo_megatron.runners.cache import Measured
 def select_layerwise(model: Measured, documents: Documents, *, keep: int) -> Tensor:
     """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
 
-    A pass over the documents for every layer, as EMO's authors do.
-
-    Args:
-        model: its experts are watched.
-        documents: that choose the experts.
-        keep: routed experts kept a layer.
-
-    Returns:
-        [L, E] bool with `keep` True a row.
+    A pass over the documents for every layer, as EMO's authors do. Returns [L, E] bool with `keep` True a row.
     """
     facts = model.facts
     allowed_LE = torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)
@@ -48,7 +40,7 @@ def smallest_within(
     fewer does not; a smaller module may exist.
 
     Args:
-        model: its loss is measured.
+        model: that is run.
         validation: documents that did not choose the experts.
         choose: routed experts kept a layer -> [L, E] bool.
         bound: what a module may lose.

@@ -47,14 +47,7 @@ def add_start_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def start_hooks(args: argparse.Namespace) -> list[Hook]:
-    """What Megatron calls with the model's chunks before it wraps and loads them.
-
-    Args:
-        args: Megatron's parsed flags with those of `add_start_args`.
-
-    Raises:
-        ValueError: the flags do not go together, or a file is of another model or layout.
-    """
+    """What Megatron calls with the model's chunks before it wraps and loads them, by the flags of `add_start_args`."""
     hooks: list[Hook] = []
     if args.train_selection is not None:
         experts, source = _selected(args)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
 PARALLEL = {
     name: f"model.{flag}_parallel_size="
     for name, flag in {

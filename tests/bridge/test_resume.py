@@ -159,17 +159,17 @@ def test_other_loaders_train_and_warn(run_bridge, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_saves_and_takes_overrides(run_bridge, tmp_path):
+def test_torchrun_trains_saves_and_takes_overrides(start_bridge, tmp_path):
     from support.bridge_run import write_documents
 
     data = write_documents(tmp_path / "documents", eod=511)
     run = tmp_path / "run.json"
     run.write_text(json.dumps({"folder": str(tmp_path / "run"), "data": data}))
     (tmp_path / "run").mkdir()
-    printed = run_bridge(
+    printed = start_bridge(
+        *(Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2"),
         *("-m", "support.bridge_run", run, "model.pool_min=3", "train.train_iters=4"),
         *("model.expert_model_parallel_size=2", "checkpoint.save_interval=4"),
-        launcher=(Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2"),
     )
     seen = json.loads((tmp_path / "run" / "rank1.json").read_text())
     assert len(seen["losses"]) == 4

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from emo_megatron.checkpoint import model_flags
-from emo_megatron.hf.model_config import MODEL_FLAGS, REQUIREMENTS
+from emo_megatron.hf.megatron import MODEL_FLAGS, REQUIREMENTS
 
 OLD = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.18"
 

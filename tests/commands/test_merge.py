@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import checkpoints
+from support import checkpoints, experts
 from support.checkpoints import selection_of
 
 from emo_megatron.checkpoint.names import is_of_experts
@@ -16,7 +16,7 @@ from emo_megatron.checkpoint.writer import write_checkpoint
 from emo_megatron.cli import main
 from emo_megatron.commands import compose, extract, merge
 from emo_megatron.experts.selection import load_selection
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.experts.stats import ExpertStatistics
 
 FIRST, SECOND = [[1, 2, 6, 7], [0, 3, 4, 6]], [[0, 2, 3, 4], [1, 2, 5, 7]]
 SHARED_EXPERT = 2
@@ -86,21 +86,6 @@ def test_an_unchanged_module_merges_to_the_parent(ranks, parent, tmp_path):
         ranks(1).run(checkpoints.logits, folder=str(path), layout={}, config={})[0] for path in (parent, output)
     )
     assert torch.equal(was, now)
-
-
-def test_blend(parent, modules, tmp_path):
-    options = merge.Options(parent=parent, modules=modules[:1], output=tmp_path / "merged", blend=0.25)
-    output = merge.run(options)
-    found = MegatronCheckpoint(output).read(FC1, FIRST[0])
-    wanted = MegatronCheckpoint(parent).read(FC1, FIRST[0]) + 0.25
-    torch.testing.assert_close(found, wanted)
-    # an expert taken in part is taken; a row of the router is not
-    left_out = checkpoints.report(output)["left_out"]
-    assert {row["weight"] for row in left_out if row["modules"] == ["one"]} == {
-        ROUTER,
-        ROUTER.replace("layers.0", "layers.1"),
-    }
-    assert len(left_out) == 8
 
 
 def test_two_modules_that_changed_one_expert(parent, modules, tmp_path):
@@ -188,15 +173,7 @@ def test_a_module_of_another_parent_is_refused(ranks, parent, modules, tmp_path)
 def _stats(parent, folder):
     """Statistics of two data sets, in which expert 5 is next in line."""
     checkpoint = MegatronCheckpoint(parent)
-    facts = ModelFacts(
-        fingerprint=checkpoint.fingerprint,
-        num_experts=8,
-        num_shared=1,
-        top_k=2,
-        layers=checkpoint.moe_layers,
-        expert_parameters=1,
-        other_parameters=1,
-    )
+    facts = replace(experts.FACTS, fingerprint=checkpoint.fingerprint, layers=checkpoint.moe_layers)
     scores = torch.tensor([3.0, 3, 3, 3, 3, 2, 1, 1], dtype=torch.float64).expand(2, -1).clone()
     none = torch.zeros(2, 8, dtype=torch.int64)
     stats = ExpertStatistics(
@@ -232,24 +209,6 @@ def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp
     assert load_selection(output / "selection.json").num_kept == (8, 8)
     (logits,) = ranks(1).run(checkpoints.logits, folder=str(output), layout={}, config={}, stock=True)
     assert logits.isfinite().all()
-
-
-@pytest.mark.parametrize(("shared", "change"), [("average", 1.0), ("two", 2.0), ("one", 0.0)])
-def test_shared_weights_by_policy(parent, modules, tmp_path, shared, change):
-    output = compose.run(
-        compose.Options(
-            modules=modules,
-            output=tmp_path / "both",
-            shared=shared,
-            conflict="average",
-            stats=_stats(parent, tmp_path),
-            keep="8",
-        )
-    )
-    composed = MegatronCheckpoint(output)
-    found = composed.read(ATTENTION) - MegatronCheckpoint(parent).read(ATTENTION)
-    torch.testing.assert_close(found, torch.full_like(found, change))
-    assert composed.args.num_experts == 7
 
 
 def test_composed_selections_are_a_file(parent, tmp_path, capsys):

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from support import experts
 
-from emo_megatron.cli import main
-from emo_megatron.commands import merge_stats, select
+from emo_megatron.commands import select
 from emo_megatron.commands.options import ModelOptions
 from emo_megatron.commands.select import Options
-from emo_megatron.experts import select as select_of_experts
-from emo_megatron.experts.select import METHODS, Method
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.experts.stats import load_stats
 
@@ -55,12 +52,6 @@ def test_a_selection_says_where_it_comes_from(files, choose):
     assert [entry["file"] for entry in chosen.data["calibration"]] == ["one", "two"]
 
 
-def test_random_needs_no_scores_and_tells_its_seed(files, choose):
-    chosen = choose(stats=files[:1], keep="50%", method="random", seed=6)
-    assert chosen.seed == 6
-    assert choose(stats=files[:1], keep="50%", method="random", seed=7, output="o").experts != chosen.experts
-
-
 def test_a_budget_counts_the_bytes_that_are_stored(files, choose, tmp_path):
     chosen = choose(stats=files, budget_mb=0.118)
     assert (chosen.num_kept, chosen.data["budget_mb"]) == ((3, 3, 3), 0.118)
@@ -86,15 +77,6 @@ def test_without_statistics_the_model_is_measured_now(choose):
     chosen = choose(model=experts.MadeUpModel(), checkpoint=CHECKPOINT, data=Path("data"), method="reap", keep="4")
     assert chosen.data["calibration"][0]["file"] == "data"
     assert chosen.experts[0] == (0, 1, 2)
-
-
-def test_another_method_is_one_entry(files, choose, monkeypatch, capsys):
-    least = Method(summary="the least likely", scores=lambda stats: -stats.mean_probability_LE)
-    monkeypatch.setattr(select_of_experts, "METHODS", {**METHODS, "least": least})
-    monkeypatch.setattr(select, "METHODS", select_of_experts.METHODS)
-    best, worst = (choose(stats=files, keep="5", method=m, output=m) for m in ("mean_prob", "least"))
-    assert [sorted((*one, *other)) for one, other in zip(best.experts, worst.experts, strict=True)] == [[*range(8)]] * 3
-    assert worst.method == "least"
 
 
 def test_what_chooses_the_experts_is_not_held_out(files, choose, tmp_path):
@@ -145,15 +127,6 @@ def test_ranks_choose_alike_and_the_first_writes(files, choose, tmp_path, change
         choose(model=other, checkpoint=CHECKPOINT, **changes)
     assert want.num_kept == ((4, 4, 4) if "held_out" in changes else (3, 3, 3))
     assert (len(other.seen), other.num_losses) == ((0, 4) if "held_out" in changes else (3, 0))
-
-
-def test_an_output_that_exists_is_refused_before_anything_is_measured(choose, tmp_path):
-    (tmp_path / "s.json").write_text("mine")
-    model = experts.MadeUpModel()
-    with pytest.raises(ValueError, match=r"s\.json exists"):
-        choose(model=model, checkpoint=CHECKPOINT, keep="4", **LAYERWISE)
-    assert model.seen == []
-    assert (tmp_path / "s.json").read_text() == "mine"
 
 
 def test_statistics_of_another_model_or_without_outputs_are_refused(files, choose, tmp_path):
@@ -211,20 +184,3 @@ def test_options_that_do_not_go_together_are_refused(options, what):
 def test_impossible_layouts_are_refused(options, what):
     with pytest.raises(ValueError, match=what):
         ModelOptions(**options)
-
-
-def test_the_command_does_not_write_over_a_selection(files, tmp_path, capsys):
-    output = tmp_path / "s.json"
-    command = ["select", "--stats", str(files[0]), "--keep", "4", "--output", str(output)]
-    assert main(command) == 0
-    before = output.read_bytes()
-    assert main([*command, "--method", "frequency"]) == 2
-    assert "s.json exists" in capsys.readouterr().err
-    assert output.read_bytes() == before
-
-
-def test_merging_files_adds_them_up(files, tmp_path):
-    options = merge_stats.Options(stats=files, output=tmp_path / "both.safetensors")
-    assert load_stats(merge_stats.run(options)).num_documents == 8
-    with pytest.raises(ValueError, match="exists"):
-        merge_stats.run(options)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import tyro
+from support import experts
 
 from demo import recipe
 from emo_megatron.checkpoint.reader import num_shared_experts
 from emo_megatron.commands import retention
 from emo_megatron.config import PoolConfig
 from emo_megatron.experts.select import parse_keep
-from emo_megatron.experts.stats import ModelFacts
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 
 
@@ -60,18 +60,11 @@ def test_modules_keep_the_fractions_of_the_routed_experts(size, tmp_path):
     model = recipe.main_models(size, seed=1)[0]
     flags = recipe.retention_flags(size, model, corpus=tmp_path, run_dir=tmp_path / "emo")
     options = tyro.cli(retention.Options, args=flags)
-    facts = ModelFacts(
-        fingerprint="f00d",
-        num_experts=size.experts,
-        num_shared=num_shared_experts(
-            argparse.Namespace(
-                moe_ffn_hidden_size=size.expert_hidden, moe_shared_expert_intermediate_size=size.shared_hidden
-            )
-        ),
-        top_k=size.top_k,
-        layers=(1,),
-        expert_parameters=1,
-        other_parameters=1,
+    args = argparse.Namespace(
+        moe_ffn_hidden_size=size.expert_hidden, moe_shared_expert_intermediate_size=size.shared_hidden
+    )
+    facts = dataclasses.replace(
+        experts.FACTS, num_experts=size.experts, num_shared=num_shared_experts(args), top_k=size.top_k
     )
     kept = [parse_keep(text, facts) for text in options.keep]
     assert kept == [size.experts * fraction for fraction in size.fractions]

@@ -10,18 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.running import Command
+from support.running import DEAF, Command
 
 SCRIPT = Path(__file__).resolve().parents[2] / "demo" / "demo.sh"
-DEAF = """
-import emo_megatron, os, signal, sys, time
-for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
-os.fork()
-open(sys.argv[1] + "/" + str(os.getpid()), "w").close()
-time.sleep(600)
-"""
-"""A training that hears no signal, and a process that it forked."""
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from support import decoder, experts, words
 
 DOCUMENTS = ((3, 4, 0), (5, 0), (6, 7, 8, 9, 0), (1, 0))
@@ -22,14 +21,13 @@ def write_inputs(folder: Path) -> Path:
     from emo_megatron.mcore.dataset import write_indexed_dataset
 
     for name, texts in (("text", TEXTS), ("held", TEXTS[::-1])):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{name}.jsonl").write_text(lines)
-    bounds = torch.tensor([0, *map(len, DOCUMENTS)]).cumsum(0).int()
-    tokens = torch.tensor([token for document in DOCUMENTS for token in document])
-    save_file({"tokens": tokens.int(), "cu_seqlens": bounds}, folder / "tokens.safetensors")
+        words.write_texts(folder / f"{name}.jsonl", texts)
+    words.write_tokens(folder / "tokens.safetensors", [torch.tensor(document).int() for document in DOCUMENTS])
     write_indexed_dataset(folder / "indexed", DOCUMENTS, vocab_size=decoder.SMALL["vocab_size"])
+    small = decoder.architecture(num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4)
     for format in ("qwen2_moe", "emo"):
-        _write_hf(folder / format, format=format)
+        more = {"extra_config": {"eos_token_id": 0}, "shard_bytes": 20_000}
+        decoder.write_folder(folder / format, format, model=small, **more)
     words.write_tokenizer(folder / "qwen2_moe")
     import_.run(import_.Options(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
     facts = facts_of(MegatronCheckpoint(folder / "megatron"))
@@ -50,22 +48,6 @@ def write_inputs(folder: Path) -> Path:
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)
     return folder
-
-
-def _write_hf(folder: Path, *, format: str) -> None:
-    from emo_megatron.hf.folder import FORMATS, write_folder
-
-    model = decoder.architecture(num_layers=2, num_experts=4, dense_layers=(), hidden_size=16, head_dim=4)
-    folder.mkdir()
-    write_folder(
-        folder,
-        format=FORMATS[format],
-        architecture=model,
-        read=decoder.random_weights(model).__getitem__,
-        dtype=torch.float32,
-        extra_config={"eos_token_id": 0},
-        shard_bytes=20_000,
-    )
 
 
 def _write_rows(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis.strategies import SearchStrategy
+from support.running import limited
 
 SHORT, LONG = 25, 500
 """Inputs of a target in `make test` and in `make test-all`."""
@@ -85,13 +86,11 @@ def _bounded() -> Iterator[None]:
 
     with open("/proc/self/statm", encoding="ascii") as sizes:  # noqa: PTH123
         now = int(sizes.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
     try:
-        yield
+        with limited(resource.RLIMIT_AS, now + MEMORY):
+            yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

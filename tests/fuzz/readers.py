@@ -86,7 +86,7 @@ def documents(folder: Path, name: str) -> list[list[int]]:
     found = load_documents(
         folder / name,
         calibration=Calibration(),
-        tokenize=Tokenizer(folder / "qwen2_moe").encode,
+        tokenizer=Tokenizer(folder / "qwen2_moe"),
         read_indexed=IndexedDocuments,
         vocab_size=decoder.SMALL["vocab_size"],
     )

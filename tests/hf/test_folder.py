@@ -5,33 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import decoder
+from support.running import limited
 
-from emo_megatron.hf.folder import INDEX, HuggingFaceFolder, write_folder
+from emo_megatron.hf.folder import INDEX, HuggingFaceFolder
 from emo_megatron.hf.mapping import weight_shapes
-from emo_megatron.hf.qwen2_moe import QWEN2_MOE
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    model = decoder.architecture()
-    weights = decoder.random_weights(model)
-    (tmp_path / "out").mkdir()
-    write_folder(
-        tmp_path / "out",
-        format=QWEN2_MOE,
-        architecture=model,
-        read=weights.__getitem__,
-        dtype=torch.float32,
-        extra_config={"eos_token_id": 5, "emo_megatron": {"version": "0"}},
-        shard_bytes=30_000,
-    )
-    return tmp_path / "out"
+    more = {"eos_token_id": 5, "emo_megatron": {"version": "0"}}
+    return decoder.write_folder(tmp_path / "out", extra_config=more, shard_bytes=30_000)
 
 
 def test_shards_are_as_large_as_asked_for_and_the_index_names_them(sharded: Path) -> None:
@@ -165,15 +155,8 @@ def test_a_file_whose_header_lies_is_refused_by_name(content: bytes, sharded: Pa
 
 
 def test_too_many_open_files_are_no_damage(sharded: Path) -> None:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
-    try:
-        with pytest.raises(OSError, match=r"\.safetensors") as told:
-            HuggingFaceFolder(sharded)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with limited(resource.RLIMIT_NOFILE, lowest + 1), pytest.raises(OSError, match=r"\.safetensors") as told:
+        HuggingFaceFolder(sharded)
     assert told.value.errno == errno.EMFILE

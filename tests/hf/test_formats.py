@@ -12,12 +12,9 @@ import torch
 from support import decoder
 from torch import Tensor
 
-from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.emo_format import EMO
-from emo_megatron.hf.folder import FORMATS, HuggingFaceFolder, write_folder
-from emo_megatron.hf.formats import from_file, to_file
-from emo_megatron.hf.mapping import weight_shapes
-from emo_megatron.hf.qwen2_moe import QWEN2_MOE, TINY_GATE
+from emo_megatron.hf.folder import HuggingFaceFolder
+from emo_megatron.hf.formats import EMO, QWEN2_MOE, TINY_GATE, from_file, to_file
+from emo_megatron.hf.mapping import Architecture, weight_shapes
 
 TOKENS = torch.arange(40) * 7 % 80
 EXPRESSIBLE_AS_EMO = ("the paper's", "no shared expert", "no shared expert, renormalised")
@@ -26,15 +23,7 @@ EXPRESSIBLE_AS_EMO = ("the paper's", "no shared expert", "no shared expert, reno
 def write(
     folder: Path, format: str, model: Architecture, weights: Mapping[str, Tensor], **options: Any
 ) -> HuggingFaceFolder:
-    folder.mkdir()
-    write_folder(
-        folder,
-        format=FORMATS[format],
-        architecture=model,
-        read=weights.__getitem__,
-        **({"dtype": torch.float32, "extra_config": {}} | options),
-    )
-    return HuggingFaceFolder(folder)
+    return HuggingFaceFolder(decoder.write_folder(folder, format, model=model, weights=weights, **options))
 
 
 def stock_logits(folder: Path) -> Tensor:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
+from mcore.test_args import host_options
 
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.combinations import problems_with_long_context
 
-FINE = {
-    "dataloader_inter_document_masking": True,
-    "context_parallel_size": 1,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "sequence_parallel": False,
-    "micro_batch_size": 1,
-    "seq_length": 64,
-    "max_documents": None,
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_flex_dispatcher_backend": "deepep",
-    "moe_hybridep_pad_uneven_dispatch_inputs": False,
-    "transformer_impl": "local",
-    "cp_comm_type": ["p2p"],
-    "hierarchical_context_parallel_sizes": None,
-    "mtp_num_layers": None,
-    "mtp_exact_loss": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "position_embedding_type": "rope",
-}
+FINE = {"micro_batch_size": 1, "mtp_exact_loss": False}
 CP2 = {"context_parallel_size": 2}
 CP4 = {"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 2]}
 TE = {"transformer_impl": "transformer_engine"}
@@ -46,7 +25,7 @@ def _problems(change):
     kind = change.pop("pool_documents")
     packed = {"dataloader_inter_document_masking": kind == "attention"}
     pool = PoolConfig(pool_min=3, pool_documents=kind)
-    return problems_with_long_context(pool, SimpleNamespace(**FINE | packed | change))
+    return problems_with_long_context(pool, host_options(**FINE | packed | change))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
+import torch
 from mcore.test_metrics import Operations
 from support import shards, tiny
 
 from emo_megatron import ops
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.combinations import problems_with_config
 
 TOLERANCE = 1e-6
 """Of a tensor's norm; float32."""
@@ -33,8 +41,6 @@ def _deviation(got, want):
 
 def _run(layer, hidden):
     """Output and gradients by name."""
-    import torch
-
     tokens = hidden.clone().requires_grad_()
     output, _ = layer(tokens)
     weights = torch.linspace(-1, 1, output.numel()).view_as(output)
@@ -47,8 +53,6 @@ def _run(layer, hidden):
 
 def _compare(sizes, dtype="float32", top_k=4, **overrides):
     """Largest deviations of one MoE layer's outputs and gradients, and rows of both dispatchers."""
-    import torch
-
     tiny.setup(**sizes)
     torch.manual_seed(0)
     layers = {}
@@ -67,19 +71,13 @@ def _compare(sizes, dtype="float32", top_k=4, **overrides):
             answers[name] = _run(layer, hidden)
     assert answers["megatron"].keys() == answers["dedup"].keys()
     rows = {name: sum(tensors[:1]) for name, tensors in sent.items()}
-    deviations = {
-        key: _deviation(answers["dedup"][key].float(), want.float()) for key, want in answers["megatron"].items()
-    }
+    deviations = {k: _deviation(answers["dedup"][k].float(), want.float()) for k, want in answers["megatron"].items()}
     ranks = sizes.get("expert_model_parallel_size", 1)
     wanted = maps[0].view(len(maps[0]), ranks, -1).any(-1).sum().item()
     return {"deviations": deviations, "rows": rows, "wanted": wanted, "tokens": len(maps[0])}
 
 
 def _layer(dispatcher, top_k, dtype, overrides):
-    import torch
-
-    from emo_megatron.config import PoolConfig
-
     model = tiny.model(
         PoolConfig(pool_dispatcher=dispatcher),
         moe_router_topk=top_k,
@@ -93,28 +91,18 @@ def _layer(dispatcher, top_k, dtype, overrides):
     return model.decoder.layers[0].mlp.to(getattr(torch, dtype))
 
 
-class _counting:
+@contextlib.contextmanager
+def _counting(rows):
     """Notes the rows of every all-to-all of hidden states."""
+    original = torch.distributed.all_to_all_single
 
-    def __init__(self, rows):
-        self.rows = rows
+    def counted(output, input, *args, **kwargs):
+        if input.dim() == 2:
+            rows.append(input.shape[0])
+        return original(output, input, *args, **kwargs)
 
-    def __enter__(self):
-        import torch.distributed as dist
-
-        self.original = dist.all_to_all_single
-
-        def counted(output, input, *args, **kwargs):
-            if input.dim() == 2:
-                self.rows.append(input.shape[0])
-            return self.original(output, input, *args, **kwargs)
-
-        dist.all_to_all_single = counted
-
-    def __exit__(self, *_):
-        import torch.distributed as dist
-
-        dist.all_to_all_single = self.original
+    with mock.patch.object(torch.distributed, "all_to_all_single", counted):
+        yield
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if WORLD[n] > 2 else ()) for n in LAYOUTS])
@@ -145,8 +133,6 @@ def test_experts_of_one_rank_only(ranks):
 
 
 def _one_sided():
-    import torch
-
     tiny.setup(expert_model_parallel_size=2)
     outputs = []
     for name in ("megatron", "dedup"):
@@ -159,10 +145,6 @@ def _one_sided():
 
 def _padded(dispatcher, *, pads):
     """Output and gradients, and the tokens of each expert here, with every expert's filled up to 16."""
-    import copy
-
-    import torch
-
     tiny.setup(expert_model_parallel_size=2)
     layer = _layer(dispatcher, 2, "float32", {})
     shards.initialise([layer], seed=3)
@@ -191,9 +173,8 @@ def _noted(tokens, dispatched):
 
 
 @pytest.mark.parametrize("dispatcher", ["megatron", "dedup"])
-def test_padding_for_quantisation_changes_nothing_but_the_rows(ranks, dispatcher):
-    wanted = ranks(2).run(_padded, dispatcher=dispatcher, pads=False)
-    padded = ranks(2).run(_padded, dispatcher=dispatcher, pads=True)
+def test_padding_for_quantisation_changes_nothing_but_the_rows(once, dispatcher):
+    wanted, padded = (once(2, _padded, dispatcher=dispatcher, pads=pads) for pads in (False, True))
     assert any(n % 16 for _, tokens, _ in wanted for n in tokens)
     for (want, before, _), (found, after, _) in zip(wanted, padded, strict=True):
         assert all(n % 16 == 0 and n >= m for n, m in zip(after, before, strict=True))
@@ -203,8 +184,8 @@ def test_padding_for_quantisation_changes_nothing_but_the_rows(ranks, dispatcher
 
 @pytest.mark.skipif(bool(ops.why_not_native("cpu")), reason="the compiled ops are not built")
 @pytest.mark.parametrize("pads", [False, True])
-def test_starts_no_more_operations_than_alltoall(ranks, pads):
-    counts = [ranks(2).run(_padded, dispatcher=dispatcher, pads=pads)[0][2] for dispatcher in ("dedup", "megatron")]
+def test_starts_no_more_operations_than_alltoall(once, pads):
+    counts = [once(2, _padded, dispatcher=dispatcher, pads=pads)[0][2] for dispatcher in ("dedup", "megatron")]
     assert counts[0] <= counts[1]
 
 
@@ -218,11 +199,6 @@ def test_starts_no_more_operations_than_alltoall(ranks, pads):
     ],
 )
 def test_refuses_what_it_cannot_do(option, value):
-    from types import SimpleNamespace
-
-    from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore.combinations import problems_with_config
-
     def problems(dispatcher):
         config = SimpleNamespace(num_moe_experts=8, moe_router_topk=2, **{option: value})
         return problems_with_config(PoolConfig(pool_dispatcher=dispatcher), config)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support import training
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from support import shards, training
 from support.training import Case
 
 from emo_megatron.checkpoint.names import EXPERTS, ROUTER, split_name
+from emo_megatron.mcore.finetune import freeze
 
 LAYERS = (2, 3, 4)
 KEPT = {2: (0, 1, 5), 3: (2, 3, 4), 4: (1, 6, 7)}
@@ -19,11 +21,6 @@ def _train(case, policy, experts):
         This rank's weights before and after, the number of them it says it trains, and the MoE layers whose experts got
         a gradient: weight decay alone changes weights too.
     """
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-    from support import shards, training
-
-    from emo_megatron.mcore.finetune import freeze
-
     trained = []
     build = training._model
 
@@ -72,8 +69,6 @@ def _train(case, policy, experts):
     ids=lambda value: value.id if isinstance(value, Case) else None,
 )
 def test_only_what_the_policy_names_is_trained(ranks, case, policy, experts):
-    from support import shards
-
     case = training.with_samples(case, 4)
     answers = ranks(case.world_size).run(_train, case=case, policy=policy, experts=experts)
     before, after = (shards.join([answer[i] for answer in answers]) for i in (0, 1))

@@ -7,9 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
+from support import tiny
 
 from emo_megatron import ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.dispatcher import follow_routing_map
 
 T, E, K = 96, 16, 4
 
@@ -31,11 +35,8 @@ def _routed():
 
 @pytest.mark.parametrize("kind", ["_DeepepManager", "_NCCLEPManager"])
 def test_managers_follow_the_map(kind):
-    dispatchers = pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
-    from emo_megatron.mcore.dispatcher import follow_routing_map
-
     ids, routed = _routed()
-    manager = object.__new__(getattr(dispatchers, kind))
+    manager = object.__new__(getattr(token_dispatcher, kind))
     vars(manager).update(num_experts=E, router_topk=K, capacity_factor=None)
     dispatcher = SimpleNamespace(_comm_manager=manager)
     backend = {"_DeepepManager": "deepep", "_NCCLEPManager": "ncclep"}[kind]
@@ -63,18 +64,9 @@ def test_managers_follow_the_map(kind):
 
 def _maps(dispatcher, backend):
     """How many experts the layer's router sends a real token and a padded one to."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from support import tiny
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    config = tiny.transformer_config()
-    config.moe_token_dispatcher_type = dispatcher
-    config.moe_flex_dispatcher_backend = backend
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
-    router.set_layer_number(1)
+    options = {"moe_token_dispatcher_type": dispatcher, "moe_flex_dispatcher_backend": backend}
+    router = tiny.router(PoolConfig(), **options)
     padding = torch.zeros(32, 1, dtype=torch.bool)
     padding[20:] = True
     _, routing_map = router.routing(torch.randn(32, 1, 8), padding)
@@ -105,11 +97,6 @@ LIBRARIES = {
 
 def _sent_by_a_layer(backend):
     """Where a layer routes every token of a micro-batch, with which weights, and where its manager would send it."""
-    from megatron.core.transformer.moe import token_dispatcher
-    from support import tiny
-
-    from emo_megatron.mcore.context import CLOCK, PACKING, Packing, Shard, scope_of
-
     tiny.setup(expert_model_parallel_size=2)
     CLOCK.consumed_samples = 0
     pool = PoolConfig(pool_min=3)
@@ -126,17 +113,7 @@ def _sent_by_a_layer(backend):
     hidden = torch.randn(32, 1, 32, generator=torch.Generator().manual_seed(1))
     # softmax gives all but one expert a weight of exactly 0
     hidden[3] *= 1e4
-    packed = tiny.packed([0, 5, 16, 32])
-    packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16, num_padding_B=torch.tensor([0, 6]))
-    setattr(packed, PACKING, packing)
-    shard = dict.fromkeys(("tp_rank", "cp_rank", "dp_rank", "microbatch"), 0)
-    layer.scope = scope_of(
-        packed,
-        hidden_shape=hidden.shape,
-        shard=Shard(**shard, tp_size=1, cp_size=1, dp_size=1),
-        pool=pool,
-        layer_number=1,
-    )
+    layer.scope = tiny.scope(tiny.packed([0, 5, 16, 32], num_padding=[0, 6]), pool)
     probs, routing_map = layer.route(hidden)
     layer.token_dispatcher.dispatch_preprocess(hidden, routing_map, probs)
     CLOCK.consumed_samples = None

@@ -11,8 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import cpu, on_cpu
+from emo_megatron.mcore.router import PoolRouter
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = shlex.split("""
@@ -30,19 +38,10 @@ DOCUMENTS = "--dataloader-inter-document-masking"
 
 def _train(config_file, flags, pool=None):
     """Two steps of the model that Megatron's model builder makes of these flags, or the error it gives."""
-    import torch
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import global_vars
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.models import gpt
-    from support import tiny
-
-    from emo_megatron.mcore import cpu
-    from emo_megatron.mcore.router import PoolRouter
 
     of_megatron = gpt.mtp_block_spec
     # Megatron leaves this choice in the environment of a process, where other tests build models too
@@ -135,32 +134,27 @@ def test_an_empty_object_is_the_standard_model(ranks, pool_file):
 
 
 @pytest.mark.parametrize(
-    ("text", "flags", "says"),
+    ("text", "flags", "named"),
     [
-        (None, [DOCUMENTS], ["EMO_POOL_CONFIG is not set", '{"pool_min": 8}']),
-        ('{"pool_max": 4}', [DOCUMENTS], ["pool.json", "without --pool-min"]),
-        ('{"pool_min": 9}', [DOCUMENTS], ["at most --num-experts (8); got 9"]),
-        ('{"pool_min": 3}', [], ["--dataloader-inter-document-masking must be given"]),
-        ('{"pool_min": 3, "pool_documents": "routers"}', [], ["--pool-documents must be attention"]),
+        (None, [DOCUMENTS], ["EMO_POOL_CONFIG"]),
+        ('{"pool_max": 4}', [DOCUMENTS], ["pool.json", "--pool-min"]),
+        ('{"pool_min": 9}', [DOCUMENTS], ["--num-experts"]),
+        ('{"pool_min": 3}', [], [DOCUMENTS]),
+        ('{"pool_min": 3, "pool_documents": "routers"}', [], ["--pool-documents"]),
         (
             '{"pool_min": 3}',
             [DOCUMENTS, "--reset-attention-mask", "--moe-router-dtype", "fp64"],
-            ["--reset-attention-mask must be False", "--moe-router-dtype must be 'fp32'"],
+            ["--reset-attention-mask", "--moe-router-dtype"],
         ),
-        (
-            '{"pool_min": 3}',
-            [DOCUMENTS, "--hybrid-layer-pattern", "*E*E"],
-            ["--hybrid-layer-pattern is for HybridModel", "pool_hybrid_spec"],
-        ),
+        ('{"pool_min": 3}', [DOCUMENTS, "--hybrid-layer-pattern", "*E*E"], ["--hybrid-layer-pattern"]),
     ],
     ids=["unset", "useless", "too large", "no documents", "routers", "flags", "hybrid"],
 )
-def test_what_cannot_be_is_refused(ranks, pool_file, text, flags, says):
+def test_what_cannot_be_is_refused(ranks, pool_file, text, flags, named):
     path = None if text is None else pool_file(text)
     message = ranks(1).run(_train, config_file=path, flags=[*FLAGS, *flags])[0]
     assert isinstance(message, str)
-    for part in says:
-        assert part in message
+    assert [name for name in named if name not in message] == []
 
 
 def _logged(output: str, name: str) -> list[float]:
@@ -195,15 +189,7 @@ def test_a_script_that_knows_no_pools_trains_with_them(tmp_path):
     assert done.stdout.count("PoolConfig(pool_min=3, pool_max=5") == 1
 
 
-def test_the_runner_names_what_is_missing():
-    done = subprocess.run(
-        [sys.executable, "-m", "emo_megatron.mcore.on_cpu", "no_such_script.py", "--flag"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "no_such_script.py" in done.stderr
-    assert "usage" in done.stderr
+def test_the_runner_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["on_cpu", "no_such_script.py", "--flag"])
+    with pytest.raises(SystemExit, match="no_such_script"):
+        on_cpu.main()

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support import tiny
 
 from emo_megatron.config import PoolConfig
 
@@ -37,8 +38,6 @@ def _transformer_engine():
 
 
 def _train(pool):
-    from support import tiny
-
     tiny.setup()
     with _transformer_engine():
         model = tiny.model(pool, moe_latent_size=LATENT)

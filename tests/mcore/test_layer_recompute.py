@@ -6,8 +6,11 @@ import copy
 
 import pytest
 import torch
+from support import tiny
+from torch.utils.checkpoint import checkpoint
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import layer as layers
 
 
 def _two_in_flight(precision):
@@ -15,11 +18,6 @@ def _two_in_flight(precision):
 
     Both forwards run before the backwards, and before each backward the other micro-batch's scope lies on the layers.
     """
-    from support import tiny
-    from torch.utils.checkpoint import checkpoint
-
-    from emo_megatron.mcore import layer as layers
-
     calls = []
 
     def stand_in(function, distribute_saved_activations, get_rng_state_tracker, tp_group, *tensors):
@@ -54,9 +52,8 @@ def _two_in_flight(precision):
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp4"])
-def test_quantised_recompute_goes_through_transformer_engine_and_sees_its_own_micro_batch(ranks, precision):
-    want, _ = ranks(1).run(_two_in_flight, precision=None)[0]
-    got, calls = ranks(1).run(_two_in_flight, precision=precision)[0]
+def test_quantised_recompute_goes_through_transformer_engine_and_sees_its_own_micro_batch(once, precision):
+    ((want, _),), ((got, calls),) = (once(1, _two_in_flight, precision=p) for p in (None, precision))
     # two micro-batches of two layers; recompute itself makes no further call
     assert calls == [(False, 1, 1)] * 4
     for name, gradient in want.items():

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.mlp import MLP
 from support import shards, tiny, training
 from support.training import Case
+
+from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.local import NormedLinear
 
 UNCOMPRESSED = {"multi_latent_attention": True, "q_lora_rank": None}
 BIASES = {"add_bias_linear": True, "moe_shared_expert_intermediate_size": None}
 
 
 def _projection(normalization):
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-
-    from emo_megatron.mcore.local import NormedLinear
-
     tiny.setup()
     config = tiny.transformer_config(normalization=normalization)
     linear = NormedLinear(32, 8, config=config, init_method=config.init_method, bias=False)
@@ -41,11 +43,6 @@ def test_a_normed_projection_is_a_norm_and_a_product(ranks, normalization):
 
 
 def _experts():
-    from megatron.core.parallel_state import get_tensor_model_parallel_group
-    from megatron.core.transformer.mlp import MLP
-
-    from emo_megatron.config import PoolConfig
-
     tiny.setup()
     layer = tiny.model(PoolConfig(pool_min=3), **BIASES).decoder.layers[0].mlp
     expert = layer.experts.local_experts[0]
@@ -71,10 +68,6 @@ def test_an_expert_with_biases_weights_them_as_its_output(ranks):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def _train(case):
-    return training.train(case, seed=1)
-
-
 @pytest.mark.parametrize(
     ("layout", "config", "name"),
     [({"tp": 2}, UNCOMPRESSED, "linear_q_proj.layer_norm_weight"), ({"ep": 2, "dp": 2}, BIASES, "linear_fc2.bias")],
@@ -82,11 +75,9 @@ def _train(case):
 )
 def test_two_ranks_train_the_model_of_one(ranks, layout, config, name):
     case = Case(name=name, mbs=2, per_token=True, config=config, **layout)
-    (want,) = ranks(1).run(_train, case=case.reference)
-    got = ranks(2).run(_train, case=case)
+    (want,) = ranks(1).run(training.train, case=case.reference, seed=1)
+    got = ranks(2).run(training.train, case=case, seed=1)
     for kind in ("gradients", "weights"):
-        wanted, found = shards.join([want[kind]]), shards.join([answer[kind] for answer in got])
-        assert found.keys() == wanted.keys()
-        assert any(name in key for key in wanted)
-        for key, value in wanted.items():
-            assert (found[key] - value).norm() <= 1e-5 * value.norm() + 1e-9, key
+        seen = shards.deviations(want[kind], [answer[kind] for answer in got])
+        assert any(name in key for key in seen)
+        assert {key: share for key, share in seen.items() if not share <= 1e-5} == {}

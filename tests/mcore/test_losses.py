@@ -7,11 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support import tiny
 
 from emo_megatron.config import PoolConfig
 
 BOUNDS = [0, 5, 16, 17, 17, 28]
 """A document of one token, an empty one, and four tokens of padding behind the last."""
+GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 1}
 NAMES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -19,24 +24,11 @@ NAMES = {
 }
 
 
-def _router(cls, kinds, **options):
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from support import tiny
-
-    pool = options.pop("pool", None)
+def _router(pool, kinds, **options):
     get_moe_metrics_tracker().clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
-    config = tiny.transformer_config(
-        moe_router_load_balancing_type=list(kinds),
-        moe_aux_loss_coeff=list(kinds.values()),
-        **({"moe_z_loss_coeff": None} | options),
-    )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = cls(config=config, pg_collection=groups, **({"pool": pool} if pool else {}))
-    router.set_layer_number(1)
-    return router.train()
+    balance = {"moe_router_load_balancing_type": list(kinds), "moe_aux_loss_coeff": list(kinds.values())}
+    return tiny.router(pool, **balance | {"moe_z_loss_coeff": None} | options).train()
 
 
 def _set_bias(router):
@@ -46,8 +38,6 @@ def _set_bias(router):
 
 def _route(router, logits):
     """The gradient of the attached losses alone, what was chosen, and what was logged."""
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
     probs, routing_map = router.routing(logits)
     (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
     logged = {name: entry.values[0].item() for name, entry in get_moe_metrics_tracker().metrics.items()}
@@ -65,33 +55,15 @@ def _normalised(logits, score_function):
 
 
 def _against_the_definition(pool, kinds, score_function, per_token, **options):
-    from support import tiny
-
-    from emo_megatron.mcore.context import Shard, scope_of
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    router = _router(
-        PoolRouter,
-        kinds,
-        pool=pool,
-        moe_router_score_function=score_function,
-        calculate_per_token_loss=per_token,
-        **options,
-    )
+    options |= {"moe_router_score_function": score_function, "calculate_per_token_loss": per_token}
+    router = _router(pool, kinds, **options)
     _set_bias(router)
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(
-        tiny.packed(BOUNDS, tokens_per_sample=32),
-        hidden_shape=torch.Size((32, 1, 32)),
-        shard=shard,
-        pool=pool,
-        layer_number=1,
-    )
+    router.scope = tiny.scope(tiny.packed(BOUNDS, tokens_per_sample=32), pool)
     logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     gradient, routing_map, logged = _route(router, logits)
     pools = router.scope.pools.get(1)
-    parts, scores_of, chosen_of, differing = [], [], [], 0
+    parts, scores_of, chosen_of, z_of, differing = [], [], [], [], 0
     for document, (start, end) in enumerate(itertools.pairwise(BOUNDS)):
         if start == end:
             continue
@@ -106,69 +78,73 @@ def _against_the_definition(pool, kinds, score_function, per_token, **options):
             chosen = counted
         fraction = chosen.sum(0) / chosen.sum()
         parts.append((end - start) * inside.sum() * (fraction * scores.mean(0)).sum())
+        z_of.append(rows.logsumexp(-1).square())
         scores_of.append(scores)
         chosen_of.append(chosen)
     assert (differing > 10) == (router.expert_bias is not None)
     scores, chosen = torch.cat(scores_of), torch.cat(chosen_of)
     whole = 8 * (chosen.sum(0) / chosen.sum() * scores.mean(0)).sum()
     values = {"aux_loss": whole, "global_aux_loss": whole, "seq_aux_loss": sum(parts) / BOUNDS[-1]}
-    loss = sum(weight * values[kind] for kind, weight in kinds.items())
+    z, z_weight = torch.cat(z_of).mean(), options.get("moe_z_loss_coeff") or 0.0
+    loss = sum(weight * values[kind] for kind, weight in kinds.items()) + z_weight * z
     (want,) = torch.autograd.grad(loss * (BOUNDS[-1] if per_token else 1), [logits])
     sizes = [] if pools is None else pools.sum(-1).tolist()
-    return gradient, want, logged, {NAMES[kind]: values[kind].item() for kind in kinds}, sizes
+    wanted = {NAMES[kind]: values[kind].item() for kind, weight in kinds.items() if weight}
+    return gradient, want, logged, wanted | ({"z_loss": z.item()} if z_weight else {}), sizes
+
+
+def _require_definition(answer):
+    gradient, want, logged, values, sizes = answer
+    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
+    assert logged == pytest.approx(values, rel=1e-5)
+    return sizes
+
+
+SEQ_AUX = {"seq_aux_loss": 0.2}
+ALL_KINDS = {"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}
+Z = {"moe_z_loss_coeff": 0.001}
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize(
-    ("kinds", "per_token"),
+    ("kinds", "per_token", "options"),
     [
-        ({"aux_loss": 0.3}, False),
-        ({"seq_aux_loss": 0.2}, False),
-        ({"seq_aux_loss": 0.2}, True),
-        ({"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}, True),
+        ({"aux_loss": 0.3}, False, {}),
+        (SEQ_AUX, False, {}),
+        (SEQ_AUX, True, {}),
+        (ALL_KINDS, True, {}),
+        ({"global_aux_loss": 0.05}, False, Z),
+        ({"global_aux_loss": 0.05}, True, Z),
+        ({"global_aux_loss": 0.0}, False, Z),
     ],
 )
-def test_losses_are_their_definition(ranks, kinds, per_token, score_function):
+def test_losses_are_their_definition(ranks, kinds, per_token, options, score_function):
+    options = options | {"score_function": score_function, "per_token": per_token}
     pool = PoolConfig(pool_min=3, pool_unrestricted=0.4)
-    gradient, want, logged, values, sizes = ranks(1).run(
-        _against_the_definition, pool=pool, kinds=kinds, score_function=score_function, per_token=per_token
-    )[0]
-    assert {8} < set(sizes)
-    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
-    assert logged == pytest.approx(values, rel=1e-5)
+    (answer,) = ranks(1).run(_against_the_definition, pool=pool, kinds=kinds, **options)
+    assert {8} < set(_require_definition(answer))
 
 
 def test_without_pools_a_document_balances_over_all_experts(ranks):
-    gradient, want, logged, values, _ = ranks(1).run(
-        _against_the_definition,
-        pool=PoolConfig(),
-        kinds={"seq_aux_loss": 0.2},
-        score_function="softmax",
-        per_token=False,
-    )[0]
-    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
-    assert logged == pytest.approx(values, rel=1e-5)
+    options = {"kinds": SEQ_AUX, "score_function": "softmax", "per_token": False}
+    _require_definition(ranks(1).run(_against_the_definition, pool=PoolConfig(), **options)[0])
 
 
-@pytest.mark.parametrize("kinds", [{"aux_loss": 0.3}, {"seq_aux_loss": 0.2, "aux_loss": 0.3, "global_aux_loss": 0.05}])
+@pytest.mark.parametrize("kinds", [{"aux_loss": 0.3}, ALL_KINDS])
 def test_losses_count_neither_bias_nor_groups(ranks, kinds):
-    gradient, want, logged, values, _ = ranks(1).run(
+    (answer,) = ranks(1).run(
         _against_the_definition,
         pool=PoolConfig(pool_min=3),
         kinds=kinds,
         score_function="sigmoid",
         per_token=False,
-        moe_router_enable_expert_bias=True,
-        moe_router_num_groups=4,
-        moe_router_group_topk=1,
-    )[0]
-    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
-    assert logged == pytest.approx(values, rel=1e-5)
+        **GROUPS | {"moe_router_enable_expert_bias": True},
+    )
+    _require_definition(answer)
 
 
 def _with_fused_choice():
     """Transformer Engine's choice, stood in for by one of other experts for token 0."""
-    from megatron.core.transformer.moe import moe_utils
 
     def choose(logits, topk, **options):
         found = moe_utils.topk_routing_with_score_function(logits, topk, **options)
@@ -179,21 +155,14 @@ def _with_fused_choice():
 
 
 def test_losses_count_what_a_fused_router_chooses(ranks):
-    gradient, want, logged, values, _ = ranks(1).run(_with_fused_choice)[0]
-    torch.testing.assert_close(gradient.double(), want.double(), rtol=2e-5, atol=1e-7)
-    assert logged == pytest.approx(values, rel=1e-5)
+    _require_definition(ranks(1).run(_with_fused_choice)[0])
 
 
 def _beside_stock(kinds, options):
-    from megatron.core.transformer.moe.router import TopKRouter
-    from support import tiny
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
     answers = []
-    for cls, pool in ((TopKRouter, None), (PoolRouter, PoolConfig())):
-        router = _router(cls, kinds, pool=pool, **options)
+    for pool in (None, PoolConfig()):
+        router = _router(pool, kinds, **options)
         _set_bias(router)
         logits = torch.randn(16, 3, 8, generator=torch.Generator().manual_seed(2))
         answers.append(_route(router, logits.requires_grad_()))
@@ -207,13 +176,8 @@ def _beside_stock(kinds, options):
         {},
         {"calculate_per_token_loss": True, "moe_router_score_function": "sigmoid"},
         {"moe_router_score_function": "sqrtsoftplus"},
-        {"moe_router_num_groups": 4, "moe_router_group_topk": 1, "moe_router_pre_softmax": True},
-        {
-            "moe_router_num_groups": 4,
-            "moe_router_group_topk": 1,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-        },
+        GROUPS | {"moe_router_pre_softmax": True},
+        GROUPS | {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
     ],
 )
 def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
@@ -225,46 +189,27 @@ def test_without_pools_the_losses_are_megatrons(ranks, kind, options):
     assert NAMES[kind] in ours[2]
 
 
-def _collectives(kinds, options):
+def _collectives(balances, options):
     """All-reduces of one layer in forward, and again in recompute, on two ranks that share documents."""
-    from support import tiny
-
-    from emo_megatron.mcore.context import Shard, scope_of
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup(tensor_model_parallel_size=2)
-    pool = PoolConfig(pool_min=3)
-    router = _router(PoolRouter, kinds, pool=pool, **options)
-    rank = torch.distributed.get_rank()
-    shard = Shard(tp_rank=rank, tp_size=2, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(
-        tiny.packed([*BOUNDS[:-1], 32], tokens_per_sample=32),
-        hidden_shape=torch.Size((16, 1, 32)),
-        shard=shard,
-        pool=pool,
-        layer_number=1,
-    )
-    logits = torch.randn(16, 1, 8, requires_grad=True)
-    counts = []
-    for _ in range(2):
-        with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as seen:
-            router.routing(logits)
-        counts.append(seen.call_count)
+    pool, counts = PoolConfig(pool_min=3), []
+    for kinds in balances:
+        router = _router(pool, kinds, **options)
+        packed = tiny.packed([*BOUNDS[:-1], 32], tokens_per_sample=32)
+        router.scope = tiny.scope(packed, pool, tokens=16, tp_rank=torch.distributed.get_rank(), tp_size=2)
+        logits = torch.randn(16, 1, 8, requires_grad=True)
+        for _ in range(2):
+            with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as seen:
+                router.routing(logits)
+            counts.append(seen.call_count)
     return counts
 
 
-@pytest.mark.parametrize(
-    ("kinds", "wanted"),
-    [
-        # scores of documents; counts of experts; choices of documents
-        ({"none": 0.0}, 1),
-        ({"global_aux_loss": 0.1}, 2),
-        ({"aux_loss": 0.1}, 2),
-        ({"seq_aux_loss": 0.1}, 3),
-        ({"seq_aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
-        ({"seq_aux_loss": 0.1, "aux_loss": 0.1, "global_aux_loss": 0.1}, 3),
-    ],
-)
-@pytest.mark.parametrize("options", [{}, {"moe_router_num_groups": 4, "moe_router_group_topk": 1}])
-def test_a_layer_has_three_collectives_at_most(ranks, kinds, options, wanted):
-    assert ranks(2).run(_collectives, kinds=kinds, options=options) == [[wanted, 0]] * 2
+@pytest.mark.parametrize("options", [{}, GROUPS])
+def test_a_layer_has_three_collectives_at_most(ranks, options):
+    # scores of documents; counts of experts; choices of documents
+    wanted = {"none": 1, "global_aux_loss": 2, "aux_loss": 2, "seq_aux_loss": 3}
+    wanted |= {"seq_aux_loss global_aux_loss": 3, "seq_aux_loss aux_loss global_aux_loss": 3}
+    balances = [dict.fromkeys(kinds.split(), 0.0 if kinds == "none" else 0.1) for kinds in wanted]
+    counts = [count for forward in wanted.values() for count in (forward, 0)]
+    assert ranks(2).run(_collectives, balances=balances, options=options) == [counts] * 2

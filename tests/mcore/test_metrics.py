@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import Counter
 from unittest import mock
 
 import pytest
 import torch
-from support import training
-from torch.utils._python_dispatch import TorchDispatchMode
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_logging, moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from support import tiny, training
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 from emo_megatron import documents, ops
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec_rewrite
+from emo_megatron.mcore.context import CLOCK, scope_of
+from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.router_documents import RouterDocuments
 
 POOLS = PoolConfig(pool_min=3)
 LAYERS, MICRO_BATCHES = 4, 3
@@ -47,7 +58,6 @@ class Operations(TorchDispatchMode):
 
 def _one_launch(name, compute):
     """A function of Transformer Engine's, differentiable in its first argument and result, by one operation a pass."""
-    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
     def count(direction):
         mode = _get_current_dispatch_mode()
@@ -76,8 +86,6 @@ def _one_launch(name, compute):
 
 def _transformer_engine():
     """Stands in for its fused routing functions, each of the fewest operations it could be."""
-    from megatron.core.transformer.moe import moe_utils
-
     choose = moe_utils.topk_routing_with_score_function
     score = moe_utils.compute_routing_scores_for_aux_loss
     loss = moe_utils.switch_load_balancing_loss_func
@@ -97,24 +105,13 @@ def _transformer_engine():
 
 def _routers(pool, layers, fusion):
     """Of every layer, with their metrics installed but for fusion; pool None: stock routers."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe import moe_logging
-    from megatron.core.transformer.moe.router import TopKRouter
-    from support import tiny
-
-    from emo_megatron.mcore.metrics import install_metrics
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    config = tiny.transformer_config(num_layers=layers, moe_router_fusion=fusion)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
+    routers = [tiny.router(pool, num_layers=layers, moe_router_fusion=fusion) for _ in range(layers)]
     if pool is None or fusion:
         # fused functions count nothing but the losses
         moe_logging.set_moe_metrics_tracker(moe_logging.MoEMetricsTracker())
     else:
-        install_metrics(pool, config, has_documents=True)
-    options = {"config": config, "pg_collection": groups}
-    routers = [TopKRouter(**options) if pool is None else PoolRouter(**options, pool=pool) for _ in range(layers)]
+        install_metrics(pool, routers[0].config, has_documents=True)
     for number, router in enumerate(routers, start=1):
         router.set_layer_number(number)
         router.train()
@@ -123,12 +120,6 @@ def _routers(pool, layers, fusion):
 
 def _step(pool, recomputes=False, layers=LAYERS, fusion=False):
     """Operations of every (micro-batch, layer), of the end of the step and of the report; pool None: stock routers."""
-    from megatron.core.transformer.moe import moe_logging
-    from support import tiny
-
-    from emo_megatron.mcore.context import CLOCK, Shard, scope_of
-    from emo_megatron.mcore.router_documents import RouterDocuments
-
     routers = _routers(pool, layers, fusion)
     CLOCK.consumed_samples = 0
     logits = torch.randn(32, 1, 8, requires_grad=True)
@@ -144,11 +135,7 @@ def _step(pool, recomputes=False, layers=LAYERS, fusion=False):
                 router.reset_global_aux_loss_tracker()
         packed = tiny.packed([0, 5, 16, 28])
         documents_alone = RouterDocuments(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=16)
-        shard = Shard(
-            **dict.fromkeys(("tp_rank", "cp_rank", "dp_rank"), 0),
-            **dict.fromkeys(("tp_size", "cp_size", "dp_size"), 1),
-            microbatch=micro_batch,
-        )
+        shard = tiny.shard(microbatch=micro_batch)
         for router in routers:
             engine = _transformer_engine() if fusion else contextlib.nullcontext()
             with Operations() as operations, on_device, engine:
@@ -191,10 +178,10 @@ FEATURES = {
 
 @HAS_COMPILED
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_step_starts_no_more_operations_than_the_stock_routers(ranks, feature):
+def test_a_step_starts_no_more_operations_than_the_stock_routers(once, feature):
     totals = []
     for pool in (None, dataclasses.replace(POOLS, **FEATURES[feature])):
-        passes, end, _ = ranks(1).run(_step, pool=pool, recomputes=feature == "recompute")[0]
+        passes, end, _ = once(1, _step, pool=pool, recomputes=feature == "recompute")[0]
         totals.append(sum(sum(seen.values()) for seen in passes.values()) + end)
     stock, ours = totals
     assert ours <= stock
@@ -216,9 +203,9 @@ def test_pools_start_no_more_operations_than_fused_stock_routers(ranks):
 
 
 @HAS_COMPILED
-def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks):
+def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(once):
     (stock, stock_end, stock_report), (ours, our_end, our_report) = (
-        ranks(1).run(_step, pool=pool)[0] for pool in (None, POOLS)
+        once(1, _step, pool=pool, recomputes=False)[0] for pool in (None, POOLS)
     )
     assert len(stock) == len(ours) == LAYERS * MICRO_BATCHES
     counts = {key: sum(seen.values()) for key, seen in ours.items()}
@@ -231,11 +218,6 @@ def test_pools_with_metrics_start_no_more_operations_than_the_stock_router(ranks
 
 def _stock_layers():
     """Builds models of Megatron's own layers, with the attention it lacks on a CPU."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    from emo_megatron.mcore import spec_rewrite
 
     class StockRouter(TopKRouter):
         def __init__(self, *args, pool, **kwargs):
@@ -248,11 +230,6 @@ def _stock_layers():
 
 def _whole_step(case, is_stock):
     """Operations of a step's passes, the second one: what the first makes is there."""
-    from megatron.core.transformer.moe import moe_logging
-
-    from emo_megatron.mcore.context import CLOCK
-    from emo_megatron.mcore.metrics import install_metrics
-
     with _stock_layers() if is_stock else contextlib.nullcontext():
         chunks, _ = training.build(case, seed=1)
     if is_stock:
@@ -296,43 +273,22 @@ def _reported(logits_TE, pool, padded=()):
 
     Tokens `padded` are padding by Megatron's mask, those from 28 on by the boundaries.
     """
-    import warnings
-
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from support import tiny
-
-    from emo_megatron.mcore.context import Shard, scope_of
-    from emo_megatron.mcore.metrics import install_metrics
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    config = tiny.transformer_config(num_layers=1)
-    install_metrics(pool, config, has_documents=True)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = PoolRouter(config=config, pg_collection=groups, pool=pool)
-    router.set_layer_number(1)
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(
-        tiny.packed([0, 5, 16, 28]), hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1
-    )
+    router = tiny.router(pool, num_layers=1)
+    install_metrics(pool, router.config, has_documents=True)
+    router.scope = tiny.scope(tiny.packed([0, 5, 16, 28]), pool)
     logits = logits_TE[:, None].clone().requires_grad_()
     padding_mask = torch.zeros(32, 1, dtype=torch.bool)
     padding_mask[list(padded)] = True
     probs, routing_map = router.routing(logits, padding_mask)
     (gradient,) = torch.autograd.grad([probs], [logits], [torch.zeros_like(probs)])
-    logged = {}
-
-    class Writer:
-        def add_scalar(self, name, value, _):
-            logged[name] = float(value)
-
+    writer = training.Writer()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         get_moe_metrics_tracker().report(
             loss_scale=1.0,
             iteration=1,
-            writer=Writer(),
+            writer=writer,
             track_names=["global_load_balancing_loss", "z_loss"],
             num_layers=1,
             moe_layer_freq=1,
@@ -341,7 +297,7 @@ def _reported(logits_TE, pool, padded=()):
     messages = [str(warning.message) for warning in told]
     ids = router.scope.document_ids_T.masked_fill(padding_mask[:, 0], -1)
     pools = router.scope.pools.get(1)
-    return logged, messages, probs.detach(), routing_map, gradient, pools, ids
+    return writer.logged, messages, probs.detach(), routing_map, gradient, pools, ids
 
 
 def _logits():
@@ -396,30 +352,18 @@ def test_logits_that_are_not_finite_are_reported_and_reach_the_loss(ranks, bad):
     assert gradient.isfinite().all()
 
 
-def _logged(case):
-    from support import training
-
-    return training.train(case, seed=1)["metrics"]
-
-
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"dp": 2}], ids=["TP2", "DP2"])
 def test_the_standard_model_logs_the_same_in_every_layout(ranks, layout):
     case = training.Case(pools=False, accumulation=2, **layout)
-    (want,) = ranks(1).run(_logged, case=case.reference)
+    want = ranks(1).run(training.train, case=case.reference, seed=1)[0]["metrics"]
     assert {"experts_per_document", "token_entropy", "load_imbalance"} < want.keys()
     assert "pool_size" not in want
-    for got in ranks(2).run(_logged, case=case):
-        assert got == pytest.approx(want, rel=1e-5)
+    for got in ranks(2).run(training.train, case=case, seed=1):
+        assert got["metrics"] == pytest.approx(want, rel=1e-5)
 
 
 def _logged_by_stages():
     """What the stages of the hybrid model `*-*-|*E*E/*E` log, the first of which has no MoE layer."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from support import tiny
-
-    from emo_megatron.mcore.metrics import install_metrics
-
     tiny.setup(pipeline_model_parallel_size=2)
     config = tiny.transformer_config(num_layers=8, mtp_num_layers=1)
     config.is_hybrid_model = True
@@ -428,8 +372,7 @@ def _logged_by_stages():
     if parallel_state.is_pipeline_last_stage():
         for layer in (6, 8, 9):
             tracker.record("z_loss", torch.tensor(float(layer)), layer, 9)
-    logged = {}
-    writer = mock.Mock(add_scalar=lambda name, value, _: logged.update({name: float(value)}))
+    writer = training.Writer()
     tracker.report(
         loss_scale=1.0,
         iteration=1,
@@ -441,7 +384,7 @@ def _logged_by_stages():
         moe_layer_freq=1,
         mtp_num_layers=1,
     )
-    return logged["z_loss"]
+    return writer.logged["z_loss"]
 
 
 def test_a_stage_without_experts_logs_what_the_others_do(ranks):

@@ -6,8 +6,13 @@ import itertools
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.router import PoolRouter
 
 BOUNDS = [0, 1, 6, 6, 16, 30, 32]
 DEPTHS = 2
@@ -16,32 +21,10 @@ LAYERS = 2
 
 def _model(pool, **options):
     """With pools in every layer, or stock."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from support import tiny
-
-    from emo_megatron.mcore.spec import with_pools
-
-    config = tiny.transformer_config(num_layers=LAYERS, mtp_num_layers=DEPTHS, mtp_loss_scaling_factor=0.3, **options)
-    local = {"use_transformer_engine": False}
-    block = get_gpt_decoder_block_spec(config, **local, normalization="RMSNorm")
-    mtp = get_gpt_mtp_block_spec(config, block, **local)
-    if pool is not None:
-        block, mtp = (with_pools(spec, config=config, pool=pool) for spec in (block, mtp))
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        mtp_block_spec=mtp,
-        vocab_size=tiny.VOCAB,
-        max_sequence_length=64,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
+    return tiny.model(pool, num_layers=LAYERS, mtp_num_layers=DEPTHS, mtp_loss_scaling_factor=0.3, **options)
 
 
 def _forward(model, packed=None, seed=1):
-    from support import tiny
-
     batch = tiny.batch(seed)
     if packed is None:
         # samples side by side
@@ -58,11 +41,6 @@ def _forward(model, packed=None, seed=1):
 
 def _seen(**options):
     """Router's number and depth, and the ids it routed by in each of two forward passes."""
-    from support import tiny
-
-    from emo_megatron.mcore.context import CLOCK
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
     CLOCK.consumed_samples = 0
     model = _model(PoolConfig(pool_min=3), **options)
@@ -99,10 +77,6 @@ def test_layers_count_on_and_route_what_has_a_target(ranks, repeated):
 
 def _trained(pool, **options):
     """Losses, gradients, losses of prediction, and the keys of a checkpoint."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from support import tiny
-
     tiny.setup()
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}
@@ -134,22 +108,3 @@ def test_without_pools_it_is_the_stock_model(ranks, repeated):
     assert stock[1].keys() == ours[1].keys()
     for name, gradient in stock[1].items():
         torch.testing.assert_close(ours[1][name], gradient, rtol=1e-5, atol=1e-7)
-
-
-def _specs():
-    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-    from support import tiny
-
-    from emo_megatron.mcore.spec import with_pools
-
-    tiny.setup()
-    config = tiny.transformer_config(mtp_num_layers=1)
-    block = MultiTokenPredictionBlockSubmodules(layer_specs=[ModuleSpec(module=TransformerLayer)])
-    with pytest.raises(ValueError, match="MultiTokenPredictionLayer"):
-        with_pools(block, config=config, pool=PoolConfig(pool_min=3))
-
-
-def test_a_layer_of_its_own_is_refused_by_name(ranks):
-    ranks(1).run(_specs)

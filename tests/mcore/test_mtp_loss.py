@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper, process_mtp_loss
+from support import tiny
+
+from emo_megatron.mcore import mtp_loss
+from emo_megatron.mcore.mtp_loss import exact_mtp_loss
+from emo_megatron.sharding import local_token_indices
 
 DEPTHS, FACTOR, HIDDEN, WORDS = 2, 0.3, 8, 11
 LENGTHS = [4, 8, 4, 16, 8, 8]
@@ -50,15 +58,6 @@ def _weight():
 
 def _run(loss_function, batch, *, per_token=False, cp_group=None, **overrides):
     """Gradients of the micro-batch's hidden states and of the output layer, and what this rank logs of each depth."""
-    import inspect
-
-    from megatron.core.transformer.multi_token_prediction import (
-        MTPLossAutoScaler,
-        MTPLossLoggingHelper,
-        process_mtp_loss,
-    )
-    from support import tiny
-
     layer = torch.nn.Linear(HIDDEN, WORDS, bias=False)
     layer.weight.data = _weight()
     hidden = batch["hidden"].clone().requires_grad_()
@@ -136,17 +135,11 @@ def _defined(batch):
 
 def _losses(whose, **options):
     """On one rank: the loss of the whole micro-batch."""
-    from support import tiny
-
     tiny.setup()
     return _run(_loss_function(whose), _micro_batch(LENGTHS), **options)
 
 
 def _loss_function(name):
-    from megatron.core.transformer.multi_token_prediction import process_mtp_loss
-
-    from emo_megatron.mcore.mtp_loss import exact_mtp_loss
-
     return {"exact": exact_mtp_loss, "megatron": process_mtp_loss}[name]
 
 
@@ -167,8 +160,6 @@ def test_divides_by_the_tokens_of_the_main_loss(ranks, per_token):
 
 def _halves(whose, **options):
     """On one rank: the losses of the micro-batch's halves, of equally many tokens of the main loss."""
-    from support import tiny
-
     tiny.setup()
     batch = _micro_batch(LENGTHS)
     split = sum(LENGTHS[:3])
@@ -197,11 +188,6 @@ def test_halves_of_a_micro_batch_add_up(ranks, per_token):
 
 def _cut(whose, **options):
     """On two context-parallel ranks: each rank's part of the micro-batch."""
-    from megatron.core import parallel_state
-    from support import tiny
-
-    from emo_megatron.sharding import local_token_indices
-
     tiny.setup(context_parallel_size=2)
     group = parallel_state.get_context_parallel_group()
     held = local_token_indices(
@@ -234,8 +220,6 @@ def test_context_parallel_ranks_add_up(ranks, whose, per_token):
 
 def _data_parallel():
     """On two data-parallel ranks: a micro-batch each, of different lengths."""
-    from support import tiny
-
     tiny.setup()
     rank = torch.distributed.get_rank()
     return _run(_loss_function("exact"), _micro_batch(LENGTHS[3 * rank :], seed=rank))["losses"]
@@ -249,8 +233,6 @@ def test_logs_the_mean_over_all_ranks_tokens(ranks):
 
 def _special():
     """On one rank: the cases in which Megatron's behaviour is kept, of both functions."""
-    from support import tiny
-
     tiny.setup()
     batch = _micro_batch(LENGTHS)
     found = {}
@@ -284,8 +266,6 @@ def test_is_megatrons_where_nothing_is_divided_otherwise(ranks):
 
 
 def test_takes_the_place_of_megatrons_loss(monkeypatch):
-    from emo_megatron.mcore import mtp_loss
-
     for module in mtp_loss._CALLERS:
         monkeypatch.setattr(module, "process_mtp_loss", mtp_loss._HOST_LOSS)
     for is_exact, want in ((True, mtp_loss.exact_mtp_loss), (False, mtp_loss._HOST_LOSS)):
@@ -295,8 +275,6 @@ def test_takes_the_place_of_megatrons_loss(monkeypatch):
 
 
 def test_another_megatron_is_refused(monkeypatch):
-    from emo_megatron.mcore import mtp_loss
-
     monkeypatch.setattr(mtp_loss, "_HOST_LOSS", lambda hidden_states, labels: None)
     with pytest.raises(ValueError, match="--mtp-exact-loss"):
         mtp_loss.use_exact_mtp_loss()

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcore.test_metrics import Operations
+from megatron.core import parallel_state
 from megatron.core.transformer import multi_token_prediction
 from support import tiny
 
-from emo_megatron.mcore import mtp_roll
+from emo_megatron.mcore import mtp
+from emo_megatron.sharding import local_token_indices
 
 DTYPES = ["int64", "int32", "float32", "float64", "bfloat16", "bool"]
 PIECES = {
@@ -58,26 +60,18 @@ def test_equals_megatrons_roll(lengths, tail, cut, lead, dtype):
     num_tokens = max(sum(lengths) + tail - cut, 0)
     tensor, packed = _values((*lead, num_tokens), dtype), _packed(lengths)
     before = tensor.clone()
-    got = mtp_roll.roll_packed(tensor, -1, -1, packed)
-    assert _same(got, mtp_roll._HOST_ROLL(tensor, -1, -1, packed))
+    got = mtp.roll_packed(tensor, -1, -1, packed)
+    assert _same(got, mtp._HOST_ROLL(tensor, -1, -1, packed))
     assert torch.equal(tensor, before)
 
 
 def _roll_on_ranks(packings, dtypes):
     """Of each packing and dtype: whether this rank's roll is Megatron's, and the part of the whole micro-batch's."""
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.transformer import multi_token_prediction
-    from support import tiny
-
-    from emo_megatron.mcore import mtp_roll
-    from emo_megatron.sharding import local_token_indices
-
     size = torch.distributed.get_world_size()
     tiny.setup(context_parallel_size=size)
     group = parallel_state.get_context_parallel_group()
     found = []
-    mtp_roll.use_packed_roll()
+    mtp.use_packed_roll()
     for lengths in packings:
         packed = _packed([2 * size * length for length in lengths])
         num_tokens = int(packed.cu_seqlens_q[-1])
@@ -88,8 +82,8 @@ def _roll_on_ranks(packings, dtypes):
             tensor = _values((1, num_tokens), dtype)
             local = tensor[:, held_T]
             got = multi_token_prediction.roll_tensor(local, cp_group=group, packed_seq_params=packed)
-            megatrons = mtp_roll._HOST_ROLL(local, -1, -1, packed, group)
-            whole, _ = mtp_roll._HOST_ROLL(tensor, -1, -1, packed)
+            megatrons = mtp._HOST_ROLL(local, -1, -1, packed, group)
+            whole, _ = mtp._HOST_ROLL(tensor, -1, -1, packed)
             found.append((_same(got, megatrons), torch.equal(got[0], whole[:, held_T])))
     return found
 
@@ -102,18 +96,12 @@ def test_equals_megatrons_roll_under_context_parallelism(ranks, world):
 
 def _operations(num_documents, host=False):
     """Operations of a roll of so many documents on this rank, and its collectives and messages."""
-    import torch
-    from megatron.core import parallel_state
-    from support import tiny
-
-    from emo_megatron.mcore import mtp_roll
-
     size = torch.distributed.get_world_size()
     tiny.setup(context_parallel_size=size)
     group = parallel_state.get_context_parallel_group()
     packed = _packed([2 * size] * num_documents)
     local = _values((1, 2 * num_documents), "int64")
-    roll = mtp_roll._HOST_ROLL if host else mtp_roll.roll_packed
+    roll = mtp._HOST_ROLL if host else mtp.roll_packed
     with Operations() as operations:
         roll(local, -1, -1, packed, group)
     sent = {"_allgather_base_", "send", "recv_"}
@@ -132,42 +120,40 @@ def test_operations_do_not_grow_with_documents(ranks, world, collectives):
 
 
 def test_takes_the_place_of_megatrons_roll(monkeypatch):
-    monkeypatch.setattr(multi_token_prediction, "_roll_tensor_packed_seq", mtp_roll._HOST_ROLL)
+    monkeypatch.setattr(multi_token_prediction, "_roll_tensor_packed_seq", mtp._HOST_ROLL)
     for _ in range(2):
-        mtp_roll.use_packed_roll()
-        assert multi_token_prediction._roll_tensor_packed_seq is mtp_roll.roll_packed
+        mtp.use_packed_roll()
+        assert multi_token_prediction._roll_tensor_packed_seq is mtp.roll_packed
     rolled, total = multi_token_prediction.roll_tensor(torch.arange(1, 7)[None], packed_seq_params=_packed([4, 2]))
     assert rolled.tolist() == [[2, 3, 4, 0, 6, 0]]
     assert int(total) == 15
-    assert inspect.signature(mtp_roll.roll_packed).parameters.keys() == (
-        inspect.signature(mtp_roll._HOST_ROLL).parameters.keys()
-    )
+    assert inspect.signature(mtp.roll_packed).parameters.keys() == (inspect.signature(mtp._HOST_ROLL).parameters.keys())
 
 
 @pytest.mark.parametrize("host", [None, lambda tensors, shifts, dims, fill_values: None])
 def test_another_megatron_keeps_its_roll(monkeypatch, host):
     monkeypatch.setattr(multi_token_prediction, "_roll_tensor_packed_seq", host)
-    monkeypatch.setattr(mtp_roll, "_HOST_ROLL", host)
-    mtp_roll.use_packed_roll()
+    monkeypatch.setattr(mtp, "_HOST_ROLL", host)
+    mtp.use_packed_roll()
     assert multi_token_prediction._roll_tensor_packed_seq is host
 
 
 def test_documents_cut_otherwise_are_megatrons(monkeypatch):
-    monkeypatch.setattr(mtp_roll, "_HOST_ROLL", lambda *arguments: arguments)
+    monkeypatch.setattr(mtp, "_HOST_ROLL", lambda *arguments: arguments)
     tensor, packed = torch.arange(8), _packed([4, 4])
     packed.cp_partition_mode = "contiguous"
-    assert mtp_roll.roll_packed(tensor, -1, -1, packed) == (tensor, -1, -1, packed, None)
+    assert mtp.roll_packed(tensor, -1, -1, packed) == (tensor, -1, -1, packed, None)
     packed.cp_partition_mode = "zigzag"
-    assert mtp_roll.roll_packed(tensor, -1, -1, packed)[0].tolist() == [1, 2, 3, 0, 5, 6, 7, 0]
+    assert mtp.roll_packed(tensor, -1, -1, packed)[0].tolist() == [1, 2, 3, 0, 5, 6, 7, 0]
 
 
 @pytest.mark.parametrize("shifts_and_dims", [(-2, -1), (-1, 0)])
 def test_other_rolls_are_megatrons_to_refuse(shifts_and_dims):
     with pytest.raises(AssertionError):
-        mtp_roll.roll_packed(torch.ones(1, 8), *shifts_and_dims, _packed([8]))
+        mtp.roll_packed(torch.ones(1, 8), *shifts_and_dims, _packed([8]))
 
 
 def test_documents_that_cannot_be_cut_are_refused():
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
     with pytest.raises(ValueError, match="cu_seqlens_q"):
-        mtp_roll.roll_packed(torch.ones(1, 5), -1, -1, _packed([4, 6]), group)
+        mtp.roll_packed(torch.ones(1, 5), -1, -1, _packed([4, 6]), group)

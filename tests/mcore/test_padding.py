@@ -1,4 +1,7 @@
-"""Documents padded for context parallelism: what every rank holds, and what routers make of it."""
+"""Documents padded for context parallelism: what every rank holds, and what routers make of it.
+
+Padding at the end of a short sample, which Megatron counts to its last document, has no vote in a pool.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK, make_scope
+from emo_megatron.mcore.dataset import write_indexed_dataset
+from emo_megatron.mcore.padding import (
+    Packing,
+    cut_by_document,
+    longest_padded,
+    padded_bounds,
+    padding_multiple,
+    partition_bounds,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = 24
@@ -31,8 +45,6 @@ def packings(draw):
 
 
 def _packing(packed):
-    from emo_megatron.mcore.padding import Packing
-
     bounds, num_samples, padding = packed
     return Packing(
         cu_seqlens=bounds,
@@ -43,13 +55,8 @@ def _packing(packed):
 
 
 def _scope(packing, pool, *, cp=(0, 1), tp=(0, 1), bounds=None, num_tokens=None):
-    from emo_megatron.mcore.context import CLOCK, Shard, make_scope
-
     CLOCK.consumed_samples = 0
-    shard = Shard(
-        **{"tp_rank": tp[0], "tp_size": tp[1], "cp_rank": cp[0], "cp_size": cp[1]},
-        **{"dp_rank": 0, "dp_size": 1, "microbatch": 0},
-    )
+    shard = tiny.shard(tp_rank=tp[0], tp_size=tp[1], cp_rank=cp[0], cp_size=cp[1])
     num_tokens = num_tokens or packing.num_samples * SAMPLE
     try:
         return make_scope(
@@ -92,8 +99,6 @@ def _by_depth(packed, depth, *, pool):
     tail=st.sampled_from([None, 40]),
 )
 def test_ranks_see_the_documents_and_sizes_of_one_process(packed, layout, options, tail):
-    from emo_megatron.mcore.padding import longest_padded, padded_bounds, padding_multiple
-
     cp_size, tp_size = layout
     packing, pool = _packing(packed), PoolConfig(pool_min=3, **options)
     multiple = padding_multiple(cp_size=cp_size, tp_size=tp_size)
@@ -123,8 +128,6 @@ def test_ranks_see_the_documents_and_sizes_of_one_process(packed, layout, option
 @settings(max_examples=30, deadline=None)
 @given(packed=packings(), layout=st.sampled_from(LAYOUTS))
 def test_ranks_hold_every_token_once_and_zeros(packed, layout):
-    from emo_megatron.mcore.padding import cut_by_document, padded_bounds, padding_multiple
-
     bounds, num_samples, _ = packed
     cp_size, tp_size = layout
     padded = padded_bounds(bounds, multiple=padding_multiple(cp_size=cp_size, tp_size=tp_size))
@@ -164,10 +167,6 @@ def test_boundaries_that_do_not_fit_are_an_error():
 
 
 def test_a_host_that_says_how_it_cut_decides():
-    from support import tiny
-
-    from emo_megatron.mcore.padding import partition_bounds
-
     packed = tiny.packed([0, 8, 16])
     assert partition_bounds(packed, "sample") is None
     packed.cp_partition_mode = "zigzag"
@@ -179,8 +178,6 @@ def test_a_host_that_says_how_it_cut_decides():
 
 def waste_rows():
     """Share of padding by mean length of a document and layout, as docs/parallelism.md shows it."""
-    from emo_megatron.mcore.padding import padded_bounds, padding_multiple
-
     layouts = [(2, 1), (4, 1), (8, 1), (16, 1), (8, 8)]
     for mean in (100, 500, 2000, 10000):
         # every length from 1 to twice the mean once
@@ -197,3 +194,45 @@ def test_the_page_shows_the_waste():
     page = (ROOT / "docs" / "parallelism.md").read_text()
     for row in waste_rows():
         assert row in page
+
+
+def test_samples_tell_their_padding(ranks, tmp_path):
+    # 60 tokens of documents of 12 ends in a sample of 24 and one that is short
+    documents = [[value] * 12 for value in (5, 6, 7, 8, 9)]
+    write_indexed_dataset(tmp_path / "text", documents, vocab_size=512)
+    *samples, nothing = ranks(1).run(tiny.validation_samples, prefix=tmp_path / "text", cache=tmp_path / "cache")[0]
+    padding = [sample["num_padding"] for sample in samples]
+    assert nothing["num_padding"] == SAMPLE
+    assert sorted(padding)[:-1] == [0] * (len(padding) - 1)
+    short = samples[padding.index(max(padding))]
+    assert 0 < max(padding) < SAMPLE
+    real = SAMPLE - max(padding)
+    assert (short["tokens"][:real] >= 5).all()
+    assert not short["tokens"][real:].any()
+    assert short["cu_seqlens"][-1] == SAMPLE, "Megatron counts padding to a document; if not, this can go"
+
+
+def _votes(padding):
+    """Pools of two samples whose last tokens are padding or text, at logits that tell both apart."""
+    tiny.setup()
+    pool = PoolConfig(pool_min=3, pool_max=3)
+    router = tiny.router(pool)
+    router.scope = tiny.scope(tiny.packed([0, 6, 16, 32], num_padding=padding), pool)
+    logits = torch.zeros(32, 1, 8)
+    logits[:, :, :3] = 1.0
+    # the tail of the first sample wants the last experts, more than the rest wants the first
+    logits[9:16] = 0.0
+    logits[9:16, :, 5:] = 9.0
+    probs, _ = router.routing(logits)
+    pools = router.scope.pools[1]
+    return [row.nonzero().flatten().tolist() for row in pools], probs.abs().sum(1).gt(0).tolist()
+
+
+def test_padding_leaves_the_last_documents_vote(ranks):
+    first, last = [0, 1, 2], [5, 6, 7]
+    pools, weighted = ranks(1).run(_votes, padding=None)[0]
+    assert pools == [first, last, first]
+    assert all(weighted)
+    pools, weighted = ranks(1).run(_votes, padding=[7, 0])[0]
+    assert pools == [first, first, first]
+    assert weighted == [True] * 9 + [False] * 7 + [True] * 16

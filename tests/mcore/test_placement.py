@@ -8,7 +8,10 @@ from support import checkpoints, pretraining
 from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.checkpoint.source import check_router
 from emo_megatron.commands import relabel
+from emo_megatron.experts.placement import load_placement
+from emo_megatron.mcore.finetune import place_when_loaded
 
 LAYOUT = {"expert_model_parallel_size": 2}
 
@@ -22,16 +25,12 @@ def run(ranks, tmp_path_factory):
 
 
 def _orders(file):
-    from emo_megatron.experts.placement import load_placement
-
     placement = load_placement(file)
     return dict(zip(placement.layers, placement.order, strict=True))
 
 
 def _weights(folder, placement=None):
     """This rank's weights after loading."""
-    from emo_megatron.mcore.finetune import place_when_loaded
-
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6)
     if placement is not None:
         place_when_loaded(built, _orders(placement))
@@ -59,8 +58,6 @@ def test_loading_places_as_relabelling_does(ranks, run):
 
 def _wrong_loads(folder, placement):
     """What a placed model says that nothing was loaded into, then when weights come a second time."""
-    from emo_megatron.mcore.finetune import place_when_loaded
-
     said = []
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
     place_when_loaded(built, _orders(placement))
@@ -89,10 +86,6 @@ def test_weights_that_did_not_come_once_are_refused(ranks, run):
 
 def _loads_another(folder, placement, source):
     """What a placed model says when the weights of another model come."""
-    from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.checkpoint.source import check_router
-    from emo_megatron.mcore.finetune import place_when_loaded
-
     built = checkpoints.model(BIASED, layout=LAYOUT, seed=6).eval()
     source = MegatronCheckpoint(source)
     place_when_loaded(built, _orders(placement), check=lambda layer: check_router(layer, source))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.metrics import install_metrics
 
 BOUNDS = [0, 9, 9, 20, 32]
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
@@ -14,30 +17,12 @@ BIASED = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias
 
 def _route(pool, options, bias):
     """Pools, choices and logits of one micro-batch, and what is logged of it."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from support import tiny
-
-    from emo_megatron.mcore.context import Shard, scope_of
-    from emo_megatron.mcore.metrics import install_metrics
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    config = tiny.transformer_config(**options)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = PoolRouter(config=config, pg_collection=groups, pool=pool)
-    router.set_layer_number(1)
+    router = tiny.router(pool, **options)
     if bias is not None:
         router.expert_bias.copy_(torch.tensor(bias))
-    install_metrics(pool, config, has_documents=True)
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(
-        tiny.packed(BOUNDS, tokens_per_sample=32),
-        hidden_shape=torch.Size((32, 1, 32)),
-        shard=shard,
-        pool=pool,
-        layer_number=1,
-    )
+    install_metrics(pool, router.config, has_documents=True)
+    router.scope = tiny.scope(tiny.packed(BOUNDS, tokens_per_sample=32), pool)
     logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(5))
     # an expert that no token likes
     logits[..., 3] -= 30.0

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-from support import training
+from megatron.core import rerun_state_machine as host
+from megatron.core.transformer.moe.paged_stash import PagedStashRunner
+from support import hybridep, training
 from support.training import Case
+
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.metrics import install_metrics
+from emo_megatron.mcore.reruns import Runs, follow_reruns, raise_over_budget
+from emo_megatron.mcore.router import PoolRouter
 
 ROUTING = {
     "moe_router_score_function": "sigmoid",
@@ -18,37 +25,9 @@ ROUTING = {
 CASE = Case(mbs=2, accumulation=2, balance="running", config=ROUTING)
 
 
-def _dispatch(x, routing_map, probs, num_permuted_tokens=None, **_):
-    """HybridEP's dispatch on one rank: tokens by expert, those above the bound dropped."""
-    experts, tokens = routing_map.T.nonzero(as_tuple=True)
-    bound = len(tokens) if num_permuted_tokens is None else num_permuted_tokens
-    is_over = torch.tensor([len(tokens) > bound]).int()
-    tokens, experts = tokens[:bound], experts[:bound]
-    counts = torch.bincount(experts, minlength=routing_map.shape[1])
-    return x[tokens], probs[tokens, experts], None, counts, (tokens, x.shape, is_over)
-
-
-def _combine(x, handle, **_):
-    tokens, shape, _ = handle
-    return x.new_zeros(shape).index_add(0, tokens, x)
-
-
+@hybridep.stand_in()
 def _step(rerun):
     """What a step leaves behind: pools of every run, gradients, expert bias, what is logged."""
-    library = {"hybrid_ep_dispatch": _dispatch, "hybrid_ep_combine": _combine}
-    with mock.patch.multiple(
-        "megatron.core.transformer.moe.token_dispatcher", get_align_size_for_quantization=lambda _: 1, **library
-    ):
-        return _step_with_hybridep(rerun)
-
-
-def _step_with_hybridep(rerun):
-    import dataclasses
-
-    from emo_megatron.mcore.context import CLOCK
-    from emo_megatron.mcore.metrics import install_metrics
-    from emo_megatron.mcore.router import PoolRouter
-
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}
     case = dataclasses.replace(CASE, features=flex)
     chunks, _ = training.build(case, seed=1)
@@ -83,8 +62,6 @@ def _once(case, chunks, consumed):
 
 def _by_the_state_machine(case, chunks, consumed):
     """A result that the re-run state machine doubts, and finds again."""
-    from megatron.core import rerun_state_machine as host
-
     host.initialize_rerun_state_machine(mode=host.RerunMode.VALIDATE_RESULTS)
     machine = host.get_rerun_state_machine()
     runs = 0
@@ -101,8 +78,6 @@ def _by_the_state_machine(case, chunks, consumed):
 
 def _by_the_runner(case, chunks, consumed):
     """Buffers that are too small for what HybridEP sends."""
-    from megatron.core.transformer.moe.paged_stash import PagedStashRunner
-
     runs = []
 
     def run(**_):
@@ -132,9 +107,8 @@ RERUNS = {"none": _once, "state machine": _by_the_state_machine, "runner": _by_t
 
 
 @pytest.mark.parametrize("rerun", ["state machine", "runner"])
-def test_a_step_run_again_draws_the_same_pools_and_counts_once(ranks, rerun):
-    (want,) = ranks(1).run(_step, rerun="none")
-    (found,) = ranks(1).run(_step, rerun=rerun)
+def test_a_step_run_again_draws_the_same_pools_and_counts_once(once, rerun):
+    (want,), (found,) = once(1, _step, rerun="none"), once(1, _step, rerun=rerun)
     assert (want.runs, found.runs) == (1, 2)
     first, second = found.pools[: len(want.pools)], found.pools[len(want.pools) :]
     assert all(torch.equal(a, b) for a, b in zip(second, want.pools, strict=True))
@@ -148,8 +122,6 @@ def test_a_step_run_again_draws_the_same_pools_and_counts_once(ranks, rerun):
 
 def _overflow(over):
     """What a rank sees if those of `over` have dropped tokens, how many layers it asked, and what it sees next time."""
-    from emo_megatron.mcore.reruns import Runs, follow_reruns, raise_over_budget
-
     asked = []
 
     class Dispatcher:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK
+from emo_megatron.mcore.router import PoolRouter, tell_backend
+from emo_megatron.ops import native
 
 POOLS = PoolConfig(pool_min=3)
 
 
 def _train_step(model, cu_seqlens, seed=0, **packed_overrides):
-    from support import tiny
-
     model.zero_grad()
     model(
         **tiny.batch(seed), attention_mask=None, packed_seq_params=tiny.packed(cu_seqlens, **packed_overrides)
@@ -24,15 +29,12 @@ def _train_step(model, cu_seqlens, seed=0, **packed_overrides):
 
 
 def _routers(model):
-    from emo_megatron.mcore.router import PoolRouter
-
     return [m for m in model.modules() if isinstance(m, PoolRouter)]
 
 
 @contextlib.contextmanager
 def _fused_choice():
     """Transformer Engine's fused choice, stood in for by one of other weights, and of other experts for token 0."""
-    from megatron.core.transformer.moe import moe_utils
 
     def choose(logits, topk, **options):
         probs, routing_map = moe_utils.topk_routing_with_score_function(logits, topk, **options)
@@ -44,17 +46,10 @@ def _fused_choice():
 
 
 def _check_stock_equality(**overrides):
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.router import TopKRouter
-    from support import tiny
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    config = tiny.transformer_config(moe_aux_loss_coeff=0.0, moe_z_loss_coeff=None, **overrides)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    stock = TopKRouter(config=config, pg_collection=groups)
-    ours = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
+    stock, ours = (
+        tiny.router(pool, moe_aux_loss_coeff=0.0, moe_z_loss_coeff=None, **overrides) for pool in (None, PoolConfig())
+    )
     ours.load_state_dict(stock.state_dict())
     if stock.expert_bias is not None:
         for router in (stock, ours):
@@ -65,7 +60,7 @@ def _check_stock_equality(**overrides):
     for router in (stock, ours):
         with _fused_choice() as fused:
             probs, routing_map = router(hidden)
-        assert fused.call_count == config.moe_router_fusion
+        assert fused.call_count == router.config.moe_router_fusion
         grads = torch.autograd.grad((probs * upstream).sum(), [hidden, router.weight])
         counted = router.local_tokens_per_expert
         counts = torch.zeros(8) if counted is None else counted.clone()
@@ -100,16 +95,8 @@ def test_without_pools_it_is_the_stock_router_bit_for_bit(ranks, overrides):
 
 
 def _backends(environment):
-    import contextlib
-    import io
-    import os
-
-    from support import tiny
-
-    from emo_megatron.mcore import router
-
     tiny.setup()
-    router.tell_backend.cache_clear()
+    tell_backend.cache_clear()
     os.environ.update(environment)
     told = io.StringIO()
     try:
@@ -120,7 +107,7 @@ def _backends(environment):
     finally:
         for name in environment:
             del os.environ[name]
-        router.tell_backend.cache_clear()
+        tell_backend.cache_clear()
     return taken, told.getvalue(), gradients
 
 
@@ -136,22 +123,10 @@ def test_the_compiled_ops_route_and_a_fallback_is_told_once(ranks):
         torch.testing.assert_close(compiled[2][name], want, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def _failing_probe(asked):
+def _failing_probe():
     """The backends of three micro-batches, the first of which meets a probe that fails once; what was said."""
-    import contextlib
-    import io
-    import os
-    from unittest import mock
-
-    from support import tiny
-
-    from emo_megatron.mcore import router
-    from emo_megatron.ops import native
-
     tiny.setup()
-    router.tell_backend.cache_clear()
-    if asked:
-        os.environ["EMO_OPS"] = "native"
+    tell_backend.cache_clear()
     told, taken = io.StringIO(), []
     try:
         model = tiny.model(POOLS)
@@ -162,41 +137,18 @@ def _failing_probe(asked):
             with contextlib.redirect_stdout(told), probe if step == 0 else contextlib.nullcontext():
                 model(**tiny.batch(0), attention_mask=None, packed_seq_params=packed)
             taken.append(set(packed.emo_scope.backends.values()))
-    except RuntimeError as error:
-        return str(error)
     finally:
-        os.environ.pop("EMO_OPS", None)
-        router.tell_backend.cache_clear()
+        tell_backend.cache_clear()
     return taken, told.getvalue().count("out of memory")
 
 
 def test_a_probe_that_failed_is_tried_again(ranks):
-    taken, told = ranks(1).run(_failing_probe, asked=False)[0]
+    taken, told = ranks(1).run(_failing_probe)[0]
     assert taken == [{"reference"}, {"native"}, {"native"}]
     assert told == 1
 
 
-def test_compiled_ops_asked_for_by_name_must_run(ranks):
-    message = ranks(1).run(_failing_probe, asked=True)[0]
-    assert "EMO_OPS" in message
-    assert "out of memory" in message
-
-
-def _state_dict_keys():
-    from support import tiny
-
-    tiny.setup()
-    return set(tiny.model().state_dict()), set(tiny.model(POOLS).state_dict())
-
-
-def test_state_dict_keys_are_the_stock_layers(ranks):
-    stock, ours = ranks(1).run(_state_dict_keys)[0]
-    assert stock == ours
-
-
 def _pools_and_choices():
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(POOLS)
     seen = []
@@ -227,8 +179,6 @@ def test_every_token_chooses_inside_its_documents_pool(ranks):
 
 
 def _without_boundaries():
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(POOLS)
     try:
@@ -248,8 +198,6 @@ def test_training_without_boundaries_names_the_flag_and_evaluation_needs_none(ra
 
 def _two_in_flight(balance, **recompute):
     """Gradients of two micro-batches whose backwards run after both forwards, first one first (as in 1F1B)."""
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(PoolConfig(pool_min=3, pool_balance=balance), **recompute)
     losses = []
@@ -279,10 +227,6 @@ def test_recompute_sees_its_own_micro_batch(ranks, recompute, balance):
 
 
 def _same_params_twice():
-    from support import tiny
-
-    from emo_megatron.mcore.context import CLOCK
-
     tiny.setup()
     model = tiny.model(POOLS)
     params = tiny.packed([0, 5, 16, 32])
@@ -301,8 +245,6 @@ def test_reused_packed_seq_params_draw_anew(ranks):
 
 
 def _gradients_with_and_without_fusion():
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(POOLS)
     found = []
@@ -321,10 +263,6 @@ def test_with_pools_the_compiled_op_is_the_fusion(ranks):
 
 def _steps_around_the_delay(**overrides):
     """Gradients of a step before and one after the start of the pools, by configuration; pools in evaluation."""
-    from support import tiny
-
-    from emo_megatron.mcore.context import CLOCK
-
     tiny.setup()
     late = PoolConfig(pool_min=3, pool_max=5, pool_delay_samples=8, pool_eval=4)
     early = PoolConfig(pool_min=3, pool_max=5, pool_eval=4)
@@ -377,8 +315,6 @@ def test_pools_that_start_late_are_the_standard_moe_before_and_pools_after(ranks
 
 
 def _skewed_sizes():
-    from support import tiny
-
     tiny.setup()
     sizes = []
     for skew in (1.0, 8.0):
@@ -396,8 +332,6 @@ def test_the_skew_reaches_the_draw(ranks):
 
 
 def _evaluation_equals_stock():
-    from support import tiny
-
     tiny.setup()
     ours = tiny.model(PoolConfig(pool_min=3)).eval()
     stock = tiny.model().eval()
@@ -413,8 +347,6 @@ def test_evaluation_without_pools_is_the_stock_model(ranks):
 
 
 def _documents_apart():
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(POOLS)
     batch = tiny.batch(5)
@@ -433,95 +365,10 @@ def test_documents_do_not_see_each_other(ranks):
     assert itself > 1e-3
 
 
-def _allowed():
-    from support import tiny
-
-    tiny.setup()
-    model = tiny.model(PoolConfig()).eval()
-    maps = []
-    for router in _routers(model):
-        router.allowed_experts = torch.tensor([True, False, True] + [False] * 5)
-        router.register_forward_hook(lambda module, args, out: maps.append(out[1]))
-    model(**tiny.batch(0), attention_mask=None)
-    return [m.any(0).tolist() for m in maps]
-
-
-def test_allowed_experts_restrict_routing(ranks):
-    assert ranks(1).run(_allowed)[0] == [[True, False, True] + [False] * 5] * 2
-
-
-def _losses(pool, per_token, cu_seqlens, coefficients=(0.05, 0.001)):
-    """Our attached losses against the same written out from the definition on the same logits."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from support import tiny
-
-    from emo_megatron.mcore.context import Shard, scope_of
-    from emo_megatron.mcore.router import PoolRouter
-
-    tiny.setup()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(())
-    lb_coeff, z_coeff = coefficients
-    config = tiny.transformer_config(
-        calculate_per_token_loss=per_token, moe_aux_loss_coeff=lb_coeff, moe_z_loss_coeff=z_coeff
-    )
-    router = PoolRouter(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups(), pool=pool)
-    router.set_layer_number(1)
-    params = tiny.packed(cu_seqlens)
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    router.scope = scope_of(params, hidden_shape=torch.Size((32, 1, 32)), shard=shard, pool=pool, layer_number=1)
-    logits = torch.randn(32, 1, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    probs, routing_map = router.routing(logits)
-    (gradient,) = torch.autograd.grad(probs.sum() * 0.0, [logits])
-
-    ids = router.scope.document_ids_T
-    valid = ids >= 0
-    allowed = router.scope.pools[1][ids.clamp(min=0)]
-    masked = logits.reshape(32, 8).masked_fill(~allowed, float("-inf"))[valid]
-    scores = masked.softmax(-1)
-    fraction = routing_map[valid].float().mean(0) / config.moe_router_topk
-    balance = 8 * (fraction * scores.mean(0)).sum()
-    z = masked.logsumexp(-1).square().mean()
-    loss = lb_coeff * balance + (z_coeff or 0.0) * z
-    (expected,) = torch.autograd.grad(loss * (valid.sum() if per_token else 1), [logits])
-    recorded = {k: v.values[0].item() for k, v in get_moe_metrics_tracker().metrics.items()}
-    return (
-        gradient,
-        expected,
-        recorded,
-        {"global_load_balancing_loss": balance.item() if lb_coeff else None}
-        | {"z_loss": z.item() if z_coeff else None},
-    )
-
-
-@pytest.mark.parametrize("coefficients", [(0.05, 0.001), (0.05, None), (0.0, 0.001)])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_losses_are_their_definition(ranks, per_token, coefficients):
-    # the last four tokens are padding: routed, but counted nowhere
-    gradient, expected, recorded, values = ranks(1).run(
-        _losses, pool=POOLS, per_token=per_token, cu_seqlens=[0, 5, 16, 28], coefficients=coefficients
-    )[0]
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
-    for name, value in values.items():
-        if value is None:
-            assert name not in recorded
-        else:
-            assert recorded[name] == pytest.approx(value, rel=1e-5), name
-
-
 def _counted_for_the_bias():
     """What aux-loss-free balancing counts of a micro-batch with padding, and the map's own count."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from support import tiny
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup()
-    config = tiny.transformer_config(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = PoolRouter(config=config, pg_collection=groups, pool=PoolConfig())
-    router.set_layer_number(1)
+    router = tiny.router(PoolConfig(), moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
     padding = torch.zeros(32, 1, dtype=torch.bool)
     padding[20:] = True
     _, routing_map = router.routing(torch.randn(32, 1, 8), padding)
@@ -539,8 +386,6 @@ def test_padding_does_not_count_for_the_expert_bias(ranks):
 
 def _running_counts():
     """What the running balance divides by in the second micro-batch of a step and in the next step."""
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(PoolConfig(pool_min=3, pool_balance="running"))
     router = _routers(model)[0]

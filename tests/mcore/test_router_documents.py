@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core import parallel_state as state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.utils import get_batch_on_this_cp_rank
+from support import shards, tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore.context import CLOCK, Packing, make_scope
+from emo_megatron.mcore.dataset import write_indexed_dataset
+from emo_megatron.mcore.router import PoolRouter
+from emo_megatron.mcore.router_documents import RouterDocuments, forward_with_documents, merged_bounds
 
-SEQ, ROWS, VOCAB = 16, 2, 64
+SEQ, ROWS, VOCAB = tiny.SEQ, tiny.ROWS, tiny.VOCAB
 BOUNDS = [0, 5, 16, 20, 27, 32]
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _model(pool, *, mtp=False, learned=True, **options):
-    from megatron.core import parallel_state as state
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from support import tiny
-
-    from emo_megatron.mcore.spec import pool_block_spec
-
-    if mtp:
-        options["mtp_num_layers"] = 1
-    cp = state.get_context_parallel_world_size()
-    config = tiny.transformer_config(context_parallel_size=cp, **options)
-    block = None
-    if mtp:
-        stock = gpt_layer_specs.get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm"
-        )
-        block = gpt_layer_specs.get_gpt_mtp_block_spec(config, stock, use_transformer_engine=False)
+def _model(pool, *, positions="learned_absolute", **options):
+    """On a CPU Megatron's rotary embedding cannot be cut over context-parallel ranks: it pins memory."""
     torch.manual_seed(3)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=pool_block_spec(config, pool=pool),
-        mtp_block_spec=block,
-        vocab_size=VOCAB,
-        max_sequence_length=SEQ,
-        # on a CPU Megatron's rotary embedding cannot be cut over context-parallel ranks: it pins memory
-        position_embedding_type="learned_absolute" if learned else "rope",
-        share_embeddings_and_output_weights=False,
-        pre_process=state.is_pipeline_first_stage(),
-        post_process=state.is_pipeline_last_stage(),
-    ).train()
+    cp_size = parallel_state.get_context_parallel_world_size()
+    return tiny.model(pool, positions=positions, context_parallel_size=cp_size, **options).train()
 
 
 def _batch(seed):
-    from megatron.core import parallel_state as state
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
     tokens = torch.randint(VOCAB, (ROWS, SEQ), generator=torch.Generator().manual_seed(seed))
     batch = {
         "tokens": tokens,
@@ -63,14 +45,10 @@ def _batch(seed):
 
 
 def _documents(bounds):
-    from emo_megatron.mcore.router_documents import RouterDocuments
-
     return bounds and RouterDocuments(cu_seqlens=torch.tensor(bounds), tokens_per_sample=SEQ)
 
 
 def _forward(model, documents, *, seed=1, **options):
-    from emo_megatron.mcore.router_documents import forward_with_documents
-
     batch = _batch(seed)
     return forward_with_documents(
         model,
@@ -86,11 +64,6 @@ def _forward(model, documents, *, seed=1, **options):
 
 def _trained(pools, cp, mtp):
     """Per-token losses and logits, every gradient and the losses of MTP, for each (pools, boundaries)."""
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from support import tiny
-
-    from emo_megatron.mcore.router import PoolRouter
-
     tiny.setup(context_parallel_size=cp)
     # without pools routing runs in plain PyTorch, and compiled ops differ in the last bits
     was, PoolRouter.backend = PoolRouter.backend, lambda *_: "reference"
@@ -98,7 +71,7 @@ def _trained(pools, cp, mtp):
     for size, bounds in pools:
         MTPLossLoggingHelper.tracker = {}
         pool = PoolConfig(pool_min=size, pool_documents="routers")
-        model = _model(pool, mtp=mtp, learned=cp > 1)
+        model = _model(pool, positions="learned_absolute" if cp > 1 else "rope", mtp_num_layers=int(mtp) or None)
         logits = []
         model.output_layer.register_forward_hook(functools.partial(_keep_logits, logits))
         losses = _forward(model, _documents(bounds))
@@ -131,10 +104,6 @@ def test_pools_of_all_experts_are_the_model_without_boundaries(ranks, cp, mtp):
 
 def _step(layout, options):
     """Pools that the routers used and gradients of two micro-batches through Megatron's schedule."""
-    from megatron.core import parallel_state as state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from support import shards, tiny
-
     tiny.setup(**layout)
     pool = PoolConfig(pool_min=2, pool_max=4, pool_documents="routers")
     model = _model(pool, moe_aux_loss_coeff=0.0, moe_z_loss_coeff=0.0, **options)
@@ -202,8 +171,6 @@ def test_layouts_have_the_pools_of_one_process(ranks, layout, options):
 
 
 def _refused():
-    from support import tiny
-
     tiny.setup()
     model = _model(PoolConfig(pool_min=2, pool_documents="routers"))
     documents = _documents(BOUNDS)
@@ -233,16 +200,12 @@ def test_stale_missing_and_doubled_boundaries_are_errors(ranks):
 
 
 def _without_boundaries():
-    import types
-
-    from support import tiny
-
     from emo_megatron.mcore import batches
 
     tiny.setup()
     was, batches.get_args = (
         batches.get_args,
-        lambda: types.SimpleNamespace(pool_documents="routers", micro_batch_size=ROWS, seq_length=SEQ),
+        lambda: SimpleNamespace(pool_documents="routers", micro_batch_size=ROWS, seq_length=SEQ),
     )
     try:
         config = tiny.transformer_config()
@@ -260,22 +223,13 @@ def test_a_batch_without_boundaries_is_an_error(ranks):
     assert "router_bounds" in message
 
 
-def _samples(prefix, cache, masking):
-    from support import tiny
-
-    return tiny.validation_samples(prefix, cache, masking=masking)
-
-
 def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path):
-    from emo_megatron.mcore.dataset import write_indexed_dataset
-    from emo_megatron.mcore.router_documents import merged_bounds
-
     # lengths that, shuffled, end documents on, before and after a sample's last token; the last sample is short and
     # ends with a document of one token
     lengths = [7, 16, 2, 25, 1, 1, 12, 12, 1, 23, 1]
     documents = [[5 + i] * n for i, n in enumerate(lengths)]
     write_indexed_dataset(tmp_path / "text", documents, vocab_size=512)
-    run = functools.partial(ranks(1).run, _samples, prefix=tmp_path / "text", cache=tmp_path / "cache")
+    run = functools.partial(ranks(1).run, tiny.validation_samples, prefix=tmp_path / "text", cache=tmp_path / "cache")
     (wanted,), (found,) = run(masking=True), run(masking=False)
     assert len(found) == len(wanted) > 3
     for sample, theirs in zip(found, wanted, strict=True):
@@ -289,14 +243,11 @@ def test_samples_have_the_documents_of_megatrons_own_boundaries(ranks, tmp_path)
 
 
 def test_tokens_of_several_samples_keep_their_documents():
-    from emo_megatron.mcore.context import CLOCK, Packing, Shard, make_scope
-
     CLOCK.consumed_samples = 0
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
     scope = make_scope(
         Packing(cu_seqlens=torch.tensor([0, 1, 4, 8]), tokens_per_sample=4),
         hidden_shape=torch.Size([4, 2, 8]),
-        shard=shard,
+        shard=tiny.shard(),
         pool=PoolConfig(pool_min=2),
     )
     CLOCK.consumed_samples = None

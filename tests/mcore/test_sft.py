@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import words
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+from support import tiny, words
 from support.pretraining import logged, pretrain
+
+from emo_megatron.ops import draw_pool_sizes
 
 SEQ = 16
 WORDS = [f"w{i}" for i in range(40)]
@@ -36,17 +40,8 @@ SAMPLES = {
 
 
 def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
-    """Of samples with messages of these lengths: boundaries, padding, document ids and pools of a micro-batch."""
-    import numpy as np
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from support import tiny
-
-    from emo_megatron.config import PoolConfig
-    from emo_megatron.mcore import context
+    """Of samples with messages of these lengths: boundaries and padding."""
     from emo_megatron.mcore.batches import NUM_PADDING, PoolSFTDataset
-    from emo_megatron.mcore.router import PoolRouter
 
     class Tokenizer:
         """A token a word, the last of every message the end-of-document token, which is the padding's too."""
@@ -75,41 +70,15 @@ def _documents(samples: list[list[tuple[int, ...]]]) -> list[Any]:
     )
     lines = [_messages(*sample) for sample in samples]
     dataset = PoolSFTDataset(lines, None, np.arange(len(lines)), len(lines), Split.train, config)
-    pool = PoolConfig(pool_min=3, pool_max=3)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    router = PoolRouter(config=tiny.transformer_config(), pg_collection=groups, pool=pool)
-    router.set_layer_number(1)
-    shard = context.Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    found = []
-    for sample in (dataset[i] for i in range(len(lines))):
-        bounds, padding = sample["cu_seqlens"].unique().tolist(), sample[NUM_PADDING]
-        packed = tiny.packed(bounds, tokens_per_sample=SEQ)
-        packing = context.Packing(
-            cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=SEQ, num_padding_B=torch.tensor([padding])
-        )
-        setattr(packed, context.PACKING, packing)
-        shape = torch.Size((SEQ, 1, 32))
-        router.scope = context.scope_of(packed, hidden_shape=shape, shard=shard, pool=pool, layer_number=1)
-        logits = torch.zeros(SEQ, 1, 8)
-        logits[:, :, :3] = 1.0
-        # padding wants the last experts, more than the rest wants the first
-        logits[SEQ - padding :] = 0.0
-        logits[SEQ - padding :, :, 5:] = 9.0
-        router.routing(logits)
-        pools = [row.nonzero().flatten().tolist() for row in router.scope.pools[1]]
-        found.append((bounds, padding, router.scope.document_ids_T.tolist(), pools))
-    return found
+    found = [dataset[i] for i in range(len(lines))]
+    return [(sample["cu_seqlens"].unique().tolist(), sample[NUM_PADDING]) for sample in found]
 
 
-def test_padding_belongs_to_no_conversation_and_has_no_vote(ranks):
+def test_padding_belongs_to_no_conversation(ranks):
+    """What it has no vote in: tests/mcore/test_padding.py."""
     samples = [lengths for lengths, _, _ in SAMPLES.values()]
-    documents = ranks(1).run(_documents, samples=samples)[0]
-    for (name, (_, bounds, padding)), found in zip(SAMPLES.items(), documents, strict=True):
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
-        ids = [i for i, length in enumerate(lengths) for _ in range(length)]
-        ids[SEQ - padding :] = [-1] * padding
-        pools = [[0, 1, 2]] * (len(bounds) - 1)
-        assert found == (bounds, padding, ids, pools), name
+    (documents,) = ranks(1).run(_documents, samples=samples)
+    assert documents == [(bounds, padding) for _, bounds, padding in SAMPLES.values()]
 
 
 @pytest.fixture
@@ -126,8 +95,6 @@ def talk(tmp_path, monkeypatch) -> dict[str, Path]:
 
 
 def test_a_run_on_conversations(talk):
-    from emo_megatron.ops import draw_pool_sizes
-
     flags: list[object] = ["--sft", "--tokenizer-type", "SFTTokenizer", "--pool-min", 3]
     flags += ["--sft-tokenizer-prompt-format", "default", "--tokenizer-model", talk["tokenizer"]]
     output = pretrain(1, *flags, "--micro-batch-size", 4, data=talk["data"])

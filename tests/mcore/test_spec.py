@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec
 
 POOLS = PoolConfig(pool_min=3)
 
 
 def _layers(**overrides):
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(POOLS, **overrides)
     output = model(**tiny.batch(0), attention_mask=None, packed_seq_params=tiny.packed([0, 9, 16, 32]))
@@ -47,14 +53,6 @@ def test_the_shared_expert_is_megatrons_flag(ranks):
 
 def _transformer_engine_spec():
     """The TE form of the spec on Megatron's own builder, with TE's classes stood in for where TE is missing."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     attention = object()
     moe = functools.partial(MoELayer, submodules=MoESubmodules(experts=object))
@@ -91,8 +89,6 @@ def test_with_transformer_engine_only_router_and_layers_change(ranks):
 
 
 def _norms(normalization):
-    from support import tiny
-
     tiny.setup()
     model = tiny.model(POOLS, normalization=normalization)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.RMSNorm | torch.nn.LayerNorm)]
@@ -106,23 +102,10 @@ def test_norms_carry_the_sequence_parallel_mark(ranks, normalization):
 
 
 def _eos_opens_the_next_document():
-    from support import tiny
-
-    from emo_megatron.mcore.context import Shard, scope_of
-
     tiny.setup()
-    shard = Shard(tp_rank=0, tp_size=1, cp_rank=0, cp_size=1, dp_rank=0, dp_size=1, microbatch=0)
-    ids = []
-    for eos_starts_document in (False, True):
-        scope = scope_of(
-            tiny.packed([0, 1, 5, 16, 20, 32]),
-            hidden_shape=torch.Size((32, 1, 8)),
-            shard=shard,
-            pool=PoolConfig(pool_min=3, pool_eos_starts_document=eos_starts_document),
-            layer_number=1,
-        )
-        ids.append(scope.document_ids_T.tolist())
-    return ids
+    bounds = [0, 1, 5, 16, 20, 32]
+    pools = [PoolConfig(pool_min=3, pool_eos_starts_document=eos) for eos in (False, True)]
+    return [tiny.scope(tiny.packed(bounds), pool).document_ids_T.tolist() for pool in pools]
 
 
 def test_the_authors_off_by_one_is_an_option(ranks):
@@ -132,30 +115,56 @@ def test_the_authors_off_by_one_is_an_option(ranks):
     assert shifted == [1] * 4 + [2] * 12 + [3] * 3 + [4] * 13
 
 
-def _without_transformer_engine():
-    from support import tiny
-
+def _refused(pool, variant=None, is_built=False, **overrides):
+    """Error and message of a spec, or of its model; a variant of attention is set where Megatron does not look."""
     tiny.setup()
+    config = tiny.transformer_config(**overrides)
+    config.experimental_attention_variant = variant
     try:
-        tiny.model(POOLS, transformer_impl="transformer_engine")
-    except ImportError as error:
-        return str(error)
-    return ""
+        spec.pool_block_spec(config, pool=pool)
+        if is_built:
+            tiny.model(pool, **overrides)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
 
 
-def test_a_missing_transformer_engine_is_named(ranks):
-    pytest.importorskip("megatron.core")
-    message = ranks(1).run(_without_transformer_engine)[0]
-    assert "--transformer-impl local" in message
+CUT = {"multi_latent_attention": True, "context_parallel_size": 2}
+FUSED = {"multi_latent_attention": True, "mla_down_proj_fusion": True, "tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("error", "names", "pool", "options"),
+    [
+        ("ImportError", ["--transformer-impl local"], POOLS, {"transformer_impl": "transformer_engine"}),
+        ("ValueError", ["--moe-layer-freq"], POOLS, {"moe_layer_freq": [0, 0]}),
+        (
+            "ValueError",
+            ["--pool-min", "--moe-expert-capacity-factor"],
+            PoolConfig(pool_min=1),
+            {"moe_expert_capacity_factor": 1.0},
+        ),
+        (
+            "NotImplementedError",
+            ["--apply-query-key-layer-scaling", "Transformer Engine"],
+            POOLS,
+            {"apply_query_key_layer_scaling": True, "is_built": True},
+        ),
+        ("ValueError", ["--mla-down-proj-fusion"], POOLS, FUSED),
+        ("ValueError", ["--pool-cp-partition"], POOLS, CUT),
+        ("ValueError", ["--experimental-attention-variant"], POOLS, {"variant": "gated_delta_net"}),
+        ("", [], PoolConfig(pool_min=3, pool_cp_partition="document"), CUT),
+        ("", [], PoolConfig(pool_min=3, pool_documents="routers"), CUT),
+    ],
+)
+def test_what_layers_cannot_be_built_of_is_refused_by_flag(ranks, error, names, pool, options):
+    ((found, message),) = ranks(1).run(_refused, pool=pool, **options)
+    assert found == error
+    for name in names:
+        assert name in message
 
 
 def _warnings(loop, capacity):
-    import warnings
-
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     config = tiny.transformer_config(
         moe_token_dispatcher_type="flex",
@@ -184,26 +193,7 @@ def test_a_loop_that_must_look_for_dropped_tokens_is_told(ranks, loop, capacity,
     assert ranks(1).run(_warnings, loop=loop, capacity=capacity)[0] == told
 
 
-def _all_dense():
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
-    tiny.setup()
-    try:
-        spec.pool_block_spec(tiny.transformer_config(moe_layer_freq=[0, 0]), pool=POOLS)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_a_model_without_a_place_for_pools_is_refused(ranks):
-    assert "--moe-layer-freq" in ranks(1).run(_all_dense)[0]
-
-
 def _stages_of_dense_layers():
-    from support import tiny
-
     tiny.setup(pipeline_model_parallel_size=2)
     model = tiny.model(POOLS, moe_layer_freq=[0, 1])
     return [type(layer.mlp).__name__ for layer in model.decoder.layers]
@@ -215,9 +205,6 @@ def test_a_pipeline_stage_may_be_all_dense(ranks):
 
 def _without_data_parallel_group():
     """Ranks as the scope sees them, from a collection without `dp` as some hosts hand over, and the true ones."""
-    from megatron.core import parallel_state
-    from support import tiny
-
     tiny.setup(tensor_model_parallel_size=2)
     model = tiny.model(POOLS)
     layer = model.decoder.layers[0]

@@ -7,16 +7,24 @@ import functools
 from unittest import mock
 
 import pytest
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from support import tiny
 
 from emo_megatron.config import PoolConfig
+from emo_megatron.mcore import spec
 
 POOLS = PoolConfig(pool_min=3)
 
 
 def _walk(spec, path=""):
     """Every leaf of a spec by its path."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
     if isinstance(spec, functools.partial):
         parts = {"func": spec.func, "args": spec.args, **spec.keywords}
     elif isinstance(spec, ModuleSpec):
@@ -46,8 +54,6 @@ def _changed(before, after):
 
 
 def _block(config):
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
     return get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", qk_l2_norm=config.qk_l2_norm
     )
@@ -55,19 +61,12 @@ def _block(config):
 
 def _config(**overrides):
     """A configuration of Transformer Engine's, whose specs keep their norms and attention."""
-    from support import tiny
-
     config = tiny.transformer_config(**overrides)
     config.transformer_impl = "transformer_engine"
     return config
 
 
 def _of_blocks(**overrides):
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     config = _config(**overrides)
     block = _block(config)
@@ -108,11 +107,6 @@ def test_only_layer_moe_layer_and_router_change(ranks, variant):
 
 
 def _of_stack():
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
     tiny.setup()
     with mock.patch.object(spec, "HAVE_TE", True):
         return _changed(hybrid_stack_spec, spec.with_pools(hybrid_stack_spec, config=_config(), pool=POOLS))
@@ -128,14 +122,6 @@ def test_of_a_hybrid_stack_the_layers_with_experts_change(ranks):
 
 def _refused():
     """What is said to specs of recipes' own, by what they hold."""
-    from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.moe.router import TopKRouter
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-    from support import tiny
-
-    from emo_megatron.mcore import spec
 
     class OwnRouter(TopKRouter):
         pass
@@ -165,6 +151,9 @@ def _refused():
         "own_experts": of_mlp(own_experts),
         "OwnTransformerLayer": dataclasses.replace(layer, module=OwnTransformerLayer),
         "--num-experts": of_mlp(functools.partial(MLP, submodules=None)),
+        "MultiTokenPredictionLayer": MultiTokenPredictionBlockSubmodules(
+            layer_specs=[ModuleSpec(module=TransformerLayer)]
+        ),
         "NotASpec": "NotASpec",
         "dict": ModuleSpec(module=dict),
     }
@@ -183,11 +172,6 @@ def test_what_a_recipe_builds_of_its_own_is_refused_by_name(ranks):
 
 
 def _with_own_gating():
-    from megatron.core.transformer.moe.router import TopKRouter
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
     class OwnGating(TopKRouter):
         def gating(self, input):
             return super().gating(input) * 0 + 1
@@ -210,12 +194,6 @@ def test_a_routers_own_projection_stays(ranks):
 
 
 def _with_own_constructor():
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
     class OwnLayer(TransformerLayer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -239,38 +217,3 @@ def test_a_layers_own_constructor_stays(ranks):
     assert layers == [["PoolOwnLayer", "PoolTransformerLayer", "OwnLayer", "TransformerLayer"]] * 4
     # the stage of a pipeline may have no layer
     assert empty == []
-
-
-def _problems():
-    from support import tiny
-
-    from emo_megatron.mcore import spec
-
-    tiny.setup()
-
-    def problem(pool, variant=None, **overrides):
-        config = tiny.transformer_config(**overrides)
-        config.experimental_attention_variant = variant
-        try:
-            spec.pool_block_spec(config, pool=pool)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    latent = {"multi_latent_attention": True, "context_parallel_size": 2}
-    fused = {"multi_latent_attention": True, "mla_down_proj_fusion": True}
-    return {
-        "--mla-down-proj-fusion": problem(POOLS, tensor_model_parallel_size=2, **fused),
-        "--pool-cp-partition": problem(POOLS, **latent),
-        "--experimental-attention-variant": problem(POOLS, "gated_delta_net"),
-    }, [
-        problem(PoolConfig(pool_min=3, pool_cp_partition="document"), **latent),
-        problem(PoolConfig(pool_min=3, pool_documents="routers"), **latent),
-    ]
-
-
-def test_attention_that_pools_cannot_be_trained_with_is_refused_by_flag(ranks):
-    refused, taken = ranks(1).run(_problems)[0]
-    for name, message in refused.items():
-        assert name in message
-    assert taken == ["", ""]

@@ -8,13 +8,27 @@ import pytest
 import torch
 from support.emulator import Compiled, host_ops, load_compiled
 
+from emo_megatron.ops import reference
 
-@pytest.fixture(scope="session", params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+COMPILED = ("cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(scope="session", params=COMPILED)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     """CPU kernels, CUDA kernels run lane by lane on the CPU, and CUDA kernels."""
-    if request.param == "emulated":
-        return Compiled(load_compiled("cuda"), torch.device("cpu"))
-    return Compiled(host_ops(), torch.device(request.param))
+    return _implementation(request.param)
+
+
+@pytest.fixture(scope="session", params=("reference", *COMPILED))
+def implementation(request: pytest.FixtureRequest) -> Compiled:
+    """The same and the reference."""
+    return _implementation(request.param)
+
+
+def _implementation(name: str) -> Compiled:
+    if name in ("reference", "emulated"):
+        return Compiled(reference if name == "reference" else load_compiled("cuda"), torch.device("cpu"))
+    return Compiled(host_ops(), torch.device(name))
 
 
 @pytest.fixture

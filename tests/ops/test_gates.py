@@ -20,13 +20,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ONE = 2**SCORE_FRACTION_BITS
 INF = torch.inf
 GATES = pytest.mark.parametrize("score_function", ["sigmoid", "sqrtsoftplus"])
-EVERY_BACKEND = pytest.mark.parametrize("name", ["reference", "compiled"])
-
-
-def implementation(name: str, compiled: Compiled) -> tuple[Any, torch.device]:
-    if name == "reference":
-        return reference, torch.device("cpu")
-    return compiled.ops, compiled.device
 
 
 def exact_gates(logits_TE: Tensor, score_function: str) -> Tensor:
@@ -45,10 +38,9 @@ EXTREMES = [-1e30, -1e4, -300, -150, -100, -41, -21, -20, -19, -9, 0, 9, 20, 21,
 """Values of the third expert of a token each."""
 
 
-@EVERY_BACKEND
 @GATES
-def test_gradients_of_extreme_logits(compiled: Compiled, name: str, score_function: str) -> None:
-    ops, device = implementation(name, compiled)
+def test_gradients_of_extreme_logits(implementation: Compiled, score_function: str) -> None:
+    ops, device = implementation.ops, implementation.device
     num_tokens, num_experts, top_k = len(EXTREMES) + 3, 40, 3
     logits_TE = random_logits(num_tokens, num_experts)
     logits_TE[: len(EXTREMES), 2] = torch.tensor(EXTREMES)
@@ -83,13 +75,10 @@ def test_gradients_of_extreme_logits(compiled: Compiled, name: str, score_functi
     assert ((got_T - want_T).abs() <= 1e-4 * want_T.abs())[is_told_T].all()
 
 
-@EVERY_BACKEND
 @GATES
 @pytest.mark.parametrize("num_experts", [5, 40, 200])
-def test_document_scores_are_sums_of_gates(
-    compiled: Compiled, name: str, score_function: str, num_experts: int
-) -> None:
-    ops, device = implementation(name, compiled)
+def test_document_scores_are_sums_of_gates(implementation: Compiled, score_function: str, num_experts: int) -> None:
+    ops, device = implementation.ops, implementation.device
     logits_TE = random_logits(150, num_experts)
     logits_TE[::7] *= 9
     logits_TE[3, 1], logits_TE[9] = -INF, -200.0
@@ -125,10 +114,9 @@ def test_document_scores_are_sums_of_gates(
     assert_equal("together", together_DE[0], total_E)
 
 
-@EVERY_BACKEND
 @pytest.mark.parametrize("num_documents", [1, 3])
-def test_a_large_gate_counts_as_the_largest_one(compiled: Compiled, name: str, num_documents: int) -> None:
-    ops, device = implementation(name, compiled)
+def test_a_large_gate_counts_as_the_largest_one(implementation: Compiled, num_documents: int) -> None:
+    ops, device = implementation.ops, implementation.device
     ids_T = torch.arange(600) // 40 % num_documents
     got_DE = ops.document_scores(
         torch.tensor([63.0, 64.1, 200.0, 1e6, 3e38, -3e38]).expand(600, -1).contiguous().to(device),
@@ -173,12 +161,11 @@ def ids_of(documents: str) -> Tensor:
     return ids_T[order] if is_shuffled else ids_T
 
 
-@EVERY_BACKEND
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sums_of_each_document(compiled: Compiled, name: str, documents: str, variant: str) -> None:
+def test_sums_of_each_document(implementation: Compiled, documents: str, variant: str) -> None:
     """They are those of a call with the document's tokens alone, and nothing else changes."""
-    ops, device = implementation(name, compiled)
+    ops, device = implementation.ops, implementation.device
     num_documents, num_experts = len(DOCUMENTS[documents][0]), DOCUMENTS[documents][3]
     ids_T = ids_of(documents).to(device)
     leaf_TE = random_logits(len(ids_T), num_experts).to(device).requires_grad_()
@@ -201,7 +188,7 @@ def test_sums_of_each_document(compiled: Compiled, name: str, documents: str, va
     assert not got.document_choices_DE.requires_grad
     alone = [route((ids_T == document).nonzero()[:, 0]) for document in range(num_documents)]
     for document, its in enumerate(alone):
-        if name == "reference":  # sums of floats
+        if ops is reference:  # sums of floats
             want_E, got_E = its.score_sums_E, got.score_sums_RE[document]
             assert_close("scores", got_E, want_E, rtol=1e-6)
         else:
@@ -216,7 +203,7 @@ def test_sums_of_each_document(compiled: Compiled, name: str, documents: str, va
     weighted = [(its.score_sums_E * row_E).sum() for its, row_E in zip(alone, upstream_DE, strict=True)]
     loss = sum(weighted) + sum(its.z_T.sum() for its in alone)
     (want_TE,) = torch.autograd.grad(loss, leaf_TE)
-    assert_close("gradient", grad_TE, want_TE, rtol=1e-6 if name == "reference" else 0.0)
+    assert_close("gradient", grad_TE, want_TE, rtol=1e-6 if ops is reference else 0.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -255,9 +242,8 @@ def test_ids_past_the_last_document_have_no_sums(compiled: Compiled) -> None:
     assert_equal("gradient", *grads)
 
 
-@EVERY_BACKEND
-def test_tokens_that_do_not_count_are_in_no_documents_sums(compiled: Compiled, name: str) -> None:
-    ops, device = implementation(name, compiled)
+def test_tokens_that_do_not_count_are_in_no_documents_sums(implementation: Compiled) -> None:
+    ops, device = implementation.ops, implementation.device
     logits_TE = random_logits(60, 20)
     logits_TE[::4, 3], logits_TE[1::8] = torch.nan, -INF
     ids_T = torch.arange(60) // 13

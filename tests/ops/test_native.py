@@ -553,35 +553,3 @@ def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> 
         native.load_native().pool_topk(random_logits(4, 8), **{"top_k": 2, **arguments})
     with pytest.raises(RuntimeError, match="logits must be float32"):
         native.load_native().pool_topk(random_logits(4, 8).double(), top_k=2)
-
-
-@pytest.mark.gpu
-def test_gpu_streams_and_graphs() -> None:
-    case = Case(lengths=(300, 200), num_experts=128)
-    compiled = Compiled(native.load_native(), torch.device("cuda"))
-    want = everything(compiled, case)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        elsewhere = everything(compiled, case)
-    torch.cuda.synchronize()
-    for got, wanted in zip(elsewhere, want, strict=True):
-        assert_equal("stream", got, wanted)
-
-    # one graph of all the ops, forward and backward: nothing in it may wait for the device
-    with torch.cuda.stream(stream):
-        graph = torch.cuda.CUDAGraph()
-        logits_TE, ids_T = case.logits().cuda().requires_grad_(), case.document_ids().cuda()
-        sizes_D = case.pool_sizes().cuda()
-        upstream_TE = upstream(case)[0].cuda()
-        with torch.cuda.graph(graph, stream=stream):
-            scores_DE = compiled.ops.document_scores(logits_TE, document_ids_T=ids_T, num_documents=case.num_documents)
-            pool_DE = compiled.ops.select_pool(scores_DE, pool_sizes_D=sizes_D)
-            routed = compiled.ops.pool_topk(logits_TE, document_ids_T=ids_T, pool_DE=pool_DE, top_k=case.top_k)
-            (grad_TE,) = torch.autograd.grad([routed.probs_TE], [logits_TE], [upstream_TE])
-        graph.replay()
-    torch.cuda.synchronize()
-    assert_equal("captured scores", scores_DE, want[0])
-    assert_equal("captured pools", pool_DE, want[1])
-    assert_equal("captured weights", routed.probs_TE, want[3])
-    assert grad_TE.isfinite().all()

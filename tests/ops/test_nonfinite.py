@@ -75,7 +75,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str),
 ]
-EVERY_BACKEND = pytest.mark.parametrize("name", ["reference", "compiled"])
 OPTIONS = {
     "paper": {},
     "renormalised": {"pre_softmax": False, "scaling_factor": 2.5},
@@ -86,19 +85,12 @@ OPTIONS = {
 }
 
 
-def implementation(name: str, compiled: Compiled) -> tuple[Any, torch.device]:
-    if name == "reference":
-        return reference, torch.device("cpu")
-    return compiled.ops, compiled.device
-
-
-@EVERY_BACKEND
 @pytest.mark.parametrize("mask", ["logits", "selection"])
 @pytest.mark.parametrize("variant", OPTIONS)
 def test_such_tokens_count_nowhere_and_show_in_the_weights(
-    compiled: Compiled, name: str, variant: str, mask: str, dtype: torch.dtype
+    implementation: Compiled, variant: str, mask: str, dtype: torch.dtype
 ) -> None:
-    ops, device = implementation(name, compiled)
+    ops, device = implementation.ops, implementation.device
     options = {**OPTIONS[variant], "mask": mask, "top_k": TOP_K}
     if "expert_bias_E" in options:
         options["expert_bias_E"] = options["expert_bias_E"].to(device)
@@ -154,12 +146,11 @@ def test_the_compiled_ops_decide_as_the_reference(
     assert_close("gradient", grad_TE.cpu().float(), want_grad_TE.float(), rtol=rtol)
 
 
-@EVERY_BACKEND
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_such_tokens_add_nothing_to_a_document(
-    compiled: Compiled, name: str, score_function: str, dtype: torch.dtype
+    implementation: Compiled, score_function: str, dtype: torch.dtype
 ) -> None:
-    ops, device = implementation(name, compiled)
+    ops, device = implementation.ops, implementation.device
 
     def scores_of(rows: Tensor) -> Tensor:
         scores_DE: Tensor = ops.document_scores(

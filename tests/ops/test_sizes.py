@@ -27,16 +27,17 @@ def _splitmix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def test_sizes_equal_the_hash_in_unbounded_integers():
+@pytest.mark.parametrize("seed", [0, 3, 2**62, 2**63 - 1])
+def test_sizes_equal_the_hash_in_unbounded_integers(seed):
     mask, gamma = (1 << 64) - 1, 0x9E3779B97F4A7C15
     positions, offsets = [0, 1, 7, 10**12], [0, 255, 17, 4000]
     want = []
     for position, offset in zip(positions, offsets, strict=True):
-        state = 3 * 4 + 1
+        state = (seed * 4 + 1) & mask
         for counter in (position, offset, 5):
             state = _splitmix((state + gamma + counter) & mask)
         want.append(4 + ((state >> 33) * 29 >> 31))
-    assert _draw(positions, offsets, layer_number=5, seed=3).tolist() == want
+    assert _draw(positions, offsets, layer_number=5, seed=seed).tolist() == want
 
 
 def test_sizes_are_uniform_over_both_bounds():
@@ -46,13 +47,6 @@ def test_sizes_are_uniform_over_both_bounds():
     assert sizes.max() == 32
     # 2000 expected in each of 29 buckets; five standard deviations
     assert (counts - 2000).abs().max() < 5 * 2000**0.5
-
-
-@pytest.mark.parametrize("change", [{"layer_number": 2}, {"seed": 2}])
-def test_layers_and_seeds_draw_apart(change):
-    positions = torch.arange(4000)
-    same = (_draw(positions) == _draw(positions, **change)).float().mean()
-    assert same == pytest.approx(1 / 29, abs=0.02)
 
 
 @pytest.mark.parametrize("skew", [1.0, 2.5])
@@ -66,12 +60,6 @@ def test_several_layers_at_once_draw_what_each_draws(share, skew):
     assert torch.equal(got, torch.stack(want))
 
 
-def test_documents_of_a_sample_draw_apart():
-    positions = torch.zeros(4000, dtype=torch.int64)
-    sizes = _draw(positions, torch.arange(4000))
-    assert sizes.float().mean() == pytest.approx(18, abs=0.6)
-
-
 def test_a_share_of_documents_is_unrestricted():
     positions = torch.arange(20_000)
     restricted, mixed = _draw(positions, high=8), _draw(positions, high=8, unrestricted_share=0.25)
@@ -79,13 +67,6 @@ def test_a_share_of_documents_is_unrestricted():
     assert is_free.float().mean() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(mixed[~is_free], restricted[~is_free])
     assert (_draw(positions, unrestricted_share=1.0) == 32).all()
-
-
-def test_the_extremes_of_the_seed_are_legal():
-    for seed in (0, 2**62, 2**63 - 1):
-        sizes = _draw(torch.arange(100), seed=seed)
-        assert sizes.min() >= 4
-        assert sizes.max() <= 32
 
 
 @pytest.mark.parametrize("skew", [0.5, 2.0, 4.0])
@@ -131,14 +112,6 @@ def test_more_skew_gives_larger_sizes_up_to_the_bounds():
     assert (drawn[0] == 4).all()
     assert (drawn[-1] == 32).all()
     assert (_draw(positions, low=7, high=7, skew=2.0) == 7).all()
-
-
-def test_skewed_sizes_follow_their_documents_in_any_order():
-    positions, offsets = torch.arange(500) // 5, torch.arange(500) % 5 * 30
-    order = torch.randperm(500)
-    whole = _draw(positions, offsets, skew=3.0)
-    assert torch.equal(_draw(positions[order], offsets[order], skew=3.0), whole[order])
-    assert torch.equal(_draw(positions[400:], offsets[400:], skew=3.0), whole[400:])
 
 
 def test_tracing_keeps_nothing_that_a_draw_would_find():

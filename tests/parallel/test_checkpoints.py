@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from support import shards, training
 from support.training import Case
 
@@ -17,8 +18,6 @@ TP2_EP2 = Case(name="TP2 x EP2", tp=2, dp=2, ep=2)
 
 def _save(case, folder):
     """Write the model through Megatron's distributed checkpoint; its tensors and first loss."""
-    from megatron.core import dist_checkpointing
-
     chunks, _ = training.build(case, seed=5)
     weights = shards.parts([chunk.module for chunk in chunks])
     dist_checkpointing.save(_state(chunks), folder)
@@ -27,8 +26,6 @@ def _save(case, folder):
 
 def _load(case, folder):
     """A model of other weights after loading that checkpoint; its tensors and first loss."""
-    from megatron.core import dist_checkpointing
-
     chunks, _ = training.build(case, seed=6)
     state = dist_checkpointing.load(_state(chunks), folder)
     for index, chunk in enumerate(chunks):

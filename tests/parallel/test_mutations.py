@@ -72,13 +72,13 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "PP2-recompute-full-mbs1-ga4-running",
     ),
     "experts of a document are counted on every rank that holds a part of it": (
-        "mcore/losses.py",
-        [("is_split = router.tp_cp_group.size() > 1", "is_split = False")],
+        "mcore/metrics.py",
+        [("is_split = self.tp_cp_group.size() > 1", "is_split = False")],
         "TP2 + SP-recompute-full-mbs1-ga1",
     ),
     "documents are logged without those of other data-parallel ranks": (
         "mcore/metrics.py",
-        [("reduce_counts(own_LS, group=self._groups.tp_dp_cp)", "reduce_counts(own_LS, group=None)")],
+        [("reduce_counts(own_LS, group=self.tp_dp_cp_group)", "reduce_counts(own_LS, group=None)")],
         "DP2-recompute-none-mbs1-ga1-running",
     ),
     "choices of a document are balanced on every rank that holds a part of it": (
@@ -115,13 +115,13 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         "mcore/context.py",
         [
             (
-                "        segments=segments,\n        document_ids_T=_taken(",
+                "        segments=segments,\n        document_ids_T=ids_T,",
                 "        segments=segments if bounds is None else DocumentSegments(\n"
                 "            document_ids_T=segments.document_ids_T,\n"
                 "            starts_D=segments.starts_D,\n"
                 "            tokens_per_sample=segments.tokens_per_sample,\n"
                 "            real_starts_D=bounds[: segments.num_documents].long(),\n"
-                "        ),\n        document_ids_T=_taken(",
+                "        ),\n        document_ids_T=ids_T,",
             )
         ],
         "CP2, documents padded-recompute-full-mbs2-ga2",
@@ -148,7 +148,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     ),
     "recomputation takes depths in the order of forward": (
         "mcore/mtp.py",
-        [("num_depths - (self._num_backward - 1) % num_depths", "(self._num_backward - 1) % num_depths + 1")],
+        [("return num_depths + 1 - self._num_backward", "return self._num_backward")],
         "CP2, one layer of multi-token prediction-recompute-full-mbs2-ga2",
     ),
 }

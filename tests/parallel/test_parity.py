@@ -11,8 +11,6 @@ from support.layouts import FEATURES, LAYOUTS, MTP, PADDED, SLOW
 from support.micro_batches import places_with_a_vote
 from support.training import Case
 
-MARGIN = 1e-5
-"""Smallest gap in probability a decision may be made by: a closer one could flip with the order of a sum."""
 TOLERANCE = 1e-5
 """Of a tensor's norm; float32."""
 LOSS_TOLERANCE = 1e-6
@@ -77,12 +75,8 @@ def reference(ranks):
 
     def get(case):
         key = repr(case.reference)
-        for seed in range(1, 50) if key not in found else ():
-            (answer,) = ranks(1).run(_train, case=case.reference, seed=seed)
-            if answer["margin"] > MARGIN:
-                found[key] = seed, answer
-                break
-        assert key in found, f"no seed has every decision made by more than {MARGIN}"
+        if key not in found:
+            found[key] = training.reference(ranks(1).run, case)
         return found[key]
 
     return get
@@ -103,22 +97,13 @@ def table(request):
         _write(Path(path), lines)
 
 
-def _train(case, seed):
-    return training.train(case, seed=seed)
-
-
 @pytest.mark.slow
 def test_megatrons_own_loss_of_prediction_depends_on_the_layout(ranks):
     """Decisions of the first step do not, for which the table's exact loss is therefore no excuse."""
     case = Case(dp=2, accumulation=2, per_token=True, is_exact=False, **PADDED, **MTP)
-    (want,) = ranks(1).run(_train, case=case.reference, seed=1)
-    got = ranks(2).run(_train, case=case, seed=1)
-    assert want["margin"] > MARGIN
-    decisions = {}
-    for answer in got:
-        for key, chosen in answer["decisions"].items():
-            _merge(decisions.setdefault(key, {}), chosen)
-    assert _of_first_step(case, decisions) == _of_first_step(case, want["decisions"])
+    seed, want = training.reference(ranks(1).run, case)
+    got = ranks(2).run(training.train, case=case, seed=seed)
+    assert _of_first_step(case, training.decisions_of(got)) == _of_first_step(case, want["decisions"])
     assert got[0]["losses"][0] == pytest.approx(want["losses"][0], rel=TOLERANCE)
     assert got[0]["losses"][2] != pytest.approx(want["losses"][2], rel=10 * TOLERANCE)
 
@@ -126,8 +111,7 @@ def test_megatrons_own_loss_of_prediction_depends_on_the_layout(ranks):
 @pytest.mark.parametrize("case", CASES)
 def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
     seed, want = reference(case)
-    assert want["margin"] > MARGIN
-    got = ranks(case.world_size).run(_train, case=case, seed=seed)
+    got = ranks(case.world_size).run(training.train, case=case, seed=seed)
     seen = {
         "loss": max(
             abs(a - b) / abs(b)
@@ -135,18 +119,17 @@ def test_layout_trains_the_model_of_one_process(case, ranks, reference, table):
             if answer["losses"]
             for a, b in zip(answer["losses"], want["losses"], strict=True)
         ),
-        "gradients": _deviation(want["gradients"], [answer["gradients"] for answer in got]),
-        "weights": _deviation(want["weights"], [answer["weights"] for answer in got]),
+        **{
+            kind: max(shards.deviations(want[kind], [answer[kind] for answer in got]).values())
+            for kind in ("gradients", "weights")
+        },
         "metrics": max(_metrics_deviation(case, want["metrics"], answer["metrics"]) for answer in got),
     }
     if case.config.get("mtp_num_layers"):
         logged = [answer["further_losses"] for answer in got if answer["further_losses"]]
         further = max(_relative(want["further_losses"], losses) for losses in logged)
         seen["metrics"] = max(seen["metrics"], further)
-    decisions = {}
-    for answer in got:
-        for key, chosen in answer["decisions"].items():
-            _merge(decisions.setdefault(key, {}), chosen)
+    decisions = training.decisions_of(got)
     assert decisions == want["decisions"]
     _check_keys(case, decisions)
     limits = dict.fromkeys(seen, TOLERANCE) | {"loss": LOSS_TOLERANCE}
@@ -179,19 +162,6 @@ def _of_first_step(case, decisions):
         }
         for (layer, kind), chosen in decisions.items()
     }
-
-
-def _merge(into, chosen):
-    """Ranks that saw the same document or token must have decided alike."""
-    for key, experts in chosen.items():
-        assert into.setdefault(key, experts) == experts
-
-
-def _deviation(want, parts):
-    """Largest distance of a tensor, as a share of its norm; NaN where no rank held a part of it."""
-    wanted, found = shards.join([want]), shards.join(parts)
-    assert found.keys() == wanted.keys()
-    return max(float((found[key] - value).norm() / value.norm().clamp(min=1e-12)) for key, value in wanted.items())
 
 
 def _metrics_deviation(case, want, got):

@@ -91,8 +91,8 @@ def test_other_documents_experts_and_outputs_are_other_questions(cache):
 def test_another_version_of_the_package_measures_anew(cache, monkeypatch):
     Measured(experts.MadeUpModel(), cache).loss(DOCUMENTS)
     for name in ("emo_megatron", "torch"):
-        others = caches._versions() | {name: "0.0.0"}
-        monkeypatch.setattr(caches, "_versions", lambda others=others: others)
+        others = caches.versions() | {name: "0.0.0"}
+        monkeypatch.setattr(caches, "versions", lambda others=others: others)
         model = experts.MadeUpModel()
         Measured(model, cache).loss(DOCUMENTS)
         assert model.num_losses == 1

@@ -11,7 +11,8 @@ from support import experts
 from emo_megatron.commands import retention
 from emo_megatron.commands.retention import Options
 from emo_megatron.finite import NotFiniteError
-from emo_megatron.runners.retention import FULL, conditions, domain_files
+from emo_megatron.report.rows import FULL
+from emo_megatron.runners.retention import conditions, domain_files
 
 METHODS = ("mean_prob", "frequency", "layerwise", "easy_ep", "reap")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support import decoder, network, words
 from support.ranks import Ranks
 
@@ -21,38 +19,17 @@ NAME = "some-owner/some-tokenizer"
 """Of a folder here, and maybe of a tokenizer on a hub."""
 
 
-def hugging_face_folder(folder: Path, tokenizer: Path) -> Path:
-    from emo_megatron.hf.folder import FORMATS, write_folder
-    from emo_megatron.hf.tokenizer import Tokenizer
-
-    model = decoder.architecture()
-    folder.mkdir(parents=True)
-    write_folder(
-        folder,
-        format=FORMATS["qwen2_moe"],
-        architecture=model,
-        read=decoder.random_weights(model).__getitem__,
-        dtype=torch.float32,
-        extra_config={},
-    )
-    Tokenizer(tokenizer).save(folder)
-    return folder
-
-
-def write_texts(path: Path, texts: tuple[str, ...] = TEXTS) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 def there_and_back(folder: str) -> dict[str, Any]:
     """Import a folder, store a run's relative name of its tokenizer, export again; on a machine that is alone."""
     from emo_megatron import cli
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
     from emo_megatron.checkpoint.writer import write_checkpoint
+    from emo_megatron.hf.tokenizer import Tokenizer
 
     root = Path(folder)
     os.chdir(root)
-    source = hugging_face_folder(Path("an-owner/a-model"), words.write_tokenizer(Path(NAME)))
+    source = decoder.write_folder(Path("an-owner/a-model"))
+    Tokenizer(words.write_tokenizer(Path(NAME))).save(source)
     with network.closed(root / "tried") as tried:
         parity = ("--parity-tokens", "8")
         codes = [cli.main(["import", "--folder", str(source), "--output", "imported", *parity])]
@@ -92,7 +69,7 @@ def test_both_formats_of_a_model_measure_the_same_documents(
 
     # the run's relative name is one from here
     monkeypatch.chdir(models)
-    data_file = write_texts(tmp_path / "texts.jsonl")
+    data_file = words.write_texts(tmp_path / "texts.jsonl", TEXTS)
     with network.closed(tmp_path / "tried") as tried:
         assert [stats("run"), stats("run-exported")] == [0, 0]
         assert tried() == []
@@ -111,7 +88,7 @@ def opened(folder: str, models: str) -> dict[str, str]:
     from emo_megatron.runners.open import open_megatron
 
     os.chdir(models)
-    data = write_texts(Path(folder) / "texts.jsonl", ("1 2 3",))
+    data = words.write_texts(Path(folder) / "texts.jsonl", ("1 2 3",))
     said = {}
     with network.closed(Path(folder) / "tried") as tried:
         null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "80")
@@ -142,7 +119,7 @@ def test_a_folder_is_studied_on_a_machine_that_is_alone(
     from emo_megatron import cli
 
     monkeypatch.chdir(models)
-    data, held_out = (write_texts(tmp_path / f"{n}.jsonl", TEXTS[n:]) for n in range(2))
+    data, held_out = (words.write_texts(tmp_path / f"{n}.jsonl", TEXTS[n:]) for n in range(2))
     model = ("--checkpoint", "run-exported", "--tokenizer", NAME, "--data", str(data))
     more = ("--held-out", str(held_out))
     with network.closed(tmp_path / "tried") as tried:
@@ -160,12 +137,12 @@ def readings(folder: str) -> dict[str, Any]:
     """Tokens of the texts, and their sources, as a Megatron run reads them and as its export is read."""
     import dataclasses
 
-    from emo_megatron.experts.calibration import Calibration, read_documents
+    from emo_megatron.experts.calibration import Calibration, load_documents
     from emo_megatron.hf.tokenizer import Tokenizer
     from emo_megatron.runners.run_tokenizer import text_tokenizer, tokenizer_args
 
     root = Path(folder)
-    data = write_texts(root / "texts.jsonl")
+    data = words.write_texts(root / "texts.jsonl", TEXTS)
     found = {}
     for place, (name, how) in enumerate(words.SPECIAL.items()):
         path = str(words.write_tokenizer(root / str(place), **how))
@@ -192,7 +169,7 @@ def readings(folder: str) -> dict[str, Any]:
         }
         found[name] = {
             side: dataclasses.asdict(
-                read_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
+                load_documents(data, calibration=Calibration(), tokenizer=tokenizer, vocab_size=VOCAB)
             )
             for side, tokenizer in sides.items()
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -11,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import run_flags, words
 from support.other_jobs import OTHER_JOB
 from support.pretraining import VOCAB, pretrain
@@ -50,11 +48,8 @@ def data(tmp_path_factory):
     """The same documents as text, with a tokenizer that reads numbers, and as tokens."""
     folder = tmp_path_factory.mktemp("documents")
     documents = [[(n * 11 + i) % (VOCAB - 1) for i in range(3 + 9 * n)] for n in range(12)]
-    lines = [json.dumps({"text": " ".join(map(str, tokens))}) for tokens in documents]
-    (folder / "d.jsonl").write_text("\n".join(lines))
-    ended = [torch.tensor([*tokens, VOCAB - 1]) for tokens in documents]
-    bounds = torch.tensor([0, *map(len, ended)]).cumsum(0)
-    save_file({"tokens": torch.cat(ended), "cu_seqlens": bounds}, folder / "d.safetensors")
+    words.write_texts(folder / "d.jsonl", [" ".join(map(str, tokens)) for tokens in documents])
+    words.write_tokens(folder / "d.safetensors", [torch.tensor([*tokens, VOCAB - 1]) for tokens in documents])
     words.write_numbers(folder / "tokenizer", size=VOCAB)
     return folder
 
@@ -221,7 +216,7 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     (cut / "latest_checkpointed_iteration.txt").write_text("2")
     part = max(cut.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     part.write_bytes(part.read_bytes()[:2000])
-    save_file({"tokens": torch.tensor([5, 600]), "cu_seqlens": torch.tensor([0, 2])}, tmp_path / "d.safetensors")
+    words.write_tokens(tmp_path / "d.safetensors", [torch.tensor([5, 600])])
     output = tmp_path / "out" / "s.safetensors"
     two = ("--processes", "2", "--expert-parallel", "2")
     for arguments, what, *more in [
@@ -254,9 +249,9 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
 @pytest.mark.parametrize(
     ("processes", "number", "code"),
     [
-        (1, signal.SIGTERM, 143),
         (2, signal.SIGINT, 130),
         (2, signal.SIGKILL, -9),
+        pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
         pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),

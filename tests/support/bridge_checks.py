@@ -265,6 +265,31 @@ def padding() -> dict[str, Any]:
     return {"padding": found.tolist(), "padding without ends": _num_padding(masks, SimpleNamespace(eod_mask_loss=True))}
 
 
+def names() -> dict[str, Any]:
+    """What Bridge's registry of mappings makes of the table of hf/mapping.py, in layer 3 and of expert 5.
+
+    Of each row the parameter's name and the weights', the weights that Bridge finds for it, and its name for each.
+    """
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping
+
+    from emo_megatron.hf.mapping import TABLE
+
+    kinds = {"plain": AutoMapping, "doubled": AutoMapping, "qkv": QKVMapping, "gate_up": GatedMLPMapping}
+    # Bridge gives the parameter of a module a name of its own
+    parameters = [row.megatron.replace("experts.experts.", "experts.") + "*" * row.is_of_experts for row in TABLE]
+    mappings = [kinds[row.kind](name, *row.weights) for row, name in zip(TABLE, parameters, strict=True)]
+    registry = MegatronMappingRegistry(*mappings)
+    rows = []
+    for row, parameter in zip(TABLE, parameters, strict=True):
+        name, *weights = (n.replace("*", "3", 1).replace("*", "5") for n in (parameter, *row.weights))
+        found: Any = registry.megatron_to_hf_lookup(name).hf_param
+        back = [registry.hf_to_megatron_lookup(weight).megatron_param for weight in weights]
+        rows.append([[name, *weights], [*found.values()] if isinstance(found, dict) else [found], back])
+    norm = registry.megatron_to_hf_lookup("decoder.layers.1.pre_mlp_layernorm.weight")
+    return {"names": rows, "norm": norm.hf_param}
+
+
 def stock(folder: Path) -> dict[str, Any]:
     """What Bridge alone makes of the file that stock_run_config wrote."""
     from support.bridge_stand_ins import stand_ins
@@ -289,7 +314,7 @@ def main() -> None:
         from support import bridge_recipes  # noqa: F401
 
         # forks ranks, before anything here has threads
-        found = safety(folder) | bad_input(folder) | padding()
+        found = safety(folder) | bad_input(folder) | padding() | names()
     (folder / f"{cases}.json").write_text(json.dumps(found))
 
 

@@ -1,11 +1,15 @@
 """The command bridge where Transformer Engine and GPUs are missing, and recipes for it that fit a CPU.
 
 `python -m support.bridge_command bridge ...` is `python -m emo_megatron bridge ...` with stand-ins around the import of
-Bridge; `--recipe support.bridge_command:small_olmoe` is one of the recipes. They save into $FOLDER.
+Bridge; `--recipe support.bridge_command:small_olmoe` is one of the recipes. They save into $FOLDER. `answers CALLS` are
+many such commands, JSON of name -> arguments, and prints JSON of what they answer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +22,8 @@ with stand_ins():
     from megatron.bridge.recipes.olmoe import olmoe_7b_pretrain_config
 
     import emo_megatron.bridge.command  # noqa: F401
+
+import torch
 
 from emo_megatron import cli
 
@@ -46,5 +52,16 @@ def returns_nothing() -> None:
     """No recipe."""
 
 
+def answer(arguments: list[str]) -> tuple[int, str, str, bool]:
+    """Exit status, what was printed and said on stderr, and whether there was a process group."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(["bridge", *arguments])
+    return status, out.getvalue(), err.getvalue(), torch.distributed.is_initialized()
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "answers":
+        print(json.dumps({name: answer(arguments) for name, arguments in json.loads(sys.argv[2]).items()}))
+        sys.exit()
     sys.exit(cli.main())

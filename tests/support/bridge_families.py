@@ -9,21 +9,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
 from megatron.bridge.models.exaone.exaone_moe import exaone_moe_provider
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from torch import Tensor
 
 from emo_megatron.bridge import apply_pools, pool_forward_step
 from emo_megatron.config import PoolConfig
 from emo_megatron.mcore.local import local_stack_spec
 from emo_megatron.mcore.router_documents import forget
-from support import bridge_recipes
+from support import bridge_recipes, hybridep
 from support.bridge_coverage import without_transformer_engine
 
 # a stand-in was there when it was imported
@@ -173,30 +170,8 @@ def train_over_budget(recipe: Callable[[], Any]) -> Any:
 
         model.finalize = finalize
 
-    library = {
-        "hybrid_ep_dispatch": _dispatch,
-        "hybrid_ep_combine": _combine,
-        "get_align_size_for_quantization": lambda _: 1,
-    }
-    with mock.patch.multiple("megatron.core.transformer.moe.token_dispatcher", **library):
+    with hybridep.stand_in():
         return train(recipe, has_pools=True, change=limit) | {"runs": runs}
-
-
-def _dispatch(
-    x: Tensor, routing_map: Tensor, probs: Tensor, num_permuted_tokens: int | None = None, **_: Any
-) -> tuple[Any, ...]:
-    """HybridEP's dispatch on one rank: tokens by expert, those above the bound dropped."""
-    experts, tokens = routing_map.T.nonzero(as_tuple=True)
-    bound = len(tokens) if num_permuted_tokens is None else num_permuted_tokens
-    is_over = torch.tensor([len(tokens) > bound]).int()
-    tokens, experts = tokens[:bound], experts[:bound]
-    counts = torch.bincount(experts, minlength=routing_map.shape[1])
-    return x[tokens], probs[tokens, experts], None, counts, (tokens, x.shape, is_over)
-
-
-def _combine(x: Tensor, handle: Any, **_: Any) -> Tensor:
-    tokens, shape, _ = handle
-    return x.new_zeros(shape).index_add(0, tokens, x)
 
 
 def outcome(recipe: Callable[[], Any]) -> dict[str, Any]:

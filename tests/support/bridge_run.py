@@ -10,13 +10,12 @@ import collections
 import contextlib
 import json
 import os
-import signal
 import socket
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
+
+from support.bridge_server import end_of, fork, kill_group
 
 ASYNC = "checkpoint.async_save"
 if __name__ == "__mp_main__" and ASYNC in os.environ:
@@ -192,59 +191,29 @@ def start(run: dict[str, Any]) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for rank in range(ranks):
-        (folder / f"rank{rank}.json").unlink(missing_ok=True)
-    began = time.monotonic()
-    children = [_fork(run, rank, ranks, port) for rank in range(ranks)]
+        for end in ("json", "txt"):
+            (folder / f"rank{rank}.{end}").unlink(missing_ok=True)
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {ASYNC: "true"} if run.get("options", {}).get(ASYNC) else {}
+    children = [
+        fork(
+            lambda rank=rank: one_rank(run, rank),
+            out=folder / f"rank{rank}.txt",
+            **common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
     try:
-        codes = [_end_of(child) for child in children]
+        codes = [end_of(child) for child in children]
     finally:
         # those of a run that was interrupted
         for child in children:
-            _kill_group(child)
+            kill_group(child)
     printed = "".join((folder / f"rank{rank}.txt").read_text() for rank in range(ranks))
     # a killed rank wrote none
     files = [file for rank in range(ranks) if (file := folder / f"rank{rank}.json").exists()]
     parts = [json.loads(file.read_text()) for file in files]
-    seconds = time.monotonic() - began
-    return _together(parts) | {"codes": codes, "printed": printed, "seconds": seconds}
-
-
-def _end_of(child: int) -> int:
-    """The return code of a rank; what it started and left behind, such as a writer of checkpoints, ends with it."""
-    _, status = os.waitpid(child, 0)
-    _kill_group(child)
-    return os.waitstatus_to_exitcode(status)
-
-
-def _kill_group(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def _fork(run: dict[str, Any], rank: int, ranks: int, port: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setsid()
-        with (Path(run["folder"]) / f"rank{rank}.txt").open("w") as printed:
-            os.dup2(printed.fileno(), 1)
-            os.dup2(printed.fileno(), 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if run.get("options", {}).get(ASYNC):
-            os.environ[ASYNC] = "true"
-        one_rank(run, rank)
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return _together(parts) | {"codes": codes, "printed": printed}
 
 
 def one_rank(run: dict[str, Any], rank: int) -> None:

@@ -54,11 +54,11 @@ def save(
     singletons: bool = False,
     source: str | None = None,
     seed: int = 5,
+    args: dict[str, Any] = ARGS,
 ) -> dict[str, Tensor]:
-    """Write a model as Megatron's training does; with the values of `source`, another checkpoint, if that is given.
+    """Write a model as Megatron's training does, with the values of `source`, another checkpoint, if that is given.
 
-    Returns:
-        Its state by the names that the reader gives, where one rank has all of it.
+    Returns its state by the names that the reader gives, where one rank has all of it.
     """
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -73,11 +73,32 @@ def save(
     metadata = {"singleton_local_shards": singletons}
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     stored = ("num_layers", "moe_router_num_groups", "moe_router_group_topk")
-    args = argparse.Namespace(**ARGS | {k: v for k, v in config.items() if k in stored})
+    flags = argparse.Namespace(**args | {k: v for k, v in config.items() if k in stored})
     state = built.sharded_state_dict(metadata=metadata | groups)
-    common = {"args": args, "checkpoint_version": 3.0, "iteration": 7}
+    common = {"args": flags, "checkpoint_version": 3.0, "iteration": 7}
     dist_checkpointing.save({"model": state} | common, str(path), content_metadata=metadata)
     return expected(built)
+
+
+def save_run(
+    folder: str, *, layout: dict[str, int], config: dict[str, Any], tokenizer: str | None = None, **changes: Any
+) -> None:
+    """Write a model with the flags of its run, tokenizer and pools included; `changes` are of its Architecture."""
+    from emo_megatron.hf.mapping import FUSED_NORM, Architecture
+    from emo_megatron.hf.megatron import flags_of
+    from support import tiny
+
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8, "top_k": 2}
+    sizes |= {"expert_hidden": 16, "shared_hidden": 16, "norm_eps": 1e-5}
+    flags = flags_of(
+        Architecture(**sizes | changes),
+        dtype=torch.float32,
+        moe_norm=FUSED_NORM,
+        pools={"pool_min": 3},
+        tokenizer=tokenizer and Path(tokenizer),
+    )
+    run = {"consumed_train_samples": 16, "seq_length": 64}
+    save(folder, layout=layout, config=config, args=vars(flags) | run)
 
 
 def expected(built: Any) -> dict[str, Tensor]:
@@ -123,9 +144,7 @@ def logits(
 ) -> Tensor | None:
     """Logits of fixed tokens from a checkpoint, on ranks of the last pipeline stage and tensor rank 0.
 
-    Args:
-        stock: Megatron's own layers and router.
-        allowed: [L, E], experts that a pool model's routers are limited to.
+    Of Megatron's own layers and router if `stock`; `allowed` [L, E] are experts that routers are limited to.
     """
     from emo_megatron.mcore.router import PoolRouter
 

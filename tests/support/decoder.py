@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from emo_megatron.hf.architecture import Architecture
-from emo_megatron.hf.mapping import weight_shapes
+from emo_megatron.hf.mapping import Architecture, weight_shapes
 
 SMALL = {
     "vocab_size": 80,
@@ -48,6 +49,25 @@ def random_weights(model: Architecture, *, seed: int = 0) -> dict[str, Tensor]:
         name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1.0)
         for name, shape in weight_shapes(model).items()
     }
+
+
+def write_folder(
+    folder: Path,
+    format: str = "qwen2_moe",
+    *,
+    model: Architecture | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> Path:
+    """A Hugging Face folder of a model; of random weights, if none are given."""
+    from emo_megatron.hf import folder as folders
+
+    model = model or architecture()
+    read = (weights or random_weights(model)).__getitem__
+    folder.mkdir(parents=True)
+    options = {"dtype": torch.float32, "extra_config": {}} | options
+    folders.write_folder(folder, format=folders.FORMATS[format], architecture=model, read=read, **options)
+    return folder
 
 
 def logits(model: Architecture, weights: dict[str, Tensor], tokens_T: Tensor) -> Tensor:

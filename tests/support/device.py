@@ -93,7 +93,6 @@ class DeviceMachine:
 
     environment: dict[str, str]
     wheels: Path
-    tools: Path
 
 
 def make_machine(folder: Path, *, python: str) -> DeviceMachine:
@@ -116,7 +115,7 @@ def make_machine(folder: Path, *, python: str) -> DeviceMachine:
         "TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
     }
-    return DeviceMachine(environment=environment, wheels=wheels, tools=tools)
+    return DeviceMachine(environment=environment, wheels=wheels)
 
 
 def write_tool(path: Path, script: str) -> None:

@@ -26,9 +26,9 @@ Kernels = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled implementation, and where its tensors live."""
+    """One compiled implementation (or the reference), and where its tensors live."""
 
-    ops: NativeOps
+    ops: Any
     device: torch.device
 
     @property

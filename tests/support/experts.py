@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,10 @@ def documents(count: int, *, name: str = "some") -> Documents:
 
 
 class MadeUpModel:
-    """Expert e's share of a document's tokens grows with e and differs by layer and document; losses are a function.
+    """Expert e's share of a document's tokens grows with e and differs by layer and document.
 
-    Args:
-        loss: experts kept in the first layer -> nats.
-        facts: what it is.
-        fails_at: the call of `statistics`, from 0, that is interrupted.
-        loss_fails_at: the call of `loss`, from 0, that is interrupted.
-        setting: what measurements of it depend on.
+    `loss` gives the nats of so many experts kept in the first layer; `fails_at` and `loss_fails_at` are the calls of
+    `statistics` and `loss`, from 0, that are interrupted.
     """
 
     is_writer = True
@@ -102,10 +99,7 @@ class MadeUpModel:
 def open_as(monkeypatch: pytest.MonkeyPatch, model: Any, *, read: Callable[..., Documents] | None = None) -> None:
     """Let the commands that run a model find this one in every checkpoint, in this process.
 
-    Args:
-        monkeypatch: of the test.
-        model: a MadeUpModel.
-        read: documents of a path; by default three with the path's name.
+    `read` gives the documents of a path; by default three with the path's name.
     """
 
     def named(path: Path, calibration: Any) -> Documents:
@@ -119,12 +113,7 @@ def open_as(monkeypatch: pytest.MonkeyPatch, model: Any, *, read: Callable[..., 
 
 
 class OtherRank(MadeUpModel):
-    """On a rank that writes nothing and whose own files are not looked at: it is told what the writer found.
-
-    Args:
-        told: what the writer finds, in order.
-        options: of MadeUpModel.
-    """
+    """On a rank that writes nothing and whose own files are not looked at: it is told what the writer found."""
 
     is_writer = False
 
@@ -137,8 +126,6 @@ class OtherRank(MadeUpModel):
 
 
 def statistics(count: int = 3, *, outputs: bool = True, **changes: Any) -> ExpertStatistics:
-    import dataclasses
-
     source = documents(count, name=changes.pop("name", "some"))
     stats = MadeUpModel().statistics(source.tokens, outputs=outputs)
     return dataclasses.replace(stats.of(source.source), **changes)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from support import words
 from support.pretraining import stored_tensors
 
 VOCAB, WIDTH, EXPERTS = 64, 32, 8
@@ -120,9 +121,7 @@ def write_documents(path: Path, *, seed: int) -> None:
         [*(2 + (values(n, seed=100 * seed + at) * (1 + seed % 3) % (VOCAB - 2 - 7 * (seed % 3)))).tolist(), 0]
         for at, n in enumerate(lengths)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0)
-    save_file({"tokens": torch.cat([*map(torch.tensor, documents)]).int(), "cu_seqlens": bounds.int()}, path)
+    words.write_tokens(path, [torch.tensor(document).int() for document in documents])
 
 
 def digest(tensor: Tensor) -> str:

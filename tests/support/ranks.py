@@ -1,7 +1,7 @@
 """Real processes over gloo that stay alive between tests: a test sends a function, every rank runs it.
 
-Spawned once a world size, because importing torch and Megatron takes seconds. A function is named by its file and
-name, so that the ranks import it themselves; Megatron's groups are destroyed after each call.
+Started once per world size, from a process that has imported torch and Megatron, which takes seconds. A function is
+named by its file and name, so that the ranks import it themselves; Megatron's groups are destroyed after each call.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import gc
 import importlib.util
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -18,13 +19,17 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from emo_megatron.processes import follow
 from emo_megatron.variables import process_environment
 
 TESTS = Path(__file__).resolve().parents[1]
+RANK = {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "EMO_DEVICE": "cpu"}
 
 
 class Ranks:
@@ -38,7 +43,7 @@ class Ranks:
             megatron: folder to import megatron from instead of the installed one.
         """
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
+        context = _forking() if megatron is None else multiprocessing.get_context("spawn")
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
@@ -98,6 +103,17 @@ class Ranks:
         raise RuntimeError(message)
 
 
+def _forking() -> ForkServerContext:
+    """Forks of one process with what every rank imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.rank_imports"])
+    with pytest.MonkeyPatch.context() as around:
+        for name, value in (process_environment() | RANK | {"PYTHONPATH": str(TESTS)}).items():
+            around.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -117,9 +133,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Pa
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        CUDA_DEVICE_MAX_CONNECTIONS="1",
-        EMO_DEVICE="cpu",
+        **RANK,
     )
     # a daemon ends with its parent, but may not start the processes in which Megatron writes checkpoints
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]

@@ -54,12 +54,9 @@ def best(values: list[float], count: int) -> list[int]:
     return sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
 
 
-def naive_pool(logits_TE: Tensor, size: int, *, num_forced: int = 0) -> list[int]:
+def naive_pool(logits_TE: Tensor, size: int) -> list[int]:
     """The pool of one document, by index: sum the tokens' softmax, keep the best."""
-    num_free = logits_TE.shape[1] - num_forced
-    totals = logits_TE.double().softmax(-1).sum(0)[:num_free].tolist()
-    forced = list(range(num_free, logits_TE.shape[1]))
-    return sorted(best(totals, max(size - num_forced, 0)) + forced)
+    return sorted(best(logits_TE.double().softmax(-1).sum(0).tolist(), size))
 
 
 def naive_token(logits_E: Tensor, pool: list[int], options: Options) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ PIPELINE = {
     "pipeline_model_parallel_layout": "Et|tL",
     "microbatch_group_size_per_vp_stage": 3,
 }
-LAYOUT = {
+HOW_IT_RAN = PIPELINE | {
     "tensor_model_parallel_size": 16,
     "sequence_parallel": True,
     "context_parallel_size": 3,
@@ -22,8 +22,6 @@ LAYOUT = {
     "hybrid_context_parallel": True,
     "expert_model_parallel_size": 5,
     "expert_tensor_parallel_size": 7,
-}
-OVERLAP = {
     "tp_comm_overlap": True,
     "overlap_moe_expert_parallel_comm": True,
     "delay_wgrad_compute": True,
@@ -36,8 +34,6 @@ OVERLAP = {
     "moe_router_padding_for_quantization": True,
     "moe_router_padding_for_fp8": True,
     "moe_pad_expert_input_to_capacity": True,
-}
-MEMORY = {
     "recompute_granularity": "full",
     "recompute_method": "block",
     "recompute_num_layers": 99,
@@ -50,8 +46,6 @@ MEMORY = {
     "enable_cuda_graph": True,
     "external_cuda_graph": True,
     "cuda_graph_impl": "transformer_engine",
-}
-KERNELS = {
     "transformer_impl": "transformer_engine",
     "fp8": "hybrid",
     "fp4": "e2m1",
@@ -65,8 +59,6 @@ KERNELS = {
     "batch_invariant_mode": True,
     "masked_softmax_fusion": True,
     "bias_dropout_fusion": True,
-}
-TRAINING = {
     "init_model_with_meta_device": True,
     "moe_use_upcycling": True,
     "hidden_dropout": 0.5,
@@ -78,12 +70,3 @@ TRAINING = {
     "moe_enable_routing_replay": True,
     "config_logger_dir": "nowhere",
 }
-GROUPS = {
-    "pipeline": PIPELINE,
-    "layout": LAYOUT,
-    "overlap": OVERLAP,
-    "memory": MEMORY,
-    "kernels": KERNELS,
-    "training": TRAINING,
-}
-HOW_IT_RAN = {name: value for group in GROUPS.values() for name, value in group.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from emo_megatron.processes import is_running
@@ -16,6 +18,26 @@ BOUND_SECONDS = 10
 """In which they are here: a loaded machine is slow, and torchrun, left alone, gives its ranks 30 s."""
 TESTS = Path(__file__).resolve().parents[1]
 MARK = "TEST_MARK"
+DEAF = """
+import emo_megatron, os, signal, sys, time
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+os.fork()
+open(sys.argv[1] + "/" + str(os.getpid()), "w").close()
+time.sleep(600)
+"""
+"""A process that hears no signal, and one that it forked; each leaves a file in the folder that it is given."""
+
+
+@contextlib.contextmanager
+def limited(kind: int, soft: int) -> Iterator[None]:
+    """A limit of `resource` for this process."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 class Command:
@@ -56,11 +78,7 @@ class Command:
             time.sleep(0.05)
 
     def end(self, *numbers: int) -> int:
-        """Send signals to the command alone; its return code once nothing of it is left.
-
-        Raises:
-            AssertionError: some of its processes go on.
-        """
+        """Send signals to the command alone; its return code once nothing of it is left."""
         for number in numbers:
             self.process.send_signal(number)
         end = time.monotonic() + BOUND_SECONDS

@@ -67,6 +67,14 @@ def join(of_ranks: list[Parts]) -> dict[str, Tensor]:
     return joined
 
 
+def deviations(want: Parts, of_ranks: list[Parts]) -> dict[str, float]:
+    """Distance of every tensor, as a share of its norm; infinite where no rank held a part of it."""
+    wanted, found = join([want]), join(of_ranks)
+    assert found.keys() == wanted.keys()
+    off = {key: (found[key] - value).norm() / value.norm().clamp(min=1e-12) for key, value in wanted.items()}
+    return {key: float(share.nan_to_num(nan=torch.inf)) for key, share in off.items()}
+
+
 def _slices(shard: Any) -> tuple[slice, ...]:
     lengths = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
     return tuple(slice(o, o + n) for o, n in zip(shard.global_offset, lengths, strict=True))

@@ -37,19 +37,10 @@ def study(layout: dict[str, int], **config: Any) -> Any:
 
 def studied(model: Any) -> Any:
     """A MegatronRunner of the model above, whatever its weights are now."""
-    from emo_megatron.experts.stats import ModelFacts
     from emo_megatron.runners.megatron import MegatronRunner
+    from support import experts
 
-    facts = ModelFacts(
-        fingerprint="f00d",
-        num_experts=8,
-        num_shared=1,
-        top_k=2,
-        layers=(2, 3, 4),
-        expert_parameters=1,
-        other_parameters=1,
-    )
-    return MegatronRunner(model, facts=facts, seq_length=SEQ_LENGTH, rows_at_once=2)
+    return MegatronRunner(model, facts=experts.FACTS, seq_length=SEQ_LENGTH, rows_at_once=2)
 
 
 def measure(
@@ -235,12 +226,8 @@ def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
 def said_of(layout: dict[str, int], places: list[dict[str, Any]], value: float, **config: Any) -> list[dict[str, str]]:
     """What each rank is told of the model when weights of it hold a value, one place after the other.
 
-    Args:
-        layout: of the ranks.
-        places: "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or
-            "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
-        value: that they hold.
-        config: of the model.
+    Places are "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or the
+    "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
     """
     model = study(layout, **config)._model
     return [_said(model, value=value, **place) for place in places]

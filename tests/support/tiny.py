@@ -81,36 +81,71 @@ def transformer_config(**overrides: Any) -> Any:
     return TransformerConfig(**(options | overrides))
 
 
-def model(pool: Any = None, **overrides: Any) -> Any:
+def model(pool: Any = None, *, positions: str = "rope", **overrides: Any) -> Any:
     """A GPTModel on this pipeline stage; `pool` None gives Megatron's stock local spec."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from emo_megatron.mcore.spec import pool_block_spec
+    from emo_megatron.mcore.spec import pool_block_spec, with_pools
 
     config = transformer_config(**overrides)
-    if pool is None:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    else:
-        spec = pool_block_spec(config, pool=pool)
+    local, stock, mtp = {"use_transformer_engine": False}, None, None
+    if pool is None or config.mtp_num_layers:
+        stock = get_gpt_decoder_block_spec(config, **local, normalization="RMSNorm")
+    if config.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, stock, **local)
+        mtp = mtp if pool is None else with_pools(mtp, config=config, pool=pool)
     return GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=stock if pool is None else pool_block_spec(config, pool=pool),
+        mtp_block_spec=mtp,
         vocab_size=VOCAB,
         max_sequence_length=SEQ * ROWS,
-        position_embedding_type="rope",
+        position_embedding_type=positions,
         share_embeddings_and_output_weights=False,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
 
 
-def packed(cu_seqlens: list[int], **overrides: Any) -> Any:
-    """PackedSeqParams of these document boundaries, with what this version's takes."""
+def router(pool: Any = None, **overrides: Any) -> Any:
+    """A PoolRouter of the first layer; `pool` None gives Megatron's own."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from emo_megatron.mcore.router import PoolRouter
+
+    options = {"config": transformer_config(**overrides)}
+    options["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
+    made = TopKRouter(**options) if pool is None else PoolRouter(**options, pool=pool)
+    made.set_layer_number(1)
+    return made
+
+
+def shard(**ranks: int) -> Any:
+    """Of the only rank, or of those given, and of the first micro-batch."""
+    from emo_megatron.mcore.context import Shard
+
+    alone = dict.fromkeys(("tp_rank", "cp_rank", "dp_rank", "microbatch"), 0)
+    return Shard(**alone | dict.fromkeys(("tp_size", "cp_size", "dp_size"), 1) | ranks)
+
+
+def scope(packed: Any, pool: Any, *, tokens: int = SEQ * ROWS, layer: int = 1, **ranks: int) -> Any:
+    """The scope of a packed micro-batch, of which this rank has so many tokens."""
+    from emo_megatron.mcore.context import scope_of
+
+    shape = torch.Size((tokens, 1, 32))
+    return scope_of(packed, hidden_shape=shape, shard=shard(**ranks), pool=pool, layer_number=layer)
+
+
+def packed(cu_seqlens: list[int], *, num_padding: list[int] | None = None, **overrides: Any) -> Any:
+    """PackedSeqParams of these document boundaries, with what this version's takes, and the samples' padding."""
     import dataclasses
 
     from megatron.core.packed_seq_params import PackedSeqParams
+
+    from emo_megatron.mcore.padding import PACKING, Packing
 
     bounds = torch.tensor(cu_seqlens, dtype=torch.int32)
     longest = int(bounds.diff().max())
@@ -123,7 +158,12 @@ def packed(cu_seqlens: list[int], **overrides: Any) -> Any:
         "tokens_per_sample": SEQ,
     }
     known = {field.name for field in dataclasses.fields(PackedSeqParams)}
-    return PackedSeqParams(**{k: v for k, v in (options | overrides).items() if k in known})
+    made = PackedSeqParams(**{k: v for k, v in (options | overrides).items() if k in known})
+    if num_padding is not None:
+        padding_B = torch.tensor(num_padding)
+        packing = Packing(cu_seqlens=bounds, tokens_per_sample=made.tokens_per_sample, num_padding_B=padding_B)
+        setattr(made, PACKING, packing)
+    return made
 
 
 def batch(seed: int, *, rows: int = ROWS) -> dict[str, torch.Tensor]:

@@ -1,20 +1,25 @@
-"""A few optimizer steps of a small pool model under any parallel layout, through Megatron's own schedules."""
+"""A few optimizer steps of a small pool model under any parallel layout, through Megatron's own schedules.
+
+Ranks import this file by its path, so it names its neighbours whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .micro_batches import SEQ, VOCAB, micro_batch, part_of
-from .recorder import Recorder
+from support.micro_batches import SEQ, VOCAB, micro_batch, part_of
+from support.recorder import Recorder
 
 STEPS = 3
+MARGIN = 1e-5
+"""Smallest gap in probability a decision may be made by: a closer one could flip with the order of a sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +132,7 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
     """
     from emo_megatron.mcore.context import CLOCK
     from emo_megatron.mcore.metrics import install_metrics
-
-    from . import shards
+    from support import shards
 
     if case.config.get("mtp_num_layers"):
         _choose_mtp_loss(case)
@@ -155,6 +159,32 @@ def train(case: Case, *, seed: int) -> dict[str, Any]:
     break_cycles(chunks)
     _forget_mtp_losses()
     return answer | {"decisions": recorder.decisions, "margin": recorder.margin}
+
+
+def reference(run: Callable[..., list[dict[str, Any]]], case: Case, function: Any = train) -> tuple[int, Any]:
+    """The first seed for which one process decides nothing by less than MARGIN, and what it trains then.
+
+    Args:
+        run: one process's `Ranks.run`.
+        case: of which the process trains the reference.
+        function: as `train`.
+    """
+    for seed in range(1, 50):
+        (answer,) = run(function, case=case.reference, seed=seed)
+        if answer["margin"] > MARGIN:
+            return seed, answer
+    raise AssertionError(f"no seed has every decision made by more than {MARGIN}")
+
+
+def decisions_of(answers: list[dict[str, Any]]) -> dict[Any, dict[Any, Any]]:
+    """All ranks' decisions; ranks that saw the same document or token must have decided alike."""
+    decisions: dict[Any, dict[Any, Any]] = {}
+    for answer in answers:
+        for key, chosen in answer["decisions"].items():
+            into = decisions.setdefault(key, {})
+            for place, experts in chosen.items():
+                assert into.setdefault(place, experts) == experts
+    return decisions
 
 
 def _choose_mtp_loss(case: Case) -> None:
@@ -264,7 +294,7 @@ def build(case: Case, *, seed: int) -> tuple[list[Any], Any]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from . import shards, tiny
+    from support import shards, tiny
 
     tiny.setup(
         tensor_model_parallel_size=case.tp,
@@ -390,25 +420,15 @@ def _batches(case: Case, consumed: int) -> Iterator[dict[str, Any]]:
 def _forward_step(
     iterator: Any, model: Any, return_schedule_plan: bool = False, *, case: Case, recorder: Recorder | None
 ) -> Any:
-    from emo_megatron.mcore.padding import as_exchanged, flatten_received
-    from emo_megatron.mcore.router_documents import forward_with_documents
+    from emo_megatron.mcore.router_documents import forward_stage
 
     part = part_of(next(iterator), case)
     if recorder is not None:
         recorder.places_T = part.places_T
-    flatten_received(model, num_samples=part.num_flat)
-    output = forward_with_documents(
-        model.build_schedule_plan if return_schedule_plan else model,
-        part.documents,
-        part.tokens,
-        part.positions,
-        None,
-        labels=part.labels,
-        loss_mask=part.loss_mask,
-        packed_seq_params=part.packed,
+    batch = {"tokens": part.tokens, "position_ids": part.positions, "labels": part.labels, "loss_mask": part.loss_mask}
+    output = forward_stage(
+        model, batch, part.documents, part.packed, num_samples=part.num_flat, is_planned=return_schedule_plan
     )
-    if not return_schedule_plan:
-        output = as_exchanged(output, model, num_samples=part.num_flat)
     return output, functools.partial(_loss, part.loss_mask.flatten(), case=case)
 
 

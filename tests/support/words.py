@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 WORDS = ("the", "of", "experts", "route", "document", "pool", "module", "keeps", "token", "and")
 END = "<|endoftext|>"
@@ -20,13 +26,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def write_tokenizer(folder: Path, *, size: int = 40, around: str | None = None, **special: str) -> Path:
-    """A word-level tokenizer of `size` tokens with an end-of-text token, as transformers saves one.
+    """A word-level tokenizer as transformers saves one; `around` is what it puts around a text, as templates say it.
 
-    Args:
-        folder: to write.
-        size: tokens.
-        around: what is put around a text, as tokenizers' templates say it.
-        special: `eos_token` and others; an end-of-text token where nothing is put around.
+    Where nothing is put around, it has an end-of-text token.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -58,6 +60,20 @@ def _save(tokenizer: Any, folder: Path, **special: str) -> Path:
 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> Path:
+    """A file of documents that are texts."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def write_tokens(path: Path, documents: Sequence[Tensor]) -> Path:
+    """A file of documents that are tokens."""
+    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"tokens": torch.cat([*documents]), "cu_seqlens": bounds.int()}, path)
+    return path
 
 
 def write_alphabets(folder: Path) -> Path:

@@ -1,15 +1,17 @@
-"""What torch.cuda, tensors, collectives and Megatron's random states are answered by on a CPU."""
+"""What torch.cuda, tensors, collectives, and Megatron's random states and optimizer are answered by on a CPU."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -25,13 +27,21 @@ def redirect() -> TorchFunctionMode:
     return mode
 
 
-class _Stream:
-    """A stream on which everything is already done, which is true of a CPU."""
-
-    cuda_stream = 0
+class _Done:
+    """What a CPU's streams and events have in common: everything on them has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(_Done):
+    cuda_stream = 0
 
     def wait_stream(self, *args: Any) -> None:
         pass
@@ -39,33 +49,16 @@ class _Stream:
     def wait_event(self, *args: Any) -> None:
         pass
 
-    def synchronize(self) -> None:
-        pass
-
     def record_event(self, *args: Any) -> _Event:
         return _Event()
 
-    def query(self) -> bool:
-        return True
 
-
-class _Event:
-    """An event that has always happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
+class _Event(_Done):
     def record(self, *args: Any) -> None:
         pass
 
     def wait(self, *args: Any) -> None:
         pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
 
     def elapsed_time(self, other: Any) -> float:
         return 0.0
@@ -110,7 +103,7 @@ def _keep_in_backward(mode: TorchFunctionMode) -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    if isinstance(device, bool) or device is None:
+    if isinstance(device, bool):
         return False
     if isinstance(device, torch.device):
         return device.type == "cuda"
@@ -145,7 +138,7 @@ def _redirect_cuda_module() -> None:
     }
     for name, value in answers.items():
         setattr(cuda, name, _answer(value))
-    cuda.memory_stats = lambda *args, **kwargs: _ZeroStats()
+    cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)
     cuda.get_device_properties = _answer(
         SimpleNamespace(total_memory=8 << 30, major=9, minor=0, name="cpu", multi_processor_count=1)
     )
@@ -160,20 +153,11 @@ def _redirect_cuda_module() -> None:
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
 
 
-class _ZeroStats(dict[str, int]):
-    """Memory statistics of a device that does not exist."""
-
-    def __missing__(self, key: str) -> int:
-        return 0
-
-
 def _redirect_tensors_and_modules() -> None:
-    unchanged = lambda self, *args, **kwargs: self  # noqa: E731
-    targets: Any = torch.Tensor, torch.nn.Module
-    for target in targets:
-        target.cuda = unchanged
-    targets[0].pin_memory = unchanged
-    targets[0].record_stream = _answer(None)
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    tensor.cuda = tensor.pin_memory = module.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = _answer(None)
     accelerator: Any = torch.accelerator
     accelerator.is_available = _answer(False)
     accelerator.current_accelerator = _answer(None)
@@ -189,8 +173,8 @@ def _redirect_collectives() -> None:
     all_gather = dist.all_gather
 
     def all_to_all_with_lists(
-        output: torch.Tensor,
-        input: torch.Tensor,
+        output: Tensor,
+        input: Tensor,
         output_split_sizes: Any = None,
         input_split_sizes: Any = None,
         group: Any = None,
@@ -201,7 +185,7 @@ def _redirect_collectives() -> None:
         )
 
     def all_reduce_with_average(
-        tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+        tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
         if op != dist.ReduceOp.AVG:
             return all_reduce(tensor, op, group, async_op)
@@ -210,7 +194,7 @@ def _redirect_collectives() -> None:
         return all_reduce(tensor, dist.ReduceOp.SUM, group, async_op)
 
     def all_gather_of_any_length(
-        outputs: list[torch.Tensor], input: torch.Tensor, group: Any = None, async_op: bool = False
+        outputs: list[Tensor], input: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
         longest = max(len(output) for output in outputs) if input.dim() else 0
         if async_op or all(len(output) == longest for output in outputs if input.dim()):
@@ -224,12 +208,8 @@ def _redirect_collectives() -> None:
         return None
 
     def reduce_scatter_of_any_length(
-        output: torch.Tensor,
-        inputs: list[torch.Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
+        output: Tensor, inputs: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> None:
         if async_op:
             raise NotImplementedError("reduce_scatter over gloo is synchronous here; got async_op=True")
         whole = torch.cat([part.reshape(-1) for part in inputs])
@@ -252,10 +232,56 @@ def _redirect_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
 
     from emo_megatron.mcore.compat import use_compiled_index_builder
-    from emo_megatron.mcore.cpu.optimizer import repair_loading
 
-    megatron: Any = random
-    megatron._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     use_compiled_index_builder()
-    repair_loading()
+    _repair_optimizer()
+
+
+def _repair_optimizer() -> None:
+    """Let the distributed optimizer load its checkpoints over torch's AdamW, without Apex or Transformer Engine.
+
+    Megatron-Core 0.19 keeps that combination for machines without either, and its loading has three gaps: it reads the
+    optimizer step from states that exist only after a first step, copies into leaves that want gradients, and takes
+    the step of those first states for the stored one. Then a resumed run equals an uninterrupted one bit for bit.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+    load_state_dict = DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def state_dict_with_states(self: Any) -> Any:
+        groups = self.optimizer.param_groups
+        if not self.optimizer.state and any(group["params"] for group in groups):
+            rates = [group["lr"] for group in groups]
+            for group in groups:
+                # a step that moves nothing: no gradient, no rate
+                group["lr"] = 0.0
+            self._init_optimizer_states_with_dummy_values()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            for values in self.optimizer.state.values():
+                values["step"].zero_()
+        return state_dict(self)
+
+    def load_state_dict_whole(self: Any, state: Any) -> None:
+        with torch.no_grad():
+            load_state_dict(self, state)
+        if self.ddp_config.use_megatron_fsdp:
+            # a Megatron-FSDP checkpoint holds the step of every parameter: nothing is to be repaired
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if "step" in self.optimizer.state.get(parameter, {}):
+                    # a tensor for each: one for all would be advanced by every parameter
+                    step = torch.tensor(float(group["step"]))
+                    self.optimizer.state[parameter]["step"] = step
+
+    def set_states_without_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None} | tensors)
+
+    DistributedOptimizer.state_dict = state_dict_with_states
+    DistributedOptimizer.load_state_dict = load_state_dict_whole
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_without_step

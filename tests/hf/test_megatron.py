@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support import decoder
 
 from emo_megatron.hf.mapping import FUSED_NORM
-from emo_megatron.hf.model_config import MODEL_FLAGS, REQUIREMENTS, architecture_of, flags_of
+from emo_megatron.hf.megatron import MODEL_FLAGS, REQUIREMENTS, architecture_of, flags_of
 
 NOT_THE_MODEL = {
     *("moe_layer_freq", "moe_shared_expert_gate"),  # read from the weights, and beside MODEL_FLAGS
