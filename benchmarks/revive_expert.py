@@ -24,10 +24,10 @@ from library_text import VOCAB, library_texts, packed_batches
 from timing import RESULTS, Ended, describe_machine, markdown_table, run_script, write_results
 from watched_router import HALF_SHARE, RECENT, Watched
 
-from emo_megatron.config import PoolConfig, PoolScore
+from emo_megatron.config import PoolConfig
 
 STANDARD = "standard MoE"
-POOLS: dict[str, PoolScore] = {"pools by probability": "probability", "pools by gate_with_bias": "gate_with_bias"}
+POOLS: dict[str, Any] = {"pools by probability": "probability", "pools by gate_with_bias": "gate_with_bias"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -244,13 +244,13 @@ def flag(field_name: str) -> str:
 
 def load_pool_config(path: Path) -> PoolConfig:
     """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}."""
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"pool configuration {path}: there is no such file")
     return pool_config_of(read_json(path, kind="a pool configuration"), where=f"pool configuration {path}")
 
 
 def pool_config_of(stored: object, *, where: str) -> PoolConfig:
-    """The PoolConfig of an object with any of its fields, as JSON holds it; `where` it stands is for the error."""
+    """The PoolConfig of an object with any of its fields, as JSON holds it; `where` names its file in errors."""
     if not isinstance(stored, dict):
         raise ValueError(f'{where} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}')
     kinds = get_type_hints(PoolConfig)

@@ -44,7 +44,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a Python of this package, which ends at the latest with the thread that calls this.
 
-    `environment` has more variables; all else is as `subprocess.Popen`'s.
+    It has the variables of `process_environment` and those of `environment`, and reads no input. `stdout` and `stderr`
+    are as of `subprocess.Popen`.
     """
     return subprocess.Popen(
         command,

@@ -206,7 +206,9 @@ def _unequal(got: Any, want: Any) -> str:
     if isinstance(want, Tensor):
         count = (got.cpu() != want).sum().item() if got.shape == want.shape else want.numel()
         return f"{count} of {want.numel()} differ" if count else ""
-    parts = {key: _unequal(getattr(got, key), getattr(want, key)) for key in want.__slots__}
+    parts = {
+        key: _unequal(getattr(got, key), getattr(want, key)) for key in getattr(want, "_fields", None) or want.__slots__
+    }
     return "; ".join(f"{key}: {problem}" for key, problem in parts.items() if problem)
 
 

@@ -39,10 +39,10 @@ Batch = dict[str, Tensor | None]
 def pool_forward_step(
     state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    """One micro-batch through this stage, for Bridge's `pretrain(cfg, pool_forward_step)`; see apply_pools.
+    """One micro-batch through this stage, for Bridge's `pretrain(cfg, pool_forward_step)` of a cfg with `apply_pools`.
 
-    The stage's output, and the loss as a function of that. With `return_schedule_plan`, as expert-parallel overlap
-    asks, the pass is planned and not run.
+    Returns the stage's output, and the loss as a function of that output. With `return_schedule_plan`, as
+    expert-parallel overlap asks, the pass is planned and not run.
     """
     _begin(state)
     CLOCK.consumed_samples = state.train_state.consumed_train_samples

@@ -179,7 +179,10 @@ def stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
 def model_flags(
     checkpoint: MegatronCheckpoint, parser: argparse.ArgumentParser, *, as_trained: bool = False
 ) -> dict[str, Any]:
-    """What of the flags in a checkpoint makes its model, by the names of Megatron's parser; perhaps AS_TRAINED, too."""
+    """What of the flags in a checkpoint makes its model, by the names of Megatron's parser.
+
+    With `as_trained` those of AS_TRAINED, too.
+    """
     stored = vars(stored_flags(checkpoint))
     known = FUNCTION | AS_TRAINED | NOT_THE_MODEL
     for action in flags_of_models(parser):

@@ -170,7 +170,7 @@ class Row:
 
 
 def pack_rows(documents: Sequence[Tensor], *, seq_length: int) -> Iterator[Row]:
-    """Put documents, [n] int64 each, into rows in their order, as many as fit; longer ones are cut into pieces of S."""
+    """Put documents, [n] int64 each, into rows in their order, as many as fit; longer ones are cut to seq_length."""
     pieces: list[tuple[Tensor, Tensor]] = []
     room = seq_length
     for document in documents:

@@ -80,7 +80,7 @@ def parse_keep(text: str, facts: ModelFacts) -> int:
 
 
 def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter: float) -> int:
-    """Most routed experts a layer of a module whose weights, all of them, fit in megabytes of 10^6 bytes."""
+    """Most routed experts per layer of a module all of whose weights fit in `budget_mb` megabytes of 10^6 bytes."""
     layer_bytes = len(facts.layers) * facts.expert_parameters * bytes_per_parameter
     fixed_bytes = facts.other_parameters * bytes_per_parameter
     room = (budget_mb * 1e6 - fixed_bytes) / layer_bytes

@@ -1,13 +1,13 @@
-"""The Hugging Face formats: what a format is, and the two that are known; its config.json, its tensors, what it lacks.
+"""The Hugging Face formats that are known: the config.json and tensors of each, and what each cannot express.
 
-Qwen2-MoE, which stock transformers, vLLM and SGLang run without remote code. EMO is exactly a `Qwen2MoeForCausalLM`.
+`qwen2_moe`: stock transformers, vLLM and SGLang run it without remote code. EMO is exactly a `Qwen2MoeForCausalLM`.
 That architecture scales its shared expert by sigmoid(gate . x), EMO by 1: a gate of zeros gives sigmoid(0) = 1/2, and
 the shared down projection is stored doubled. Both are exact. Biases of q, k and v are written as zeros, because vLLM
 always has them. `num_experts` and `num_experts_per_tok` count routed experts. A model without shared expert gets one of
 zeros. llama.cpp computes the sigmoid as silu(x)/x, which is not a number at 0: for GGUF a gate of `TINY_GATE` moves the
 shared expert's weight by less than 1e-5 and keeps it finite.
 
-The authors' released format, `model_type` emo, whose code is theirs and not shipped here. It counts the shared expert
+`emo`: the format that the authors released; its code is theirs and not shipped here. It counts the shared expert
 among the experts: `num_experts` is E + 1, the shared expert is the last, and the gate has a row for it, which its
 softmax over one logit makes irrelevant: zeros on export, dropped on import. Sources: arXiv 2605.06663 and its
 repository's hf_trust_remote_code/emo.

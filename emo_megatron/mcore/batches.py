@@ -142,7 +142,8 @@ def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp
     """This stage's part of the next micro-batch.
 
     Returns:
-        BATCH_KEYS -> tensor or None, and NUM_PADDING with document boundaries; PADDED_BOUNDS and PADDED_TOKENS where
+        BATCH_KEYS (those of tokens only, where attention has no boundaries) -> tensor or None, and NUM_PADDING with
+        document boundaries; PADDED_BOUNDS and PADDED_TOKENS where
         documents were padded. Token tensors are [1, mbs * s] with boundaries and [mbs, s] without or with
         ROUTER_BOUNDS, this context-parallel rank's part of them; middle stages get the boundaries and the padding
         only. `cu_seqlens` are those before padding.

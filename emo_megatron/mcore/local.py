@@ -140,7 +140,7 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
         if field.name.endswith("_layer")
     }
     layers |= {"attention_layer": attention, "mlp_layer": mlp, "moe_layer": moe}
-    # of no layer of its own: the layers of multi-token prediction are a stack of the decoder's
+    # None: the layers of multi-token prediction are a stack of the decoder's and have no layer of their own
     prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
     mtp_block = ModuleSpec(
         module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[prediction])

@@ -1,4 +1,4 @@
-"""Multi-token prediction: pools in Megatron's layers, and its roll of packed documents, of all documents at once.
+"""Multi-token prediction: pools in its layers, and a roll of packed documents that rolls all documents at once.
 
 Megatron rolls documents one by one, with two slices and, under context parallelism, up to four messages each, for every
 tensor of every depth. Here a roll is a few operations and one collective of the documents' first tokens.

@@ -211,27 +211,27 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
 def pool_spec_builder(pool: PoolConfig) -> Any:
     """A function of Megatron's `GPTModelConfig` (and vp_stage), the form its model builder calls.
 
-    The layers of multi-token prediction that this builder makes next get pools, too.
+    Layers of multi-token prediction get pools, too. Megatron's builder makes those next, by a function of its own that
+    no option replaces: until then that function is replaced in Megatron's module.
     """
 
     def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         config = getattr(model_config, "transformer", model_config)
+        block = pool_block_spec(config, pool=pool, vp_stage=vp_stage)
         if config is not model_config and config.mtp_num_layers:
             _pool_prediction(model_config, pool)
-        return pool_block_spec(config, pool=pool, vp_stage=vp_stage)
+        return block
 
     return build
 
 
 def _pool_prediction(model_config: Any, pool: PoolConfig) -> None:
-    """Give pools to the block of multi-token prediction that Megatron's builder makes next for this `GPTModelConfig`.
-
-    No option says of what spec it makes that, and the spec of the decoder is what the builder asks for first.
-    """
+    """Give pools to the block of multi-token prediction that Megatron's builder makes next of this `GPTModelConfig`."""
     # Megatron-Core alone has no such builder
     from megatron.training.models import gpt
 
-    of_megatron = gpt.mtp_block_spec
+    # of a model that was not built to its end, the function of that model is still there
+    of_megatron = getattr(gpt.mtp_block_spec, "of_megatron", gpt.mtp_block_spec)
 
     def mtp_block_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
         gpt.mtp_block_spec = of_megatron
@@ -240,6 +240,7 @@ def _pool_prediction(model_config: Any, pool: PoolConfig) -> None:
             return block
         return with_pools(block, config=config.transformer, pool=pool)
 
+    mtp_block_spec.of_megatron = of_megatron  # type: ignore[attr-defined]
     gpt.mtp_block_spec = mtp_block_spec
 
 
@@ -268,7 +269,7 @@ class _StackOfScript:
 
 # a ready spec and no function: HybridModel's builder calls none
 pool_hybrid_layer_spec = ModuleSpec(module=_StackOfScript)
-"""For pretrain_hybrid.py `--spec emo_megatron.mcore.spec pool_hybrid_layer_spec`; errors as pool_layer_spec."""
+"""For pretrain_hybrid.py `--spec emo_megatron.mcore.spec pool_hybrid_layer_spec`."""
 
 
 def _prepare_script(config: TransformerConfig) -> PoolConfig:

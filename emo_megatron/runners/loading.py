@@ -119,7 +119,7 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
 
 @contextlib.contextmanager
 def megatron_refusals(model: str = "the model") -> Iterator[None]:
-    """What Megatron refuses with an assertion or an exit, as one line that says which model is built."""
+    """What Megatron refuses with an assertion or an exit, as one line; `model` is what the line calls the model."""
     try:
         yield
     except (AssertionError, SystemExit, ValueError, CheckpointException) as error:

@@ -26,7 +26,8 @@ _FILES = {
 def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> Tokenizer | None:
     """The Hugging Face tokenizer that was named, or that the run had; None if it had no such one.
 
-    `args` are the run's flags, `named` is of the command's --tokenizer, `vocab_size` are rows of the embedding.
+    `args` are the run's flags, `named` is the folder of the command's --tokenizer, `vocab_size` is the number of
+    rows of the embedding.
     """
     extra: list[str] = []
     if named is None:
