@@ -102,7 +102,7 @@ def test_only_near_ties_pass_the_gate():
     assert found["as it is"] == found["near ties"] == ""
     assert found["swapped"] > 0
     assert "output" in found["beyond"]
-    assert "pool" in found["no pools"]
+    assert "leave the pool" in found["no pools"]
     assert "reference" in found["scaled"]
     assert "near ties" in found["no spare"]
     assert found["right experts"] == ""

@@ -253,3 +253,12 @@ def test_rows_that_do_not_fit_are_halved(monkeypatch):
     fits = 1
     with pytest.raises(torch.OutOfMemoryError):
         bench_model._checked(whole, size, cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"), [(GPU_NAME, 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("Some GPU", None)]
+)
+def test_the_peak_of_a_gpu_is_known_or_left_out(name, tflops):
+    from model_cost import peak_flops
+
+    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)

@@ -331,3 +331,22 @@ def test_replay_runs_models_of_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path:
     # pools change which experts tokens get
     assert found[RUNS[0].name, DEDUP] != found[RUNS[1].name, DEDUP]
     assert len(page.read_text().splitlines()) == 12
+
+
+def test_dispatch_is_judged_by_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_dispatch import QUICK, SIZE, Answer, _verdict
+    from dispatchers import DEDUP, STOCK
+    from timing import Samples
+
+    def verdict(*stock: float) -> str:
+        times = {
+            name: Samples(forward=[1.0] * len(total), total=total)
+            for name, total in ((STOCK, list(stock)), (DEDUP, [1.0] * len(stock)))
+        }
+        return _verdict(Answer(ranks=2, samples={"whole step": times}, traffic={}), SIZE)
+
+    assert verdict(1.5, 1.5, 1.5).startswith("met")
+    assert verdict(1.0, 1.5, 1.5, 1.0, 1.5).startswith("undecided")
+    assert verdict(1.0, 1.0, 1.0).startswith("MISSED")
+    assert _verdict(Answer(ranks=2, samples={}, traffic={}), QUICK).startswith("not judged")

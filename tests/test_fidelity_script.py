@@ -490,3 +490,17 @@ def test_a_partner_that_was_stopped_is_compared_in_what_it_has(made: Any, script
     page = scripts.page.page(small, {"emo": partner})
     assert "not measured yet" in page
     assert "±" not in page
+
+
+def test_an_evaluation_is_longer_with_more_to_measure(scripts: SimpleNamespace) -> None:
+    from fidelity_plan import ON_GPU
+
+    def seconds(**changes: Any) -> float:
+        size = replace(ON_GPU, evaluation_tokens=changes.pop("tokens", 65536))
+        given = {"num_domains": 8, "fractions": (0.5, 0.25)} | changes
+        return float(scripts.plan.evaluation_seconds(size, _speed(scripts), **given))
+
+    assert seconds(fractions=()) < seconds() < seconds(fractions=(0.5, 0.25, 0.125))
+    assert seconds() < seconds(num_domains=9)
+    assert seconds() < seconds(tokens=100_000)
+    assert seconds(fractions=(), tokens=0) == 2 * 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -142,3 +143,29 @@ def test_a_library_that_does_not_work_is_compiled_even_if_one_was_brought(
     builds.wait(tmp_path / "builds", logs=tmp_path, device="cuda")
     assert compiled == []
     assert library.read_text() == "for CPUs"
+
+
+def test_the_kernels_target_is_judged_on_a_gpu(scripts: pytest.MonkeyPatch) -> None:
+    import kernels
+
+    def page(factor: float, device: str) -> str:
+        # a byte a second: the floor is one second a kernel
+        timed = [
+            kernels.Timed(
+                kernel=name,
+                tokens=65536,
+                experts=128,
+                dtype="float32",
+                layout="packed",
+                how="graph replay",
+                seconds=[factor + random.Random(i).uniform(0, 0.01) for i in range(5)],
+                num_bytes=1,
+            )
+            for name in kernels.ROUTING
+        ]
+        return kernels.page_of(timed, 1.0, torch.device(device), [])
+
+    assert "- met: " in page(1.9, "cuda")
+    assert "- MISSED: " in page(2.1, "cuda")
+    assert "- not measured: " in page(1.9, "cpu")
+    assert "- not judged: " in kernels.page_of([], 1.0, torch.device("cuda"), [])

@@ -59,7 +59,8 @@ run(python(*{arguments}, processes=2), stdout=None)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_of_a_test_end_with_it(number):
-    code = "import textwrap; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text='')"
+    code = "import textwrap, time; from support.ranks import Ranks; Ranks(2).run(textwrap.dedent, text=''); "
+    code += "time.sleep(600)"
     started = Command([sys.executable, "-c", code])
     # and the process that they are forked from
     started.wait_for(lambda: sum("forkserver" in line for line in started.running()) == 3)

@@ -22,12 +22,16 @@ from emo_megatron.finite import NotFiniteError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Cross entropy on held-out documents."""
+    """Cross entropy on held-out documents; a NotFiniteError where it is not finite."""
 
     nats: float
     """Mean a token."""
     num_tokens: int
     """Predicted tokens behind it: every token of a document but its first."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.nats):
+            raise NotFiniteError(f"a loss must be a finite number; got {self.nats}")
 
     @classmethod
     def mean(cls, nats: float, *, num_tokens: int) -> Loss:

@@ -99,7 +99,7 @@ def test_without_a_supported_bridge_the_import_says_what_to_install(tmp_path, ve
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ImportError")
-    assert "megatron-bridge >= 0.6, < 0.7" in error
+    assert "megatron-bridge >=0.6, <0.7" in error
     assert (version or "docs/bridge.md") in error
 
 

@@ -272,3 +272,10 @@ def test_a_common_file_without_flags_is_named(copied, held):
     torch.save(held, copied[1] / "common.pt")
     with told("iter_0000007"):
         assert MegatronCheckpoint(copied[0]).args
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}"])
+def test_a_description_that_is_no_description_is_named(copied, text):
+    (copied[1] / "metadata.json").write_text(text)
+    with told("iter_0000007"):
+        MegatronCheckpoint(copied[0])

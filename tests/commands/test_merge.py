@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -241,7 +242,8 @@ def test_refusals(parent, modules, tmp_path, capsys):
         stats = {"stats": _stats(parent, tmp_path), "keep": "8"}
         return compose.run, compose.Options(**fields | stats | changes)
 
-    refused("--blend", *merging(blend=0.0))
+    for blend in (math.nan, math.inf, 0.0):
+        refused("--blend", *merging(blend=blend))
     refused("--conflict", *merging(conflict="no"))
     refused("--weights all", *merging(modules=modules, weights="all"))
     refused("selection.json .*--selections", *merging(modules=(MegatronCheckpoint(parent).path,)))

@@ -151,7 +151,7 @@ def test_what_is_wrong_is_said(tmp_path):
     ("field", "values"),
     [
         ("num_experts", ("16", 16.0, True, None, 0, -16, 10**15, 10**30)),
-        ("num_ranks", ("2", 2.5, None, 0, -2, 10**15)),
+        ("num_ranks", ("2", 2.5, None, 0, -2, 3, 10**15)),
         ("layers", (1, None, "1", [1.0], ["1"], [None], [0], [2, 1], [[1]], {})),
         ("order", (1, None, [1], ["0123456789abcdef"], [[*range(15), "15"]], [[[0]] * 16], [{}])),
         ("model", (None, 1, [])),

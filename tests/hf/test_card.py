@@ -96,6 +96,8 @@ def test_a_module_without_pools_of_its_own_may_have_been_trained_with_them(is_mo
     origin = Origin(name="x", pools={}, is_module=is_module)
     card = model_card(decoder.architecture(), model_type="emo", dtype="bfloat16", origin=origin)
     assert ("standard mixture" in card) != is_module
+    assert "No retention was measured" in card
+    assert "were not compared" in card
 
 
 @pytest.mark.parametrize(("dense_layers", "dtype"), [((), "bfloat16"), ((0,), "float32")])

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from emo_megatron.config import PoolConfig
+from emo_megatron.config import PoolConfig, flag
 from emo_megatron.mcore import args as pool_args
 from emo_megatron.mcore import combinations
 from emo_megatron.mcore.unsupported import HOST, MODEL, SCRIPT
@@ -52,7 +52,8 @@ def test_flags_make_the_configuration():
 def test_help_can_be_printed(capsys):
     with pytest.raises(SystemExit):
         _parse("--help")
-    assert "--pool-min" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert [field.name for field in dataclasses.fields(PoolConfig) if flag(field.name) not in text] == []
 
 
 def test_conversations_go_with_what_their_dataset_takes():

@@ -229,8 +229,10 @@ def test_logits_that_are_not_finite_are_no_parity(monkeypatch, rewritten, tmp_pa
         measure_parity(MegatronCheckpoint(broken), folder, tokens=4)
 
 
-def test_tokens_of_parity_are_no_negative_number(tmp_path):
-    """Other numbers of commands: tests/fuzz/test_options.py."""
+def test_numbers_of_commands_are_in_their_range(tmp_path):
+    for value in (math.nan, math.inf, -math.inf, 0.0, -1.0):
+        with pytest.raises(ValueError, match="--shard-gb"):
+            export.Options(checkpoint=tmp_path, output=tmp_path / "new", shard_gb=value)
     places = {"output": tmp_path / "new", "parity_tokens": -1}
     for options, source in ((export.Options, "checkpoint"), (import_.Options, "folder")):
         with pytest.raises(ValueError, match="--parity-tokens must"):

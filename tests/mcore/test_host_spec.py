@@ -57,6 +57,8 @@ def _train(config_file, flags, pool=None):
         if pool is not None:
             from emo_megatron.mcore.spec import pool_spec_builder
 
+            # of a build that stopped behind the decoder
+            pool_spec_builder(PoolConfig(pool_min=2))(config)
             config.transformer_layer_spec = pool_spec_builder(pool)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model = config.get_builder_cls()(config).build_model(groups)

@@ -7,24 +7,12 @@ DocumentAttention makes a mask of all pairs of tokens.
 from __future__ import annotations
 
 import itertools
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from mcore.test_metrics import Operations
 from support import tiny
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from emo_megatron import ops
-from emo_megatron.config import PoolConfig
-from emo_megatron.mcore import context, mtp, padding
-from emo_megatron.mcore.metrics import install_metrics
-from emo_megatron.mcore.padding import Packing, packed_params, padded_bounds, padding_multiple
+from support.work import measured
 
 TOKENS = (32768, 65536, 131072)
 MANY = 4000
@@ -36,65 +24,6 @@ MOST_BYTES = 64 * EXPERTS
 """Of all tensors made for one token or for one document: a few numbers for each expert."""
 
 
-PACKAGE = str(Path(__file__).resolve().parents[2] / "emo_megatron")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Of one call, in forward and in the backward passes it runs."""
-
-    operations: int
-    """Of torch, collectives among them."""
-    num_bytes: int
-    """Of all tensors that operations gave and that are no views, freed or not."""
-    largest: int
-    """Elements of the largest of them."""
-    lines: int
-    """Of the package's Python, each as often as it ran."""
-
-
-class _Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operations = self.num_bytes = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        made = [t for t in _tensors(result) if t.untyped_storage()._cdata not in given]
-        self.operations += 1
-        self.num_bytes += sum(t.untyped_storage().nbytes() for t in made)
-        self.largest = max([self.largest, *(t.numel() for t in made)])
-        return result
-
-
-def _tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def measured(call):
-    """What the call returns, and its work."""
-    lines = 0
-
-    def in_package(frame, event, argument):
-        nonlocal lines
-        lines += event == "line"
-        return in_package
-
-    def trace(frame, event, argument):
-        return in_package if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    before = sys.gettrace()
-    counted = _Counted()
-    sys.settrace(trace)
-    try:
-        with counted:
-            result = call()
-    finally:
-        sys.settrace(before)
-    return result, Work(counted.operations, counted.num_bytes, counted.largest, lines)
-
-
 def _bounds(num_tokens, num_documents):
     """[D + 1] int32: documents of many lengths that fill one sample."""
     generator = torch.Generator().manual_seed(num_documents)
@@ -103,15 +32,24 @@ def _bounds(num_tokens, num_documents):
 
 
 def _pools():
+    from emo_megatron.config import PoolConfig
+
     return PoolConfig(pool_min=3, pool_cp_partition="document")
 
 
 def _shard(group):
-    return tiny.shard(cp_rank=group.rank(), cp_size=WORLD)
+    from emo_megatron.mcore.context import Shard
+
+    return Shard(
+        **{"tp_rank": 0, "tp_size": 1, "cp_rank": group.rank(), "cp_size": WORLD},
+        **{"dp_rank": 0, "dp_size": 1, "microbatch": 0},
+    )
 
 
 def _packed(num_tokens, num_documents):
     """Boundaries as packed and as padded, and what Megatron's layers get."""
+    from emo_megatron.mcore.padding import Packing, packed_params, padded_bounds, padding_multiple
+
     cu_seqlens = _bounds(num_tokens, num_documents)
     bounds = padded_bounds(cu_seqlens, multiple=padding_multiple(cp_size=WORLD, tp_size=1))
     packing = Packing(
@@ -123,6 +61,11 @@ def _packed(num_tokens, num_documents):
 
 def _work(num_tokens, num_documents, backend):
     """The micro-batch's padded length, and the work of each piece on this rank."""
+    from megatron.core import parallel_state
+
+    from emo_megatron import ops
+    from emo_megatron.mcore import context, mtp, padding
+
     tiny.setup(context_parallel_size=WORLD)
     group = parallel_state.get_context_parallel_group()
     work = {}
@@ -231,8 +174,40 @@ def test_memory_grows_linearly_with_tokens_and_documents(works):
             assert for_documents <= MOST_BYTES * (MANY + longer - shorter), piece
 
 
+def _rolls():
+    """Operations of a roll of many documents, ours and Megatron's."""
+    from megatron.core import parallel_state
+
+    from emo_megatron.mcore import mtp
+
+    tiny.setup(context_parallel_size=WORLD)
+    group = parallel_state.get_context_parallel_group()
+    _, bounds, packed = _packed(TOKENS[-1], MANY)
+    local = torch.arange(int(bounds[-1]) // WORLD)[None]
+    found = []
+    for roll in (mtp.roll_packed, mtp._HOST_ROLL):
+        with Operations() as operations:
+            rolled, _ = roll(local, -1, -1, packed, group)
+        found.append((operations.count, rolled))
+    (ours, got), (theirs, want) = found
+    assert torch.equal(got, want)
+    return ours, theirs
+
+
+def test_megatrons_roll_has_operations_for_every_document(ranks):
+    for ours, theirs in ranks(WORLD).run(_rolls):
+        assert ours < 50
+        assert theirs > 10 * MANY
+
+
 def _layer(num_tokens, num_documents):
     """A MoE layer with pools, forward and backward: its work, its pools, and how many tokens left their pool."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from emo_megatron.mcore import context
+    from emo_megatron.mcore.metrics import install_metrics
+
     tiny.setup(context_parallel_size=WORLD)
     group = parallel_state.get_context_parallel_group()
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))

@@ -116,6 +116,7 @@ Z = {"moe_z_loss_coeff": 0.001}
         ({"global_aux_loss": 0.05}, False, Z),
         ({"global_aux_loss": 0.05}, True, Z),
         ({"global_aux_loss": 0.0}, False, Z),
+        ({"global_aux_loss": 0.0}, True, Z),
     ],
 )
 def test_losses_are_their_definition(ranks, kinds, per_token, options, score_function):

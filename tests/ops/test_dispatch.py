@@ -387,3 +387,28 @@ def test_one_graph_serves_every_size() -> None:
         fanout = fan_out(torch.arange(copies) % 4, num_sources=4)
         step(torch.ones(4, 6), fanout.source_P, fanout.copies_P, fanout.bounds_N)
     assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+def test_gpu_graphs() -> None:
+    """Nothing waits for the device: all of it can be captured."""
+    ops, case = native.load_native(), CASES["many"]
+    routing = case.routing_map().cuda()
+    counts, send, _ = plans(ops, routing, case.ranks)
+    num_rows = len(send.rows.source_P)
+    num_pairs = int(counts[case.ranks :].sum())
+    rows_NH = torch.randn(case.tokens, 64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            again = ops.plan_send(routing, num_ranks=case.ranks, num_rows=num_rows, num_pairs=num_pairs)
+            ops.plan_receive(again.codes_P, num_rows=num_rows, num_experts=10)
+            copies = ops.copy_rows(rows_NH, fanout=again.rows)
+            sums = ops.sum_rows(copies, fanout=again.rows)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_equal("codes", again.codes_P, send.codes_P)
+    times_T1 = (routing.view(case.tokens, case.ranks, -1).any(-1)).sum(1, keepdim=True)
+    torch.testing.assert_close(sums, rows_NH * times_T1)

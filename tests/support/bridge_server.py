@@ -38,7 +38,10 @@ def fork(call: Callable[[], Any], *, out: Path, err: Path | None = None, **envir
         call()
         code = 0
     except SystemExit as stop:
-        code = int(stop.code or 0)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        else:
+            code = stop.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -76,11 +79,8 @@ def main() -> None:
     follow(os.getppid())
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Megatron's number of devices, which is asked for once: the ranks of a job
-    os.environ["LOCAL_WORLD_SIZE"] = "4"
     from support import bridge_recipes  # noqa: F401
 
-    del os.environ["LOCAL_WORLD_SIZE"]
     for line in sys.stdin:
         job = json.loads(line)
         files = {name: Path(job[name]) for name in ("out", "err")}

@@ -1,7 +1,8 @@
 """Real processes over gloo that stay alive between tests: a test sends a function, every rank runs it.
 
-Started once per world size, from a process that has imported torch and Megatron, which takes seconds. A function is
-named by its file and name, so that the ranks import it themselves; Megatron's groups are destroyed after each call.
+Forked once per world size from a process that has imported torch and Megatron, which takes seconds. A function is named
+by its file and name, so that the ranks import it themselves; Megatron's groups are destroyed after each call. Forks
+share the seed of hashes: a collective in the order of a set's strings fails under torchrun only.
 """
 
 from __future__ import annotations
@@ -64,8 +65,16 @@ class Ranks:
             What each rank returned, by rank.
 
         Raises:
-            RuntimeError: a rank raised, died or did not answer in `timeout` seconds; the processes are gone then.
+            RuntimeError: a rank raised, died or did not answer in `timeout` seconds; the processes are gone then, as
+                after any error: an answer that was not taken would be the next call's.
         """
+        try:
+            return self._run(function, timeout, arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, function: Callable[..., Any], timeout: float, arguments: dict[str, Any]) -> list[Any]:
         path = Path(sys.modules[function.__module__].__file__ or "")
         for pipe in self._pipes:
             pipe.send((str(path), function.__name__, arguments))
@@ -74,14 +83,14 @@ class Ranks:
             pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
             ready = wait(list(pending), timeout)
             if not ready:
-                self._fail(f"ranks {sorted(pending.values())} did not answer in {timeout:.0f} s")
+                raise RuntimeError(f"ranks {sorted(pending.values())} did not answer in {timeout:.0f} s")
             for pipe in ready:
                 try:
                     is_error, value = pipe.recv()
                 except EOFError:
-                    self._fail(f"rank {pending[pipe]} died")
+                    raise RuntimeError(f"rank {pending[pipe]} died") from None
                 if is_error:
-                    self._fail(f"rank {pending[pipe]}: {value}")
+                    raise RuntimeError(f"rank {pending[pipe]}: {value}")
                 # every tensor that came holds an open file, and tests keep thousands of them
                 answers[pending[pipe]] = copy.deepcopy(value)
         return [answers[rank] for rank in range(self.world_size)]
@@ -98,17 +107,15 @@ class Ranks:
             process.kill()
             process.join()
 
-    def _fail(self, message: str) -> None:
-        self.close()
-        raise RuntimeError(message)
-
 
 def _forking() -> ForkServerContext:
     """Forks of one process with what every rank imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.rank_imports"])
+    own = process_environment() | RANK
+    own["PYTHONPATH"] = os.pathsep.join((str(TESTS), own["PYTHONPATH"]))
     with pytest.MonkeyPatch.context() as around:
-        for name, value in (process_environment() | RANK | {"PYTHONPATH": str(TESTS)}).items():
+        for name, value in own.items():
             around.setenv(name, value)
         multiprocessing.forkserver.ensure_running()
     return context
@@ -142,6 +149,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Pa
         sys.path.insert(0, str(megatron))
     import torch
 
+    # a fork server passes over what it cannot import
+    assert megatron is not None or "support.rank_imports" in sys.modules
     torch.set_num_threads(1)
     from emo_megatron.mcore import cpu
 

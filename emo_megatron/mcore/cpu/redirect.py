@@ -121,7 +121,6 @@ def _redirect_cuda_module() -> None:
         "is_available": True,
         "is_initialized": True,
         "current_device": 0,
-        "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_stream": _Stream(),
         "default_stream": _Stream(),
         "synchronize": None,
@@ -138,6 +137,7 @@ def _redirect_cuda_module() -> None:
     }
     for name, value in answers.items():
         setattr(cuda, name, _answer(value))
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)
     cuda.get_device_properties = _answer(
         SimpleNamespace(total_memory=8 << 30, major=9, minor=0, name="cpu", multi_processor_count=1)
