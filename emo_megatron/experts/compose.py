@@ -81,6 +81,6 @@ def _added(scores: Sequence[Tensor], *, selections: Sequence[Selection]) -> Tens
         raise ValueError(f"--stats must name one file for each selection: {len(scores)} for {len(selections)}")
     shape = (len(selections[0].layers), selections[0].num_experts)
     if wrong := [tuple(s.shape) for s in scores if s.shape != shape]:
-        raise ValueError(f"--stats must score {shape[0]} layers of {shape[1]} experts; got {wrong[0]}")
+        raise ValueError(f"scores must have the shape {shape} of layers and experts; got {wrong[0]}")
     parts = [s.double() / s.double().sum(dim=1, keepdim=True).clamp(min=1e-300) for s in scores]
     return torch.stack(parts).sum(dim=0)

@@ -84,7 +84,7 @@ def _train(config_file, flags, pool=None):
         "pools": [pool.sum(-1).tolist() for pool in packed.emo_scope.pools.values()],
         "is_megatrons": gpt.mtp_block_spec is of_megatron,
         "losses": losses,
-        "metrics": get_moe_metrics_tracker().names,
+        "metrics": getattr(get_moe_metrics_tracker(), "names", None),
     }
 
 
