@@ -47,6 +47,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 FIRST = (
+    "test_native_mutations",
+    "test_mutations",
     "test_docs",
     "test_pretrain",
     "test_tutorial",

@@ -30,7 +30,7 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
         # test_resume.py trains these two too, and compares their losses
         pytest.param(2, ["--expert-model-parallel-size", 2], marks=pytest.mark.slow),
         pytest.param(2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"], marks=pytest.mark.slow),
-        (2, ["--pipeline-model-parallel-size", 2, *SELECTIVE]),
+        pytest.param(2, ["--pipeline-model-parallel-size", 2, *SELECTIVE], marks=pytest.mark.slow),
         pytest.param(
             2,
             ["--pipeline-model-parallel-size", 2, "--num-virtual-stages-per-pipeline-rank", 2],
