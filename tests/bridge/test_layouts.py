@@ -143,7 +143,6 @@ def few(run_bridge, tmp_path_factory):
     return _train(run_bridge, folder, runs, kinds=kinds)
 
 
-@pytest.mark.slow
 def test_expert_parallelism_gives_the_run_of_one_process(few):
     _require_same(few["ep2"], few["prediction"], kind="prediction")
     assert few["ep2"]["are_predictions_masked"] == [True]
