@@ -51,6 +51,10 @@ def test_smoke_tells_a_wrong_op_and_goes_on(scripts: pytest.MonkeyPatch, capsys:
     lines = capsys.readouterr().out.splitlines()
     wrong = {line.split(",")[0] for line in lines if "other experts" in line}
     assert wrong == {"pool_topk"}
+    plan = dispatch.plan_send(torch.eye(4, dtype=torch.bool), num_ranks=2, num_rows=4, num_pairs=4)
+    moved = replace(plan, rows=plan.rows._replace(bounds_N=plan.rows.bounds_N + 1))
+    assert smoke._unequal(plan, plan) == ""
+    assert "bounds_N" in smoke._unequal(moved, plan)
     scripts.setattr(smoke, "scores_of", lambda *_: 1 / 0)
     assert smoke.main() == 1
     lines = capsys.readouterr().out.splitlines()
