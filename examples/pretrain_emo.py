@@ -10,21 +10,24 @@ machine without a GPU it adds the flags that choose Megatron's plain PyTorch mod
 import sys
 from typing import Any
 
-from emo_megatron.mcore import cpu
+# Megatron writes checkpoints in processes that import this file again and use nothing of it: without Megatron they
+# start seconds sooner. Only the one of --async-save looks for a device.
+if __name__ != "__mp_main__" or "--async-save" in sys.argv:
+    from emo_megatron.mcore import cpu
 
-cpu.activate()
+    cpu.activate()
 
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import pretrain  # noqa: E402
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
 
-from emo_megatron.mcore import resume, train  # noqa: E402
-from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args  # noqa: E402
-from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder  # noqa: E402
-from emo_megatron.mcore.metrics import install_metrics  # noqa: E402
-from emo_megatron.mcore.spec import pool_spec_builder  # noqa: E402
-from emo_megatron.runners.start import add_start_args, start_hooks  # noqa: E402
+    from emo_megatron.mcore import resume, train
+    from emo_megatron.mcore.args import add_pool_args, check_run, pool_config_from_args
+    from emo_megatron.mcore.compat import require_megatron, use_compiled_index_builder
+    from emo_megatron.mcore.metrics import install_metrics
+    from emo_megatron.mcore.spec import pool_spec_builder
+    from emo_megatron.runners.start import add_start_args, start_hooks
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""examples/pretrain_emo.py under torchrun: real .bin/.idx data, layouts, metrics, checkpoints, resume."""
+"""examples/pretrain_emo.py: real .bin/.idx data, layouts, metrics, checkpoints, resume."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SELECTIVE = ("--recompute-granularity", "selective", "--recompute-modules", "moe
     ids=["EP2", "TP2+SP", "PP2+recompute", "PP2xVPP2", "EP2+overlap", "PP4"],
 )
 def test_layouts_train_and_draw_the_same_pool_sizes(processes, flags, data_prefix, single):
-    output = pretrain(processes, "--pool-min", 3, *flags, data=data_prefix)
+    output = pretrain(processes, "--pool-min", 3, *flags, data=data_prefix, by_torchrun=True)
     losses = logged(output)
     assert len(losses) == 4
     assert losses[-1] < losses[0]
@@ -96,7 +96,7 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
     def save(folder):
         return ["--save", folder, "--save-interval", 2, "--tensorboard-dir", folder / "tb"]
 
-    pretrain(2, *flags, *save(whole), data=data_prefix)
+    pretrain(2, *flags, *save(whole), data=data_prefix, by_torchrun=True)
     (whole / "latest_checkpointed_iteration.txt").write_text("2")
     pretrain(2, *flags, *save(parts), "--load", whole, data=data_prefix)
     for name in ("lm loss", "grad-norm", "learning-rate", "global_load_balancing_loss"):

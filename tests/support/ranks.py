@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Ranks:
             megatron: folder to import megatron from instead of the installed one.
         """
         self.world_size = world_size
-        context = _forking() if megatron is None else multiprocessing.get_context("spawn")
-        port = _free_port()
+        context = forking() if megatron is None else multiprocessing.get_context("spawn")
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -101,14 +102,18 @@ class Ranks:
 
     def close(self) -> None:
         for process in self._processes:
-            # with the processes that Megatron started in it to write checkpoints
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.join()
+            kill_group(process)
 
 
-def _forking() -> ForkServerContext:
+def kill_group(leader: BaseProcess) -> None:
+    """End a process with those that Megatron started in it to write checkpoints."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.kill()
+    leader.join()
+
+
+def forking() -> ForkServerContext:
     """Forks of one process with what every rank imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.rank_imports"])
@@ -121,7 +126,7 @@ def _forking() -> ForkServerContext:
     return context
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,67 @@
+"""Runs a script in as many ranks as torchrun would, each a fork of the process that has imported Megatron.
+
+Most of a short run is torchrun and the imports. Torchrun's own part, and hashes that differ between ranks, are for the
+tests that start it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from emo_megatron.processes import follow
+from support.ranks import forking, free_port, kill_group
+
+
+def run_script(
+    script: Path, arguments: list[str], *, processes: int, environment: dict[str, str], timeout: float
+) -> tuple[int, str]:
+    """The return code of the first rank that failed, or 0, and what all ranks printed."""
+    port = free_port()
+    with tempfile.NamedTemporaryFile("r") as printed:
+        ranks = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            own = environment | {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
+            job = (script, arguments, own, Path(printed.name), os.getpid())
+            ranks.append(forking().Process(target=_run, args=job))
+        try:
+            for process in ranks:
+                process.start()
+            end = time.monotonic() + timeout
+            while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
+                wait([process.sentinel for process in ranks if process.is_alive()], timeout=end - time.monotonic())
+                assert time.monotonic() < end, printed.read()[-4000:]
+        finally:
+            codes = [process.exitcode for process in ranks]
+            for process in ranks:
+                kill_group(process)
+        return next((code for code in codes if code), 0), printed.read()
+
+
+def _run(script: Path, arguments: list[str], environment: dict[str, str], printed: Path, parent: int) -> None:
+    """As `python SCRIPT ARGUMENTS`."""
+    os.setsid()
+    follow(parent)
+    output = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    this: Any = sys.modules["multiprocessing"].current_process()
+    # a daemon could not start the processes in which Megatron writes checkpoints
+    this._config["daemon"] = False
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        # a fork ends without
+        atexit._run_exitfuncs()
