@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from support.pretraining import ROOT, logged, pretrain, scalars, stored_tensors
+from support.pretraining import SCRIPT, logged, pretrain, scalars, stored_tensors
 
 from emo_megatron.config import PoolConfig
 
@@ -132,6 +133,22 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
     assert all(isinstance(v, int | float | str | None) for v in stored.values())
 
 
+@pytest.mark.slow
+def test_a_checkpoint_written_while_training_goes_on_holds_the_same(data_prefix, tmp_path):
+    flags = ["--pool-min", 3, "--ckpt-format", "torch_dist", "--save-interval", 2]
+    persistent = ["--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker"]
+    pretrain(1, *flags, "--save", tmp_path / "at once", data=data_prefix)
+    pretrain(1, *flags, *persistent, "--save", tmp_path / "later", data=data_prefix, by_torchrun=True)
+    for step in ("iter_0000002", "iter_0000004"):
+        wanted, found = (stored_tensors(tmp_path / name / step) for name in ("at once", "later"))
+        assert found.keys() == wanted.keys()
+        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+def test_a_writer_of_checkpoints_imports_nothing():
+    assert not {"pretrain", "cpu"} & runpy.run_path(str(SCRIPT), run_name="__mp_main__").keys()
+
+
 def test_a_wrong_configuration_is_refused_before_anything_is_built():
     output = pretrain(1, "--pool-min", 1, "--moe-latent-size", 16, data=None, expect_failure=True)
     assert "--pool-min must" in output
@@ -141,8 +158,8 @@ def test_a_wrong_configuration_is_refused_before_anything_is_built():
 
 def test_help_shows_the_pool_flags():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "pretrain_emo.py"), "--help"],
-        env={**os.environ, "EMO_DEVICE": "cpu", "PYTHONPATH": str(ROOT)},
+        [sys.executable, str(SCRIPT), "--help"],
+        env={**os.environ, "EMO_DEVICE": "cpu", "PYTHONPATH": str(SCRIPT.parents[1])},
         capture_output=True,
         text=True,
         timeout=120,
