@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.ops.native import load_native
 from emo_megatron.processes import follow
 
 TIMEOUT = 1000
@@ -79,8 +80,9 @@ def main() -> None:
     follow(os.getppid())
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from support import bridge_recipes  # noqa: F401
+    from support import bridge_recipes, forked_writers  # noqa: F401
 
+    load_native()
     for line in sys.stdin:
         job = json.loads(line)
         files = {name: Path(job[name]) for name in ("out", "err")}

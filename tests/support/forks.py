@@ -24,23 +24,23 @@ def run_script(
     script: Path, arguments: list[str], *, processes: int, environment: dict[str, str], timeout: float
 ) -> tuple[int, str]:
     """The return code of the first rank that failed, or 0, and what all ranks printed."""
-    port = free_port()
+    port, context = free_port(), forking()
+    ranks = []
     with tempfile.NamedTemporaryFile("r") as printed:
-        ranks = []
-        for rank in range(processes):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            own = environment | {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
-            job = (script, arguments, own, Path(printed.name), os.getpid())
-            ranks.append(forking().Process(target=_run, args=job))
         try:
-            for process in ranks:
+            for rank in range(processes):
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                own = environment | {name: str(value) for name, value in place.items()} | {"MASTER_PORT": str(port)}
+                process = context.Process(target=_run, args=(script, arguments, own, Path(printed.name), os.getpid()))
                 process.start()
+                ranks.append(process)
             end = time.monotonic() + timeout
-            while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
-                wait([process.sentinel for process in ranks if process.is_alive()], timeout=end - time.monotonic())
-                assert time.monotonic() < end, printed.read()[-4000:]
-        finally:
+            while running := [process.sentinel for process in ranks if process.is_alive()]:
+                if any(process.exitcode for process in ranks):
+                    break
+                assert wait(running, timeout=end - time.monotonic()), f"no end in {timeout} s: {printed.read()[-4000:]}"
             codes = [process.exitcode for process in ranks]
+        finally:
             for process in ranks:
                 kill_group(process)
         return next((code for code in codes if code), 0), printed.read()
