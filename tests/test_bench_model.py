@@ -43,6 +43,7 @@ def test_it_leaves_a_row_a_contender(tmp_path):
     assert page.suffix == ".md"
 
 
+@pytest.mark.slow
 def test_a_trace_is_of_the_standard_model_and_of_emo(tmp_path):
     traces = tmp_path / "traces"
     done = run_benchmark("bench_model", *TINY, "--dispatcher", "dedup", "--trace", traces)

@@ -7,12 +7,11 @@ import json
 import math
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forks import run_script
 from support.pretraining import ROOT, logged
 
 from emo_megatron.variables import process_environment
@@ -200,17 +199,10 @@ def train(flags: Flags, folder: Path, *, expect_failure: bool = False) -> str:
         start: list[Any] = [HYBRID_SCRIPT, *PROCESS, *POOLS, *spec]
     else:
         start = [*PROCESS, *POOLS, "--pool-min", top_k]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, start), *words],
-        env=process_environment() | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode != 0) == expect_failure, done.stdout[-4000:]
-    return done.stdout
+    arguments = [*map(str, start), *words]
+    code, output = run_script(SCRIPT, arguments, processes=1, environment=process_environment() | variables)
+    assert (code != 0) == expect_failure, output[-4000:]
+    return output
 
 
 def expected(flag: str, values: list[str]) -> tuple[str, Any]:

@@ -127,7 +127,7 @@ def _forward_and_backward(
         return [(value.device.type, tuple(value.shape)) for value in results]
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "native"])
 def test_no_configuration_waits_or_has_shapes_that_depend_on_data(ranks, backend):
     for name, case in CASES.items():
         tokens = TOKENS // case.get("cp", 1)

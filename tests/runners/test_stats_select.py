@@ -133,7 +133,7 @@ def test_a_model_that_megatron_did_not_load_is_an_error(checkpoint, data, tmp_pa
         "import sys; from emo_megatron.cli import main\n"
         "sys.exit(main())"
     )
-    command = launch.python(script, *arguments, "--processes", "2", "--pipeline-parallel", "2", processes=2)
+    command = launch.python(script, *arguments)
     environment = process_environment() | {IN_RANKS: "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2

@@ -21,7 +21,7 @@ from support.ranks import forking, free_port, kill_group
 
 
 def run_script(
-    script: Path, arguments: list[str], *, processes: int, environment: dict[str, str], timeout: float
+    script: Path, arguments: list[str], *, processes: int, environment: dict[str, str], timeout: float = 300.0
 ) -> tuple[int, str]:
     """The return code of the first rank that failed, or 0, and what all ranks printed."""
     port, context = free_port(), forking()

@@ -105,7 +105,7 @@ def pretrain(
         code = run.returncode
     else:
         arguments, environment = _arguments(flags, data=data, is_tied=is_tied), _environment(flags)
-        code, output = run_script(script, arguments, processes=processes, environment=environment, timeout=300)
+        code, output = run_script(script, arguments, processes=processes, environment=environment)
     assert (code != 0) == expect_failure, output[-4000:]
     return output
 

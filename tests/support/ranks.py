@@ -120,6 +120,8 @@ def forking() -> ForkServerContext:
     own = process_environment() | RANK
     own["PYTHONPATH"] = os.pathsep.join((str(TESTS), own["PYTHONPATH"]))
     with pytest.MonkeyPatch.context() as around:
+        for name in os.environ.keys() - own:
+            around.delenv(name)
         for name, value in own.items():
             around.setenv(name, value)
         multiprocessing.forkserver.ensure_running()
