@@ -7,12 +7,13 @@ Without --pool-min it trains the matched standard MoE; --train-only freezes a pa
 machine without a GPU it adds the flags that choose Megatron's plain PyTorch modules and runs over gloo.
 """
 
+import multiprocessing
 import sys
 from typing import Any
 
-# Megatron writes checkpoints in processes that import this file again and use nothing of it: without Megatron they
-# start seconds sooner. Only the one of --async-save looks for a device.
-if __name__ != "__mp_main__" or "--async-save" in sys.argv:
+# What the writers of a checkpoint say is kept in a process of each rank that imports this file again and uses nothing
+# of it: without Megatron that process starts seconds sooner.
+if not multiprocessing.current_process().name.startswith("SyncManager"):
     from emo_megatron.mcore import cpu
 
     cpu.activate()

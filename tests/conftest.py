@@ -21,6 +21,9 @@ from emo_megatron.variables import PARENT
 os.environ[PARENT] = str(os.getpid())
 # of fixtures that several tests share
 os.environ[FOLDER] = os.devnull
+# tests run side by side: more threads would wait for one another, in a third of all the time
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("EMO_DEVICE") != "cpu"
 

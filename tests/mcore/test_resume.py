@@ -56,7 +56,7 @@ def test_a_run_that_starts_over_repeats_its_steps(data_prefix, monkeypatch):
     paths = [str(STAND_INS), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     flags = ["--pool-min", 3, "--inprocess-restart", "--inprocess-active-world-size", 1]
-    output = pretrain(1, *flags, data=data_prefix)
+    output = pretrain(1, *flags, data=data_prefix, in_forks=False)
     for name in ("lm loss", "pool_size", "experts_per_document", "global_load_balancing_loss"):
         values = logged(output, name)
         # two steps before the failure, then all four

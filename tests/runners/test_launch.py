@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -14,7 +15,7 @@ from emo_megatron import cli
 from emo_megatron.commands import retention, select
 from emo_megatron.commands import stats as stats_command
 from emo_megatron.runners import launch
-from emo_megatron.variables import IN_RANKS
+from emo_megatron.variables import IN_RANKS, process_environment
 
 
 @pytest.fixture
@@ -90,6 +91,17 @@ def test_a_rank_tells_what_the_user_can_mend_in_one_line(monkeypatch, capsys, ra
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == ""
     assert f"error: {json.loads((tmp_path / 'error').read_text())['message']}\n" == told
+
+
+def test_what_two_ranks_say_is_told_once(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import sys; from emo_megatron.runners.launch import say_error; say_error('drop --this'); sys.exit(2)"
+    )
+    environment = process_environment() | {IN_RANKS: "1"}
+    ran = subprocess.run(launch.python(script, processes=2), env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert [line for line in ran.stderr.splitlines() if "--this" in line] == ["error: drop --this"]
 
 
 def test_what_a_rank_fails_of_otherwise_keeps_its_traceback(monkeypatch):

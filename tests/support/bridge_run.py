@@ -1,7 +1,8 @@
 """Trains small recipes by Bridge's pretrain(): `python -m support.bridge_run runs.json`, or one rank of torchrun's.
 
 Importing Bridge takes longer than a small run, so that one process imports it and every rank of every run is a fork of
-it. Checkpoints are written by spawned processes, which import this module anew: nothing here imports Bridge on top.
+it. The process that saves while training goes on is spawned and imports this module anew: nothing here imports Bridge
+on top.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emo_megatron.ops.native import load_native
+from emo_megatron.ops import why_not_native
 from emo_megatron.processes import follow
 
 TIMEOUT = 1000
@@ -82,7 +82,8 @@ def main() -> None:
     os.dup2(2, 1)
     from support import bridge_recipes, forked_writers  # noqa: F401
 
-    load_native()
+    # loads the compiled ops, where they are
+    why_not_native("cpu")
     for line in sys.stdin:
         job = json.loads(line)
         files = {name: Path(job[name]) for name in ("out", "err")}

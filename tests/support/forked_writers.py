@@ -1,10 +1,9 @@
-"""Importing this makes the process that collects what Megatron's writers of a checkpoint did a fork.
+"""Importing this makes the process that keeps what Megatron's writers of a checkpoint say a fork.
 
-Megatron spawns it, and each imports torch, in every rank of every run that saves.
+Megatron spawns that process, which imports torch, in every rank of every run that saves.
 """
-
-import functools
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-filesystem_async.get_write_results_queue = functools.partial(filesystem_async.get_write_results_queue, "fork")
+_queue = filesystem_async.get_write_results_queue
+filesystem_async.get_write_results_queue = lambda mp_mode="fork": _queue(mp_mode)

@@ -29,11 +29,17 @@ class _StockRouter(TopKRouter):
         super().__init__(*args, **kwargs)
 
 
+def _no_layer_of_ours(*args, **kwargs):
+    raise AssertionError("stock layers were wanted")
+
+
 assert spec_rewrite.PoolMoELayer is layer.PoolMoELayer
 assert spec_rewrite.PoolRouter is router.PoolRouter
 spec_rewrite.PoolMoELayer = MoELayer
 spec_rewrite.PoolTransformerLayer = TransformerLayer
 spec_rewrite.PoolRouter = _StockRouter
+for ours in (layer.PoolMoELayer, layer.PoolTransformerLayer, router.PoolRouter):
+    ours.__init__ = _no_layer_of_ours
 script = ROOT / "examples" / "pretrain_emo.py"
 sys.argv[0] = str(script)
 runpy.run_path(str(script), run_name="__main__")

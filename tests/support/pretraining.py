@@ -68,7 +68,7 @@ def _environment(flags: tuple[object, ...]) -> dict[str, str]:
 def start(
     processes: int, *flags: object, data: Path | None, script: Path = SCRIPT, is_tied: bool = False
 ) -> subprocess.Popen[str]:
-    """A run under torchrun, in processes of its own."""
+    """A run as a user starts it, under torchrun where it has several processes."""
     return subprocess.Popen(
         python(script, *_arguments(flags, data=data, is_tied=is_tied), processes=processes),
         env=_environment(flags),
@@ -93,19 +93,19 @@ def pretrain(
     script: Path = SCRIPT,
     expect_failure: bool = False,
     is_tied: bool = False,
-    by_torchrun: bool = False,
+    in_forks: bool = True,
 ) -> str:
-    """Such a run to its end, under torchrun or in forks, which take a fourth of the time; what it printed."""
-    if by_torchrun:
+    """Such a run to its end, in forks, which take a fourth of the time, or as a user starts it; what it printed."""
+    if in_forks:
+        arguments, environment = _arguments(flags, data=data, is_tied=is_tied), _environment(flags)
+        code, output = run_script(script, arguments, processes=processes, environment=environment)
+    else:
         run = start(processes, *flags, data=data, script=script, is_tied=is_tied)
         try:
             output, _ = run.communicate(timeout=300)
         finally:
             stop(run)
         code = run.returncode
-    else:
-        arguments, environment = _arguments(flags, data=data, is_tied=is_tied), _environment(flags)
-        code, output = run_script(script, arguments, processes=processes, environment=environment)
     assert (code != 0) == expect_failure, output[-4000:]
     return output
 

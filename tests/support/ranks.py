@@ -51,9 +51,11 @@ class Ranks:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, port, megatron, os.getpid()), daemon=True
-            )
+            # the caller's, and not those around the process that is forked
+            own = process_environment() | RANK
+            own |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+            own |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+            process = context.Process(target=_serve, args=(theirs, own, megatron, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -134,21 +136,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int, megatron: Path | None, parent: int) -> None:
+def _serve(pipe: Connection, environment: dict[str, str], megatron: Path | None, parent: int) -> None:
     os.setsid()
     follow(parent)
-    own = process_environment()
     os.environ.clear()
-    os.environ.update(own)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        **RANK,
-    )
+    os.environ.update(environment)
     # a daemon ends with its parent, but may not start the processes in which Megatron writes checkpoints
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     sys.path.insert(0, str(TESTS))
