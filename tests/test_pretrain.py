@@ -98,6 +98,7 @@ def test_metrics_checkpoint_and_resume(data_prefix, tmp_path):
     def save(folder):
         return ["--save", folder, "--save-interval", 2, "--tensorboard-dir", folder / "tb"]
 
+    # ranks of torchrun have hashes of their own, by which none may decide what all do together
     pretrain(2, *flags, *save(whole), data=data_prefix, in_forks=False)
     (whole / "latest_checkpointed_iteration.txt").write_text("2")
     pretrain(2, *flags, *save(parts), "--load", whole, data=data_prefix)

@@ -38,8 +38,6 @@ def trained(data_prefix, tmp_path_factory):
         *(*POOLS, *RESHARDABLE, *layout, "--train-iters", 3),
         *("--save", folder, "--save-interval", 2),
         data=data_prefix,
-        # ranks of torchrun have hashes of their own, by which none may decide what all do together
-        in_forks=False,
     )
     (folder / "latest_checkpointed_iteration.txt").write_text("2")
     return folder, logged(output)

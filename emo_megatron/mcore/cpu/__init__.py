@@ -39,9 +39,9 @@ def activate() -> bool:
     global _mode
     if not is_wanted():
         return False
+    # Megatron decorates with torch.compile; compiling small CPU graphs costs minutes and gains nothing
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if _mode is None:
-        # Megatron decorates with torch.compile; compiling small CPU graphs costs minutes and gains nothing
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from emo_megatron.mcore.cpu import redirect
 
         _mode = redirect.redirect()
