@@ -21,7 +21,7 @@ from emo_megatron.variables import PARENT
 os.environ[PARENT] = str(os.getpid())
 # of fixtures that several tests share
 os.environ[FOLDER] = os.devnull
-# tests run side by side: more threads would wait for one another, in a third of all the time
+# tests run side by side: with a thread per core in each they take half as much CPU time again
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

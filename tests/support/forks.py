@@ -69,5 +69,5 @@ def _run(script: Path, arguments: list[str], environment: dict[str, str], printe
         traceback.print_exc()
         sys.exit(1)
     finally:
-        # multiprocessing ends its processes without
+        # multiprocessing ends its processes without them
         atexit._run_exitfuncs()
