@@ -90,7 +90,7 @@ def main(options: Options) -> list[Path]:
         The CSV and the page.
     """
     os.environ.setdefault("EMO_DEVICE", "cpu")
-    facts = describe_machine(torch.device("cpu"), threads=1)
+    metadata = describe_machine(torch.device("cpu"), threads=1)
     size, corpus, runs = options.size, open_corpus(options.corpus).path.resolve(), options.runs.resolve()
     last = size.steps if options.stop is None else options.stop
     emo, *_ = main_models(size, seed=options.seed)
@@ -104,12 +104,12 @@ def main(options: Options) -> list[Path]:
         checkpoint = runs / model.name / "checkpoint" / f"iter_{last:07d}"
         # as the demo measures, but modules are tried on one other domain each
         asked = retention_flags(size, model, corpus=corpus, run_dir=runs / model.name)
-        asked += ["--checkpoint", str(checkpoint), "--elsewhere", "1"]
+        asked += ["--checkpoint", str(checkpoint), "--num-other-domains", "1"]
         folder = retention.run(tyro.cli(retention.Options, args=asked))
         found = load_rows(folder / "retention.json")
         rows += [_row(model.name, summary, last) for summary in summarise(found)]
     flags = megatron_flags(size, emo, corpus=Path("CORPUS"), run_dir=Path("RUN"))
-    page = _page(rows, facts, size, flags)
+    page = _page(rows, metadata, size, flags)
     name = "balance-kinds" + ("-quick" if options.quick else "")
     return write_results(options.output, name, rows=rows, page=page)
 
@@ -127,7 +127,7 @@ def _training(model: Model, size: Size, last: int, corpus: Path, runs: Path) -> 
 
 def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
     """Of the CSV."""
-    numbers = {n: getattr(found, n) for n in ("loss", "rise", "selectivity")}
+    numbers = {n: getattr(found, n) for n in ("loss", "loss_increase", "selectivity")}
     return {
         "run": name,
         "balance": KINDS[name][0],
@@ -138,7 +138,7 @@ def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
     }
 
 
-def _page(rows: Sequence[dict[str, Any]], facts: dict[str, str], size: Size, flags: Sequence[str]) -> str:
+def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, flags: Sequence[str]) -> str:
     """A line for each kind of balance: loss whole, then of each size of module, with the rise in brackets."""
     kept = [round(fraction * size.experts) for fraction in size.fractions]
     head = ["balance", f"all {size.experts}"]
@@ -157,10 +157,11 @@ def _page(rows: Sequence[dict[str, Any]], facts: dict[str, str], size: Size, fla
     return "\n".join(
         [
             "# Kinds of balance\n",
-            "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
+            "\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n",
             f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
-            f"tokens, {size.evaluation_tokens} held-out tokens a domain; {retention.versions()}. Loss in nats a token, "
-            "means over domains that each keep the experts they use most; in brackets what dropping the others costs. "
+            f"tokens, {size.evaluation_tokens} validation tokens per domain; {retention.versions()}. Loss: nats per "
+            "token, means over domains that each keep the experts they use most; in brackets what dropping the others "
+            "costs. "
             "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
             markdown_table(head, table),
             "Flags on top of the common ones:\n",

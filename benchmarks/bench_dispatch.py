@@ -104,10 +104,10 @@ def main(options: Options) -> list[Path]:
     size = options.size(QUICK if options.quick else SIZE)
     rounds = options.rounds or (3 if options.quick else 30)
     device = torch.device("cpu")
-    facts = describe_machine(device, threads=1)
+    metadata = describe_machine(device, threads=1)
     answers = [_measure(size, ranks=ranks, rounds=rounds) for ranks in options.ranks]
     rows = [row for answer in answers for row in _rows(answer, size)]
-    page = _page(answers, size, facts=facts)
+    page = _page(answers, size, metadata=metadata)
     print(page)
     name = result_name("dispatch", device=device, is_quick=options.quick)
     return write_results(options.output, name, rows=rows, page=page)
@@ -191,9 +191,9 @@ def _rows(answer: Answer, size: DispatchSize) -> list[dict[str, Any]]:
     return rows
 
 
-def _page(answers: list[Answer], size: DispatchSize, *, facts: dict[str, str]) -> str:
+def _page(answers: list[Answer], size: DispatchSize, *, metadata: dict[str, str]) -> str:
     parts = ["# Dispatch over expert-parallel ranks\n"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
+    parts.append("\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n")
     parts.append(
         f"The layer: {size}; one thread a rank, all ranks on this machine, gloo, float32. "
         "Medians with 95 % intervals.\n"

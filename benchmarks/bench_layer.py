@@ -106,8 +106,8 @@ def main(options: Options) -> list[Path]:
     torch.set_num_threads(options.threads)
     on_gpu = device.type == "cuda"
     size = options.size(QUICK if options.quick else GPU if on_gpu else CPU)
-    facts = describe_machine(device, threads=options.threads)
-    facts["routing ops"] = ops.why_not_native(device.type) or "native"
+    metadata = describe_machine(device, threads=options.threads)
+    metadata["routing ops"] = ops.why_not_native(device.type) or "native"
     kinds = build_layers(size, device=device)
     not_run = _check(kinds)
 
@@ -124,7 +124,7 @@ def main(options: Options) -> list[Path]:
     rows += [
         _row(size, part=f"forward: {name}", variant=POOLS, mode="forward", time=time) for name, time in pieces.items()
     ]
-    page = _page(samples, routers, facts=facts, size=size, is_cpu=not on_gpu, not_run=not_run)
+    page = _page(samples, routers, metadata=metadata, size=size, is_cpu=not on_gpu, not_run=not_run)
     page += "\n" + _pieces(pieces, count_operations(kinds[0]))
     print(page)
     name = result_name("layer", device=device, is_quick=options.quick)
@@ -182,13 +182,13 @@ def _page(
     samples: dict[str, dict[str, Samples]],
     routers: dict[str, Samples],
     *,
-    facts: dict[str, str],
+    metadata: dict[str, str],
     size: LayerSize,
     is_cpu: bool,
     not_run: dict[str, str],
 ) -> str:
     parts = ["# MoE layer\n"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
+    parts.append("\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n")
     parts.append(f"The layer: {size}. Medians with 95 % intervals, rounds in pairs.\n")
     parts.append(WHOLE_METHOD)
     parts.append("## Target\n")

@@ -145,15 +145,15 @@ def main(options: Options) -> list[Path]:
     device = pick_device(options.device)
     torch.set_num_threads(options.threads)
     size = options.size(QUICK if options.quick else GPU if device.type == "cuda" else CPU)
-    facts = describe_machine(device, threads=options.threads)
-    facts["routing ops"] = ops.why_not_native(device.type) or "native"
-    facts["dispatcher of the models with pools"] = options.dispatcher
+    metadata = describe_machine(device, threads=options.threads)
+    metadata["routing ops"] = ops.why_not_native(device.type) or "native"
+    metadata["dispatcher of the models with pools"] = options.dispatcher
     gpu_name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     question = "model" if options.dispatcher == "megatron" else f"model-{options.dispatcher}"
     name = result_name(question, device=device, is_quick=options.quick)
     training = build_training(size, device=device, dispatcher=options.dispatcher)
     training, size = _checked(training, size, device)
-    head = _head(facts, size)
+    head = _head(metadata, size)
     if options.trace is not None:
         return trace_models(training, options.trace, name, head=head, device=device)
 
@@ -227,8 +227,8 @@ def _rows(
         yield row | {"times_standard_high": round(times.high, 4)}
 
 
-def _head(facts: dict[str, str], size: ModelSize) -> str:
-    lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+def _head(metadata: dict[str, str], size: ModelSize) -> str:
+    lines = "\n".join(f"- {name}: {value}" for name, value in metadata.items())
     return (
         f"# Training steps of a whole model\n\n{lines}\n\nThe model: {size}. Megatron's local spec, bf16, Adam with "
         "fp32 main weights, one rank; learned positions, experts one after the other (SequentialMLP). Medians with "

@@ -147,9 +147,9 @@ def main(options: Options) -> list[Path]:
     if reason := ops.why_not_native(device.type):
         raise ValueError(f"there are no compiled ops to time: {reason}")
     torch.set_num_threads(options.threads)
-    facts = describe_machine(device, threads=options.threads)
+    metadata = describe_machine(device, threads=options.threads)
     bandwidth = copy_bandwidth(device)
-    facts["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s"
+    metadata["copy bandwidth"] = f"{bandwidth / 1e9:.0f} GB/s"
     contenders: dict[str, Permute] = {NATIVE: _own("native"), REFERENCE: _own("reference"), STOCK: _stock}
     results: dict[Size, dict[str, Samples]] = {}
     sizes = list(options.sizes())
@@ -166,8 +166,8 @@ def main(options: Options) -> list[Path]:
     except Ended:
         if not results:
             raise
-        facts["ended"] = f"after {len(results)} of {len(sizes)} sizes"
-    page = _page(results, facts, bandwidth)
+        metadata["ended"] = f"after {len(results)} of {len(sizes)} sizes"
+    page = _page(results, metadata, bandwidth)
     print(page)
     name = result_name("permute", device=device, is_quick=options.quick)
     return write_results(options.output, name, rows=list(_rows(results, bandwidth)), page=page)
@@ -277,10 +277,10 @@ def _rows(results: dict[Size, dict[str, Samples]], bandwidth: float) -> Iterator
             )
 
 
-def _page(results: dict[Size, dict[str, Samples]], facts: dict[str, str], bandwidth: float) -> str:
+def _page(results: dict[Size, dict[str, Samples]], metadata: dict[str, str], bandwidth: float) -> str:
     modes: tuple[tuple[Mode, str], ...] = (("forward", "Forward"), ("total", "Forward + backward"))
     parts = ["# Permutation of tokens to experts, and back\n"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
+    parts.append("\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n")
     parts.append(
         "Milliseconds of the compiled ops, then how many times as long the others take: medians with 95 % intervals. "
         "Floor: what the bytes that must move take at the copy bandwidth; what fits a cache can be faster.\n"

@@ -116,10 +116,10 @@ def main(options: Options) -> list[Path]:
     if reason:
         raise ValueError(f"there are no compiled ops to time: {reason}")
     torch.set_num_threads(options.threads)
-    facts = describe_machine(device, threads=options.threads)
+    metadata = describe_machine(device, threads=options.threads)
     routers, not_run = _routers(device, options.limit)
     bandwidth = copy_bandwidth(device)
-    facts["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s, read and written"
+    metadata["copy bandwidth"] = f"{bandwidth / 1e9:.1f} GB/s, read and written"
 
     shapes = list(options.shapes())
     if not shapes:
@@ -136,10 +136,10 @@ def main(options: Options) -> list[Path]:
     except Ended:
         if not results:
             raise
-        facts["ended"] = f"after {len(results)} of {len(shapes)} sizes"
+        metadata["ended"] = f"after {len(results)} of {len(shapes)} sizes"
 
     rows = [row for result in results for row in _rows(result, not_run, bandwidth)]
-    page = _page(results, not_run, facts, bandwidth=bandwidth, device=device, options=options)
+    page = _page(results, not_run, metadata, bandwidth=bandwidth, device=device, options=options)
     print(page)
     name = result_name("routing", device=device, is_quick=options.quick)
     return write_results(options.output, name, rows=rows, page=page)
@@ -239,14 +239,14 @@ def _rows(result: Result, not_run: dict[str, str], bandwidth: float) -> Iterator
 def _page(
     results: list[Result],
     not_run: dict[str, str],
-    facts: dict[str, str],
+    metadata: dict[str, str],
     *,
     bandwidth: float,
     device: torch.device,
     options: Options,
 ) -> str:
     parts = ["# Routing ops\n"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n")
+    parts.append("\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n")
     parts += [f"Not run: {name} ({reason}).\n" for name, reason in not_run.items()]
     parts.append(
         "Every router computes the balance and z losses. Milliseconds of the compiled ops (document_scores, "

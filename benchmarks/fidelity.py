@@ -118,7 +118,7 @@ def main(options: Options, *, started: float) -> list[Path]:
             model=options.model,
             settings=settings_of(size, seed=options.seed, corpus_hash=corpus_hash),
             machine=machine,
-            corpus=_facts(corpus),
+            corpus=_metadata(corpus),
             plan={
                 "planned_steps": size.steps,
                 "by": partner or f"the size and at most {PASSES} passes over the text",
@@ -166,7 +166,7 @@ def _planned(options: Options, corpus: Corpus, *, corpus_hash: str) -> tuple[Siz
     return replace(size, steps=steps), ""
 
 
-def _facts(corpus: Corpus) -> dict[str, object]:
+def _metadata(corpus: Corpus) -> dict[str, object]:
     stored = corpus.manifest
     return {"domains": stored["domains"], "train_tokens": corpus.train_tokens, "vocab_size": stored["vocab_size"]}
 

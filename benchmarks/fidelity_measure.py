@@ -22,7 +22,7 @@ from emo_megatron.files import message_of, to_output, whole
 from emo_megatron.json_files import to_json
 from emo_megatron.processes import stops_on_signals
 from emo_megatron.runners.base import Loss
-from emo_megatron.runners.cache import Cache, Measured
+from emo_megatron.runners.cache import Cache, CachedRunner
 from emo_megatron.runners.launch import USER_ERROR, say_error
 from emo_megatron.runners.retention import measure_rows
 from emo_megatron.variables import stay_offline
@@ -30,7 +30,7 @@ from emo_megatron.variables import stay_offline
 MEASURED = "measured.json"
 
 
-class DocumentLosses(Measured):
+class DocumentLosses(CachedRunner):
     """Keeps the losses of the documents behind every loss that it tells.
 
     Attributes:
@@ -42,7 +42,7 @@ class DocumentLosses(Measured):
         self.told: list[tuple[list[float], list[int]]] = []
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
-        """See Measured."""
+        """See CachedRunner."""
         nats_D = self.model.document_nats(documents.tokens, allowed_LE=allowed_LE)
         tokens = [max(document.numel() - 1, 0) for document in documents.tokens]
         self.told.append((nats_D.tolist(), tokens))
@@ -51,11 +51,13 @@ class DocumentLosses(Measured):
 
 def measure(options: Options) -> None:
     """Load the checkpoint and write `measured.json`."""
-    opened, rows, calibration, held_out = prepare(options)
+    opened, rows, calibration, validation_data = prepare(options)
     model = DocumentLosses(opened.model, opened.cache)
     measured: list[dict[str, Any]] = []
     for _, group in groupby(sorted(rows, key=lambda row: -row.num_kept), key=lambda row: row.num_kept):
-        measured += measure_rows(model, list(group), calibration=calibration, held_out=held_out, seed=options.seed)
+        measured += measure_rows(
+            model, list(group), calibration=calibration, validation_data=validation_data, seed=options.seed
+        )
         both = zip(measured, model.told, strict=True)
         stored = [row | {"nats": nats, "document_tokens": tokens} for row, (nats, tokens) in both]
         with whole(options.output / MEASURED) as unfinished:

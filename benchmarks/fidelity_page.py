@@ -1,6 +1,6 @@
 """The page of fidelity.py: one model's numbers, and its comparison with those of its partners that were found.
 
-Losses are nats a token. A difference of two models is paired over the held-out documents, which both read.
+Losses are nats a token. A difference of two models is paired over the validation documents, which both read.
 """
 
 from __future__ import annotations
@@ -151,12 +151,12 @@ def _fewer(result: Result) -> str:
     lines = []
     for chosen in (s for s in summaries if s.method == CHOSEN):
         chance = find_summary(summaries, model=result.model, method=RANDOM, keep_fraction=chosen.keep_fraction)
-        elsewhere = chosen.rise_elsewhere
+        elsewhere = chosen.loss_increase_on_others
         lines.append(
             [
                 f"{chosen.num_experts_kept} ({share(chosen.keep_fraction)})",
-                f"{chosen.loss:.4f} ({signed(chosen.rise)})",
-                f"{chance.loss:.4f} ({signed(chance.rise)})" if chance else MISSING,
+                f"{chosen.loss:.4f} ({signed(chosen.loss_increase)})",
+                f"{chance.loss:.4f} ({signed(chance.loss_increase)})" if chance else MISSING,
                 MISSING if elsewhere is None else signed(elsewhere),
             ]
         )

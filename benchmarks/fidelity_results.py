@@ -24,7 +24,7 @@ LARGEST = 8 << 20
 """Bytes of a result that is read."""
 
 type Documents = dict[str, list[float]]
-"""Domain -> a number of each held-out document, always in the same order."""
+"""Domain -> a number of each validation document, always in the same order."""
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Which experts the demo's models give every token of held-out text: what `replay_routing.py` replays."""
+"""Which experts the demo's models give every token of validation text: what `replay_routing.py` replays."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     stored = checkpoint.args
     sys.argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(stored.padded_vocab_size)]
     model, _ = load_model(checkpoint)
-    from emo_megatron.checkpoint.reader import facts_of
+    from emo_megatron.checkpoint.reader import metadata_of
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.runners.megatron import MegatronRunner
 
-    study = MegatronRunner(model, facts=facts_of(checkpoint), seq_length=stored.seq_length, rows_at_once=16)
+    study = MegatronRunner(model, metadata=metadata_of(checkpoint), seq_length=stored.seq_length, micro_batch_size=16)
     layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
     if run.pools:
         _train_with_pools(model, layers, stored)

@@ -1,9 +1,9 @@
 """What does the routing of real models send over expert-parallel ranks, and what does placing the experts save?
 
-Runs the demo's models on held-out text, keeps every token's experts, and replays them for 2, 4 and 8 ranks: Megatron's
-alltoall, each token once, each token once with placed experts. Experts are placed by the statistics of one half of the
-documents and counted on the other. Rows and bytes are exact for that routing; nothing is timed. Documents come from all
-ranks alike: a share (R - 1) / R of all rows goes to another rank.
+Runs the demo's models on validation text, keeps the experts of every token, and replays them for 2, 4 and 8 ranks:
+Megatron's alltoall, each token once, each token once with placed experts. Experts are placed by the statistics of one
+half of the documents and counted on the other. Rows and bytes are exact for that routing; nothing is timed. Documents
+come from all ranks alike: a share (R - 1) / R of all rows goes to another rank.
 
     make demo
     python benchmarks/replay_routing.py     # two minutes; rewrites the table and the figure of docs/dispatch.md

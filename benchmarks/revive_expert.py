@@ -83,7 +83,7 @@ def main(options: Options) -> list[Path]:
     Returns:
         The CSV and the page.
     """
-    facts = describe_machine(torch.device("cpu"), threads=torch.get_num_threads())
+    metadata = describe_machine(torch.device("cpu"), threads=torch.get_num_threads())
     start_megatron(torch.device("cpu"))
     texts = library_texts(shortest=options.seq_length)
     rows: list[dict[str, Any]] = []
@@ -95,8 +95,8 @@ def main(options: Options) -> list[Path]:
     except Ended:
         if not rows:
             raise
-        facts["ended"] = f"after {len(rows) // options.layers} of {len(runs)} runs"
-    page = _page(rows, options, facts)
+        metadata["ended"] = f"after {len(rows) // options.layers} of {len(runs)} runs"
+    page = _page(rows, options, metadata)
     name = f"revive-expert-{'trained' if options.lr_after else 'frozen'}"
     return write_results(options.output, name, rows=rows, page=page)
 
@@ -188,7 +188,7 @@ def _model(name: str, options: Options) -> Any:
     return model.train()
 
 
-def _page(rows: Sequence[dict[str, Any]], options: Options, facts: dict[str, str]) -> str:
+def _page(rows: Sequence[dict[str, Any]], options: Options, metadata: dict[str, str]) -> str:
     described = ", ".join(
         f"{f.name} {getattr(options, f.name)}" for f in dataclasses.fields(options) if f.name != "output"
     )
@@ -198,7 +198,7 @@ def _page(rows: Sequence[dict[str, Any]], options: Options, facts: dict[str, str
     return "\n".join(
         [
             "# A dead expert\n",
-            "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
+            "\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n",
             f"{described}. Sigmoid gates, expert bias, no balance loss. `in a pool`, `first token` and `{HALF_SHARE}` "
             "count steps from the death of the row; - is never, or no pools. The gate is the dead expert's mean over "
             f"tokens. Half its share, and experts in no pool: over the last {RECENT} steps.\n",

@@ -152,7 +152,7 @@ def describe_machine(device: torch.device, *, threads: int) -> dict[str, str]:
     Call it before Megatron is put on the CPU, which redirects the questions asked here.
     """
     report = collect_environment()
-    facts = {
+    metadata = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "hardware": report["gpus"][0] if device.type == "cuda" else _cpu_model(),
@@ -161,11 +161,11 @@ def describe_machine(device: torch.device, *, threads: int) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     names = ("python", "torch", "megatron-core", "transformer-engine")
-    facts |= {name: report["versions"][name]["version"] for name in names}
-    facts["native ops"] = report["backends"][f"native ({device.type})"] or "available"
+    metadata |= {name: report["versions"][name]["version"] for name in names}
+    metadata["native ops"] = report["backends"][f"native ({device.type})"] or "available"
     if device.type == "cuda":
-        facts["driver"] = report["driver"]
-    return facts
+        metadata["driver"] = report["driver"]
+    return metadata
 
 
 def write_results(folder: Path, name: str, *, rows: Sequence[Mapping[str, Any]], page: str) -> list[Path]:

@@ -43,8 +43,8 @@ class Options:
     steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
-    keep: int = 9
-    """Experts of the module as the paper counts them: the shared one included."""
+    keep: int = 8
+    """Routed experts per layer of the module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Variant:
 
 
 def prepare(options: Options, corpus: Corpus) -> Path:
-    """Perl in the demo's tokens beside the demo's held-out text; the folder."""
+    """Perl in the demo's tokens beside the demo's validation text; the folder."""
     from transformers import AutoTokenizer
 
     from emo_megatron.mcore.dataset import write_indexed_dataset
@@ -101,7 +101,7 @@ class Study:
         self.flags = functools.partial(megatron_flags, FULL, recipe, corpus=folder)
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
-        self.num_kept = options.keep - 1
+        self.num_kept = options.keep
 
     def jobs(self) -> list[Job]:
         """Everything, in order."""
@@ -111,9 +111,9 @@ class Study:
             self._command(
                 stats,
                 *("stats", "--checkpoint", self.parent, "--data", data),
-                *("--tokens", 8192, "--seq-length", FULL.seq_length, "--rows", FULL.rows),
+                *("--tokens", 8192, "--seq-length", FULL.seq_length, "--micro-batch-size", FULL.rows),
             ),
-            self._command(self.selection, *("select", "--stats", stats, "--keep", self.options.keep)),
+            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.options.keep} routed")),
             self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
         ]
         # what was trained in the full model goes back in part too: a module of all experts
@@ -145,7 +145,7 @@ class Study:
         ]
 
     def losses(self, variant: Variant) -> dict[str, float]:
-        """Held-out loss by domain, nats a token."""
+        """Validation loss by domain, nats a token."""
         return {row.evaluated_on: row.loss for row in load_rows(self._measured(variant) / "retention.json")}
 
     def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
@@ -186,8 +186,8 @@ class Study:
         """The whole model on every domain, none of its experts left out."""
         output = self._measured(variant)
         flags = ("--checkpoint", variant.path, "--data", self.folder / "calibration")
-        flags += ("--held-out", self.folder / "validation", "--output", output, "--keep")
-        flags += ("--held-out-tokens", FULL.evaluation_tokens, "--rows", FULL.rows)
+        flags += ("--validation-data", self.folder / "validation", "--output", output, "--keep")
+        flags += ("--validation-tokens", FULL.evaluation_tokens, "--micro-batch-size", FULL.rows)
         command = python("-m", "emo_megatron", "retention", *flags)
         log = output.with_suffix(".log")
         return self._job(f"measuring {variant.name}", command, leaves=output / "retention.json", log=log)

@@ -37,16 +37,16 @@ from emo_megatron.json_files import read_object
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-HELD_OUT_SPLITS = ("calibration", "validation")
-SPLITS = ("train", *HELD_OUT_SPLITS)
+VALIDATION_SPLITS = ("calibration", "validation")
+SPLITS = ("train", *VALIDATION_SPLITS)
 MANIFEST = "corpus.json"
 EOD = "<|endoftext|>"
 EOD_TOKEN = 0
 MIN_DOMAINS = 3
-MIN_HELD_OUT = 60
+MIN_VALIDATION = 60
 TOKENIZER_CHARS = 600_000
 FORMAT = 1
-_FILES = ("tokenizer", "train.bin", "train.idx", *HELD_OUT_SPLITS)
+_FILES = ("tokenizer", "train.bin", "train.idx", *VALIDATION_SPLITS)
 # control characters, and halves of surrogate pairs, which have no UTF-8
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\ufffd\ud800-\udfff]")
 
@@ -234,8 +234,8 @@ def split_documents(documents: list[str], *, config: CorpusConfig) -> _Texts:
     """Cut shuffled documents into the three splits."""
     count = len(documents)
     fractions = (config.calibration_fraction, config.validation_fraction)
-    held_out = [min(max(MIN_HELD_OUT, round(count * share)), count // 6) for share in fractions]
-    middle, end = itertools.accumulate(held_out)
+    validation_data = [min(max(MIN_VALIDATION, round(count * share)), count // 6) for share in fractions]
+    middle, end = itertools.accumulate(validation_data)
     parts = (documents[end:], documents[:middle], documents[middle:end])
     return dict(zip(SPLITS, parts, strict=True))
 
@@ -304,7 +304,7 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
     digest = hashlib.sha256()
     for tokens in train:
         digest.update(tokens)
-    for split in HELD_OUT_SPLITS:
+    for split in VALIDATION_SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
         (output / split).mkdir()
         for name, documents in domains.items():

@@ -68,7 +68,7 @@ def _headline(summaries: list[RetentionSummary]) -> str:
     quarters = [find_summary(summaries, model=model, method=CHOSEN, keep_fraction=QUARTER) for model in (EMO, STANDARD)]
     if quarters[0] is None or quarters[1] is None:
         return "Loss when only some of the experts are kept"
-    emo, standard = (_number(quarter.rise) for quarter in quarters if quarter)
+    emo, standard = (_number(quarter.loss_increase) for quarter in quarters if quarter)
     return f"Keep a quarter of the experts: EMO loses {emo} nats a token, a standard MoE {standard}"
 
 
@@ -209,7 +209,7 @@ def _crossings(rows: Sequence[RetentionRow]) -> tuple[dict[tuple[str, str], floa
     rises: dict[tuple[str, str], list[float]] = {}
     for row in chosen:
         if row.keep_fraction == fraction:
-            rises.setdefault((row.domain, row.evaluated_on), []).append(row.rise)
+            rises.setdefault((row.domain, row.evaluated_on), []).append(row.loss_increase)
     return {pair: fmean(values) for pair, values in rises.items()}, fraction
 
 

@@ -32,7 +32,7 @@ from emo_megatron.report.table import KEPT, MISSING, share, signed, text_table
 
 EIGHTH = 1 / 8
 HOW_TO_READ = """\
-Loss in nats a token on held-out text, lower is better, averaged over domains that each keep the
+Loss in nats a token on validation text, lower is better, averaged over domains that each keep the
 experts they use most; in brackets what dropping the others costs. Selectivity: how much more the
 kept experts cost on other domains than on their own."""
 HEADINGS = (
@@ -68,12 +68,12 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
         emo, standard = find(EMO, CHOSEN, fraction), find(STANDARD, CHOSEN, fraction)
         if emo and standard:
             # a standard MoE that loses nothing leaves EMO nothing to lose
-            bound = max(standard.rise, 0.0) / part
+            bound = max(standard.loss_increase, 0.0) / part
             text = (
                 f"With {share(fraction)} of the experts EMO loses at most 1/{part} of what the standard MoE loses: "
-                f"{signed(emo.rise)} against {signed(standard.rise)} nats a token."
+                f"{signed(emo.loss_increase)} against {signed(standard.loss_increase)} nats a token."
             )
-            found.append(Finding(name, emo.rise, bound, emo.rise <= bound, text))
+            found.append(Finding(name, emo.loss_increase, bound, emo.loss_increase <= bound, text))
     emo, small, by_chance = find(EMO, CHOSEN, QUARTER), find(SMALL, FULL), find(EMO, RANDOM, QUARTER)
     if emo and small:
         text = (
@@ -82,12 +82,12 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
         )
         found.append(Finding("quarter_beats_small", emo.loss, small.loss, emo.loss < small.loss, text))
     if emo and by_chance:
-        bound = 3 * max(emo.rise, 0.0)
+        bound = 3 * max(emo.loss_increase, 0.0)
         text = (
             "A random quarter of EMO's experts loses at least 3 times what a chosen quarter does: "
-            f"{signed(by_chance.rise)} against {signed(emo.rise)} nats a token."
+            f"{signed(by_chance.loss_increase)} against {signed(emo.loss_increase)} nats a token."
         )
-        found.append(Finding("choice_matters", by_chance.rise, bound, by_chance.rise >= bound, text))
+        found.append(Finding("choice_matters", by_chance.loss_increase, bound, by_chance.loss_increase >= bound, text))
     if emo and emo.selectivity is not None:
         bound, value = 0.3, emo.selectivity
         text = (
@@ -144,7 +144,7 @@ def _cells(summaries: Sequence[RetentionSummary], *, kept: int, fraction: float)
 def _loss_and_rise(summary: RetentionSummary | None) -> str:
     if summary is None:
         return MISSING
-    return f"{summary.loss:.3f}" + (f" ({signed(summary.rise)})" if summary.method != FULL else "")
+    return f"{summary.loss:.3f}" + (f" ({signed(summary.loss_increase)})" if summary.method != FULL else "")
 
 
 def main() -> None:

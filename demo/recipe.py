@@ -71,14 +71,9 @@ class Size:
     """More of Megatron's flags, for training and evaluation alike."""
 
     @property
-    def rows_at_once(self) -> int:
+    def micro_batch_size(self) -> int:
         """Rows of a micro-batch."""
         return self.micro_rows or self.rows
-
-    @property
-    def num_shared(self) -> int:
-        """Shared experts as --keep counts them: how many routed ones are as wide."""
-        return -(-self.shared_hidden // self.expert_hidden)
 
     @property
     def tokens(self) -> int:
@@ -181,7 +176,7 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
         --moe-router-topk {size.top_k} --moe-router-dtype fp32 --moe-router-load-balancing-type global_aux_loss
         --moe-aux-loss-coeff {0.1 / size.layers} --moe-z-loss-coeff {1e-3 / size.layers}
         --moe-token-dispatcher-type alltoall
-        --micro-batch-size {size.rows_at_once} --global-batch-size {size.rows} --train-iters {size.steps}
+        --micro-batch-size {size.micro_batch_size} --global-batch-size {size.rows} --train-iters {size.steps}
         --lr {size.lr} --min-lr {size.lr / 10} --lr-decay-style cosine
         --lr-warmup-iters {min(size.warmup, size.steps // 4)} --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
         --init-method-std 0.02 --seed {model.seed}
@@ -203,24 +198,23 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
 
 def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
     """Flags of `retention` for the model in `run_dir`/checkpoint."""
-    # the shared expert counts where sizes are named
-    keep = {f: str(round(f * size.experts) + size.num_shared) for f in size.fractions}
+    keep = {f: f"{round(f * size.experts)} routed" for f in size.fractions}
     # the small model is compared whole: it is what a quarter of the experts competes with
     sizes = [] if model.name == "small" else list(keep.values())
-    sizes += ["--cross", keep[CROSS]] if sizes else []
+    sizes += ["--cross-sizes", keep[CROSS]] if sizes else []
     flags: dict[str, object] = {
         "--checkpoint": run_dir / "checkpoint",
         "--data": corpus / "calibration",
-        "--held-out": corpus / "validation",
+        "--validation-data": corpus / "validation",
         "--output": run_dir / "retention",
         "--tokens": size.calibration_tokens,
-        "--held-out-tokens": size.evaluation_tokens,
-        "--rows": size.rows_at_once,
+        "--validation-tokens": size.evaluation_tokens,
+        "--micro-batch-size": size.micro_batch_size,
         "--seed": model.seed,
         "--name": model.name,
     }
     # one argument: its value looks like a flag
-    more = [f"--megatron={shlex.join(size.flags)}"] if size.flags else []
+    more = [f"--megatron-args={shlex.join(size.flags)}"] if size.flags else []
     return [*(str(item) for pair in flags.items() for item in pair), *more, "--keep", *sizes]
 
 

@@ -185,7 +185,7 @@ def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) 
     model = experts.MadeUpModel()
     model.document_nats = lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
     losses = DocumentLosses(model, NoCache())
-    assert losses.facts == model.facts
+    assert losses.metadata == model.metadata
     found = losses.loss(Documents(tokens=(torch.zeros(4), torch.zeros(1), torch.zeros(7)), source={}))
     assert (found.nats, found.num_tokens) == (1.0, 9)
     assert losses.told == [([6.0, 0.0, 3.0], [3, 0, 6])]
@@ -394,13 +394,13 @@ def _pool(size: Any, model: Any) -> Any:
 @pytest.mark.parametrize("name", ["ON_GPU", "ON_GPU_QUICK"])
 def test_a_step_of_several_micro_batches_balances_over_them(scripts: SimpleNamespace, name: str) -> None:
     size = getattr(scripts.plan, name)
-    assert size.rows % size.rows_at_once == 0 < size.rows - size.rows_at_once
+    assert size.rows % size.micro_batch_size == 0 < size.rows - size.micro_batch_size
     emo, *others = recipe.main_models(size, seed=1)
     assert _pool(size, emo).pool_balance == "running"
     for model in (emo, *others):
         flags = _flags(size, model)
         given = dict(itertools.pairwise(flags))
-        assert given["--micro-batch-size"] == str(size.rows_at_once)
+        assert given["--micro-batch-size"] == str(size.micro_batch_size)
         assert given["--global-batch-size"] == str(size.rows)
         assert given["--transformer-impl"] == "local"
         assert "--bf16" in flags

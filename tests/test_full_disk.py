@@ -17,7 +17,7 @@ from support.running import limited
 from emo_megatron import cli
 
 DOMAINS = ("french", "perl")
-RESUMABLE = ("stats", "retention", "select layerwise")
+RESUMABLE = ("stats", "retention", "layerwise")
 """They keep what they have measured, in whole files."""
 
 
@@ -32,7 +32,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model, its Megatron checkpoint, two modules of it, and the files that go with them."""
     root = tmp_path_factory.mktemp("disk")
     pinned.write_model(root / "hf", words.write_tokenizer(root / "tokenizer", size=pinned.VOCAB))
-    for first, kind in enumerate(("data", "held_out")):
+    for first, kind in enumerate(("data", "validation_data")):
         for place, domain in enumerate(DOMAINS):
             pinned.write_documents(root / kind / f"{domain}.safetensors", seed=2 * first + place)
     texts = ("the experts route the token", "the module keeps the experts")
@@ -42,7 +42,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stats, kept = root / f"{domain}.safetensors", root / f"{domain}.json"
         data = root / "data" / f"{domain}.safetensors"
         assert run("stats", "--checkpoint", root / "hf", "--data", data, "--output", stats) == 0
-        assert run("select", "--stats", stats, "--keep", "4", "--output", kept) == 0
+        assert run("select", "--stats", stats, "--keep", "3 routed", "--output", kept) == 0
         module = ("--checkpoint", root / "megatron", "--selection", kept)
         assert run("extract", *module, "--output", root / f"{domain}-module") == 0
     stats = root / "french.safetensors"
@@ -70,13 +70,13 @@ COMMANDS = {
     "perl.safetensors --output OUT",
     "compose files": "compose --selections french.json perl.json --stats french.safetensors "
     "perl.safetensors --output OUT",
-    "relabel": "relabel --checkpoint megatron --placement place.json --output OUT",
+    "reorder": "reorder --checkpoint megatron --placement place.json --output OUT",
     "place": "place --stats french.safetensors --ranks 4 --output OUT",
     "stats": "stats --checkpoint hf --data data/perl.safetensors --output OUT",
     "merge-stats": "merge-stats --stats french.safetensors perl.safetensors --output OUT",
-    "select": "select --stats french.safetensors --keep 3 --output OUT",
-    "select layerwise": "select --method layerwise --checkpoint hf --data data/perl.safetensors --keep 3 --output OUT",
-    "retention": "retention --checkpoint hf --data data --held-out held_out --keep 4 --output OUT",
+    "select": "select --stats french.safetensors --keep 25% --output OUT",
+    "layerwise": "select --checkpoint hf --data data/perl.safetensors --method layerwise --keep 25% --output OUT",
+    "retention": "retention --checkpoint hf --data data --validation-data validation_data --keep 37.5% --output OUT",
     "eval-task": "eval-task --documents texts.jsonl --name task --model hf --output OUT",
 }
 

@@ -106,12 +106,12 @@ def test_commands_of_the_retention_page_are_commands():
         assert words_of[:4] == ["python", "-m", "emo_megatron", "retention"]
         options = tyro.cli(retention.Options, args=words_of[4:])
         assert options.keep
-    assert options.beside == ()
+    assert options.compare == ()
     assert (ROOT / "docs" / "retention_methods.png").is_file()
 
 
 @pytest.mark.slow
-def test_commands_of_the_dispatch_page_relabel_the_experts(root):
+def test_commands_of_the_dispatch_page_reorder_the_experts(root):
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
     from emo_megatron.experts.placement import load_placement
     from emo_megatron.mcore.dataset import write_indexed_dataset
@@ -120,7 +120,7 @@ def test_commands_of_the_dispatch_page_relabel_the_experts(root):
     write_indexed_dataset(root / RUN / "corpus" / "train", texts, vocab_size=VOCAB)
     (block,) = re.findall(r"```bash\n(.*?)\n```", DISPATCH_PAGE, flags=re.DOTALL)
     commands = block.splitlines()
-    assert [shlex.split(command)[3] for command in commands] == ["stats", "place", "relabel"]
+    assert [shlex.split(command)[3] for command in commands] == ["stats", "place", "reorder"]
     for command in commands:
         call(command, root)
     order = load_placement(root / "runs/ep4/placement.json").order
@@ -133,13 +133,13 @@ def test_commands_of_the_dispatch_page_relabel_the_experts(root):
 def test_every_command_leaves_what_the_next_one_takes(root):
     stats = load_stats(root / "runs/python/stats.safetensors")
     selection = load_selection(root / "runs/python/selection.json")
-    # a quarter of seventeen, the shared expert included
-    assert selection.keep_k(num_shared=stats.model.num_shared) == 4
-    best = stats.mean_probability_LE.topk(3).indices.sort(-1).values
+    # a quarter of sixteen routed experts
+    assert selection.num_kept == (4,) * len(stats.model.layers)
+    best = stats.mean_probability_LE.topk(4).indices.sort(-1).values
     assert selection.experts == tuple(map(tuple, best.tolist()))
     assert "within 1.0%" in (root / "runs/python/retention/retention.txt").read_text()
     config = json.loads((root / "runs/python/hf/config.json").read_text())
-    assert (config["model_type"], config["num_experts"]) == ("qwen2_moe", 3)
+    assert (config["model_type"], config["num_experts"]) == ("qwen2_moe", 4)
     assert "largest difference of a logit" in (root / "runs/python/hf/README.md").read_text()
 
 
@@ -154,12 +154,12 @@ def test_the_module_in_stock_transformers_loses_what_was_measured(root):
         row
         for row in rows
         if row["method"] == "mean_prob"
-        and (row["domain"], row["evaluated_on"], row["num_experts_kept"]) == ("python", "python", 3)
+        and (row["domain"], row["evaluated_on"], row["num_experts_kept"]) == ("python", "python", 4)
     ]
     model = AutoModelForCausalLM.from_pretrained(root / "runs/python/hf", dtype=torch.float32)
-    held_out = root / RUN / "corpus" / "validation" / "python.safetensors"
+    validation_data = root / RUN / "corpus" / "validation" / "python.safetensors"
     nats, count = 0.0, 0
-    for document in load_documents(held_out, calibration=Calibration()).tokens:
+    for document in load_documents(validation_data, calibration=Calibration()).tokens:
         with torch.no_grad():
             logits_TV = model(document[None]).logits[0, :-1]
         nats += float(torch.nn.functional.cross_entropy(logits_TV, document[1:], reduction="sum"))

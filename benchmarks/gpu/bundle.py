@@ -38,7 +38,7 @@ class Bundle:
     Args:
         output: folder they are written to.
         results: folder of the steps' folders, all of which goes into the archive.
-        title, facts: head of the summary.
+        title, metadata: head of the summary.
         max_files: 1 leaves the archive out.
         max_bytes: of both files together.
     """
@@ -46,7 +46,7 @@ class Bundle:
     output: Path
     results: Path
     title: str
-    facts: dict[str, str]
+    metadata: dict[str, str]
     max_files: int
     max_bytes: int
     rows: list[Row] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Bundle:
 
     def _summary(self, dropped: list[Path], most: int) -> bytes:
         parts = [f"# {self.title}\n"]
-        parts += ["\n".join(f"- {name}: {value}" for name, value in self.facts.items()) + "\n"]
+        parts += ["\n".join(f"- {name}: {value}" for name, value in self.metadata.items()) + "\n"]
         parts += ["| step | status | seconds | last line |\n| --- | --- | --: | --- |"]
         parts += ["\n".join(str(row) for row in self.rows) + "\n"]
         if self.max_files < 2:

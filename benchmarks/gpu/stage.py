@@ -63,7 +63,7 @@ class Stage:
             output=options.output,
             results=scratch / "results",
             title=" ".join(filter(None, ["GPU stage", options.stage, options.model])),
-            facts={
+            metadata={
                 "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
                 "commit": commit,
                 "GPU": gpu.name if gpu else "none",
@@ -73,7 +73,7 @@ class Stage:
             max_bytes=int(options.max_mib * MIB),
         )
         if options.rehearse:
-            self._bundle.facts["rehearsal"] = "on the CPU at small sizes: no figure is a GPU's"
+            self._bundle.metadata["rehearsal"] = "on the CPU at small sizes: no figure is a GPU's"
 
     def run(self) -> bool:
         """Run the steps; returns whether none failed.

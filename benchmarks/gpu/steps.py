@@ -78,7 +78,7 @@ def _routing(*sizes: str) -> tuple[str, ...]:
 
 _TINY_ROUTING = ("--tokens", "256", "--experts", "16", "--top-k", "2", "--seconds", "0.02")
 _START = (
-    Step(name="facts", command=_gpu("facts", "--output", "{output}"), seconds=25),
+    Step(name="metadata", command=_gpu("metadata", "--output", "{output}"), seconds=25),
     Step(
         name="library",
         command=_gpu("builds", "wait", "{builds}", "--logs", "{output}"),

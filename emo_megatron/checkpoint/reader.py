@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from emo_megatron.checkpoint.names import ROUTER, Piece, in_order, pieces_of
 from emo_megatron.experts.selection import router_fingerprint
-from emo_megatron.experts.stats import ModelFacts
+from emo_megatron.experts.stats import ModelMetadata
 from emo_megatron.files import machine_error
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -276,7 +276,7 @@ def reading(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is damaged, or another version of Megatron wrote it: {reason}") from raised
 
 
-def facts_of(checkpoint: MegatronCheckpoint) -> ModelFacts:
+def metadata_of(checkpoint: MegatronCheckpoint) -> ModelMetadata:
     """What choosing experts needs to know of the model in a checkpoint."""
     layers = checkpoint.moe_layers
     if not layers:
@@ -286,7 +286,7 @@ def facts_of(checkpoint: MegatronCheckpoint) -> ModelFacts:
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.names.items()}
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name or name.endswith(".mlp.router.weight"))
     stored = {info.dtype for name, info in checkpoint.names.items() if ".mlp.experts." in name}
-    return ModelFacts(
+    return ModelMetadata(
         fingerprint=checkpoint.fingerprint,
         num_experts=num_experts,
         num_shared=num_shared_experts(args),

@@ -1,13 +1,11 @@
-"""Put modules of one parent together into one model, or their Selections into one.
-
-python -m emo_megatron compose --modules runs/perl runs/french --parent runs/emo --output runs/both
-"""
+"""The command compose: combine modules of one parent into one model, or their Selections into one Selection."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from emo_megatron.checkpoint.edit import (
     OWNER,
@@ -20,54 +18,64 @@ from emo_megatron.checkpoint.edit import (
     open_modules,
     open_parent,
 )
-from emo_megatron.checkpoint.reader import facts_of
+from emo_megatron.checkpoint.reader import metadata_of
+from emo_megatron.commands.options import unset
 from emo_megatron.experts.compose import Rule, compose_selections
 from emo_megatron.experts.select import parse_keep
 from emo_megatron.experts.selection import Selection, load_selection
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts, load_stats
+from emo_megatron.experts.stats import ExpertStatistics, load_stats
 from emo_megatron.files import must_not_exist
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Put modules of one parent together: their Selections into one, or their checkpoints into a model."""
+    """Combine modules of one parent: their Selections into one Selection, or their checkpoints into one model.
+
+    Combine two Selections:
+        emo_megatron compose --selections perl.json french.json --output both.json
+
+    Combine the checkpoints of two modules that were trained separately:
+        emo_megatron compose --modules runs/perl runs/french --parent runs/emo --output runs/both
+    """
 
     output: Path
-    """Selection file to write; with --modules the folder of a checkpoint. Must not exist."""
-    selections: tuple[Path, ...] = ()
-    """Selections to compose; with --modules the one each was cut with, by default selection.json in its folder."""
-    stats: tuple[Path, ...] = ()
-    """Statistics of each selection's data, in order: their mean router probabilities decide which experts of a union
-    that is too large stay, and which fill one that is too small."""
-    keep: str | None = None
-    """Experts a layer as `select` counts them, the shared ones included: 16; or a share of the parent's: 12.5%. By
-    default as many as the largest union needs."""
+    """Selection file to write, or with --modules the checkpoint folder; must not exist."""
+    selections: Annotated[tuple[Path, ...], unset("PATH ...", "with --modules, selection.json in each module")] = ()
+    """Selection files to combine; with --modules, the Selection of each module."""
+    stats: Annotated[tuple[Path, ...], unset("PATH ...", "none")] = ()
+    """Statistics file for the data of each Selection, in the same order. The mean router probability decides which
+    experts to drop if the union is larger than --keep, and which experts to add if the union is smaller."""
+    keep: Annotated[str | None, unset("SIZE", "the largest union of a layer")] = None
+    """Routed experts per layer: a share such as 25%, or a number such as "8 routed"."""
     rule: Rule = "union"
-    """union: experts of the Selections first; score: the best by the added scores."""
-    modules: tuple[Path, ...] = ()
-    """Checkpoints of modules, perhaps trained apart: write a checkpoint of the composition."""
-    parent: Path | None = None
-    """The checkpoint they were cut from: needed where a policy is "parent", and for experts that none of them has."""
+    """union: experts of the Selections come first. score: the experts with the best sum of scores."""
+    modules: Annotated[tuple[Path, ...], unset("PATH ...", "none: combine Selections only")] = ()
+    """Megatron checkpoints of modules."""
+    parent: Annotated[Path | None, unset("PATH", "none")] = None
+    """Megatron checkpoint that the modules were extracted from. Needed if a policy is parent, and for experts that no
+    module has."""
     shared: str = PARENT
-    """Whose weights that are no expert's: parent, average (of the modules that changed them), or a module by its
-    folder's name."""
+    """Source of all weights that belong to no expert: parent, average (of the modules that changed the weights), or the
+    folder name of a module."""
     router: str = OWNER
-    """Whose row of the router an expert gets: owner (as the expert), parent, average, or a module's name."""
+    """Source of the router row of an expert: owner (the module that the expert comes from), parent, average, or the
+    folder name of a module."""
     conflict: str = REFUSE
-    """Whose expert to take where modules changed it differently: parent, average, or a module's name."""
+    """What to do if several modules changed one expert: refuse, parent, average, or the folder name of a module."""
 
 
 def run(options: Options) -> Path:
-    """Write the composed Selection, or the composed model with its Selection and report."""
+    """Write the combined Selection, or the combined model with its Selection and report."""
     must_not_exist(options.output)
     modules = open_modules(options.modules, options.selections) if options.modules else []
     selections = [m.selection for m in modules] or [load_selection(s) for s in options.selections]
     stats = _stats(options.stats, selections=selections)
+    keep = None
+    if options.keep is not None and selections:
+        num_experts, top_k = selections[0].num_experts, _top_k(modules, stats=stats)
+        keep = parse_keep(options.keep, num_experts=num_experts, top_k=top_k)
     composed = compose_selections(
-        selections,
-        keep=None if options.keep is None else parse_keep(options.keep, _facts(modules, stats=stats)),
-        scores=[measured.mean_probability_LE for measured in stats],
-        rule=options.rule,
+        selections, keep=keep, scores=[measured.mean_probability_LE for measured in stats], rule=options.rule
     )
     if not modules:
         return composed.save(options.output)
@@ -80,22 +88,17 @@ def run(options: Options) -> Path:
     return edit.write(options.output, notes={SELECTION_FILE: composed.save})
 
 
-def _facts(modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> ModelFacts:
-    """Of the parent: which experts are shared is known from statistics and from checkpoints, not from Selections."""
+def _top_k(modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> int:
+    """Fewest routed experts that a layer can have; Selections alone do not say how many a token is routed to."""
     if stats:
-        return stats[0].model
-    if not modules:
-        raise ValueError(
-            "--keep counts the shared experts, which Selections do not list: give --stats, one file for each selection"
-        )
-    first = modules[0]
-    return replace(facts_of(first.checkpoint), num_experts=first.selection.num_experts)
+        return stats[0].model.top_k
+    return metadata_of(modules[0].checkpoint).top_k if modules else 1
 
 
 def _stats(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[ExpertStatistics]:
-    """Statistics of the files, each of the model that its Selection is of."""
+    """Load the statistics; each must be of the model of its Selection."""
     found = [load_stats(path) for path in paths]
     for stats, selection in zip(found, selections, strict=False):
-        facts = stats.model
-        selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
+        metadata = stats.model
+        selection.check_model(metadata.fingerprint, num_experts=metadata.num_experts, layers=metadata.layers)
     return found

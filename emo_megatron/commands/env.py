@@ -1,4 +1,4 @@
-"""The command env: what a bug report needs to know of this machine."""
+"""The command env: print what a bug report must say about this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emo_megatron.json_files import to_json
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Print versions, op backends, GPUs and what is supported: paste it into a bug report."""
+    """Print versions, the backends of the ops, GPUs and what is supported. Paste the output into a bug report."""
 
     json: bool = False
     """Print JSON instead of text."""

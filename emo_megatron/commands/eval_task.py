@@ -1,9 +1,5 @@
-"""Held-out documents as a task of lm-eval, the field's evaluation harness: bits per byte, offline.
-
-    python -m emo_megatron eval-task --documents french.jsonl --name french --model exported/french --output tasks
-    lm_eval run --model hf --model_args pretrained=exported/french --tasks french --include_path tasks
-
-Bits per byte compare models of different tokenizers, too.
+"""The command eval-task: write validation documents as a task of lm-eval. Bits per byte compare models that have
+different tokenizers.
 """
 
 from __future__ import annotations
@@ -15,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from emo_megatron.commands.options import check_least
+from emo_megatron.commands.options import check_least, unset
 from emo_megatron.experts.calibration import Calibration, is_text, load_documents, read_file
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf.tokenizer import Tokenizer
@@ -52,18 +49,23 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d(:?\d\d)?(:?\d\d)?(\.\d+)?(Z|[+-]\d
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Make a task of lm-eval of held-out documents."""
+    """Write validation documents as a task of lm-eval, which measures bits per byte.
+
+    For example:
+        emo_megatron eval-task --documents french.jsonl --name french --model exported/french --output tasks
+        lm_eval run --model hf --model_args pretrained=exported/french --tasks french --include_path tasks
+    """
 
     documents: Path
-    """A .jsonl file with a "text" on every line, or a .safetensors file of tokens and cu_seqlens."""
+    """A .jsonl file with a field "text" per line, or a .safetensors file with tokens and cu_seqlens."""
     name: str
-    """Of the task: letters, digits, - and _."""
+    """Name of the task: letters, digits, - and _."""
     model: Path
-    """An exported model, whose tokenizer reads or writes the documents."""
+    """Exported model. Its tokenizer decodes tokens into text, and counts --num-tokens."""
     output: Path
-    """Folder for lm-eval's --include_path; it may hold other tasks, but none of this name."""
-    num_tokens: int | None = None
-    """Take documents, in order, until there are so many tokens; all by default."""
+    """Folder for lm-eval's --include_path. The folder may hold other tasks, but none of this name."""
+    num_tokens: Annotated[int | None, unset("INT", "all documents")] = None
+    """Stop adding documents when this number of tokens is reached."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "num_tokens")

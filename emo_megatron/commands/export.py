@@ -1,7 +1,4 @@
-"""Export a Megatron checkpoint, or a module cut out of one, to Hugging Face.
-
-python -m emo_megatron export --checkpoint runs/french --output exported/french
-"""
+"""The command export: convert a Megatron checkpoint, or a module, to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from emo_megatron import __version__
 from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
-from emo_megatron.commands.options import check_least
+from emo_megatron.commands.options import check_least, unset
 from emo_megatron.config import PoolConfig
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.files import must_not_exist, whole
@@ -36,32 +33,39 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Export a checkpoint or a module to Hugging Face, for transformers, vLLM, SGLang and lm-eval."""
+    """Convert a Megatron checkpoint or a module to a Hugging Face folder, for transformers, vLLM, SGLang and lm-eval.
+
+    The command compares the logits of both models and keeps the result only if the logits agree.
+
+    For example:
+        emo_megatron export --checkpoint runs/french --output exported/french
+    """
 
     checkpoint: Path
-    """What --save named in training, one iteration's folder in it, or what `extract` wrote."""
+    """Megatron checkpoint: the folder of --save, one iteration in the folder, or a folder written by extract."""
     output: Path
     """Folder to write; must not exist."""
     format: Literal["qwen2_moe", "emo"] = "qwen2_moe"
-    """qwen2_moe runs without remote code. emo is the authors' released format."""
-    tokenizer: Path | None = None
-    """Folder of the tokenizer; by default the one that the checkpoint was trained with."""
+    """qwen2_moe: runs without remote code. emo: the format in which the authors of EMO released their models."""
+    tokenizer: Annotated[Path | None, unset("FOLDER", "the tokenizer of the checkpoint")] = None
+    """Folder of the tokenizer."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Of the weights; stored keeps the checkpoint's."""
+    """Dtype of the weights; stored keeps the dtype of the checkpoint."""
     nonzero_shared_gate: bool = False
-    """Write a tiny gate of the shared expert instead of zero, which llama.cpp cannot run; for GGUF."""
-    selection: Path | None = None
-    """The Selection that the module was cut with, for the model card; by default the one in its folder."""
-    retention: Path | None = None
-    """Rows of `retention` for the model, or for a module's parent (retention.json), for the model card."""
-    retention_domain: str | None = None
-    """The domain whose rows are the module's; by default the one that its calibration file is named after."""
-    name: str | None = None
-    """The title of the model card; by default the name of the run's folder."""
+    """Write a tiny value instead of zero as the gate of the shared expert. Needed for GGUF: llama.cpp cannot run a zero
+    gate."""
+    selection: Annotated[Path | None, unset("PATH", "selection.json in --checkpoint")] = None
+    """Selection file of the module, for the model card."""
+    retention: Annotated[Path | None, unset("PATH", "none")] = None
+    """retention.json of the model, or of the parent of the module, for the model card."""
+    retention_domain: Annotated[str | None, unset("NAME", "the name of the calibration file")] = None
+    """Domain of the module in --retention."""
+    name: Annotated[str | None, unset("TEXT", "the name of the folder of the run")] = None
+    """Title of the model card."""
     parity_tokens: int = 64
-    """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
+    """Number of random tokens on which the logits are compared, on the CPU in float32; 0 skips the comparison."""
     shard_gb: float = 5.0
-    """Largest file of weights, in 10^9 bytes."""
+    """Largest size of one file of weights, in units of 10^9 bytes."""
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_gb < math.inf:

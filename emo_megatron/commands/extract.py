@@ -1,7 +1,4 @@
-"""Cut a module out of a Megatron checkpoint: the same model with fewer experts, for stock Megatron to load.
-
-python -m emo_megatron extract --checkpoint runs/emo --selection french.json --output runs/french
-"""
+"""The command extract: write a Megatron checkpoint with the selected experts only, which stock Megatron loads."""
 
 from __future__ import annotations
 
@@ -15,18 +12,24 @@ from emo_megatron.files import must_not_exist
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Cut a module out of a Megatron checkpoint; the result trains, resumes and evaluates in stock Megatron."""
+    """Extract a module: write a Megatron checkpoint that keeps only the selected experts.
+
+    Stock Megatron trains, resumes and evaluates the module.
+
+    For example:
+        emo_megatron extract --checkpoint runs/emo --selection french.json --output runs/french
+    """
 
     checkpoint: Path
-    """What --save named in training, or one iteration's folder in it."""
+    """Megatron checkpoint: the folder of --save, or one iteration in the folder."""
     selection: Path
-    """The experts to keep: a file of `select` or `compose`."""
+    """Selection file with the experts to keep, written by select or compose."""
     output: Path
-    """Folder to write, for Megatron's --load; must not exist. It also gets the Selection."""
+    """Checkpoint folder to write, for Megatron's --load; must not exist. A copy of the Selection is stored in it."""
 
 
 def run(options: Options) -> Path:
-    """Write the module's checkpoint: weights only, a fresh optimizer, iteration 0."""
+    """Write the checkpoint of the module: weights only, without optimizer state, at iteration 0."""
     must_not_exist(options.output)
     selection = load_selection(options.selection)
     edit = CheckpointEdit(parent=open_parent(options.checkpoint, selection), experts=selection.by_layer)

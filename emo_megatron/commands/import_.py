@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import Note, write_checkpoint
-from emo_megatron.commands.options import check_least
+from emo_megatron.commands.options import check_least, unset
 from emo_megatron.config import pool_config_of
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.files import must_not_exist, whole
@@ -29,18 +29,24 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Import a Hugging Face checkpoint (qwen2_moe, or the authors' emo) as a Megatron checkpoint."""
+    """Convert a Hugging Face checkpoint (qwen2_moe, or the emo format of the authors) to a Megatron checkpoint.
+
+    The command compares the logits of both models and keeps the result only if the logits agree.
+
+    For example:
+        emo_megatron import --folder downloads/emo --output runs/emo
+    """
 
     folder: Path
-    """Folder with config.json and safetensors files."""
+    """Hugging Face folder with config.json and safetensors files."""
     output: Path
-    """Folder to write, for Megatron's --load; must not exist."""
+    """Checkpoint folder to write, for Megatron's --load; must not exist."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Megatron's layers that will load it (its flag of this name): they name one norm differently."""
-    tokenizer: Path | None = None
-    """Folder of the tokenizer; by default `folder`, if it holds one."""
+    """Megatron's --transformer-impl of the run that will load the checkpoint: the two name one norm differently."""
+    tokenizer: Annotated[Path | None, unset("FOLDER", "the tokenizer in --folder, if there is one")] = None
+    """Folder of the tokenizer."""
     parity_tokens: int = 64
-    """Compare the logits with Megatron's on so many random tokens, on the CPU in float32; 0 does not."""
+    """Number of random tokens on which the logits are compared, on the CPU in float32; 0 skips the comparison."""
 
     def __post_init__(self) -> None:
         check_least(self, 0, "parity_tokens")

@@ -1,48 +1,51 @@
-"""Put modules back into their parent.
-
-python -m emo_megatron merge --parent runs/emo --modules runs/perl --output runs/emo_perl
-"""
+"""The command merge: put the trained experts of modules back into their parent."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from emo_megatron.checkpoint.edit import OWNER, PARENT, REFUSE, CheckpointEdit, Policies, open_modules, open_parent
+from emo_megatron.commands.options import unset
 from emo_megatron.files import must_not_exist
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Put a module's trained experts back into its parent, in the places they came from."""
+    """Put the trained experts of modules back into the parent checkpoint.
+
+    For example:
+        emo_megatron merge --parent runs/emo --modules runs/perl --output runs/emo-perl
+    """
 
     parent: Path
-    """The checkpoint the modules were cut from."""
+    """Megatron checkpoint that the modules were extracted from."""
     modules: tuple[Path, ...]
-    """Modules' checkpoints; several must agree about experts that they share, or see --conflict."""
+    """Checkpoints of the modules. If several modules changed the same expert, --conflict decides."""
     output: Path
-    """Folder to write, for Megatron's --load; must not exist. It also gets report.json."""
-    selections: tuple[Path, ...] = ()
-    """The Selection each module was cut with, in order; by default selection.json in its folder."""
+    """Checkpoint folder to write, for Megatron's --load; must not exist. The folder also gets report.json."""
+    selections: Annotated[tuple[Path, ...], unset("PATH ...", "selection.json in each module")] = ()
+    """Selection file of each module, in the order of --modules."""
     weights: Literal["experts", "experts+router", "all"] = "experts"
-    """What is taken from the modules: their experts; also the experts' rows of the router; or everything they hold
-    (one module only)."""
+    """Weights to take from the modules: the experts, the experts and their router rows, or all weights (one module
+    only)."""
     blend: float = 1.0
-    """How far to go from the parent's values to the modules', in (0, 1]."""
+    """Weight of the module in the average of parent and module, in (0, 1]; 1 takes the values of the module."""
     conflict: str = REFUSE
-    """Whose expert to take where modules changed it differently: parent, average, or a module by its folder's name."""
+    """What to do if several modules changed one expert: refuse, parent, average, or the folder name of a module."""
 
 
 def run(options: Options) -> Path:
-    """Write the parent with the modules' experts in their old places, and a report of what was taken."""
+    """Write the parent with the experts of the modules at their old indices, and a report of the merged weights."""
     must_not_exist(options.output)
     if not options.modules:
         raise ValueError("--modules must name at least one module")
     modules = open_modules(options.modules, options.selections)
     if options.weights == "all" and len(modules) > 1:
         raise ValueError(
-            "--weights all takes the shared weights of a module, and there are several: use compose --shared"
+            "--weights all takes the shared weights too, so --modules must name one module; for several modules, use "
+            "compose --shared"
         )
     policies = Policies(
         shared=modules[0].name if options.weights == "all" else PARENT,

@@ -1,4 +1,4 @@
-"""The command merge-stats: the statistics of several sets of documents as one file."""
+"""The command merge-stats: merge the statistics of several sets of documents into one file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from emo_megatron.files import must_not_exist
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Merge statistics files of different documents into one: the statistics of all documents together."""
+    """Merge statistics files of different documents into one file.
+
+    For example:
+        emo_megatron merge-stats --stats french.safetensors spanish.safetensors --output both.safetensors
+    """
 
     stats: tuple[Path, ...]
-    """Files of `stats`, of the same model."""
+    """Statistics files of one model."""
     output: Path
-    """Statistics file to write."""
+    """Statistics file to write; must not exist."""
 
 
 def run(options: Options) -> Path:
-    """Merge; returns the file."""
+    """Merge, and return the path of the file."""
     must_not_exist(options.output)
     return merge_stats([load_stats(path) for path in options.stats]).save(options.output)

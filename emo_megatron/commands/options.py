@@ -1,4 +1,4 @@
-"""Options that several commands have: how a model is run, and on which documents."""
+"""Options that several commands share: how to run a model, and which documents to read."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
 
 from emo_megatron.experts.calibration import Calibration
 from emo_megatron.runners import launch
-from emo_megatron.runners.cache import Measured, NoCache, open_cache
+from emo_megatron.runners.cache import CachedRunner, NoCache, open_cache
 from emo_megatron.runners.open import Read, is_hugging_face, open_hugging_face, open_megatron
 
 
+def unset(metavar: str, default: str) -> Any:
+    """How --help shows an option whose default is None: the kind of its value, and what None means."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 def check_least(options: object, least: int, *names: str) -> None:
-    """Refuse whole numbers among options that are below `least`, or too large for any tensor; None is no number."""
+    """Raise ValueError if one of these integer options is below `least` or above 64 bits; None is allowed."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not least <= value < 2**63:
@@ -24,75 +32,89 @@ def check_least(options: object, least: int, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
-    """How a model is run."""
+    """How to run a model."""
 
-    tokenizer: Path | None = None
-    """Hugging Face tokenizer for text (a folder); the checkpoint's own by default."""
-    seq_length: int | None = None
-    """Tokens a row; longer documents are cut. By default what the model was trained with, or 4096 if that is less."""
-    rows: int = 4
-    """Rows at once: more are faster and take more memory."""
-    processes: int = 1
-    """Processes, one a GPU, for a Megatron checkpoint. Those that no other number claims share the documents."""
+    tokenizer: Annotated[Path | None, unset("FOLDER", "the tokenizer of the checkpoint")] = None
+    """Folder of a Hugging Face tokenizer, for documents that are text."""
+    seq_length: Annotated[int | None, unset("INT", "as in training, at most 4096")] = None
+    """Tokens per sequence. Longer documents are cut."""
+    micro_batch_size: int = 4
+    """Sequences per forward pass. A larger value is faster and needs more memory."""
+    nproc_per_node: int = 1
+    """Processes, one per GPU, for a Megatron checkpoint. Ranks that tensor and pipeline parallelism do not use are
+    data-parallel and split the documents."""
     tensor_parallel: int = 1
-    """Ranks that share a layer's attention and the sequence."""
+    """Tensor-parallel size; values above 1 also split the sequence."""
     pipeline_parallel: int = 1
-    """Ranks that share the layers."""
+    """Pipeline-parallel size."""
     expert_parallel: int = 1
-    """Ranks that share a layer's experts."""
+    """Expert-parallel size."""
     no_cache: bool = False
-    """Measure everything now, and keep nothing for another call."""
-    megatron: str = ""
-    """More of Megatron's flags, in one text after an equals sign: --megatron="--bf16 --transformer-impl local"."""
+    """Measure everything again and store nothing in the cache."""
+    megatron_args: str = ""
+    """More flags for Megatron, as one string after an equals sign: --megatron-args="--bf16 --seed 7"."""
 
     def __post_init__(self) -> None:
-        layout = ("processes", "tensor_parallel", "pipeline_parallel", "expert_parallel")
-        check_least(self, 1, "rows", "seq_length", *layout)
+        layout = ("nproc_per_node", "tensor_parallel", "pipeline_parallel", "expert_parallel")
+        check_least(self, 1, "micro_batch_size", "seq_length", *layout)
         try:
-            shlex.split(self.megatron)
+            shlex.split(self.megatron_args)
         except ValueError as error:
             raise ValueError(
-                f"--megatron must be flags as a shell reads them; got {self.megatron!r}: {error}"
+                f"--megatron-args must be flags as a shell reads them; got {self.megatron_args!r}: {error}"
             ) from None
         ranks = self.tensor_parallel * self.pipeline_parallel
         # experts are spread over all ranks of a pipeline stage
-        if self.processes % ranks or self.processes // self.pipeline_parallel % self.expert_parallel:
+        if self.nproc_per_node % ranks or self.nproc_per_node // self.pipeline_parallel % self.expert_parallel:
             raise ValueError(
-                f"--processes must be a multiple of --tensor-parallel times --pipeline-parallel, {ranks}, and its "
-                f"share of a stage of --expert-parallel, {self.expert_parallel}; got {self.processes}"
+                f"--nproc-per-node must be a multiple of --tensor-parallel times --pipeline-parallel, {ranks}, and "
+                "--nproc-per-node divided by --pipeline-parallel must be a multiple of --expert-parallel, "
+                f"{self.expert_parallel}; got {self.nproc_per_node}"
             )
 
-    def is_elsewhere(self, checkpoint: Path) -> bool:
-        """Whether the model runs in other processes than this one, see `run_elsewhere`."""
+    def runs_in_ranks(self, checkpoint: Path) -> bool:
+        """Whether this process starts other processes that run the model, see `run_in_ranks`."""
         return not (is_hugging_face(checkpoint) or launch.is_rank())
 
-    def run_elsewhere(self, command: str, *, log: Path) -> None:
-        """Run the command again where the model runs; Megatron's own output goes to a file."""
-        launch.again(command, self, processes=self.processes, log=log)
+    def run_in_ranks(self, command: str, *, log: Path) -> None:
+        """Run the command again in the processes that run the model; Megatron's own output goes to a file."""
+        launch.again(command, self, processes=self.nproc_per_node, log=log)
 
-    def open(self, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[Measured, Read]:
-        """The model of a checkpoint, Megatron's or Hugging Face's, and what reads documents (`texts`) for it."""
+    def open(self, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[CachedRunner, Read]:
+        """Open a Megatron or Hugging Face checkpoint.
+
+        Args:
+            checkpoint: its folder.
+            texts: the document files that will be read.
+
+        Returns:
+            The runner of the model, and the function that reads documents with the model's tokenizer.
+        """
         cache = NoCache() if self.no_cache else open_cache()
         if not is_hugging_face(checkpoint):
             model, read = open_megatron(
                 checkpoint,
                 layout=self._layout(),
-                more=shlex.split(self.megatron),
+                more=shlex.split(self.megatron_args),
                 texts=texts,
                 tokenizer=self.tokenizer,
                 seq_length=self.seq_length,
-                rows=self.rows,
+                micro_batch_size=self.micro_batch_size,
             )
-            return Measured(model, cache), read
-        if self.processes > 1 or self.megatron:
+            return CachedRunner(model, cache), read
+        if self.nproc_per_node > 1 or self.megatron_args:
             raise ValueError(
-                f"{checkpoint} is a Hugging Face checkpoint, which runs in one process; drop --processes and "
-                "--megatron, or import it into Megatron"
+                f"{checkpoint} is a Hugging Face checkpoint, which runs in one process: remove --nproc-per-node and "
+                "--megatron-args, or import the checkpoint into Megatron with the command import"
             )
         model, read = open_hugging_face(
-            checkpoint, texts=texts, tokenizer=self.tokenizer, seq_length=self.seq_length, rows=self.rows
+            checkpoint,
+            texts=texts,
+            tokenizer=self.tokenizer,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
         )
-        return Measured(model, cache), read
+        return CachedRunner(model, cache), read
 
     def _layout(self) -> list[str]:
         """Megatron's flags for the layout."""
@@ -100,7 +122,7 @@ class ModelOptions:
             "--tensor-model-parallel-size": self.tensor_parallel,
             "--pipeline-model-parallel-size": self.pipeline_parallel,
             "--expert-model-parallel-size": self.expert_parallel,
-            # a rank has whole experts, whose outputs can be measured
+            # every rank has whole experts, so that the outputs of experts can be measured
             "--expert-tensor-parallel-size": 1,
         }
         flags = [part for name, size in sizes.items() for part in (name, str(size))]
@@ -109,16 +131,16 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataOptions(ModelOptions):
-    """Which calibration documents."""
+    """Which calibration documents to read."""
 
-    examples: int | None = None
-    """Documents taken, at random; all by default."""
+    examples: Annotated[int | None, unset("INT", "all")] = None
+    """Number of documents, chosen at random."""
     shots: int = 0
-    """Documents put in front of every example, in one document with it."""
-    tokens: int | None = None
-    """No further document is taken once so many tokens are."""
+    """Number of documents put before every example, in the same document as the example."""
+    tokens: Annotated[int | None, unset("INT", "no limit")] = None
+    """Stop adding documents when this number of tokens is reached."""
     seed: int = 0
-    """Of random choices: of documents and, by the method random, of experts."""
+    """Seed of the random choice of documents and, with the method random, of experts."""
 
     def __post_init__(self) -> None:
         # super() does not find the class that slots made anew
@@ -128,5 +150,5 @@ class DataOptions(ModelOptions):
 
     @property
     def calibration(self) -> Calibration:
-        """Which documents."""
+        """Which documents to read."""
         return Calibration(num_examples=self.examples, num_shots=self.shots, num_tokens=self.tokens, seed=self.seed)

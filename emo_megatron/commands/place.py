@@ -1,7 +1,4 @@
-"""Place the experts that tokens use together on one expert-parallel rank.
-
-python -m emo_megatron place --stats text.safetensors --ranks 8 --output ep8.json
-"""
+"""The command place: choose the experts of every expert-parallel rank, so that experts used together share a rank."""
 
 from __future__ import annotations
 
@@ -16,20 +13,24 @@ from emo_megatron.files import must_not_exist
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Place the experts that tokens use together on one expert-parallel rank: a placement file, for relabel."""
+    """Choose which experts share an expert-parallel rank, and write a placement file for the command reorder.
+
+    For example:
+        emo_megatron place --stats text.safetensors --ranks 8 --output ep8.json
+    """
 
     stats: tuple[Path, ...]
-    """Files of `stats`, of text like that of the run to be; several count as one."""
+    """Statistics files, measured on text similar to the training text. Several files are merged."""
     ranks: int
-    """Expert-parallel ranks (--expert-model-parallel-size)."""
+    """Number of expert-parallel ranks (Megatron's --expert-model-parallel-size)."""
     output: Path
     """Placement file to write; must not exist."""
-    method: Method = "together"
-    """together: experts used by the same tokens share a rank. load: loads alone are balanced."""
+    method: Method = "coactivation"
+    """coactivation: experts that are used by the same tokens share a rank. load: only balance the load of the ranks."""
     max_imbalance: float = 1.1
-    """Load of the fullest rank over the mean, at most, as far as the experts' own loads allow it."""
+    """Upper bound of the largest rank load divided by the mean, as far as the loads of the experts allow."""
     seed: int = 0
-    """Of the order in which swaps of experts are tried."""
+    """Seed of the order in which swaps of experts are tried."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "ranks")

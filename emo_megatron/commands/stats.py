@@ -1,4 +1,4 @@
-"""The command stats: measure what the experts of a model do on calibration documents."""
+"""The command stats: measure how the experts of a model are used on calibration documents."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ from emo_megatron.commands.options import DataOptions
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.stats import load_stats
 from emo_megatron.files import must_be_writable
-from emo_megatron.runners.cache import Measured
+from emo_megatron.runners.cache import CachedRunner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options(DataOptions):
-    """Measure what the experts of a model do on calibration documents: one pass, one file."""
+    """Measure how the experts of a model are used on calibration documents, and write a statistics file.
+
+    An interrupted measurement resumes when the same command is called again.
+
+    For example:
+        emo_megatron stats --checkpoint runs/emo --data french.jsonl --output french.stats.safetensors
+    """
 
     checkpoint: Path
-    """Megatron's (what --save named, or one iteration's folder in it) or Hugging Face's (a folder with config.json)."""
+    """Megatron checkpoint (the folder of --save, or one iteration in the folder) or Hugging Face folder."""
     data: Path
-    """.jsonl with a "text" on every line, .safetensors with tokens and cu_seqlens, or prefix of an indexed dataset."""
+    """Calibration documents: a .jsonl file with a field "text" per line, a .safetensors file with tokens and
+    cu_seqlens, or the prefix of an indexed dataset."""
     output: Path
-    """Statistics file to write. Called again, an interrupted pass goes on where it was."""
+    """Statistics file to write."""
     outputs: bool = False
-    """Also look at what experts put out, which the methods easy_ep and reap need."""
+    """Also measure the outputs of the experts, which the methods easy_ep and reap need. Slower."""
 
 
 def run(options: Options) -> Path:
-    """Measure; returns the statistics file."""
+    """Measure, and return the path of the statistics file."""
     output = options.output
     if output.is_dir():
-        raise ValueError(f"--output must be a file; {output} is a folder")
+        raise ValueError(f"--output must be a file; got the folder {output}")
     must_be_writable(output)
     if output.exists():
-        # nothing else is written over
+        # a file that is no statistics file is not overwritten
         load_stats(output)
-    if options.is_elsewhere(options.checkpoint):
-        options.run_elsewhere("stats", log=output.with_name(f"{output.name}.log"))
+    if options.runs_in_ranks(options.checkpoint):
+        options.run_in_ranks("stats", log=output.with_name(f"{output.name}.log"))
         return output
     model, read = options.open(options.checkpoint, texts=[options.data])
     documents = read(options.data, options.calibration)
@@ -48,20 +55,20 @@ def run(options: Options) -> Path:
     return output
 
 
-def _is_done(options: Options, model: Measured, documents: Documents) -> bool:
-    """Whether the output holds these statistics; what is of something else is not written over."""
+def _is_done(options: Options, model: CachedRunner, documents: Documents) -> bool:
+    """Whether the output already holds these statistics; statistics of other weights or documents are an error."""
     if not options.output.exists():
         return False
     found, setting = load_stats(options.output), asdict(model.setting)
     wanted = {"sha256": documents.source["sha256"]} | setting
     is_same = (
         [{name: entry.get(name) for name in wanted} for entry in found.data] == [wanted]
-        and found.model.is_same(model.facts)
-        and ("norm_LE" in found.tensors()) == options.outputs
+        and found.model.is_same(model.metadata)
+        and ("gated_norm_LE" in found.tensors()) == options.outputs
     )
     if not is_same:
         raise ValueError(
-            f"{options.output} holds the statistics of something else: other weights, --data, --seq-length, dtype, "
-            "--outputs, --tensor-parallel or --megatron; name another file with --output"
+            f"--output {options.output} holds statistics that were measured with other weights, --data, --seq-length, "
+            "dtype, --outputs, --tensor-parallel or --megatron-args: give another file with --output"
         )
     return True

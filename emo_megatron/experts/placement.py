@@ -2,7 +2,7 @@
 
 A token's row goes once to every rank that holds any of its experts, so ranks per token fall when experts that are used
 together lie together. That is balanced graph partitioning: experts are nodes, the tokens routed to both an edge's
-weight, ranks are parts of equally many experts whose load is bounded. `together` starts from several placements and
+weight, ranks are parts of equally many experts whose load is bounded. `coactivation` starts from several placements and
 swaps pairs of experts while that helps, as Kernighan and Lin (1970) do; `load` is the usual packing by loads alone (as
 EPLB's), to compare with. Co-activation knows pairs: what lies together is exactly the rows that top-2 routing saves,
 and stands in for them with more experts a token.
@@ -28,7 +28,7 @@ from emo_megatron.finite import finite_number
 from emo_megatron.json_files import are_layers, checked, is_a, read_own, to_json
 
 FORMAT = "emo_megatron.placement.1"
-Method = Literal["together", "load"]
+Method = Literal["coactivation", "load"]
 Ranks = npt.NDArray[np.int64]
 """[E], the rank of every expert."""
 Weights = npt.NDArray[np.float64]
@@ -104,14 +104,19 @@ def load_placement(path: Path) -> Placement:
 
 
 def place(
-    stats: ExpertStatistics, *, num_ranks: int, method: Method = "together", max_imbalance: float = 1.1, seed: int = 0
+    stats: ExpertStatistics,
+    *,
+    num_ranks: int,
+    method: Method = "coactivation",
+    max_imbalance: float = 1.1,
+    seed: int = 0,
 ) -> Placement:
     """Place the experts of every layer.
 
     Args:
         stats: of text like that of the run to be.
         num_ranks: R, a divisor of E.
-        method: `together`, or `load` alone.
+        method: `coactivation`, or `load` alone.
         max_imbalance: load (tokens, counted once for each expert) of the fullest rank over the mean; at least 1. Where
             loads do not allow it, no rank gets fuller than the fullest of the most balanced start.
         seed: of the order in which swaps are tried.
@@ -121,12 +126,12 @@ def place(
         raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
     _check_bound(max_imbalance, name="--max-imbalance")
     orders = []
-    for together_EE in stats.together_LEE.double().numpy():
-        load_E = together_EE.diagonal().copy()
+    for coactivation_EE in stats.coactivation_LEE.double().numpy():
+        load_E = coactivation_EE.diagonal().copy()
         rank_E = (
             pack_by_load(load_E, num_ranks=num_ranks)
             if method == "load"
-            else place_together(together_EE, num_ranks=num_ranks, max_imbalance=max_imbalance, seed=seed)
+            else place_by_coactivation(coactivation_EE, num_ranks=num_ranks, max_imbalance=max_imbalance, seed=seed)
         )
         orders.append(tuple(int(e) for e in np.argsort(rank_E, kind="stable")))
     return Placement(
@@ -153,13 +158,13 @@ def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
     return rank_E
 
 
-def place_together(together_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int) -> Ranks:
+def place_by_coactivation(coactivation_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int) -> Ranks:
     """The best of some starts, each bettered by swaps; the rest as in `place`.
 
-    together_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
+    coactivation_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
     """
-    load_E = together_EE.diagonal().copy()
-    weight_EE = together_EE - np.diag(load_E)
+    load_E = coactivation_EE.diagonal().copy()
+    weight_EE = coactivation_EE - np.diag(load_E)
     starts = (
         pack_by_load(load_E, num_ranks=num_ranks),
         np.arange(len(load_E)) // (len(load_E) // num_ranks),

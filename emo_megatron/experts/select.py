@@ -7,6 +7,7 @@ router probability, greedy by layer), 2504.06792 (EASY-EP), 2510.13999 (REAP).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emo_megatron.experts.selection import Selection
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.experts.stats import ExpertStatistics, ModelMetadata
 from emo_megatron.finite import NotFiniteError, first_bad
 
 
@@ -34,14 +35,22 @@ class Method:
 RANDOM = "random"
 LAYERWISE = "layerwise"
 METHODS: Mapping[str, Method] = {
-    "mean_prob": Method(summary="mean router probability, the paper's", scores=lambda stats: stats.mean_probability_LE),
-    "frequency": Method(summary="share of tokens", scores=lambda stats: stats.frequency_LE),
-    LAYERWISE: Method(summary="mean_prob, each layer measured with the earlier ones already reduced"),
-    "easy_ep": Method(
-        summary="by what experts put out (EASY-EP)", scores=lambda stats: stats.easy_ep_LE, needs_outputs=True
+    "mean_prob": Method(summary="mean router probability (the paper)", scores=lambda stats: stats.mean_probability_LE),
+    "frequency": Method(summary="share of tokens routed to the expert", scores=lambda stats: stats.frequency_LE),
+    LAYERWISE: Method(
+        summary="mean_prob of each layer, measured while the earlier layers already run with fewer experts"
     ),
-    "reap": Method(summary="by what experts put out (REAP)", scores=lambda stats: stats.reap_LE, needs_outputs=True),
-    RANDOM: Method(summary="any"),
+    "easy_ep": Method(
+        summary="size of the expert outputs and of the change of the residual stream (EASY-EP); needs stats --outputs",
+        scores=lambda stats: stats.easy_ep_LE,
+        needs_outputs=True,
+    ),
+    "reap": Method(
+        summary="mean size of the expert outputs (REAP); needs stats --outputs",
+        scores=lambda stats: stats.reap_LE,
+        needs_outputs=True,
+    ),
+    RANDOM: Method(summary="random experts"),
 }
 """All that is to be known of a method: another one is another entry."""
 METHODS_HELP = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + "."
@@ -53,45 +62,55 @@ def check_method(name: str, *, flag: str) -> None:
         raise ValueError(f"{flag} must be of {', '.join(METHODS)}; got {name}")
 
 
-def size_of(text: str, *, total: int) -> int:
-    """Experts a layer that a size of `--keep` means where there are `total`, shared ones included."""
-    number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        return round(float(number) / 100 * total) if is_share else int(number)
-    except (OverflowError, ValueError):
-        raise ValueError(f"--keep must be a number like 16 or a share like 12.5%; got {text!r}") from None
+def parse_size(text: str, *, num_experts: int) -> int:
+    """Routed experts per layer that a size means in a model with `num_experts` routed experts per layer.
 
-
-def parse_keep(text: str, facts: ModelFacts) -> int:
-    """Routed experts a layer that `--keep` asks for.
-
-    Its text is experts a layer as the paper counts them, shared ones included: "16"; or a share of all of them, to the
-    nearest number: "12.5%".
+    A size is a share of the routed experts, "25%", rounded to the nearest number, or a number of them, "8 routed".
     """
-    total = facts.num_experts + facts.num_shared
-    wanted, is_share = size_of(text, total=total), text.strip().endswith("%")
-    least = facts.top_k + facts.num_shared
-    if not least <= wanted <= total:
+    number, is_share = text.strip().removesuffix("%"), text.strip().endswith("%")
+    words = text.split()
+    try:
+        if is_share:
+            return round(float(number) / 100 * num_experts)
+        if len(words) == 2 and words[1] == "routed":
+            return int(words[0])
+    except (OverflowError, ValueError):
+        pass
+    hint = ""
+    if re.fullmatch(r"[+-]?\d+", text.strip()):
+        hint = f". Earlier releases counted shared experts too: with one shared expert, {text.strip()} was one more"
+        hint += " than the number of routed experts"
+    raise ValueError(
+        "--keep must be a share of the routed experts, such as 25%, or a number of routed experts per layer, such as "
+        f'"8 routed"; got {text!r}{hint}'
+    )
+
+
+def parse_keep(text: str, *, num_experts: int, top_k: int) -> int:
+    """Routed experts per layer that `--keep` asks for: `parse_size` within what a module can have."""
+    keep = parse_size(text, num_experts=num_experts)
+    if not top_k <= keep <= num_experts:
+        meaning = f", which is {keep}" if text.strip().endswith("%") else ""
         raise ValueError(
-            f"--keep must leave {least} to {total} experts a layer, {facts.num_shared} shared included: a token "
-            f"goes to {facts.top_k} routed ones; got {text.strip()}{f', which is {wanted}' if is_share else ''}"
+            f"--keep must leave {top_k} to {num_experts} routed experts per layer, because every token is routed to "
+            f"{top_k} of them; got {text.strip()}{meaning}"
         )
-    return wanted - facts.num_shared
+    return keep
 
 
-def keep_for_budget(budget_mb: float, facts: ModelFacts, *, bytes_per_parameter: float) -> int:
+def keep_for_budget(budget_mb: float, metadata: ModelMetadata, *, bytes_per_parameter: float) -> int:
     """Most routed experts per layer of a module all of whose weights fit in `budget_mb` megabytes of 10^6 bytes."""
-    layer_bytes = len(facts.layers) * facts.expert_parameters * bytes_per_parameter
-    fixed_bytes = facts.other_parameters * bytes_per_parameter
+    layer_bytes = len(metadata.layers) * metadata.expert_parameters * bytes_per_parameter
+    fixed_bytes = metadata.other_parameters * bytes_per_parameter
     room = (budget_mb * 1e6 - fixed_bytes) / layer_bytes
     # written so that numbers too large for their product fail too
-    if not room >= facts.top_k:
-        least = (fixed_bytes + facts.top_k * layer_bytes) / 1e6
+    if not room >= metadata.top_k:
+        least = (fixed_bytes + metadata.top_k * layer_bytes) / 1e6
         raise ValueError(
-            f"--budget-mb must be {least:.1f} or more: that is the smallest module, with {facts.top_k} routed "
+            f"--budget-mb must be {least:.1f} or more: that is the smallest module, with {metadata.top_k} routed "
             f"experts a layer; got {budget_mb:g}"
         )
-    return int(min(facts.num_experts, room))
+    return int(min(metadata.num_experts, room))
 
 
 def select_top(scores_LE: Tensor, *, keep: int) -> Tensor:
@@ -124,35 +143,37 @@ def select_by_stats(stats: ExpertStatistics, *, method: str, keep: int) -> Tenso
     return select_top(scores(stats), keep=keep)
 
 
-def selection_of(keep_mask_LE: Tensor, facts: ModelFacts, *, method: str, seed: int, data: dict[str, Any]) -> Selection:
+def selection_of(
+    keep_mask_LE: Tensor, metadata: ModelMetadata, *, method: str, seed: int, data: dict[str, Any]
+) -> Selection:
     """The Selection of a choice; the seed is told of random choices only."""
     return Selection.from_mask(
         keep_mask_LE,
-        layers=facts.layers,
+        layers=metadata.layers,
         method=method,
         seed=seed if method == RANDOM else None,
-        model=facts.fingerprint,
+        model=metadata.fingerprint,
         data=data,
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MaxRise:
-    """How much more a module may lose on held-out documents than the whole model."""
+class MaxLossIncrease:
+    """How much more a module may lose on validation documents than the whole model."""
 
     value: float
     """Nats a token, or a share of the whole model's loss."""
     is_share: bool
 
     @classmethod
-    def parse(cls, text: str) -> MaxRise:
+    def parse(cls, text: str) -> MaxLossIncrease:
         """Read "0.05" (nats a token) or "1%" (of the whole model's loss)."""
         try:
             number = float(text.strip().removesuffix("%"))
         except ValueError:
             number = -1.0
         if not 0 <= number < math.inf:
-            raise ValueError(f"--max-rise must be nats like 0.05 or a share like 1%; got {text}")
+            raise ValueError(f"--max-loss-increase must be nats like 0.05 or a share like 1%; got {text}")
         is_share = text.strip().endswith("%")
         return cls(value=number / 100 if is_share else number, is_share=is_share)
 

@@ -3,10 +3,11 @@
 Shapes: T tokens, L MoE layers in model order, E routed experts. Everything stored is a sum over tokens, so that the
 statistics of two sets of documents add up to those of both.
 
-    probability     p(e|t), the router's scores over all routed experts, whatever was routed   arXiv 2605.06663
-    count           1 where t is routed to e
-    norm            g * |f_e|, gate times length of the expert's output, where t is routed to e
-    change          norm * max(0, 1 - cos(h, h + MoE(h))), h the MoE layer's normed input      arXiv 2504.06792
+    probability      p(e|t), the router's probability of expert e over all routed experts          arXiv 2605.06663
+    count            1 where token t is routed to expert e
+    coactivation     1 where token t is routed to both experts
+    gated_norm       g * |f_e|, gate times L2 norm of the expert's output, where t is routed to e  arXiv 2510.13999
+    residual_change  gated_norm * max(0, 1 - cos(h, h + MoE(h))), h the MoE layer's normed input   arXiv 2504.06792
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from emo_megatron.files import one_line, whole
 from emo_megatron.finite import NotFiniteError
 from emo_megatron.json_files import are_layers, checked, from_json, to_json
 
-FORMAT = "emo_megatron.stats.1"
+FORMAT = "emo_megatron.stats.2"
+FIRST_FORMAT = "emo_megatron.stats.1"
+FIRST_NAMES = {"together_LEE": "coactivation_LEE", "norm_LE": "gated_norm_LE", "change_LE": "residual_change_LE"}
+"""Names of the tensors in the first format, and in this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
+class ModelMetadata:
     """What choosing experts needs to know of a model."""
 
     fingerprint: str
@@ -52,7 +56,7 @@ class ModelFacts:
     bytes_per_parameter: int = 2
     """Of the routed experts, as the checkpoint stores them."""
 
-    def is_same(self, other: ModelFacts) -> bool:
+    def is_same(self, other: ModelMetadata) -> bool:
         """Whether the routers are the same; formats may differ in what else they store."""
         names = ("fingerprint", "num_experts", "top_k", "layers")
         return all(getattr(self, name) == getattr(other, name) for name in names)
@@ -67,18 +71,18 @@ class ExpertStatistics:
             not finite (NotFiniteError, which names the layer and the expert).
     """
 
-    model: ModelFacts
+    model: ModelMetadata
     num_documents: int
     num_tokens: int
     probability_LE: Tensor
     """[L, E] float64, sum of router probabilities."""
     count_LE: Tensor
     """[L, E] int64, tokens routed to each expert."""
-    together_LEE: Tensor
+    coactivation_LEE: Tensor
     """[L, E, E] int64, tokens routed to both experts; the diagonal is `count_LE`."""
-    norm_LE: Tensor | None = None
+    gated_norm_LE: Tensor | None = None
     """[L, E] float64; None if outputs were not looked at."""
-    change_LE: Tensor | None = None
+    residual_change_LE: Tensor | None = None
     """[L, E] float64; None if outputs were not looked at."""
     data: tuple[dict[str, Any], ...] = ()
     """Where the documents came from, an entry a set."""
@@ -87,8 +91,8 @@ class ExpertStatistics:
     def __post_init__(self) -> None:
         num_layers, num_experts = len(self.model.layers), self.model.num_experts
         for name, tensor in self.tensors().items():
-            shape = (num_layers, num_experts, num_experts)[: 3 if name == "together_LEE" else 2]
-            dtype = torch.int64 if name in ("count_LE", "together_LEE") else torch.float64
+            shape = (num_layers, num_experts, num_experts)[: 3 if name == "coactivation_LEE" else 2]
+            dtype = torch.int64 if name in ("count_LE", "coactivation_LEE") else torch.float64
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name} must be {list(shape)} {dtype}; got {list(tensor.shape)} {tensor.dtype}")
         self._check_finite()
@@ -111,7 +115,7 @@ class ExpertStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums that were measured, by name."""
-        names = ("probability_LE", "count_LE", "together_LEE", "norm_LE", "change_LE")
+        names = ("probability_LE", "count_LE", "coactivation_LEE", "gated_norm_LE", "residual_change_LE")
         found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -128,12 +132,12 @@ class ExpertStatistics:
     @property
     def reap_LE(self) -> Tensor:
         """[L, E] float64, mean of gate times output length over an expert's own tokens (arXiv 2510.13999)."""
-        return _measured(self.norm_LE, "reap") / self.count_LE.clamp(min=1)
+        return _measured(self.gated_norm_LE, "reap") / self.count_LE.clamp(min=1)
 
     @property
     def easy_ep_LE(self) -> Tensor:
         """[L, E] float64, output length times what the layer changed, summed over tokens (arXiv 2504.06792)."""
-        return _measured(self.change_LE, "easy_ep")
+        return _measured(self.residual_change_LE, "easy_ep")
 
     def of(self, source: dict[str, Any]) -> ExpertStatistics:
         """The same, saying where the documents came from."""
@@ -190,13 +194,15 @@ def load_stats(path: Path | str) -> ExpertStatistics:
     except SafetensorError as error:
         raise ValueError(f"{path} is no statistics file, or cut short: {one_line(error)}") from None
     found, name = described.get("format", ""), FORMAT.rpartition(".")[0]
+    if found == FIRST_FORMAT:
+        found, tensors = FORMAT, {FIRST_NAMES.get(key, key): tensor for key, tensor in tensors.items()}
     if found != FORMAT and found.startswith(f"{name}."):
         raise ValueError(f"{path} has the format {found}, and this version reads {FORMAT}: write it again with stats")
     if found != FORMAT:
         raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
     try:
         return ExpertStatistics(
-            model=_facts(from_json(described["model"].encode())),
+            model=_metadata(from_json(described["model"].encode())),
             num_documents=int(described["num_documents"]),
             num_tokens=int(described["num_tokens"]),
             data=_sources(from_json(described["data"].encode())),
@@ -209,16 +215,16 @@ def load_stats(path: Path | str) -> ExpertStatistics:
         raise ValueError(f"{path} is a damaged statistics file: {error}") from None
 
 
-def _facts(stored: object) -> ModelFacts:
+def _metadata(stored: object) -> ModelMetadata:
     """What `save` wrote of the model."""
-    kinds: dict[str, type] = {f.name: int for f in dataclasses.fields(ModelFacts)}
+    kinds: dict[str, type] = {f.name: int for f in dataclasses.fields(ModelMetadata)}
     found = checked(stored, kinds | {"fingerprint": str, "layers": list}, where="model", least=0)
     layers = found["layers"]
     if not are_layers(layers):
         raise ValueError(f"model: layers must be ascending numbers from 1; got {layers}")
     if not 1 <= found["top_k"] <= found["num_experts"]:
         raise ValueError(f"model: top_k must lie in [1, num_experts]; got {found['top_k']}")
-    return ModelFacts(**found | {"layers": tuple(layers)})
+    return ModelMetadata(**found | {"layers": tuple(layers)})
 
 
 def _sources(stored: object) -> tuple[dict[str, Any], ...]:
@@ -276,9 +282,9 @@ class LayerSums:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.probability_E = zeros(num_experts)
-        self.together_EE = zeros(num_experts, num_experts, dtype=torch.int64)
-        self.norm_E = zeros(num_experts) if outputs else None
-        self.change_E = zeros(num_experts) if outputs else None
+        self.coactivation_EE = zeros(num_experts, num_experts, dtype=torch.int64)
+        self.gated_norm_E = zeros(num_experts) if outputs else None
+        self.residual_change_E = zeros(num_experts) if outputs else None
 
     def add(
         self,
@@ -296,24 +302,24 @@ class LayerSums:
             routing_map_TE: [T, E] bool, True where a token is routed to an expert.
             is_counted_T: [T] bool, False for padding.
             norms_TE: [T, E] float, gate times output length, zero elsewhere.
-            change_T: [T] float, `change_of`.
+            change_T: [T] float, `residual_change_of`.
         """
         is_padding_T1 = ~is_counted_T[:, None]
         # zero times what padding computes may be NaN
         self.probability_E += probs_TE.double().masked_fill(is_padding_T1, 0.0).sum(0)
         # exact in float32 up to 2^24 tokens a call, and integers have no matrix product on a GPU
         chosen_TE = (routing_map_TE & is_counted_T[:, None]).float()
-        self.together_EE += (chosen_TE.T @ chosen_TE).long()
-        if self.norm_E is not None and self.change_E is not None:
+        self.coactivation_EE += (chosen_TE.T @ chosen_TE).long()
+        if self.gated_norm_E is not None and self.residual_change_E is not None:
             assert norms_TE is not None
             assert change_T is not None
             norms_TE = norms_TE.double().masked_fill(is_padding_T1, 0.0)
             change_T1 = change_T.double()[:, None].masked_fill(is_padding_T1, 0.0)
-            self.norm_E += norms_TE.sum(0)
-            self.change_E += (norms_TE * change_T1).sum(0)
+            self.gated_norm_E += norms_TE.sum(0)
+            self.residual_change_E += (norms_TE * change_T1).sum(0)
 
 
-def change_of(input_TH: Tensor, output_TH: Tensor) -> Tensor:
+def residual_change_of(input_TH: Tensor, output_TH: Tensor) -> Tensor:
     """[T] float64: how far an MoE layer turns its input, max(0, 1 - cos(h, h + MoE(h))).
 
     As EMO's authors compute it: h is the layer's normed input and MoE(h) its whole output, shared experts included.

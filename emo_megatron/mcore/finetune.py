@@ -111,7 +111,7 @@ def _place_when_loaded(layer: MoELayer, order: tuple[int, ...], check: Callable[
             # of what is loaded, some tensors are the model's own, placed by now, and others are copies
             raise RuntimeError(
                 f"layer {layer.layer_number}: weights were loaded twice, as Megatron does where a checkpoint lacks or "
-                "has more than the model; --expert-placement cannot tell which are placed. Use relabel"
+                "has more than the model; --expert-placement cannot tell which are placed. Use reorder"
             )
         check(layer)
         place_experts(layer, order=order)
@@ -121,7 +121,7 @@ def _place_when_loaded(layer: MoELayer, order: tuple[int, ...], check: Callable[
         if _starts_from_weights() and not is_placed:
             raise RuntimeError(
                 f"layer {layer.layer_number}: --expert-placement placed nothing, for no weights came through "
-                "load_state_dict. Use relabel"
+                "load_state_dict. Use reorder"
             )
         first_forward.remove()
 

@@ -104,12 +104,12 @@ SELECTION = (
     only("train_only", "experts", why="the other weights have no experts of their own"),
     only("mtp_num_layers", None, 0, why="a Selection names experts of the decoder's layers alone"),
     only("no_save_optim", True, why="Megatron stores the optimizer's state of all experts of a layer or of none"),
-    only("expert_placement", None, why="it changes the numbers of experts; relabel, and make the Selection of that"),
+    only("expert_placement", None, why="it changes the numbers of experts; reorder, and make the Selection of that"),
 )
 """On the parsed flags of runs with --train-selection."""
 
-_NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use relabel"
-_SCALES = "quantised experts have scales of their own, which do not change places; use relabel"
+_NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use reorder"
+_SCALES = "quantised experts have scales of their own, which do not change places; use reorder"
 PLACEMENT = (
     only("mtp_num_layers", None, 0, why="no placement orders experts of multi-token prediction", is_untried=True),
     only("pool_forced", 0, why="the last experts are in every pool, and other experts would come last"),

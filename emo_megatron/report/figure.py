@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emo_megatron.experts.select import MaxRise
+from emo_megatron.experts.select import MaxLossIncrease
 from emo_megatron.files import whole
 from emo_megatron.report.rows import CHOSEN, EMO, FULL, RANDOM, STANDARD, RetentionRow, RetentionSummary, summarise
 from emo_megatron.report.table import share
@@ -77,7 +77,7 @@ def over_shares(axes: Axes, shares: Iterable[float]) -> None:
     axes.set_axisbelow(True)
 
 
-def plot_methods(rows: Sequence[RetentionRow], path: Path | str, *, caption: str = "", bound: MaxRise) -> Path:
+def plot_methods(rows: Sequence[RetentionRow], path: Path | str, *, caption: str = "", bound: MaxLossIncrease) -> Path:
     """Draw the figure and write it as PNG, whole or not at all.
 
     Args:
@@ -104,7 +104,7 @@ def plot_methods(rows: Sequence[RetentionRow], path: Path | str, *, caption: str
     return path
 
 
-def _draw_losses(axes: Axes, summaries: list[RetentionSummary], *, bound: MaxRise) -> None:
+def _draw_losses(axes: Axes, summaries: list[RetentionSummary], *, bound: MaxLossIncrease) -> None:
     full = next((s for s in summaries if s.method == FULL), None)
     for method, line in LINES.items():
         points = [s for s in summaries if s.method == method]

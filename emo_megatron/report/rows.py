@@ -1,6 +1,6 @@
 """The numbers behind a retention curve: rows of single evaluations, their files, their means.
 
-Losses are means in nats per token on held-out text. A row is one evaluation: the experts of `model`
+Losses are means in nats per token on validation text. A row is one evaluation: the experts of `model`
 that `method` chose for `domain`, measured on `evaluated_on`.
 """
 
@@ -26,8 +26,10 @@ CHOSEN = "mean_prob"
 RANDOM = "random"
 
 QUARTER = 1 / 4
-NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "rise", "tokens", "seed")
+NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "loss_increase", "tokens", "seed")
 """Columns of a row that are numbers."""
+FIRST_NAME = "rise"
+"""Name of the column loss_increase in files of earlier releases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +41,7 @@ class RetentionRow:
     domain: str
     """Whose calibration text chose the experts; without meaning for methods full and random."""
     evaluated_on: str
-    """The domain of the held-out text."""
+    """The domain of the validation text."""
     keep_fraction: float
     """Share of the model's own experts that stay, in (0, 1]."""
     num_experts_kept: int
@@ -48,7 +50,7 @@ class RetentionRow:
     """full: all experts. mean_prob: the likeliest on the domain's calibration text. random."""
     loss: float
     """Nats a token."""
-    rise: float
+    loss_increase: float
     """Nats a token over the same model's full loss on `evaluated_on`."""
     tokens: int
     """Tokens behind `loss`."""
@@ -87,15 +89,15 @@ class RetentionSummary:
     """Domains behind `loss` and `rise`."""
     loss: float
     """Mean over domains, each with its own experts."""
-    rise: float
+    loss_increase: float
     """Mean over domains, each with its own experts."""
-    rise_elsewhere: float | None
+    loss_increase_on_others: float | None
     """Mean rise of a domain's experts on the other domains; None if that was not measured."""
 
     @property
     def selectivity(self) -> float | None:
         """How many nats a token more a domain's experts cost on other domains than on their own."""
-        return None if self.rise_elsewhere is None else self.rise_elsewhere - self.rise
+        return None if self.loss_increase_on_others is None else self.loss_increase_on_others - self.loss_increase
 
 
 def rows_of(measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, versions: str) -> list[RetentionRow]:
@@ -114,7 +116,7 @@ def rows_of(measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, ver
     return [
         RetentionRow(
             model=model,
-            rise=row["loss"] - full[row["evaluated_on"]],
+            loss_increase=row["loss"] - full[row["evaluated_on"]],
             seed=seed,
             versions=versions,
             **{name: value for name, value in row.items() if name in names},
@@ -150,6 +152,8 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
     rows = []
     for place, record in enumerate(_records(path), start=1):
         where = f"{path}, row {place}"
+        if isinstance(record, dict) and FIRST_NAME in record and "loss_increase" not in record:
+            record = {"loss_increase" if name == FIRST_NAME else name: value for name, value in record.items()}
         if isinstance(record, dict) and set(record) != set(kinds):
             raise ValueError(
                 f"{where} must have the columns {sorted(kinds)}; got {sorted(map(str, record))}. "
@@ -209,8 +213,8 @@ def summarise(rows: Iterable[RetentionRow]) -> list[RetentionSummary]:
                 num_experts_kept=own[0].num_experts_kept,
                 num_domains=len({row.evaluated_on for row in own}),
                 loss=_mean_over_pairs(own, "loss"),
-                rise=_mean_over_pairs(own, "rise"),
-                rise_elsewhere=_mean_over_pairs(elsewhere, "rise") if elsewhere else None,
+                loss_increase=_mean_over_pairs(own, "loss_increase"),
+                loss_increase_on_others=_mean_over_pairs(elsewhere, "loss_increase") if elsewhere else None,
             )
         )
     return sorted(summaries, key=lambda s: (s.model, s.method, -s.keep_fraction))

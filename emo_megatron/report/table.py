@@ -1,6 +1,6 @@
-"""Tables of retention: methods of choosing experts side by side, by model and size, and the cliff of each.
+"""Tables of retention: every method by model and size, and the smallest size within a bound for every method.
 
-The cliff is the smallest number of experts, counted down from all of them, whose loss stays within a bound.
+The smallest size within the bound: going from all experts down, the last size before the loss exceeds the bound.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from emo_megatron.experts.select import METHODS, MaxRise
+from emo_megatron.experts.select import METHODS, MaxLossIncrease
 from emo_megatron.report.rows import FULL, RANDOM, RetentionRow, RetentionSummary, find_summary, summarise
 
 MISSING = "-"
-KEPT, LOSS, RISE = ("experts", "kept"), ("loss,", "nats a token"), ("", "rise")
-HEADINGS = (("", "model"), KEPT, ("", "method"), LOSS, RISE, ("random", "experts"), ("selec-", "tivity"))
-CLIFF_HEADINGS = (("", "model"), ("", "method"), ("", "domain"), KEPT, LOSS, RISE)
+KEPT, LOSS, INCREASE = ("experts", "kept"), ("loss, nats", "per token"), ("loss", "increase")
+HEADINGS = (("", "model"), KEPT, ("", "method"), LOSS, INCREASE, ("random", "experts"), ("selec-", "tivity"))
+SMALLEST_HEADINGS = (("", "model"), ("", "method"), ("", "domain"), KEPT, LOSS, INCREASE)
 MEAN = "all, on average"
-"""Stands for a domain in the table of cliffs."""
+"""Shown in the column domain of the table of smallest sizes for the mean over domains."""
 
 
 def signed(nats: float) -> str:
-    """Three digits and a sign; a rise that rounds to zero has no minus."""
+    """Three digits and a sign; a number that rounds to zero has a plus sign."""
     return f"{round(nats, 3) + 0.0:+.3f}"
 
 
@@ -46,21 +46,21 @@ def text_table(headings: Sequence[Sequence[str]], lines: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Cliff:
-    """How few experts a model can keep by one method within a bound, among the sizes that were measured."""
+class SmallestSize:
+    """The smallest measured size within the bound, for one model and one method."""
 
     model: str
     method: str
     domain: str | None
     """None: the mean of all domains, each with its own experts."""
     size: RetentionSummary
-    """What is kept, its loss and rise; all experts where even the largest module is out of bounds."""
+    """Experts kept, loss and loss increase; all experts if every measured module exceeds the bound."""
     is_smallest_measured: bool
-    """No smaller module was measured, so that the cliff may lie below."""
+    """Whether no smaller size was measured; a smaller size may be within the bound too."""
 
 
-def find_cliffs(rows: Iterable[RetentionRow], bound: MaxRise) -> list[Cliff]:
-    """The cliff of every model and method, on average and for every domain.
+def find_smallest_sizes(rows: Iterable[RetentionRow], bound: MaxLossIncrease) -> list[SmallestSize]:
+    """The smallest size within the bound for every model and method: for the mean over domains and for every domain.
 
     Args:
         rows: those of a model without its full rows are left out.
@@ -82,7 +82,7 @@ def find_cliffs(rows: Iterable[RetentionRow], bound: MaxRise) -> list[Cliff]:
                 if size.loss > bound.highest(full.loss):
                     break
                 within = size
-            found.append(Cliff(model, method, domain, within, is_smallest_measured=within is sizes[-1]))
+            found.append(SmallestSize(model, method, domain, within, is_smallest_measured=within is sizes[-1]))
     return found
 
 
@@ -106,8 +106,8 @@ def methods_table(rows: Iterable[RetentionRow]) -> str:
                 kept(summary),
                 MISSING if is_full else summary.method,
                 f"{summary.loss:.3f}",
-                MISSING if is_full else signed(summary.rise),
-                f"{by_chance.loss:.3f} ({signed(by_chance.rise)})" if by_chance else MISSING,
+                MISSING if is_full else signed(summary.loss_increase),
+                f"{by_chance.loss:.3f} ({signed(by_chance.loss_increase)})" if by_chance else MISSING,
                 MISSING if summary.selectivity is None else signed(summary.selectivity),
             )
         )
@@ -130,26 +130,26 @@ def _method_place(pair: tuple[str, str]) -> tuple[str, int]:
     return model, list(METHODS).index(method) if method in METHODS else -1
 
 
-def cliffs_table(cliffs: Sequence[Cliff], bound: MaxRise) -> str:
-    """A line for each cliff, below the bound in words."""
-    limit = f"{bound.value:.1%} of the loss" if bound.is_share else f"{bound.value:g} nats a token"
+def smallest_sizes_table(sizes: Sequence[SmallestSize], bound: MaxLossIncrease) -> str:
+    """A heading that states the bound, and one line per model and method."""
+    limit = f"{bound.value:.1%} of the loss" if bound.is_share else f"{bound.value:g} nats per token"
     lines = [
         (
-            cliff.model,
-            cliff.method,
-            MEAN if cliff.domain is None else cliff.domain,
-            kept(cliff.size) + (" or fewer" if cliff.is_smallest_measured else ""),
-            f"{cliff.size.loss:.3f}",
-            signed(cliff.size.rise),
+            found.model,
+            found.method,
+            MEAN if found.domain is None else found.domain,
+            kept(found.size) + (" or fewer" if found.is_smallest_measured else ""),
+            f"{found.size.loss:.3f}",
+            signed(found.size.loss_increase),
         )
-        for cliff in cliffs
+        for found in sizes
     ]
-    return f"Fewest experts within {limit}:\n\n" + text_table(CLIFF_HEADINGS, lines)
+    return f"Fewest experts within {limit}:\n\n" + text_table(SMALLEST_HEADINGS, lines)
 
 
-def full_report(rows: Sequence[RetentionRow], bound: MaxRise) -> str:
-    """Everything: means, cliffs, and the table of every domain."""
-    parts = [methods_table(rows), cliffs_table(find_cliffs(rows, bound), bound)]
+def full_report(rows: Sequence[RetentionRow], bound: MaxLossIncrease) -> str:
+    """All tables: means over domains, smallest sizes, and the table of every domain."""
+    parts = [methods_table(rows), smallest_sizes_table(find_smallest_sizes(rows, bound), bound)]
     domains = list(dict.fromkeys(row.domain for row in rows))
     if len(domains) > 1:
         for domain in domains:

@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.experts.stats import ExpertStatistics, ModelMetadata
 from emo_megatron.finite import NotFiniteError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Cross entropy on held-out documents; a NotFiniteError where it is not finite."""
+    """Cross entropy on validation documents; a NotFiniteError where it is not finite."""
 
     nats: float
     """Mean a token."""
@@ -38,7 +38,7 @@ class Loss:
         """Of a sum over tokens."""
         if num_tokens < 1:
             raise ValueError(
-                "held-out documents must have two tokens or more, since the first is not predicted; got "
+                "validation documents must have two tokens or more, since the first is not predicted; got "
                 "documents of one token only"
             )
         return cls(nats=nats / num_tokens, num_tokens=num_tokens)
@@ -65,7 +65,7 @@ class ExpertRunner(Protocol):
     """
 
     @property
-    def facts(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """What it is."""
         ...
 
@@ -114,17 +114,17 @@ def statistics_of(
         model, documents, outputs, allowed_LE: of the call that is answered.
         summed: name of a sum of `LayerSums` -> that of all layers, [L, E] or [L, E, E]; on the CPU.
     """
-    together_LEE = summed("together_EE").round().long()
+    coactivation_LEE = summed("coactivation_EE").round().long()
     try:
         return ExpertStatistics(
-            model=model.facts,
+            model=model.metadata,
             num_documents=len(documents),
             num_tokens=sum(document.numel() for document in documents),
             probability_LE=summed("probability_E"),
-            count_LE=together_LEE.diagonal(dim1=1, dim2=2).contiguous(),
-            together_LEE=together_LEE,
-            norm_LE=summed("norm_E") if outputs else None,
-            change_LE=summed("change_E") if outputs else None,
+            count_LE=coactivation_LEE.diagonal(dim1=1, dim2=2).contiguous(),
+            coactivation_LEE=coactivation_LEE,
+            gated_norm_LE=summed("gated_norm_E") if outputs else None,
+            residual_change_LE=summed("residual_change_E") if outputs else None,
         )
     except NotFiniteError:
         # a router's scores alone show what an expert of an earlier layer did

@@ -173,7 +173,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class Measured:
+class CachedRunner:
     """A model whose measurements are kept in a cache. Every rank makes the same calls; the first reads and writes.
 
     Args:
@@ -183,9 +183,9 @@ class Measured:
 
     def __init__(self, model: ExpertRunner, cache: Cache) -> None:
         self.model, self.cache = model, cache
-        self.facts, self.setting, self.is_writer = model.facts, model.setting, model.is_writer
+        self.metadata, self.setting, self.is_writer = model.metadata, model.setting, model.is_writer
         self.from_writer = model.from_writer
-        self._setting = asdict(self.setting) | {"facts": asdict(model.facts), "versions": versions()}
+        self._setting = asdict(self.setting) | {"metadata": asdict(model.metadata), "versions": versions()}
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
         """Mean loss on documents, see ExpertRunner."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from emo_megatron.experts.calibration import Row, pack_rows
 from emo_megatron.experts.selection import router_fingerprint
-from emo_megatron.experts.stats import ExpertStatistics, LayerSums, ModelFacts, change_of
+from emo_megatron.experts.stats import ExpertStatistics, LayerSums, ModelMetadata, residual_change_of
 from emo_megatron.files import one_line
 from emo_megatron.finite import check_named_weight
 from emo_megatron.json_files import read_object
@@ -66,16 +66,16 @@ class HuggingFaceRunner:
     Args:
         model: a causal language model.
         seq_length: tokens a row; longer documents are cut.
-        rows_at_once: rows of a forward pass.
+        micro_batch_size: rows of a forward pass.
     """
 
-    def __init__(self, model: Any, *, seq_length: int, rows_at_once: int) -> None:
+    def __init__(self, model: Any, *, seq_length: int, micro_batch_size: int) -> None:
         self._model = model.eval()
         self._blocks = _blocks(model)
         for name, weight in _stored_weights(model):
             check_named_weight(name, weight)
-        self._seq_length, self._rows_at_once = seq_length, rows_at_once
-        self.facts = _facts(model, self._blocks)
+        self._seq_length, self._rows_at_once = seq_length, micro_batch_size
+        self.metadata = _metadata_of(model, self._blocks)
         dtype = str(next(model.parameters()).dtype)
         self.setting = Setting(
             weights=digest_of(_stored_weights(model), configuration=_configuration(model)),
@@ -128,11 +128,11 @@ class HuggingFaceRunner:
         check_nats(total, self, documents, allowed_LE=allowed_LE)
         return Loss.mean(total, num_tokens=count)
 
-    def _observe(self, allowed_LE: Tensor | None, *, outputs: bool, is_summing: bool) -> list[BlockObserver]:
+    def _observe(self, allowed_LE: Tensor | None, *, outputs: bool, is_summing: bool) -> list[MoEBlockHooks]:
         return [
-            BlockObserver(
+            MoEBlockHooks(
                 block,
-                top_k=self.facts.top_k,
+                top_k=self.metadata.top_k,
                 renormalises=bool(getattr(self._model.config, "norm_topk_prob", True)),
                 allowed_E=None if allowed_LE is None else allowed_LE[place],
                 outputs=outputs,
@@ -166,7 +166,7 @@ class HuggingFaceRunner:
         )
 
 
-class BlockObserver:
+class MoEBlockHooks:
     """Watches one MoE block, and leaves experts out of it, until `remove()`.
 
     Args:
@@ -229,7 +229,7 @@ class BlockObserver:
         if self._outputs:
             input_TH = inputs[0].flatten(0, -2)
             output_TH = (output[0] if isinstance(output, tuple) else output).reshape(input_TH.shape)
-            change_T = change_of(input_TH, output_TH)
+            change_T = residual_change_of(input_TH, output_TH)
             lengths_TK = self._lengths(input_TH, weights_TK, experts_TK)
             norms_TE = torch.zeros_like(logits_TE, dtype=torch.float32)
             norms_TE = norms_TE.scatter(1, experts_TK, lengths_TK)
@@ -290,7 +290,7 @@ def _configuration(model: Any) -> dict[str, object]:
     return {name: value for name, value in model.config.to_dict().items() if name not in told}
 
 
-def _facts(model: Any, blocks: dict[int, Any]) -> ModelFacts:
+def _metadata_of(model: Any, blocks: dict[int, Any]) -> ModelMetadata:
     first = next(iter(blocks.values()))
     num_experts = int(first.gate.weight.shape[0])
     routed = sum(
@@ -299,7 +299,7 @@ def _facts(model: Any, blocks: dict[int, Any]) -> ModelFacts:
         for part in (block.gate, block.experts)
         for parameter in part.parameters()
     )
-    return ModelFacts(
+    return ModelMetadata(
         fingerprint=router_fingerprint(block.gate.weight for block in blocks.values()),
         num_experts=num_experts,
         num_shared=_num_shared(model.config, first),

@@ -61,7 +61,7 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
         if flag in given:
             raise ValueError(
                 f"{flag} cannot be given: the model is the one that --checkpoint names, as it is stored; drop it from "
-                "--megatron"
+                "--megatron-args"
             )
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--load", type=Path)
@@ -208,10 +208,12 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
 
 
 def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
-    """Refuse rows of so many tokens, so many at once, that the ranks of a layer cannot share."""
+    """Raise ValueError if the tokens of a micro-batch cannot be split evenly over the tensor-parallel ranks."""
     ranks = args.tensor_model_parallel_size
     if seq_length * rows % ranks:
-        raise ValueError(f"--seq-length {seq_length} times --rows {rows} does not divide by --tensor-parallel {ranks}")
+        raise ValueError(
+            f"--seq-length {seq_length} times --micro-batch-size {rows} must be a multiple of --tensor-parallel {ranks}"
+        )
 
 
 def _sizes_in(argv: Sequence[str]) -> tuple[int, int, int, int, int]:

@@ -20,10 +20,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from emo_megatron.experts.calibration import Row, empty_row, pack_rows
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.experts.stats import ExpertStatistics, ModelMetadata
 from emo_megatron.mcore.layer import PoolMoELayer
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
-from emo_megatron.runners.megatron_hooks import LayerObserver, check_outputs, check_weights, model_weights
+from emo_megatron.runners.megatron_hooks import MoELayerHooks, check_outputs, check_weights, model_weights
 
 
 class MegatronRunner:
@@ -32,9 +32,9 @@ class MegatronRunner:
     Args:
         model: the GPTModel of this pipeline stage, whose MoE layers are PoolMoELayers and whose pools are off in
             evaluation.
-        facts: of the whole model.
+        metadata: of the whole model.
         seq_length: tokens a row; longer documents are cut.
-        rows_at_once: rows of a micro-batch.
+        micro_batch_size: rows of a micro-batch.
         configuration: the flags of the run that made the model.
         megatron: more of Megatron's flags, which the user gave.
     """
@@ -43,19 +43,19 @@ class MegatronRunner:
         self,
         model: torch.nn.Module,
         *,
-        facts: ModelFacts,
+        metadata: ModelMetadata,
         seq_length: int,
-        rows_at_once: int,
+        micro_batch_size: int,
         configuration: Mapping[str, object] | None = None,
         megatron: str = "",
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
             raise NotImplementedError("experts are watched without context parallelism; drop --context-parallel-size")
         check_weights(model)
-        self.facts = facts
+        self.metadata = metadata
         self._model: Any = model.eval()
         self._layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
-        self._seq_length, self._rows_at_once = seq_length, rows_at_once
+        self._seq_length, self._rows_at_once = seq_length, micro_batch_size
         parameter = next(model.parameters())
         self._device = parameter.device
         self.setting = Setting(
@@ -87,7 +87,7 @@ class MegatronRunner:
         """See ExpertRunner."""
         if outputs:
             check_outputs(self._model.config)
-        observers = [LayerObserver(layer, outputs=outputs) for layer in self._layers]
+        observers = [MoELayerHooks(layer, outputs=outputs) for layer in self._layers]
         try:
             self._run(documents, allowed_LE)
         finally:
@@ -96,7 +96,7 @@ class MegatronRunner:
 
         def summed(name: str) -> Tensor:
             found = {o.layer.layer_number: getattr(o.sums, name) for o in observers}
-            return self._over_ranks(found, is_square=name == "together_EE")
+            return self._over_ranks(found, is_square=name == "coactivation_EE")
 
         return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
 
@@ -134,7 +134,7 @@ class MegatronRunner:
             # no subset, which would route without groups of experts
             allowed_LE = None
         for layer in self._layers:
-            place = self.facts.layers.index(layer.layer_number)
+            place = self.metadata.layers.index(layer.layer_number)
             layer.pool_router.allowed_experts = None if allowed_LE is None else allowed_LE[place].to(self._device)
         try:
             found = get_forward_backward_func()(
@@ -172,12 +172,12 @@ class MegatronRunner:
 
         A layer's tokens are each counted on one rank, and a pipeline stage has its own layers only.
         """
-        num_layers, num_experts = len(self.facts.layers), self.facts.num_experts
+        num_layers, num_experts = len(self.metadata.layers), self.metadata.num_experts
         shape = (num_layers, num_experts, num_experts)[: 3 if is_square else 2]
         # counts are integers far below 2^53, which float64 holds exactly
         total = torch.zeros(shape, dtype=torch.float64, device=self._device)
         for number, tensor in found.items():
-            total[self.facts.layers.index(number)] = tensor.double()
+            total[self.metadata.layers.index(number)] = tensor.double()
         dist.all_reduce(total, group=dist.group.WORLD)
         return total.cpu()
 

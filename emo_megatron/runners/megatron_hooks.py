@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from emo_megatron.checkpoint.names import EXPERTS, ROUTER
-from emo_megatron.experts.stats import LayerSums, change_of
+from emo_megatron.experts.stats import LayerSums, residual_change_of
 from emo_megatron.finite import NotFiniteError, check_weight
 from emo_megatron.mcore.layer import PoolMoELayer
 
@@ -36,7 +36,7 @@ def check_outputs(config: Any) -> None:
         )
 
 
-class LayerObserver:
+class MoELayerHooks:
     """Adds up a layer's statistics while the model runs, until `remove()`.
 
     Megatron's experts multiply the gate in before their second projection, so that the length of a row they put out is
@@ -102,7 +102,7 @@ class LayerObserver:
             is_counted_T &= self._ids_T >= 0
         change_T = None
         if self._norms_TE is not None:
-            change_T = change_of(inputs[0].flatten(0, 1), output[0].flatten(0, 1))
+            change_T = residual_change_of(inputs[0].flatten(0, 1), output[0].flatten(0, 1))
         self.sums.add(
             probs_TE=self._probabilities(logits_TE),
             routing_map_TE=routing_map_TE.bool(),

@@ -32,7 +32,7 @@ def is_hugging_face(checkpoint: Path) -> bool:
 
 
 def open_hugging_face(
-    folder: Path, *, texts: Sequence[Path], tokenizer: Path | None, seq_length: int | None, rows: int
+    folder: Path, *, texts: Sequence[Path], tokenizer: Path | None, seq_length: int | None, micro_batch_size: int
 ) -> tuple[ExpertRunner, Read]:
     """The model of a Hugging Face folder.
 
@@ -41,7 +41,7 @@ def open_hugging_face(
         texts: what will be read; for files of texts there must be a tokenizer, before the model is loaded.
         tokenizer: folder of a tokenizer; by default the model's own.
         seq_length: tokens a row; by default what the model takes, or LONGEST_ROW.
-        rows: rows at once.
+        micro_batch_size: sequences per forward pass.
     """
     from emo_megatron.hf.tokenizer import Tokenizer
     from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face
@@ -56,7 +56,7 @@ def open_hugging_face(
         reader.check(vocab_size=vocab_size)
     model = load_hugging_face(folder)
     seq_length = seq_length or min(model.config.max_position_embeddings, LONGEST_ROW)
-    runner = HuggingFaceRunner(model, seq_length=seq_length, rows_at_once=rows)
+    runner = HuggingFaceRunner(model, seq_length=seq_length, micro_batch_size=micro_batch_size)
     return runner, _reading(reader, vocab_size)
 
 
@@ -68,7 +68,7 @@ def open_megatron(
     texts: Sequence[Path],
     tokenizer: Path | None,
     seq_length: int | None,
-    rows: int,
+    micro_batch_size: int,
 ) -> tuple[ExpertRunner, Read]:
     """This process's part of the model of a Megatron checkpoint. Starts Megatron, which a process can do once.
 
@@ -76,7 +76,7 @@ def open_megatron(
         checkpoint: what --save named, or one iteration's folder in it.
         layout: Megatron's flags for the parallel sizes.
         more: other flags of Megatron, of the user; measurements may depend on them.
-        texts, tokenizer, rows: as for `open_hugging_face`; the tokenizer is by default that of the run.
+        texts, tokenizer, micro_batch_size: as for `open_hugging_face`; the tokenizer is by default that of the run.
         seq_length: tokens a row; by default what the model was trained with, or LONGEST_ROW if that is less.
     """
     from emo_megatron.runners.loading import check_rows, checkpoint_in, load_model
@@ -100,17 +100,17 @@ def open_megatron(
     model, args = load_model(stored)
     # they import Megatron, which its stand-ins for a CPU must precede
     from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
-    from emo_megatron.checkpoint.reader import facts_of
+    from emo_megatron.checkpoint.reader import metadata_of
     from emo_megatron.mcore.dataset import IndexedDocuments
     from emo_megatron.runners.megatron import MegatronRunner
 
     seq_length = seq_length or min(args.seq_length, LONGEST_ROW)
-    check_rows(seq_length, rows=rows, args=args)
+    check_rows(seq_length, rows=micro_batch_size, args=args)
     runner = MegatronRunner(
         model,
-        facts=facts_of(stored),
+        metadata=metadata_of(stored),
         seq_length=seq_length,
-        rows_at_once=rows,
+        micro_batch_size=micro_batch_size,
         configuration=model_flags(stored, megatron_parser(), as_trained=True),
         megatron=shlex.join(more),
     )

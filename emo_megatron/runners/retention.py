@@ -18,29 +18,31 @@ from emo_megatron.experts.calibration import Documents
 from emo_megatron.experts.select import LAYERWISE, METHODS, RANDOM, select_by_stats, select_random
 from emo_megatron.experts.stats import ExpertStatistics
 from emo_megatron.report.rows import FULL
-from emo_megatron.runners.cache import Measured
+from emo_megatron.runners.cache import CachedRunner
 from emo_megatron.runners.search import select_layerwise
 
 SUFFIXES = (".jsonl", ".safetensors", ".idx")
 """Of files with documents, the last one with a .bin beside it."""
 
 
-def domain_files(data: Path, held_out: Path) -> dict[str, tuple[Path, Path]]:
-    """Calibration and held-out documents of each domain, which is named after its calibration file; by name.
+def domain_files(data: Path, validation_data: Path) -> dict[str, tuple[Path, Path]]:
+    """Calibration and validation documents of each domain, which is named after its calibration file; by name.
 
     Args:
         data: a file or the prefix of an indexed dataset, or a folder of them.
-        held_out: the same; a folder's files have the names of `data`'s.
+        validation_data: the same; a folder's files have the names of `data`'s.
     """
-    if data.is_dir() != held_out.is_dir():
-        raise ValueError(f"--data and --held-out must be two files or two folders; got {data} and {held_out}")
+    if data.is_dir() != validation_data.is_dir():
+        raise ValueError(
+            f"--data and --validation-data must be two files or two folders; got {data} and {validation_data}"
+        )
     if not data.is_dir():
-        return {data.stem: (data, held_out)}
-    files, others = _in_folder(data), _in_folder(held_out)
+        return {data.stem: (data, validation_data)}
+    files, others = _in_folder(data), _in_folder(validation_data)
     if files.keys() != others.keys():
         raise ValueError(
-            f"--data and --held-out must hold files of the same names; only one of {data} and {held_out} has "
-            f"{', '.join(sorted(files.keys() ^ others.keys()))}"
+            f"--data and --validation-data must hold files of the same names; only one of {data} and {validation_data} "
+            f"has {', '.join(sorted(files.keys() ^ others.keys()))}"
         )
     return {name: (files[name], others[name]) for name in sorted(files)}
 
@@ -66,7 +68,7 @@ class Condition:
     domain: str
     """Whose calibration documents choose the experts."""
     evaluated_on: str
-    """Whose held-out documents are read."""
+    """Whose validation documents are read."""
     num_kept: int
     """Routed experts a layer."""
     method: str
@@ -79,7 +81,7 @@ def conditions(
     methods: Sequence[str],
     kept: Sequence[int],
     crossed: Sequence[int],
-    elsewhere: int | None = None,
+    num_other_domains: int | None = None,
 ) -> list[Condition]:
     """Every row of a measurement: the full model, random experts, then module after module.
 
@@ -89,7 +91,7 @@ def conditions(
         methods: those that look at calibration documents.
         kept: routed experts a layer of the sizes.
         crossed: of those, the sizes whose modules are also run on other domains.
-        elsewhere: on how many others; None: on all.
+        num_other_domains: how many other domains each of these modules is measured on; None: all.
     """
 
     def own(method: str, num_kept: int) -> list[Condition]:
@@ -98,7 +100,7 @@ def conditions(
     rows = own(FULL, num_experts)
     for num_kept in kept:
         rows += own(RANDOM, num_kept)
-    others = len(domains) - 1 if elsewhere is None else min(elsewhere, len(domains) - 1)
+    others = len(domains) - 1 if num_other_domains is None else min(num_other_domains, len(domains) - 1)
     for place, domain in enumerate(domains):
         for method in methods:
             for num_kept in kept:
@@ -116,11 +118,11 @@ def conditions(
 
 
 def measure_rows(
-    model: Measured,
+    model: CachedRunner,
     rows: Sequence[Condition],
     *,
     calibration: Mapping[str, Documents],
-    held_out: Mapping[str, Documents],
+    validation_data: Mapping[str, Documents],
     seed: int,
 ) -> list[dict[str, Any]]:
     """Measure rows; all ranks call alike.
@@ -128,14 +130,14 @@ def measure_rows(
     Args:
         model, rows: what loses experts, and how, see `conditions`.
         calibration: by domain, the documents that choose experts.
-        held_out: by domain, the documents whose loss is measured.
+        validation_data: by domain, the documents whose loss is measured.
         seed: of random experts.
 
     Returns:
         domain, evaluated_on, method, keep_fraction (of routed experts), num_experts_kept (routed), loss (nats a token)
         and tokens of each.
     """
-    total = model.facts.num_experts
+    total = model.metadata.num_experts
     outputs = any(METHODS[row.method].needs_outputs for row in rows if row.method != FULL)
 
     @functools.cache
@@ -148,14 +150,14 @@ def measure_rows(
         if method == FULL:
             return None
         if method == RANDOM:
-            return select_random(num_layers=len(model.facts.layers), num_experts=total, keep=keep, seed=seed)
+            return select_random(num_layers=len(model.metadata.layers), num_experts=total, keep=keep, seed=seed)
         if method == LAYERWISE:
             return select_layerwise(model, calibration[domain], keep=keep)
         return select_by_stats(statistics(domain), method=method, keep=keep)
 
     measured = []
     for row in tqdm(rows, desc="retention", unit="row", disable=None if model.is_writer else True):
-        loss = model.loss(held_out[row.evaluated_on], allowed_LE=experts(row.domain, row.method, row.num_kept))
+        loss = model.loss(validation_data[row.evaluated_on], allowed_LE=experts(row.domain, row.method, row.num_kept))
         measured.append(
             {
                 "domain": row.domain,

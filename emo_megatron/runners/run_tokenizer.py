@@ -131,8 +131,8 @@ def _build(args: argparse.Namespace) -> Any:
         if not path or not Path(path).exists():
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f'the tokenizer of the run, {path or kind}, is not here: name it with --megatron="{flag} PATH", or a '
-                "Hugging Face folder of it with --tokenizer"
+                f'the tokenizer of the run, {path or kind}, was not found: give its path with --megatron-args="{flag} '
+                'PATH", or give its Hugging Face folder with --tokenizer'
             )
     try:
         return build_tokenizer(args)

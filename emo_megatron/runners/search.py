@@ -12,17 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emo_megatron.experts.calibration import Documents
-from emo_megatron.experts.select import MaxRise
-from emo_megatron.runners.cache import Measured
+from emo_megatron.experts.select import MaxLossIncrease
+from emo_megatron.runners.cache import CachedRunner
 
 
-def select_layerwise(model: Measured, documents: Documents, *, keep: int) -> Tensor:
+def select_layerwise(model: CachedRunner, documents: Documents, *, keep: int) -> Tensor:
     """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
 
     A pass over the documents for every layer, as EMO's authors do. Returns [L, E] bool with `keep` True a row.
     """
-    facts = model.facts
-    allowed_LE = torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)
+    metadata = model.metadata
+    allowed_LE = torch.ones(len(metadata.layers), metadata.num_experts, dtype=torch.bool)
     bar = tqdm(allowed_LE, desc="layer by layer", unit="layer", disable=None if model.is_writer else True)
     for place, allowed_E in enumerate(bar):
         kept = model.kept_experts(documents, allowed_LE=allowed_LE, place=place, keep=keep)
@@ -32,7 +32,7 @@ def select_layerwise(model: Measured, documents: Documents, *, keep: int) -> Ten
 
 
 def smallest_within(
-    model: Measured, validation: Documents, *, choose: Callable[[int], Tensor], bound: MaxRise
+    model: CachedRunner, validation: Documents, *, choose: Callable[[int], Tensor], bound: MaxLossIncrease
 ) -> tuple[Tensor, dict[int, float]]:
     """Find by bisection the fewest experts a layer whose loss stays within a bound.
 
@@ -48,12 +48,12 @@ def smallest_within(
     Returns:
         [L, E] bool; and what was tried, routed experts kept -> loss in nats a token, ascending, the full model last.
     """
-    facts = model.facts
+    metadata = model.metadata
     full = model.loss(validation).nats
-    tried = {facts.num_experts: full}
-    masks = {facts.num_experts: torch.ones(len(facts.layers), facts.num_experts, dtype=torch.bool)}
+    tried = {metadata.num_experts: full}
+    masks = {metadata.num_experts: torch.ones(len(metadata.layers), metadata.num_experts, dtype=torch.bool)}
     # `low` is below what can be routed or too small, `high` is within the bound
-    low, high = facts.top_k - 1, facts.num_experts
+    low, high = metadata.top_k - 1, metadata.num_experts
     with tqdm(
         total=(high - low - 1).bit_length(),
         desc="smallest module",

@@ -65,7 +65,7 @@ def _refuse(args: argparse.Namespace, rows: Any, flag: str) -> None:
 
 def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
     """The experts of --train-selection, and the checkpoint they are of, which is the one that is loaded."""
-    from emo_megatron.checkpoint.reader import facts_of
+    from emo_megatron.checkpoint.reader import metadata_of
     from emo_megatron.checkpoint.source import loaded_by_megatron
     from emo_megatron.experts.selection import load_selection
 
@@ -77,9 +77,9 @@ def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
             f"--num-experts is {args.num_experts}"
         )
     source = loaded_by_megatron(args)
-    facts = facts_of(source)
+    metadata = metadata_of(source)
     try:
-        selection.check_model(facts.fingerprint, num_experts=facts.num_experts, layers=facts.layers)
+        selection.check_model(metadata.fingerprint, num_experts=metadata.num_experts, layers=metadata.layers)
     except ValueError as error:
         raise ValueError(f"--train-selection {args.train_selection}: {error}") from None
     return selection.by_layer, source

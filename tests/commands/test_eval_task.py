@@ -1,4 +1,4 @@
-"""emo_megatron.commands.eval_task: lm-eval runs an exported model on held-out text, offline."""
+"""emo_megatron.commands.eval_task: lm-eval runs an exported model on validation text, offline."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_lm_eval_measures_the_model_as_its_definition_does(exported: Path, tmp_p
     texts = [*TEXTS, *ANY]
     eval_task.run(
         eval_task.Options(
-            documents=words.write_texts(tmp_path / "held_out.jsonl", texts),
+            documents=words.write_texts(tmp_path / "validation_data.jsonl", texts),
             name="held-out",
             model=exported,
             output=tasks,
@@ -151,7 +151,7 @@ def test_a_task_names_its_documents_in_any_folder(exported: Path, tmp_path: Path
 def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
     ids = [torch.tensor(Tokenizer(exported).encode(text)).int() for text in TEXTS]
     options = eval_task.Options(
-        documents=words.write_tokens(tmp_path / "held_out.safetensors", ids),
+        documents=words.write_tokens(tmp_path / "validation_data.safetensors", ids),
         name="tokens",
         model=exported,
         output=tmp_path / "tasks",

@@ -122,14 +122,14 @@ def test_a_module_that_left_an_expert_alone_has_no_say(parent, tmp_path):
     kept = {"still": FIRST, "moved": SECOND}
     modules = _amounts(parent, tmp_path, kept, still=0.0, moved=2.0)
     output = merge.run(merge.Options(parent=parent, modules=modules, output=tmp_path / "merged"))
-    change_E = (MegatronCheckpoint(output).read(FC1) - MegatronCheckpoint(parent).read(FC1)).mean((1, 2))
-    torch.testing.assert_close(change_E, torch.tensor([2.0, 0, 2, 2, 2, 0, 0, 0]))
+    residual_change_E = (MegatronCheckpoint(output).read(FC1) - MegatronCheckpoint(parent).read(FC1)).mean((1, 2))
+    torch.testing.assert_close(residual_change_E, torch.tensor([2.0, 0, 2, 2, 2, 0, 0, 0]))
     assert checkpoints.report(output)["conflicts"] == []
     # nor in an average
     options = compose.Options(
         modules=modules, parent=parent, output=tmp_path / "c", shared="average", conflict="average"
     )
-    composed = MegatronCheckpoint(compose.run(replace(options, keep="9", stats=_stats(parent, tmp_path))))
+    composed = MegatronCheckpoint(compose.run(replace(options, keep="8 routed", stats=_stats(parent, tmp_path))))
     assert torch.equal(composed.read(FC1), MegatronCheckpoint(output).read(FC1))
 
 
@@ -142,7 +142,7 @@ def test_the_report_names_whose_value_it_is(parent, tmp_path):
         parent=parent,
         output=tmp_path / "with",
         conflict="a",
-        keep="9",
+        keep="8 routed",
         stats=(*_stats(parent, tmp_path), _stats(parent, tmp_path)[0]),
     )
     output = compose.run(options)
@@ -174,16 +174,16 @@ def test_a_module_of_another_parent_is_refused(ranks, parent, modules, tmp_path)
 def _stats(parent, folder):
     """Statistics of two data sets, in which expert 5 is next in line."""
     checkpoint = MegatronCheckpoint(parent)
-    facts = replace(experts.FACTS, fingerprint=checkpoint.fingerprint, layers=checkpoint.moe_layers)
+    metadata = replace(experts.METADATA, fingerprint=checkpoint.fingerprint, layers=checkpoint.moe_layers)
     scores = torch.tensor([3.0, 3, 3, 3, 3, 2, 1, 1], dtype=torch.float64).expand(2, -1).clone()
     none = torch.zeros(2, 8, dtype=torch.int64)
     stats = ExpertStatistics(
-        model=facts,
+        model=metadata,
         num_documents=1,
         num_tokens=20,
         probability_LE=scores,
         count_LE=none,
-        together_LEE=torch.zeros(2, 8, 8, dtype=torch.int64),
+        coactivation_LEE=torch.zeros(2, 8, 8, dtype=torch.int64),
     )
     path = stats.save(folder / "stats.safetensors")
     return path, path
@@ -201,9 +201,9 @@ def test_composition_takes_experts_from_their_owners(ranks, parent, modules, tmp
         )
     )
     before, after = MegatronCheckpoint(parent), MegatronCheckpoint(output)
-    change_E = (after.read(FC1) - before.read(FC1)).mean((1, 2))
+    residual_change_E = (after.read(FC1) - before.read(FC1)).mean((1, 2))
     # expert 5 is in neither module: the parent's; 2 is in both: the second's
-    torch.testing.assert_close(change_E, torch.tensor([2.0, 1, 2, 2, 2, 0, 1, 1]))
+    torch.testing.assert_close(residual_change_E, torch.tensor([2.0, 1, 2, 2, 2, 0, 1, 1]))
     # the shared weights are the parent's: what the second module did to them is listed
     assert torch.equal(after.read(ATTENTION), before.read(ATTENTION))
     assert ATTENTION in {row["weight"] for row in checkpoints.report(output)["left_out"]}
@@ -218,7 +218,7 @@ def test_composed_selections_are_a_file(parent, tmp_path, capsys):
         for number, kept in enumerate((FIRST, [FIRST[0], SECOND[1]]))
     ]
     stats = _stats(parent, tmp_path)
-    command = ["compose", "--selections", *paths, "--stats", *stats, "--keep", 5]
+    command = ["compose", "--selections", *paths, "--stats", *stats, "--keep", "4 routed"]
     command = [str(a) for a in [*command, "--output", tmp_path / "both.json"]]
     assert main(command) == 0
     # of the second layer's eight the best four by score, ties to the lower number
@@ -239,7 +239,7 @@ def test_refusals(parent, modules, tmp_path, capsys):
 
     def composing(**changes):
         fields = {"modules": modules, "output": tmp_path / "new", "conflict": "average"}
-        stats = {"stats": _stats(parent, tmp_path), "keep": "8"}
+        stats = {"stats": _stats(parent, tmp_path), "keep": "7 routed"}
         return compose.run, compose.Options(**fields | stats | changes)
 
     for blend in (math.nan, math.inf, 0.0):
@@ -255,9 +255,9 @@ def test_refusals(parent, modules, tmp_path, capsys):
     refused("--parent", *composing())
     stats = _stats(parent, tmp_path)
     refused("--stats", *composing(stats=(*stats, stats[0])))
-    refused("expert 5 of layer 1.*--parent", *composing(shared="one", keep="9"))
-    refused("--keep", *composing(keep="2"))
-    refused("--keep .*--stats", *composing(modules=(), selections=(small,), stats=()))
+    refused("expert 5 of layer 1.*--parent", *composing(shared="one", keep="8 routed"))
+    refused("--keep", *composing(keep="1 routed"))
+    refused("--stats", *composing(modules=(), selections=(small,), stats=()))
     named = shutil.copytree(modules[0], tmp_path / "average")
     refused("--modules .*average", *merging(modules=(named,)))
     refused("exists", *merging(output=modules[0]))

@@ -18,7 +18,7 @@ WRITERS = {
     "select": ("--checkpoint", "--data"),
     "merge-stats": ("--stats",),
     "place": ("--stats",),
-    "relabel": ("--checkpoint", "--placement"),
+    "reorder": ("--checkpoint", "--placement"),
 }
 """Commands that make what they are told to write: their inputs."""
 ELSEWHERE = {
@@ -29,11 +29,11 @@ ELSEWHERE = {
     # adds to a folder, see tests/commands/test_eval_task.py
     "eval-task",
 }
-SIZE = {"select": ("--keep", "4"), "place": ("--ranks", "2")}
+SIZE = {"select": ("--keep", "3 routed"), "place": ("--ranks", "2")}
 STEPS = {
     "select": ("checkpoint", "data"),
     "stats": ("checkpoint", "data"),
-    "retention": ("checkpoint", "data", "held-out"),
+    "retention": ("checkpoint", "data", "validation-data"),
 }
 
 

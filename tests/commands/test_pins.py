@@ -28,9 +28,10 @@ from emo_megatron.experts.selection import load_selection
 PINS = Path(__file__).resolve().parents[1] / "data" / "pins.json"
 EXACT = ("--parity-tokens", "0")
 A, B = "calibration/a.safetensors", "calibration/b.safetensors"
-HELD_OUT = "held-out/a.safetensors"
+VALIDATION = "held-out/a.safetensors"
 RUN = ("select", "--checkpoint", "source", "--data", A)
 LAYERWISE = ("--method", "layerwise")
+THREE = ("--keep", "3 routed")
 
 
 class Files:
@@ -74,15 +75,17 @@ class Files:
 
     @functools.cached_property
     def first(self) -> Path:
-        return self.select("mean_prob", "5")
+        return self.select("mean_prob", "4 routed")
 
     @functools.cached_property
     def second(self) -> Path:
-        return self.call("select", "--stats", self.some_stats, "--keep", "5", output="second.json")
+        return self.call("select", "--stats", self.some_stats, "--keep", "4 routed", output="second.json")
 
     def select(self, method: str, keep: str, *, seed: int = 0) -> Path:
         chosen = ("--stats", self.stats, "--method", method, "--keep", keep, "--seed", seed)
-        return self.call("select", *chosen, output=f"{method}-{keep.strip('%')}-{seed}.json")
+        output = f"{method}-{keep.split()[0]}-{seed}.json"
+        is_there = (self.root / output).exists()
+        return self.root / output if is_there else self.call("select", *chosen, output=output)
 
     @functools.cached_property
     def modules(self) -> tuple[Path, Path]:
@@ -102,7 +105,7 @@ class Files:
 
 
 def _by_method(files: Files) -> Any:
-    return {m: of_json(files.select(m, "50%")) for m in ("mean_prob", "frequency", "easy_ep", "reap", "random")}
+    return {m: of_json(files.select(m, "3 routed")) for m in ("mean_prob", "frequency", "easy_ep", "reap", "random")}
 
 
 def _budget(files: Files) -> Any:
@@ -112,17 +115,19 @@ def _budget(files: Files) -> Any:
 
 def _composed(files: Files) -> Any:
     # of chance: the experts with the best scores are others
-    both = ("--selections", files.select("random", "4"), files.select("random", "4", seed=2))
+    both = ("--selections", files.select("random", "3 routed"), files.select("random", "3 routed", seed=2))
     stats = ("--stats", files.stats, files.some_stats)
     return {
         "union": of_json(files.call("compose", *both, *stats, output="union.json")),
-        "few": of_json(files.call("compose", *both, *stats, "--keep", 4, output="few.json")),
-        "score": of_json(files.call("compose", *both, *stats, "--keep", 4, "--rule", "score", output="score.json")),
+        "few": of_json(files.call("compose", *both, *stats, *THREE, output="few.json")),
+        "score": of_json(
+            files.call("compose", *both, *stats, "--keep", "3 routed", "--rule", "score", output="score.json")
+        ),
     }
 
 
 def _composed_models(files: Files) -> Any:
-    both = ("--modules", *files.modules, "--parent", files.parent, "--keep", 6)
+    both = ("--modules", *files.modules, "--parent", files.parent, "--keep", "5 routed")
     both += ("--stats", files.stats, files.some_stats)
     average = ("--shared", "average", "--router", "average", "--conflict", "average")
     one = ("--shared", "two-trained", "--conflict", "one-trained")
@@ -147,19 +152,40 @@ def _placed(files: Files) -> Any:
     stats = ("place", "--stats", files.stats, files.some_stats, "--ranks", 2)
     together = files.call(*stats, output="together.json")
     load = files.call(*stats, "--method", "load", "--max-imbalance", 1.3, output="load.json")
-    relabelled = files.call("relabel", "--checkpoint", files.parent, "--placement", together, output="relabelled")
-    return {"together": of_json(together), "load": of_json(load), "relabelled": of_checkpoint(relabelled)}
+    reordered = files.call("reorder", "--checkpoint", files.parent, "--placement", together, output="reordered")
+    return {"coactivation": of_json(together), "load": of_json(load), "reordered": of_checkpoint(reordered)}
 
 
 def _measured(files: Files) -> Any:
-    folders = ("--checkpoint", "source", "--data", "calibration", "--held-out", "held-out")
-    sizes = ("--keep", "50%", "4", "--cross", "4", "--methods", "mean_prob", "layerwise", "--held-out-tokens", 100)
+    folders = ("--checkpoint", "source", "--data", "calibration", "--validation-data", "held-out")
+    sizes = (
+        "--keep",
+        "37.5%",
+        "3 routed",
+        "--cross-sizes",
+        "3 routed",
+        "--methods",
+        "mean_prob",
+        "layerwise",
+        "--validation-tokens",
+        100,
+    )
     return of_rows(files.call("retention", *folders, *sizes, output="retention"))
 
 
 def _exported(files: Files) -> Any:
     measured = files.call(
-        *("retention", "--checkpoint", "source", "--data", "calibration", "--held-out", "held-out", "--keep", "5"),
+        *(
+            "retention",
+            "--checkpoint",
+            "source",
+            "--data",
+            "calibration",
+            "--validation-data",
+            "held-out",
+            "--keep",
+            "4 routed",
+        ),
         output="for-card",
     )
     module, _ = files.modules
@@ -182,7 +208,7 @@ def _imported(files: Files) -> Any:
 
 def _task(files: Files) -> Any:
     yaml = pytest.importorskip("yaml")
-    few = ("--documents", HELD_OUT, "--name", "few", "--model", "source", "--num-tokens", 60)
+    few = ("--documents", VALIDATION, "--name", "few", "--model", "source", "--num-tokens", 60)
     task = yaml.safe_load(files.call("eval-task", *few, output="tasks").joinpath("few.yaml").read_text())
     data = Path(task["dataset_kwargs"]["data_files"].pop("test"))
     return {"task": task, "texts": [json.loads(line)["text"] for line in data.read_text().splitlines()]}
@@ -190,14 +216,18 @@ def _task(files: Files) -> Any:
 
 def _megatron(files: Files) -> Any:
     model = ("--checkpoint", files.parent)
-    held_out = ("--held-out", HELD_OUT)
-    rise = (*LAYERWISE, "--max-rise", "1%")
-    layout = ("--processes", 2, "--expert-parallel", 2)
-    sizes = ("--keep", "50%", "--methods", "reap")
+    validation_data = ("--validation-data", VALIDATION)
+    rise = (*LAYERWISE, "--max-loss-increase", "1%")
+    layout = ("--nproc-per-node", 2, "--expert-parallel", 2)
+    sizes = ("--keep", "3 routed", "--methods", "reap")
     return {
         "stats": of_statistics(files.call("stats", *model, "--data", A, "--outputs", output="megatron.safetensors")),
-        "select": of_json(files.call("select", *model, "--data", A, *held_out, *rise, *layout, output="rise.json")),
-        "retention": of_rows(files.call("retention", *model, "--data", A, *held_out, *sizes, output="of-megatron")),
+        "select": of_json(
+            files.call("select", *model, "--data", A, *validation_data, *rise, *layout, output="rise.json")
+        ),
+        "retention": of_rows(
+            files.call("retention", *model, "--data", A, *validation_data, *sizes, output="of-megatron")
+        ),
     }
 
 
@@ -207,17 +237,17 @@ COMMANDS: dict[str, Callable[[Files], Any]] = {
         files.call("merge-stats", "--stats", files.stats, files.some_stats, output="both.safetensors")
     ),
     "select by a method": _by_method,
-    "select layer by layer": lambda files: of_json(files.call(*RUN, *LAYERWISE, "--keep", 4, output="layers.json")),
+    "select layer by layer": lambda files: of_json(files.call(*RUN, *LAYERWISE, *THREE, output="layers.json")),
     "select for a budget": _budget,
     "select within a bound": lambda files: of_json(
-        files.call(*RUN, "--held-out", HELD_OUT, "--max-rise", "0.07", output="bound.json")
+        files.call(*RUN, "--validation-data", VALIDATION, "--max-loss-increase", "0.07", output="bound.json")
     ),
     "retention": _measured,
     "extract": lambda files: of_checkpoint(files.modules[0].with_name("one")),
     "compose": _composed,
     "compose checkpoints": _composed_models,
     "merge": _merged,
-    "place and relabel": _placed,
+    "place and reorder": _placed,
     "export": _exported,
     "import": _imported,
     "eval-task": _task,

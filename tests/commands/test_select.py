@@ -16,7 +16,7 @@ from emo_megatron.experts.stats import load_stats
 
 CHECKPOINT = Path("checkpoint")
 LAYERWISE = {"method": "layerwise", "data": Path("data")}
-SMALLEST = {"max_rise": "10%", "held_out": Path("held-out")}
+SMALLEST = {"max_loss_increase": "10%", "validation_data": Path("held-out")}
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def rising(kept):
 
 
 def test_a_selection_says_where_it_comes_from(files, choose):
-    chosen = choose(stats=files, keep="4")
+    chosen = choose(stats=files, keep="3 routed")
     assert chosen.num_kept == (3, 3, 3)
     assert chosen.keep_k(num_shared=1) == 4
     assert (chosen.method, chosen.seed, chosen.model) == ("mean_prob", None, "f00d")
@@ -55,7 +55,7 @@ def test_a_selection_says_where_it_comes_from(files, choose):
 def test_a_budget_counts_the_bytes_that_are_stored(files, choose, tmp_path):
     chosen = choose(stats=files, budget_mb=0.118)
     assert (chosen.num_kept, chosen.data["budget_mb"]) == ((3, 3, 3), 0.118)
-    wide = dataclasses.replace(experts.FACTS, bytes_per_parameter=4)
+    wide = dataclasses.replace(experts.METADATA, bytes_per_parameter=4)
     stats = dataclasses.replace(experts.statistics(3), model=wide).save(tmp_path / "wide")
     assert choose(stats=(stats,), budget_mb=0.236, output="wide.json").num_kept == (3, 3, 3)
     narrow = choose(stats=(stats,), budget_mb=0.236, bytes_per_parameter=2.0, output="narrow.json")
@@ -66,15 +66,17 @@ def test_the_smallest_module_notes_its_losses(files, choose):
     model = experts.MadeUpModel(rising)
     chosen = choose(model=model, stats=files, checkpoint=CHECKPOINT, **SMALLEST)
     assert chosen.num_kept == (4, 4, 4)
-    assert chosen.data["held_out"]["file"] == "held-out"
-    assert chosen.data["max_rise"] == "10%"
+    assert chosen.data["validation_data"]["file"] == "held-out"
+    assert chosen.data["max_loss_increase"] == "10%"
     assert chosen.data["full_loss"] == 2.0
     assert chosen.data["losses"]["4"] == pytest.approx(2.2)
     assert model.seen == []
 
 
 def test_without_statistics_the_model_is_measured_now(choose):
-    chosen = choose(model=experts.MadeUpModel(), checkpoint=CHECKPOINT, data=Path("data"), method="reap", keep="4")
+    chosen = choose(
+        model=experts.MadeUpModel(), checkpoint=CHECKPOINT, data=Path("data"), method="reap", keep="3 routed"
+    )
     assert chosen.data["calibration"][0]["file"] == "data"
     assert chosen.experts[0] == (0, 1, 2)
 
@@ -83,7 +85,7 @@ def test_what_chooses_the_experts_is_not_held_out(files, choose, tmp_path):
     same = load_stats(files[0]).data[0]
     changes = {"stats": files, "checkpoint": CHECKPOINT, "model": experts.MadeUpModel(), **SMALLEST}
     changes["read"] = lambda path, calibration: dataclasses.replace(experts.documents(2), source=same)
-    with pytest.raises(ValueError, match="--held-out"):
+    with pytest.raises(ValueError, match="--validation-data"):
         choose(**changes)
     assert not (tmp_path / "s.json").exists()
     # experts that are drawn are chosen by no documents
@@ -93,7 +95,7 @@ def test_what_chooses_the_experts_is_not_held_out(files, choose, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "stop"),
     [
-        pytest.param(LAYERWISE | {"keep": "4"}, {"fails_at": 2}, id="layerwise"),
+        pytest.param(LAYERWISE | {"keep": "3 routed"}, {"fails_at": 2}, id="layerwise"),
         pytest.param(SMALLEST | {"stats": True}, {"loss_fails_at": 2}, id="max-rise"),
         pytest.param(SMALLEST | {"data": Path("data")}, {"loss_fails_at": 1}, id="measured now"),
         pytest.param(LAYERWISE | SMALLEST, {"fails_at": 4}, id="layerwise, in a layer"),
@@ -116,21 +118,21 @@ def test_an_interrupted_select_goes_on_and_gives_the_same(files, choose, tmp_pat
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 2 + [".safetensors"] * 2
 
 
-@pytest.mark.parametrize("changes", [SMALLEST, LAYERWISE | {"keep": "4"}])
+@pytest.mark.parametrize("changes", [SMALLEST, LAYERWISE | {"keep": "3 routed"}])
 def test_ranks_choose_alike_and_the_first_writes(files, choose, tmp_path, changes):
-    changes = changes | ({"stats": files} if "held_out" in changes else {})
+    changes = changes | ({"stats": files} if "validation_data" in changes else {})
     want = choose(model=experts.MadeUpModel(rising), checkpoint=CHECKPOINT, **changes)
     (tmp_path / "s.json").unlink()
     # it is told nothing of a cache, which is the writer's
     other = experts.OtherRank(*[None] * 9, loss=rising)
     with pytest.raises(FileNotFoundError):
         choose(model=other, checkpoint=CHECKPOINT, **changes)
-    assert want.num_kept == ((4, 4, 4) if "held_out" in changes else (3, 3, 3))
-    assert (len(other.seen), other.num_losses) == ((0, 4) if "held_out" in changes else (3, 0))
+    assert want.num_kept == ((4, 4, 4) if "validation_data" in changes else (3, 3, 3))
+    assert (len(other.seen), other.num_losses) == ((0, 4) if "validation_data" in changes else (3, 0))
 
 
 def test_statistics_of_another_model_or_without_outputs_are_refused(files, choose, tmp_path):
-    other = experts.MadeUpModel(facts=dataclasses.replace(experts.FACTS, fingerprint="beef"))
+    other = experts.MadeUpModel(metadata=dataclasses.replace(experts.METADATA, fingerprint="beef"))
     changes = {"checkpoint": CHECKPOINT, **SMALLEST}
     with pytest.raises(ValueError, match="--stats and --checkpoint"):
         choose(model=other, stats=files, **changes)
@@ -146,8 +148,8 @@ def test_statistics_of_another_model_or_without_outputs_are_refused(files, choos
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"stats": 1}, "one of --keep, --max-rise and --budget-mb.*got none"),
-        ({"stats": 1, "keep": "4", "data": 1}, "--data would not be read.* beside --stats"),
+        ({"stats": 1}, "one of --keep, --max-loss-increase and --budget-mb.*got none"),
+        ({"stats": 1, "keep": "3 routed", "data": 1}, "--stats does not read --data"),
         ({"stats": 1, "budget_mb": float("inf")}, "--budget-mb must be a finite number above 0; got inf"),
         ({"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": 0.0}, "parameter must be a finite number above 0"),
         ({"stats": 1, "budget_mb": float("nan")}, "--budget-mb must be a finite number"),
@@ -155,19 +157,22 @@ def test_statistics_of_another_model_or_without_outputs_are_refused(files, choos
             {"stats": 1, "budget_mb": 3.0, "bytes_per_parameter": float("nan")},
             "--bytes-per-parameter must be a finite number above 0; got nan",
         ),
-        ({"stats": 1, "keep": "4", "budget_mb": 3.0}, "got --keep and --budget-mb"),
-        ({"keep": "4"}, "give --stats, or --checkpoint and --data"),
-        ({"keep": "4", "checkpoint": 1}, "--method mean_prob needs calibration .* or --stats"),
-        ({"keep": "4", "stats": 1, "method": "layerwise"}, "layerwise runs the model"),
-        ({"keep": "4", "checkpoint": 1, "method": "layerwise"}, "layerwise needs calibration"),
-        ({"stats": 1, "max_rise": "1%", "checkpoint": 1}, "--max-rise needs --held-out"),
-        ({"stats": 1, "max_rise": "1%", "held_out": 1}, "--max-rise runs the model"),
-        ({"stats": 1, "max_rise": "some", "held_out": 1, "checkpoint": 1}, "--max-rise must be"),
-        ({"stats": 1, "keep": "4", "method": "best"}, "--method must be of mean_prob.*got best"),
+        ({"stats": 1, "keep": "3 routed", "budget_mb": 3.0}, "got --keep and --budget-mb"),
+        ({"keep": "3 routed"}, "give --stats, or.*--checkpoint and --data"),
+        ({"keep": "3 routed", "checkpoint": 1}, "--method mean_prob needs calibration .* or --stats"),
+        ({"keep": "3 routed", "stats": 1, "method": "layerwise"}, "layerwise runs the model"),
+        ({"keep": "3 routed", "checkpoint": 1, "method": "layerwise"}, "layerwise needs calibration"),
+        ({"stats": 1, "max_loss_increase": "1%", "checkpoint": 1}, "--max-loss-increase needs --validation-data"),
+        ({"stats": 1, "max_loss_increase": "1%", "validation_data": 1}, "--max-loss-increase runs the model"),
+        (
+            {"stats": 1, "max_loss_increase": "some", "validation_data": 1, "checkpoint": 1},
+            "--max-loss-increase must be",
+        ),
+        ({"stats": 1, "keep": "3 routed", "method": "best"}, "--method must be of mean_prob.*got best"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, what):
-    places = {"stats": (Path("s"),), "data": Path("d"), "checkpoint": CHECKPOINT, "held_out": Path("h")}
+    places = {"stats": (Path("s"),), "data": Path("d"), "checkpoint": CHECKPOINT, "validation_data": Path("h")}
     given = {name: places[name] if value == 1 else value for name, value in options.items()}
     with pytest.raises(ValueError, match=what):
         Options(output=Path("s.json"), **given)
@@ -176,9 +181,9 @@ def test_options_that_do_not_go_together_are_refused(options, what):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"rows": 0}, "--rows must be 1 or more; got 0"),
-        ({"processes": 3, "tensor_parallel": 2}, "--processes must be a multiple.*got 3"),
-        ({"processes": 4, "pipeline_parallel": 2, "expert_parallel": 4}, "got 4"),
+        ({"micro_batch_size": 0}, "--micro-batch-size must be 1 or more; got 0"),
+        ({"nproc_per_node": 3, "tensor_parallel": 2}, "--nproc-per-node must be a multiple.*got 3"),
+        ({"nproc_per_node": 4, "pipeline_parallel": 2, "expert_parallel": 4}, "got 4"),
     ],
 )
 def test_impossible_layouts_are_refused(options, what):

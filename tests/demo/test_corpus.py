@@ -55,11 +55,11 @@ def corpus(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def _documents(corpus: Corpus) -> dict[str, list[list[int]]]:
     dataset = IndexedDataset(str(corpus.path / "train"))
     documents = {"train": [dataset[index].tolist() for index in range(len(dataset))]}
-    for split in corpora.HELD_OUT_SPLITS:
+    for split in corpora.VALIDATION_SPLITS:
         documents[split] = []
         for domain in corpus.domains:
-            held_out = load_file(corpus.path / split / f"{domain}.safetensors")
-            tokens, ends = held_out["tokens"], held_out["cu_seqlens"]
+            validation_data = load_file(corpus.path / split / f"{domain}.safetensors")
+            tokens, ends = validation_data["tokens"], validation_data["cu_seqlens"]
             assert tokens.dtype == ends.dtype == torch.int32
             documents[split] += [tokens[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
     return documents
@@ -95,9 +95,9 @@ def test_megatron_reads_what_the_manifest_says(corpus: Corpus) -> None:
     assert int(dataset.sequence_lengths.sum()) == corpus.train_tokens
     assert len(dataset.document_indices) == len(dataset) + 1
     assert dataset.index.dtype.__name__ == "uint16"
-    for domain, split in itertools.product(corpus.domains, corpora.HELD_OUT_SPLITS):
-        held_out = load_file(corpus.path / split / f"{domain}.safetensors")
-        tokens, cu_seqlens = held_out["tokens"], held_out["cu_seqlens"]
+    for domain, split in itertools.product(corpus.domains, corpora.VALIDATION_SPLITS):
+        validation_data = load_file(corpus.path / split / f"{domain}.safetensors")
+        tokens, cu_seqlens = validation_data["tokens"], validation_data["cu_seqlens"]
         row = corpus.manifest["domains"][domain]
         assert len(tokens) == cu_seqlens[-1] == row["tokens"][split]
         assert len(cu_seqlens) == row["documents"][split] + 1

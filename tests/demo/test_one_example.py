@@ -40,18 +40,18 @@ def model(tmp_path_factory):
     command = (sys.executable, "-m", "emo_megatron", *step)
     tokenizer = ("--tokenizer", DEMO / "corpus" / "tokenizer")
     subprocess.run([str(part) for part in (*command, *tokenizer)], check=True, cwd=ROOT)
-    return HuggingFaceRunner(load_hugging_face(folder), seq_length=256, rows_at_once=8)
+    return HuggingFaceRunner(load_hugging_face(folder), seq_length=256, micro_batch_size=8)
 
 
 def test_one_example_chooses_as_well_as_many(model):
     """Mean over domains of what a quarter of the experts loses; a random quarter loses far more."""
     rises = {"many": [], "one": [], "few-shot": [], "random": []}
     for path in sorted((DEMO / "corpus" / "calibration").glob("*.safetensors")):
-        held_out = load_documents(DEMO / "corpus" / "validation" / path.name, calibration=MANY)
-        full = model.loss(held_out.tokens).nats
+        validation_data = load_documents(DEMO / "corpus" / "validation" / path.name, calibration=MANY)
+        full = model.loss(validation_data.tokens).nats
         masks = {
             "random": select_random(
-                num_layers=len(model.facts.layers), num_experts=model.facts.num_experts, keep=KEEP, seed=0
+                num_layers=len(model.metadata.layers), num_experts=model.metadata.num_experts, keep=KEEP, seed=0
             )
         }
         for name, calibration in (("many", MANY), ("one", ONE), ("few-shot", FEW_SHOT)):
@@ -59,7 +59,7 @@ def test_one_example_chooses_as_well_as_many(model):
             stats = model.statistics(documents.tokens, outputs=False)
             masks[name] = select_by_stats(stats, method="mean_prob", keep=KEEP)
         for name, mask in masks.items():
-            rises[name].append(model.loss(held_out.tokens, allowed_LE=mask).nats - full)
+            rises[name].append(model.loss(validation_data.tokens, allowed_LE=mask).nats - full)
     means = {name: fmean(values) for name, values in rises.items()}
     assert means["one"] < means["many"] + 0.05, means
     assert means["few-shot"] < means["many"] + 0.05, means

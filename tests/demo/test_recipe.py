@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import tyro
-from support import experts
 
 from demo import recipe
-from emo_megatron.checkpoint.reader import num_shared_experts
 from emo_megatron.commands import retention
 from emo_megatron.config import PoolConfig
 from emo_megatron.experts.select import parse_keep
@@ -60,16 +58,11 @@ def test_modules_keep_the_fractions_of_the_routed_experts(size, tmp_path):
     model = recipe.main_models(size, seed=1)[0]
     flags = recipe.retention_flags(size, model, corpus=tmp_path, run_dir=tmp_path / "emo")
     options = tyro.cli(retention.Options, args=flags)
-    args = argparse.Namespace(
-        moe_ffn_hidden_size=size.expert_hidden, moe_shared_expert_intermediate_size=size.shared_hidden
-    )
-    facts = dataclasses.replace(
-        experts.FACTS, num_experts=size.experts, num_shared=num_shared_experts(args), top_k=size.top_k
-    )
-    kept = [parse_keep(text, facts) for text in options.keep]
+    shape = {"num_experts": size.experts, "top_k": size.top_k}
+    kept = [parse_keep(text, **shape) for text in options.keep]
     assert kept == [size.experts * fraction for fraction in size.fractions]
-    assert (options.megatron or "").split() == list(size.flags)
-    assert [parse_keep(text, facts) for text in options.cross] == [size.experts // 4]
+    assert (options.megatron_args or "").split() == list(size.flags)
+    assert [parse_keep(text, **shape) for text in options.cross_sizes] == [size.experts // 4]
 
 
 def test_ablations_see_as_many_tokens_a_step():

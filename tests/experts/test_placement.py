@@ -12,7 +12,7 @@ import torch
 from support import experts
 
 from emo_megatron.cli import main
-from emo_megatron.experts.placement import load_placement, pack_by_load, place, place_together
+from emo_megatron.experts.placement import load_placement, pack_by_load, place, place_by_coactivation
 from emo_megatron.experts.stats import ExpertStatistics
 
 
@@ -31,14 +31,14 @@ def _routing(num_tokens=2000, num_experts=16, num_groups=4, top_k=3, stray=0.1, 
 def _stats(*routings):
     together = torch.stack([(r.T.double() @ r.double()).long() for r in routings])
     layers = tuple(range(2, 2 + len(routings)))
-    facts = dataclasses.replace(experts.FACTS, num_experts=together.shape[1], top_k=3, layers=layers)
+    metadata = dataclasses.replace(experts.METADATA, num_experts=together.shape[1], top_k=3, layers=layers)
     return ExpertStatistics(
-        model=facts,
+        model=metadata,
         num_documents=1,
         num_tokens=len(routings[0]),
         probability_LE=torch.zeros(together.shape[:2], dtype=torch.float64),
         count_LE=together.diagonal(dim1=1, dim2=2).contiguous(),
-        together_LEE=together,
+        coactivation_LEE=together,
     )
 
 
@@ -57,9 +57,9 @@ def test_planted_groups_are_found():
 @pytest.mark.parametrize("seed", range(5))
 def test_no_swap_that_keeps_the_bound_would_help(seed):
     routing, _ = _routing(num_experts=12, num_groups=3, stray=0.3, seed=seed)
-    together = _stats(routing).together_LEE[0].double().numpy()
+    together = _stats(routing).coactivation_LEE[0].double().numpy()
     bound = 1.05
-    rank = place_together(together, num_ranks=3, max_imbalance=bound, seed=0)
+    rank = place_by_coactivation(together, num_ranks=3, max_imbalance=bound, seed=0)
     load = together.diagonal()
 
     def worth(rank):
@@ -81,9 +81,9 @@ def test_load_wins_over_togetherness():
     # experts 0 and 1 are always used together and carry almost everything: one rank could not bear both
     together = np.diag([100.0, 100.0, 10.0, 10.0])
     together[0, 1] = together[1, 0] = 100
-    rank = place_together(together, num_ranks=2, max_imbalance=1.1, seed=0)
+    rank = place_by_coactivation(together, num_ranks=2, max_imbalance=1.1, seed=0)
     assert rank[0] != rank[1]
-    rank = place_together(together, num_ranks=2, max_imbalance=2.0, seed=0)
+    rank = place_by_coactivation(together, num_ranks=2, max_imbalance=2.0, seed=0)
     assert rank[0] == rank[1]
 
 
@@ -98,7 +98,7 @@ def test_a_bound_that_loads_do_not_allow_makes_no_rank_fuller(seed):
     together += np.diag(load)
     starts = (pack_by_load(load, num_ranks=ranks), np.arange(count) // (count // ranks))
     fullest = [np.bincount(start, weights=load).max() for start in starts]
-    rank = place_together(together, num_ranks=ranks, max_imbalance=1.0, seed=seed)
+    rank = place_by_coactivation(together, num_ranks=ranks, max_imbalance=1.0, seed=seed)
     assert np.bincount(rank).tolist() == [count // ranks] * ranks
     assert np.bincount(rank, weights=load).max() <= min(fullest) * (1 + 1e-9)
 

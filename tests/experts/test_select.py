@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from support import experts
 
 from emo_megatron.experts.select import (
     METHODS,
-    MaxRise,
+    MaxLossIncrease,
     keep_for_budget,
     parse_keep,
     select_by_stats,
@@ -18,8 +16,6 @@ from emo_megatron.experts.select import (
     select_top,
 )
 from emo_megatron.finite import NotFiniteError
-
-PAPER = dataclasses.replace(experts.FACTS, num_experts=127, top_k=7)
 
 
 def test_the_best_are_kept_and_ties_go_to_the_lower_index():
@@ -45,32 +41,45 @@ def test_random_choices_are_seeded_and_differ_by_layer():
 
 
 @pytest.mark.parametrize(
-    ("text", "routed"), [("128", 127), ("16", 15), ("12.5%", 15), ("25%", 31), ("100%", 127), ("8", 7), (" 6.4 % ", 7)]
+    ("text", "routed"),
+    [
+        *(("127 routed", 127), ("16 routed", 16), ("12.5%", 16), ("25%", 32), ("100%", 127), ("7 routed", 7)),
+        *((" 5.7 % ", 7), (" 8  routed ", 8)),
+    ],
 )
-def test_keep_counts_the_shared_expert_as_the_paper_does(text, routed):
-    assert parse_keep(text, PAPER) == routed
+def test_sizes_count_routed_experts(text, routed):
+    assert parse_keep(text, num_experts=127, top_k=7) == routed
 
 
-@pytest.mark.parametrize("text", ["7", "129", "5%", "101%", "-3", "nan%", "inf%", "half", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["6 routed", "128 routed", "5%", "101%", "-3 routed", "nan%", "inf%", "half", "", "routed", "8 experts", "8.0"],
+)
 def test_a_size_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match="--keep must"):
-        parse_keep(text, PAPER)
+        parse_keep(text, num_experts=127, top_k=7)
+
+
+@pytest.mark.parametrize("text", ["8", " 16 ", "127"])
+def test_a_bare_number_says_what_earlier_releases_counted(text):
+    with pytest.raises(ValueError, match=r"--keep must .*shared"):
+        parse_keep(text, num_experts=127, top_k=7)
 
 
 def test_a_budget_is_used_up_and_not_exceeded():
     # 3 layers of 1,000 parameters an expert, 50,000 elsewhere, 2 bytes each: 106 kB for one expert a layer
-    facts = experts.FACTS
-    assert keep_for_budget(0.112, facts, bytes_per_parameter=2) == 2
-    assert keep_for_budget(0.1179, facts, bytes_per_parameter=2) == 2
-    assert keep_for_budget(0.118, facts, bytes_per_parameter=2) == 3
-    assert keep_for_budget(0.236, facts, bytes_per_parameter=4) == 3
-    assert keep_for_budget(50, facts, bytes_per_parameter=2) == 8
+    metadata = experts.METADATA
+    assert keep_for_budget(0.112, metadata, bytes_per_parameter=2) == 2
+    assert keep_for_budget(0.1179, metadata, bytes_per_parameter=2) == 2
+    assert keep_for_budget(0.118, metadata, bytes_per_parameter=2) == 3
+    assert keep_for_budget(0.236, metadata, bytes_per_parameter=4) == 3
+    assert keep_for_budget(50, metadata, bytes_per_parameter=2) == 8
     with pytest.raises(ValueError, match=r"--budget-mb must be 0\.1 or more.*got 0\.05"):
-        keep_for_budget(0.05, facts, bytes_per_parameter=2)
+        keep_for_budget(0.05, metadata, bytes_per_parameter=2)
     # numbers that are finite and whose products are not
-    assert keep_for_budget(1e308, facts, bytes_per_parameter=2) == 8
+    assert keep_for_budget(1e308, metadata, bytes_per_parameter=2) == 8
     with pytest.raises(ValueError, match="--budget-mb must"):
-        keep_for_budget(1e308, facts, bytes_per_parameter=1e308)
+        keep_for_budget(1e308, metadata, bytes_per_parameter=1e308)
 
 
 def test_every_method_ranks_by_its_own_score():
@@ -82,10 +91,10 @@ def test_every_method_ranks_by_its_own_score():
 
 @pytest.mark.parametrize(("text", "full", "highest"), [("0.05", 2.0, 2.05), ("1%", 2.0, 2.02), ("0", 3.0, 3.0)])
 def test_a_bound_is_nats_or_a_share(text, full, highest):
-    assert MaxRise.parse(text).highest(full) == pytest.approx(highest)
+    assert MaxLossIncrease.parse(text).highest(full) == pytest.approx(highest)
 
 
 @pytest.mark.parametrize("text", ["", "-1%", "a bit", "nan", "nan%", "inf", "-inf%", "1e999%"])
 def test_a_bound_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match="--max-rise must"):
-        MaxRise.parse(text)
+    with pytest.raises(ValueError, match="--max-loss-increase must"):
+        MaxLossIncrease.parse(text)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import experts
 
 from emo_megatron.cli import main
-from emo_megatron.experts.stats import LayerSums, change_of, load_stats, merge_stats
+from emo_megatron.experts.stats import LayerSums, load_stats, merge_stats, residual_change_of
 from emo_megatron.finite import NotFiniteError
 
 
@@ -36,10 +36,10 @@ def test_scores_are_means():
     tokens = stats.num_tokens
     torch.testing.assert_close(stats.mean_probability_LE * tokens, stats.probability_LE)
     torch.testing.assert_close(stats.frequency_LE * tokens, stats.count_LE.double())
-    torch.testing.assert_close(stats.reap_LE * stats.count_LE, stats.norm_LE)
-    assert torch.equal(stats.easy_ep_LE, stats.change_LE)
+    torch.testing.assert_close(stats.reap_LE * stats.count_LE, stats.gated_norm_LE)
+    assert torch.equal(stats.easy_ep_LE, stats.residual_change_LE)
     unused = dataclasses.replace(
-        stats, count_LE=torch.zeros_like(stats.count_LE), norm_LE=torch.zeros_like(stats.norm_LE)
+        stats, count_LE=torch.zeros_like(stats.count_LE), gated_norm_LE=torch.zeros_like(stats.gated_norm_LE)
     )
     assert (unused.reap_LE == 0).all()
 
@@ -100,23 +100,23 @@ def test_sums_leave_out_padding():
         change_T=torch.tensor([0.5, math.nan]),
     )
     assert sums.probability_E.tolist() == [0.5, 0.25, 0.25]
-    assert sums.together_EE.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert sums.norm_E.tolist() == [2.0, 4.0, 0.0]
-    assert sums.change_E.tolist() == [1.0, 2.0, 0.0]
+    assert sums.coactivation_EE.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert sums.gated_norm_E.tolist() == [2.0, 4.0, 0.0]
+    assert sums.residual_change_E.tolist() == [1.0, 2.0, 0.0]
 
 
 def test_change_is_one_minus_the_cosine_and_never_negative():
     before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     output = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [-2.0, 0.0]])
-    torch.testing.assert_close(change_of(before, output), torch.tensor([0.0, 1.0, 2.0]).double())
-    assert (change_of(before, before * 3) >= 0).all()
+    torch.testing.assert_close(residual_change_of(before, output), torch.tensor([0.0, 1.0, 2.0]).double())
+    assert (residual_change_of(before, before * 3) >= 0).all()
     # a layer that hardly turns its input: 1 - cos(a) is a^2 / 2
-    slight = change_of(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1e-5]]))
+    slight = residual_change_of(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1e-5]]))
     assert slight.item() == pytest.approx(0.5e-10, rel=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["probability_LE", "norm_LE", "change_LE"])
+@pytest.mark.parametrize("name", ["probability_LE", "gated_norm_LE", "residual_change_LE"])
 def test_sums_that_are_not_finite_are_no_statistics(name, value):
     spoiled = experts.statistics().tensors()[name].clone()
     spoiled[1, 5] = spoiled[2, 0] = value
@@ -129,10 +129,10 @@ def test_sums_that_are_not_finite_are_no_statistics(name, value):
 
 def test_an_earlier_layers_sums_come_first():
     stats = experts.statistics()
-    later, earlier = stats.probability_LE.clone(), stats.change_LE.clone()
+    later, earlier = stats.probability_LE.clone(), stats.residual_change_LE.clone()
     later[1, 0] = earlier[0, 4] = float("nan")
-    with pytest.raises(NotFiniteError, match="layer 2, expert 4: change_LE"):
-        experts.statistics(probability_LE=later, change_LE=earlier)
+    with pytest.raises(NotFiniteError, match="layer 2, expert 4: residual_change_LE"):
+        experts.statistics(probability_LE=later, residual_change_LE=earlier)
 
 
 def test_files_of_sums_that_are_not_finite_make_nothing(tmp_path, capsys):
@@ -145,15 +145,15 @@ def test_files_of_sums_that_are_not_finite_make_nothing(tmp_path, capsys):
     sums["probability_LE"][1, 5] = float("nan")
     save_file(sums, bad, metadata=described)
     selection = tmp_path / "selection.json"
-    assert main(["select", "--stats", str(good), "--keep", "4", "--output", str(selection)]) == 0
+    assert main(["select", "--stats", str(good), "--keep", "3 routed", "--output", str(selection)]) == 0
     for command in (
         ["merge-stats", "--stats", str(good), str(bad)],
         *(
-            ["select", "--stats", str(bad), "--keep", "4", "--method", method]
+            ["select", "--stats", str(bad), "--keep", "3 routed", "--method", method]
             for method in ("mean_prob", "reap", "random")
         ),
         ["place", "--stats", str(bad), "--ranks", "2"],
-        ["compose", "--selections", str(selection), "--stats", str(bad), "--keep", "4"],
+        ["compose", "--selections", str(selection), "--stats", str(bad), "--keep", "3 routed"],
     ):
         capsys.readouterr()
         assert main([*command, "--output", str(tmp_path / "new")]) == 2, command

@@ -14,7 +14,7 @@ TEXTS = ("the of experts", "pool module", "route the document \u00e9", "keeps")
 
 def write_inputs(folder: Path) -> Path:
     """Write all of them; the checkpoint and everything about a model belong together."""
-    from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint, metadata_of
     from emo_megatron.commands import extract, import_
     from emo_megatron.experts.placement import place
     from emo_megatron.experts.select import select_by_stats, selection_of
@@ -30,8 +30,8 @@ def write_inputs(folder: Path) -> Path:
         decoder.write_folder(folder / format, format, model=small, **more)
     words.write_tokenizer(folder / "qwen2_moe")
     import_.run(import_.Options(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
-    facts = facts_of(MegatronCheckpoint(folder / "megatron"))
-    model = experts.MadeUpModel(facts=facts)
+    metadata = metadata_of(MegatronCheckpoint(folder / "megatron"))
+    model = experts.MadeUpModel(metadata=metadata)
     source = experts.documents(3)
     stats = model.statistics(source.tokens, outputs=True).of(source.source)
     stats.save(folder / "stats.safetensors")
@@ -39,7 +39,7 @@ def write_inputs(folder: Path) -> Path:
     for keep in (2, 3):
         mask_LE = select_by_stats(stats, method="mean_prob", keep=keep)
         data = {"calibration": [source.source]}
-        chosen = selection_of(mask_LE, facts, method="mean_prob", seed=0, data=data)
+        chosen = selection_of(mask_LE, metadata, method="mean_prob", seed=0, data=data)
         chosen.save(folder / f"selection{keep}.json")
     place(stats, num_ranks=2).save(folder / "placement.json")
     extract.run(

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from support import decoder
 
-from emo_megatron.checkpoint.reader import MegatronCheckpoint, facts_of
+from emo_megatron.checkpoint.reader import MegatronCheckpoint, metadata_of
 from emo_megatron.config import load_pool_config
 from emo_megatron.experts.calibration import Calibration, load_documents
 from emo_megatron.experts.placement import load_placement
-from emo_megatron.experts.select import MaxRise
+from emo_megatron.experts.select import MaxLossIncrease
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.experts.stats import load_stats
 from emo_megatron.hf.folder import HuggingFaceFolder
@@ -128,13 +128,13 @@ def is_statistics(stats: Any, folder: Path) -> None:
     for name, tensor in stats.tensors().items():
         assert np.array_equal(tensor.numpy(), stored[name]), name
         assert bool(tensor.isfinite().all() and (tensor >= 0).all()), f"{name} cannot be a sum"
-    facts = dataclasses.asdict(stats.model)
-    layers, fingerprint = facts.pop("layers"), facts.pop("fingerprint")
-    assert are_of(int, facts.values(), least=0), facts
+    metadata = dataclasses.asdict(stats.model)
+    layers, fingerprint = metadata.pop("layers"), metadata.pop("fingerprint")
+    assert are_of(int, metadata.values(), least=0), metadata
     assert are_of(int, (*layers, stats.num_documents, stats.num_tokens), least=1)
     assert are_of(str, [fingerprint])
     assert list(layers) == sorted(set(layers))
-    assert 1 <= facts["top_k"] <= facts["num_experts"]
+    assert 1 <= metadata["top_k"] <= metadata["num_experts"]
     assert all(isinstance(entry, dict) for entry in stats.data)
 
 
@@ -153,7 +153,7 @@ def are_rows(rows: Any, folder: Path) -> None:
             assert are_of(field.type, [getattr(row, field.name)]), (field.name, row)
         assert min(row.tokens, row.num_experts_kept) >= 1, row
         assert 0 < row.keep_fraction <= 1, row
-    assert full_report(rows, MaxRise.parse("1%"))
+    assert full_report(rows, MaxLossIncrease.parse("1%"))
 
 
 def are_pools(config: Any, folder: Path) -> None:
@@ -185,12 +185,12 @@ def is_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def checkpoint(folder: Path) -> Any:
     found = MegatronCheckpoint(folder / "megatron")
-    return facts_of(found), found.names, {name: found.read(name) for name in found.names}
+    return metadata_of(found), found.names, {name: found.read(name) for name in found.names}
 
 
 def is_checkpoint(found: Any, folder: Path) -> None:
-    facts, names, weights = found
-    assert facts.num_experts > 0
+    metadata, names, weights = found
+    assert metadata.num_experts > 0
     assert all(
         (tuple(weights[name].shape), weights[name].dtype) == (info.shape, info.dtype) for name, info in names.items()
     )

@@ -27,14 +27,14 @@ from emo_megatron import cli
 VALID: dict[str, str] = {
     "stats": "--checkpoint megatron --data text.jsonl --output new",
     "merge-stats": "--stats stats.safetensors other.safetensors --output new",
-    "select": "--stats stats.safetensors --keep 4 --output new",
-    "retention": "--checkpoint megatron --data text.jsonl --held-out held.jsonl --output new --keep 4",
+    "select": "--stats stats.safetensors --keep '3 routed' --output new",
+    "retention": "--checkpoint megatron --data text.jsonl --validation-data held.jsonl --output new --keep '3 routed'",
     "extract": "--checkpoint megatron --selection selection3.json --output new",
-    "compose": "--selections selection2.json selection3.json --keep 4 --stats stats.safetensors stats.safetensors "
-    "--output new",
+    "compose": "--selections selection2.json selection3.json --keep '3 routed' --stats stats.safetensors "
+    "stats.safetensors --output new",
     "merge": "--parent megatron --modules module --output new",
     "place": "--stats stats.safetensors --ranks 2 --output new",
-    "relabel": "--checkpoint megatron --placement placement.json --output new",
+    "reorder": "--checkpoint megatron --placement placement.json --output new",
     "export": "--checkpoint megatron --output new --parity-tokens 0",
     "import": "--folder qwen2_moe --output new",
     "eval-task": "--documents text.jsonl --name held --model qwen2_moe --output new",
@@ -51,7 +51,24 @@ NUMBERS = (
     *(str(2**63), "1" + "0" * 30, "", " ", "none", "None", "x", "\u0663", "0x10", "1_0", "--seed"),
 )
 TEXTS = (
-    *("", " ", "french", "model", "none", "None", "1%", "0.05", "25%", "4", "-5", "nan%", "inf", "1e999%", "0%"),
+    *(
+        "",
+        " ",
+        "french",
+        "model",
+        "none",
+        "None",
+        "1%",
+        "0.05",
+        "25%",
+        "4",
+        "4 routed",
+        "-5",
+        "nan%",
+        "inf",
+        "1e999%",
+        "0%",
+    ),
     *("parent", "average", "owner", "module", "mean_prob", "é\u2028", "a\nb", "a'b", "--output", "-x", "a b"),
     *("--seq-length 8", "--load x", "{}", "a/b", "..", "x" * 300),
 )
@@ -59,16 +76,16 @@ TEXTS = (
 
 KNOWN = {
     "stats": (
-        *("--megatron none", "--megatron=None", "--megatron a'b", "--examples 0", "--tokens 0"),
+        *("--megatron-args none", "--megatron-args=None", "--megatron-args a'b", "--examples 0", "--tokens 0"),
         *("--shots -1", "--seed -1", f"--seed {2**64}"),
     ),
     "merge-stats": ("--stats", "--stats other.safetensors other.safetensors"),
-    "select": ("--keep x", "--keep nan%", f"--method random --seed {2**64}"),
-    "retention": ("--name none", "--keep=-x", "--max-rise nan"),
+    "select": ("--keep x", "--keep 4", "--keep nan%", f"--method random --seed {2**64}"),
+    "retention": ("--name none", "--keep=-x", "--max-loss-increase nan"),
     "extract": ("--checkpoint module",),
     "merge": ("--modules", "--blend nan", "--parent module"),
     "place": ("--stats", "--ranks 8", "--seed -1", "--max-imbalance nan", "--max-imbalance 0"),
-    "relabel": ("--checkpoint module",),
+    "reorder": ("--checkpoint module",),
     "export": ("--shard-gb nan", "--shard-gb=-inf", "--shard-gb 0"),
     "eval-task": ("--num-tokens 0", f"--name {'x' * 300}"),
 }

@@ -19,7 +19,7 @@ KNOWN: dict[str, tuple[tuple[bytes, bytes], ...]] = {
     "selection": ((b'"layers": [1,', b'"layers": [-1,'),),
     "statistics": ((b'top_k\\": 2, ', b'top_k\\":2.0,'),),
     "placement": (
-        *((b'"together"', b"null"), (b"1.1", b"NaN"), (b"1.1", b"-1"), (b'"layers": [1', b'"layers": [0')),
+        *((b'"coactivation"', b"null"), (b"1.1", b"NaN"), (b"1.1", b"-1"), (b'"layers": [1', b'"layers": [0')),
         *((b'"num_experts": 4', b'"num_experts": 4.0'), (b"[[0", b"[[0.0"), (b"[[0", b"[[false")),
     ),
     "rows, json": ((b'"loss": 5.0', b'"loss": NaN'), (b'"tokens": 100', b'"tokens": "x"')),

@@ -31,7 +31,7 @@ def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> 
         num_experts_kept=kept,
         method=method,
         loss=loss,
-        rise=loss - full,
+        loss_increase=loss - full,
         tokens=100,
         seed=0,
         versions="test",

@@ -95,7 +95,7 @@ def test_what_is_made_of_a_parent_is_told_by_the_parents_numbers(parent, rewritt
     new = tmp_path / "new"
     for command in (
         ["extract", "--checkpoint", broken, "--selection", selection],
-        ["relabel", "--checkpoint", broken, "--placement", placement],
+        ["reorder", "--checkpoint", broken, "--placement", placement],
         ["merge", "--parent", broken, "--modules", module, "--selections", module_selection],
         [
             *("compose", "--parent", broken, "--modules", module),

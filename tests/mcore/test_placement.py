@@ -1,4 +1,4 @@
-"""Weights placed while they are loaded are those of the relabelled checkpoint; a run that cannot place is refused."""
+"""Weights placed while they are loaded are those of the reordered checkpoint; a run that cannot place is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.source import check_router
-from emo_megatron.commands import relabel
+from emo_megatron.commands import reorder
 from emo_megatron.experts.placement import load_placement
 from emo_megatron.mcore.finetune import place_when_loaded
 
@@ -39,10 +39,10 @@ def _weights(folder, placement=None):
     return {name: tensor.detach().clone() for name, tensor in found}
 
 
-def test_loading_places_as_relabelling_does(ranks, run):
+def test_loading_places_as_reordering_does(ranks, run):
     folder, placement = run
-    output = folder.parent / "relabelled"
-    relabel.run(relabel.Options(checkpoint=folder, placement=placement, output=output))
+    output = folder.parent / "reordered"
+    reorder.run(reorder.Options(checkpoint=folder, placement=placement, output=output))
     placed = ranks(2).run(_weights, folder=str(folder), placement=placement)
     wanted = ranks(2).run(_weights, folder=str(output))
     before = ranks(2).run(_weights, folder=str(folder))

@@ -30,14 +30,14 @@ def test_summarise_by_hand() -> None:
         num_experts_kept=32,
         num_domains=1,
         loss=3.0,
-        rise=0.0,
-        rise_elsewhere=None,
+        loss_increase=0.0,
+        loss_increase_on_others=None,
     )
     assert full.selectivity is None
     assert (quarter.method, quarter.num_experts_kept, quarter.num_domains) == ("mean_prob", 8, 2)
     assert quarter.loss == pytest.approx(3.2)
-    assert quarter.rise == pytest.approx(0.2)
-    assert quarter.rise_elsewhere == pytest.approx(1.5)
+    assert quarter.loss_increase == pytest.approx(0.2)
+    assert quarter.loss_increase_on_others == pytest.approx(1.5)
     assert quarter.selectivity == pytest.approx(1.3)
 
 
@@ -45,7 +45,7 @@ def test_every_domain_counts_the_same() -> None:
     rows = [row("emo", "mean_prob", 0.5, 0.1, domain="a", seed=seed) for seed in range(3)]
     rows.append(row("emo", "mean_prob", 0.5, 0.5, domain="b"))
     (summary,) = retention.summarise(rows)
-    assert summary.rise == pytest.approx(0.3)
+    assert summary.loss_increase == pytest.approx(0.3)
 
 
 def test_random_experts_belong_to_no_domain() -> None:
@@ -56,7 +56,7 @@ def test_random_experts_belong_to_no_domain() -> None:
     ]
     (summary,) = retention.summarise(rows)
     assert summary.num_domains == 2
-    assert summary.rise == pytest.approx((0.3 + 0.5) / 2)
+    assert summary.loss_increase == pytest.approx((0.3 + 0.5) / 2)
     assert summary.selectivity is None
 
 
@@ -108,7 +108,7 @@ def test_no_rows_survive_their_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
-@pytest.mark.parametrize("column", ["loss", "rise", "tokens", "seed", "keep_fraction"])
+@pytest.mark.parametrize("column", ["loss", "loss_increase", "tokens", "seed", "keep_fraction"])
 @pytest.mark.parametrize("value", ["nan", "-inf", "1e999", "many", ""])
 def test_rows_with_a_number_that_is_none_are_refused_by_file_and_row(
     tmp_path: Path, suffix: str, column: str, value: str
@@ -130,7 +130,7 @@ def test_rows_with_a_number_that_is_none_are_refused_by_file_and_row(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("column", ["loss", "rise"])
+@pytest.mark.parametrize("column", ["loss", "loss_increase"])
 def test_a_row_is_of_finite_numbers(column: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{column} must be a finite number; got {value}"):
         dataclasses.replace(row("emo", "full", 1.0, 0.0), **{column: value})

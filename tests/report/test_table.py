@@ -1,4 +1,4 @@
-"""Methods side by side: cliffs by hand, tables that never show a rise alone, and the figure."""
+"""Methods side by side: smallest sizes by hand, tables that never show a loss increase alone, and the figure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import struct
 
 import pytest
 
-from emo_megatron.experts.select import MaxRise
+from emo_megatron.experts.select import MaxLossIncrease
 from emo_megatron.report.figure import plot_methods
 from emo_megatron.report.rows import rows_of
-from emo_megatron.report.table import cliffs_table, find_cliffs, full_report, methods_table
+from emo_megatron.report.table import find_smallest_sizes, full_report, methods_table, smallest_sizes_table
 
 FULL_LOSS = {"a": 2.0, "b": 4.0}
 # domain -> method -> rise with 16, 8 and 4 of 32 experts
@@ -51,7 +51,7 @@ def rows():
 
 
 def test_rows_get_their_rises(rows):
-    found = {(r.domain, r.evaluated_on, r.method, r.num_experts_kept): r.rise for r in rows}
+    found = {(r.domain, r.evaluated_on, r.method, r.num_experts_kept): r.loss_increase for r in rows}
     assert found["a", "a", "full", 32] == 0
     # against the full loss of the text, not of the domain that chose
     assert found["a", "b", "mean_prob", 8] == pytest.approx(0.8)
@@ -61,31 +61,33 @@ def test_rows_get_their_rises(rows):
 
 
 def test_cliffs_by_hand(rows):
-    cliffs = {(c.domain, c.method): c for c in find_cliffs(rows, MaxRise(value=0.1, is_share=False))}
-    assert len(cliffs) == 3 * 3
-    mean = cliffs[None, "mean_prob"]
+    found = {(c.domain, c.method): c for c in find_smallest_sizes(rows, MaxLossIncrease(value=0.1, is_share=False))}
+    assert len(found) == 3 * 3
+    mean = found[None, "mean_prob"]
     assert (mean.size.num_experts_kept, mean.size.keep_fraction) == (8, 0.25)
-    assert (mean.size.loss, mean.size.rise) == (pytest.approx(3.07), pytest.approx(0.07))
+    assert (mean.size.loss, mean.size.loss_increase) == (pytest.approx(3.07), pytest.approx(0.07))
     # reap is within the bound again with 8 experts, but was out of it with 16
-    assert cliffs[None, "reap"].size.num_experts_kept == 32
-    assert cliffs["a", "random"].size.rise == 0
-    assert not any(c.is_smallest_measured for c in cliffs.values())
-    assert {c.model for c in cliffs.values()} == {"emo"}
+    assert found[None, "reap"].size.num_experts_kept == 32
+    assert found["a", "random"].size.loss_increase == 0
+    assert not any(c.is_smallest_measured for c in found.values())
+    assert {c.model for c in found.values()} == {"emo"}
 
 
 def test_a_bound_may_be_a_share_of_the_loss_and_may_hold_everywhere(rows):
     def kept(value):
-        cliffs = find_cliffs(rows, MaxRise(value=value, is_share=True))
-        return {c.domain: c.size.num_experts_kept for c in cliffs if c.method == "mean_prob"}
+        found = find_smallest_sizes(rows, MaxLossIncrease(value=value, is_share=True))
+        return {c.domain: c.size.num_experts_kept for c in found if c.method == "mean_prob"}
 
     # 2.4 % of 2 nats are .048, of 4 nats .096
     assert kept(0.024) == {None: 8, "a": 16, "b": 8}
     (widest,) = [
-        c for c in find_cliffs(rows, MaxRise(value=1.0, is_share=True)) if (c.domain, c.method) == ("b", "mean_prob")
+        c
+        for c in find_smallest_sizes(rows, MaxLossIncrease(value=1.0, is_share=True))
+        if (c.domain, c.method) == ("b", "mean_prob")
     ]
     assert widest.size.num_experts_kept == 4
     assert widest.is_smallest_measured
-    assert "4 (1/8) or fewer" in cliffs_table([widest], MaxRise(value=1.0, is_share=True))
+    assert "4 (1/8) or fewer" in smallest_sizes_table([widest], MaxLossIncrease(value=1.0, is_share=True))
 
 
 def test_beside_every_rise_stand_loss_random_experts_and_selectivity(rows):
@@ -96,10 +98,10 @@ def test_beside_every_rise_stand_loss_random_experts_and_selectivity(rows):
         ["emo", "16", "(1/2)", "reap", "3.200", "+0.200", "4.250", "(+1.250)", "-"],
     ]
     assert len(lines) == 3 + 1 + 3 * 2
-    report = full_report(rows, MaxRise.parse("5%"))
+    report = full_report(rows, MaxLossIncrease.parse("5%"))
     assert "Fewest experts within 5.0% of the loss" in report
     own = report[report.index("Domain b") :]
-    assert "4.090   +0.090   6.500 (+2.500)   +0.750" in own
+    assert "4.090 +0.090 6.500 (+2.500) +0.750" in " ".join(own.split())
 
 
 def test_random_experts_alone_are_shown_too(rows):
@@ -110,7 +112,7 @@ def test_random_experts_alone_are_shown_too(rows):
 @pytest.mark.parametrize("models", [("emo",), ("emo", "standard", "other")])
 def test_the_figure_is_drawn(tmp_path, models):
     rows = [r for m in models for r in rows_of(measured(), model=m, seed=0, versions="test")]
-    bound = MaxRise.parse("5%")
+    bound = MaxLossIncrease.parse("5%")
     path = plot_methods(rows, tmp_path / "deep" / "m.png", caption="test", bound=bound)
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"

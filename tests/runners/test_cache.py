@@ -12,7 +12,7 @@ from support import experts
 
 from emo_megatron.runners import cache as caches
 from emo_megatron.runners.base import digest_of
-from emo_megatron.runners.cache import Cache, Measured, NoCache, open_cache
+from emo_megatron.runners.cache import Cache, CachedRunner, NoCache, open_cache
 
 DOCUMENTS = experts.documents(7)
 
@@ -29,11 +29,11 @@ def cache(tmp_path):
 
 def test_an_interrupted_pass_goes_on_and_gives_the_whole(cache):
     with pytest.raises(KeyboardInterrupt):
-        Measured(experts.MadeUpModel(fails_at=2), cache).statistics(DOCUMENTS, outputs=False)
+        CachedRunner(experts.MadeUpModel(fails_at=2), cache).statistics(DOCUMENTS, outputs=False)
     again, whole = experts.MadeUpModel(), experts.MadeUpModel()
-    resumed = Measured(again, cache).statistics(DOCUMENTS, outputs=False)
+    resumed = CachedRunner(again, cache).statistics(DOCUMENTS, outputs=False)
     assert [count for count, _ in again.seen] == [1]
-    assert resumed.digest() == Measured(whole, NoCache()).statistics(DOCUMENTS, outputs=False).digest()
+    assert resumed.digest() == CachedRunner(whole, NoCache()).statistics(DOCUMENTS, outputs=False).digest()
     assert [count for count, _ in whole.seen] == [3, 3, 1]
     assert resumed.num_documents == 7
     assert resumed.data == (DOCUMENTS.source | dataclasses.asdict(experts.SETTING),)
@@ -43,7 +43,7 @@ def test_what_was_measured_is_not_measured_again(cache):
     first, other = experts.MadeUpModel(), experts.MadeUpModel()
     mask = torch.ones(3, 8, dtype=torch.bool)
     for model in (first, other):
-        measured = Measured(model, cache)
+        measured = CachedRunner(model, cache)
         measured.statistics(DOCUMENTS, outputs=True)
         measured.loss(DOCUMENTS, allowed_LE=mask)
         measured.kept_experts(DOCUMENTS, allowed_LE=mask, place=1, keep=3)
@@ -52,9 +52,9 @@ def test_what_was_measured_is_not_measured_again(cache):
 
 
 CHANGES = [
-    *({"facts": dataclasses.replace(experts.FACTS, fingerprint=name)} for name in ("beef",)),
+    *({"metadata": dataclasses.replace(experts.METADATA, fingerprint=name)} for name in ("beef",)),
     # the same weights with another config.json
-    {"facts": dataclasses.replace(experts.FACTS, top_k=1)},
+    {"metadata": dataclasses.replace(experts.METADATA, top_k=1)},
     # routers may be the same after the experts were trained
     {"setting": dataclasses.replace(experts.SETTING, weights="x")},
     {"setting": dataclasses.replace(experts.SETTING, seq_length=8)},
@@ -66,7 +66,7 @@ CHANGES = [
 @pytest.mark.parametrize("changes", CHANGES)
 def test_another_model_or_setting_is_another_question(cache, changes):
     for model in (experts.MadeUpModel(), experts.MadeUpModel(**changes)):
-        measured = Measured(model, cache)
+        measured = CachedRunner(model, cache)
         measured.loss(DOCUMENTS)
         measured.statistics(DOCUMENTS, outputs=False)
         assert (model.num_losses, len(model.seen)) == (1, 3)
@@ -74,7 +74,7 @@ def test_another_model_or_setting_is_another_question(cache, changes):
 
 def test_other_documents_experts_and_outputs_are_other_questions(cache):
     model = experts.MadeUpModel()
-    measured = Measured(model, cache)
+    measured = CachedRunner(model, cache)
     none, some = torch.zeros(3, 8, dtype=torch.bool), torch.ones(3, 8, dtype=torch.bool)
     for documents in (DOCUMENTS, experts.documents(7, name="other")):
         for allowed_LE in (None, none, some):
@@ -89,19 +89,19 @@ def test_other_documents_experts_and_outputs_are_other_questions(cache):
 
 
 def test_another_version_of_the_package_measures_anew(cache, monkeypatch):
-    Measured(experts.MadeUpModel(), cache).loss(DOCUMENTS)
+    CachedRunner(experts.MadeUpModel(), cache).loss(DOCUMENTS)
     for name in ("emo_megatron", "torch"):
         others = caches.versions() | {name: "0.0.0"}
         monkeypatch.setattr(caches, "versions", lambda others=others: others)
         model = experts.MadeUpModel()
-        Measured(model, cache).loss(DOCUMENTS)
+        CachedRunner(model, cache).loss(DOCUMENTS)
         assert model.num_losses == 1
 
 
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 @pytest.mark.parametrize("how", ["cut", "empty", "other", "gone", "flipped"])
 def test_a_damaged_entry_is_measured_again(cache, tmp_path, suffix, how):
-    want = Measured(experts.MadeUpModel(), cache).statistics(DOCUMENTS, outputs=False)
+    want = CachedRunner(experts.MadeUpModel(), cache).statistics(DOCUMENTS, outputs=False)
     (path,) = (tmp_path / "cache").glob(f"*.{suffix}")
     stored = path.read_bytes()
     # the last byte but one of both is part of a value
@@ -111,19 +111,19 @@ def test_a_damaged_entry_is_measured_again(cache, tmp_path, suffix, how):
     if how in damaged:
         path.write_bytes(damaged[how])
     model = experts.MadeUpModel()
-    assert Measured(model, cache).statistics(DOCUMENTS, outputs=False).digest() == want.digest()
+    assert CachedRunner(model, cache).statistics(DOCUMENTS, outputs=False).digest() == want.digest()
     assert len(model.seen) == 3
     # and it is whole again
-    Measured(experts.MadeUpModel(fails_at=0), cache).statistics(DOCUMENTS, outputs=False)
+    CachedRunner(experts.MadeUpModel(fails_at=0), cache).statistics(DOCUMENTS, outputs=False)
 
 
 def test_a_loss_that_was_changed_by_hand_is_measured_again(cache, tmp_path):
-    Measured(experts.MadeUpModel(), cache).loss(DOCUMENTS)
+    CachedRunner(experts.MadeUpModel(), cache).loss(DOCUMENTS)
     (path,) = (tmp_path / "cache").iterdir()
     stored = json.loads(path.read_text())
     stored["answer"]["nats"] = 0.5
     path.write_text(json.dumps(stored))
-    assert Measured(experts.MadeUpModel(), cache).loss(DOCUMENTS).nats == 1.0
+    assert CachedRunner(experts.MadeUpModel(), cache).loss(DOCUMENTS).nats == 1.0
 
 
 def test_the_least_used_go_when_there_is_no_room(tmp_path):
@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, capfd):
     cache = Cache(tmp_path / "file" / "cache")
     model = experts.MadeUpModel()
     for _ in range(2):
-        Measured(model, cache).loss(DOCUMENTS)
+        CachedRunner(model, cache).loss(DOCUMENTS)
     assert model.num_losses == 2
     assert capfd.readouterr().err.count("warning") == 1
 

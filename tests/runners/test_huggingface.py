@@ -60,7 +60,7 @@ def kind(request):
 
 
 def study(built):
-    return HuggingFaceRunner(built, seq_length=16, rows_at_once=3)
+    return HuggingFaceRunner(built, seq_length=16, micro_batch_size=3)
 
 
 def blocks(built):
@@ -80,7 +80,7 @@ def by_definition(built):
     for handle in handles:
         handle.remove()
     shape = (len(seen), 8)
-    names = ("probability_LE", "count_LE", "norm_LE", "change_LE")
+    names = ("probability_LE", "count_LE", "gated_norm_LE", "residual_change_LE")
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
     for place, (block, tokens) in enumerate(zip(blocks(built), seen, strict=True)):
         for inputs, outputs in tokens:
@@ -94,8 +94,8 @@ def by_definition(built):
                 for gate, expert in zip(gates, chosen, strict=True):
                     one = block.experts(h[None], expert.view(1, 1), torch.ones(1, 1))
                     sums["count_LE"][place, expert] += 1
-                    sums["norm_LE"][place, expert] += gate * one.norm()
-                    sums["change_LE"][place, expert] += gate * one.norm() * change.clamp(min=0)
+                    sums["gated_norm_LE"][place, expert] += gate * one.norm()
+                    sums["residual_change_LE"][place, expert] += gate * one.norm() * change.clamp(min=0)
     return sums
 
 
@@ -109,13 +109,13 @@ def test_the_sums_are_what_the_definitions_say(kind):
 
 def test_the_facts_are_the_models(kind):
     built = model(kind)
-    facts = study(built).facts
-    assert (facts.num_experts, facts.top_k, facts.num_shared) == (8, 2, SHARED[kind])
-    assert facts.layers == ((2, 3) if kind == "qwen2_moe" else (1, 2, 3))
+    metadata = study(built).metadata
+    assert (metadata.num_experts, metadata.top_k, metadata.num_shared) == (8, 2, SHARED[kind])
+    assert metadata.layers == ((2, 3) if kind == "qwen2_moe" else (1, 2, 3))
     # gate, up and down projection, and a router row
-    assert facts.expert_parameters == 3 * 8 * 16 + 16
-    experts = facts.expert_parameters * 8 * len(facts.layers)
-    assert facts.other_parameters + experts == sum(p.numel() for p in built.parameters())
+    assert metadata.expert_parameters == 3 * 8 * 16 + 16
+    experts = metadata.expert_parameters * 8 * len(metadata.layers)
+    assert metadata.other_parameters + experts == sum(p.numel() for p in built.parameters())
 
 
 def by_hand(built, texts):
@@ -192,8 +192,8 @@ def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
     )
     assert json.loads((authors / "config.json").read_text())["model_type"] == "emo"
     one, other = (study(load_hugging_face(folder)) for folder in (stock, authors))
-    assert one.facts == other.facts
-    assert one.facts.num_shared == 1
+    assert one.metadata == other.metadata
+    assert one.metadata.num_shared == 1
     want = one.statistics(documents(), outputs=True)
     for name, tensor in other.statistics(documents(), outputs=True).tensors().items():
         assert torch.equal(tensor, want.tensors()[name])
@@ -212,8 +212,8 @@ def test_a_folder_is_studied_in_one_process(tmp_path, capsys):
     model("olmoe").save_pretrained(tmp_path / "model")
     words.write_tokens(tmp_path / "d.safetensors", documents())
     files = ("--checkpoint", f"{tmp_path}/model", "--data", f"{tmp_path}/d.safetensors", "--output", f"{tmp_path}/s")
-    assert cli.main(["stats", *files, "--processes", "2"]) == 2
-    assert "--processes" in capsys.readouterr().err
+    assert cli.main(["stats", *files, "--nproc-per-node", "2"]) == 2
+    assert "--nproc-per-node" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -223,24 +223,24 @@ def test_retention_of_a_folder_is_the_loss_of_the_reduced_model(tmp_path, kind):
     built = model(kind).eval()
     built.save_pretrained(tmp_path / "model")
     words.write_tokens(tmp_path / "d.safetensors", documents())
-    held_out = torch.arange(1, 40) * 7 % 64
-    words.write_tokens(tmp_path / "h.safetensors", held_out.split([15, 24]))
+    validation_data = torch.arange(1, 40) * 7 % 64
+    words.write_tokens(tmp_path / "h.safetensors", validation_data.split([15, 24]))
     options = retention.Options(
         checkpoint=tmp_path / "model",
         data=tmp_path / "d.safetensors",
-        held_out=tmp_path / "h.safetensors",
+        validation_data=tmp_path / "h.safetensors",
         output=tmp_path / "out",
-        keep=(str(3 + SHARED[kind]),),
+        keep=("3 routed",),
         seq_length=16,
     )
     retention.run(options)
     measured = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
     rows = {row["method"]: row for row in measured}
     assert [row["num_experts_kept"] for row in rows.values()] == [8, 3, 3]
-    assert rows["full"]["loss"] == pytest.approx(by_hand(built, held_out.split([15, 24])), rel=1e-5)
+    assert rows["full"]["loss"] == pytest.approx(by_hand(built, validation_data.split([15, 24])), rel=1e-5)
     best_LK = by_definition(built)["probability_LE"].topk(3).indices.sort(-1).values
     reduce_to(built, best_LK)
-    want = by_hand(built, held_out.split([15, 24]))
+    want = by_hand(built, validation_data.split([15, 24]))
     assert rows["mean_prob"]["loss"] == pytest.approx(want, rel=1e-5)
     assert rows["mean_prob"]["tokens"] == 14 + 23
     assert abs(want - rows["random"]["loss"]) > 1e-3
@@ -326,15 +326,17 @@ def test_no_command_measures_a_weight_that_is_not_finite(tmp_path, capsys):
     words.write_tokens(tmp_path / "h.safetensors", documents()[2:3])
     spoil(folder, "model.layers.2.mlp.experts.3.down_proj.weight", float("nan"))
     files = sorted(path.name for path in tmp_path.iterdir())
-    data, held_out = ([flag, f"{tmp_path}/{name}.safetensors"] for flag, name in (("--data", "d"), ("--held-out", "h")))
+    data, validation_data = (
+        [flag, f"{tmp_path}/{name}.safetensors"] for flag, name in (("--data", "d"), ("--validation-data", "h"))
+    )
     for command in (
         ["stats", *data],
         ["stats", *data, "--outputs"],
-        ["select", *data, "--keep", "5"],
-        ["select", *data, "--keep", "5", "--method", "layerwise"],
-        ["select", "--keep", "5", "--method", "random"],
-        ["select", *data, *held_out, "--max-rise", "5%"],
-        ["retention", *data, *held_out, "--keep", "5"],
+        ["select", *data, "--keep", "4 routed"],
+        ["select", *data, "--keep", "4 routed", "--method", "layerwise"],
+        ["select", "--keep", "4 routed", "--method", "random"],
+        ["select", *data, *validation_data, "--max-loss-increase", "5%"],
+        ["retention", *data, *validation_data, "--keep", "4 routed"],
     ):
         output = tmp_path / "new" / "out"
         assert cli.main([*command, "--checkpoint", str(folder), "--output", str(output)]) == 2
@@ -356,9 +358,9 @@ def test_an_overflow_of_finite_weights_is_told_where_it_arises(kind):
     projection = blocks(built)[0].experts.down_proj
     kept, projection[expert] = projection[expert].clone(), 3e38
     studied = study(built)
-    where = f"layer {studied.facts.layers[0]}, expert {expert}"
+    where = f"layer {studied.metadata.layers[0]}, expert {expert}"
     for outputs in (True, False):
-        with pytest.raises(NotFiniteError, match=f"{where}: norm_LE"):
+        with pytest.raises(NotFiniteError, match=f"{where}: gated_norm_LE"):
             studied.statistics([having], outputs=outputs)
     # one document of several is enough, and where none uses the expert there is nothing to tell
     with pytest.raises(NotFiniteError, match=where):

@@ -111,19 +111,22 @@ def test_what_a_rank_fails_of_otherwise_keeps_its_traceback(monkeypatch):
         cli.main(["stats", "--checkpoint", "c", "--data", "d", "--output", "o"])
 
 
-PATHS = {name: Path(name).absolute() for name in ("checkpoint", "data", "held_out", "output")}
+PATHS = {name: Path(name).absolute() for name in ("checkpoint", "data", "validation_data", "output")}
 FEW = {name: PATHS[name] for name in ("checkpoint", "data", "output")}
-SOME = {"megatron": "--bf16 --seed 3", "processes": 4, "expert_parallel": 2, "no_cache": True, "shots": 2}
+SOME = {"megatron_args": "--bf16 --seed 3", "nproc_per_node": 4, "expert_parallel": 2, "no_cache": True, "shots": 2}
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
     [
         ("stats", stats_command.Options(**FEW, outputs=True, **SOME)),
-        ("select", select.Options(**PATHS, method="layerwise", max_rise="-0%", tokens=5, **SOME)),
+        ("select", select.Options(**PATHS, method="layerwise", max_loss_increase="-0%", tokens=5, **SOME)),
         ("select", select.Options(stats=(Path("/a b"), Path("/c")), budget_mb=1e-3, output=Path("/o"))),
-        ("retention", retention.Options(**PATHS, keep=(), cross=(), name="--name", elsewhere=0, **SOME)),
-        ("retention", retention.Options(**PATHS, keep=("50%", "8"), methods=("reap", "random"), cross=("8",))),
+        ("retention", retention.Options(**PATHS, keep=(), cross_sizes=(), name="--name", num_other_domains=0, **SOME)),
+        (
+            "retention",
+            retention.Options(**PATHS, keep=("50%", "8 routed"), methods=("reap", "random"), cross_sizes=("8 routed",)),
+        ),
     ],
 )
 def test_the_command_line_gives_the_same_options_back(monkeypatch, command, options):

@@ -32,9 +32,9 @@ def single(ranks):
 
 def assert_same(got, want):
     assert got.keys() == want.keys()
-    for name in ("count_LE", "together_LEE", "num_tokens", "tokens"):
+    for name in ("count_LE", "coactivation_LEE", "num_tokens", "tokens"):
         assert torch.equal(torch.as_tensor(got[name]), torch.as_tensor(want[name])), name
-    for name in want.keys() - {"count_LE", "together_LEE"}:
+    for name in want.keys() - {"count_LE", "coactivation_LEE"}:
         torch.testing.assert_close(torch.as_tensor(got[name]), torch.as_tensor(want[name]), rtol=1e-5, atol=1e-7)
 
 
@@ -93,7 +93,7 @@ def test_tokens_gathered_by_everyone_and_experts_outnumbering_the_width(ranks):
 
 def test_without_looking_at_outputs_nothing_is_said_of_them(single):
     plain = single(outputs=False)
-    assert plain.keys() == single().keys() - {"norm_LE", "change_LE"}
+    assert plain.keys() == single().keys() - {"gated_norm_LE", "residual_change_LE"}
     assert torch.equal(plain["count_LE"], single()["count_LE"])
 
 
@@ -178,16 +178,16 @@ def test_an_overflow_of_finite_weights_is_told_where_it_arises(ranks):
     inside, last, logits = answers
     assert inside.keys() == {"statistics", "outputs", "loss", "documents"}
     for told in inside.values():
-        assert "layer 3, expert 5: norm_LE" in told
+        assert "layer 3, expert 5: gated_norm_LE" in told
     # the routers see nothing of what the last experts put out
     assert last.keys() == {"outputs", "loss", "documents"}
     for told in last.values():
-        assert "layer 4, expert 6: norm_LE" in told
+        assert "layer 4, expert 6: gated_norm_LE" in told
     assert logits.keys() == {"loss", "documents"}
     for told in logits.values():
         assert "logits" in told
     layout = {"expert_model_parallel_size": 2}
     of_ranks = ranks(2).run(studies.said_of, layout=layout, places=places[:2], value=3e38)
     assert of_ranks[0] == of_ranks[1]
-    assert "layer 3, expert 5: norm_LE" in of_ranks[1][0]["loss"]
-    assert "layer 4, expert 6: norm_LE" in of_ranks[1][1]["loss"]
+    assert "layer 3, expert 5: gated_norm_LE" in of_ranks[1][0]["loss"]
+    assert "layer 4, expert 6: gated_norm_LE" in of_ranks[1][1]["loss"]

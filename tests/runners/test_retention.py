@@ -31,9 +31,9 @@ def options(texts, **changes):
     fields = {
         "checkpoint": texts / "checkpoint",
         "data": texts / "calibration",
-        "held_out": texts / "held-out",
+        "validation_data": texts / "held-out",
         "output": texts / "out",
-        "keep": ("5", "3"),
+        "keep": ("4 routed", "2 routed"),
     }
     return Options(**fields | changes)
 
@@ -70,7 +70,7 @@ class CountingModel(experts.MadeUpModel):
 
 def test_conditions_by_hand():
     rows = conditions(
-        ["a", "b", "c"], num_experts=8, methods=["mean_prob", "reap"], kept=[4, 2], crossed=[2], elsewhere=1
+        ["a", "b", "c"], num_experts=8, methods=["mean_prob", "reap"], kept=[4, 2], crossed=[2], num_other_domains=1
     )
     keys = ["|".join(map(str, (r.domain, r.evaluated_on, r.num_kept, r.method))) for r in rows]
     assert keys[:3] == ["a|a|8|full", "b|b|8|full", "c|c|8|full"]
@@ -87,7 +87,7 @@ def test_conditions_by_hand():
 
 def test_every_method_is_measured_with_its_own_experts(measure):
     model = CountingModel()
-    rows = measure(model, methods=METHODS, keep=("5",), elsewhere=0, no_cache=True)
+    rows = measure(model, methods=METHODS, keep=("4 routed",), num_other_domains=0, no_cache=True)
     assert len(rows) == len(model.losses) == 3 * 7
     # statistics of each domain once, and a pass for each of three layers
     assert len(model.seen) == 3 * (1 + 3)
@@ -119,7 +119,7 @@ def test_an_interrupted_measurement_goes_on_and_gives_the_same(measure, texts):
 def test_ranks_measure_alike_and_the_first_writes(measure, texts):
     other = experts.OtherRank(*[None] * 40)
     with pytest.raises(FileNotFoundError):
-        measure(other, keep=("5",), elsewhere=0)
+        measure(other, keep=("4 routed",), num_other_domains=0)
     assert (other.num_losses, len(other.seen)) == (9, 3)
     assert not (texts / "out").exists()
 
@@ -131,26 +131,26 @@ def test_a_loss_that_is_not_finite_is_no_row(measure, texts, value):
         experts.MadeUpModel(lambda kept: 3.0 if kept > 4 else value),
     ):
         with pytest.raises(NotFiniteError, match=f"got {value}"):
-            measure(model, elsewhere=0)
+            measure(model, num_other_domains=0)
         assert not (texts / "out" / "rows.json").exists()
 
 
 def test_rows_of_something_else_are_not_written_over(measure, texts):
-    measure(CountingModel(), elsewhere=0)
+    measure(CountingModel(), num_other_domains=0)
     path = texts / "out" / "rows.json"
     before = path.read_bytes()
     tuned = CountingModel(setting=dataclasses.replace(experts.SETTING, weights="tuned"))
     for model, reads in ((tuned, read), (CountingModel(), lambda path, _: experts.documents(3, name=path.stem))):
         with pytest.raises(ValueError, match="--output"):
-            measure(model, read=reads, elsewhere=0)
+            measure(model, read=reads, num_other_domains=0)
         assert model.losses == []
     assert path.read_bytes() == before
     # rows of the same model and text are replaced
-    assert len(measure(CountingModel(), elsewhere=0, keep=("3",))) == 9
+    assert len(measure(CountingModel(), num_other_domains=0, keep=("2 routed",))) == 9
     for stored in ("[1]", '{"a": {"loss": 1.0}}', "{", '{"format": "emo_megatron.rows.0"}'):
         path.write_text(stored)
         with pytest.raises(ValueError, match="--output"):
-            measure(CountingModel(), elsewhere=0)
+            measure(CountingModel(), num_other_domains=0)
         assert path.read_text() == stored
     with pytest.raises(ValueError, match="--output must be a folder"):
         measure(CountingModel(), output=path)
@@ -160,7 +160,7 @@ def test_rows_of_something_else_are_not_written_over(measure, texts):
 def test_impossible_sizes_are_refused_before_anything_is_measured(measure, texts, size):
     model = CountingModel()
     with pytest.raises(ValueError, match="--keep must"):
-        measure(model, keep=("5", size))
+        measure(model, keep=("4 routed", size))
     assert model.losses == model.seen == []
     assert not (texts / "out").exists()
 
@@ -170,12 +170,12 @@ def test_impossible_sizes_are_refused_before_anything_is_measured(measure, texts
     [
         ({"methods": ("best",)}, "--methods must be of mean_prob.*got best"),
         ({"methods": ()}, "--methods must name"),
-        ({"cross": ("25%",)}, "--cross must be sizes of --keep.*25%"),
-        ({"elsewhere": -1}, "--elsewhere must be 0 or more; got -1"),
-        ({"max_rise": "some"}, "--max-rise must be"),
-        ({"max_rise": "nan%"}, "--max-rise must be"),
+        ({"cross_sizes": ("25%",)}, "--cross-sizes must be sizes of --keep.*25%"),
+        ({"num_other_domains": -1}, "--num-other-domains must be 0 or more; got -1"),
+        ({"max_loss_increase": "some"}, "--max-loss-increase must be"),
+        ({"max_loss_increase": "nan%"}, "--max-loss-increase must be"),
         ({"name": " "}, "--name must"),
-        ({"rows": 0}, "--rows must be 1 or more"),
+        ({"micro_batch_size": 0}, "--micro-batch-size must be 1 or more"),
     ],
 )
 def test_options_that_cannot_be(texts, changes, what):
@@ -184,26 +184,26 @@ def test_options_that_cannot_be(texts, changes, what):
 
 
 def test_text_that_chose_the_experts_is_not_held_out(texts):
-    with pytest.raises(ValueError, match="not --data"):
-        options(texts, held_out=texts / "calibration")
+    with pytest.raises(ValueError, match="must differ from --data"):
+        options(texts, validation_data=texts / "calibration")
 
 
 def test_domains_are_files_of_the_same_names(texts):
-    data, held_out = texts / "calibration", texts / "held-out"
-    assert list(domain_files(data, held_out)) == ["a", "b", "c"]
-    one = domain_files(data / "a.jsonl", held_out / "b.jsonl")
-    assert one == {"a": (data / "a.jsonl", held_out / "b.jsonl")}
-    (held_out / "d.idx").touch()
+    data, validation_data = texts / "calibration", texts / "held-out"
+    assert list(domain_files(data, validation_data)) == ["a", "b", "c"]
+    one = domain_files(data / "a.jsonl", validation_data / "b.jsonl")
+    assert one == {"a": (data / "a.jsonl", validation_data / "b.jsonl")}
+    (validation_data / "d.idx").touch()
     with pytest.raises(ValueError, match=r"same names; only one of .* has d$"):
-        domain_files(data, held_out)
+        domain_files(data, validation_data)
     (data / "d.safetensors").touch()
     # an indexed dataset goes by its prefix
-    assert domain_files(data, held_out)["d"][1] == held_out / "d"
+    assert domain_files(data, validation_data)["d"][1] == validation_data / "d"
     (data / "a.safetensors").touch()
     with pytest.raises(ValueError, match="two files of the domain a"):
-        domain_files(data, held_out)
+        domain_files(data, validation_data)
     with pytest.raises(ValueError, match="two files or two folders"):
-        domain_files(data, held_out / "a.jsonl")
+        domain_files(data, validation_data / "a.jsonl")
     (texts / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no \.jsonl"):
-        domain_files(texts / "empty", held_out)
+        domain_files(texts / "empty", validation_data)

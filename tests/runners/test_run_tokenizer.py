@@ -119,9 +119,9 @@ def test_a_folder_is_studied_on_a_machine_that_is_alone(
     from emo_megatron import cli
 
     monkeypatch.chdir(models)
-    data, held_out = (words.write_texts(tmp_path / f"{n}.jsonl", TEXTS[n:]) for n in range(2))
+    data, validation_data = (words.write_texts(tmp_path / f"{n}.jsonl", TEXTS[n:]) for n in range(2))
     model = ("--checkpoint", "run-exported", "--tokenizer", NAME, "--data", str(data))
-    more = ("--held-out", str(held_out))
+    more = ("--validation-data", str(validation_data))
     with network.closed(tmp_path / "tried") as tried:
         for step, how in {
             "select": ("--keep", "50%", "--method", "layerwise"),

@@ -80,9 +80,9 @@ def run_as(checkpoint, folder, flags):
 @pytest.mark.slow
 def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp_path):
     output = tmp_path / "s.safetensors"
-    arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs", "--rows", "2")
-    layout = ("--processes", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
-    more = ("--megatron=--seed  7",)
+    arguments = ("--data", data / "d.safetensors", "--output", output, "--outputs", "--micro-batch-size", "2")
+    layout = ("--nproc-per-node", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
+    more = ("--megatron-args=--seed  7",)
     # one iteration's folder is as good as the run's, whatever its name and however the run computed
     folder = tmp_path / "models" / "final"
     run_as(checkpoint, folder, run_flags.HOW_IT_RAN)
@@ -94,9 +94,9 @@ def test_another_layout_and_format_measure_the_same(checkpoint, data, stats, tmp
     assert one.data[0]["sha256"] == other.data[0]["sha256"]
     # measurements of other flags are told apart
     assert (one.data[0]["megatron"], other.data[0]["megatron"]) == ("", "--seed 7")
-    assert torch.equal(one.together_LEE, other.together_LEE)
+    assert torch.equal(one.coactivation_LEE, other.coactivation_LEE)
     assert (one.count_LE.sum(-1) == 2 * one.num_tokens).all()
-    for name in ("probability_LE", "norm_LE", "change_LE"):
+    for name in ("probability_LE", "gated_norm_LE", "residual_change_LE"):
         torch.testing.assert_close(one.tensors()[name], other.tensors()[name], rtol=1e-5, atol=0)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -113,7 +113,7 @@ def test_the_iteration_that_is_named_runs_whatever_its_tracker_says(checkpoint, 
     found = {}
     for name, folder in (("run", run_folder), ("early", tmp_path / "link")):
         output = tmp_path / f"{name}.safetensors"
-        two = ("--processes", "2", "--expert-parallel", "2") if name == "early" else ()
+        two = ("--nproc-per-node", "2", "--expert-parallel", "2") if name == "early" else ()
         assert run("stats", "--checkpoint", folder, "--data", data / "d.safetensors", "--output", output, *two) == 0
         found[name] = load_stats(output)
     want, got, later = found["run"], found["early"], load_stats(stats)
@@ -154,7 +154,7 @@ def test_an_indexed_dataset_is_calibration_data(checkpoint, data_prefix, tmp_pat
 @pytest.mark.slow
 def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
-    model += ("--processes", "2", "--pipeline-parallel", "2")
+    model += ("--nproc-per-node", "2", "--pipeline-parallel", "2")
     output = tmp_path / "layerwise.json"
     how = ("--method", "layerwise", "--data", data / "d.jsonl", "--keep", "50%")
     assert run("select", *model, *how, "--output", output) == 0
@@ -162,13 +162,13 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
     assert chosen.num_kept == (3, 3, 3)
     # the first layer's choice is what statistics say, for nothing is left out before it
     by_stats = tmp_path / "mean-prob.json"
-    assert run("select", "--stats", stats, "--keep", "4", "--output", by_stats) == 0
+    assert run("select", "--stats", stats, "--keep", "3 routed", "--output", by_stats) == 0
     assert load_selection(by_stats).experts[0] == chosen.experts[0]
     assert load_selection(by_stats).model == chosen.model == load_stats(stats).model.fingerprint
     output = tmp_path / "smallest.json"
-    held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::2]))
-    bound = ("--max-rise", "0.01%", "--held-out", held_out)
+    validation_data = tmp_path / "held-out.jsonl"
+    validation_data.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::2]))
+    bound = ("--max-loss-increase", "0.01%", "--validation-data", validation_data)
     assert run("select", *model, *bound, "--stats", stats, "--output", output) == 0
     found = load_selection(output)
     losses = {int(kept): loss for kept, loss in found.data["losses"].items()}
@@ -180,18 +180,18 @@ def test_selections_that_run_the_model(checkpoint, data, stats, tmp_path):
 
 @pytest.mark.slow
 def test_retention_is_the_same_in_any_layout_and_what_select_measures(checkpoint, data, stats, tmp_path, capfd):
-    held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
+    validation_data = tmp_path / "held-out.jsonl"
+    validation_data.write_text("\n".join((data / "d.jsonl").read_text().splitlines()[::-2]))
     model = ("--checkpoint", checkpoint, "--tokenizer", data / "tokenizer")
-    common = ("retention", *model, "--data", data / "d.jsonl", "--held-out")
-    sizes = ("--keep", "5", "3", "--methods", "mean_prob", "reap", "layerwise")
-    assert run(*common, held_out, *sizes, "--output", tmp_path / "one") == 0
+    common = ("retention", *model, "--data", data / "d.jsonl", "--validation-data")
+    sizes = ("--keep", "4 routed", "2 routed", "--methods", "mean_prob", "reap", "layerwise")
+    assert run(*common, validation_data, *sizes, "--output", tmp_path / "one") == 0
     printed = capfd.readouterr().out
     assert "Fewest experts within 1.0% of the loss" in printed
     assert (tmp_path / "one" / "retention.png").stat().st_size > 20_000
-    layout = ("--processes", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
-    beside = ("--name", "other", "--beside", tmp_path / "one" / "retention.json")
-    assert run(*common, held_out, *sizes, *layout, *beside, "--output", tmp_path / "two") == 0
+    layout = ("--nproc-per-node", "2", "--tensor-parallel", "2", "--expert-parallel", "2")
+    beside = ("--name", "other", "--compare", tmp_path / "one" / "retention.json")
+    assert run(*common, validation_data, *sizes, *layout, *beside, "--output", tmp_path / "two") == 0
     one, two = (load_rows(tmp_path / name / "retention.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 1 + 2 * 4
     assert [(r.method, r.num_experts_kept) for r in one] == [(r.method, r.num_experts_kept) for r in two]
@@ -199,8 +199,8 @@ def test_retention_is_the_same_in_any_layout_and_what_select_measures(checkpoint
     report = (tmp_path / "two" / "retention.txt").read_text()
     assert len(re.findall(r"^ *(?:other|model) +\d", report, re.MULTILINE)) == 2 * (1 + 2 * 3)
     output = tmp_path / "s.json"
-    bound = ("--stats", stats, *model, "--max-rise", "0", "--held-out")
-    assert run("select", *bound, held_out, "--output", output) == 0
+    bound = ("--stats", stats, *model, "--max-loss-increase", "0", "--validation-data")
+    assert run("select", *bound, validation_data, "--output", output) == 0
     losses = {int(k): v for k, v in load_selection(output).data["losses"].items()}
     measured = {r.num_experts_kept: r.loss for r in one if r.method in ("full", "mean_prob")}
     shared = losses.keys() & measured.keys()
@@ -218,7 +218,7 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
     part.write_bytes(part.read_bytes()[:2000])
     words.write_tokens(tmp_path / "d.safetensors", [torch.tensor([5, 600])])
     output = tmp_path / "out" / "s.safetensors"
-    two = ("--processes", "2", "--expert-parallel", "2")
+    two = ("--nproc-per-node", "2", "--expert-parallel", "2")
     for arguments, what, *more in [
         (("--checkpoint", cut, "--data", data / "d.safetensors"), "cut short"),
         (("--checkpoint", checkpoint, "--data", tmp_path / "d.safetensors"), "vocabulary.*5 to 600"),
@@ -226,12 +226,12 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
         (
             ("--checkpoint", checkpoint, "--data", data / "d.safetensors", *two),
             "Megatron refuses.*num_layers value from checkpoint .4. ",
-            "--megatron=--num-layers 2 --moe-layer-freq [0,1]",
+            "--megatron-args=--num-layers 2 --moe-layer-freq [0,1]",
         ),
         (
             ("--checkpoint", checkpoint, "--data", data / "d.safetensors"),
             "unrecognized arguments: --no-such-flag",
-            "--megatron=--no-such-flag",
+            "--megatron-args=--no-such-flag",
         ),
     ]:
         with pytest.raises(SystemExit) as stopped:
@@ -260,7 +260,7 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(checkpoint, data, tmp_pat
 def test_no_process_outlives_its_command(checkpoint, data, tmp_path, processes, number, code):
     output = tmp_path / "folder" / "s.safetensors"
     command = [sys.executable, "-m", "emo_megatron", "stats", "--checkpoint", checkpoint]
-    command += ["--data", data / "d.safetensors", "--output", output, "--processes", processes]
+    command += ["--data", data / "d.safetensors", "--output", output, "--nproc-per-node", processes]
     started = Command(command)
     # with torchrun
     num_processes = {1: 2, 2: 4}[processes]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from emo_megatron.commands.options import ModelOptions
 from emo_megatron.experts.calibration import Documents
-from emo_megatron.experts.stats import ExpertStatistics, ModelFacts
+from emo_megatron.experts.stats import ExpertStatistics, ModelMetadata
 from emo_megatron.runners.base import Loss, Setting
-from emo_megatron.runners.cache import Measured, NoCache, open_cache
+from emo_megatron.runners.cache import CachedRunner, NoCache, open_cache
 
-FACTS = ModelFacts(
+METADATA = ModelMetadata(
     fingerprint="f00d",
     num_experts=8,
     num_shared=1,
@@ -48,13 +48,13 @@ class MadeUpModel:
         self,
         loss: Callable[[int], float] = lambda kept: 1.0,
         *,
-        facts: ModelFacts = FACTS,
+        metadata: ModelMetadata = METADATA,
         fails_at: int | None = None,
         loss_fails_at: int | None = None,
         setting: Setting = SETTING,
     ) -> None:
         self.setting = setting
-        self.facts, self._loss, self._fails_at = facts, loss, fails_at
+        self.metadata, self._loss, self._fails_at = metadata, loss, fails_at
         self._loss_fails_at = loss_fails_at
         self.seen: list[tuple[int, list[list[bool]] | None]] = []
         self.num_losses = 0
@@ -68,7 +68,7 @@ class MadeUpModel:
         if len(self.seen) == self._fails_at:
             raise KeyboardInterrupt
         self.seen.append((len(documents), None if allowed_LE is None else allowed_LE.tolist()))
-        num_layers, num_experts = len(self.facts.layers), self.facts.num_experts
+        num_layers, num_experts = len(self.metadata.layers), self.metadata.num_experts
         tokens = sum(document.numel() for document in documents)
         rank_LE = (torch.arange(num_experts) + 3 * torch.arange(num_layers)[:, None]) % num_experts
         weight_LE = rank_LE.double() + 1
@@ -78,21 +78,21 @@ class MadeUpModel:
             weight_LE = (weight_LE + gone_L[:, None]) % (num_experts + 1)
         count_LE = weight_LE.long() * tokens
         return ExpertStatistics(
-            model=self.facts,
+            model=self.metadata,
             num_documents=len(documents),
             num_tokens=tokens,
             probability_LE=weight_LE * tokens,
             count_LE=count_LE,
-            together_LEE=torch.diag_embed(count_LE),
-            norm_LE=(num_experts - weight_LE) * tokens if outputs else None,
-            change_LE=1.0 / (1 + weight_LE) * tokens if outputs else None,
+            coactivation_LEE=torch.diag_embed(count_LE),
+            gated_norm_LE=(num_experts - weight_LE) * tokens if outputs else None,
+            residual_change_LE=1.0 / (1 + weight_LE) * tokens if outputs else None,
         )
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
         if self.num_losses == self._loss_fails_at:
             raise KeyboardInterrupt
         self.num_losses += 1
-        kept = self.facts.num_experts if allowed_LE is None else int(allowed_LE[0].sum())
+        kept = self.metadata.num_experts if allowed_LE is None else int(allowed_LE[0].sum())
         return Loss(nats=self._loss(kept), num_tokens=10)
 
 
@@ -105,11 +105,11 @@ def open_as(monkeypatch: pytest.MonkeyPatch, model: Any, *, read: Callable[..., 
     def named(path: Path, calibration: Any) -> Documents:
         return documents(3, name=path.stem)
 
-    def found(options: ModelOptions, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[Measured, Any]:
-        return Measured(model, NoCache() if options.no_cache else open_cache()), read or named
+    def found(options: ModelOptions, checkpoint: Path, *, texts: Sequence[Path]) -> tuple[CachedRunner, Any]:
+        return CachedRunner(model, NoCache() if options.no_cache else open_cache()), read or named
 
     monkeypatch.setattr(ModelOptions, "open", found)
-    monkeypatch.setattr(ModelOptions, "is_elsewhere", lambda *_: False)
+    monkeypatch.setattr(ModelOptions, "runs_in_ranks", lambda *_: False)
 
 
 class OtherRank(MadeUpModel):

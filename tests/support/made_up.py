@@ -48,7 +48,7 @@ def measure(arguments: list[str]) -> None:
     options = parser.parse_known_args(arguments)[0]
     experts = 2 if options.name == "small" else 8
     rows = [row(options.name, d, d, "full", experts, experts) for d in DOMAINS]
-    for kept in (None, *(int(size) - 2 for size in options.keep)):
+    for kept in (None, *(int(size.split()[0]) for size in options.keep)):
         if kept is not None:
             for method in ("random", "mean_prob"):
                 rows += [row(options.name, d, d, method, kept, experts) for d in DOMAINS]

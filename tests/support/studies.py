@@ -40,7 +40,7 @@ def studied(model: Any) -> Any:
     from emo_megatron.runners.megatron import MegatronRunner
     from support import experts
 
-    return MegatronRunner(model, facts=experts.FACTS, seq_length=SEQ_LENGTH, rows_at_once=2)
+    return MegatronRunner(model, metadata=experts.METADATA, seq_length=SEQ_LENGTH, micro_batch_size=2)
 
 
 def measure(
@@ -93,9 +93,9 @@ def by_definition() -> dict[str, Tensor]:
             model(row.tokens_S[None], positions, None)
     for handle in handles:
         handle.remove()
-    names = ("probability_LE", "count_LE", "norm_LE", "change_LE")
+    names = ("probability_LE", "count_LE", "gated_norm_LE", "residual_change_LE")
     sums = {name: torch.zeros(len(layers), 8, dtype=torch.float64) for name in names}
-    sums["together_LEE"] = torch.zeros(len(layers), 8, 8, dtype=torch.float64)
+    sums["coactivation_LEE"] = torch.zeros(len(layers), 8, 8, dtype=torch.float64)
     with torch.no_grad():
         for index, (layer, tokens) in enumerate(zip(layers, seen, strict=True)):
             for inputs, outputs in tokens:
@@ -115,11 +115,11 @@ def _add_token(layer: Any, h: Tensor, out: Tensor, sums: dict[str, Tensor]) -> N
         output, _ = layer.experts.local_experts[expert](h[None], torch.ones(1))
         length = float(gate) * float(output.norm())
         sums["count_LE"][expert] += 1
-        sums["norm_LE"][expert] += length
-        sums["change_LE"][expert] += length * change
+        sums["gated_norm_LE"][expert] += length
+        sums["residual_change_LE"][expert] += length * change
     for one in chosen.tolist():
         for other in chosen.tolist():
-            sums["together_LEE"][one, other] += 1
+            sums["coactivation_LEE"][one, other] += 1
 
 
 def loss_of_nothing() -> None:
@@ -158,7 +158,7 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
     from emo_megatron.commands import select
     from emo_megatron.commands.options import ModelOptions
     from emo_megatron.experts.calibration import Documents
-    from emo_megatron.runners.cache import Cache, Measured
+    from emo_megatron.runners.cache import Cache, CachedRunner
 
     studied = study(layout)
     run, passes = studied._run, []
@@ -178,8 +178,8 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
             checkpoint=Path("checkpoint"),
             method="layerwise",
             data=Path("data"),
-            max_rise="1%",
-            held_out=Path("held-out"),
+            max_loss_increase="1%",
+            validation_data=Path("held-out"),
         )
         texts = {
             kind: Documents(tokens=tuple(documents(9, seed=seed)), source={"file": kind, "sha256": kind})
@@ -188,10 +188,10 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
         # ranks find nothing, and are told by the first what its cache holds
         is_first = torch.distributed.get_rank() == 0
         cache = Cache(Path(folder) / "cache" if is_first else Path(folder) / "not the first")
-        opened = (Measured(studied, cache), lambda path, _: texts[path.name])
+        opened = (CachedRunner(studied, cache), lambda path, _: texts[path.name])
         with (
             mock.patch.object(ModelOptions, "open", return_value=opened),
-            mock.patch.object(ModelOptions, "is_elsewhere", return_value=False),
+            mock.patch.object(ModelOptions, "runs_in_ranks", return_value=False),
         ):
             select.run(options)
         torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""A relabelled checkpoint is the same model under every dispatcher, and what would make another model is refused."""
+"""A reordered checkpoint is the same model under every dispatcher, and what would make another model is refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from support.checkpoints import BIASED, ORDER, placement_of
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.cli import main
-from emo_megatron.commands import relabel
+from emo_megatron.commands import reorder
 from emo_megatron.experts.placement import load_placement
 
 
 @pytest.fixture(scope="module")
 def before(ranks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("relabel") / "before"
+    folder = tmp_path_factory.mktemp("reorder") / "before"
     layout = {"expert_model_parallel_size": 2}
     ranks(2).run(checkpoints.save, folder=str(folder), layout=layout, config=BIASED)
     return folder
@@ -27,7 +27,7 @@ def before(ranks, tmp_path_factory):
 def after(before):
     placement = placement_of(before).save(before.parent / "p.json")
     output = before.parent / "after"
-    command = ["relabel", "--checkpoint", str(before), "--placement", str(placement)]
+    command = ["reorder", "--checkpoint", str(before), "--placement", str(placement)]
     assert main([*command, "--output", str(output)]) == 0
     return output
 
@@ -72,7 +72,7 @@ def _logits(folder, layout, dispatcher):
 def test_another_models_placement_is_refused(before, tmp_path, capsys):
     placement = placement_of(before, model="0" * 64).save(tmp_path / "p.json")
     output = tmp_path / "out"
-    command = ["relabel", "--checkpoint", str(before), "--placement", str(placement)]
+    command = ["reorder", "--checkpoint", str(before), "--placement", str(placement)]
     assert main([*command, "--output", str(output)]) == 2
     assert "another model" in capsys.readouterr().err
     assert not output.exists()
@@ -84,7 +84,7 @@ def test_numbers_that_mean_something_are_refused(before, tmp_path, monkeypatch, 
     changed = argparse.Namespace(**vars(stored) | {name: value})
     monkeypatch.setattr(MegatronCheckpoint, "args", changed)
     placement = placement_of(before).save(tmp_path / "p.json")
-    options = relabel.Options(checkpoint=before, placement=placement, output=tmp_path / "out")
+    options = reorder.Options(checkpoint=before, placement=placement, output=tmp_path / "out")
     with pytest.raises(ValueError, match=name.replace("_", "-")):
-        relabel.run(options)
+        reorder.run(options)
     assert not options.output.exists()
