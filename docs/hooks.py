@@ -1,7 +1,8 @@
-"""What the documentation site does unlike MkDocs: headings get GitHub's anchors, links may leave docs/.
+"""Two changes to MkDocs for the documentation site: GitHub's anchors for headings, and links that leave docs/.
 
-A page is also read on GitHub, where `../README.md` is a link. The site holds no such file: the link becomes one into
-`repo_url` if that is configured, else plain text. MkDocs itself reports a link to a file that does not exist.
+The pages are also read on GitHub, where `../README.md` is a valid link. The site does not contain that file. The link
+therefore points into `repo_url` if `repo_url` is configured, and becomes plain text otherwise. MkDocs itself reports a
+link to a file that does not exist.
 """
 
 import posixpath
@@ -21,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class LinksOut(Treeprocessor):
-    """Rewrites the links of one page that leave docs/."""
+    """Rewrites links of a page that leave docs/."""
 
     page = ""
-    """Of the links, as a path in docs/."""
+    """Path of the page in docs/."""
     repository: str | None = None
-    """Its URL."""
+    """URL of the repository."""
 
     def run(self, root: Element) -> None:
         """Rewrite the links of the page in place."""
@@ -45,7 +46,7 @@ class LinksOut(Treeprocessor):
 
 
 class LinksOutExtension(Extension):
-    """Puts LinksOut before the treeprocessor of MkDocs that resolves links, which has priority 0."""
+    """Runs LinksOut before MkDocs resolves links, which has priority 0."""
 
     def extendMarkdown(self, md: Markdown) -> None:
         """Register the treeprocessor."""
@@ -53,12 +54,12 @@ class LinksOutExtension(Extension):
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Anchors as on GitHub, and links that leave docs/."""
+    """Configure the anchors and the links."""
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
-    config.markdown_extensions.append(LinksOutExtension())  # type: ignore[arg-type]  # Python-Markdown takes it
+    config.markdown_extensions.append(LinksOutExtension())  # type: ignore[arg-type]
     LinksOut.repository = config.repo_url
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> None:
-    """Pages are rendered one after the other: name the one that comes."""
+    """Set the page of the links; MkDocs renders pages one after another."""
     LinksOut.page = page.file.src_uri
