@@ -16,6 +16,8 @@ OLDEST_MEGATRON := $(VENV)/megatron-core-0.18
 BRIDGE := $(VENV)/megatron-bridge-0.6.2
 BRIDGE_PACKAGES := megatron-bridge==0.6.2 hydra-core==1.3.4 "omegaconf>=2.3" "antlr4-python3-runtime==4.9.*" \
     transformers==5.12.1 "tokenizers<0.23" "huggingface_hub<2" httpx httpcore h11 anyio sniffio
+# the tools that build the documentation; they need no torch
+MKDOCS := $(VENV)/mkdocs
 CPP := $(wildcard csrc/* tests/support/*.h tests/support/*.cpp)
 NEWS := printf '\n\033[1m%s\033[0m\n'
 
@@ -27,7 +29,7 @@ FIND_PYTHON = for python in $(CANDIDATES); do \
 	"$$python" -c "$(CAN_SERVE)" >/dev/null 2>&1 && break; python=; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-all lint format types bench clean
+.PHONY: help setup native demo test test-all lint format types docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,10 @@ format: $(STAMP) ## rewrite the code in the project's style
 
 types: $(STAMP) ## check the types
 	@$(RUN) mypy
+
+# no --quiet: with it, MkDocs ignores warnings and --strict has no effect
+docs: $(MKDOCS) ## build the documentation into build/site; a broken link is an error
+	@PYTHONPATH=$(MKDOCS) NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 bench: $(STAMP) ## run the benchmarks, quick ones (all sizes: make bench ARGS=)
 	@for script in $(wildcard benchmarks/bench_*.py); do \
@@ -110,3 +116,11 @@ $(BRIDGE): | $(STAMP)
 	@rm -rf $@.part
 	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part $(BRIDGE_PACKAGES)
 	@mv $@.part $@
+
+# installed again when a pinned version changes; does not need `make setup`
+$(MKDOCS): docs/requirements.txt | $(VENV)/bin/pip
+	@$(NEWS) "Installing mkdocs-material and mkdocstrings for the documentation: 0.2 GB on disk"
+	@rm -rf $@ $@.part
+	@$(RUN) pip install --disable-pip-version-check --quiet --target $@.part --requirement $<
+	@mv $@.part $@
+	@touch $@
