@@ -1,4 +1,4 @@
-"""A small MoE under study in the ranks of a layout, and the documents that the runner reads.
+"""A small MoE in the ranks of a layout, and the documents that the runner reads.
 
 Ranks import this file by its path, so it names its neighbours whole.
 """
