@@ -91,7 +91,10 @@ BATCH = Picture(
             title="7. Pool sizes", text="drawn per document and layer", path="ops/sizes.py", names=("draw_pool_sizes",)
         ),
         (2, 1): Box(
-            title="8. Pool", text="best-scored experts per document", path="ops/reference.py", names=("select_pool",)
+            title="8. Pool",
+            text="best-scored experts per document",
+            path="ops/reference_documents.py",
+            names=("select_pool",),
         ),
         (2, 2): Box(
             title="9. Top-k", text="K experts per token, in the pool", path="ops/reference.py", names=("pool_topk",)

@@ -82,6 +82,27 @@ def test_what_does_not_exist_is_found(line: str) -> None:
     assert len(list(_problems(line))) == 1
 
 
+def _missing(page: str) -> Iterator[str]:
+    """Paths from the root that do not exist, and names X of "`X` in `PATH`" or "`PATH` (`X` ...)" not in PATH."""
+    for path in re.findall(r"`([\w.]+/[\w./]*)`", page):
+        if not (ROOT / path).exists() and "NAME" not in path:
+            yield path
+    pairs = re.findall(r"`(\w+)` (?:in|to|of)\s`([\w/]+\.py)`", page)
+    pairs += [(name, path) for path, name in re.findall(r"`([\w/]+\.py)`\s\(`(\w+)`", page)]
+    for name, path in pairs:
+        if (ROOT / path).is_file() and not re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")):
+            yield f"{name} in {path}"
+
+
+def test_recipes_of_contributing_name_what_exists() -> None:
+    assert list(_missing((DOCS / "CONTRIBUTING.md").read_text(encoding="utf-8"))) == []
+    wrong = (
+        "`X1` in `emo_megatron/cli.py`, `tests/no.py`, and\n"
+        "`tests/test_cli.py` (`test_no` runs); `COMMANDS` in\n`emo_megatron/cli.py`"
+    )
+    assert list(_missing(wrong)) == ["tests/no.py", "X1 in emo_megatron/cli.py", "test_no in tests/test_cli.py"]
+
+
 @pytest.mark.parametrize("name", SCRIPT.PICTURES)
 def test_everything_in_a_picture_exists(name: str) -> None:
     picture = SCRIPT.PICTURES[name]
