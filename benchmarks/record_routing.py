@@ -52,14 +52,14 @@ def record(run: Run, *, runs: Path, tokens: int, stem: Path) -> None:
     from emo_megatron.mcore.layer import PoolMoELayer
     from emo_megatron.runners.megatron import MegatronRunner
 
-    study = MegatronRunner(model, metadata=metadata_of(checkpoint), seq_length=stored.seq_length, micro_batch_size=16)
+    runner = MegatronRunner(model, metadata=metadata_of(checkpoint), seq_length=stored.seq_length, micro_batch_size=16)
     layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
     if run.pools:
         _train_with_pools(model, layers, stored)
     fit, test = _halves(runs, tokens=tokens)
-    study.statistics(fit, outputs=False).of({"documents": "first half"}).save(stem.with_suffix(".stats"))
+    runner.statistics(fit, outputs=False).of({"documents": "first half"}).save(stem.with_suffix(".stats"))
     recorders = [_Recorder(layer) for layer in layers]
-    study.loss(test)
+    runner.loss(test)
     tensors = {str(recorder.layer.layer_number): torch.cat(recorder.seen) for recorder in recorders}
     width = torch.tensor(stored.hidden_size)
     save_file(tensors | {"width": width}, stem.with_suffix(".routing"))

@@ -12,6 +12,7 @@ come from all ranks alike: a share (R - 1) / R of all rows goes to another rank.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Options:
     output: Path = RESULTS
     """Folder of traffic.csv and traffic.md."""
     page: Path = ROOT / "docs" / "dispatch.md"
-    """Page whose table is rewritten; its figure, of the same name, lies beside it."""
+    """Page whose table, a selection of the rows, is rewritten; the figure of the same name is in the same folder."""
 
 
 RUNS = (
@@ -61,6 +62,10 @@ RUNS = (
     Run(name="EMO, pools off", model="emo", pools=False),
     Run(name="standard", model="standard", pools=False),
 )
+
+
+ON_PAGE = set(itertools.product(("EMO, in training", "standard"), (2, 8), (DEDUP, TOGETHER)))
+"""Routing, ranks and dispatch of the rows that the page shows; traffic.md has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ class Row:
     dispatch: str
     rows_per_token: float
     crossing_bytes: float
-    """A token, one way, bf16 at the model's width."""
+    """Per token, one way, bf16 at the model's width."""
     pair_imbalance: float
     row_imbalance: float
 
@@ -101,14 +106,15 @@ def main(options: Options) -> list[Path]:
             if process.exitcode:
                 raise ValueError(f"{run.name} failed; what it said stands above")
             rows += _replay(run, options, stem)
-    table = _table(rows)
+    table = _table(rows, shown=rows)
     print(table)
     written = write_results(options.output, "traffic", rows=[_plain(row) for row in rows], page=table)
-    return [*written, *_publish(rows, table, options.page)]
+    return [*written, *_publish(rows, options.page)]
 
 
-def _publish(rows: Sequence[Row], table: str, page: Path) -> list[Path]:
-    """Put the table on the page and the figure beside it."""
+def _publish(rows: Sequence[Row], page: Path) -> list[Path]:
+    """Write a selection of the rows into the page, and the figure into the same folder."""
+    table = _table(rows, shown=[row for row in rows if (row.run, row.ranks, row.dispatch) in ON_PAGE])
     text = page.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with whole(page) as unfinished:
@@ -124,7 +130,7 @@ def _replay(run: Run, options: Options, stem: Path) -> list[Row]:
     for ranks in options.ranks:
         own = [tuple(range(stats.model.num_experts))] * len(stats.model.layers)
         orders = {ALLTOALL: own, DEDUP: own}
-        for name, method in ((LOAD, "load"), (TOGETHER, "together")):
+        for name, method in ((LOAD, "load"), (TOGETHER, "coactivation")):
             found = place(stats, num_ranks=ranks, method=method, max_imbalance=options.max_imbalance)
             orders[name] = list(found.order)
         for dispatch, order in orders.items():
@@ -204,9 +210,9 @@ def _plain(row: Row) -> dict[str, Any]:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in fields}
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head = ["routing", "EP", "dispatch", "rows a token", "of alltoall", "bytes a token to other ranks"]
-    head += ["fullest rank / mean: experts' work", "rows"]
+def _table(rows: Sequence[Row], *, shown: Sequence[Row]) -> str:
+    head = ["routing", "EP", "dispatch", "rows per token", "share of alltoall's rows"]
+    head += ["bytes per token to other ranks", "imbalance of the experts' work", "imbalance of rows"]
     stock = {(r.run, r.ranks): r.rows_per_token for r in rows if r.dispatch == ALLTOALL}
     return markdown_table(
         head,
@@ -221,7 +227,7 @@ def _table(rows: Sequence[Row]) -> str:
                 f"{r.pair_imbalance:.2f}",
                 f"{r.row_imbalance:.2f}",
             ]
-            for r in rows
+            for r in shown
         ],
     )
 
@@ -243,7 +249,7 @@ def _figure(rows: Sequence[Row], path: Path) -> Path:
         axis.set_xticks(range(len(ranks)), [f"EP{r}" for r in ranks])
         axis.set_title(run.name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("rows a token, each way")
+    axes[0].set_ylabel("rows per token, each way")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     with whole(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)

@@ -90,7 +90,7 @@ def prepare(options: Options, corpus: Corpus) -> Path:
     return folder
 
 
-class Study:
+class Experiment:
     """The jobs for one of the demo's models."""
 
     def __init__(self, model: str, options: Options, folder: Path) -> None:
@@ -205,18 +205,18 @@ def _blends(name: str) -> tuple[float, ...]:
     return BLENDS[1:] if name in ("all", "in-place") else BLENDS
 
 
-def table(study: Study, *, domains: list[str]) -> list[str]:
+def table(experiment: Experiment, *, domains: list[str]) -> list[str]:
     """Rows of gain and harm, in nats a token."""
-    parent = study.losses(study.variants()[0])
+    parent = experiment.losses(experiment.variants()[0])
     lines = []
-    for variant in study.variants():
-        losses = study.losses(variant)
+    for variant in experiment.variants():
+        losses = experiment.losses(variant)
         gain = parent[DOMAIN] - losses[DOMAIN]
         rises = {d: losses[d] - parent[d] for d in domains if d != DOMAIN}
         harm, worst = statistics.mean(rises.values()), max(rises, key=lambda d: rises[d])
         share = f"{harm / gain:.3f}" if gain > 0.005 else "-"
         lines.append(
-            f"| {study.output.name} | {variant.name} | {losses[DOMAIN]:.3f} | {gain:+.3f} | {harm:+.3f} "
+            f"| {experiment.output.name} | {variant.name} | {losses[DOMAIN]:.3f} | {gain:+.3f} | {harm:+.3f} "
             f"| {share} | {worst} {rises[worst]:+.3f} |"
         )
     return lines
@@ -230,12 +230,12 @@ def main(options: Options) -> None:
     manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
     corpus = Corpus(path=options.run / "corpus", manifest=manifest)
     folder = prepare(options, corpus)
-    studies = [Study(name, options, folder) for name in ("emo", "standard")]
-    for study in studies:
-        study.output.mkdir(parents=True, exist_ok=True)
-        run_jobs(study.jobs())
+    experiments = [Experiment(name, options, folder) for name in ("emo", "standard")]
+    for experiment in experiments:
+        experiment.output.mkdir(parents=True, exist_ok=True)
+        run_jobs(experiment.jobs())
     head = f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
-    rows = [row for study in studies for row in table(study, domains=[*corpus.domains, DOMAIN])]
+    rows = [row for experiment in experiments for row in table(experiment, domains=[*corpus.domains, DOMAIN])]
     text = "\n".join([head, "|---|---|--:|--:|--:|--:|---|", *rows])
     (options.output / "update.md").write_text(text + "\n")
     print(text)

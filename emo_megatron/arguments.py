@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 RENAMED_COMMANDS = {"relabel": "reorder"}
 RENAMED_FLAGS = {
@@ -75,10 +76,27 @@ def current_arguments(command: str, arguments: Sequence[str], options: Any) -> l
 
 def nearest(name: str, known: Collection[str]) -> str:
     """ ", did you mean NAME?" for an error, or nothing if no known name is similar."""
+    # without dashes, which would make all flags similar
+    names = {k.lstrip("-"): k for k in sorted(known)}
+    word = name.lstrip("-")
     # a flag that was cut short is nearest to the flags that it begins
-    similar = [k for k in sorted(known) if len(name) > 3 and k.startswith(name)]
-    similar += difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
-    return f", did you mean {similar[0]}?" if similar else ""
+    similar = [k for k in names if len(word) > 1 and k.startswith(word)]
+    similar += difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f", did you mean {names[similar[0]]}?" if similar else ""
+
+
+def suggest_flags(parser: argparse.ArgumentParser) -> None:
+    """Let the error about unknown flags of a parser name the nearest flag that the parser has."""
+    report, known = parser.error, parser._option_string_actions
+
+    def error(message: str) -> NoReturn:
+        before, colon, words = message.partition("unrecognized arguments: ")
+        unknown = [word.partition("=")[0] for word in words.split() if word.startswith("--")]
+        hints = [f"{name}{hint}" for name in unknown if (hint := nearest(name, known))]
+        report("; ".join([message, *hints]) if colon and not before else message)
+
+    # argparse calls the method of the instance
+    parser.error = error  # type: ignore[method-assign]
 
 
 def _split(argument: str) -> tuple[str, str | None]:

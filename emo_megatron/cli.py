@@ -16,7 +16,7 @@ from emo_megatron.runners import launch
 from emo_megatron.variables import as_no_other_job, stay_offline
 
 INTERRUPTED = 130
-DEMO_INSTALL = "pip install -e '.[demo]' in a clone of the repository"
+DEMO_INSTALL = "pip install 'emo_megatron[demo]'"
 
 COMMANDS = {
     "bridge": "Train a Megatron-Bridge (NeMo) recipe with document pools.",

@@ -18,14 +18,14 @@ INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--
 
 
 @pytest.fixture(params=["emo", "standard"])
-def study(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def experiment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The jobs for one model of a demo that does not exist."""
     pytest.importorskip("megatron.core")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     update = importlib.import_module("update_module")
     folder = tmp_path / "update" / "corpus"
     options = update.Options(run=tmp_path / "run", output=tmp_path / "update", steps=2)
-    return update.Study(request.param, options, folder)
+    return update.Experiment(request.param, options, folder)
 
 
 def test_it_wants_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,13 +37,13 @@ def test_it_wants_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_is_one(study) -> None:
-    jobs = study.jobs()
-    known = {study.parent}
+def test_every_command_is_one(experiment) -> None:
+    jobs = experiment.jobs()
+    known = {experiment.parent}
     for job in jobs:
         left = _command(job, known) if "emo_megatron" in job.command else _training(job, known)
         known = known | {left}
-    assert {variant.path for variant in study.variants()} <= known
+    assert {variant.path for variant in experiment.variants()} <= known
     assert len(jobs) == len({job.title for job in jobs})
 
 

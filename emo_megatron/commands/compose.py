@@ -43,8 +43,7 @@ class Options:
     selections: Annotated[tuple[Path, ...], unset("PATH ...", "with --modules, selection.json in each module")] = ()
     """Selection files to combine; with --modules, the Selection of each module."""
     stats: Annotated[tuple[Path, ...], unset("PATH ...", "none")] = ()
-    """Statistics file for the data of each Selection, in the same order. The mean router probability decides which
-    experts to drop if the union is larger than --keep, and which experts to add if the union is smaller."""
+    """Statistics file per Selection. The mean router probability decides which experts reach the size of --keep."""
     keep: Annotated[str | None, unset("SIZE", "the largest union of a layer")] = None
     """Routed experts per layer: a share such as 25%, or a number such as "8 routed"."""
     rule: Rule = "union"
@@ -52,14 +51,11 @@ class Options:
     modules: Annotated[tuple[Path, ...], unset("PATH ...", "none: combine Selections only")] = ()
     """Megatron checkpoints of modules."""
     parent: Annotated[Path | None, unset("PATH", "none")] = None
-    """Megatron checkpoint that the modules were extracted from. Needed if a policy is parent, and for experts that no
-    module has."""
+    """Megatron checkpoint of the parent. Needed if a policy is parent, and for experts that no module has."""
     shared: str = PARENT
-    """Source of all weights that belong to no expert: parent, average (of the modules that changed the weights), or the
-    folder name of a module."""
+    """Source of the weights that belong to no expert: parent, average, or the folder name of a module."""
     router: str = OWNER
-    """Source of the router row of an expert: owner (the module that the expert comes from), parent, average, or the
-    folder name of a module."""
+    """Source of the router row of an expert: owner (of the expert), parent, average, or the folder name of a module."""
     conflict: str = REFUSE
     """What to do if several modules changed one expert: refuse, parent, average, or the folder name of a module."""
 

@@ -52,8 +52,7 @@ class Options:
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of the weights; stored keeps the dtype of the checkpoint."""
     nonzero_shared_gate: bool = False
-    """Write a tiny value instead of zero as the gate of the shared expert. Needed for GGUF: llama.cpp cannot run a zero
-    gate."""
+    """Write a tiny value as the gate of the shared expert. For GGUF: llama.cpp cannot run a gate of zero."""
     selection: Annotated[Path | None, unset("PATH", "selection.json in --checkpoint")] = None
     """Selection file of the module, for the model card."""
     retention: Annotated[Path | None, unset("PATH", "none")] = None

@@ -28,8 +28,7 @@ class Options:
     selections: Annotated[tuple[Path, ...], unset("PATH ...", "selection.json in each module")] = ()
     """Selection file of each module, in the order of --modules."""
     weights: Literal["experts", "experts+router", "all"] = "experts"
-    """Weights to take from the modules: the experts, the experts and their router rows, or all weights (one module
-    only)."""
+    """Weights to take from the modules; all means every weight, and allows one module only."""
     blend: float = 1.0
     """Weight of the module in the average of parent and module, in (0, 1]; 1 takes the values of the module."""
     conflict: str = REFUSE

@@ -41,8 +41,7 @@ class ModelOptions:
     micro_batch_size: int = 4
     """Sequences per forward pass. A larger value is faster and needs more memory."""
     nproc_per_node: int = 1
-    """Processes, one per GPU, for a Megatron checkpoint. Ranks that tensor and pipeline parallelism do not use are
-    data-parallel and split the documents."""
+    """Processes, one per GPU, for a Megatron checkpoint. Ranks beyond TP x PP split the documents."""
     tensor_parallel: int = 1
     """Tensor-parallel size; values above 1 also split the sequence."""
     pipeline_parallel: int = 1

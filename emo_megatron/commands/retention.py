@@ -43,16 +43,13 @@ class Options(DataOptions):
     validation_data: Path
     """Validation documents: a file, or a folder with files of the same names; must differ from --data."""
     output: Path
-    """Folder for retention.csv, .json, .png and .txt. Files of an earlier call on the same weights and validation
-    documents are replaced."""
+    """Folder for retention.csv, .json, .png and .txt; the files of an earlier call on the same model are replaced."""
     keep: tuple[str, ...] = ("50%", "25%", "12.5%")
-    """Sizes to measure, in routed experts per layer: shares such as 25%, or numbers such as "8 routed". --keep without
-    a value measures only the whole model."""
+    """Routed experts per layer: shares such as 25%, or numbers such as "8 routed". No value: only the whole model."""
     methods: tuple[str, ...] = ("mean_prob",)
     """Methods that choose the experts, as for select --method."""
     max_loss_increase: str = "1%"
-    """Report the smallest size whose loss increase stays within this bound: a share of the loss of the whole model such
-    as 1%, or nats per token such as 0.05."""
+    """Report the smallest size within this bound: a share of the loss such as 1%, or nats per token such as 0.05."""
     cross_sizes: Annotated[tuple[str, ...] | None, unset("SIZE ...", "all sizes of --keep")] = None
     """Sizes of --keep at which every module is also measured on other domains."""
     num_other_domains: Annotated[int | None, unset("INT", "all")] = None

@@ -55,15 +55,13 @@ class Options(DataOptions):
     keep: Annotated[str | None, unset("SIZE", "not used")] = None
     """Routed experts per layer to keep: a share such as 25%, or a number such as "8 routed"."""
     max_loss_increase: Annotated[str | None, unset("BOUND", "not used")] = None
-    """Keep as few experts as possible while the loss on the validation documents rises by at most this much: a share of
-    the loss of the whole model such as 1%, or nats per token such as 0.05."""
+    """Keep as few experts as possible within this bound: a share of the loss such as 1%, or nats per token: 0.05."""
     budget_mb: Annotated[float | None, unset("MB", "not used")] = None
     """Keep as many experts as fit in this many megabytes of weights."""
     bytes_per_parameter: Annotated[float | None, unset("FLOAT", "as the checkpoint stores the experts")] = None
     """Bytes per parameter for --budget-mb, for example 2 for bfloat16."""
     checkpoint: Annotated[Path | None, unset("PATH", "none")] = None
-    """Megatron checkpoint or Hugging Face folder. Needed without --stats, for --method layerwise, and for
-    --max-loss-increase."""
+    """Megatron checkpoint or Hugging Face folder, if --stats is not given, or for layerwise or --max-loss-increase."""
     data: Annotated[Path | None, unset("PATH", "none")] = None
     """Calibration documents, as for stats. Needed without --stats, and for --method layerwise."""
     validation_data: Annotated[Path | None, unset("PATH", "none")] = None

@@ -25,8 +25,7 @@ class Options(DataOptions):
     checkpoint: Path
     """Megatron checkpoint (the folder of --save, or one iteration in the folder) or Hugging Face folder."""
     data: Path
-    """Calibration documents: a .jsonl file with a field "text" per line, a .safetensors file with tokens and
-    cu_seqlens, or the prefix of an indexed dataset."""
+    """Documents: .jsonl with a field "text", .safetensors with tokens and cu_seqlens, or an indexed dataset."""
     output: Path
     """Statistics file to write."""
     outputs: bool = False

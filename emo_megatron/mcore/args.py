@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from emo_megatron.arguments import suggest_flags
 from emo_megatron.config import PoolConfig, flag, raise_problems
 from emo_megatron.mcore import combinations
 from emo_megatron.mcore.compat import repair_help
@@ -25,6 +26,7 @@ _REFUSED = "this run cannot start"
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for every PoolConfig field, documented by that field (Megatron's extra_args_provider)."""
     repair_help(parser)
+    suggest_flags(parser)
     group = parser.add_argument_group(
         "document pools", "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min."
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import experts
 
 from emo_megatron.cli import main
-from emo_megatron.experts.stats import LayerSums, load_stats, merge_stats, residual_change_of
+from emo_megatron.experts.stats import FIRST_NAMES, LayerSums, load_stats, merge_stats, residual_change_of
 from emo_megatron.finite import NotFiniteError
 
 
@@ -29,6 +29,18 @@ def test_a_saved_file_is_read_back(tmp_path, outputs):
     stats = experts.statistics(outputs=outputs)
     assert_same(load_stats(stats.save(tmp_path / "new" / "s.safetensors")), stats)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.safetensors"]
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+def test_a_file_of_the_first_format_is_read(tmp_path, outputs):
+    stats = experts.statistics(outputs=outputs)
+    old_name = {new: old for old, new in FIRST_NAMES.items()}
+    tensors = {old_name.get(name, name): tensor for name, tensor in stats.tensors().items()}
+    assert ("norm_LE" in tensors) == outputs
+    with safe_open(stats.save(tmp_path / "new.safetensors"), framework="pt") as file:
+        described = file.metadata() | {"format": "emo_megatron.stats.1"}
+    save_file(tensors, tmp_path / "old.safetensors", metadata=described)
+    assert_same(load_stats(tmp_path / "old.safetensors"), stats)
 
 
 def test_scores_are_means():

@@ -102,6 +102,20 @@ def test_rows_survive_their_files(tmp_path: Path, suffix: str) -> None:
     assert retention.load_rows(tmp_path / "new" / f"run.1{suffix}") == rows[:1]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_files_of_earlier_releases_are_read(tmp_path: Path, suffix: str) -> None:
+    """They call the column loss_increase rise; a file with both columns is an error."""
+    rows = [row("emo", "mean_prob", 0.25, 0.5), row("emo", "full", 1.0, 0.0)]
+    path = next(p for p in retention.save_rows(rows, tmp_path / "retention") if p.suffix == suffix)
+    text = path.read_text()
+    path.write_text(text.replace("loss_increase", "rise"))
+    assert retention.load_rows(path) == rows
+    records = [dataclasses.asdict(found) | {"rise": 0.5} for found in rows]
+    (tmp_path / "both.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"columns .*rise"):
+        retention.load_rows(tmp_path / "both.json")
+
+
 def test_no_rows_survive_their_files(tmp_path: Path) -> None:
     for path in retention.save_rows([], tmp_path / "retention"):
         assert retention.load_rows(path) == []

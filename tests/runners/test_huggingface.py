@@ -59,7 +59,7 @@ def kind(request):
     return request.param
 
 
-def study(built):
+def runner_of(built):
     return HuggingFaceRunner(built, seq_length=16, micro_batch_size=3)
 
 
@@ -101,7 +101,7 @@ def by_definition(built):
 
 def test_the_sums_are_what_the_definitions_say(kind):
     built = model(kind).eval()
-    stats = study(built).statistics(documents(), outputs=True)
+    stats = runner_of(built).statistics(documents(), outputs=True)
     assert stats.num_tokens == 50
     for name, tensor in by_definition(built).items():
         torch.testing.assert_close(stats.tensors()[name].double(), tensor, rtol=1e-4, atol=1e-6)
@@ -109,7 +109,7 @@ def test_the_sums_are_what_the_definitions_say(kind):
 
 def test_the_facts_are_the_models(kind):
     built = model(kind)
-    metadata = study(built).metadata
+    metadata = runner_of(built).metadata
     assert (metadata.num_experts, metadata.top_k, metadata.num_shared) == (8, 2, SHARED[kind])
     assert metadata.layers == ((2, 3) if kind == "qwen2_moe" else (1, 2, 3))
     # gate, up and down projection, and a router row
@@ -144,7 +144,7 @@ def reduce_to(built, kept):
 @torch.no_grad()
 def test_the_loss_is_the_models_own(kind):
     built = model(kind).eval()
-    loss = study(built).loss(documents())
+    loss = runner_of(built).loss(documents())
     assert loss.num_tokens == 46
     assert loss.nats == pytest.approx(by_hand(built, documents()), rel=1e-5)
 
@@ -156,16 +156,16 @@ def test_leaving_experts_out_is_a_model_without_them(kind):
     kept = [[0, 2, 3], [1, 5, 7], [2, 4, 6]][: len(keep)]
     for row, chosen in zip(keep, kept, strict=True):
         row[chosen] = True
-    studied = study(built)
-    full = studied.loss(documents()).nats
-    restricted = studied.loss(documents(), allowed_LE=keep).nats
-    stats = studied.statistics(documents(), outputs=False, allowed_LE=keep)
+    runner = runner_of(built)
+    full = runner.loss(documents()).nats
+    restricted = runner.loss(documents(), allowed_LE=keep).nats
+    stats = runner.statistics(documents(), outputs=False, allowed_LE=keep)
     assert (stats.count_LE[~keep] == 0).all()
     assert (stats.probability_LE > 0).all()
     # nothing is left behind
-    assert studied.loss(documents()).nats == full
+    assert runner.loss(documents()).nats == full
     reduce_to(built, kept)
-    assert study(built).loss(documents()).nats == pytest.approx(restricted, rel=1e-5)
+    assert runner_of(built).loss(documents()).nats == pytest.approx(restricted, rel=1e-5)
     assert abs(full - restricted) > 1e-3
 
 
@@ -191,7 +191,7 @@ def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
         authors, format=EMO, architecture=stored.architecture, read=stored.weight, dtype=torch.float32, extra_config={}
     )
     assert json.loads((authors / "config.json").read_text())["model_type"] == "emo"
-    one, other = (study(load_hugging_face(folder)) for folder in (stock, authors))
+    one, other = (runner_of(load_hugging_face(folder)) for folder in (stock, authors))
     assert one.metadata == other.metadata
     assert one.metadata.num_shared == 1
     want = one.statistics(documents(), outputs=True)
@@ -252,8 +252,8 @@ def test_routers_that_give_probabilities_as_their_logits_are_measured_alike(kind
     keep[:, 3] = False
 
     def measured():
-        stats = study(built).statistics(documents(), outputs=True, allowed_LE=keep)
-        return stats.tensors() | {"nats": torch.tensor(study(built).loss(documents()).nats)}
+        stats = runner_of(built).statistics(documents(), outputs=True, allowed_LE=keep)
+        return stats.tensors() | {"nats": torch.tensor(runner_of(built).loss(documents()).nats)}
 
     want = measured()
     for block in blocks(built):
@@ -271,7 +271,7 @@ def _with_probabilities(output):
 
 def test_documents_without_a_predicted_token_have_no_loss():
     with pytest.raises(ValueError, match="two tokens or more"):
-        study(model("olmoe")).loss([torch.tensor([3]), torch.tensor([5])])
+        runner_of(model("olmoe")).loss([torch.tensor([3]), torch.tensor([5])])
 
 
 def test_a_folder_without_its_weights_is_said(tmp_path):
@@ -313,7 +313,7 @@ def test_a_weight_that_is_not_finite_is_told_by_its_name_in_the_file(tmp_path, n
     model("qwen2_moe").save_pretrained(tmp_path)
     spoil(tmp_path, name, -float("inf"))
     with pytest.raises(NotFiniteError) as told:
-        study(load_hugging_face(tmp_path))
+        runner_of(load_hugging_face(tmp_path))
     assert f"{name}{SPOILED[name]} holds -inf" in str(told.value)
 
 
@@ -348,37 +348,37 @@ def test_no_command_measures_a_weight_that_is_not_finite(tmp_path, capsys):
 @torch.no_grad()
 def test_an_overflow_of_finite_weights_is_told_where_it_arises(kind):
     built = model(kind).eval()
-    studied = study(built)
+    runner = runner_of(built)
     pairs = torch.arange(1, 21).split(2)
-    uses_PE = torch.stack([studied.statistics([pair], outputs=False).count_LE[0] > 0 for pair in pairs])
+    uses_PE = torch.stack([runner.statistics([pair], outputs=False).count_LE[0] > 0 for pair in pairs])
     # an expert that some of the pairs use and some do not
     expert = int((uses_PE.sum(0) - 5).abs().argmin())
     without = [pair for pair, uses in zip(pairs, uses_PE[:, expert], strict=True) if not uses]
     (having, *_) = [pair for pair, uses in zip(pairs, uses_PE[:, expert], strict=True) if uses]
     projection = blocks(built)[0].experts.down_proj
     kept, projection[expert] = projection[expert].clone(), 3e38
-    studied = study(built)
-    where = f"layer {studied.metadata.layers[0]}, expert {expert}"
+    runner = runner_of(built)
+    where = f"layer {runner.metadata.layers[0]}, expert {expert}"
     for outputs in (True, False):
         with pytest.raises(NotFiniteError, match=f"{where}: gated_norm_LE"):
-            studied.statistics([having], outputs=outputs)
+            runner.statistics([having], outputs=outputs)
     # one document of several is enough, and where none uses the expert there is nothing to tell
     with pytest.raises(NotFiniteError, match=where):
-        studied.loss([*without, having])
-    assert studied.loss(without).nats > 0
+        runner.loss([*without, having])
+    assert runner.loss(without).nats > 0
     keep = torch.ones(len(blocks(built)), 8, dtype=torch.bool)
     keep[0, expert] = False
-    assert studied.loss([having], allowed_LE=keep).nats > 0
+    assert runner.loss([having], allowed_LE=keep).nats > 0
     # no hook is left behind
     projection[expert] = kept
-    assert studied.loss([having]).nats == study(model(kind)).loss([having]).nats
+    assert runner.loss([having]).nats == runner_of(model(kind)).loss([having]).nats
 
 
 @torch.no_grad()
 def test_logits_that_overflow_after_finite_layers_are_told_so():
     built = model("olmoe").eval()
     built.lm_head.weight[7] = 3e38
-    studied = study(built)
-    assert studied.statistics(documents(), outputs=True).num_tokens == 50
+    runner = runner_of(built)
+    assert runner.statistics(documents(), outputs=True).num_tokens == 50
     with pytest.raises(NotFiniteError, match="logits"):
-        studied.loss(documents())
+        runner.loss(documents())

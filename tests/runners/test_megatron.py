@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from support import studies
+from support import runner_checks
 
 LAYOUTS = {
     "dp2": {"world": 2},
@@ -27,7 +27,7 @@ KEPT = ((True, False, True, True, False, False, True, False),) * 3
 @pytest.fixture(scope="module")
 def single(ranks):
     """What one process measures."""
-    return functools.cache(lambda **options: ranks(1).run(studies.measure, layout={}, **options)[0])
+    return functools.cache(lambda **options: ranks(1).run(runner_checks.measure, layout={}, **options)[0])
 
 
 def assert_same(got, want):
@@ -48,16 +48,16 @@ def assert_same(got, want):
 def test_every_layout_measures_what_one_process_does(ranks, single, layout):
     world = layout["world"]
     sizes = {name: size for name, size in layout.items() if name != "world"}
-    for answer in ranks(world).run(studies.measure, layout=sizes):
+    for answer in ranks(world).run(runner_checks.measure, layout=sizes):
         assert_same(answer, single())
 
 
 @pytest.mark.parametrize("layout", [{}, LAYOUTS["dp2"], LAYOUTS["ep2"], LAYOUTS["tp2"], LAYOUTS["pp2"]])
 def test_weights_are_told_apart_by_any_value_and_not_by_the_layout(ranks, layout):
     sizes = {name: size for name, size in layout.items() if name != "world"}
-    (want,) = ranks(1).run(studies.marks, layout={})
+    (want,) = ranks(1).run(runner_checks.marks, layout={})
     assert want[0] == want[2] != want[1]
-    for marks in ranks(layout.get("world", 1)).run(studies.marks, layout=sizes):
+    for marks in ranks(layout.get("world", 1)).run(runner_checks.marks, layout=sizes):
         if sizes.get("tensor_model_parallel_size", 1) == 1:
             assert marks == want
         else:
@@ -66,7 +66,7 @@ def test_weights_are_told_apart_by_any_value_and_not_by_the_layout(ranks, layout
 
 def test_the_sums_are_what_the_definitions_say(ranks, single):
     """Document by document, token by token: also no document sees another one, and padding counts nowhere."""
-    want = ranks(1).run(studies.by_definition)[0]
+    want = ranks(1).run(runner_checks.by_definition)[0]
     for name, tensor in want.items():
         torch.testing.assert_close(single()[name].double(), tensor, rtol=1e-4, atol=1e-6)
 
@@ -80,15 +80,15 @@ def test_experts_that_are_left_out_are_not_used_and_cost_something(ranks, single
     torch.testing.assert_close(restricted["probability_LE"][0], single()["probability_LE"][0])
     assert abs(restricted["nats"] - single()["nats"]) > 1e-4
     layout = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}
-    assert_same(ranks(2).run(studies.measure, layout=layout, allowed=KEPT)[1], restricted)
+    assert_same(ranks(2).run(runner_checks.measure, layout=layout, allowed=KEPT)[1], restricted)
 
 
 def test_tokens_gathered_by_everyone_and_experts_outnumbering_the_width(ranks):
     """The allgather dispatcher; and lengths that go home in several messages."""
     config = {"hidden_size": 4, "num_attention_heads": 2, "moe_token_dispatcher_type": "allgather"}
-    want = ranks(1).run(studies.measure, layout={}, config=config)[0]
+    want = ranks(1).run(runner_checks.measure, layout={}, config=config)[0]
     layout = {"expert_model_parallel_size": 2}
-    assert_same(ranks(2).run(studies.measure, layout=layout, config=config)[0], want)
+    assert_same(ranks(2).run(runner_checks.measure, layout=layout, config=config)[0], want)
 
 
 def test_without_looking_at_outputs_nothing_is_said_of_them(single):
@@ -99,26 +99,26 @@ def test_without_looking_at_outputs_nothing_is_said_of_them(single):
 
 def test_expert_tensor_parallelism_is_refused_where_outputs_are_needed(ranks, single):
     layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
-    answer = ranks(2).run(studies.measure, layout=layout, outputs=False)[0]
+    answer = ranks(2).run(runner_checks.measure, layout=layout, outputs=False)[0]
     assert_same(answer, single(outputs=False))
     with pytest.raises(RuntimeError, match="--expert-tensor-parallel-size 1; got 2"):
-        ranks(2).run(studies.measure, layout=layout)
+        ranks(2).run(runner_checks.measure, layout=layout)
 
 
 def test_documents_without_a_predicted_token_have_no_loss(ranks):
     with pytest.raises(RuntimeError, match="two tokens or more"):
-        ranks(1).run(studies.loss_of_nothing)
+        ranks(1).run(runner_checks.loss_of_nothing)
 
 
 def test_files_are_looked_at_by_one_rank(ranks):
-    first, second = ranks(2).run(studies.looks)
+    first, second = ranks(2).run(runner_checks.looks)
     assert first == {"found": 0, "raised": "of rank 0", "looked": 2}
     assert second == {"found": 0, "raised": "of rank 0", "looked": 0}
 
 
 def test_an_interrupted_select_goes_on_on_every_rank(ranks, tmp_path):
     layout = {"pipeline_model_parallel_size": 2}
-    answers = ranks(2).run(studies.interrupted_select, folder=str(tmp_path), layout=layout)
+    answers = ranks(2).run(runner_checks.interrupted_select, folder=str(tmp_path), layout=layout)
     for answer in answers:
         assert answer["is same"]
         assert answer["stopped"] == 5
@@ -129,7 +129,7 @@ def test_an_interrupted_select_goes_on_on_every_rank(ranks, tmp_path):
 
 @pytest.mark.parametrize("allowed", [None, KEPT], ids=["all", "some"])
 def test_losses_of_documents_are_those_of_each_alone(ranks, allowed):
-    found = ranks(1).run(studies.losses_of_documents, allowed=allowed)[0]
+    found = ranks(1).run(runner_checks.losses_of_documents, allowed=allowed)[0]
     at_once = found["at once"]
     torch.testing.assert_close(at_once.float(), found["alone"], rtol=1e-5, atol=1e-5)
     assert at_once.unique().numel() == at_once.numel()
@@ -145,7 +145,7 @@ EXPERT = "decoder.layers.{}.mlp.experts.experts.linear_fc2.weight (layer {}, exp
 )
 def test_a_weight_on_whichever_rank_is_told_to_all_by_the_models_numbers(ranks, layout):
     places = [{"layer": 4, "expert": 6}, {"layer": 2, "expert": 1}, {"name": "output_layer.weight"}]
-    first, second = ranks(2).run(studies.said_of, layout=layout, places=places, value=NAN)
+    first, second = ranks(2).run(runner_checks.said_of, layout=layout, places=places, value=NAN)
     assert first == second
     names = [EXPERT.format(3, 4, 6), EXPERT.format(1, 2, 1), "output_layer.weight"]
     for answers, name in zip(first, names, strict=True):
@@ -163,7 +163,7 @@ def test_every_kind_of_weight_is_told_by_its_name_in_the_checkpoint(ranks):
         "decoder.final_layernorm.weight": (0, "decoder.final_layernorm.weight"),
     }
     (answers,) = ranks(1).run(
-        studies.said_of,
+        runner_checks.said_of,
         layout={},
         places=[{"layer": layer, "name": name} for layer, name in places.values()],
         value=-float("inf"),
@@ -174,7 +174,7 @@ def test_every_kind_of_weight_is_told_by_its_name_in_the_checkpoint(ranks):
 
 def test_an_overflow_of_finite_weights_is_told_where_it_arises(ranks):
     places = [{"layer": 3, "expert": 5}, {"layer": 4, "expert": 6}, {"name": "output_layer.weight"}]
-    (answers,) = ranks(1).run(studies.said_of, layout={}, places=places, value=3e38)
+    (answers,) = ranks(1).run(runner_checks.said_of, layout={}, places=places, value=3e38)
     inside, last, logits = answers
     assert inside.keys() == {"statistics", "outputs", "loss", "documents"}
     for told in inside.values():
@@ -187,7 +187,7 @@ def test_an_overflow_of_finite_weights_is_told_where_it_arises(ranks):
     for told in logits.values():
         assert "logits" in told
     layout = {"expert_model_parallel_size": 2}
-    of_ranks = ranks(2).run(studies.said_of, layout=layout, places=places[:2], value=3e38)
+    of_ranks = ranks(2).run(runner_checks.said_of, layout=layout, places=places[:2], value=3e38)
     assert of_ranks[0] == of_ranks[1]
     assert "layer 3, expert 5: gated_norm_LE" in of_ranks[1][0]["loss"]
     assert "layer 4, expert 6: gated_norm_LE" in of_ranks[1][1]["loss"]

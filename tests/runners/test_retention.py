@@ -145,6 +145,12 @@ def test_rows_of_something_else_are_not_written_over(measure, texts):
             measure(model, read=reads, num_other_domains=0)
         assert model.losses == []
     assert path.read_bytes() == before
+    # the first format, which named the validation documents held_out
+    stored = json.loads(before)
+    stored["held_out"], stored["format"] = stored.pop("validation_data"), "emo_megatron.rows.1"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="--output"):
+        measure(tuned, num_other_domains=0)
     # rows of the same model and text are replaced
     assert len(measure(CountingModel(), num_other_domains=0, keep=("2 routed",))) == 9
     for stored in ("[1]", '{"a": {"loss": 1.0}}', "{", '{"format": "emo_megatron.rows.0"}'):

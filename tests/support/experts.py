@@ -1,4 +1,4 @@
-"""Statistics and a studied model that are made up, for what is done with them."""
+"""Made-up statistics and a made-up runner, for tests of what uses them."""
 
 from __future__ import annotations
 

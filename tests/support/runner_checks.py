@@ -1,4 +1,4 @@
-"""A small MoE under study in the ranks of a layout, and the documents it is studied with.
+"""A small MoE in the ranks of a layout, and the documents that the runner reads.
 
 Ranks import this file by its path, so it names its neighbours whole.
 """
@@ -23,7 +23,7 @@ def documents(count: int = 23, *, seed: int = 3) -> list[Tensor]:
     return [torch.randint(1, tiny.VOCAB, (n,), generator=generator) for n in lengths]
 
 
-def study(layout: dict[str, int], **config: Any) -> Any:
+def runner_of(layout: dict[str, int], **config: Any) -> Any:
     """A MegatronRunner of the same model under any layout: three MoE layers after a dense one."""
     from emo_megatron.config import PoolConfig
     from support import shards, tiny
@@ -32,10 +32,10 @@ def study(layout: dict[str, int], **config: Any) -> Any:
     options: dict[str, Any] = {"num_layers": 4, "moe_layer_freq": [0, 1, 1, 1]}
     model = tiny.model(PoolConfig(pool_min=3), **options | config)
     shards.initialise([model], seed=5)
-    return studied(model)
+    return runner(model)
 
 
-def studied(model: Any) -> Any:
+def runner(model: Any) -> Any:
     """A MegatronRunner of the model above, whatever its weights are now."""
     from emo_megatron.runners.megatron import MegatronRunner
     from support import experts
@@ -51,23 +51,23 @@ def measure(
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Statistics and loss of the test documents, as plain values."""
-    studied = study(layout, **config or {})
+    runner = runner_of(layout, **config or {})
     allowed_LE = None if allowed is None else torch.tensor(allowed)
-    stats = studied.statistics(documents(), outputs=outputs, allowed_LE=allowed_LE)
-    loss = studied.loss(documents(), allowed_LE=allowed_LE)
+    stats = runner.statistics(documents(), outputs=outputs, allowed_LE=allowed_LE)
+    loss = runner.loss(documents(), allowed_LE=allowed_LE)
     return stats.tensors() | dataclasses.asdict(loss) | {"tokens": stats.num_tokens}
 
 
 @torch.no_grad()
 def marks(layout: dict[str, int]) -> list[str]:
     """What tells the weights apart: as they are, after a change of one value of one expert of one rank, and back."""
-    model = study(layout)._model
-    found = [studied(model).setting.weights]
+    model = runner_of(layout)._model
+    found = [runner(model).setting.weights]
     held = _held(model, layer=3, expert=5, name="")
     for _ in range(2):
         if held is not None:
             held[3, 2] *= -1
-        found.append(studied(model).setting.weights)
+        found.append(runner(model).setting.weights)
     return found
 
 
@@ -75,8 +75,8 @@ def by_definition() -> dict[str, Tensor]:
     """The statistics of one process again, document by document, token by token, expert by expert."""
     from emo_megatron.experts.calibration import pack_rows
 
-    studied = study({})
-    model = studied._model
+    runner = runner_of({})
+    model = runner._model
     layers = [block.mlp for block in model.decoder.layers[1:]]
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     handles = [
@@ -124,14 +124,14 @@ def _add_token(layer: Any, h: Tensor, out: Tensor, sums: dict[str, Tensor]) -> N
 
 def loss_of_nothing() -> None:
     """The loss of documents of one token."""
-    study({}).loss([torch.tensor([3]), torch.tensor([5])])
+    runner_of({}).loss([torch.tensor([3]), torch.tensor([5])])
 
 
 def looks() -> dict[str, Any]:
     """What the ranks are told when they look at files, and how often they really looked."""
     import torch.distributed as dist
 
-    studied = study({})
+    runner = runner_of({})
     looked: list[str] = []
 
     def find() -> int:
@@ -142,9 +142,9 @@ def looks() -> dict[str, Any]:
         looked.append("")
         raise ValueError(f"of rank {dist.get_rank()}")
 
-    found = studied.from_writer(find)
+    found = runner.from_writer(find)
     try:
-        studied.from_writer(fail)
+        runner.from_writer(fail)
     except ValueError as error:
         return {"found": found, "raised": str(error), "looked": len(looked)}
     return {}
@@ -160,8 +160,8 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
     from emo_megatron.experts.calibration import Documents
     from emo_megatron.runners.cache import Cache, CachedRunner
 
-    studied = study(layout)
-    run, passes = studied._run, []
+    runner = runner_of(layout)
+    run, passes = runner._run, []
 
     def choose(name: str, *, stop_at: int | None = None) -> Any:
         passes.clear()
@@ -172,7 +172,7 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
             passes.append(arguments)
             return run(*arguments)
 
-        studied._run = counted
+        runner._run = counted
         options = select.Options(
             output=Path(folder) / name,
             checkpoint=Path("checkpoint"),
@@ -188,7 +188,7 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
         # ranks find nothing, and are told by the first what its cache holds
         is_first = torch.distributed.get_rank() == 0
         cache = Cache(Path(folder) / "cache" if is_first else Path(folder) / "not the first")
-        opened = (CachedRunner(studied, cache), lambda path, _: texts[path.name])
+        opened = (CachedRunner(runner, cache), lambda path, _: texts[path.name])
         with (
             mock.patch.object(ModelOptions, "open", return_value=opened),
             mock.patch.object(ModelOptions, "runs_in_ranks", return_value=False),
@@ -211,15 +211,15 @@ def interrupted_select(folder: str, layout: dict[str, int]) -> dict[str, Any]:
 
 def losses_of_documents(allowed: list[list[bool]] | None) -> dict[str, Any]:
     """Losses of the test documents in one call, of each of them alone, and of all together."""
-    studied = study({})
+    runner = runner_of({})
     allowed_LE = None if allowed is None else torch.tensor(allowed)
     alone = [
-        studied.loss([document], allowed_LE=allowed_LE) if document.numel() > 1 else None for document in documents()
+        runner.loss([document], allowed_LE=allowed_LE) if document.numel() > 1 else None for document in documents()
     ]
     return {
-        "at once": studied.document_nats(documents(), allowed_LE=allowed_LE),
+        "at once": runner.document_nats(documents(), allowed_LE=allowed_LE),
         "alone": torch.tensor([loss.nats * loss.num_tokens if loss else 0.0 for loss in alone]),
-        "all": studied.loss(documents(), allowed_LE=allowed_LE),
+        "all": runner.loss(documents(), allowed_LE=allowed_LE),
     }
 
 
@@ -229,7 +229,7 @@ def said_of(layout: dict[str, int], places: list[dict[str, Any]], value: float, 
     Places are "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or the
     "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
     """
-    model = study(layout, **config)._model
+    model = runner_of(layout, **config)._model
     return [_said(model, value=value, **place) for place in places]
 
 
@@ -248,7 +248,7 @@ def _said(model: Any, *, value: float, layer: int = 0, expert: int = 0, name: st
             answers[question] = f"{type(error).__name__}: {error}"
 
     try:
-        opened = ask("opened", lambda: studied(model))
+        opened = ask("opened", lambda: runner(model))
         if opened is not None:
             texts = documents()
             ask("statistics", lambda: opened.statistics(texts, outputs=False))
