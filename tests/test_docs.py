@@ -29,7 +29,8 @@ MEGATRON_PAGE = (ROOT / "docs" / "megatron.md").read_text()
 def _commands() -> list[str]:
     """The commands of the shell blocks and those quoted in the text."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [" ".join(line.split()) for line in lines]
     quoted = re.findall(r"`((?:make|python|torchrun)\b[^`\n]*)`", README)
     return [line for line in [*lines, *quoted] if line]
 
@@ -48,6 +49,8 @@ def _run(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
+BALANCE = "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.00625 --moe-router-dtype fp32"
+
 # where each command of the README is run
 RUN_IN = {
     "make test": "test_docs.py::test_make_test_runs_tests",
@@ -57,8 +60,14 @@ RUN_IN = {
     "make help": "test_project.py::test_make_alone_lists_every_target",
     'make setup TORCH="torch==2.13.0"': "test_project.py::test_make_setup_takes_another_torch",
     "python examples/pretrain_emo.py --help": "test_pretrain.py::test_help_shows_the_pool_flags",
-    "torchrun --nproc-per-node 8 examples/pretrain_emo.py --pool-min 8"
-    " --dataloader-inter-document-masking ...": "test_pretrain.py::test_layouts_train",
+    "torchrun --nproc-per-node 8 examples/pretrain_emo.py --pool-min 8 --dataloader-inter-document-masking"
+    f" {BALANCE} ...": "test_pretrain.py::test_layouts_train",
+    """echo '{"pool_min": 8}' > pool.json && export EMO_POOL_CONFIG=$PWD/pool.json""": "test_docs.py::test_pools_of",
+    "torchrun --nproc-per-node 8 pretrain_gpt.py --spec emo_megatron.mcore.spec pool_layer_spec"
+    f" --dataloader-inter-document-masking {BALANCE} ...": "mcore/test_host_spec.py::test_a_script_that_knows",
+    "torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe olmoe_7b_pretrain_config model.pool_min=8"
+    " dataset.data_path=data/web model.moe_router_load_balancing_type=global_aux_loss"
+    " model.moe_aux_loss_coeff=0.00625": "bridge/test_page.py::test_its_commands_reach_the_recipe",
     **dict.fromkeys(
         re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "modules.md").read_text()),
         "test_tutorial.py::test_every_command_leaves_what_the_next_one_takes",
@@ -190,32 +199,38 @@ def test_the_two_line_change_builds_the_pool_model(ranks):
     assert ranks(1).run(_two_lines)[0] == ["PoolMoELayer", "PoolRouter", "PoolTransformerLayer"]
 
 
-def _megatron_commands() -> list[list[str]]:
-    """The words of the page's torchrun commands, from the script on."""
-    blocks = re.findall(r"```bash\n(.*?)```", MEGATRON_PAGE, flags=re.DOTALL)
+def _megatron_commands(page: str) -> list[list[str]]:
+    """The words of the page's torchrun commands for a script, from the script on."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line) for line in lines if line.startswith("torchrun")]
+    words = [shlex.split(line) for line in lines if re.match(r"torchrun .*\.py ", line)]
     return [line[next(i for i, word in enumerate(line) if word.endswith(".py")) :] for line in words]
 
 
-@pytest.mark.parametrize("words", _megatron_commands(), ids=lambda words: Path(words[0]).stem)
-def test_flags_of_the_megatron_page_are_megatrons(words, monkeypatch):
+@pytest.mark.parametrize(
+    "words", _megatron_commands(MEGATRON_PAGE) + _megatron_commands(README), ids=lambda words: Path(words[0]).stem
+)
+def test_flags_of_the_pages_are_megatrons(words, monkeypatch):
     from megatron.core.transformer.spec_utils import import_module
     from megatron.training.arguments import parse_args
 
+    from emo_megatron.mcore.args import add_pool_args
+
     monkeypatch.setattr("sys.argv", [word for word in words if word != "..."])
-    args = parse_args()
+    is_ours = words[0] == "examples/pretrain_emo.py"
+    args = parse_args(add_pool_args if is_ours else None)
     assert args.dataloader_inter_document_masking
-    assert callable(import_module(args.spec))
-    if "gpt" in words[0]:
+    assert args.pool_min == 8 if is_ours else callable(import_module(args.spec))
+    if "hybrid" not in words[0]:
         assert args.moe_router_dtype == "fp32"
         assert args.moe_router_load_balancing_type == ["global_aux_loss"]
+        assert args.moe_aux_loss_coeff
 
 
-def test_pools_of_the_megatron_page_are_pools(tmp_path):
+def test_pools_of_the_pages_are_pools(tmp_path):
     written = re.findall(r"```json\n(.*?)```", MEGATRON_PAGE, flags=re.DOTALL)
-    written += re.findall(r"echo '(.*)' > pool.json", MEGATRON_PAGE)
-    assert len(written) == 3
+    written += re.findall(r"echo '(.*)' > pool.json", MEGATRON_PAGE + README)
+    assert len(written) == 4
     for text in written:
         (tmp_path / "pool.json").write_text(text)
         assert load_pool_config(tmp_path / "pool.json").is_on

@@ -45,8 +45,9 @@ def test_its_stock_file_has_no_pools(page):
 
 
 def test_its_commands_reach_the_recipe(page):
-    first, second, listing, example = page["lines"]
-    assert [line["script"] for line in page["lines"]] == [*["emo_megatron"] * 3, "examples/bridge_recipe.py"]
+    *lines, readme = page["lines"]
+    first, second, listing, example = lines
+    assert [line["script"] for line in lines] == [*["emo_megatron"] * 3, "examples/bridge_recipe.py"]
     assert first["pool_min"] == second["pool_min"] == 8
     assert first["recipe"].startswith("olmoe_7b_pretrain")
     assert (first["steps"], first["save"], first["data"]) == (100, "runs/olmoe", "data/web")
@@ -54,6 +55,9 @@ def test_its_commands_reach_the_recipe(page):
     assert listing["status"] == 0
     assert listing["lines"] > 100
     assert example["model"] == "allenai/OLMoE-1B-7B-0125"
+    assert readme["pool_min"] == 8
+    assert readme["data"] == "data/web"
+    assert readme["balance"] == ["global_aux_loss", 0.00625]
 
 
 def test_its_table_has_every_option_that_is_changed():

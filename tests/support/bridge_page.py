@@ -35,6 +35,7 @@ from emo_megatron.bridge import command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "bridge.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def run_blocks(trained: list[Any]) -> list[dict[str, str]]:
@@ -60,9 +61,10 @@ def _comments_at_the_end(block: str) -> str:
 
 
 def run_lines() -> list[dict[str, Any]]:
-    """What each line of the page's shell blocks would train, with the overrides that it reaches Bridge with."""
+    """What each command of the page, and of the README for Bridge, would train, by the overrides that reach Bridge."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    blocks += [b for b in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) if "emo_megatron bridge" in b]
+    lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [_run_line(words) for words in lines]
 
 
@@ -93,6 +95,7 @@ def _as_command(arguments: list[str]) -> dict[str, Any]:
         if recipe.startswith("olmoe"):
             cfg = command.prepare(recipe, overrides, strict=strict)
             seen.update(steps=cfg.train.train_iters, save=cfg.checkpoint.save, data=cfg.dataset.data_path)
+            seen["balance"] = [cfg.model.moe_router_load_balancing_type, cfg.model.moe_aux_loss_coeff]
 
     kept, command.run = command.run, run
     try:
