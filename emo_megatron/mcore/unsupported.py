@@ -158,7 +158,7 @@ CONVERSATIONS = (
 _USE_OURS = "use examples/pretrain_emo.py"
 _STAGES = f"Megatron's scripts give document boundaries only to the first and last stage; {_USE_OURS}"
 _UNPLANNED = f"schedule plans of Megatron's scripts carry no document boundaries; {_USE_OURS}"
-_PADDING_VOTES = f"Megatron's scripts add padding to the last conversation, which changes its pool; {_USE_OURS}"
+_PADDING_VOTES = f"Megatron's scripts add padding to the last conversation, which affects its pool; {_USE_OURS}"
 _VIRTUAL = (
     "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
     "--pipeline-model-parallel-layout, | in --hybrid-layer-pattern)"
