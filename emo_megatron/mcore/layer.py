@@ -1,8 +1,8 @@
-"""PoolMoELayer and PoolTransformerLayer: Megatron's layers, which bring each micro-batch's scope to the router.
+"""PoolMoELayer and PoolTransformerLayer: Megatron's layers, which also pass each micro-batch's scope to the router.
 
-The transformer layer sees the boundaries, the MoE layer calls the router. A scope left on a module would be the wrong
-micro-batch's when `--recompute-modules moe` runs the MoE layer again in backward, so the MoE layer owns that
-checkpoint and its closure carries the scope.
+The transformer layer receives the document boundaries, and the MoE layer calls the router. With --recompute-modules
+moe the MoE layer runs again in backward, when a scope stored on a module may belong to another micro-batch. Therefore
+the MoE layer makes the activation checkpoint itself, and the checkpoint's closure carries the scope.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from emo_megatron.mcore.router_documents import BOTH, current_documents
 
 
 class PoolMoELayer(MoELayer):
-    """An MoE layer whose router knows the documents of the micro-batch, in forward and in recompute.
+    """An MoE layer whose router gets the documents of the micro-batch, in forward and in recompute.
 
     Attributes:
-        scope: what PoolTransformerLayer leaves for the next call, which takes it away.
+        scope: set by PoolTransformerLayer for the next call, which resets it to None.
     """
 
     scope: PoolScope | None = None
@@ -38,7 +38,7 @@ class PoolMoELayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(*args, pg_collection=pg_collection, **kwargs)
         if self.pool_router.pool.pool_dispatcher == "dedup":
-            # Megatron builds one by a name in its configuration, and its names are a closed list
+            # not by name in Megatron's configuration, because Megatron accepts only its own dispatcher names
             self.token_dispatcher = PoolAlltoAllDispatcher(
                 self.num_local_experts, config=self.config, pg_collection=pg_collection
             )
@@ -50,17 +50,17 @@ class PoolMoELayer(MoELayer):
 
     @property
     def pool_router(self) -> PoolRouter:
-        """The router, also when an adapter wraps it."""
+        """The PoolRouter, also if an adapter wraps the router."""
         return cast(PoolRouter, getattr(self.router, "to_wrap", self.router))
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> Any:
-        """As MoELayer.forward; see there for shapes."""
+        """MoELayer.forward, with the same shapes."""
         scope, depth = self.scope, self.pool_router.mtp_depth
 
         def run(hidden_states: Tensor) -> Any:
-            # in recompute too, when the scope of another micro-batch, or another depth, may have been left here
+            # needed in recompute: by then self.scope and the depth may be those of another pass
             self.scope = scope
             if depth:
                 self.pool_router.set_layer_number(depth)
@@ -69,15 +69,15 @@ class PoolMoELayer(MoELayer):
         if not (self.recomputes_itself and self.training):
             return run(hidden_states)
         if self.config.fp8 or self.config.fp4:
-            # Transformer Engine's own keeps the scales of the first pass
+            # Transformer Engine's checkpoint keeps the quantisation scales of the first pass
             rng_tracker = tensor_parallel.random.get_cuda_rng_tracker
             return te_checkpoint(run, False, rng_tracker, self.tp_group, hidden_states)
         return tensor_parallel.checkpoint(run, False, hidden_states)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As MoELayer.route, with the scope that was left for this call: the one place where a router gets it.
+        """MoELayer.route, with `scope` given to the router; no other method does so.
 
-        Megatron's schedule that overlaps expert-parallel communication calls this, and not `forward`.
+        Megatron's schedule with overlapped expert-parallel communication calls `route` directly, without `forward`.
         """
         scope, self.scope = self.scope, None
         self.pool_router.scope = scope
@@ -88,10 +88,10 @@ class PoolMoELayer(MoELayer):
 
 
 class PoolTransformerLayer(TransformerLayer):
-    """A transformer layer that hands the micro-batch's scope to its MoE layer. Overrides nothing of `forward`.
+    """A transformer layer that passes the micro-batch's scope to its MoE layer. `forward` is not overridden.
 
     Attributes:
-        num_recomputed: how often full recompute repeats the layer in a backward pass.
+        num_recomputed: how often full recompute repeats the layer in one backward pass.
     """
 
     num_recomputed: int = 1
@@ -119,13 +119,13 @@ class PoolTransformerLayer(TransformerLayer):
     def _maybe_unflatten_for_moe(
         self, hidden_states: Tensor, padding_mask: Tensor | None, packed_seq_params: PackedSeqParams | None
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Keep the flat packed order, which the document ids are in."""
+        """Keep the flat packed order, which is the order of the document ids."""
         return hidden_states, padding_mask, None
 
     def _shard(self) -> Shard:
         groups, router = self.pg_collection, self.mlp.pool_router
         splits_sequence = self.config.sequence_parallel
-        # not every host's collection has `dp`; in the router's group data-parallel ranks count slowest
+        # not every host's pg_collection has `dp`; in the router's group the data-parallel index varies slowest
         sharing, all_ranks = router.tp_cp_group, router.tp_dp_cp_group
         return Shard(
             tp_rank=groups.tp.rank() if splits_sequence else 0,

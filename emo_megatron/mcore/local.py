@@ -1,6 +1,6 @@
-"""Megatron without Transformer Engine: norms and projections that its local spec lacks, and HybridModel's stack.
+"""Megatron without Transformer Engine: norms and projections that the local spec lacks, and HybridModel's stack.
 
-They take their place in a spec by spec_rewrite.document_layer. With Transformer Engine none is used.
+`spec_rewrite.document_layer` puts these modules into a spec. With Transformer Engine none of these modules is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor
 class TorchNorm:
     """Builds torch's RMSNorm or LayerNorm with Megatron's `sequence_parallel` mark on its parameters.
 
-    The mark makes Megatron sum these gradients over the tensor-parallel ranks, each of which saw its own part of the
-    sequence. A class and not a function, because Megatron-Core 0.18 does not call a function it finds in a spec.
+    The mark makes Megatron sum the gradients over the tensor-parallel ranks, because each rank has one part of the
+    sequence. TorchNorm is a class because Megatron-Core 0.18 does not call functions in a spec.
     """
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> torch.nn.Module:
-        """The norm over the last `hidden_size` features; `unused` is what Megatron hands its own norms."""
+        """The norm over the last dimension; `unused` are further arguments that Megatron gives its norms."""
         if config.layernorm_zero_centered_gamma:
             raise ValueError(
                 "--apply-layernorm-1p needs Transformer Engine or Apex; drop the flag or use "
@@ -49,9 +49,9 @@ class TorchNorm:
 
 
 class NormedLinear(ColumnParallelLinear):
-    """Megatron's column-parallel projection of its normed input.
+    """Megatron's column-parallel projection with a norm of the input.
 
-    The norm's parameters are `layer_norm_weight` and, with LayerNorm, `layer_norm_bias`, as in Transformer Engine's.
+    As in Transformer Engine, the norm's parameters are `layer_norm_weight` and, with LayerNorm, `layer_norm_bias`.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
@@ -60,7 +60,7 @@ class NormedLinear(ColumnParallelLinear):
             self.register_parameter(f"layer_norm_{name}", parameter)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As ColumnParallelLinear.forward."""
+        """ColumnParallelLinear.forward of the normed input."""
         shape, eps = input_.shape[-1:], self.config.layernorm_epsilon
         if self.config.normalization == "RMSNorm":
             normed = F.rms_norm(input_, shape, self.layer_norm_weight, eps)
@@ -70,19 +70,20 @@ class NormedLinear(ColumnParallelLinear):
 
 
 class AddableRowParallelLinear(RowParallelLinear):
-    """Megatron's row-parallel projection, to whose output an expert may add its bias.
+    """Megatron's row-parallel projection with an output that an expert can add a bias to in place.
 
-    Megatron's MLP does so in place, and what one tensor-parallel rank returns is a view that autograd guards.
+    Megatron's MLP adds the bias in place. With one tensor-parallel rank Megatron's output is a view, which autograd
+    does not allow to be changed in place.
     """
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As RowParallelLinear.forward; the output is a tensor of its own where there is a bias to add."""
+        """RowParallelLinear.forward; if there is a bias, the output is a copy and not a view."""
         output, bias = super().forward(input_)
         return (output if bias is None else output.clone()), bias
 
 
 class LocalHybridStack(HybridStack):
-    """Megatron's hybrid stack, whose final norm is Transformer Engine's, with torch's."""
+    """Megatron's hybrid stack with torch's final norm instead of Transformer Engine's."""
 
     def __init__(self, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, post_layer_norm=False, **kwargs)
@@ -92,17 +93,17 @@ class LocalHybridStack(HybridStack):
 
 
 class _NeedsTransformerEngine:
-    """Stands where the local stack has no layer: Megatron would silently put one that does nothing."""
+    """For layers that the local stack lacks: raises, where Megatron would silently build a layer that does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
-            "without Transformer Engine a hybrid pattern may hold attention (*), MLP (-) and MoE (E) layers; "
-            "use --transformer-impl transformer_engine"
+            "without Transformer Engine --hybrid-layer-pattern must have only attention (*), MLP (-) and MoE (E) "
+            "layers; use --transformer-impl transformer_engine"
         )
 
 
 def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
-    """The stack of attention, MLP and MoE layers: the two halves of GPT's local layers as layers of their own."""
+    """A stack of attention, MLP and MoE layers, each made from one half of a local GPT layer."""
     sparse, dense = (
         get_gpt_layer_local_spec(
             num_experts=num_experts,
@@ -140,7 +141,7 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
         if field.name.endswith("_layer")
     }
     layers |= {"attention_layer": attention, "mlp_layer": mlp, "moe_layer": moe}
-    # None: the layers of multi-token prediction are a stack of the decoder's and have no layer of their own
+    # None: in a hybrid model multi-token prediction builds a stack of decoder layers, and needs no own layer spec
     prediction = get_mtp_layer_spec_for_backend(None, backend=LocalSpecProvider())
     mtp_block = ModuleSpec(
         module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[prediction])

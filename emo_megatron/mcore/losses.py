@@ -1,10 +1,10 @@
-"""The losses of a router, balance and z: what they count, over which ranks, and the gradient they add.
+"""A router's load-balancing losses and z-loss: the token counts, the ranks they cover, and the gradient.
 
-Three kinds of balance, alone or together as Megatron's flags name them: `global_aux_loss` over the micro-batch of all
-ranks, `aux_loss` over that of one data-parallel rank, and `seq_aux_loss` of each document inside its pool. All count,
-as Megatron's own, the K highest scores of each token: neither the expert bias nor groups have a say (DeepSeek-V3,
-arXiv 2412.19437, equation 18). What a layer counts of a micro-batch is counted once and kept with it, so that
-recompute repeats no collective.
+Three load-balancing losses, named by Megatron's flag, can be used alone or together. `global_aux_loss` covers the
+micro-batch of all ranks, `aux_loss` the micro-batch of one data-parallel rank, and `seq_aux_loss` each document inside
+its pool. All three count the K highest scores of each token, as Megatron does: the expert bias and the groups do not
+matter (DeepSeek-V3, arXiv 2412.19437, equation 18). A layer's counts of a micro-batch are computed once and stored in
+the micro-batch's scope, so that recompute repeats no collective.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ KINDS = ("global_aux_loss", "aux_loss", "seq_aux_loss")
 
 
 class RouterLosses:
-    """The losses of one router, which it hands every micro-batch of training.
+    """The losses of one router; the router calls `attach` for every micro-batch of training.
 
     Args:
-        router: asked for its configuration, its process groups and the micro-batch's scope at every call.
+        router: source of the configuration, the process groups and the micro-batch's scope, read at every call.
     """
 
     def __init__(self, router: PoolRouter) -> None:
@@ -42,14 +42,14 @@ class RouterLosses:
         self._step_counts: dict[int, Tensor] = {}
 
     def begin_step(self) -> None:
-        """Forget what the fraction of pool_balance=running has counted."""
+        """Reset the counts of pool_balance=running."""
         self._step_counts.clear()
 
     def coefficient(self, kind: str) -> float:
-        """What a kind of balance loss is multiplied by; 0 where it is not asked for.
+        """The coefficient of a load-balancing loss; 0 if the loss is off.
 
-        Of a layer that predicts at several depths their mean counts. Megatron does so with balance losses, and not
-        with the z loss.
+        If a layer predicts at several depths, the coefficient is divided by the number of depths, so that the mean
+        over depths counts. Megatron does this for load-balancing losses, but not for the z-loss.
         """
         return float(self.router.get_aux_loss_coeff(kind)) / self.router.num_depths
 
@@ -59,7 +59,7 @@ class RouterLosses:
 
     @property
     def needs_documents(self) -> bool:
-        """Whether scores and choices are to be summed for each document."""
+        """Whether the losses need scores and choices summed per document."""
         return self.router.training and self.coefficient("seq_aux_loss") > 0.0
 
     def attach(
@@ -75,17 +75,17 @@ class RouterLosses:
         """Count the micro-batch, and attach this rank's shares of the losses to the gradient of `probs_TE`.
 
         Args:
-            probs_TE: weights of the chosen experts, returned as they are.
-            ids_T: document of each token; None: no boundaries.
+            probs_TE: weights of the chosen experts; the values are returned unchanged.
+            ids_T: document of each token; None: no document boundaries.
             pool_DE: the documents' pools; None: all experts.
-            scores_DE: what the pools were chosen by, where they were chosen in this pass.
-            choose_plainly: routes once more, without bias and groups; None: there are neither.
+            scores_DE: the scores that chose the pools; None: the pools were not chosen in this pass.
+            choose_plainly: routes again without expert bias and groups; None: the router has neither.
         """
         router, scope = self.router, self.router.scope
         if scope is None and not torch.is_grad_enabled():
-            # recompute comes again, and nothing keeps what would be counted now
+            # recompute will run this again, and without a scope the counts could not be stored
             return probs_TE
-        # what a layer counts of a micro-batch is counted once, in the first of the passes that recompute repeats
+        # count once per layer and micro-batch, in the first pass; recompute reads the stored counts
         if scope is None or router.layer_number not in scope.counts:
             counts = self._count(routed, pool_DE, choose_plainly)
             if scope is not None:
@@ -113,7 +113,7 @@ class RouterLosses:
         return MoEAuxLossAutoScaler.apply(probs_TE, functools.reduce(torch.add, attached))
 
     def _shares_of_all_ranks(self, routed: ops.Routing, counts: LayerCounts) -> list[tuple[Tensor, float]]:
-        """Losses over all ranks, each this rank's share, and what they are multiplied by."""
+        """(this rank's share, coefficient) of each loss that covers all ranks."""
         everyone = self.router.tp_dp_cp_group
         weighted = []
         if (coefficient := self.coefficient("global_aux_loss")) > 0.0:
@@ -136,7 +136,7 @@ class RouterLosses:
     def _count(
         self, routed: ops.Routing, pool_DE: Tensor | None, choose_plainly: Callable[[], ops.Routing] | None
     ) -> LayerCounts:
-        """What the losses are made of, reduced over the ranks."""
+        """The counts that the losses need, reduced over the ranks."""
         router = self.router
         num_experts = routed.routing_map_TE.shape[1]
         num_real = routed.counts_X.shape[0]
@@ -144,7 +144,7 @@ class RouterLosses:
         if choose_plainly is not None and any(map(self.coefficient, KINDS)):
             with torch.no_grad():
                 balanced = choose_plainly()
-            # what the losses count comes first, what the metrics do comes last, in one collective
+            # one collective for both: first the counts of the losses, last the counts of the metrics
             counts_X = torch.cat([balanced.counts_X[: num_experts + 1], counts_X])
         is_reduced = self.needs_documents or self.coefficient("global_aux_loss") > 0.0 or self._z_coeff > 0.0
         if is_reduced:
@@ -169,11 +169,11 @@ class RouterLosses:
         return LayerCounts(fraction=fraction, population=population, own=own, weights_DE=weights_DE)
 
     def _own_counts(self, balanced: ops.Routing, choices_DE: Tensor | None) -> TokenCounts | None:
-        """What `aux_loss` counts, over the ranks that share documents; None: it is not asked for.
+        """The counts of `aux_loss` over the ranks that share documents; None: `aux_loss` is off.
 
         Args:
-            balanced: with the choices that losses count.
-            choices_DE: those of every document, summed over these ranks already; None: they are not asked for.
+            balanced: the routing whose choices the losses count.
+            choices_DE: choices per document, already summed over these ranks; None: not computed.
         """
         if self.coefficient("aux_loss") <= 0.0:
             return None
@@ -189,7 +189,7 @@ class RouterLosses:
     def _record_documents(
         self, scope: PoolScope, routing_map_TE: Tensor, ids_T: Tensor | None, scores_DE: Tensor | None
     ) -> None:
-        """Hand what the metrics need of this micro-batch's documents to the tracker: sums, no ratios."""
+        """Give the tracker the sums over this micro-batch's documents that the metrics need."""
         tracker, number = pool_metrics(), self.router.layer_number
         if tracker is None or ids_T is None:
             return
@@ -198,9 +198,9 @@ class RouterLosses:
         tracker.add_documents(number, used_DW, pool_DE=pool_DE, scores_DE=scores_DE)
 
     def _record_share(self, name: str, share: Tensor, group: Any, *, is_mean: bool = False) -> None:
-        """Log a value of which every rank of `group` holds a share.
+        """Log a loss of which every rank of `group` has a share.
 
-        Shares are summed, and with `is_mean` the sums of data-parallel ranks averaged, when Megatron reports, not here.
+        Megatron sums the shares when it reports; with `is_mean` it then averages the sums over data-parallel ranks.
         """
         router = self.router
         get_moe_metrics_tracker().record(

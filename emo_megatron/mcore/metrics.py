@@ -1,8 +1,8 @@
 """Pool metrics in Megatron's own MoE tracker, so that TensorBoard, W&B and the console show them.
 
-Forward passes only keep integers: what the routing ops count anyway is added up over the micro-batches of a step.
-Ratios, and the collectives behind them, are made once a step, when Megatron reports. They are ratios of sums over all
-documents, or all tokens, of the step, so they are the same numbers under every layout.
+Forward passes only add integers: the counts of the routing ops are summed over the micro-batches of a step. Ratios,
+with their collectives, are computed once per step, when Megatron reports. Each metric is a ratio of sums over all
+documents or all tokens of the step, so the metrics are identical under every parallel layout.
 """
 
 from __future__ import annotations
@@ -27,32 +27,35 @@ from emo_megatron.config import PoolConfig
 from emo_megatron.ops.reference import NUM_TOTALS, SCORE_FRACTION_BITS
 
 TOKEN_METRICS = ("token_entropy", "load_imbalance", "nonfinite_tokens")
-"""Mean entropy of the scores of a token (nats); largest over mean expert load of the step; tokens per layer whose
-logits were not finite, which count nowhere."""
+"""Mean entropy of a token's scores (nats); largest expert load of the step divided by the mean load; tokens per layer
+with logits that are not finite, which no pool, loss or other metric counts."""
 GROUP_METRICS = ("tokens_over_groups",)
-"""Share of the tokens whose experts lie in more groups than --moe-router-group-topk, because their pools are thin."""
+"""Share of tokens with experts in more groups than --moe-router-group-topk, because their pools have too few experts
+in each group."""
 BIAS_METRICS = ("experts_in_no_pool",)
-"""Experts that no pool of the step holds, pools of all experts left out."""
+"""Number of experts that are in no pool of the step; pools of all experts are not counted."""
 DOCUMENT_METRICS = ("experts_per_document",)
-"""Mean number of distinct experts that the tokens of a document use."""
+"""Mean number of distinct experts that a document's tokens use."""
 POOL_METRICS = ("pool_size", "document_entropy")
 """Mean pool size (routed experts); mean entropy of a document's summed probabilities (nats)."""
 MAX_HELD = 1 << 16
-"""Micro-batches x layers whose used experts wait for a report. A host that never reports forgets the oldest."""
+"""Largest number of stored entries (micro-batches x layers) of used experts until a report. If the host never
+reports, the oldest entries are dropped."""
 
 
 class PoolMetricsTracker(MoEMetricsTracker):
-    """Reports the pool metrics next to the losses Megatron names itself.
+    """Reports the pool metrics together with Megatron's own losses.
 
     Args:
-        names: metrics to add; every rank must add the same ones, since reporting reduces each over all ranks.
-        num_layers: of the whole model, all pipeline stages, multi-token prediction included.
-        adds_mtp_layers: whether layers of multi-token prediction have experts and are not among the MoE layers that
-            the host counts. Megatron adds them always, and its mean over layers is then too small.
+        names: metrics to add. Every rank must add the same metrics, because a report reduces each one over all ranks.
+        num_layers: number of layers in all pipeline stages, including multi-token prediction.
+        adds_mtp_layers: whether multi-token-prediction layers must be added to the host's number of MoE layers.
+            Megatron always adds these layers, so that its mean over layers is too small where they have no experts
+            or are already counted.
 
     Attributes:
         tp_cp_group: ranks that hold tokens of the same documents.
-        tp_dp_cp_group: all ranks that route a layer. A router sets both before it adds anything.
+        tp_dp_cp_group: all ranks that route a layer. A router sets both groups before it adds counts.
     """
 
     tp_cp_group: dist.ProcessGroup
@@ -70,22 +73,22 @@ class PoolMetricsTracker(MoEMetricsTracker):
         self._pooled: dict[int, Tensor] = {}
 
     def add_counts(self, layer_number: int, counts_X: Tensor, *, is_reduced: bool) -> None:
-        """Add a micro-batch's `Routing.counts_X`, [E + 4] int64, of this rank or, if reduced, of all ranks."""
+        """Add a micro-batch's `Routing.counts_X`, [E + 4] int64: of all ranks if `is_reduced`, else of this rank."""
         _add(self._global_X if is_reduced else self._local_X, layer_number, counts_X)
 
     def add_documents(
         self, layer_number: int, used_DW: Tensor, *, pool_DE: Tensor | None, scores_DE: Tensor | None
     ) -> None:
-        """Add what a micro-batch's documents use and hold.
+        """Add the pools and used experts of a micro-batch's documents.
 
         Args:
             used_DW: `ops.experts_used` of this rank.
-            pool_DE, scores_DE: their pools and what those were chosen by, equal on the ranks of tp_cp_group; None: they
-                were not chosen in this pass.
+            pool_DE, scores_DE: the documents' pools and the scores that chose the pools, equal on all ranks of
+                tp_cp_group; None: the pools were not chosen in this pass.
         """
         is_split = self.tp_cp_group.size() > 1
         if is_split:
-            # a report joins them with those of the other ranks
+            # a report combines the used experts of all ranks that share the documents
             held = self._used[layer_number]
             held.append(used_DW)
             if len(held) * len(self._used) > MAX_HELD:
@@ -94,18 +97,18 @@ class PoolMetricsTracker(MoEMetricsTracker):
             statistics_S = ops.document_statistics(scores_DE, pool_DE=pool_DE, used_DW=None if is_split else used_DW)
             _add(self._documents, layer_number, statistics_S)
         if pool_DE is not None and scores_DE is not None and "experts_in_no_pool" in self.names:
-            # an empty document, which scores nothing, has a pool too
+            # an empty document also has a pool, but its scores are zero
             counts_D1 = ~pool_DE.all(dim=-1, keepdim=True) & (scores_DE.sum(dim=-1, keepdim=True) > 0)
             _add(self._pooled, layer_number, (pool_DE & counts_D1).sum(dim=0))
 
     def report(self, loss_scale: float, *args: Any, track_names: Any = None, **kwargs: Any) -> str:
-        """As MoEMetricsTracker.report, with the pool metrics added to the names asked for."""
+        """MoEMetricsTracker.report, with the pool metrics added to the requested names."""
         self._make_ratios(loss_scale)
         if track_names is not None:
             asked = [track_names] if isinstance(track_names, str) else list(track_names)
             track_names = asked + [name for name in self.names if name not in asked]
             for name in asked:
-                # of a hybrid model the host counts other rows than its routers record
+                # in a hybrid model the host's number of rows differs from the routers' number of rows
                 self.ensure_initialized(name, self.num_layers)
         return super().report(loss_scale, *args, track_names=track_names, **kwargs)
 
@@ -118,20 +121,20 @@ class PoolMetricsTracker(MoEMetricsTracker):
         return self._local_X, self._global_X, self._documents, self._used, self._pooled
 
     def clear(self) -> None:
-        """Forget everything recorded."""
+        """Delete all recorded values."""
         super().clear()
         for kept in self._kept:
             kept.clear()
 
     def forget(self, layer_number: int) -> None:
-        """Forget what was counted of one layer."""
+        """Delete the recorded counts of one layer."""
         for kept in self._kept:
             kept.pop(layer_number, None)
 
     def _make_ratios(self, loss_scale: float) -> None:
-        """Turn what this stage's layers counted into the entries that the parent sums over pipeline stages.
+        """Turn the counts of this stage's layers into the entries that the parent class sums over pipeline stages.
 
-        Ranks of one stage have the same layers, so they enter the same collectives.
+        All ranks of one stage have the same layers, so all of them take part in the same collectives.
         """
         found = self._token_ratios() | self._document_ratios() | self._unpooled()
         for name in self.names:
@@ -139,7 +142,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
             self.ensure_initialized(name, self.num_layers, None if ratios_L is None else ratios_L.device)
             self._metrics[name].needs_dp_avg = False
             if ratios_L is not None:
-                # the parent multiplies by loss_scale, to average over micro-batches
+                # the parent class multiplies by loss_scale, to average over micro-batches
                 rows = [layer - 1 for layer in layers]
                 self._metrics[name].values[rows] = (ratios_L / loss_scale).float()
 
@@ -192,7 +195,7 @@ class PoolMetricsTracker(MoEMetricsTracker):
         return {"experts_in_no_pool": (layers, (pools_LE == 0).sum(dim=1).double())}
 
     def _joined_statistics(self) -> dict[int, Tensor]:
-        """Layer -> [5] int64, of the experts that documents use on any rank that holds a part of them."""
+        """Layer -> [5] int64: statistics of the experts that documents use, over all ranks that share a document."""
         words = {layer: torch.cat(self._used[layer]) for layer in sorted(self._used)}
         mine_RW = torch.cat(list(words.values()))
         parts = [torch.empty_like(mine_RW) for _ in range(self.tp_cp_group.size())]
@@ -208,8 +211,8 @@ class PoolMetricsTracker(MoEMetricsTracker):
         for layer, count in zip(layers, nonfinite_L.tolist(), strict=True):
             if count:
                 warnings.warn(
-                    f"layer {layer}: the router's logits of {count:.0f} tokens of this step are NaN or infinite; "
-                    "these tokens count in no pool and no balance loss, and their outputs are NaN",
+                    f"layer {layer}: the router's logits of {count:.0f} tokens of this step are NaN or infinite. "
+                    "These tokens count in no pool and in no load-balancing loss, and their outputs are NaN",
                     stacklevel=2,
                 )
 
@@ -224,13 +227,13 @@ def _nats(fixed_L: Tensor) -> Tensor:
 
 
 def pool_metrics() -> PoolMetricsTracker | None:
-    """The tracker of pool metrics; None where none is installed, and then routers count nothing for it."""
+    """The installed tracker of pool metrics; None if none is installed, and then routers record no metrics."""
     tracker = get_moe_metrics_tracker()
     return tracker if isinstance(tracker, PoolMetricsTracker) else None
 
 
 def forget_layer(layer_number: int) -> None:
-    """Forget what is recorded of one layer, by whatever tracker is installed; hosts report, and clear, every step."""
+    """Delete the installed tracker's values of one layer, all of the current step: hosts report and clear per step."""
     tracker = get_moe_metrics_tracker()
     for entry in tracker.metrics.values():
         entry.values[layer_number - 1 : layer_number] = 0
@@ -239,9 +242,9 @@ def forget_layer(layer_number: int) -> None:
 
 
 def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_documents: bool) -> None:
-    """Make Megatron report the metrics that this configuration's routers record, and no others.
+    """Make Megatron report exactly the metrics that this configuration's routers record.
 
-    Those of documents only where training batches carry their boundaries (`has_documents`).
+    Metrics of documents are reported only if training batches carry document boundaries (`has_documents`).
     """
     names: tuple[str, ...] = (*(POOL_METRICS if pool.is_on else ()), *TOKEN_METRICS)
     names += DOCUMENT_METRICS if has_documents else ()
@@ -249,15 +252,15 @@ def install_metrics(pool: PoolConfig, config: TransformerConfig, *, has_document
     names += BIAS_METRICS if pool.is_on and config.moe_router_enable_expert_bias else ()
     frequency, last = config.moe_layer_freq, config.num_layers - 1
     is_last_sparse = last % frequency == 0 if isinstance(frequency, int) else bool(frequency[last])
-    # of a hybrid model the host counts the whole pattern
+    # in a hybrid model the host already counts the MoE layers of the whole pattern
     is_hybrid = getattr(config, "is_hybrid_model", False)
     tracker = PoolMetricsTracker(names, num_layers=num_rows(config), adds_mtp_layers=is_last_sparse and not is_hybrid)
     set_moe_metrics_tracker(tracker)
 
 
 def num_rows(config: TransformerConfig) -> int:
-    """Layers that are numbered, of all pipeline stages: the decoder's, then those of multi-token prediction.
+    """Number of layers in all pipeline stages: decoder layers first, then layers of multi-token prediction.
 
-    Megatron's own routers record as many rows; stages sum them, so all of them must.
+    Megatron's routers record the same number of rows. Stages sum their rows, so every stage must use this number.
     """
     return int(config.num_layers + (config.mtp_num_layers or 0))

@@ -1,7 +1,7 @@
-"""Multi-token prediction: pools in its layers, and a roll of packed documents that rolls all documents at once.
+"""Multi-token prediction: pools in its layers, and a roll that moves all packed documents at once.
 
-Megatron rolls documents one by one, with two slices and, under context parallelism, up to four messages each, for every
-tensor of every depth. Here a roll is a few operations and one collective of the documents' first tokens.
+For every tensor of every depth Megatron rolls documents one by one: two slices per document and, under context
+parallelism, up to four messages. Here a roll is a few operations and one collective of the first tokens of documents.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _HOST_PARAMETERS = ("tensor", "shifts", "dims", "packed_seq_params", "cp_group")
 
 
 class PoolMTPLayer(MultiTokenPredictionLayer):
-    """One depth of multi-token prediction, or all of them, whose router is told the depth and the micro-batch.
+    """A layer of multi-token prediction, for one depth or for all depths, that sets its router's depth.
 
-    In a hybrid model the layers of a depth are a stack, which Megatron numbers from 1 at every depth. One layer for all
-    depths (mtp_use_repeated_layer) runs once per depth: forward passes from depth 1 on, and those that recompute
-    repeats from the last depth back, because each depth's input is the output of the one before.
+    In a hybrid model the layers of one depth are a stack, which Megatron numbers from 1 at every depth. With
+    mtp_use_repeated_layer one layer runs once per depth. Forward passes start at depth 1. Recompute in backward starts
+    at the last depth, because the input of each depth is the output of the previous depth.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,21 +46,21 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
         if len(routers) > 1:
             raise ValueError(
                 "--hybrid-layer-pattern must have at most one MoE layer (E) per depth of multi-token prediction; got "
-                f"{len(routers)}: Megatron reports one MoE layer per depth"
+                f"{len(routers)}. Megatron reports only one MoE layer per depth"
             )
         for router in routers:
-            # a hybrid stack does not tell its MoE layer
+            # a hybrid stack does not set these on its MoE layer
             router.is_mtp_layer = True
             router.set_layer_number(self.layer_number)
         if self.config.recompute_granularity == "full":
-            # a hybrid stack recomputes its layers inside the depth that is recomputed
+            # in backward, full recompute runs a hybrid stack's layers twice: for the depth, and again for the stack
             for layer in getattr(self.mtp_model_layer, "layers", ()):
                 layer.num_recomputed = 2
         self._routers = routers
         self._num_forward = self._num_backward = 0
 
     def _proj_and_transformer_layer(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Megatron tells the stack which micro-batch this is, and not its layers
+        # Megatron sets current_microbatch on the stack, but not on the layers of the stack
         for layer in getattr(self.mtp_model_layer, "layers", ()):
             layer.current_microbatch = getattr(self.mtp_model_layer, "current_microbatch", 0)
         if self.config.mtp_use_repeated_layer:
@@ -81,7 +81,7 @@ class PoolMTPLayer(MultiTokenPredictionLayer):
 def pool_mtp_block(
     block: MultiTokenPredictionBlockSubmodules, *, config: TransformerConfig, pool: PoolConfig
 ) -> MultiTokenPredictionBlockSubmodules:
-    """The block with pools in every MoE layer; a layer that has them already stays."""
+    """The block with pools in every MoE layer; layers that already have pools stay unchanged."""
     layers = [_pool_mtp_layer(layer, config, pool) for layer in block.layer_specs or ()]
     return dataclasses.replace(block, layer_specs=layers)
 
@@ -89,12 +89,12 @@ def pool_mtp_block(
 def _pool_mtp_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
     if get_module(layer) not in (MultiTokenPredictionLayer, PoolMTPLayer):
         raise ValueError(
-            "pools take the place of Megatron's MultiTokenPredictionLayer; this spec builds "
+            "the layers of multi-token prediction must be Megatron's MultiTokenPredictionLayer; got "
             f"{layer.module}. Use a spec of MultiTokenPredictionLayer"
         )
     submodules = with_torch_norms(layer.submodules) if config.transformer_impl == "local" else layer.submodules
     inner = submodules.mtp_model_layer
-    # a hybrid model has none: it builds a stack of the decoder's
+    # None in a hybrid model, which builds a stack of decoder layers instead
     if inner is not None and not issubclass(get_module(inner), PoolTransformerLayer):
         inner = pool_layer(inner, config=config, pool=pool)
         submodules = dataclasses.replace(submodules, mtp_model_layer=inner)
@@ -102,7 +102,7 @@ def _pool_mtp_layer(layer: ModuleSpec, config: TransformerConfig, pool: PoolConf
 
 
 def use_packed_roll() -> None:
-    """Let Megatron roll packed documents with `roll_packed`; a version that calls its own otherwise is left alone."""
+    """Make Megatron roll packed documents with `roll_packed`; no change if Megatron's roll has another signature."""
     if _HOST_ROLL is not None and tuple(inspect.signature(_HOST_ROLL).parameters) == _HOST_PARAMETERS:
         multi_token_prediction._roll_tensor_packed_seq = roll_packed
 
@@ -114,19 +114,20 @@ def roll_packed(
     packed_seq_params: PackedSeqParams,
     cp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Move every document's tokens one place to the left, with 0 behind its last: values and sum of Megatron's roll.
+    """Move every document's tokens one place to the left and set the last place to 0, as Megatron's roll does.
 
     Args:
-        tensor: [..., T / cp_size], this rank's tokens, of any dtype. What lies behind the last document stays.
+        tensor: [..., T / cp_size], this rank's tokens, of any dtype. Tokens after the last document stay unchanged.
         shifts: -1.
         dims: the last dimension.
-        packed_seq_params: cu_seqlens_q [D + 1] are the documents of all ranks, which may be empty. With context
-            parallelism each length is a multiple of 2 * cp_size and rank r holds pieces r and 2 * cp_size - 1 - r of
-            every document (sharding.py); cut in another way (cp_partition_mode), Megatron's own roll is called.
-        cp_group: of context parallelism; None: of one rank.
+        packed_seq_params: cu_seqlens_q [D + 1] are the boundaries of all ranks' documents; documents may be empty. With
+            context parallelism each length is a multiple of 2 * cp_size, and rank r holds pieces r and
+            2 * cp_size - 1 - r of every document (sharding.py). With another cp_partition_mode Megatron's roll is
+            called.
+        cp_group: the context-parallel group; None: one rank.
 
     Returns:
-        The rolled tensor, and its sum.
+        The rolled tensor and its sum.
     """
     mode = getattr(packed_seq_params, "cp_partition_mode", None)
     if shifts != -1 or dims not in (-1, tensor.dim() - 1) or mode not in (None, "zigzag"):
@@ -143,7 +144,7 @@ def roll_packed(
         bounds = _piece_bounds(bounds, cp_size).clamp(max=num_local)
         next_P = _first_of_next_piece(tensor[..., bounds[:-1].clamp(max=num_local - 1)], cp_group)
     place_T = torch.arange(num_local, device=tensor.device)
-    # an empty piece ends where the one before it does, so that no token is found in it
+    # an empty piece ends where the previous piece ends, so that no token is assigned to the empty piece
     piece_T = torch.searchsorted(bounds[1:], place_T, right=True).clamp(max=len(bounds) - 2)
     is_last_T = bounds[1:][piece_T] == place_T + 1
     moved = torch.where(is_last_T, next_P[..., piece_T], tensor.roll(-1, dims=-1))
@@ -152,7 +153,7 @@ def roll_packed(
 
 
 def _piece_bounds(bounds: Tensor, cp_size: int) -> Tensor:
-    """[2 D + 1] int64: where the two pieces that a rank holds of each document lie among its tokens."""
+    """[2 D + 1] int64: boundaries, in a rank's tokens, of the two pieces that the rank holds of each document."""
     if bounds.device.type == "cpu" and (bounds % (2 * cp_size)).any():
         raise ValueError(
             f"documents cut over {cp_size} context-parallel ranks must have lengths that are multiples of "
@@ -164,13 +165,17 @@ def _piece_bounds(bounds: Tensor, cp_size: int) -> Tensor:
 
 
 def _first_of_next_piece(first_P: Tensor, cp_group: Any) -> Tensor:
-    """[..., 2 D]: the token behind each of this rank's pieces, 0 behind a document's last; `first_P` are their first.
+    """[..., 2 D]: the token after each of this rank's pieces, 0 after the last piece of a document.
 
-    Ranks 0 .. cp_size - 1 hold the pieces of a document's first half in order, and those of its second half in
-    reverse: behind a first piece lies the next rank's, and behind a second piece that of the rank before.
+    Ranks 0 .. cp_size - 1 hold the pieces of a document's first half in order, and the pieces of the second half in
+    reverse order. The next rank holds the piece after a first piece; the previous rank the piece after a second piece.
+
+    Args:
+        first_P: [..., 2 D], the first token of each of this rank's pieces.
+        cp_group: the context-parallel group.
     """
     rank, size = cp_group.rank(), cp_group.size()
-    # as bytes, because not every backend gathers every dtype
+    # gathered as bytes, because not every backend supports every dtype
     sent = first_P.contiguous().view(torch.uint8)
     received = sent.new_empty(size * sent.shape[0], *sent.shape[1:])
     dist.all_gather_into_tensor(received, sent, group=cp_group)

@@ -1,7 +1,7 @@
-"""The losses of multi-token prediction over the main loss's tokens, so that they are the same under every layout.
+"""Multi-token prediction losses divided by the main loss's number of tokens, so that every layout gives equal losses.
 
-Megatron divides the loss of a depth by the counted tokens of that depth in each rank's micro-batch. Ranks count
-differently many, so that cutting the same tokens otherwise gives another loss.
+Megatron divides a depth's loss by the loss-counted tokens of that depth in each rank's micro-batch. Ranks have
+different numbers of these tokens, so Megatron's loss depends on how ranks split the tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _IN_0_19 = _IN_0_18 | {"tp_group", "input_ids"}
 
 
 def use_exact_mtp_loss(is_exact: bool = True) -> None:
-    """Let Megatron's models compute losses of multi-token prediction with `exact_mtp_loss`, or again with its own."""
+    """Make Megatron's models use `exact_mtp_loss`, or Megatron's own function again (`is_exact` False)."""
     found = set(inspect.signature(_HOST_LOSS).parameters)
     if not _IN_0_18 <= found <= _IN_0_19:
         raise ValueError(
@@ -58,22 +58,22 @@ def exact_mtp_loss(
     packed_seq_params: PackedSeqParams | None = None,
     **head: Any,
 ) -> Tensor:
-    """Megatron's process_mtp_loss with other divisors: a counted token of a depth weighs as one of the main loss.
+    """Megatron's process_mtp_loss with another divisor: a token of a depth has the weight of a token of the main loss.
 
     With --calculate-per-token-loss Megatron divides gradients by the main loss's tokens of the step, and the loss of a
-    depth is a plain sum. Without it, the sum is divided by the main loss's tokens of the micro-batch, those of all
+    depth is a plain sum. Without the flag, the sum is divided by the main loss's tokens of the micro-batch on all
     context-parallel ranks, so that Megatron's mean over these ranks is the mean over the micro-batch.
 
     Args:
         hidden_states: [(1 + depths) * s, b, h], of the decoder and of every depth.
-        labels: [b, s] of the main loss; None: whatever Megatron does then.
-        loss_mask: [b, s], which tokens the main loss counts; None: all.
+        labels: [b, s] of the main loss; None: Megatron's own function is called.
+        loss_mask: [b, s], the tokens that the main loss counts; None: all tokens.
         is_training: whether losses are logged: for each depth the mean over all ranks' counted tokens of the depth.
-        packed_seq_params: the documents that rolls keep to.
-        head: what else Megatron's function takes: how hidden states become losses.
+        packed_seq_params: the documents, whose boundaries the rolls do not cross.
+        head: the other arguments of Megatron's function, which turn hidden states into losses.
 
     Returns:
-        [s, b, h], of the decoder; going backward through it adds the gradients of the losses.
+        [s, b, h], the decoder's hidden states; their backward adds the gradients of the losses.
     """
     rolls = {"cp_group": cp_group, "packed_seq_params": packed_seq_params}
     if labels is None:
@@ -102,7 +102,7 @@ def exact_mtp_loss(
 def _targets(
     labels: Tensor, loss_mask: Tensor, *, num_depths: int, **rolls: Any
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Labels and mask [b, s] of each depth, and [depths] how many tokens of this rank it counts."""
+    """Labels and mask [b, s] of each depth, and the number of this rank's counted tokens per depth, [depths]."""
     targets, counts = [], []
     for _ in range(num_depths):
         labels, _ = roll_tensor(labels, **rolls)
@@ -113,7 +113,7 @@ def _targets(
 
 
 def _scale(num_tokens: Tensor, config: TransformerConfig, cp_group: dist.ProcessGroup | None) -> Tensor | float:
-    """What a depth's summed loss is multiplied by; `num_tokens`, [], are those this rank counts in the main loss."""
+    """The factor of a depth's summed loss; `num_tokens`, [], is this rank's number of tokens in the main loss."""
     scale = config.mtp_loss_scaling_factor / config.mtp_num_layers
     if config.calculate_per_token_loss:
         return scale
@@ -124,34 +124,37 @@ def _scale(num_tokens: Tensor, config: TransformerConfig, cp_group: dist.Process
 
 
 def _output_weight(config: Any, output_layer: Any, output_weight: Tensor | None) -> Tensor | None:
-    """The output layer's weight for the losses of depths; None: its own. 0.18 cannot keep it from learning by them."""
+    """The output layer's weight for depth losses; None: the layer's own weight.
+
+    With mtp_detach_heads the weight gets no gradient from depth losses. Megatron-Core 0.18 lacks that option.
+    """
     if not getattr(config, "mtp_detach_heads", False):
         return output_weight
     return (output_layer.weight if output_weight is None else output_weight).detach()
 
 
 class _Log:
-    """Hands a micro-batch's losses to Megatron, which averages what all data- and context-parallel ranks hand it.
+    """Logs a micro-batch's losses in Megatron, which averages the values of all data- and context-parallel ranks.
 
     Args:
         counts_K: [depths], this rank's counted tokens of each depth.
-        head: as `exact_mtp_loss` takes it.
+        head: as in `exact_mtp_loss`.
     """
 
     def __init__(self, counts_K: Tensor, head: dict[str, Any]) -> None:
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        # float32 counts no further than 2^24
+        # float64, because float32 represents integers exactly only up to 2^24
         self._counts_K = counts_K.double()
         dist.all_reduce(self._counts_K, group=self._group)
         self._head = head
 
     def save(self, depth_idx: int, loss: Tensor, logits: Tensor, labels: Tensor, loss_mask: Tensor) -> None:
-        """One depth's losses [b, s], so that the average of all ranks is the mean over the tokens of all."""
+        """Log one depth's losses [b, s], scaled so that Megatron's average over ranks is the mean over all tokens."""
         share = self._group.size() / self._counts_K[depth_idx].clamp(min=1)
         saved = (loss.detach().sum() * share).float()
         num_layers = len(self._counts_K)
         if hasattr(MTPLossLoggingHelper, "save_loss_to_tracker"):
-            # 0.18 logs no acceptance
+            # Megatron-Core 0.18 does not log the acceptance rate
             MTPLossLoggingHelper.save_loss_to_tracker(saved, depth_idx, num_layers, avg_group=self._group)
             return
         head = self._head

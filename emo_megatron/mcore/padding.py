@@ -1,9 +1,9 @@
-"""Packed documents that context parallelism cuts one by one, for which each is padded to a length that can be cut.
+"""Packed documents that context parallelism cuts separately: each document is padded to a length that can be cut.
 
-The same tokens have three orders: *packed*, as the dataset gives them; *padded*, with padding behind every document,
-which attention, rotary embedding and the rolls of multi-token prediction see; and a rank's part of the padded order.
-Padding lies at the end of a document and attention is causal, so no token of the text can see it. Routers keep to the
-packed order: what they draw for a document must not depend on how much padding the layout needs.
+The tokens have three orders. *Packed* is the order in the dataset. *Padded* has padding after every document, and is
+the order for attention, rotary embedding and the rolls of multi-token prediction. The third is a rank's part of the
+padded order. Padding is at the end of a document and attention is causal, so no text token attends to padding. Routers
+use the packed order, so that the pool size drawn for a document does not depend on the padding of the layout.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from emo_megatron.config import PoolCpPartition
 from emo_megatron.sharding import local_token_indices
 
 PACKING = "emo_packing"
-"""Attribute of packed_seq_params, optional: the micro-batch's Packing, where it says more than the boundaries there."""
+"""Optional attribute of packed_seq_params: the micro-batch's Packing, if the boundaries there are not enough."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Packing:
-    """Where documents lie in a whole micro-batch as it was packed: before any padding, and before any rank's cut."""
+    """Document boundaries of a whole micro-batch in the packed order: before padding and before ranks split tokens."""
 
     cu_seqlens: Tensor
-    """[D + 1] int32 or int64: boundaries in mbs * S tokens, sample after sample."""
+    """[D + 1] int32 or int64: document boundaries in the mbs * S tokens, sample after sample."""
     tokens_per_sample: int
-    """S."""
+    """S, the number of tokens per sample."""
     num_samples: int | None = None
-    """mbs; None: as many as the tokens make, where no padding was put in later."""
+    """mbs; None: computed from the number of tokens, which is correct only without added padding."""
     num_padding_B: Tensor | None = None
-    """[mbs] int64: tokens of padding at the end of each sample. Boundaries count them to the last document, where
-    attention does no harm by them; in the choice of a pool they would have a vote. None: there is none."""
+    """[mbs] int64: padding tokens at the end of each sample; None: no padding. Boundaries count this padding as part of
+    the last document. It does not affect attention, but would affect the choice of the pool."""
 
 
 def padding_multiple(*, cp_size: int, tp_size: int) -> int:
-    """What a document's padded length is a multiple of: two pieces for each context-parallel rank.
+    """The number that divides every document's padded length: each context-parallel rank needs two equal pieces.
 
     Args:
-        cp_size: context-parallel ranks.
-        tp_size: tensor-parallel ranks with sequence parallelism, which cut a rank's tokens further; else 1.
+        cp_size: number of context-parallel ranks.
+        tp_size: with sequence parallelism the number of tensor-parallel ranks, which split a rank's tokens; else 1.
     """
     return 2 * cp_size * tp_size
 
 
 def longest_padded(num_tokens: int, *, max_documents: int, multiple: int) -> int:
-    """Tokens that a micro-batch of `num_tokens` in so many documents needs at most, padded: a fixed length for all."""
+    """Largest padded length of `num_tokens` tokens in up to `max_documents` documents: fits every micro-batch."""
     most = num_tokens + max_documents * (multiple - 1)
     return -(-most // multiple) * multiple
 
@@ -57,12 +57,12 @@ def padded_bounds(cu_seqlens: Tensor, *, multiple: int, num_tokens: int | None =
     """Boundaries after every document is padded to a multiple of `multiple`.
 
     Args:
-        cu_seqlens: [D + 1] int32 or int64, as packed.
+        cu_seqlens: [D + 1] int32 or int64, boundaries in the packed order.
         multiple: see `padding_multiple`.
-        num_tokens: a multiple of it, the padded length of the micro-batch; None: no longer than the documents.
+        num_tokens: padded length of the micro-batch, divisible by `multiple`; None: the padded documents' length.
 
     Returns:
-        [D + 1] int64, or with `num_tokens` [D + 2]: what lies behind the last document is a piece of its own.
+        [D + 1] int64; with `num_tokens` [D + 2], where the tokens after the last document are one further piece.
     """
     padded_D = (cu_seqlens.long().diff() + multiple - 1) // multiple * multiple
     ends_D = padded_D.cumsum(0)
@@ -71,15 +71,15 @@ def padded_bounds(cu_seqlens: Tensor, *, multiple: int, num_tokens: int | None =
 
 
 def packed_places(places_T: Tensor, cu_seqlens: Tensor, bounds: Tensor) -> Tensor:
-    """Where tokens lay before their documents were padded.
+    """Positions in the packed order of tokens that are given by positions in the padded order.
 
     Args:
-        places_T: [T] int64, in the padded order.
+        places_T: [T] int64, positions in the padded order.
         cu_seqlens: [D + 1] int32 or int64, boundaries in the packed order.
-        bounds: [D' + 1], D' >= D, boundaries in the padded order: document d lies from bounds[d] on.
+        bounds: [D' + 1], D' >= D, boundaries in the padded order: document d starts at bounds[d].
 
     Returns:
-        [T] int64 in the packed order, -1 for padding.
+        [T] int64, positions in the packed order; -1 for padding.
     """
     cu, bounds = cu_seqlens.long(), bounds.long()
     lengths_D = cu.diff()
@@ -100,14 +100,14 @@ def cut_by_document(
     cp_rank: int,
     cp_size: int,
 ) -> dict[str, Any]:
-    """A packed micro-batch padded by document, and of it what a context-parallel rank holds.
+    """A context-parallel rank's part of a packed micro-batch, after every document is padded.
 
     Args:
         batch: `keys` -> [1, packed tokens] or None.
-        keys: what to cut; the rest is returned as it is.
+        keys: entries to pad and cut; other entries are returned unchanged.
         cu_seqlens, bounds: boundaries in the packed and in the padded order.
-        num_tokens: of the padded order.
-        cp_rank, cp_size: this rank.
+        num_tokens: number of tokens in the padded order.
+        cp_rank, cp_size: this rank and the number of context-parallel ranks.
 
     Returns:
         `keys` -> [1, num_tokens / cp_size], 0 on padding, or None.
@@ -122,12 +122,12 @@ def cut_by_document(
 
 
 def packed_params(packing: Packing, *, longest: int, bounds: Tensor | None = None) -> PackedSeqParams:
-    """A micro-batch's documents in the form Megatron's layers take; routers take the packing, which rides on it.
+    """A micro-batch's document boundaries for Megatron's layers, with the packing for routers as an attribute.
 
     Args:
         packing: with int32 boundaries.
-        longest: tokens of the longest document, padding included.
-        bounds: [D' + 1], where documents lie once they are padded; None: as packed.
+        longest: number of tokens of the longest document, including padding.
+        bounds: [D' + 1], boundaries in the padded order; None: documents are not padded.
     """
     attended = packing.cu_seqlens if bounds is None else bounds.int()
     packed = PackedSeqParams(
@@ -145,16 +145,16 @@ def packed_params(packing: Packing, *, longest: int, bounds: Tensor | None = Non
 def over_all_tokens(
     loss: Tensor, num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """A context-parallel rank's summed loss and tokens, such that Megatron's mean of ranks is that over all tokens.
+    """A context-parallel rank's loss and token count, so that Megatron's mean over ranks is the mean over all tokens.
 
-    Megatron divides each rank's loss by its tokens and averages over ranks, which may hold differently many.
+    Megatron divides each rank's loss by that rank's token count and averages over ranks, whose counts may differ.
 
     Args:
         loss: [], summed over this rank's tokens.
-        num_tokens: [] int32, how many they are.
+        num_tokens: [] int32, number of this rank's tokens.
 
     Returns:
-        The loss times the ranks, and the tokens of all of them.
+        The loss times the number of ranks, and the token count of all ranks.
     """
     of_all_ranks = num_tokens.clone()
     torch.distributed.all_reduce(of_all_ranks, group=cp_group)
@@ -162,29 +162,29 @@ def over_all_tokens(
 
 
 def require_padded(cu_seqlens: Tensor, bounds: Tensor, *, num_tokens: int) -> None:
-    """Check boundaries of both orders against each other; waits for device tensors."""
+    """Check that packed and padded boundaries fit together; synchronises with the device."""
     lengths_D, room_D = cu_seqlens.diff(), bounds.diff()
     num_documents = len(lengths_D)
     if len(room_D) < num_documents or (room_D[:num_documents] < lengths_D).any():
         raise ValueError(
-            f"cu_seqlens_q must give every document of {PACKING} at least its length; got room for {room_D.tolist()} "
-            f"and documents of {lengths_D.tolist()} tokens"
+            f"cu_seqlens_q must have room for every document of {PACKING}; got room for {room_D.tolist()} tokens and "
+            f"documents of {lengths_D.tolist()} tokens"
         )
     if bounds[-1] > num_tokens:
         raise ValueError(
             f"cu_seqlens_q must end at or before the {num_tokens} tokens of all ranks; got {int(bounds[-1])}: the "
-            "batch was cut differently"
+            "batch was cut in another way"
         )
 
 
 def partition_bounds(packed: PackedSeqParams, partition: PoolCpPartition) -> Tensor | None:
-    """[D + 1], where the documents lie that context parallelism cuts one by one; None if it cuts whole samples.
+    """[D + 1], boundaries of the documents that context parallelism cuts separately; None: it cuts whole samples.
 
-    A host that says how it cut decides (Megatron's `dev` branch: cp_partition_mode), and `partition` otherwise.
+    A host's cp_partition_mode (Megatron's `dev` branch) has priority over `partition`.
     """
     mode = getattr(packed, "cp_partition_mode", None)
     if mode not in (None, "zigzag"):
-        raise ValueError(f"--cp-partition-mode must be zigzag, two pieces of each document per rank; got {mode!r}")
+        raise ValueError(f"--cp-partition-mode must be zigzag (two pieces of each document per rank); got {mode!r}")
     if mode is None and partition == "sample":
         return None
     padded = packed.cu_seqlens_q_padded

@@ -1,11 +1,11 @@
-"""Steps that the host runs again: what their first run counted is taken back, so that a step counts once.
+"""Steps that the host runs again: the counts of the first run are removed, so that every step counts once.
 
-Where batches have document boundaries; without them it is as in Megatron.
+This works for batches with document boundaries. Other batches behave as in Megatron.
 
-megatron.training runs a step again before the optimizer: without a bound when a dispatcher's or a stash's buffer was
-too small (--moe-expert-rank-capacity-factor), and as it is when its re-run state machine doubts a result. Data,
-micro-batch numbers and consumed samples are those of the first run, and so are the pools. But that run has moved the
-expert bias and left its counts.
+megatron.training can run a step again before the optimizer. If a dispatcher's or a stash's buffer was too small
+(--moe-expert-rank-capacity-factor), the second run has no limit. If the re-run state machine doubts a result, the step
+is repeated unchanged. Data, micro-batch numbers, consumed samples and pools are equal in both runs. But the first run
+has changed the expert bias and the counts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from emo_megatron.mcore.metrics import forget_layer
 
 @dataclass(kw_only=True)
 class Runs:
-    """Which run of which step a router is in."""
+    """A router's current step, and the run of that step."""
 
     consumed_samples: int | None = None
-    """Of the step; None before the first."""
+    """Consumed samples of the step; None before the first step."""
     is_rerun: bool = False
-    """Whether the state machine runs it again."""
+    """Whether the state machine runs the step again."""
     has_ended: bool = False
-    """Whether the host has looked for dropped tokens, which it does at the end of a run."""
+    """Whether the host has checked for dropped tokens; this check ends a run."""
     bias_E: Tensor | None = None
     """The router's expert bias when the step began."""
 
 
 def begin_run(router: Any, consumed_samples: int) -> None:
-    """Take back what a router in training has counted if this micro-batch begins another run of its step."""
+    """Undo a training router's counts if this micro-batch begins another run of the same step."""
     runs, is_rerun = router.runs, _is_rerun()
     is_same_step = consumed_samples == runs.consumed_samples
     if is_same_step and not runs.has_ended and is_rerun == runs.is_rerun:
@@ -55,40 +55,40 @@ def begin_run(router: Any, consumed_samples: int) -> None:
 
 
 def _is_rerun() -> bool:
-    # the public getter makes a machine where there is none, and says so
+    # not the public getter, which creates and logs a new machine if there is none
     machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
     return machine is not None and machine.state is rerun_state_machine.RerunState.RERUNNING_IN_PLACE
 
 
 def follow_reruns(dispatcher: Any, router: Any) -> None:
-    """Let a layer's dispatcher, if it may drop tokens, tell its router when the host has looked for them."""
+    """Make a dispatcher that can drop tokens report to its router when the host has checked for dropped tokens."""
     if hasattr(dispatcher, "check_over_budget"):
-        # attributes, not a closure: a copy of the layer has a router of its own
+        # attributes instead of a closure, because a copy of the layer has another router
         dispatcher.pool_router = router
         dispatcher.check_over_budget = types.MethodType(_check_over_budget, dispatcher)
 
 
 def _check_over_budget(dispatcher: Any) -> Tensor | None:
-    # evaluation is checked too, between two steps
+    # the host also checks evaluation, which runs between two steps
     if dispatcher.pool_router.training:
         dispatcher.pool_router.runs.has_ended = True
     return type(dispatcher).check_over_budget(dispatcher)
 
 
 def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) -> None:
-    """Refuse a step in which a dispatcher dropped tokens. Every rank calls it after backward, before the optimizer.
+    """Raise if a dispatcher dropped tokens in this step. Every rank must call this between backward and optimizer.
 
-    For training loops that do not run such a step again, as megatron.training does. Waits for the device, once.
+    For training loops that do not repeat such a step; megatron.training does. Synchronises with the device once.
 
     Args:
-        model: this rank's chunks.
-        group: ranks to ask; None: all.
+        model: this rank's model chunks.
+        group: ranks to check; None: all ranks.
     """
     flags_L = []
     for module in (module for chunk in model for module in chunk.modules()):
         dispatcher: Any = getattr(module, "token_dispatcher", None)
         if hasattr(dispatcher, "check_over_budget"):
-            # the class's own: no run of the same step follows, which the layer's would announce
+            # the method of the class: the layer's method would announce another run, which does not follow
             flag = type(dispatcher).check_over_budget(dispatcher)
             if flag is not None:
                 flags_L.append(flag.view(-1)[0].clone())
@@ -100,5 +100,5 @@ def raise_over_budget(model: Iterable[torch.nn.Module], *, group: Any = None) ->
     if (count := int(num_ranks)) > 0:
         raise ValueError(
             f"{count} ranks received more tokens in this step than --moe-expert-rank-capacity-factor allows, and "
-            "dropped some: raise it, or drop the flag"
+            "dropped tokens. Increase the factor, or drop the flag"
         )

@@ -1,7 +1,8 @@
-"""Runs that go on: from a checkpoint, with the pools it was trained with; or after a failure (--inprocess-restart).
+"""Resumed runs: from a checkpoint, with the pools of its training run; or after a failure (--inprocess-restart).
 
-Megatron destroys its parsed flags between attempts in one process, so each one prepares and starts anew, with nothing
-left of the attempt that failed. The first prepares before the restarts begin: flags that are refused end the run.
+Megatron destroys its parsed flags between attempts in one process. Each attempt therefore prepares and starts again,
+without state of the failed attempt. The first attempt prepares before the restarts begin, so that unsupported flags end
+the run.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ MAY_DIFFER = ("pool_eval", "pool_check", "pool_cp_partition", "pool_dispatcher")
 
 
 def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
-    """The pools that the checkpoint in `--load` was trained with; off if its flags know no pools.
+    """The pool options of the run that wrote the checkpoint in `--load`; off if that run had no pool options.
 
-    None where there is no checkpoint, or none with the flags of its run. Megatron's own reader reads it.
+    None if there is no checkpoint, or if the checkpoint lacks its run's flags. Uses Megatron's checkpoint reader.
     """
-    # it tells every flag it would set, none of which is wanted here; and it exits where it cannot read, saying why
+    # Megatron's reader prints every flag that it would set, which is hidden here; on errors it prints why and exits
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told):
@@ -52,10 +53,15 @@ def stored_pool_config(args: argparse.Namespace) -> PoolConfig | None:
 def require_same_pools(
     stored: PoolConfig, asked: PoolConfig, *, run: str, remedy: str, name_of: Callable[[str], str] = flag
 ) -> None:
-    """Refuse to resume `run`, which had the stored pools, with others; `name_of` says a field in the host's words."""
+    """Raise if the pool options `asked` differ from the options `stored` of `run`.
+
+    Args:
+        remedy: last line of the error message.
+        name_of: maps a field to the option's name in the host.
+    """
     names = [field.name for field in dataclasses.fields(PoolConfig)]
     if asked.is_on and not stored.is_on:
-        # the run had no pools, and so none of the other fields
+        # the stored run had no pools, so its other fields had no effect
         names = ["pool_min"]
     differing = [
         f"  - {name_of(name)} was {getattr(stored, name)!r} and is {getattr(asked, name)!r}"
@@ -63,28 +69,28 @@ def require_same_pools(
         if name not in MAY_DIFFER and getattr(stored, name) != getattr(asked, name)
     ]
     if differing:
-        raise ValueError("\n".join([f"the run in {run} had other document pools:", *differing, remedy]))
+        raise ValueError("\n".join([f"the run in {run} had different pool options:", *differing, remedy]))
 
 
 def check_resume(pool: PoolConfig, args: argparse.Namespace) -> None:
-    """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own."""
+    """Raise if a run is resumed with different pool options. Fine-tuning starts a new run, which may differ."""
     if args.load is None or args.finetune or args.override_pool_config:
         return
     stored = stored_pool_config(args)
     if stored is not None:
         remedy = (
-            "Give the same flags; or --override-pool-config to go on with these from here; or --finetune to start a "
-            "new run from its weights."
+            "Give the flags of that run; or --override-pool-config to continue with the new flags; or --finetune to "
+            "start a new run from the weights of that run."
         )
         require_same_pools(stored, pool, run=f"--load {args.load}", remedy=remedy)
 
 
 def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> None:
-    """`start(*prepare(), store=..., inprocess_call_wrapper=...)`, once more after every failure with the flag.
+    """Call `start(*prepare(), store=..., inprocess_call_wrapper=...)`; with --inprocess-restart again after failures.
 
     Args:
-        prepare: parses and checks the flags; they are the first of what it returns.
-        start: trains. The keywords are for Megatron's `pretrain`; None without restarts.
+        prepare: parses and checks the flags, and returns them as the first value.
+        start: trains. The keywords are for Megatron's `pretrain`; both are None without --inprocess-restart.
     """
     prepared = prepare()
     if not prepared[0].inprocess_restart:
@@ -97,8 +103,8 @@ def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> N
         is_first = training_args() is prepared[0]
         start(*(prepared if is_first else prepare()), store=store, inprocess_call_wrapper=wrapper)
 
-    # The extension fills every argument that is annotated with this class or a base of it. Megatron's own pretrain has
-    # no such argument: without it a later attempt meets in the store what the failed one left there.
+    # The extension fills every argument that is annotated with this class or a base of it. Megatron's pretrain lacks
+    # such an argument. Without one a later attempt would find entries of the failed attempt in the store.
     inprocess = importlib.import_module(f"{RESTARTS}.inprocess")
     attempt.__annotations__ = {"wrapper": inprocess.CallWrapper}
     restarting, store = maybe_wrap_for_inprocess_restart(attempt)
@@ -106,9 +112,9 @@ def run(prepare: Callable[[], tuple[Any, ...]], start: Callable[..., None]) -> N
 
 
 def forget_attempt() -> None:
-    """Forget what this process keeps of a training run outside its model."""
+    """Reset the state of a training run that this process keeps outside the model."""
     CLOCK.consumed_samples = None
     router_documents.forget()
-    # what the failed step has recorded would be in the first log of the next attempt
+    # values recorded by the failed step would appear in the first log of the next attempt
     MTPLossLoggingHelper.tracker.clear()
     router.tell_backend.cache_clear()

@@ -22,16 +22,17 @@ from emo_megatron.mcore.reruns import Runs, begin_run
 
 
 class PoolRouter(TopKRouter):
-    """Routes every token inside the pool its document chose in this layer.
+    """Routes every token inside the pool that the token's document chose in this layer.
 
-    Overrides `routing` and never `forward`, which ModelOpt and Bridge's adapters rely on, and adds no parameters:
-    a checkpoint is the stock router's. With pools off it is the standard router with the same balance loss.
+    Overrides `routing` but not `forward`, because ModelOpt and Bridge's adapters depend on `forward`. Adds no
+    parameters, so checkpoints are those of Megatron's router. With pools off, this is the standard router with the
+    same load-balancing loss.
 
     Attributes:
-        scope: the micro-batch being routed; PoolMoELayer sets it around every call.
-        allowed_experts: [E] bool or None. Restricts routing to a subset, as a deployed module would route.
-        observe_logits: called with the float32 logits [T, E] and document ids [T] (-1 padding) of every forward.
-        mtp_depth: how many tokens further than the decoder's this layer's prediction lies; 0 in the decoder.
+        scope: scope of the current micro-batch; PoolMoELayer sets the scope for every call.
+        allowed_experts: [E] bool or None. Restricts routing to these experts, as in a deployed module.
+        observe_logits: called in every forward with the float32 logits [T, E] and document ids [T] (-1 padding).
+        mtp_depth: how many tokens further ahead than the decoder this layer predicts; 0 in the decoder.
     """
 
     scope: PoolScope | None = None
@@ -46,22 +47,22 @@ class PoolRouter(TopKRouter):
         self.runs = Runs()
 
     def set_layer_number(self, layer_number: int) -> None:
-        """As in Megatron, but layers of multi-token prediction count on behind the decoder's.
+        """Megatron's method, but numbers of multi-token-prediction layers continue after those of the decoder.
 
-        Megatron numbers them from 1; everything of a micro-batch is kept by layer number.
+        Megatron numbers these layers from 1 again. The scope stores its values by layer number, so numbers must differ.
         """
         self.mtp_depth = layer_number if self.is_mtp_layer else 0
         super().set_layer_number(layer_number + self.config.num_layers * self.is_mtp_layer)
 
     @property
     def num_depths(self) -> int:
-        """At how many depths this layer predicts, one after the other: it has the number of each in turn."""
+        """Number of depths that this layer predicts; `layer_number` changes from depth to depth."""
         is_repeated = self.is_mtp_layer and self.config.mtp_use_repeated_layer
         return int(self.config.mtp_num_layers) if is_repeated else 1
 
     @property
     def layer_numbers(self) -> range:
-        """The layer numbers this router has in a forward pass."""
+        """All values of `layer_number` in one forward pass."""
         first = self.layer_number if self.num_depths == 1 else self.config.num_layers + 1
         return range(first, first + self.num_depths)
 
@@ -70,7 +71,7 @@ class PoolRouter(TopKRouter):
 
         Args:
             logits: [s, b, E].
-            padding_mask: [s, b] bool, True = padding; None: only what the document boundaries leave out.
+            padding_mask: [s, b] bool, True = padding; None: padding is only what lies outside of all documents.
 
         Returns:
             probs [s * b, E] in the dtype of the logits and routing_map [s * b, E] bool.
@@ -81,7 +82,7 @@ class PoolRouter(TopKRouter):
             self.observe_logits(logits_TE.detach().float(), ids_T)
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
-        # a loop that does not tell which step it is in would seem to run one step for ever
+        # only if the training loop sets the clock: without the clock all micro-batches would seem to be one step
         if self.training and self.scope is not None and CLOCK.is_told:
             begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
@@ -126,7 +127,7 @@ class PoolRouter(TopKRouter):
         return probs_TE, self._dispatched_map(routed.routing_map_TE, ids_T)
 
     def reset_global_aux_loss_tracker(self) -> None:
-        """Start a new step; Megatron calls it when gradients are final."""
+        """Start a new step; Megatron calls this method when gradients are final."""
         super().reset_global_aux_loss_tracker()
         self.losses.begin_step()
 
@@ -139,7 +140,10 @@ class PoolRouter(TopKRouter):
         return ids_T.masked_fill(padding_mask.reshape(-1), -1)
 
     def _documents(self, ids_T: Tensor | None, logits: Tensor) -> tuple[Tensor, int]:
-        """[T] int64 and their number: whose balance each token counts in; without boundaries, its sample's."""
+        """Document of each token for seq_aux_loss, [T] int64, and the number of documents.
+
+        Without document boundaries every sample is one document.
+        """
         if self.scope is not None and ids_T is not None:
             return ids_T, self.scope.segments.num_documents
         num_rows = logits.shape[1]
@@ -147,25 +151,25 @@ class PoolRouter(TopKRouter):
         return rows_T if ids_T is None else rows_T.masked_fill(ids_T < 0, -1), num_rows
 
     def _groups_of_tokens(self, pool_DE: Tensor | None) -> int | None:
-        """Groups that the choice of tokens in these pools is limited to some of; None: it needs no limit."""
+        """Number of expert groups for the group limit per token; None: tokens of these pools need no limit."""
         if self.pool.pool_group_scope == "document" and pool_DE is not None:
-            # a pool inside the groups leaves its tokens no others
+            # the pool already holds only experts of the admitted groups
             return self.num_groups if self.pool.pool_unrestricted > 0.0 else None
         return self.num_groups
 
     def _of_allowed(self, pool_DE: Tensor | None) -> Tensor | None:
-        """The pools without experts that are not allowed: -inf alone would not keep them out of every choice."""
+        """The pools without experts that are not allowed; logits of -inf alone do not exclude these experts."""
         if self.allowed_experts is None:
             return pool_DE
-        # a bias, or an underflow to equal zeros, could pick them
+        # an expert bias, or scores that underflow to zero, could select an expert that is not allowed
         allowed_1E = self.allowed_experts[None]
         return allowed_1E if pool_DE is None else pool_DE & allowed_1E
 
     @property
     def num_groups(self) -> int | None:
-        """Groups of experts of which a token may use moe_router_group_topk; None where that limits nothing.
+        """Number of expert groups, of which a token may use moe_router_group_topk; None: there is no limit.
 
-        A subset of the experts has none, as the module that is made of them.
+        With `allowed_experts` there is no limit, because a module made of a subset of the experts has no groups.
         """
         limit, groups = self.config.moe_router_group_topk, self.config.moe_router_num_groups
         if not limit or not groups or limit >= groups or self.allowed_experts is not None:
@@ -174,16 +178,17 @@ class PoolRouter(TopKRouter):
 
     @property
     def most_in_pool(self) -> int:
-        """Experts that the pool of a document which is not unrestricted may hold."""
+        """Largest number of experts in a pool, except for unrestricted documents."""
         most = int(self.config.num_moe_experts)
         if self.pool.pool_group_scope == "document" and self.num_groups is not None:
             most = most // self.num_groups * self.config.moe_router_group_topk
         return most
 
     def backend(self, logits_TE: Tensor) -> ops.Backend:
-        """Which routing ops run. Without pools this is the stock router to the last bit, which compiled ops are not.
+        """The backend of the routing ops: compiled or reference.
 
-        Rank 0 says, once a reason, why it is not the compiled ones.
+        Without pools and --moe-router-fusion the backend is "reference", which equals Megatron's router bit for bit;
+        compiled ops do not. If compiled ops cannot run, rank 0 prints each reason once.
         """
         if self._is_standard and not self._is_fused:
             return "reference"
@@ -196,18 +201,18 @@ class PoolRouter(TopKRouter):
 
     @property
     def _is_fused(self) -> bool:
-        """Whether Transformer Engine chooses, as in the stock router; with pools the compiled ops are fused already."""
+        """Whether Transformer Engine chooses the experts (--moe-router-fusion); never where pools are in effect."""
         return bool(self.config.moe_router_fusion) and self._is_standard
 
     @property
     def _is_standard(self) -> bool:
-        """Whether this micro-batch is the standard MoE's: pools are off, or training has not reached their start."""
+        """Whether this micro-batch is routed as in the standard MoE: pools are off, or have not started yet."""
         if self.scope is None or not self.training:
             return not self.pool.is_on
         return not self.pool.is_on_after(self.scope.consumed_samples)
 
     def _with_fused_choice(self, routed: ops.Routing, logits_TE: Tensor, ids_T: Tensor | None) -> ops.Routing:
-        """The stock router's choice with --moe-router-fusion, to the last bit, and its counts; the losses stay."""
+        """`routed` with the choice and counts of Megatron's fused router, bit for bit; losses use `routed`'s scores."""
         probs_TE, map_TE = topk_routing_with_score_function(
             logits_TE,
             self.topk,
@@ -223,7 +228,7 @@ class PoolRouter(TopKRouter):
         if ids_T is not None:
             is_text_T1 = (ids_T >= 0)[:, None]
             probs_TE, counted_TE = probs_TE.masked_fill(~is_text_T1, 0.0), map_TE & is_text_T1
-        # on ties it may choose others than the op did
+        # on ties the fused router may choose other experts than the routing op
         counts_X = torch.cat([counted_TE.sum(dim=0), routed.counts_X[map_TE.shape[1] :]])
         choices_DE = routed.document_choices_DE
         if ids_T is not None and len(choices_DE):
@@ -233,7 +238,7 @@ class PoolRouter(TopKRouter):
         )
 
     def _backend_of_scope(self, logits_TE: Tensor) -> ops.Backend:
-        """The backend of this micro-batch: recompute takes that of the first pass, whose bits it must repeat."""
+        """The backend of this micro-batch; recompute uses the first pass's backend, to get the same bits."""
         scope = self.scope
         if scope is None:
             return self.backend(logits_TE)
@@ -244,16 +249,18 @@ class PoolRouter(TopKRouter):
     def _pool(
         self, logits_TE: Tensor, ids_T: Tensor | None, backend: ops.Backend
     ) -> tuple[Tensor | None, Tensor | None]:
-        """This layer's pools of the micro-batch, [D, E] bool, chosen once and kept for recompute; None: all experts.
+        """This layer's pools of the micro-batch, and the scores that chose the pools.
 
-        Beside them, where they were chosen just now, the scores they were chosen by, [D, E] int64.
+        Returns:
+            Pools [D, E] bool, chosen once and stored for recompute; None: all experts. And scores [D, E] int64; None:
+            the pools were not chosen in this call.
         """
         if not self.pool.is_on or (not self.training and self.pool.pool_eval is None):
             return None, None
         scope = self.scope
         if scope is None or ids_T is None:
             raise ValueError(
-                "Pools need document boundaries and this forward pass got none. Train with "
+                "Pools need document boundaries, and this forward pass got none. Train with "
                 "--dataloader-inter-document-masking, or pass PackedSeqParams to the model; with --pool-documents "
                 "routers, call the model through emo_megatron.mcore.router_documents.forward_with_documents."
             )
@@ -261,7 +268,7 @@ class PoolRouter(TopKRouter):
             return scope.pools.get(self.layer_number), None
         scores_DE, choosing_DE = self._document_scores(logits_TE, ids_T, scope, backend)
         if self.allowed_experts is not None:
-            # a bias could bring others into the pool, in the place of one that is allowed
+            # otherwise an expert bias could select an expert that is not allowed
             lowest = torch.iinfo(torch.int64).min
             choosing_DE = choosing_DE.masked_fill(~self.allowed_experts, lowest)
         choosing_DE, sizes_D = self._within_groups(choosing_DE, self._pool_sizes(scores_DE, scope))
@@ -272,9 +279,9 @@ class PoolRouter(TopKRouter):
     def _document_scores(
         self, logits_TE: Tensor, ids_T: Tensor, scope: PoolScope, backend: ops.Backend
     ) -> tuple[Tensor, Tensor]:
-        """Sums of each document's scores over every rank that holds a piece of it, and what its pool is chosen by.
+        """Each document's scores, summed over all ranks that share the document; and the scores that choose its pool.
 
-        Both are [D, E] int64 in units of 2**-27; they differ by the expert bias, alike on all ranks in a step.
+        Both are [D, E] int64 in units of 2**-27. They differ by the expert bias, which is equal on all ranks in a step.
         """
         is_biased = self.pool.pool_score == "gate_with_bias"
         documents: dict[str, Any] = {"document_ids_T": ids_T, "num_documents": scope.segments.num_documents}
@@ -283,7 +290,7 @@ class PoolRouter(TopKRouter):
         )
         sums_DX = scores_DE
         if is_biased:
-            # how many tokens the bias counts for travels with the scores
+            # one all-reduce sums the scores and the token counts, by which the bias is multiplied
             tokens_D = ops.document_tokens(logits_TE, **documents)
             sums_DX = torch.cat([scores_DE, tokens_D[:, None]], dim=1)
         if self.tp_cp_group.size() > 1:
@@ -291,11 +298,11 @@ class PoolRouter(TopKRouter):
         if not is_biased:
             return sums_DX, sums_DX
         scores_DE, tokens_D1 = sums_DX.split([scores_DE.shape[1], 1], dim=1)
-        assert self.expert_bias is not None, "check_run asks for a bias"
+        assert self.expert_bias is not None, "check_run requires a bias"
         return scores_DE, ops.biased_scores(scores_DE, tokens_D1[:, 0], self.expert_bias)
 
     def _within_groups(self, choosing_DE: Tensor, sizes_D: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and sizes of pools that keep to groups of experts, where they shall; see ops.limit_to_groups."""
+        """Pool scores and sizes; with pool_group_scope=document limited to groups (ops.limit_to_groups)."""
         if self.pool.pool_group_scope == "token" or self.num_groups is None:
             return choosing_DE, sizes_D
         return ops.limit_to_groups(
@@ -319,14 +326,14 @@ class PoolRouter(TopKRouter):
         return sizes_LD[self.layer_number - 1]
 
     def _count_for_bias(self, routed: ops.Routing) -> None:
-        """What Megatron's `_apply_expert_bias` does, whose mask has another form in each of its versions."""
+        """Replaces Megatron's `_apply_expert_bias`, whose mask has another form in each Megatron version."""
         if self.enable_expert_bias and torch.is_grad_enabled():
             self.local_tokens_per_expert += routed.tokens_per_expert_E
 
     def _dispatched_map(self, routing_map_TE: Tensor, ids_T: Tensor | None) -> Tensor:
-        """The map without padding for dispatchers that take any number of experts a token; see leaves_padding_out."""
+        """The routing map; without padding tokens if the dispatcher allows that (leaves_padding_out)."""
         if ids_T is None or not leaves_padding_out(self.config):
-            # Megatron's dispatchers write padding for quantisation into the map, which backward reads
+            # cloned, because Megatron's dispatchers write quantisation padding into the map, which backward reads
             pads = self.config.moe_router_padding_for_quantization
             return routing_map_TE.clone() if pads else routing_map_TE
         return routing_map_TE & (ids_T >= 0)[:, None]
@@ -334,6 +341,6 @@ class PoolRouter(TopKRouter):
 
 @functools.cache
 def tell_backend(reason: str) -> None:
-    """Say why the compiled ops do not run, as rank 0."""
+    """Print on rank 0, once per reason, why the compiled ops do not run."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(f"emo_megatron: routing runs in plain PyTorch, which is slower: {reason}", flush=True)

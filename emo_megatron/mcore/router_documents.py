@@ -1,8 +1,9 @@
 """Document boundaries for the routers only: every other part of the host sees a batch without packed sequences.
 
-The host carries nothing for us then, so a micro-batch's boundaries are this process's current ones from before its
-forward pass until the next. The pool layers that full recompute runs in backward belong to an earlier micro-batch: a
-hook on the model's output, which autograd calls before anything of that backward, says to which.
+Here the host does not carry the boundaries through the model. Instead this process stores the current micro-batch's
+boundaries, from the start of its forward pass until the next forward pass. In backward, full recompute runs pool layers
+of an earlier micro-batch. A hook on the model's output sets that micro-batch's boundaries; autograd calls the hook
+before all other parts of the backward pass.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from emo_megatron.mcore.padding import Packing
 
 @dataclass(kw_only=True, eq=False)
 class RouterDocuments(Packing):
-    """The documents of one micro-batch, for one forward pass through one model (chunk) and its backward."""
+    """The documents of one micro-batch, for one forward pass through one model chunk and the backward of that pass."""
 
     _scope: PoolScope | None = field(default=None, init=False, repr=False)
     _asked: Counter[tuple[int, bool]] = field(default_factory=Counter, init=False, repr=False)
-    """(layer number, whether in backward) -> how often the layer has asked."""
+    """(layer number, whether in backward) -> number of calls of `scope_for` by the layer."""
 
     def scope_for(
         self, layer_number: int, *, hidden_shape: torch.Size, shard: Shard, pool: PoolConfig, num_recomputed: int = 1
     ) -> PoolScope:
-        """The scope of this micro-batch, for a layer that starts its forward pass or repeats it in backward.
+        """The scope of this micro-batch, for a layer that starts its forward pass, or repeats that pass in backward.
 
-        Full recompute repeats it `num_recomputed` times; the rest is as make_scope takes it.
+        Args:
+            layer_number: the calling layer.
+            hidden_shape, shard, pool: as in make_scope.
+            num_recomputed: how often full recompute repeats the layer's forward pass.
         """
         asks = (layer_number, is_in_backward())
         self._asked[asks] += 1
@@ -51,29 +55,30 @@ class RouterDocuments(Packing):
 
 
 _CURRENT: dict[bool, RouterDocuments | None] = {}
-"""Whether in backward -> the documents of the micro-batch that is computed there."""
+"""False: the documents of the micro-batch in forward. True: of the micro-batch in backward."""
 
 
 def current_documents() -> RouterDocuments | None:
-    """The documents of the micro-batch that is being computed, or recomputed in backward; None: it has none."""
+    """The documents of the micro-batch that is computed now, or recomputed in backward; None: no boundaries."""
     return _CURRENT.get(is_in_backward())
 
 
 def forget() -> None:
-    """Forget the documents of every micro-batch, before training starts over in this process."""
+    """Delete the documents of all micro-batches, before training starts again in this process."""
     _CURRENT.clear()
 
 
 def forward_with_documents(
     call: Callable[..., Any], documents: RouterDocuments | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """`call(*args, **kwargs)`, whose pool layers see these documents.
+    """Call `call(*args, **kwargs)`, so that the pool layers get these documents.
 
-    They stay the current ones after it returns, because layers of a schedule plan run later.
+    The documents stay current after the call, because layers of a schedule plan run later.
 
     Args:
-        call: the model, or another function that runs it once or plans to.
-        documents: of this micro-batch, not used before; None where the host carries boundaries or there are none.
+        call: the model, or another function that runs the model once or plans one run.
+        documents: documents of this micro-batch, not used in an earlier call; None: the host carries the boundaries, or
+            there are no boundaries.
     """
     if documents is not None and kwargs.get("packed_seq_params") is not None:
         raise ValueError(BOTH)
@@ -93,18 +98,21 @@ def forward_stage(
     num_samples: int,
     is_planned: bool,
 ) -> Any:
-    """A micro-batch through this stage: its output, as Megatron's schedules send it; or the plan of the pass.
+    """Run a micro-batch through this pipeline stage, or plan that run.
 
-    Layers take a packed micro-batch as one sequence, [mbs * s, 1, h], s being this rank's part of a sample; schedules
-    exchange [s, mbs, h]. The bytes are the same, so a stage changes the view at its edges, and shapes need not travel
-    with the tensors, for which every stage would wait.
+    Layers take a packed micro-batch as one sequence, [mbs * s, 1, h], where s is this rank's part of a sample.
+    Schedules exchange [s, mbs, h]. The bytes are equal, so a stage only changes the view of its input and output.
+    Stages need not send shapes with the tensors, for which every stage would wait.
 
     Args:
         batch: tokens, position_ids, labels and loss_mask, each a tensor or None.
-        documents: as forward_with_documents takes them.
-        packed: the same for a host that carries boundaries.
-        num_samples: of a packed micro-batch whose stages exchange samples; else 1.
-        is_planned: plan the pass and don't run it, as expert-parallel overlap asks.
+        documents: as in forward_with_documents.
+        packed: the document boundaries, if the host carries boundaries; else None.
+        num_samples: number of samples of a packed micro-batch whose stages exchange samples; else 1.
+        is_planned: plan the run and do not execute it, as expert-parallel overlap requires.
+
+    Returns:
+        The stage's output in the shape that Megatron's schedules send, or the plan.
     """
     if num_samples > 1:
         decoder = get_attr_wrapped_model(model, "decoder")
@@ -123,21 +131,21 @@ def forward_stage(
     if is_planned or num_samples == 1 or get_attr_wrapped_model(model, "post_process"):
         return output
     exchanged = output.view(-1, num_samples, output.shape[-1])
-    # schedules free what they have sent, which they can't do with a view
+    # schedules free the tensors that they have sent, which is impossible for a view
     return make_viewless_tensor(inp=exchanged, requires_grad=exchanged.requires_grad, keep_graph=True)
 
 
 BOTH = (
-    "packed_seq_params must be None with --pool-documents routers, where attention does not keep to documents; drop "
-    "it, or use --pool-documents attention"
+    "packed_seq_params must be None with --pool-documents routers, where attention crosses documents; drop "
+    "packed_seq_params, or use --pool-documents attention"
 )
 
 
 def merged_bounds(bounds_BX: Tensor) -> Tensor:
-    """Boundaries of the micro-batch, [D + 1] int64, from those of its samples; waits for a device tensor.
+    """Boundaries of the micro-batch, [D + 1] int64, from the boundaries per sample; synchronises with the device.
 
     Args:
-        bounds_BX: [mbs, S + 1] int32 or int64, each row from 0 to S and filled with S.
+        bounds_BX: [mbs, S + 1] int32 or int64. Each row goes from 0 to S and is filled up with S.
     """
     length = bounds_BX.shape[1] - 1
     first_B1 = torch.arange(len(bounds_BX), device=bounds_BX.device)[:, None] * length

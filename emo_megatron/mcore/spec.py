@@ -1,4 +1,4 @@
-"""Model specs with pools in them: Megatron's own, a recipe's, or those that Megatron's scripts ask for by `--spec`."""
+"""Specs with document pools, made from Megatron's spec, from a recipe's spec, or for `--spec` of Megatron's scripts."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from emo_megatron.mcore.unsupported import HOST
 def with_pools[
     Spec: ModuleSpec | TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules | Callable[..., Any]
 ](spec: Spec, *, config: TransformerConfig, pool: PoolConfig) -> Spec:
-    """A model's spec with document pools in every MoE layer; what else it holds stays.
+    """A model's spec with document pools in every MoE layer; the other modules stay unchanged.
 
-    Only Megatron's TransformerLayer, MoELayer and TopKRouter give way, and MLASelfAttention where its gradient is not
-    whole (attention.LatentAttention). A router whose `gating` alone is a recipe's own keeps that. With
-    `transformer_impl` local, Megatron's norms and attention do too, which take neither packed sequences nor sequence
-    parallelism.
+    Replaced are Megatron's TransformerLayer, MoELayer and TopKRouter, and MLASelfAttention where its gradient is
+    incomplete (attention.LatentAttention). A recipe's router that overrides only `gating` keeps its `gating`. With
+    `transformer_impl` local, Megatron's norms and attention are replaced too, because these support neither packed
+    sequences nor sequence parallelism.
 
     Args:
-        spec: of a transformer layer, of a block of them, of a hybrid stack or of a block of multi-token prediction
-            (the submodules of a block too); or a function that returns one, as recipes have: the result is then a
-            function of the same signature, and errors come when it is called.
-        config: of the model.
-        pool: the method; pools off gives the matched standard MoE.
+        spec: the spec of a transformer layer, of a block of layers, of a hybrid stack or of a block of multi-token
+            prediction; or the submodules of a block; or a function that returns one of these, as recipes have. For a
+            function the result is a function of the same signature, which raises the errors when it is called.
+        config: the model's configuration.
+        pool: the method's options; pools off gives the matched standard MoE.
 
     Returns:
-        The same kind of spec. The one that came is left as it was.
+        A new spec of the same kind. The given spec is not changed.
     """
     blocks = TransformerBlockSubmodules | MultiTokenPredictionBlockSubmodules
     if not isinstance(spec, ModuleSpec | blocks) and callable(spec):
@@ -76,9 +76,9 @@ def with_pools[
         parts = pool_mtp_block(parts, config=config, pool=pool)
     else:
         raise ValueError(
-            "pools go into a ModuleSpec of a transformer layer, of a block of them, of a hybrid stack or of a block "
-            "of multi-token prediction, into the submodules of a block, or into a function that returns one; got "
-            f"{spec!r}"
+            "the spec must be a ModuleSpec of a transformer layer, of a block of layers, of a hybrid stack or of a "
+            "block of multi-token prediction; or the submodules of a block; or a function that returns one of these; "
+            f"got {spec!r}"
         )
     return dataclasses.replace(spec, submodules=parts) if isinstance(spec, ModuleSpec) else parts
 
@@ -86,17 +86,18 @@ def with_pools[
 def pool_block_spec(
     config: TransformerConfig, *, pool: PoolConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The decoder of this pipeline stage as Megatron builds it, with document pools in every MoE layer.
+    """Megatron's decoder of this pipeline stage, with document pools in every MoE layer.
 
     Args:
-        config: Megatron's; `transformer_impl` chooses Transformer Engine or the local spec, `moe_layer_freq` which
-            layers are dense, `multi_latent_attention` and `experimental_attention_variant` the attention.
+        config: Megatron's configuration. `transformer_impl` selects Transformer Engine or the local spec,
+            `moe_layer_freq` the dense layers, `multi_latent_attention` and `experimental_attention_variant` the
+            attention.
         pool: as in `with_pools`.
         vp_stage: virtual pipeline stage.
     """
     if getattr(config, "is_hybrid_model", False):
         raise ValueError(
-            "--hybrid-layer-pattern is for HybridModel, and these are GPTModel's layers: drop it, or build "
+            "--hybrid-layer-pattern requires HybridModel, and this spec is for GPTModel: drop the flag, or build "
             "HybridModel with emo_megatron.mcore.spec.pool_hybrid_spec"
         )
     _check(config, pool)
@@ -114,9 +115,9 @@ def pool_block_spec(
 
 
 def pool_hybrid_spec(config: TransformerConfig, *, pool: PoolConfig) -> ModuleSpec:
-    """HybridModel's stack with document pools in every MoE layer, an `E` of its pattern.
+    """HybridModel's stack with document pools in every MoE layer (`E` in the layer pattern).
 
-    With `transformer_impl` local there are attention (`*`), MLP (`-`) and MoE layers.
+    With `transformer_impl` local only attention (`*`), MLP (`-`) and MoE (`E`) layers are supported.
     """
     uses_te = config.transformer_impl == "transformer_engine"
     stack: ModuleSpec = hybrid_stack_spec if uses_te else local_stack_spec(config)
@@ -128,7 +129,7 @@ def _pool_block(
 ) -> TransformerBlockSubmodules:
     layers = [pool_layer(layer, config=config, pool=pool) for layer in block.layer_specs]
     frequency = config.moe_layer_freq
-    # a pipeline stage may be all dense, or have no layer; the model may not
+    # a pipeline stage may have only dense layers, or no layers; the whole model must have an MoE layer
     has_sparse_layers = isinstance(frequency, int) or any(frequency)
     is_dense_stage = len(layers) < config.num_layers and frequency != 1 and has_sparse_layers
     if layers and not is_dense_stage:
@@ -138,7 +139,7 @@ def _pool_block(
 
 
 def _pool_stack(stack: HybridStackSubmodules, config: TransformerConfig, pool: PoolConfig) -> HybridStackSubmodules:
-    """The stack with pools in its MoE layer, the one kind of layer that has experts."""
+    """The stack with pools in its MoE layer, the only kind of layer with experts."""
     if isinstance(stack.moe_layer, ModuleSpec):
         stack = dataclasses.replace(stack, moe_layer=pool_layer(stack.moe_layer, config=config, pool=pool))
     _require_pools([stack.moe_layer])
@@ -157,18 +158,18 @@ def _pool_stack(stack: HybridStackSubmodules, config: TransformerConfig, pool: P
 
 
 def _require_pools(layers: list[Any]) -> None:
-    """Refuse a model in which pools have no place: it would be a standard one, silently."""
+    """Raise if no layer has pools: the model would silently be a standard one."""
     if any(map(has_pools, layers)):
         return
     kinds = sorted({repr(getattr(getattr(x, "submodules", x), "mlp", x)) for x in layers})
     raise ValueError(
-        "no layer of this spec can be given pools: they go into layers whose mlp is Megatron's MoELayer; here mlp is "
-        f"{' or '.join(kinds) or 'nowhere'}. Check --num-experts and --moe-layer-freq"
+        "pools require a layer whose mlp is Megatron's MoELayer; mlp in this spec is "
+        f"{' or '.join(kinds) or 'missing'}. Check --num-experts and --moe-layer-freq"
     )
 
 
 def _check(config: TransformerConfig, pool: PoolConfig) -> None:
-    """Raise what is wrong with this model."""
+    """Raise one error with all problems of this model."""
     problems = problems_with_config(pool, config)
     variant = getattr(config, "experimental_attention_variant", None)
     uses_te = config.transformer_impl == "transformer_engine"
@@ -176,28 +177,28 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
     if config.multi_latent_attention and is_cut_by_sample and pool.pool_documents == "attention":
         problems.append(
             "--pool-cp-partition must be document with --multi-latent-attention and --context-parallel-size above 1; "
-            "got 'sample': Megatron's rotary embedding of packed latent keys assumes that each document is cut on its "
-            "own; or give --pool-documents routers"
+            "got 'sample'. Megatron's rotary embedding of packed latent keys requires that each document is cut "
+            "separately. Alternatively give --pool-documents routers"
         )
     is_fused = config.multi_latent_attention and config.mla_down_proj_fusion
     if is_fused and config.tensor_model_parallel_size > 1:
         problems.append(
-            "--mla-down-proj-fusion must not be given with --tensor-model-parallel-size above 1: Megatron then misses "
+            "--mla-down-proj-fusion must not be given with --tensor-model-parallel-size above 1: Megatron would lose "
             "a part of the positional key's gradient (NVIDIA/Megatron-LM issue 1699)"
         )
     if variant is not None and not uses_te:
         problems.append(
             f"--experimental-attention-variant must not be given with --transformer-impl {config.transformer_impl}; "
-            f"got {variant!r}: Megatron builds it of Transformer Engine's modules"
+            f"got {variant!r}. Megatron builds this attention from Transformer Engine's modules"
         )
     if variant == "dsa" and require_megatron() < (0, 19):
         problems.append(
-            "--experimental-attention-variant dsa needs megatron-core 0.19: before, its attention crosses documents"
+            "--experimental-attention-variant dsa needs megatron-core 0.19: older versions attend across documents"
         )
     if config.moe_expert_rank_capacity_factor is not None and training_args() is None:
         warnings.warn(
-            "--moe-expert-rank-capacity-factor: a training loop that is not Megatron's must call "
-            "emo_megatron.mcore.reruns.raise_over_budget before every optimizer step, or dropped tokens go unnoticed",
+            "--moe-expert-rank-capacity-factor: a training loop other than Megatron's must call "
+            "emo_megatron.mcore.reruns.raise_over_budget before every optimizer step, to detect dropped tokens",
             stacklevel=2,
         )
     raise_problems("this model cannot be built with pool layers", problems)
@@ -209,10 +210,10 @@ def _check(config: TransformerConfig, pool: PoolConfig) -> None:
 
 
 def pool_spec_builder(pool: PoolConfig) -> Any:
-    """A function of Megatron's `GPTModelConfig` (and vp_stage), the form its model builder calls.
+    """A function of Megatron's `GPTModelConfig` (and vp_stage), in the form that Megatron's model builder calls.
 
-    Layers of multi-token prediction get pools, too. Megatron's builder makes those next, by a function of its own that
-    no option replaces: until then that function is replaced in Megatron's module.
+    Layers of multi-token prediction get pools too. Megatron's builder makes these layers directly after this call,
+    with a function that no option replaces. Until then that function is replaced in Megatron's module.
     """
 
     def build(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -226,11 +227,11 @@ def pool_spec_builder(pool: PoolConfig) -> Any:
 
 
 def _pool_prediction(model_config: Any, pool: PoolConfig) -> None:
-    """Give pools to the block of multi-token prediction that Megatron's builder makes next of this `GPTModelConfig`."""
-    # Megatron-Core alone has no such builder
+    """Give pools to the multi-token prediction block that Megatron's builder makes next for this `GPTModelConfig`."""
+    # imported here: Megatron-Core without megatron.training has no model builder
     from megatron.training.models import gpt
 
-    # of a model that was not built to its end, the function of that model is still there
+    # if an earlier build failed, its replacement is still in Megatron's module
     of_megatron = getattr(gpt.mtp_block_spec, "of_megatron", gpt.mtp_block_spec)
 
     def mtp_block_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,52 +246,52 @@ def _pool_prediction(model_config: Any, pool: PoolConfig) -> None:
 
 
 POOL_CONFIG_VARIABLE = "EMO_POOL_CONFIG"
-"""Names the JSON file of a PoolConfig, for Megatron's scripts, whose parser does not know its flags."""
+"""Environment variable: path of a PoolConfig's JSON file, for Megatron's scripts, whose parser lacks --pool-* flags."""
 
 
 def pool_layer_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder of this pipeline stage, for pretrain_gpt.py `--spec emo_megatron.mcore.spec pool_layer_spec`.
 
-    Megatron's model builder calls it, from 0.19 on, with its GPTModelConfig.
+    Megatron 0.19 and later call this function from the model builder, with a GPTModelConfig.
     """
     pool = _prepare_script(model_config.transformer)
     return pool_spec_builder(pool)(model_config, vp_stage)
 
 
 class _StackOfScript:
-    """Builds the stack of pool_hybrid_spec, when the model is built."""
+    """Builds the stack of pool_hybrid_spec when the model is built."""
 
     def __new__(cls, config: TransformerConfig, submodules: HybridStackSubmodules | None = None, **options: Any) -> Any:
         stack = pool_hybrid_spec(config, pool=_prepare_script(config))
-        # HybridModel looks there for its block of multi-token prediction, once this stack is built
+        # HybridModel reads the block of multi-token prediction from these submodules, after this stack is built
         pool_hybrid_layer_spec.submodules = stack.submodules
         return build_module(stack, config, **options)
 
 
-# a ready spec and no function: HybridModel's builder calls none
+# a spec, not a function: HybridModel's builder does not call functions
 pool_hybrid_layer_spec = ModuleSpec(module=_StackOfScript)
 """For pretrain_hybrid.py `--spec emo_megatron.mcore.spec pool_hybrid_layer_spec`."""
 
 
 def _prepare_script(config: TransformerConfig) -> PoolConfig:
-    """The pools of a run of Megatron's own script, before anything is built.
+    """The pool options of a run of Megatron's own script, before anything is built.
 
-    What pretrain_emo.py does before Megatron starts is done here: flags are checked, pool metrics installed, pipeline
-    stages prepared for packed micro-batches of several samples.
+    Does the work that pretrain_emo.py does before Megatron starts: check the flags, install the pool metrics, and
+    prepare pipeline stages for packed micro-batches of several samples.
     """
     require_megatron()
     pool = _pool_config_of_environment()
     if pool.pool_documents == "routers":
         raise ValueError(
-            "--pool-documents must be attention with --spec, for Megatron's scripts hand boundaries to the attention; "
-            "got 'routers'. Use examples/pretrain_emo.py."
+            "--pool-documents must be attention with --spec, because Megatron's scripts pass document boundaries to "
+            "the attention; got 'routers'. Use examples/pretrain_emo.py."
         )
     args = training_args()
     if args is not None:
         check_run(pool, config, args, rows=HOST)
         most_samples = max(args.micro_batch_size, args.eval_micro_batch_size or 0)
         is_packed = args.dataloader_inter_document_masking or args.sft
-        # the forward step is not ours: shapes travel with the tensors
+        # Megatron's forward step keeps the packed shape between stages, so stages must send shapes with the tensors
         config.variable_seq_lengths |= is_packed and args.pipeline_model_parallel_size > 1 and most_samples > 1
     has_documents = args is None or args.dataloader_inter_document_masking
     install_metrics(pool, config, has_documents=has_documents)
@@ -303,8 +304,8 @@ def _pool_config_of_environment() -> PoolConfig:
     path = os.environ.get(POOL_CONFIG_VARIABLE)
     if not path:
         raise ValueError(
-            f"{POOL_CONFIG_VARIABLE} is not set, and without it this would be the standard MoE. Let it name a JSON "
-            f"file of PoolConfig's fields: echo '{{\"pool_min\": 8}}' > pool.json; "
-            f"export {POOL_CONFIG_VARIABLE}=$PWD/pool.json. An empty object, {{}}, is the standard MoE."
+            f"the environment variable {POOL_CONFIG_VARIABLE} must be the path of a JSON file with PoolConfig's "
+            f"fields; got none. For example: echo '{{\"pool_min\": 8}}' > pool.json; "
+            f"export {POOL_CONFIG_VARIABLE}=$PWD/pool.json. For the standard MoE use an empty object, {{}}."
         )
     return load_pool_config(Path(path))

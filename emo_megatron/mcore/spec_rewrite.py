@@ -1,4 +1,4 @@
-"""One layer's spec rewritten: Megatron's layer, MoE layer and router give way to the pools', all else stays."""
+"""Rewrites one layer's spec: pool classes replace Megatron's layer, MoE layer and router; other modules stay."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from emo_megatron.mcore.router import PoolRouter
 
 
 def pool_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
-    """The layer with PoolTransformerLayer, and PoolMoELayer and PoolRouter where it is an MoE layer.
+    """The layer with PoolTransformerLayer; an MoE layer also gets PoolMoELayer and PoolRouter.
 
-    Of the local spec also as `document_layer` makes it.
+    A layer of the local spec also gets the changes of `document_layer`.
     """
-    # the second differs from the first in its CUDA graphs only, and those are refused
+    # MoETransformerLayer differs from TransformerLayer only in CUDA graphs, which are not supported
     of_megatron = TransformerLayer, MoETransformerLayer
     module = _with_own(PoolTransformerLayer, _class_of(layer), of_megatron, own={"__init__"})
     if module is None:
         raise ValueError(
-            f"pools take the place of Megatron's TransformerLayer; this spec builds {layer.module}. "
-            "Use a spec of TransformerLayer, or of a layer that overrides its __init__ alone"
+            f"the layer must be Megatron's TransformerLayer, which PoolTransformerLayer replaces; got {layer.module}. "
+            "Use TransformerLayer, or a subclass that overrides only __init__"
         )
     mlp = _pool_mlp(layer.submodules.mlp, pool)
     attention = _with_whole_gradient(layer.submodules.self_attention)
@@ -52,7 +52,7 @@ def has_pools(layer: Any) -> bool:
 
 
 def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolConfig) -> ModuleSpec:
-    """The layer of the local spec with norms and attention that take packed, sequence-parallel input."""
+    """The local spec's layer with norms and attention that support packed sequences and sequence parallelism."""
     submodules = with_torch_norms(layer.submodules)
     attention = submodules.self_attention
     if isinstance(attention, ModuleSpec):
@@ -63,7 +63,7 @@ def document_layer(layer: ModuleSpec, *, config: TransformerConfig, pool: PoolCo
 
 
 def with_torch_norms[Submodules](submodules: Submodules) -> Submodules:
-    """The same submodules with TorchNorm where Megatron's norm, which refuses sequence parallelism, was."""
+    """The submodules with TorchNorm instead of Megatron's norm, which does not support sequence parallelism."""
     norms: Any = [
         field.name
         for field in dataclasses.fields(submodules)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def _document_attention(attention: ModuleSpec, config: TransformerConfig, pool: 
 
 
 def _with_addable_outputs(mlp: Any) -> Any:
-    """An MoE layer's spec whose experts can add their biases; a dense one as it is."""
+    """An MoE layer's spec whose experts can add biases; a dense layer's spec unchanged."""
     moe: Any = getattr(mlp, "keywords", {}).get("submodules")
     experts: Any = getattr(moe, "experts", None)
     parts: Any = getattr(experts, "keywords", {}).get("submodules")
@@ -97,7 +97,7 @@ def _with_addable_outputs(mlp: Any) -> Any:
 
 
 def _with_whole_gradient(attention: Any) -> Any:
-    """LatentAttention where tensor-parallel ranks have parts of the down projection that holds the positional key."""
+    """LatentAttention where tensor-parallel ranks split the down projection that includes the positional key."""
     if getattr(attention, "module", None) is not MLASelfAttention:
         return attention
     projection = _class_of(getattr(attention.submodules, "linear_kv_down_proj", None))
@@ -107,7 +107,7 @@ def _with_whole_gradient(attention: Any) -> Any:
 
 
 def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
-    """An MoE layer's spec with pools; a dense one as it is."""
+    """An MoE layer's spec with pools; a dense layer's spec unchanged."""
     kind = _class_of(mlp)
     is_partial = isinstance(mlp, functools.partial)
     submodules = mlp.keywords.get("submodules") if is_partial else getattr(mlp, "submodules", None)
@@ -119,28 +119,31 @@ def _pool_mlp(mlp: Any, pool: PoolConfig) -> Any:
         return dataclasses.replace(mlp, module=PoolMoELayer, submodules=moe)
     if kind is not None and issubclass(kind, MLP | IdentityOp):
         return mlp
-    what = "an MoE layer of its own" if kind and issubclass(kind, BaseMoELayer) else "its own mlp"
+    what = "an MoE layer of its own" if kind and issubclass(kind, BaseMoELayer) else "an mlp of its own"
     raise ValueError(
-        f"PoolMoELayer takes the place of Megatron's MoELayer; this spec has {what}, {mlp!r}, which may hold experts "
-        "that would see no pools. Use a spec of MoELayer with MoESubmodules, and of MLP where a layer is dense"
+        f"the mlp must be Megatron's MoELayer, which PoolMoELayer replaces, or a dense MLP; got {what}, {mlp!r}, whose "
+        "experts would have no pools. Use MoELayer with MoESubmodules, or MLP for a dense layer"
     )
 
 
 def _pool_router(spec: Any) -> type[PoolRouter]:
-    """PoolRouter, over a recipe's own router where that has no more than a projection of its own."""
+    """PoolRouter; for a recipe's router that overrides only `gating`, a PoolRouter with that `gating`."""
     router = _with_own(PoolRouter, _class_of(spec), (TopKRouter,), own={"gating"})
     if router is not None:
         return router
     raise ValueError(
-        f"PoolRouter takes the place of Megatron's TopKRouter; this spec's router is {spec!r}, whose choice of experts "
-        "would be lost. Use a recipe with TopKRouter, or with a router that overrides its gating alone"
+        f"the router must be Megatron's TopKRouter, which PoolRouter replaces; got {spec!r}, whose choice of experts "
+        "would be lost. Use a recipe with TopKRouter, or with a router that overrides only gating"
     )
 
 
 def _with_own[Pooled](
     pooled: type[Pooled], kind: type | None, of_megatron: tuple[type, ...], *, own: set[str]
 ) -> type[Pooled] | None:
-    """The class of pools in the place of Megatron's; over a recipe's own that overrides `own` alone; else None."""
+    """The class that replaces `kind`; None if `kind` cannot be replaced.
+
+    `pooled` for Megatron's classes; for a recipe's subclass that overrides exactly `own`, a subclass of both.
+    """
     if kind in of_megatron:
         return pooled
     base = of_megatron[0]
@@ -152,7 +155,7 @@ def _with_own[Pooled](
 
 
 def _class_of(spec: Any) -> type | None:
-    """The class that a spec builds: of a ModuleSpec, a partial, a class method, or itself; None for a function."""
+    """The class that a spec builds; a spec is a ModuleSpec, a partial, a class method or a class. None: a function."""
     if isinstance(spec, functools.partial):
         spec = spec.func
     if isinstance(spec, ModuleSpec):

@@ -1,8 +1,8 @@
 """Pretraining on megatron.training: the step, the loss and the datasets.
 
-The pieces `megatron.training.pretrain` asks for, for plain pretraining. Unlike pretrain_gpt.py's, every pipeline stage
-builds the dataset, so that the routers of middle stages see boundaries too; what that script does beyond this is in
-mcore/unsupported.py.
+These are the functions that `megatron.training.pretrain` requires, for plain pretraining. Unlike in pretrain_gpt.py,
+every pipeline stage builds the dataset, so that routers of middle stages get document boundaries too. Features of
+pretrain_gpt.py that are missing here are listed in mcore/unsupported.py.
 """
 
 from __future__ import annotations
@@ -46,29 +46,31 @@ from emo_megatron.mcore.padding import over_all_tokens
 from emo_megatron.mcore.router_documents import forward_stage
 
 SPIKY_LOSS_FACTOR = 10
-"""--check-for-spiky-loss reports a loss so many times the largest seen."""
-# a singleton: constructing it again resets what Megatron configured
+"""--check-for-spiky-loss reports a loss that is this many times the largest loss so far."""
+# a singleton; constructed here once, because every construction resets Megatron's configuration of it
 _STRAGGLERS = StragglerDetector()
 
 
 def pack_conversations(args: Any) -> None:
-    """Make --sft a run with packed documents, which its samples are, wherever flags are looked at."""
+    """Set --dataloader-inter-document-masking for --sft runs, whose samples are packed documents."""
     args.dataloader_inter_document_masking |= args.sft
 
 
 def loss_func(
     loss_mask: Tensor, output_tensor: Tensor, *, padding: Tensor | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch, for Megatron to divide by the tokens it comes with.
+    """The summed loss of a micro-batch and its token count, by which Megatron divides the loss.
 
     Args:
         loss_mask: [1 or mbs, s] of this rank's tokens.
-        output_tensor: their cross entropies.
-        padding: [2], how many of this rank's tokens are padding between documents, and all of them; None: no report.
+        output_tensor: cross entropies of this rank's tokens.
+        padding: [2], number of this rank's tokens that are padding between documents, and number of all its tokens;
+            None: no report.
 
     Returns:
-        The summed cross entropy of this rank's tokens and their number; or, where Megatron averages the means of
-        context-parallel ranks, what makes that the mean of all their tokens. And sums and counts for the log.
+        The summed cross entropy and the number of this rank's tokens. Where Megatron averages the means of
+        context-parallel ranks, both are changed so that the average is the mean over all tokens (over_all_tokens).
+        And a report of sums and counts for the log.
     """
     args = get_args()
     is_counted = loss_mask.reshape(-1).float()
@@ -105,9 +107,9 @@ def loss_func(
 def forward_step(
     data_iterator: Iterator[Any] | None, model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    """One micro-batch through this stage, or virtual stage: its output, and the loss as a function of that.
+    """Run one micro-batch through this (virtual) stage: returns the output, and a function from output to loss.
 
-    With `return_schedule_plan`, as --overlap-moe-expert-parallel-comm asks, the pass is planned and not run.
+    With `return_schedule_plan`, which --overlap-moe-expert-parallel-comm requires, the pass is planned but not run.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -116,7 +118,7 @@ def forward_step(
         batch = get_batch(data_iterator, get_model_config(model), vp_stage)
     packed = packed_documents(batch)
     timers("batch-generator").stop()
-    # padded documents have no samples of one length, and their shapes travel between stages as they are
+    # samples of padded documents have different lengths; stages send these micro-batches in the packed shape
     is_flat = packed is None or PADDED_TOKENS in batch
     num_samples = 1 if is_flat else len(batch[NUM_PADDING])
     documents = router_documents(batch)
@@ -129,18 +131,18 @@ def forward_step(
 
 
 def _padding(batch: dict[str, Any]) -> Tensor | None:
-    """[2]: padding between documents, and tokens, of a stage with a loss; None where nothing was padded."""
+    """[2]: number of padding tokens between documents, and of all tokens; None: no padding, or a stage without loss."""
     if PADDED_TOKENS not in batch or batch["loss_mask"] is None:
         return None
     mask = batch["loss_mask"]
     num_tokens, num_packed = batch[PADDED_TOKENS], len(batch[NUM_PADDING]) * get_args().seq_length
-    # every context-parallel rank counts its share of both; filled on the device, for which nobody waits
+    # every context-parallel rank counts its share; filled on the device, without synchronisation
     shares = (num_tokens - num_packed, num_tokens)
     return torch.stack([mask.new_full((), float(share)) for share in shares])
 
 
 def prepare_prediction(args: Any) -> None:
-    """Let Megatron roll the documents of a micro-batch all at once, and divide losses as --mtp-exact-loss says."""
+    """Replace Megatron's roll of packed documents, and with --mtp-exact-loss its multi-token prediction loss."""
     if args.mtp_num_layers:
         use_packed_roll()
     if args.mtp_exact_loss:
@@ -148,10 +150,14 @@ def prepare_prediction(args: Any) -> None:
 
 
 def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[..., list[int]]:
-    """For Megatron's `pretrain`: which of a pipeline's ranks share the embedding of tokens.
+    """For Megatron's `pretrain`: a function that returns the ranks of a pipeline that share the token embedding.
 
-    Without it Megatron takes the first and the last, and a stage between them that has the layers of multi-token
-    prediction would train a table of its own, from zeros. `is_tied` says whether the output layer has the same weights.
+    By default Megatron takes the first and the last rank. A stage between them with layers of multi-token prediction
+    would then train a separate embedding table, starting from zeros.
+
+    Args:
+        config: the model's configuration.
+        is_tied: whether the output layer shares the weights of the embedding.
     """
 
     def ranks_of(pipeline: list[int], *unused: Any) -> list[int]:
@@ -162,7 +168,7 @@ def embedding_ranks(config: TransformerConfig, *, is_tied: bool) -> Callable[...
 
 
 def let_lengths_vary(args: Any, config: TransformerConfig) -> None:
-    """Let pipeline stages send the shapes of padded micro-batches, which are as long as their documents need."""
+    """Make pipeline stages send shapes if micro-batches are padded, because their lengths then depend on documents."""
     config.variable_seq_lengths |= is_padded(args) and args.pipeline_model_parallel_size > 1
 
 
@@ -185,12 +191,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     return train, valid, test
 
 
-# megatron.training builds such a provider's datasets on every rank
+# with this attribute megatron.training builds the datasets on every rank
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def dataset_config(args: Any) -> PoolDatasetConfig:
-    """Megatron's dataset configuration from its own flags."""
+    """The dataset configuration from Megatron's flags."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:

@@ -1,7 +1,7 @@
-"""Options of a host that this package does not support, and why: one class, one table, one or two lines a row.
+"""Options of the host that this package does not support, and the reasons, as tables of `Unsupported` rows.
 
-The pool router replaces TopKRouter.routing(), so every option that lives in it must be honoured or stand here. Nothing
-here loads Megatron: conversions to other formats describe what they cannot express by the same class.
+The pool router replaces TopKRouter.routing(). Every option of that method must be implemented or listed here. This
+module does not import Megatron, because conversions to other checkpoint formats use the same class.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from emo_megatron.config import flag as flag_of
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """One option of a host: the values that are supported, and why the others are not."""
+    """One option of the host: the supported values, and why other values are not supported."""
 
     field: str
-    """Attribute or key of the values that are looked at."""
+    """Attribute or key of the configuration."""
     allowed: tuple[Any, ...]
     reason: str
     _: KW_ONLY
     flag: str | None = None
-    """How messages name it, where that is not made of the field's name."""
+    """The option's name in messages; None: made from the field's name."""
     is_untried: bool = False
-    """Nobody has built it, or run it. Otherwise it is impossible: it would not be the method, or not the run that the
-    flags describe."""
+    """True: other values have not been implemented or run. False: other values are impossible, because the run would
+    not be the method or would not do what the flags say."""
     only_with_pools: bool = False
-    """Whether the option is fine for the standard MoE."""
+    """Whether the standard MoE supports every value."""
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` is allowed; a list is if it has items and each of them is."""
+        """Whether `value` is supported; a list must have items, and each item must be supported."""
         if isinstance(value, list | tuple) and value not in self.allowed:
             return bool(value) and all(self.allows(item) for item in value)
         return value in self.allowed
 
     def message(self, value: Any, *, name_of: Callable[[str], str]) -> str:
-        """What must hold, what came, why."""
+        """One line: the supported values, the given value and the reason."""
         allowed = [repr(value) for value in self.allowed if value is not None]
         must = " or ".join(allowed + ["not given"] * (None in self.allowed))
         untried = " (untried)" if self.is_untried else ""
@@ -47,13 +47,13 @@ class Unsupported:
 def problems_of(
     rows: Iterable[Unsupported], values: Any, *, has_pools: bool = True, name_of: Callable[[str], str] = flag_of
 ) -> list[str]:
-    """The rows that `values` breaks, one sentence each.
+    """One message for each row whose option has an unsupported value.
 
     Args:
-        rows: looked at in this order.
-        values: an object with attributes, or a map; an option that it does not have is passed over.
-        has_pools: whether rows that are fine for the standard MoE count.
-        name_of: a field -> its name in messages.
+        rows: checked in this order.
+        values: the configuration, an object with attributes or a map; options that are missing there are skipped.
+        has_pools: whether the run has pools. If not, rows with `only_with_pools` are skipped.
+        name_of: maps a field to the option's name in messages.
     """
     rows = tuple(rows)
     if not isinstance(values, Mapping):
@@ -73,89 +73,106 @@ def only(field: str, *allowed: Any, why: str, **options: Any) -> Unsupported:
 MODEL = (
     only(
         *("moe_router_load_balancing_type", "global_aux_loss", "aux_loss", "seq_aux_loss", "none"),
-        why="it is no loss but another choice of experts, which this router does not make",
+        why="other types change the choice of experts, which the pool router does not implement",
     ),
-    only("moe_router_dtype", "fp32", why="experts tie at the edge of the pool in less precision", only_with_pools=True),
+    only("moe_router_dtype", "fp32", why="lower precision makes experts tie at a pool's edge", only_with_pools=True),
     only(
         *("moe_router_score_function", "softmax", "sigmoid", "sqrtsoftplus"),
-        why="other scores are not built inside a pool",
+        why="other score functions are not implemented for pools",
         is_untried=True,
     ),
-    only("moe_router_topk_limited_devices", None, 0, why="it depends on the layout; use --moe-router-group-topk"),
+    only(
+        "moe_router_topk_limited_devices", None, 0, why="the limit depends on the layout; use --moe-router-group-topk"
+    ),
     only("moe_router_force_load_balancing", False, why="random logits would choose the pools", only_with_pools=True),
     only("moe_router_force_biased", None, why="random biases would choose the pools", only_with_pools=True),
-    only("moe_enable_routing_replay", False, why="it records the stock router's choice, which is not made here"),
+    only("moe_enable_routing_replay", False, why="it records choices of Megatron's router, which is replaced here"),
     only("moe_expert_capacity_factor", None, why="a dropped token would change its document's experts"),
-    only("mlp_chunks_for_training", 1, why="a chunk of a micro-batch does not know its documents", is_untried=True),
-    only("cuda_graph_impl", "none", why="no graph takes the documents of each micro-batch", is_untried=True),
+    only("mlp_chunks_for_training", 1, why="chunks of a micro-batch carry no document boundaries", is_untried=True),
+    only("cuda_graph_impl", "none", why="graphs have no input for the documents of a micro-batch", is_untried=True),
     only("transformer_impl", "local", "transformer_engine", why="inference-optimised layers have their own router"),
 )
-"""On Megatron's TransformerConfig; they hold wherever the pool layers are built."""
+"""Fields of Megatron's TransformerConfig, checked for every model with pool layers."""
 
 DEDUP = (
-    only("moe_token_dispatcher_type", "alltoall", why="--pool-dispatcher dedup takes its place"),
-    only("moe_shared_expert_overlap", False, why="shared experts run before the tokens leave", is_untried=True),
-    only("moe_expert_rank_capacity_factor", None, why="it bounds HybridEP's buffers; these are as large as needed"),
-    only("overlap_dispatch_backward_with_experts_wgrad", False, why="it has not been tried with it", is_untried=True),
+    only("moe_token_dispatcher_type", "alltoall", why="--pool-dispatcher dedup replaces Megatron's dispatcher"),
+    only("moe_shared_expert_overlap", False, why="shared experts run before tokens are sent", is_untried=True),
+    only("moe_expert_rank_capacity_factor", None, why="it limits buffers of HybridEP, which dedup does not use"),
+    only(
+        "overlap_dispatch_backward_with_experts_wgrad",
+        False,
+        why="the overlap was never run with dedup",
+        is_untried=True,
+    ),
 )
-"""On Megatron's TransformerConfig in runs with --pool-dispatcher dedup."""
+"""Fields of Megatron's TransformerConfig, checked for runs with --pool-dispatcher dedup."""
 
 SELECTION = (
-    only("train_only", "experts", why="the other weights have no experts of their own"),
-    only("mtp_num_layers", None, 0, why="a Selection names experts of the decoder's layers alone"),
-    only("no_save_optim", True, why="Megatron stores the optimizer's state of all experts of a layer or of none"),
-    only("expert_placement", None, why="it changes the numbers of experts; reorder, and make the Selection of that"),
+    only("train_only", "experts", why="a Selection names experts, and other weights belong to no expert"),
+    only("mtp_num_layers", None, 0, why="a Selection names experts of decoder layers only"),
+    only("no_save_optim", True, why="Megatron cannot store optimizer state for only some experts of a layer"),
+    only(
+        *("expert_placement", None),
+        why="it changes expert indices; run the command reorder, and make the Selection from the reordered checkpoint",
+    ),
 )
-"""On the parsed flags of runs with --train-selection."""
+"""Parsed flags, checked for runs with --train-selection."""
 
-_NOT_LOADED = "it does not load weights through load_state_dict, where they are placed; use reorder"
-_SCALES = "quantised experts have scales of their own, which do not change places; use reorder"
+_NOT_LOADED = "weights are reordered in load_state_dict, which this option bypasses; use the command reorder"
+_SCALES = "quantised experts have scales, which would keep the old order; use the command reorder"
 PLACEMENT = (
-    only("mtp_num_layers", None, 0, why="no placement orders experts of multi-token prediction", is_untried=True),
-    only("pool_forced", 0, why="the last experts are in every pool, and other experts would come last"),
+    only("mtp_num_layers", None, 0, why="placements cover decoder layers only", is_untried=True),
+    only("pool_forced", 0, why="forced experts are the last of a layer, and a placement moves others there"),
     only("use_torch_fsdp2", False, why=_NOT_LOADED),
     only("use_megatron_fsdp", False, why=_NOT_LOADED),
     only("fp8", None, why=_SCALES, flag="--fp8-format"),
     only("fp4", None, why=_SCALES, flag="--fp4-format"),
-    only("load_main_params_from_ckpt", False, why="the optimizer would step from weights in the old order"),
+    only("load_main_params_from_ckpt", False, why="the optimizer would use weights in the old order"),
 )
-"""On the parsed flags of runs with --expert-placement."""
+"""Parsed flags, checked for runs with --expert-placement."""
 
 _BOTH_SCRIPTS = (
-    only("fim_data", False, why="fill-in-the-middle has its own dataset", is_untried=True),
-    only("hybrid_context_parallel", False, why="its batches are cut differently on every rank", is_untried=True),
-    only("heterogeneous_layers_config_path", None, why="heterogeneous layers have another spec", is_untried=True),
-    only("reset_attention_mask", False, why="--dataloader-inter-document-masking keeps attention to documents already"),
+    only("fim_data", False, why="fill-in-the-middle has its own dataset class", is_untried=True),
+    only("hybrid_context_parallel", False, why="every rank cuts its batches differently", is_untried=True),
+    only("heterogeneous_layers_config_path", None, why="heterogeneous layers use another spec", is_untried=True),
+    only("reset_attention_mask", False, why="use --dataloader-inter-document-masking to keep attention in documents"),
 )
 SCRIPT = (
     *_BOTH_SCRIPTS,
-    only("logits_load_dir", None, why="distillation from stored logits is not built into this script", is_untried=True),
-    only("spec", None, why="this script builds the pool spec itself; --spec is for pretrain_gpt.py"),
+    only("logits_load_dir", None, why="this script does not implement distillation from logits", is_untried=True),
+    only("spec", None, why="this script builds the pool spec itself; use --spec with pretrain_gpt.py"),
 )
-"""On the parsed flags: what pretrain_gpt.py does and pretrain_emo.py does not."""
+"""Parsed flags that pretrain_gpt.py supports and pretrain_emo.py does not."""
 
 CONVERSATIONS = (
-    only("context_parallel_size", 1, why="with --sft it pads between conversations, and routers are not told where"),
-    only("tokenizer_type", "SFTTokenizer", why="it reads the conversations of --sft"),
-    only("mock_data", False, why="there are no made-up conversations for --sft"),
-    only("reset_position_ids", False, why="with --sft positions restart with every conversation as it is"),
+    only(
+        *("context_parallel_size", 1),
+        why="with --sft Megatron then pads between conversations without reporting the padding to routers",
+    ),
+    only("tokenizer_type", "SFTTokenizer", why="--sft requires a tokenizer for conversations"),
+    only("mock_data", False, why="Megatron has no mock conversations for --sft"),
+    only("reset_position_ids", False, why="with --sft positions already restart at every conversation; drop the flag"),
 )
-"""On the parsed flags of pretrain_emo.py with --sft; Megatron's dataset would fail on most at the first sample."""
+"""Parsed flags of pretrain_emo.py with --sft. Megatron's dataset would fail at the first sample for most of them."""
 
 _USE_OURS = "use examples/pretrain_emo.py"
-_STAGES = f"Megatron's scripts give documents to the first and the last stage only; {_USE_OURS}"
-_UNPLANNED = f"Megatron's scripts plan a micro-batch without its documents; {_USE_OURS}"
-_PADDING_VOTES = f"Megatron's scripts count padding to the last conversation, and it would vote; {_USE_OURS}"
+_STAGES = f"Megatron's scripts give document boundaries only to the first and last stage; {_USE_OURS}"
+_UNPLANNED = f"schedule plans of Megatron's scripts carry no document boundaries; {_USE_OURS}"
+_PADDING_VOTES = f"Megatron's scripts add padding to the last conversation, which affects its pool; {_USE_OURS}"
 _VIRTUAL = (
     "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
     "--pipeline-model-parallel-layout, | in --hybrid-layer-pattern)"
 )
 HOST = (
     *_BOTH_SCRIPTS,
-    only("context_parallel_size", 1, why=f"Megatron's scripts cut whole samples (Megatron-LM issue 6156); {_USE_OURS}"),
+    only(
+        "context_parallel_size",
+        1,
+        why=f"Megatron's scripts cut samples, not documents (Megatron-LM issue 6156); {_USE_OURS}",
+    ),
     only("pipeline_model_parallel_size", 1, 2, why=_STAGES, only_with_pools=True),
     only("virtual_pipeline_model_parallel_size", None, why=_STAGES, flag=_VIRTUAL, only_with_pools=True),
     only("overlap_moe_expert_parallel_comm", False, why=_UNPLANNED, only_with_pools=True),
     only("sft", False, why=_PADDING_VOTES, only_with_pools=True),
 )
-"""On the parsed flags of Megatron's own scripts: what these cannot do, and what would not be the pools' there."""
+"""Parsed flags, checked for Megatron's own scripts. Other values are not supported there, or break pools there."""

@@ -284,4 +284,4 @@ def test_with_transformer_engine_only_the_moe_layer_changes(ranks):
     message, changed, names = ranks(1).run(_stacks)[0]
     assert changed == ["moe_layer", "mtp_block_spec"]
     assert names == ["HybridStack", "PoolTransformerLayer", "PoolMoELayer", "PoolRouter"]
-    assert "without Transformer Engine a hybrid pattern may hold attention (*)" in message
+    assert "--hybrid-layer-pattern must have only attention (*)" in message
