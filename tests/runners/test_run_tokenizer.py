@@ -98,7 +98,15 @@ def opened(folder: str, models: str) -> dict[str, str]:
             "two": ("run", Path(NAME), null),
         }.items():
             with pytest.raises(ValueError, match="--tokenizer") as error:
-                open_megatron(Path(name), layout=(), more=flags, texts=[data], tokenizer=named, seq_length=None, rows=4)
+                open_megatron(
+                    Path(name),
+                    layout=(),
+                    more=flags,
+                    texts=[data],
+                    tokenizer=named,
+                    seq_length=None,
+                    micro_batch_size=4,
+                )
             said[case] = str(error.value)
         return said | {"tried": str(tried())}
 
