@@ -162,14 +162,15 @@ def _problems_with_lengths(args: Any, *, is_packed: bool, is_cut: bool) -> list[
         (
             is_cut and most is None and needs,
             f"--max-documents must be given with {needs} and --context-parallel-size {args.context_parallel_size}: the "
-            "dispatcher requires equal numbers of tokens on all ranks, and padding makes the numbers differ",
+            "dispatcher requires equal numbers of tokens on all ranks, and padding makes the numbers differ; give the "
+            "largest number of documents per micro-batch",
         ),
         (
             # whole samples are not padded; padded documents always have a length that sequence parallelism can cut
             not is_cut and args.sequence_parallel and held % args.tensor_model_parallel_size,
             "--seq-length must give every context-parallel rank a multiple of --tensor-model-parallel-size "
             f"({args.tensor_model_parallel_size}) tokens with --sequence-parallel; got {args.seq_length}, which gives "
-            f"{held} tokens",
+            f"{held} tokens per rank",
         ),
     )
 
@@ -226,7 +227,9 @@ def problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
     """
     if not args.mtp_num_layers:
         is_exact = getattr(args, "mtp_exact_loss", False)
-        return broken((is_exact, "--mtp-exact-loss must not be given without --mtp-num-layers: no loss changes"))
+        return broken(
+            (is_exact, "--mtp-exact-loss must not be given without --mtp-num-layers: there is no loss to change")
+        )
     has_positions = args.position_embedding_type == "learned_absolute"
     return broken(
         (
@@ -262,7 +265,8 @@ def problems_with_boundaries(pool: PoolConfig, args: Any) -> list[str]:
             and args.virtual_pipeline_model_parallel_size is not None
             and args.overlap_moe_expert_parallel_comm,
             "--micro-batch-size must be 1 in an interleaved pipeline with --overlap-moe-expert-parallel-comm and "
-            f"{packing}; got {args.micro_batch_size}: Megatron's schedule plan cannot send packed samples together",
+            f"{packing}; got {args.micro_batch_size}: Megatron's schedule plan cannot send several packed "
+            "samples from stage to stage",
         ),
         (
             args.tensor_model_parallel_size > 1 and args.eval_micro_batch_size not in (None, args.micro_batch_size),
@@ -294,7 +298,7 @@ def problems_with_delay(pool: PoolConfig, args: Any) -> list[str]:
 
 
 def problems_with_sharded_optimizer(args: Any) -> list[str]:
-    """Problems of checkpoints whose optimizer Megatron-FSDP would save or load without end.
+    """Problems of checkpoints whose optimizer Megatron-FSDP would never finish saving or loading.
 
     The ranks gather the optimizer's states one after the other. Without Transformer Engine and Apex, Megatron uses
     torch's AdamW. AdamW keeps no state for a weight of which the rank holds nothing, so ranks gather different states.

@@ -112,9 +112,9 @@ def _place_when_loaded(layer: MoELayer, order: tuple[int, ...], check: Callable[
         if is_placed:
             # some loaded tensors are the model's own, which are already reordered, and others are copies
             raise RuntimeError(
-                f"layer {layer.layer_number}: weights were loaded twice, as Megatron does if the checkpoint has fewer or more "
-                "weights than the model; --expert-placement supports one load only. Reorder the checkpoint instead: "
-                "python -m emo_megatron reorder"
+                f"layer {layer.layer_number}: weights were loaded twice, as Megatron does if the checkpoint has "
+                "fewer or more weights than the model; --expert-placement supports one load only. Reorder the checkpoint "
+                "instead: python -m emo_megatron reorder"
             )
         check(layer)
         place_experts(layer, order=order)
@@ -123,8 +123,8 @@ def _place_when_loaded(layer: MoELayer, order: tuple[int, ...], check: Callable[
     def started(*_: Any) -> None:
         if _starts_from_weights() and not is_placed:
             raise RuntimeError(
-                f"layer {layer.layer_number}: --expert-placement placed nothing, because load_state_dict loaded no weights. "
-                "Reorder the checkpoint instead: python -m emo_megatron reorder"
+                f"layer {layer.layer_number}: --expert-placement placed nothing, because load_state_dict loaded no "
+                "weights. Reorder the checkpoint instead: python -m emo_megatron reorder"
             )
         first_forward.remove()
 
