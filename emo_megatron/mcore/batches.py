@@ -111,7 +111,7 @@ class PoolSFTDataset(SFTDataset):
         num_tokens = len(sample["tokens"])
         if start >= num_tokens:
             return sample | {NUM_PADDING: 0}
-        # the padding token does not mark padding: the end-of-document token, which also ends conversations, may be used
+        # the token does not identify padding: it may be the end-of-document token, which also ends conversations
         last, _ = self.config.tokenizer.tokenize_conversation(
             conversations[-1], return_target=True, add_generation_prompt=False
         )

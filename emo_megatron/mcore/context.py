@@ -170,7 +170,7 @@ def _scope_of_packed(packed: PackedSeqParams, hidden_shape: torch.Size, *, shard
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
     padded = packed.cu_seqlens_q_padded
     if packing is None:
-        # the boundaries are those of the packing
+        # cu_seqlens_q has the boundaries of the packing
         length = getattr(packed, "tokens_per_sample", None) or max(num_tokens, 1)
         packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=length)
         bounds = None

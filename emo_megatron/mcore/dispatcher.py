@@ -1,4 +1,4 @@
-"""Token dispatchers: an all-to-all that sends each token to a rank at most once, and flex that follows the routing map.
+"""Token dispatchers: an all-to-all that sends a token at most once per rank, and flex dispatchers by the routing map.
 
 Megatron's `alltoall` sends the hidden state of a token once per chosen expert, and receives one row per chosen expert.
 Tokens of a pool share experts and therefore ranks. The dispatcher here sends one row per rank that holds any of the
@@ -75,8 +75,8 @@ class PoolAlltoAllDispatcher(MoETokenDispatcher):
             rows [N, H] and the probabilities [P] of the rows' pairs, in the order of their destinations.
         """
         if self.config.moe_router_padding_for_quantization:
-            # more pairs, of probability 0, until every expert gets a multiple of what its kernels take; a pair whose
-            # token goes to that rank anyway costs no row
+            # add pairs of probability 0, until the tokens of every expert are a multiple that the expert kernels
+            # require; an added pair costs no row if the pair's token is sent to that rank anyway
             multiple = get_align_size_for_quantization(self.config)
             routing_map = pad_routing_map(routing_map, multiple)
         self._shape = hidden_states.shape

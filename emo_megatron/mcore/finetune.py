@@ -113,8 +113,8 @@ def _place_when_loaded(layer: MoELayer, order: tuple[int, ...], check: Callable[
             # some loaded tensors are the model's own, which are already reordered, and others are copies
             raise RuntimeError(
                 f"layer {layer.layer_number}: weights were loaded twice, as Megatron does if the checkpoint has "
-                "fewer or more weights than the model; --expert-placement supports one load only. Reorder the checkpoint "
-                "instead: python -m emo_megatron reorder"
+                "fewer or more weights than the model; --expert-placement supports one load only. Reorder the "
+                "checkpoint instead: python -m emo_megatron reorder"
             )
         check(layer)
         place_experts(layer, order=order)
