@@ -42,7 +42,7 @@ def problems_with_config(pool: PoolConfig, config: Any) -> list[str]:
 def problems_with_routing(pool: PoolConfig, values: Any, *, only_asserted: bool = False) -> list[str]:
     """Problems of the router's options, from Megatron's TransformerConfig or from Megatron's parsed flags.
 
-    With `only_asserted`: only those on which Megatron stops at an assertion while it makes the config from the flags.
+    With `only_asserted`: only problems that raise an assertion while Megatron makes the config from the flags.
     """
     num_experts = getattr(values, "num_moe_experts", None) or getattr(values, "num_experts", None)
     # the parser of another host may lack these flags
@@ -67,7 +67,7 @@ def problems_with_routing(pool: PoolConfig, values: Any, *, only_asserted: bool 
             # Megatron would stop at an assertion while building the layers
             values.moe_latent_size and not moe_layer.HAVE_TE,
             f"--moe-latent-size {values.moe_latent_size} needs Transformer Engine, which is not installed: only "
-            "Transformer Engine has the projections to and from the latent size; install it or drop the flag",
+            "Transformer Engine has the projections to and from the latent size; drop the flag or install the package",
         ),
     )
 
@@ -277,11 +277,11 @@ def problems_with_boundaries(pool: PoolConfig, args: Any) -> list[str]:
         (
             pool.pool_balance == "running" and not has_boundaries,
             "--pool-balance running requires document boundaries, because the counts of the step so far are stored "
-            "with them: give --dataloader-inter-document-masking or --pool-documents routers",
+            "with the documents; give --dataloader-inter-document-masking or --pool-documents routers",
         ),
         (
             pool.is_on and not has_boundaries,
-            "--pool-min requires document boundaries: give --dataloader-inter-document-masking (attention stays inside "
+            "--pool-min requires document boundaries; give --dataloader-inter-document-masking (attention stays inside "
             "documents, as in the paper) or --pool-documents routers (attention runs across documents)",
         ),
     )
@@ -319,7 +319,7 @@ def problems_with_sharded_optimizer(args: Any) -> list[str]:
 
 
 def problems_with_restarts(args: Any) -> list[str]:
-    """Problems of --inprocess-restart. Without the package Megatron would run, but without restarts."""
+    """Problems of --inprocess-restart. Without the package Megatron runs, but never restarts."""
     if not args.inprocess_restart:
         return []
     active = args.inprocess_active_world_size

@@ -170,7 +170,7 @@ def leaves_padding_out(config: Any) -> bool:
     """Whether the dispatcher accepts tokens without experts, as DeepEP and HybridEP do.
 
     All-to-all requires K experts per token, and the documentation of NCCL EP does not say whether fewer are allowed.
-    With these dispatchers, the logits of each padding token choose its experts, which spreads padding over the experts.
+    With both, the logits of each padding token choose the experts of that token, which spreads padding over experts.
     """
     return config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend in ("deepep", "hybridep")
 

@@ -27,7 +27,7 @@ TrainOnly = Literal["experts", "experts+router", "all"]
 Experts = Mapping[int, Collection[int]]
 """Number of an MoE layer -> indices of experts in the whole model."""
 Orders = Mapping[int, tuple[int, ...]]
-"""Number of an MoE layer -> for each new index of an expert, its old index in the whole model."""
+"""Number of an MoE layer -> for each new index of an expert, the old index of that expert in the whole model."""
 
 
 def freeze_hook(policy: TrainOnly, *, experts: Experts | None = None) -> Callable[[list[Any]], list[Any]]:
