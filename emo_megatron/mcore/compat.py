@@ -68,7 +68,7 @@ def use_compiled_index_builder() -> None:
 def training_args() -> argparse.Namespace | None:
     """The parsed flags of megatron.training; None if megatron.training is not in use, or has not parsed them yet.
 
-    The public get_args() raises an error in these cases, and importing megatron.training here would be slow for everyone.
+    The public get_args() raises an error in these cases, and importing megatron.training here would slow down imports.
     """
     training = sys.modules.get("megatron.training.global_vars")
     return getattr(training, "_GLOBAL_ARGS", None)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m emo_megatron.mcore.on_cpu pretrain_gpt.py <flags of pretrain_gpt.py>
 
-Megatron must find the CPU when it is imported, before it reads any flag. Therefore this module starts the script. On a
-machine with a GPU this module only runs the script.
+Megatron must find the CPU when it is imported, before it reads any flag. Therefore this module starts the script. With
+a GPU, this module only runs the script, unless EMO_DEVICE=cpu is set.
 """
 
 from __future__ import annotations
