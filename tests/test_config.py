@@ -123,7 +123,7 @@ def test_a_file_holds_any_fields(tmp_path, text, fields):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, ["there is no such file"]),
+        (None, ["must be an existing file"]),
         ("{pool_min: 8}", ["not readable JSON", "line 1 column 2"]),
         (b"\xff\xfe", ["not readable JSON"]),
         ("[8]", ["must be a JSON object", "got [8]"]),
