@@ -56,15 +56,11 @@ class PoolConfig:
     pool_delay_samples. 0 (the paper): the bound is always pool_min."""
     pool_delay_samples: int = 0
     """Number of training samples before pools start. Until then every document uses all experts, as in the standard
-    MoE. 0 (the paper): pools start at the first step. A small CPU run (one seed) compared pools in the second half of
-    training with a lower bound that falls from the start. The loss with an eighth of the experts was .092 nats lower;
-    the losses of the full model and of a quarter were no higher."""
+    MoE. 0 (the paper): pools start at the first step. docs/experiments.md compares delays in small CPU runs."""
     pool_skew: float = 1.0
     """Skew of the drawn pool sizes, above 0: size = low + floor((high - low + 1) * u^(1 / pool_skew)), u uniform in
     [0, 1). 1 (the paper): uniform. 2: the larger of two uniform draws. Larger values favour large pools: better for the
-    full model, worse for modules. In the authors' later runs the full model lost .022, .009 and -.003 nats to the
-    standard MoE with 1, 2 and 4; the loss of modules was not measured. In a small CPU run a quarter of the experts was
-    .191 nats worse with 4 than with a falling lower bound and an equally good full model."""
+    full model (the authors' later runs), worse for modules (small CPU runs, docs/experiments.md)."""
     pool_unrestricted: float = 0.0
     """Share of documents, in [0, 1], that may use all experts. Drawn separately per layer. The paper: 0."""
     pool_forced: int = 0
@@ -103,10 +99,10 @@ class PoolConfig:
     pool_seed: int = 1234
     """Seed of the counter-based hash that draws pool sizes."""
     pool_eos_starts_document: bool = False
-    """Assign each end-of-document token to the document after it, like the authors' router (but not their attention).
-    Otherwise it belongs to the document that it ends."""
+    """Assign each end-of-document token to the next document, like the authors' router (but not their attention).
+    Otherwise an end-of-document token belongs to the document that it ends."""
     pool_check: bool = False
-    """Also validate document boundaries that are on the device. Waits for the device in every micro-batch."""
+    """Also validate document boundaries that are on the device. The check waits for the device in every micro-batch."""
 
     @property
     def is_on(self) -> bool:

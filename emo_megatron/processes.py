@@ -68,7 +68,7 @@ def end(*processes: subprocess.Popen[bytes]) -> None:
                 process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
-            # the processes that it started end with it
+            # kill also ends the processes that the killed process started
             process.kill()
             process.wait()
 

@@ -252,7 +252,7 @@ def _register_gradients(namespace: str) -> None:
         # without the options of groups: the routing map holds their effect
         ctx.options = (*options[:4], *options[6:])
         _, routing_map, counts, _, _, choices = output
-        # saves little of size [T, E]: the logits and one byte per expert; backward recomputes the scores
+        # saved tensors of size [T, E]: the logits and the routing map (one byte per expert); backward recomputes scores
         ctx.save_for_backward(logits, routing_map, document_ids, pool)
         ctx.mark_non_differentiable(routing_map, counts, choices)
         ctx.set_materialize_grads(False)

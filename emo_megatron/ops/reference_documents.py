@@ -135,7 +135,7 @@ def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_document
 
 
 def given_statistics(scores_DE: Tensor | None, pool_DE: Tensor | None, used_DW: Tensor | None) -> Tensor:
-    """One of the given tensors of `document_statistics`, to choose a device; raises if an argument is missing."""
+    """One of the tensors given to `document_statistics`, all on one device; raises if an argument is missing."""
     given_DX = used_DW if scores_DE is None else scores_DE
     if given_DX is None:
         raise ValueError("document_statistics requires scores_DE or used_DW; both are None")
