@@ -1,4 +1,4 @@
-# emo_megatron on NVIDIA's PyTorch image, with the image's own torch, Transformer Engine and Apex.
+# emo_megatron on NVIDIA's PyTorch image, with the torch, Transformer Engine and Apex of that image.
 #
 #   docker build -t emo_megatron .
 #   docker run --gpus all --rm emo_megatron python -m emo_megatron env
@@ -7,12 +7,12 @@ FROM ${BASE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 WORKDIR /opt/emo_megatron
 
-# used where the image brings no megatron.core of its own
+# installed only if the image has no megatron.core
 ARG MEGATRON_CORE=megatron-core==0.19.2
 RUN python -c "import importlib.util as u; assert u.find_spec('megatron.core')" 2>/dev/null \
     || pip install --no-cache-dir --no-deps "${MEGATRON_CORE}"
 
-# what the demo and the tests ask for, less what the image owns
+# requirements of the demo and the tests, except the packages of the image
 COPY pyproject.toml .
 RUN <<'SCRIPT'
 python - >requirements.txt <<'PYTHON'
@@ -29,7 +29,7 @@ rm requirements.txt
 SCRIPT
 
 COPY . .
-# compiles csrc/ for GPUs of compute capability 8.0 to 10.0 and later, whether or not this machine has one
+# compiles csrc/ for GPUs of compute capability 8.0 to 10.0 and later; the building machine needs no GPU
 RUN EMO_CUDA=1 pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 
 RUN python -m emo_megatron env && EMO_DEVICE=cpu python -m pytest -m "not slow and not gpu"

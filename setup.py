@@ -1,15 +1,16 @@
-"""The compiled ops in csrc/; everything else about the package is in pyproject.toml.
+"""Build of the compiled ops in csrc/; all other settings of the package are in pyproject.toml.
 
-One library against torch's stable ABI: it loads on every torch from 2.11 on and in every Python 3, and its CUDA kernels
-run where torch has CUDA. Environment variables:
+The build makes one library for torch's stable ABI. The library loads in every torch from 2.11 on and every Python 3.
+The CUDA kernels run if torch has CUDA. Environment variables:
 
-    EMO_BUILD       auto (default): compile; a machine that cannot still installs, and plain PyTorch runs; 0: do not
-                    compile; 1: fail where it cannot be compiled
-    EMO_CUDA        auto (default): CUDA kernels where nvcc is found; 0: none; 1: fail without nvcc
-    EMO_CUDA_ARCHS  compute capabilities from 80 on, default 80;90;100 as far as nvcc knows them; the last one also as
-                    PTX for later GPUs
+    EMO_BUILD       auto (default): compile; if that fails, install without compiled ops, and plain PyTorch runs.
+                    0: do not compile. 1: compile, or fail.
+    EMO_CUDA        auto (default): CUDA kernels if nvcc is found. 0: no CUDA kernels. 1: CUDA kernels, or fail.
+    EMO_CUDA_ARCHS  compute capabilities, 80 or above. Default: those of 80;90;100 that nvcc supports. The last one is
+                    also compiled to PTX, for later GPUs.
 
-torch must be installed first; neither it nor a GPU is imported or asked here, so images and wheels are built anywhere.
+torch must be installed first. The build neither imports torch nor needs a GPU, so any machine can build images and
+wheels.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
 ARCHS = ("80", "90", "100")
 CPP = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
-# every operation rounds once and in order: the same bits on every CPU
+# every operation rounds once, in program order, so results have equal bits on all CPUs
 CPU_KERNELS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 CPU_SOURCES = [
@@ -45,7 +46,7 @@ HEADERS = [
 
 
 def wish(name: str) -> str:
-    """An environment variable that is auto, 0 or 1."""
+    """Value of an environment variable that must be auto, 0 or 1; auto if it is not set."""
     value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"error: {name} must be auto, 0 or 1; got {value!r}")
@@ -53,7 +54,7 @@ def wish(name: str) -> str:
 
 
 def find_torch() -> Path:
-    """The folder of the installed torch, also from inside pip's isolated build environment."""
+    """The folder of the installed torch; also works inside pip's isolated build environment."""
     found = importlib.util.find_spec("torch")
     folders = [Path(p) for p in (found.submodule_search_locations or [])] if found else []
     homes = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
@@ -61,11 +62,11 @@ def find_torch() -> Path:
     for folder in folders:
         if (folder / "include").is_dir():
             return folder
-    raise PlatformError("torch is not installed: install it first, then emo_megatron")
+    raise PlatformError("torch must be installed before emo_megatron: install torch first")
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler to use, None for a build without CUDA kernels."""
+    """Path of the CUDA compiler; None: build without CUDA kernels."""
     if wish("EMO_CUDA") == "0":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("PATH"), "/usr/local/cuda"]
@@ -75,34 +76,34 @@ def find_nvcc() -> str | None:
             return nvcc
     if wish("EMO_CUDA") == "1":
         raise SystemExit(
-            "error: EMO_CUDA=1 and there is no nvcc in CUDA_HOME/bin, on the PATH or in /usr/local/cuda/bin"
+            "error: EMO_CUDA=1 requires nvcc in CUDA_HOME/bin, on the PATH or in /usr/local/cuda/bin; none was found"
         )
     return None
 
 
 def gpu_code(nvcc: str) -> list[str]:
-    """nvcc's flags for machine code of every wanted GPU, and PTX of the last."""
+    """nvcc's flags for machine code per compute capability, and for PTX of the last one."""
     archs = os.environ.get("EMO_CUDA_ARCHS", "").split(";")
     if archs == [""]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
         archs = [arch for arch in ARCHS if f"compute_{arch}" in known.split()]
     if not archs:
-        raise PlatformError(f"{nvcc} compiles for none of {', '.join(ARCHS)}")
+        raise PlatformError(f"{nvcc} must support one of the compute capabilities {', '.join(ARCHS)}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """Run compilers side by side."""
+    """Run commands in parallel."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(subprocess.check_call, commands))
 
 
 class BuildExtensions(build_ext):
-    """Compiles with the plain compilers, side by side."""
+    """Compiles by calls of the C++ and CUDA compilers, in parallel."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # torch loads it, Python does not import it: no Python version in the name
+        # no Python version in the name, because torch loads the library and Python does not import it
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
@@ -114,10 +115,10 @@ class BuildExtensions(build_ext):
             if wish("EMO_BUILD") == "1" or wish("EMO_CUDA") == "1":
                 raise
             self.extensions = []
-            self.warn(f"no compiled ops, the reference ops will run: {error}")
+            self.warn(f"no compiled ops; the reference ops will run: {error}")
 
     def build_extension(self, ext: Extension) -> None:
-        # an older one must not pass for what is compiled now
+        # remove old libraries, so that none remains if the build fails
         targets = [Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))]
         for target in targets:
             target.unlink(missing_ok=True)
@@ -145,13 +146,13 @@ class BuildExtensions(build_ext):
         }
         if nvcc:
             host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
-            # every GPU at once: a single file takes longest
+            # --threads=0 compiles all GPU targets of a file in parallel, because a single file takes longest
             gpu = [nvcc, "-std=c++17", "-O3", "--threads=0", *host, *gpu_code(nvcc)]
-            # the longest first
+            # longest compile times first
             commands = dict.fromkeys(reversed(CUDA_SOURCES), gpu) | commands
         objects = {source: str(scratch / f"{Path(source).name}.o") for source in commands}
         run_all([[*command, "-c", s, "-o", objects[s]] for s, command in commands.items()])
-        # libtorch must be named even if nothing of it is missing: the CUDA stream getter is a weak symbol of it
+        # link libtorch even if all symbols resolve without it: the CUDA stream getter is a weak symbol of libtorch
         linker = [nvcc, "-shared", "-cudart", "static"] if nvcc else [cxx, "-shared"]
         needed = "-Xlinker=--no-as-needed" if nvcc else "-Wl,--no-as-needed"
         libraries = [needed, f"-L{torch}/lib", "-ltorch", "-ltorch_cpu"]

@@ -4,5 +4,5 @@ from emo_megatron.processes import follow_parent
 
 __version__ = "0.1.0"
 
-# before the seconds that imports take
+# first, because the imports take seconds
 follow_parent()

@@ -1,8 +1,8 @@
-"""Load-balancing and z losses over given process groups: a rank's share of a loss that is defined globally.
+"""Load-balancing loss and z-loss over given process groups: each rank's share of a loss that is defined globally.
 
-The balance loss is E * sum_i f_i * P_i (Switch Transformer; arXiv 2605.06663 section 3 balances globally): f_i the
-fraction of choices that went to expert i, a constant in the gradient, P_i the mean score of expert i. Both are taken
-over every token of every rank, so each rank adds its own tokens' share and the shares of all ranks sum to the loss.
+The load-balancing loss is E * sum_i f_i * P_i (Switch Transformer; arXiv 2605.06663 section 3 balances globally). f_i
+is the fraction of choices of expert i, a constant in the gradient. P_i is the mean score of expert i. Both f_i and P_i
+are computed over all tokens of all ranks. Each rank returns the share of its own tokens; the shares sum to the loss.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCounts:
-    """Choices and valid tokens of a population: a micro-batch, or several, over the ranks of a group."""
+    """Choices and valid tokens of a population: one or several micro-batches over the ranks of a group."""
 
     tokens_per_expert_E: Tensor
     """[E] int64."""
     num_tokens: Tensor
-    """[] int64, valid tokens: neither padding nor with logits that are not finite."""
+    """[] int64, valid tokens: not padding, and with finite logits."""
 
     @classmethod
     def of(cls, counts_X: Tensor, *, num_experts: int) -> TokenCounts:
-        """Views of [X] int64 counts that begin with the choices of every expert, then the valid tokens."""
+        """Views of [X] int64 counts: first the choices of every expert, then the number of valid tokens."""
         return cls(tokens_per_expert_E=counts_X[:num_experts], num_tokens=counts_X[num_experts])
 
     @functools.cached_property
     def divisor(self) -> Tensor:
-        """[] int64, `num_tokens`, at least 1: both losses divide by it."""
+        """[] int64, `num_tokens` but at least 1: the divisor of both losses."""
         return self.num_tokens.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCounts:
-    """What the losses of one layer in one micro-batch are made of; constant in the gradient."""
+    """Counts from which the losses of one layer in one micro-batch are computed; constant in the gradient."""
 
     fraction: TokenCounts
-    """Where the fractions of the balance over all ranks come from: this micro-batch, or those of the step so far."""
+    """Source of the fractions f_i over all ranks: this micro-batch, or the micro-batches of the step so far."""
     population: TokenCounts
     """This micro-batch over all ranks."""
     own: TokenCounts | None = None
-    """This micro-batch over the ranks of one data-parallel rank; None: not asked for."""
+    """This micro-batch over the ranks of one data-parallel rank; None: not requested."""
     weights_DE: Tensor | None = None
-    """`document_weights`, equal on the ranks that share a document; None: not asked for."""
+    """`document_weights`, equal on the ranks that share a document; None: not requested."""
 
 
 def reduce_counts(counts_X: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Sum a rank's counts over `group` with one collective (none when the group is one rank).
 
     Args:
-        counts_X: [X] int64 of this rank, `ops.Routing.counts_X` or any other counts; left as it is.
-        group: every rank that routes a part of the same population (tensor x data x context parallel).
+        counts_X: [X] int64 of this rank, `ops.Routing.counts_X` or any other counts; not modified.
+        group: all ranks that route a part of the same population (tensor x data x context parallel).
 
     Returns:
         [X] int64, equal on every rank of the group.
@@ -72,32 +72,32 @@ def load_balancing_loss(score_sums_E: Tensor, *, fraction: TokenCounts, populati
 
     Args:
         score_sums_E: [E] float32, this rank's scores summed over its tokens; differentiable.
-        fraction: where f_i = tokens_per_expert_i / (num_tokens * top_k) comes from; constant.
-        population: the micro-batch over all ranks, whose num_tokens divides the score sums.
-        top_k: choices a token.
+        fraction: counts of f_i = tokens_per_expert_i / (num_tokens * top_k); constant.
+        population: the micro-batch over all ranks; its num_tokens divides the score sums.
+        top_k: choices per token.
 
     Returns:
-        [] float32. The shares of all ranks sum to the loss, which is 1 for a perfectly balanced router.
+        [] float32. The shares of all ranks sum to the loss. The loss is 1 for a perfectly balanced router.
     """
-    # every constant in one vector, so that forward and backward are few operations
+    # all constants in one vector, so that forward and backward need few operations
     scale = score_sums_E.shape[0] / top_k
     num_tokens = fraction.divisor * population.divisor
     return torch.dot(fraction.tokens_per_expert_E * scale / num_tokens, score_sums_E)
 
 
 def document_weights(choices_DE: Tensor, *, pool_sizes_D: Tensor | None, population: TokenCounts) -> Tensor:
-    """What the score of an expert weighs in the balance loss of a document, which is
+    """Weight of each expert's score in the load-balancing loss of documents, which is
 
         sum_d (T_d / T) * (|P_d| / (K * T_d)) * sum_i n_di * (1 / T_d) * sum_t s_ti
 
-    over documents d of T_d valid tokens t with pool P_d, n_di of whose K * T_d choices went to expert i: the mean over
-    all T tokens of each document's own balance loss inside its pool, 1 where it is perfectly balanced. Over full pools
-    and documents of equal length this is Megatron's seq_aux_loss.
+    Document d has T_d valid tokens t and the pool P_d; n_di of its K * T_d choices are expert i. Each document has a
+    load-balancing loss inside its own pool, which is 1 for perfect balance. The sum is the mean of these losses over
+    all T tokens. With pools of all experts and documents of equal length, the sum is Megatron's seq_aux_loss.
 
     Args:
         choices_DE: [D, E] int64, n_di over every rank that holds a piece of the document.
         pool_sizes_D: [D] int64, |P_d|; None: all experts.
-        population: the micro-batch over all ranks, whose valid tokens are T.
+        population: the micro-batch over all ranks; T is its number of valid tokens.
 
     Returns:
         [D, E] float32; constant.
@@ -108,11 +108,11 @@ def document_weights(choices_DE: Tensor, *, pool_sizes_D: Tensor | None, populat
 
 
 def document_balance_loss(score_sums_DE: Tensor, *, weights_DE: Tensor) -> Tensor:
-    """This rank's share of the balance loss of documents, each inside its pool (after DeepSeek's, arXiv 2412.19437).
+    """This rank's share of the load-balancing loss of documents, each inside its pool (DeepSeek, arXiv 2412.19437).
 
     Args:
         score_sums_DE: [D, E] float32, this rank's scores summed over the tokens of each document; differentiable.
-        weights_DE: `document_weights`.
+        weights_DE: result of `document_weights`.
 
     Returns:
         [] float32. The shares of all ranks sum to the loss.
@@ -131,7 +131,7 @@ def z_loss(z_T: Tensor, *, population: TokenCounts) -> Tensor:
 
 
 def weighted_sum(losses: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Sum of loss times weight over one or more losses of shape []; one operation for every loss."""
+    """Sum of loss times weight over one or more losses of shape []; one operation per loss."""
     (loss, weight), *others = losses
     total = loss * weight
     for loss, weight in others:

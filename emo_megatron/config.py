@@ -1,7 +1,7 @@
-"""PoolConfig: every knob of document-pool routing, validated, frozen.
+"""PoolConfig: every knob of document-pool routing, validated and frozen.
 
-Field names are the command-line flags (`pool_min` is `--pool-min`), so one name means one thing on the command line,
-in a checkpoint and in code. Symbols in brackets are the paper's (arXiv 2605.06663).
+Each field is also a command-line flag: `pool_min` is `--pool-min`. The command line, checkpoints and code therefore use
+the same names. "The paper" is arXiv 2605.06663.
 """
 
 from __future__ import annotations
@@ -18,96 +18,95 @@ PoolCpPartition = Literal["sample", "document"]
 PoolDocuments = Literal["attention", "routers"]
 
 WITHOUT_POOLS = ("pool_documents", "pool_balance", "pool_cp_partition", "pool_dispatcher", "pool_seed")
-"""Fields that the standard MoE may have too."""
+"""Fields that the standard MoE may set too."""
 
 
 def broken(*rules: tuple[object, str]) -> list[str]:
-    """The sentences whose condition holds."""
+    """Return the sentences whose condition holds."""
     return [sentence for is_broken, sentence in rules if is_broken]
 
 
 def raise_problems(where: str, problems: Sequence[str]) -> None:
-    """Raise all that is wrong, a line for each; nothing where there is nothing."""
+    """Raise one ValueError with one line per problem; do nothing if there are no problems."""
     if problems:
         raise ValueError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolConfig:
-    """How every document of a batch gets its pool of experts. The default is off: the standard MoE."""
+    """How each document of a batch gets its pool of experts. By default pools are off: the standard MoE."""
 
     pool_min: int | None = None
-    """Smallest pool, in routed experts (the shared expert does not count). None turns pools off."""
+    """Smallest size of a pool, in routed experts (the shared expert does not count). The paper: 8. None turns pools
+    off."""
     pool_max: int | None = None
-    """Largest pool, in routed experts. None means all of them; with --pool-group-scope document all that the groups of
-    a document hold."""
+    """Largest size of a pool, in routed experts. None (the paper): all routed experts; with --pool-group-scope
+    document, all experts in the document's groups."""
     pool_rule: Literal["uniform", "top_p"] = "uniform"
-    """uniform: the size is an integer drawn from [pool_min, pool_max] for every document and layer, uniformly (the
-    paper) or as pool_skew says. top_p: the fewest experts that hold pool_top_p of the document's mean probability,
-    within these bounds."""
+    """How the size of a pool is chosen. uniform (the paper): an integer drawn from [pool_min, pool_max] per document
+    and layer; pool_skew can make the draw non-uniform. top_p: the smallest number of experts that hold pool_top_p of
+    the document's mean probability, at least pool_min and at most pool_max."""
     pool_top_p: float | None = None
-    """Probability mass, in (0, 1), that a pool of rule top_p must hold."""
+    """Share of the document's router probability, in (0, 1), that a pool must hold with --pool-rule top_p."""
     pool_min_start: int | None = None
-    """Where the lower bound of the size starts, falling linearly to pool_min over pool_min_decay_samples.
-    None means pool_max."""
+    """First value of the lower bound of the pool size, in routed experts. The bound falls linearly to pool_min over
+    pool_min_decay_samples. None: pool_max."""
     pool_min_decay_samples: int = 0
-    """Training samples over which the lower bound falls, counted from the start of the pools. 0 keeps it at pool_min
-    throughout (the paper)."""
+    """Number of training samples over which the lower bound of the pool size falls to pool_min. The count starts after
+    pool_delay_samples. 0 (the paper): the bound is always pool_min."""
     pool_delay_samples: int = 0
-    """Training samples before pools start. Until then every document has all experts, as in the standard MoE, and from
-    there pools at full strength. 0: from the first step on (the paper). In a small run on a CPU (one seed) pools from
-    half of training on left an eighth of the experts .092 nats better than a bound that falls from the start, and the
-    full model and a quarter no worse."""
+    """Number of training samples before pools start. Until then every document uses all experts, as in the standard
+    MoE. 0 (the paper): pools start at the first step. docs/experiments.md compares delays in small CPU runs."""
     pool_skew: float = 1.0
-    """How far drawn sizes lean towards large pools, above 0: size = low + floor((high - low + 1) * u^(1 / pool_skew)),
-    u uniform in [0, 1). 1 is uniform (the paper), 2 is the larger of two such draws. What it trades is the modules: in
-    the authors' later runs the full model lost .022, .009 and -.003 nats to the standard MoE with 1, 2 and 4, and what
-    modules lose was not measured; in a small run on a CPU a quarter of the experts was .191 worse with 4 than with a
-    falling bound of the same full model."""
+    """Skew of the drawn pool sizes, above 0: size = low + floor((high - low + 1) * u^(1 / pool_skew)), u uniform in
+    [0, 1). 1 (the paper): uniform. 2: the larger of two uniform draws. Larger values favour large pools: better for the
+    full model (the authors' later runs), worse for modules (small CPU runs, docs/experiments.md)."""
     pool_unrestricted: float = 0.0
-    """Share of documents, in [0, 1], drawn for every layer apart, that may use all experts."""
+    """Share of documents, in [0, 1], that may use all experts. Drawn separately per layer. The paper: 0."""
     pool_forced: int = 0
-    """The last so many routed experts are in every pool and count towards its size."""
+    """Number of routed experts that are in every pool and count towards its size: those with the highest indices."""
     pool_mask: Literal["logits", "selection"] = "logits"
-    """logits: experts outside the pool get no probability (the paper). selection: the pool limits the choice only;
-    weights and losses use all experts (OLMo-core's second version)."""
+    """Effect of a pool. logits (the paper): experts outside the pool get no probability. selection (OLMo-core's second
+    version): the pool limits only which experts a token may choose; weights and losses use all experts."""
     pool_score: Literal["probability", "gate_with_bias"] = "probability"
-    """What a document's pool is chosen by, summed over its tokens. probability: the softmax over all experts (the
-    paper). gate_with_bias: the gate plus the expert bias, for recipes that balance load by
-    --moe-router-enable-expert-bias alone: with probability an expert that no pool takes gets bias and no token."""
+    """Score, summed over the tokens of a document, that chooses the document's pool. probability (the paper): the
+    softmax over all experts. gate_with_bias: the gate plus the expert bias, for recipes that balance load by
+    --moe-router-enable-expert-bias alone. With probability, an expert in no pool gets more bias but no tokens."""
     pool_group_scope: Literal["token", "document"] = "token"
-    """Who keeps to --moe-router-group-topk of the --moe-router-num-groups. token: every token, inside its document's
-    pool, as far as the pool reaches. document: the pool lies inside so many groups, so every token keeps to them."""
+    """What --moe-router-group-topk limits, if experts are in --moe-router-num-groups groups. token: the groups of each
+    token, inside its document's pool; a token may use more groups if the pool holds too few experts in them.
+    document: the groups of each pool, and therefore of every token."""
     pool_scope: Literal["document", "sample"] = "document"
-    """document: one pool a document (the paper). sample: boundaries are ignored and a whole packed sample shares a
-    pool (an ablation; it destroys the modules)."""
+    """document (the paper): one pool per document. sample: document boundaries are ignored and each packed sample has
+    one pool (an ablation; modules become useless)."""
     pool_eval: int | None = None
-    """Pool size in evaluation. None: no pools, as exported models run."""
+    """Pool size in evaluation, in routed experts. None: evaluation uses no pools, like exported models."""
     pool_documents: PoolDocuments = "attention"
-    """Who gets document boundaries: attention is attention, rotary embedding and routers, as packed sequences (the
-    paper). routers leaves all else as the recipe has it, so that attention runs across documents. For the standard
-    model too; models trained one way are not to be compared with those trained the other."""
+    """Which parts of the model get document boundaries. attention (the paper): attention, rotary embedding and routers,
+    as packed sequences. routers: the routers only, so attention runs across documents as in the recipe. Also valid for
+    the standard MoE. Do not compare models trained with different values."""
     pool_balance: Literal["micro", "running"] = "micro"
-    """Population of the load balance: micro is one micro-batch of all data-parallel ranks (the paper), running is the
-    mean of the micro-batches of the step so far."""
+    """Tokens over which the load is balanced. micro (the paper): one micro-batch of all data-parallel ranks. running:
+    the mean over the micro-batches of the step so far."""
     pool_cp_partition: PoolCpPartition = "sample"
-    """How the host cuts packed micro-batches over context-parallel ranks: sample is one zigzag over the micro-batch,
-    document one over every document, as Transformer Engine's packed attention needs. Batches do not say.
-    pretrain_emo.py and Bridge cut by document where attention keeps to documents, whatever this says."""
+    """How the host splits packed micro-batches over context-parallel ranks, which batches do not record. sample: one
+    zigzag per micro-batch. document: one zigzag per document, as Transformer Engine's packed attention requires.
+    pretrain_emo.py and Bridge always use document with --pool-documents attention."""
     pool_dispatcher: Literal["megatron", "dedup"] = "megatron"
-    """Who carries tokens to their experts: megatron is what --moe-token-dispatcher-type says; dedup takes the place of
-    its alltoall and sends a token to each rank once, however many of its experts are there. Works without pools too."""
+    """How tokens are sent to their experts. megatron: by --moe-token-dispatcher-type. dedup: replaces Megatron's
+    alltoall and sends each token to each rank at most once, even if several of its experts are on that rank. Also works
+    without pools."""
     pool_seed: int = 1234
     """Seed of the counter-based hash that draws pool sizes."""
     pool_eos_starts_document: bool = False
-    """Count an end-of-document token to the document after it, as the authors' router does (and their attention
-    does not)."""
+    """Assign each end-of-document token to the next document, like the authors' router (but not their attention).
+    Otherwise an end-of-document token belongs to the document that it ends."""
     pool_check: bool = False
-    """Validate document boundaries on device tensors too. Waits for the device in every micro-batch."""
+    """Also validate document boundaries that are on the device. The check waits for the device in every micro-batch."""
 
     @property
     def is_on(self) -> bool:
-        """Whether training uses pools, from pool_delay_samples on."""
+        """Whether training uses pools (after pool_delay_samples)."""
         return self.pool_min is not None
 
     def is_on_after(self, consumed_samples: int) -> bool:
@@ -118,7 +117,7 @@ class PoolConfig:
         raise_problems("pool configuration", self._problems())
 
     def _problems(self) -> list[str]:
-        """What is wrong with this configuration on its own, one sentence each."""
+        """Errors in this configuration on its own, without a model; one sentence per error."""
         kinds = get_type_hints(PoolConfig)
         sizes = ("pool_min", "pool_max", "pool_min_start", "pool_eval")
         counts = ("pool_forced", "pool_min_decay_samples", "pool_delay_samples")
@@ -133,11 +132,11 @@ class PoolConfig:
             ),
             (
                 self.pool_documents == "routers" and self.pool_cp_partition == "document",
-                "--pool-cp-partition must be sample with --pool-documents routers, where context parallelism cuts "
-                "samples; got 'document'",
+                "--pool-cp-partition must be sample with --pool-documents routers, because context parallelism then "
+                "splits samples; got 'document'",
             ),
         )
-        # no comparison below refuses NaN
+        # first, because the comparisons below do not reject NaN
         wrong = [
             f"{flag(name)} must be a whole number; got {values[name]!r}"
             for name in (*sizes, *counts, "pool_seed")
@@ -153,7 +152,7 @@ class PoolConfig:
             *((values[name] < 0, f"{flag(name)} must not be negative; got {values[name]}") for name in counts),
             (
                 not 0.0 <= self.pool_unrestricted <= 1.0,
-                f"--pool-unrestricted must lie in [0, 1]; got {self.pool_unrestricted}",
+                f"--pool-unrestricted must be in [0, 1]; got {self.pool_unrestricted}",
             ),
             (not 0.0 < self.pool_skew < float("inf"), f"--pool-skew must be finite and above 0; got {self.pool_skew}"),
         )
@@ -167,17 +166,17 @@ class PoolConfig:
             (high is not None and high < low, f"--pool-max must be at least --pool-min ({low}); got {high}"),
             (
                 self.pool_forced > low,
-                f"--pool-forced must be at most --pool-min ({low}), or small pools hold more than their size; got "
+                f"--pool-forced must be at most --pool-min ({low}), because every pool holds the forced experts; got "
                 f"{self.pool_forced}",
             ),
             (
                 self.pool_eval is not None and self.pool_forced > self.pool_eval,
                 f"--pool-forced must be at most --pool-eval ({self.pool_eval}); got {self.pool_forced}",
             ),
-            (by_mass and self.pool_unrestricted > 0, "--pool-unrestricted goes with --pool-rule uniform only"),
-            (by_mass and self.pool_skew != 1.0, "--pool-skew goes with --pool-rule uniform only"),
+            (by_mass and self.pool_unrestricted > 0, "--pool-unrestricted requires --pool-rule uniform"),
+            (by_mass and self.pool_skew != 1.0, "--pool-skew requires --pool-rule uniform"),
             (by_mass != (top_p is not None), "--pool-top-p and --pool-rule top_p go together; give both or neither"),
-            (top_p is not None and not 0.0 < top_p < 1.0, f"--pool-top-p must lie in (0, 1); got {top_p}"),
+            (top_p is not None and not 0.0 < top_p < 1.0, f"--pool-top-p must be in (0, 1); got {top_p}"),
             (
                 by_mass and self.pool_score != "probability",
                 f"--pool-score must be probability with --pool-rule top_p; got {self.pool_score!r}",
@@ -188,12 +187,12 @@ class PoolConfig:
             ),
             (
                 in_groups and self.pool_forced > 0,
-                "--pool-forced must be 0 with --pool-group-scope document, or pools reach into the groups of the "
-                f"forced experts; got {self.pool_forced}",
+                "--pool-forced must be 0 with --pool-group-scope document, because forced experts may be outside the "
+                f"document's groups; got {self.pool_forced}",
             ),
             (
                 start is not None and self.pool_min_decay_samples == 0,
-                "--pool-min-start needs --pool-min-decay-samples above 0",
+                "--pool-min-start requires --pool-min-decay-samples above 0",
             ),
             (start is not None and start < low, f"--pool-min-start must be at least --pool-min ({low}); got {start}"),
             (
@@ -210,7 +209,7 @@ class PoolConfig:
         ]
 
     def problems_with_model(self, *, num_experts: int, top_k: int) -> list[str]:
-        """What does not fit a model of `num_experts` routed experts, `top_k` of them a token; one sentence each."""
+        """Errors for a model of `num_experts` routed experts, `top_k` per token; one sentence per error."""
         found = []
         for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval"):
             value = getattr(self, name)
@@ -220,13 +219,13 @@ class PoolConfig:
                 )
             if name in ("pool_min", "pool_eval") and value is not None and value < top_k:
                 found.append(
-                    f"{flag(name)} must be at least --moe-router-topk ({top_k}), or a token finds "
-                    f"fewer experts than it needs; got {value}"
+                    f"{flag(name)} must be at least --moe-router-topk ({top_k}), the number of experts that each "
+                    f"token needs; got {value}"
                 )
         return found
 
     def size_bounds(self, *, num_experts: int, consumed_samples: int) -> tuple[int, int]:
-        """The interval [low, high] sizes are drawn from after `consumed_samples` training samples."""
+        """The bounds [low, high] of pool sizes after `consumed_samples` training samples."""
         assert self.pool_min is not None, "pools are off"
         high = self.pool_max if self.pool_max is not None else num_experts
         if self.pool_min_decay_samples == 0:
@@ -245,12 +244,12 @@ def flag(field_name: str) -> str:
 def load_pool_config(path: Path) -> PoolConfig:
     """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}."""
     if not path.is_file():
-        raise ValueError(f"pool configuration {path}: there is no such file")
+        raise ValueError(f"pool configuration {path} must be an existing file")
     return pool_config_of(read_json(path, kind="a pool configuration"), where=f"pool configuration {path}")
 
 
 def pool_config_of(stored: object, *, where: str) -> PoolConfig:
-    """The PoolConfig of an object with any of its fields, as JSON holds it; `where` names its file in errors."""
+    """The PoolConfig of a JSON object with any of the fields; errors begin with `where`, the name of the source."""
     if not isinstance(stored, dict):
         raise ValueError(f'{where} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}')
     kinds = get_type_hints(PoolConfig)
@@ -261,7 +260,7 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
     ]
     unknown = ", ".join(name for name in stored if name not in kinds)
     if unknown:
-        problems.append(f"unknown: {unknown}; the fields are {', '.join(kinds)}")
+        problems.append(f"unknown fields: {unknown}; the fields are {', '.join(kinds)}")
     raise_problems(where, problems)
     try:
         return PoolConfig(**stored)
@@ -274,10 +273,10 @@ def _is_whole(value: Any, *, can_lack: bool) -> bool:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a JSON value has the type of a field; the choices of a Literal are PoolConfig's to check."""
+    """Whether a JSON value has the type of a field. PoolConfig itself checks the choices of a Literal."""
     if get_origin(kind) is Literal:
         return True
     if get_args(kind):
         return any(_is_a(value, option) for option in get_args(kind))
-    # neither may a bool pass for a number
+    # type(), because isinstance() accepts a bool as an int
     return type(value) in ((int, float) if kind is float else (kind,))

@@ -1,4 +1,4 @@
-"""What this machine has and whether emo_megatron supports it: `python -m emo_megatron env`."""
+"""Report of this machine's software and GPUs, and of unsupported versions: `python -m emo_megatron env`."""
 
 import contextlib
 import importlib.metadata
@@ -19,10 +19,10 @@ SUPPORTED: dict[str, tuple[Release, Release | None]] = {
     "megatron-core": ((0, 18), (0, 20)),
     "megatron-bridge": ((0, 6), (0, 7)),
 }
-"""First supported release of each, and the first one that is not."""
+"""Package -> its first supported release, and the first later release that is not supported (None: no upper limit)."""
 
-BRIDGE_INSTALL = "docs/bridge.md says how, under Versions"
-"""pip cannot resolve all that Megatron-Bridge asks for."""
+BRIDGE_INSTALL = "see docs/bridge.md, section Versions"
+"""A reference instead of a pip command, because pip cannot resolve all requirements of Megatron-Bridge."""
 
 PACKAGES = {
     "torch": "torch",
@@ -32,16 +32,16 @@ PACKAGES = {
     "nvidia-modelopt": "modelopt",
     "megatron-bridge": "megatron.bridge",
 }
-"""Distribution name to the module it installs."""
+"""Distribution name -> the module that it installs."""
 
 
 def collect_environment() -> dict[str, Any]:
-    """Everything a bug report needs to say about a machine; whatever is broken is reported, never raised.
+    """Collect the facts about this machine for a bug report. Failures are reported in the result, never raised.
 
     Returns:
-        emo_megatron and platform; versions, name -> version, supported (a range, empty where any version does) and
-        is_supported; backends, op backend -> why it is not available, empty where it is; gpus; driver, compiler and
-        nvcc; variables, our own ones of the environment. Plain values, for JSON.
+        Plain values, for JSON: emo_megatron; platform; versions (name -> version, supported, is_supported; an empty
+        supported range means any version); backends (op backend -> why it is not available, empty if it is available);
+        gpus; driver, compiler and nvcc; variables (the environment variables that begin with EMO_).
     """
     versions = {"python": _judge("python", platform.python_version())}
     for distribution, module in PACKAGES.items():
@@ -78,10 +78,10 @@ def collect_environment() -> dict[str, Any]:
 
 
 def format_text(report: dict[str, Any]) -> str:
-    """Lay a report out for people, one fact a line."""
+    """Format a report as text, one fact per line."""
     rows = [(name, report[name]) for name in ("emo_megatron", "platform")]
     for name, found in report["versions"].items():
-        verdict = "supported" if found["is_supported"] else "NOT SUPPORTED, needs"
+        verdict = "supported" if found["is_supported"] else "NOT SUPPORTED, requires"
         rows.append((name, found["version"] + (f" ({verdict} {found['supported']})" if found["supported"] else "")))
     for name, reason in report["backends"].items():
         rows.append((f"{name} ops", f"not available: {reason}" if reason else "available"))
@@ -95,21 +95,21 @@ def format_text(report: dict[str, Any]) -> str:
 def _judge(name: str, version: str) -> dict[str, Any]:
     if name not in SUPPORTED:
         return {"version": version, "supported": "", "is_supported": True}
-    # nobody needs the bridge
+    # Megatron-Bridge is optional
     is_fine = is_supported(name, version) or (name == "megatron-bridge" and version == MISSING)
     return {"version": version, "supported": supported_range(name), "is_supported": is_fine}
 
 
 def supported_range(name: str) -> str:
-    """The releases of one of SUPPORTED in words."""
+    """The supported releases of a package in SUPPORTED, as text."""
     first, end = (".".join(map(str, release or ())) for release in SUPPORTED[name])
     return f">={first}" + (f", <{end}" if end else "")
 
 
 def is_supported(name: str, version: str) -> bool:
-    """Whether a version of one of SUPPORTED lies in its range."""
+    """Whether a version of a package in SUPPORTED is in the supported range."""
     first, end = SUPPORTED[name]
-    # the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendor pre-releases count
+    # only the leading numbers: '2.11.0a0+git' is (2, 11, 0), so vendors' pre-releases are supported
     numbers = re.match(r"\d+(\.\d+)*", version)
     release = tuple(map(int, numbers.group().split("."))) if numbers else ()
     return release >= first and (end is None or release < end)
@@ -120,7 +120,7 @@ def _find_version(distribution: str, module: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         pass
-    except Exception as error:  # a half-removed package has metadata nobody can read
+    except Exception as error:  # the metadata of a partly removed package is unreadable
         return f"broken metadata: {error!r}"
     try:
         is_found = importlib.util.find_spec(module) is not None

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, how to tell them apart, and what is said where the machine refuses one."""
+"""Atomic writes of files and folders, and messages for errors of the operating system."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the limit of a file's size is reached, see ulimit -f",
+    errno.EFBIG: "the file size limit is reached, see ulimit -f",
     errno.EMFILE: "this process may not open more files, see ulimit -n",
 }
 _OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
 _IN_WORDS = re.compile(r"\((?:os error )?(\d+)\)")
-"""How libraries in Rust and torch tell an error of the machine: its text, and then its number."""
+"""Form of operating-system errors in messages of torch and of Rust libraries: text of the error, then errno."""
 
 
 def message_of(error: BaseException) -> str:
-    """What a user is told of an error; of one that the machine raised, the file and then the reason."""
+    """Message of an error for users; for an error of the operating system, the file and then the reason."""
     if isinstance(error, MemoryError):
         return ": ".join(filter(None, ["there is not enough memory", str(error)]))
     if not isinstance(error, OSError) or error.errno is None:
@@ -39,12 +39,12 @@ def message_of(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of a library's error, which may repeat what a file holds."""
+    """Text of a library's error as one line; the text may quote the content of a file."""
     return " ".join(str(error).split())
 
 
 def write_any_name() -> None:
-    """Let standard output and error write with escapes what their encoding lacks, where they would end a command."""
+    """Make stdout and stderr escape characters that their encoding lacks; otherwise such characters end a command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -52,11 +52,11 @@ def write_any_name() -> None:
 
 @contextlib.contextmanager
 def to_output() -> Iterator[None]:
-    """Print in this block; what standard output still holds after it is written.
+    """Context for printing: flushes standard output at the end of the block.
 
     Raises:
-        OSError: it cannot be written, and is dropped: Python would fail of it once more when it ends. Errors of files
-            have their names, and those of other kinds are raised as they are.
+        OSError: standard output cannot be written; the message names standard output. The buffered text is dropped, or
+            Python would raise again at exit. Errors of files and errors of other kinds are raised unchanged.
     """
     try:
         yield
@@ -74,13 +74,13 @@ def to_output() -> Iterator[None]:
 
 
 def machine_error(error: BaseException) -> OSError | None:
-    """The operating system's error that `error` is or, as a library's own exception, tells of; None for others."""
+    """The operating-system error that `error` is, or that it reports as a library's own exception; else None."""
     if isinstance(error, OSError):
         return None if error.errno is None else error
     if isinstance(error, ValueError):
         return None
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-        # torch's writer finds the file shorter than it must be after the write that failed
+        # torch's writer raises a second error, about the file's length, after the write that failed
         return machine_error(error.__context__)
     for number in map(int, _IN_WORDS.findall(str(error))):
         if number and os.strerror(number) in str(error):
@@ -90,15 +90,15 @@ def machine_error(error: BaseException) -> OSError | None:
 
 @contextlib.contextmanager
 def writing(path: Path, *, under: Path | None = None) -> Iterator[None]:
-    """Write a file or a folder in this block; what the machine refuses names it.
+    """Context for writing a file or a folder: errors of the operating system name `path`.
 
     Args:
-        path: what the user knows it by.
-        under: the name that it has meanwhile; by default `path`.
+        path: the name for messages.
+        under: the temporary name during the write; by default `path`.
 
     Raises:
-        OSError: the disk is full, or another error of the machine that is not of another file. It names `path`.
-        ValueError: a text has characters that UTF-8 does not.
+        OSError: the disk is full, or another error of the operating system, except errors of other files.
+        ValueError: a text has characters that UTF-8 cannot encode.
     """
     place = (path if under is None else under).absolute()
     try:
@@ -111,7 +111,7 @@ def writing(path: Path, *, under: Path | None = None) -> Iterator[None]:
             raise
         names = [name for name in (refused.filename, refused.filename2) if isinstance(name, str)]
         is_of_this = any(Path(name).absolute().is_relative_to(place) for name in names)
-        # what is read in the block is another file, and is told by its own name
+        # an error of a file that is read in the block keeps the name of that file
         if names and not is_of_this:
             raise
         raise OSError(refused.errno, refused.strerror, str(path)) from error
@@ -119,12 +119,14 @@ def writing(path: Path, *, under: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
-    """Give the name to write under; it becomes `path` by a rename when the block ends well, and is gone if it fails.
+    """Context for an atomic write: yields a temporary path, which is renamed to `path` if the block succeeds.
+
+    If the block fails, the temporary path and the parent folders that were created are removed.
 
     Args:
-        path: a file, replaced if it exists; or a folder, which must not exist. Missing parents are made, and are gone
-            again if the block fails. The name that is given does not exist yet: write a file there, or make a folder.
-        is_new: nothing is replaced, not a file either.
+        path: a file, which is replaced if it exists, or a folder, which must not exist. Missing parents are created.
+            The yielded path does not exist yet: write a file there, or create a folder.
+        is_new: raise an error if `path` exists, also for a file.
     """
     if is_new or path.is_dir():
         must_not_exist(path)
@@ -138,13 +140,13 @@ def whole(path: Path, *, is_new: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def gone_on_failure(*paths: Path) -> Iterator[None]:
-    """If the block fails, remove these files and folders, and what it made of the folders above them, if empty."""
+    """If the block fails, remove these files and folders, and the parents that the block created, if empty."""
     above = (folder for path in paths for folder in path.absolute().parents)
     made = [folder for folder in dict.fromkeys(above) if not folder.exists()]
     try:
         yield
     except BaseException:
-        # what failed is to be told, not that it cannot be removed either
+        # errors of the removal are suppressed, so that the first error is reported
         for path in paths:
             with contextlib.suppress(OSError):
                 _remove(path)
@@ -155,24 +157,24 @@ def gone_on_failure(*paths: Path) -> Iterator[None]:
 
 
 def must_not_exist(path: Path) -> None:
-    """Refuse to write over a file or a folder, or where none can be, before the work that makes another."""
+    """Raise a ValueError if `path` exists or cannot be written; called before the work that produces the file."""
     if path.is_symlink() or path.exists():
-        raise ValueError(f"{path} exists; name one that does not, or remove it")
+        raise ValueError(f"{path} exists; give another path, or remove it")
     must_be_writable(path)
 
 
 def must_be_writable(path: Path) -> None:
-    """Refuse a name whose folder, or the first one above it that exists, cannot be written to."""
+    """Raise a ValueError if the nearest existing folder above `path` is not writable."""
     if "\0" in str(path):
-        raise ValueError(f"{str(path)!r} cannot be written: a name has no NUL character")
+        raise ValueError(f"{str(path)!r} cannot be written: a path must not contain a NUL character")
     with writing(path, under=_unfinished(path)):
-        # longer than the name itself
+        # the temporary name is longer than the name of `path`
         _unfinished(path).exists()
     folder = next(above for above in path.absolute().parents if os.path.lexists(above))
     if not folder.is_dir():
-        raise ValueError(f"{path} cannot be written: {folder} is no folder; name another place")
+        raise ValueError(f"{path} cannot be written: {folder} is not a folder; give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: this user may not write to {folder}; name another place")
+        raise ValueError(f"{path} cannot be written: this user may not write to {folder}; give another path")
 
 
 def _unfinished(path: Path) -> Path:

@@ -1,7 +1,7 @@
-"""Weights and measured numbers are finite, or an error says where they are not: layers count from 1, experts from 0.
+"""Checks that weights and measured numbers are finite; errors name the layer (from 1) and the expert (from 0).
 
-NaN sorts first and no comparison refuses it, so that it would be taken for a choice of experts or a result. What is
-read, run, measured or written goes through these checks.
+NaN sorts first and passes comparisons, so it could decide a choice of experts or appear as a result. All numbers that
+are read, computed, measured or written go through these checks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class NotFiniteError(ValueError):
 
 
 def first_bad(tensor: Tensor) -> tuple[int, ...] | None:
-    """The index of the first value that is not finite; None if all are finite, or none is stored."""
+    """Index of the first value that is not finite; None if all values are finite or the tensor stores no values."""
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return None
     if tensor.element_size() == 1:
         tensor = tensor.float()
-    # needs no memory, and NaN comes through
+    # aminmax allocates no temporary tensor and propagates NaN
     low, high = tensor.detach().aminmax()
     if low.isfinite() & high.isfinite():
         return None
@@ -34,16 +34,16 @@ def first_bad(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def check_weight(name: str, weight: Tensor, *, layer: int | None = None, experts: int | Sequence[int] = ()) -> None:
-    """Refuse a weight that is not finite.
+    """Raise an error if a weight is not finite.
 
     Args:
-        name: as the checkpoint names it.
-        weight: all of it, or a part.
-        layer: its number, from 1; None outside the layers.
-        experts: the routed expert it is of; or those that its first axis counts, in order.
+        name: name in the checkpoint.
+        weight: the whole weight or a part.
+        layer: number of the weight's layer, from 1; None outside the layers.
+        experts: the weight's routed expert; or a sequence with the routed expert of each row of the weight.
 
     Raises:
-        NotFiniteError: naming the weight, the layer and the expert.
+        NotFiniteError: a value is NaN or infinite; names the weight, the layer and the expert.
     """
     bad = first_bad(weight)
     if bad is None:
@@ -52,18 +52,18 @@ def check_weight(name: str, weight: Tensor, *, layer: int | None = None, experts
     numbers = (("layer", layer), ("expert", expert))
     place = ", ".join(f"{word} {number}" for word, number in numbers if number is not None)
     raise NotFiniteError(
-        f"the weight {name}{f' ({place})' if place else ''} holds {weight[bad].item()}, and weights must be finite: "
-        "take a checkpoint from before they became so"
+        f"weights must be finite; {name}{f' ({place})' if place else ''} holds {weight[bad].item()}: use an earlier "
+        "checkpoint whose weights are finite"
     )
 
 
 def check_named_weight(name: str, weight: Tensor, *, said: str | None = None) -> None:
-    """Refuse a weight that is not finite, by a name that tells its layer and expert, both counted from 0.
+    """Raise an error if a weight is not finite; its layer and expert are read from its name.
 
     Args:
-        name: of a transformers checkpoint (`model.layers.0.mlp.experts.3.up_proj.weight`).
-        weight: all of it.
-        said: the name for the error, if it is another.
+        name: name in a transformers checkpoint, layer and expert from 0: `model.layers.0.mlp.experts.3.up_proj.weight`.
+        weight: the whole weight.
+        said: the name for the error, if it differs from `name`.
     """
     found = _PLACE.fullmatch(name)
     layer, expert = (None, None) if found is None else (found["layer"], found["expert"])
@@ -74,7 +74,7 @@ def check_named_weight(name: str, weight: Tensor, *, said: str | None = None) ->
 
 
 def finite_number(value: object, *, what: str) -> float:
-    """`value` as a number."""
+    """`value` as a float; a ValueError that names `what` if `value` is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number; got {value!r}")
     return float(value)

@@ -1,7 +1,8 @@
-"""Processes that this package starts: none goes on, with its memory and its GPU, when the command is over.
+"""Processes that this package starts. None keeps running, and holding memory and a GPU, after the command ends.
 
-Whatever ended the command: a signal that it can answer, or one that it cannot. The second kind is the kernel's work:
-every process asks it to be ended with its parent, so torchrun's ranks end with torchrun, and torchrun with the command.
+After signals that the command can handle, the command ends its processes. After signals that it cannot handle, the
+kernel ends them: every process requests a kill at the end of its parent. torchrun ends with the command, and the ranks
+end with torchrun.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import IO
 from emo_megatron.variables import PARENT, process_environment
 
 GRACE_SECONDS = 1.0
-"""Between the signal that asks a process to end and the one that does not ask."""
+"""Time between SIGTERM, which a process can handle, and SIGKILL."""
 _PR_SET_PDEATHSIG = 1
 
 
 def run(command: Sequence[str], *, stdout: IO[bytes], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command to its end and return its exit status; it ends here if this process is interrupted."""
+    """Run a command to its end and return its exit status. An interrupt of this process ends the command too."""
     process = start(command, stdout=stdout, environment=environment)
     try:
         return process.wait()
@@ -42,10 +43,10 @@ def start(
     stderr: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a Python of this package, which ends at the latest with the thread that calls this.
+    """Start a Python process of this package; the process ends at the latest with the thread that calls `start`.
 
-    It has the variables of `process_environment` and those of `environment`, and reads no input. `stdout` and `stderr`
-    are as of `subprocess.Popen`.
+    The process gets the variables of `process_environment` and `environment`, and no standard input. `stdout` and
+    `stderr` are those of `subprocess.Popen`.
     """
     return subprocess.Popen(
         command,
@@ -57,7 +58,7 @@ def start(
 
 
 def end(*processes: subprocess.Popen[bytes]) -> None:
-    """End processes of `start`, at first by a signal that they can answer by removing what is half written."""
+    """End processes of `start`: first by SIGTERM, so that they can remove incomplete files, then by SIGKILL."""
     try:
         for process in processes:
             process.terminate()
@@ -67,18 +68,18 @@ def end(*processes: subprocess.Popen[bytes]) -> None:
                 process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
-            # what it started follows it
+            # kill also ends the processes that the killed process started
             process.kill()
             process.wait()
 
 
 @contextlib.contextmanager
 def stops_on_signals() -> Iterator[None]:
-    """Leave the block by an exception on SIGINT, SIGTERM and SIGHUP, so that what is half written is removed.
+    """Raise an exception in the block on SIGINT, SIGTERM and SIGHUP, so that incomplete files are removed.
 
-    KeyboardInterrupt, or SystemExit with the status a shell expects. A signal within GRACE_SECONDS of another one is
-    the same wish again (Ctrl-C reaches a process from the terminal and from its command), and is not heard, so that
-    it does not break off what the first one began. Ignored signals (nohup) stay ignored.
+    SIGINT raises KeyboardInterrupt; the others raise SystemExit with the status that a shell expects. Signals within
+    GRACE_SECONDS of the first signal are ignored, so that they do not interrupt the cleanup: Ctrl-C reaches a process
+    twice, from the terminal and from its command. Signals that were ignored before (nohup) stay ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -108,23 +109,23 @@ def stops_on_signals() -> Iterator[None]:
 
 
 def follow_parent() -> None:
-    """Called first in every process: one that `start` started, or a rank of our torchrun, ends with its parent."""
+    """End this process with its parent if `start` or a torchrun of this package started it; called first."""
     if parent := os.environ.pop(PARENT, None):
         follow(int(parent))
-        # for what multiprocessing spawns, which imports this package with the main module
+        # for processes that multiprocessing spawns: they import this package with the main module
         os.environ[PARENT] = str(os.getpid())
 
 
 def follow(parent: int) -> None:
-    """End this process, and what it forks, when process `parent`, which started it, ends (on Linux)."""
+    """End this process and its forks when process `parent`, which started this process, ends (on Linux)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # nothing is to be removed yet, and the command tells of Ctrl-C
+        # there is no file to remove yet, and the command reports Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _end_with(parent)
     forking: list[int] = []
 
     def before_fork() -> None:
-        # the kernel means the thread that forks, and only the main one surely lives as long as its process
+        # the kernel follows the thread that forks, and only the main thread surely lives as long as the process
         is_main = threading.current_thread() is threading.main_thread()
         forking[:] = [os.getpid()] if is_main else []
 
@@ -140,17 +141,17 @@ def _end_with(parent: int) -> None:
         return
     if os.getppid() == parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # it may have ended before it could be followed; where another process lies between, nothing is followed
+    # the parent may have ended before the call; with another process in between, nothing is followed
     if os.getppid() != parent and not is_running(parent):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_running(process: int) -> bool:
-    """Whether there is such a process, which has not ended (on Linux)."""
+    """Whether the process with this id exists and has not ended (on Linux)."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
-    # it may end between the two
+    # the process may end between open and read
     except (FileNotFoundError, ProcessLookupError):
         return False
-    # the name before may hold anything
+    # the state comes after the command name, which may contain any characters
     return stat.rpartition(")")[2].split()[0] not in "ZX"

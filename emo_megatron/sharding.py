@@ -1,7 +1,7 @@
-"""Which tokens of a micro-batch a rank's routers see, under tensor/sequence and context parallelism.
+"""The tokens of a micro-batch that one rank's routers see under tensor, sequence and context parallelism.
 
-Mirrors how Megatron cuts batches and hidden states. Flat indices count the whole micro-batch in packed order: sample
-0's tokens, then sample 1's.
+The functions reproduce Megatron's split of batches and hidden states. Flat indices count the tokens of the unsharded
+micro-batch in packed order: the tokens of sample 0, then those of sample 1.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ def local_token_indices(
     document_bounds: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which tokens of the micro-batch a rank's router sees, in the order the router flattens them.
+    """The tokens of the micro-batch that one rank's router sees, in the order in which the router flattens them.
 
-    Context-parallel rank r holds chunks r and 2 * cp_size - 1 - r of each sequence's 2 * cp_size, the
-    load-balanced zigzag, or with `document_bounds` of each document's; sequence parallelism splits the rest
-    contiguously; hidden states are [s, b, h], so flattening puts position before sample. A packed stream is
-    one sample.
+    Context parallelism splits each sequence (each document with `document_bounds`) into 2 * cp_size chunks. Rank r
+    holds chunks r and 2 * cp_size - 1 - r: the load-balanced zigzag. Sequence parallelism then splits the tokens of
+    each context-parallel rank contiguously. Hidden states are [s, b, h], so the flat order is by position, then by
+    sample. A packed stream is one sample.
 
     Args:
-        num_tokens: T of the whole micro-batch.
-        batch_size: B; 1 for a packed stream, whatever samples it was packed from.
+        num_tokens: T of the unsharded micro-batch.
+        batch_size: B; 1 for a packed stream, however many samples it holds.
         tp_rank, tp_size: tensor-parallel rank and size under sequence parallelism, else 0 and 1.
         cp_rank, cp_size: context-parallel rank and size.
-        document_bounds: [D + 1] integers from 0 to T, padding included, to cut a packed stream document by
-            document, as Transformer Engine does; every length is a multiple of 2 * cp_size. None: by sample.
-        device: of the result.
+        document_bounds: [D + 1] integers from 0 to T, including padding: split a packed stream per document, like
+            Transformer Engine. Every length is a multiple of 2 * cp_size. None: split per sample.
+        device: device of the result.
 
     Returns:
         [T / (tp_size * cp_size)] int64 flat indices in packed order.
@@ -47,7 +47,7 @@ def local_token_indices(
         position_S = _zigzag_by_sample(sequence, cp_rank=cp_rank, cp_size=cp_size, device=device)
     else:
         if batch_size != 1:
-            raise ValueError(f"document_bounds go with batch_size 1; got {batch_size}")
+            raise ValueError(f"batch_size must be 1 with document_bounds; got {batch_size}")
         position_S = _zigzag_by_document(document_bounds.long(), sequence, cp_rank=cp_rank, cp_size=cp_size)
     per_rank = divide_exactly(
         sequence // cp_size, tp_size, "the sequence length per context-parallel rank", "tp_size", "Change --seq-length."
@@ -69,11 +69,11 @@ def _zigzag_by_document(bounds: Tensor, sequence: int, *, cp_rank: int, cp_size:
     length_D = bounds.diff()
     if bounds.device.type == "cpu" and (int(bounds[-1]) != sequence or bool((length_D % (2 * cp_size)).any())):
         raise ValueError(
-            f"documents cut over {cp_size} context-parallel ranks must have lengths that are multiples of "
-            f"{2 * cp_size} and fill the {sequence} tokens; got boundaries {bounds.tolist()}. Pad the documents."
+            f"documents split over {cp_size} context-parallel ranks must have lengths that are multiples of "
+            f"{2 * cp_size} and sum to {sequence} tokens; got boundaries {bounds.tolist()}. Pad the documents."
         )
     num_local = divide_exactly(sequence, cp_size, "the packed length", "cp_size", "Pad the documents.")
-    # the size is given so that a device is not asked for it
+    # the output size is given to avoid a device synchronisation
     owner_S = torch.repeat_interleave(
         torch.arange(length_D.shape[0], device=bounds.device), length_D // cp_size, output_size=num_local
     )
@@ -86,13 +86,13 @@ def _zigzag_by_document(bounds: Tensor, sequence: int, *, cp_rank: int, cp_size:
 def _check_layout(name: str, rank: int, size: int) -> None:
     if not 0 <= rank < size:
         raise ValueError(
-            f"{name}_rank must lie in [0, {name}_size); got rank {rank} of size {size}. Take both "
-            "from one process group."
+            f"{name}_rank must be in [0, {name}_size); got rank {rank} of size {size}. Take both from the same "
+            "process group."
         )
 
 
 def divide_exactly(value: int, by: int, value_name: str, by_name: str, remedy: str) -> int:
-    """value / by, or a ValueError that names both and says what to do."""
+    """value / by; a ValueError with both names and the remedy if there is a remainder."""
     if value < 0 or by < 1 or value % by:
         raise ValueError(f"{value_name} must be a multiple of {by_name} = {by}; got {value}. {remedy}")
     return value // by

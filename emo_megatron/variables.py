@@ -1,6 +1,6 @@
-"""Environment variables of this package's processes: none takes itself for a part of another job, or uses a network.
+"""Environment variables of the processes that this package starts: no variables of other jobs, and no network.
 
-A command may be called in the middle of anything: a job of torchrun, Slurm or MPI, whose variables are all around.
+A command may run inside another job of torchrun, Slurm or MPI. Its processes must not inherit that job's variables.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARENT = "EMO_PARENT"
-"""Process id of the process that started this one, and with which it ends. Users' own torchrun and nohup set none."""
+"""Process id of the parent; this process ends with the parent. Not set under a user's own torchrun or nohup."""
 IN_RANKS = "EMO_IN_RANKS"
-"""Set in the processes in which a command runs itself again, see `runners.launch`."""
+"""Set in the ranks that a command starts to run itself in several processes; see `runners.launch`."""
 
 REMOVED = {
-    "which process of how many this is: torch.distributed, Megatron": """
+    "rank and world size: torch.distributed, Megatron": """
         RANK LOCAL_RANK NODE_RANK GROUP_RANK ROLE_RANK CROSS_RANK ROLE_NAME JOB_COMPLETION_INDEX
         WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE CROSS_SIZE TORCHCOMM_*""",
-    "the same of other launchers: Megatron, accelerate, NVSHMEM, UCC": """
+    "rank and world size by other launchers: Megatron, accelerate, NVSHMEM, UCC": """
         SLURM_* OMPI_* PMI_* PMI2_* PMIX_* PRTE_* MPI_* MV2_* HOROVOD_* PALS_* ALPS_APP_* FLUX_*
         JSM_NAMESPACE_* DLTS_* ACCELERATE_* FSDP_* FT_*""",
-    # gloo's too: processes of one host need no interface of its cluster, which may lead nowhere here
-    "where processes meet, and over what: torch.distributed, gloo, NCCL, NVSHMEM": """
+    # gloo's network interfaces too: processes of one host do not need a cluster's interface, which may not work here
+    "addresses and network interfaces: torch.distributed, gloo, NCCL, NVSHMEM": """
         MASTER_ADDR MASTER_PORT USE_LIBUV NCCL_COMM_ID NVSHMEM_BOOTSTRAP* DCP_USE_PREFIX_STORE
         GLOO_* TORCH_GLOO_* TP_SOCKET_IFNAME TORCH_DIST_* TORCH_DISTRIBUTED_USE_TORCHCOMMS""",
-    # PYTHON_EXEC is what ranks run in, and a LOGLEVEL in lower case is torchrun's end
-    "torchrun: its agent's store, files and sockets, and flags that nobody gave": """
+    # PYTHON_EXEC replaces the interpreter of ranks; torchrun fails on a LOGLEVEL in lower case
+    "torchrun: store, files and sockets of its agent, and flags set by variables": """
         TORCHELASTIC_* TORCH_ELASTIC_* TORCH_WORKER_SERVER_SOCKET TORCH_DISABLE_SHARE_RDZV_TCP_STORE
         PET_* PYTHON_EXEC LOGLEVEL""",
-    "Python: no asserts, by which Megatron checks flags; and waits for input at the end": """
+    "Python: removal of asserts (Megatron checks flags by asserts), and a prompt at exit": """
         PYTHONOPTIMIZE PYTHONINSPECT""",
 }
-"""What they reach -> names of variables, `*` for any end, that a process of this package does not inherit.
+"""Purpose -> names of variables that processes of this package do not inherit; `*` matches any ending.
 
-All others stay, for they say what the machine is like or what its user wants: NCCL_* (but its meeting point),
+All other variables stay, because they describe the machine or the user's settings: NCCL_* (except NCCL_COMM_ID),
 TORCH_NCCL_*, UCX_*, UCC_*, CUDA_*, NVTE_*, MEGATRON_*, TORCH_DISTRIBUTED_DEBUG, OMP_*, PYTHONPATH and the rest.
 """
 ALONE = {
@@ -47,19 +47,19 @@ ALONE = {
     "WORLD_SIZE": "1",
     "LOCAL_WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    # any free one
+    # any free port
     "MASTER_PORT": "0",
 }
-"""A process that is rank 0 without torchrun; torchrun replaces these in its ranks."""
+"""Variables of a process that is rank 0 without torchrun; torchrun replaces them in its ranks."""
 DEFAULTS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-"""For what is not around."""
+"""Values of variables that are not set."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-"""Variables that keep the Hugging Face libraries off the network, in this process and those it starts."""
+"""Variables that keep the Hugging Face libraries off the network, in this process and its child processes."""
 _REMOVED_NAMES = " ".join(REMOVED.values()).split()
 
 
 def process_environment() -> dict[str, str]:
-    """The environment of a process that this one starts: a single process, torchrun, or a command."""
+    """The environment of a process that this process starts: a single process, torchrun, or a command."""
     paths = (str(ROOT), os.environ.get("PYTHONPATH"))
     own = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -73,15 +73,15 @@ def process_environment() -> dict[str, str]:
 
 
 def stay_offline() -> None:
-    """Fetch nothing from here on, whatever the environment says: no command has a flag that asks for it."""
+    """Disable all downloads from now on, whatever the environment sets: no command has a flag for downloads."""
     os.environ.update(OFFLINE)
-    # the libraries read that once, and one of them may have been imported
+    # the libraries read the variables once, at import, and may be imported already
     if hub := sys.modules.get("huggingface_hub.constants"):
         vars(hub)["HF_HUB_OFFLINE"] = True
 
 
 def without_other_jobs(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are not REMOVED."""
+    """The variables without those in REMOVED."""
     return {
         name: value
         for name, value in variables.items()
@@ -91,7 +91,7 @@ def without_other_jobs(variables: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def as_no_other_job() -> Iterator[None]:
-    """This process without the variables that are REMOVED, for a command or a group of it alone; they come back."""
+    """Remove the variables in REMOVED inside the block, so that this process is in no other job; then restore them."""
     kept = without_other_jobs(os.environ)
     removed = {name: os.environ.pop(name) for name in os.environ.keys() - kept.keys()}
     try:

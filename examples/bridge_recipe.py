@@ -1,10 +1,11 @@
-"""Pretrain with document pools in a Megatron-Bridge (NeMo) recipe, or train a Hugging Face MoE on with them.
+"""Pretrain a Megatron-Bridge (NeMo) recipe with document pools, or continue training a Hugging Face MoE with pools.
 
     torchrun --nproc-per-node 8 examples/bridge_recipe.py --pool-min 16 dataset.data_path=data/web
     torchrun --nproc-per-node 8 examples/bridge_recipe.py --pool-min 16 --hf allenai/OLMoE-1B-7B-0125
 
-The second starts from the weights of a hub's model or of a folder, of any architecture that AutoBridge knows and pools
-can have; checkpoint.save and export back are Bridge's own. Without dataset.data_path it trains on random tokens.
+The second command starts from the weights of a model on the hub or in a folder. AutoBridge and pools must support the
+model's architecture. Checkpoints (checkpoint.save) and export to Hugging Face are Bridge's own. Without
+dataset.data_path the script trains on random tokens.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from emo_megatron.config import PoolConfig  # noqa: E402
 
 
 def main() -> None:
-    """A recipe, what the command line changes, pools, and Bridge's own training."""
+    """Take a recipe, apply the overrides and pools, and run Bridge's own training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--hf", metavar="MODEL", help="a name on the hub, or a folder")
-    parser.add_argument("--pool-min", type=int, required=True, help="smallest pool of a document, in routed experts")
-    parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="such as train.train_iters=1000")
+    parser.add_argument("--hf", metavar="MODEL", help="start from this model: its name on the hub, or its folder")
+    parser.add_argument("--pool-min", type=int, required=True, help="smallest size of a pool, in routed experts")
+    parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="options, such as train.train_iters=1000")
     options = parser.parse_args()
 
     cfg = olmoe_7b_pretrain_config()
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def use_model(cfg: ConfigContainer, name: str) -> None:
-    """Put a Hugging Face model in the place of the recipe's, with its weights and its tokenizer."""
+    """Replace the recipe's model by a Hugging Face model with its weights and its tokenizer."""
     model = AutoBridge.from_hf_pretrained(name).to_megatron_provider()
     model.seq_length = cfg.dataset.seq_length
     model.expert_model_parallel_size = cfg.model.expert_model_parallel_size
@@ -49,6 +50,6 @@ def use_model(cfg: ConfigContainer, name: str) -> None:
     cfg.tokenizer.tokenizer_model = name
 
 
-# checkpoints are written by processes that import this file
+# processes that write checkpoints import this file
 if __name__ == "__main__":
     main()

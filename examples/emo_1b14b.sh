@@ -1,36 +1,39 @@
 #!/usr/bin/env bash
-# Pretrains the EMO paper's 1B/14B model: 13.6B parameters, 127 routed experts and a shared one.
+# Pretrains the EMO paper's 1B/14B model: 13.6B parameters, 127 routed experts, one shared expert.
 #
 #   DATA_PATH=data/text_document TOKENIZER=allenai/dolma2-tokenizer CHECKPOINT=runs/emo_1b14b \
-#       NPROC=8 NNODES=16 NODE_RANK=0 MASTER_ADDR=node0 examples/emo_1b14b.sh [flags that win]
+#       NPROC=8 NNODES=16 NODE_RANK=0 MASTER_ADDR=node0 examples/emo_1b14b.sh [more flags]
 #
-# DATA_PATH, TOKENIZER, CHECKPOINT, NPROC, NNODES, ...: see pretrain_emo.sh. And here:
+# Flags at the end override those of this file. Environment variables, with defaults in parentheses:
 #
 #   TRAIN_ITERS   238419 is 1T tokens (the released model); 30995 is the paper's 130B     (238419)
-#   MICRO_BATCH   sequences a rank and micro-batch                                         (4)
+#   MICRO_BATCH   sequences per rank and micro-batch                                       (4)
 #   LAYOUT        parallel layout, as flags                             (2 pipeline stages, below)
+#   DATA_PATH, TOKENIZER, CHECKPOINT, NPROC, NNODES, ...: see pretrain_emo.sh
 #
-# 127 is prime, so experts cannot be split over ranks (EP=1); emo_1b14b_ep.sh is the variant that
-# can. Weights and gradients (6 bytes a parameter) are 81 GB, so the default has two pipeline
-# stages and recomputes the experts: arithmetic for 80 GB GPUs, not a measurement.
+# 127 is prime, so experts cannot be split over ranks (EP=1); emo_1b14b_ep.sh is a variant with
+# expert parallelism. Weights and gradients (6 bytes per parameter) are 81 GB, so the default has
+# two pipeline stages and recomputes the experts. This is arithmetic for 80 GB GPUs, not a
+# measurement.
 #
-# The load-balancing loss looks at one micro-batch of all data-parallel ranks: MICRO_BATCH times
-# their number, 512 sequences in the paper (128 GPUs without pipeline stages, 4 sequences each).
-# Both coefficients are the paper's (0.1 and 1e-3) divided by its 16 layers; Megatron does not.
+# The load-balancing loss covers one micro-batch of all data-parallel ranks: MICRO_BATCH times the
+# number of ranks. The paper has 512 sequences (128 GPUs without pipeline stages, 4 sequences each).
+# Both coefficients are the paper's (0.1 and 1e-3) divided by its 16 layers, because Megatron does
+# not divide by the number of layers.
 #
-# What differs from the paper, because Megatron has no flag for it:
-#   - weights start from a plain normal, not one cut at 3 standard deviations, and the attention
-#     and expert output projections at 0.02 / sqrt(2 * 16) instead of 0.02
+# Differences from the paper, because Megatron has no flag for them:
+#   - weights start from a plain normal distribution, not one cut at 3 standard deviations; the
+#     attention and expert output projections start at 0.02 / sqrt(2 * 16) instead of 0.02
 #   - no z-loss over the vocabulary (1e-5 in the paper)
-#   - weight decay reaches the embedding (none there in the paper)
+#   - weight decay also applies to the embedding (not in the paper)
 #   - no filter for sequences that repeat an n-gram 32 times or more (loss-masked in the paper)
 #   - no 50B-token anneal (linear from 4e-4 to 0, optimizer state kept): Megatron finds the saved
-#     optimizer's parameter groups by their learning rates, so these cannot change on resume
-# What differs because pools here count routed experts and follow the attention's documents:
-#   - pool sizes are uniform on 8..127, all experts once in 120; the paper's 8..128 has two sizes
-#     that mean all experts, twice in 121
-#   - an end-of-text token belongs to the document it ends; the authors' pools count it to the next,
-#     which --pool-eos-starts-document does too
+#     optimizer's parameter groups by learning rate, so learning rates cannot change on resume
+# Differences because pools here count routed experts and use the documents of the attention:
+#   - pool sizes are uniform on 8..127, so 1 size in 120 means all experts; the paper's 8..128 has
+#     two sizes that mean all experts, 2 in 121
+#   - an end-of-text token belongs to the document that it ends; the authors' pools count it to the
+#     next document, like --pool-eos-starts-document
 set -euo pipefail
 
 model=(
@@ -67,7 +70,7 @@ experts=(
     --moe-grouped-gemm
 )
 
-# Evaluation uses no pools, as the exported models run; the authors' in-loop evaluation uses 32.
+# Evaluation uses no pools, like exported models; the authors' in-loop evaluation uses pools of 32.
 pools=(
     --pool-min 8
     --pool-max 127

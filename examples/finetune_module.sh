@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
-# Fine-tunes a module on documents of its domain, so that `merge` can put it back into its parent.
+# Fine-tunes a module on documents of its domain. `merge` can then copy the module into its parent.
 #
 #   MODULE=runs/perl OUTPUT=runs/perl_tuned DATA_PATH=data/perl_document TOKENIZER=runs/tokenizer \
 #       examples/finetune_module.sh <the parent's model flags, with the module's --num-experts>
 #   python -m emo_megatron merge --parent runs/emo --modules runs/perl_tuned --output runs/emo_perl
 #
-# Trains through examples/pretrain_emo.py, so any parallel layout of Megatron's will do; an
-# interrupted run goes on where it was. The Selection goes along into OUTPUT.
+# Trains by examples/pretrain_emo.py, so all parallel layouts of Megatron work. Run the same command
+# again to resume an interrupted run. selection.json of the module is copied to OUTPUT.
 #
-#   MODULE       folder that `extract` or `compose` wrote
-#   OUTPUT       folder to save to, and to resume from once it holds a checkpoint
+#   MODULE       folder written by `extract` or `compose`
+#   OUTPUT       folder for checkpoints; if it holds a checkpoint, training resumes from there
 #   TRAIN_ONLY   experts: the routed experts; experts+router: also their rows of the router;
-#                all: everything (merge takes all of it only with --weights all)    (experts)
+#                all: all weights (merge uses all of them only with --weights all)  (experts)
 #   STEPS        optimizer steps                                                    (100)
 #   LR           learning rate, falling linearly to a tenth                         (1e-3)
 #
-# DATA_PATH, TOKENIZER, NPROC, NNODES, ...: see pretrain_emo.sh. A module is a standard MoE: it has
-# no pools. Its load is balanced as the parent's was unless you say otherwise (the flags that come
-# last win).
+# DATA_PATH, TOKENIZER, NPROC, NNODES, ...: see pretrain_emo.sh. A module is a standard MoE without
+# pools. The parent's flags also set the load balancing; flags at the end override earlier flags.
 set -euo pipefail
 
 module="${MODULE:?must name the folder of a module}"

@@ -1,18 +1,19 @@
-"""Pretrain EMO: pretrain_gpt.py's flags, plus the document pools' (see --help, group "document pools").
+"""Pretrain EMO: the flags of Megatron's pretrain_gpt.py, plus the group "document pools" (see --help).
 
     torchrun --nproc-per-node 8 examples/pretrain_emo.py \
         --pool-min 8 --dataloader-inter-document-masking <Megatron's flags>
 
-Without --pool-min it trains the matched standard MoE; --train-only freezes a part of it (finetune_module.sh). On a
-machine without a GPU it adds the flags that choose Megatron's plain PyTorch modules and runs over gloo.
+Without --pool-min the script trains the matched standard MoE. --train-only freezes a part of the model (see
+finetune_module.sh). On a machine without a GPU, the script uses gloo and adds the flags that select Megatron's plain
+PyTorch modules.
 """
 
 import multiprocessing
 import sys
 from typing import Any
 
-# What the writers of a checkpoint say is kept in a process of each rank that imports this file again and uses nothing
-# of it: without Megatron that process starts seconds sooner.
+# Each rank starts a process that holds the results of its checkpoint writers. That process imports this file again but
+# uses nothing from it; without the import of Megatron it starts seconds sooner.
 if not multiprocessing.current_process().name.startswith("SyncManager"):
     from emo_megatron.mcore import cpu
 
@@ -32,7 +33,7 @@ if not multiprocessing.current_process().name.startswith("SyncManager"):
 
 
 def main() -> None:
-    """Parse, check, and hand over to Megatron."""
+    """Parse and check the flags, and run Megatron's training."""
     require_megatron()
     use_compiled_index_builder()
     sys.argv[1:] = cpu.with_cpu_flags(sys.argv[1:])
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def prepare() -> tuple[Any, ...]:
-    """The flags, the pools and the model they describe; an error if this run cannot be."""
+    """The flags, the pools and the model configuration; raises an error if the run is not possible."""
     args = parse_and_validate_args(
         extra_args_provider=lambda parser: add_start_args(add_pool_args(parser)),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
@@ -58,7 +59,7 @@ def prepare() -> tuple[Any, ...]:
 
 
 def start(args: Any, pool: Any, model: Any, **restarts: Any) -> None:
-    """Train; once more after a failure with --inprocess-restart."""
+    """Train; with --inprocess-restart, called again after a failure."""
     install_metrics(pool, model.transformer, has_documents=train.has_documents(args))
     pretrain(
         pretrain_cfg_container_from_args(args, model),

@@ -4,12 +4,13 @@
 #   DATA_PATH=data/text_document TOKENIZER=allenai/dolma2-tokenizer CHECKPOINT=runs/emo \
 #       examples/pretrain_emo.sh --num-layers 16 --hidden-size 2048 --num-experts 128 ...
 #
-# Flags are Megatron's plus the --pool-* group. emo_1b14b.sh is one whole model's worth of them.
+# All flags of Megatron and the --pool-* flags work. emo_1b14b.sh has all flags of one model.
+# Environment variables, with defaults in parentheses:
 #
 #   DATA_PATH    prefix of a .bin/.idx pair, or "weight prefix weight prefix ..."
-#   TOKENIZER    Hugging Face name or folder; its end-of-text token marks where documents end
-#   CHECKPOINT   folder to save to, and to resume from once it holds a checkpoint
-#   NPROC        processes on this node, one a GPU                               (1)
+#   TOKENIZER    Hugging Face name or folder; the end-of-text token marks the ends of documents
+#   CHECKPOINT   folder for checkpoints; if it holds one, training resumes from there
+#   NPROC        processes on this node, one per GPU                             (1)
 #   NNODES       nodes; with several, each also needs NODE_RANK and MASTER_ADDR  (1)
 #   MASTER_PORT  port of the first node, with several nodes                      (29500)
 #   PYTHON       interpreter                                                     (python)
@@ -29,12 +30,13 @@ fi
 
 nodes=(--standalone)
 if ((${NNODES:-1} > 1)); then
-    nodes=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?must say which node this is, 0 being the first}")
-    nodes+=(--master-addr "${MASTER_ADDR:?must name the first node}")
+    nodes=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?must be the index of this node, from 0}")
+    nodes+=(--master-addr "${MASTER_ADDR:?must be the address of the first node}")
     nodes+=(--master-port "${MASTER_PORT:-29500}")
 fi
 
-# Megatron asserts this with tensor or context parallelism before Blackwell; its FSDP wants more.
+# Megatron asserts the value 1 with tensor or context parallelism before Blackwell. Its FSDP needs a
+# larger value.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 exec "${PYTHON:-python}" -m torch.distributed.run --nproc-per-node "${NPROC:-1}" "${nodes[@]}" \

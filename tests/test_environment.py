@@ -39,7 +39,7 @@ def test_text_has_a_line_a_fact_and_says_what_is_not_supported() -> None:
     report |= {"backends": {"reference": "", "native": "not built"}, "gpus": []}
     lines = format_text(report).splitlines()
     metadata = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
-    assert metadata["megatron-core"] == "0.16.1 (NOT SUPPORTED, needs >=0.18, <0.20)"
+    assert metadata["megatron-core"] == "0.16.1 (NOT SUPPORTED, requires >=0.18, <0.20)"
     assert metadata["python"].endswith("(supported >=3.12)")
     assert metadata["reference ops"] == "available"
     assert metadata["native ops"] == "not available: not built"

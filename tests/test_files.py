@@ -28,13 +28,13 @@ def test_a_place_below_what_is_no_folder_is_refused(check, kind, below, tmp_path
         mine.write_text("mine")
     else:
         mine.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"out cannot be written: {mine} is no folder; name"):
+    with pytest.raises(ValueError, match=f"out cannot be written: {mine} is not a folder; give another path"):
         check(mine / below)
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path or mode == os.R_OK)
-    with pytest.raises(ValueError, match=f"this user may not write to {tmp_path}; name another"):
+    with pytest.raises(ValueError, match=f"this user may not write to {tmp_path}; give another path"):
         must_be_writable(tmp_path / "new" / "out")
 
 
@@ -44,7 +44,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full (No space left"),
         (OSError(errno.ENOSPC, "No space", "a"), "a: the disk is full (No space)"),
         (OSError(errno.EDQUOT, "Quota", "a"), "a: the disk quota is used up (Quota)"),
-        (OSError(errno.EFBIG, "Too large", "a"), "a: the limit of a file's size is reached"),
+        (OSError(errno.EFBIG, "Too large", "a"), "a: the file size limit is reached"),
         (OSError(errno.EMFILE, "Too many", b"a"), "a: this process may not open more files"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a"), "a: No such file"),
         (OSError(errno.EXDEV, "Cross-device", "a", None, "b"), "b: Cross-device"),

@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert "Traceback" not in said
         told = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(told) == 1, said
-        assert "limit of a file's size" in told[0]
+        assert "file size limit" in told[0]
         assert str(output) in told[0]
         left = files_in(tmp_path)
         assert not [file for file in left if "unfinished" in file]

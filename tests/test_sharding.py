@@ -95,9 +95,9 @@ def test_documents_are_cut_one_by_one(tp_size: int, cp_size: int, lengths: list[
 
 def test_documents_that_cannot_be_cut_are_refused() -> None:
     for bounds in ([0, 6, 12], [0, 4, 8]):
-        with pytest.raises(ValueError, match=r"multiples of 4 and fill the 12 tokens; got .* Pad"):
+        with pytest.raises(ValueError, match=r"multiples of 4 and sum to 12 tokens; got .* Pad"):
             local_token_indices(num_tokens=12, cp_size=2, document_bounds=torch.tensor(bounds))
-    with pytest.raises(ValueError, match="batch_size 1; got 2"):
+    with pytest.raises(ValueError, match="batch_size must be 1 .*; got 2"):
         local_token_indices(num_tokens=8, batch_size=2, cp_size=2, document_bounds=torch.tensor([0, 8]))
 
 
@@ -126,9 +126,9 @@ def test_zigzag_is_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"tp_rank": 2, "tp_size": 2}, r"tp_rank must lie in \[0, tp_size\); got rank 2 of size 2"),
-        ({"cp_rank": -1, "cp_size": 2}, "cp_rank must lie"),
-        ({"tp_size": 0}, "tp_rank must lie"),
+        ({"tp_rank": 2, "tp_size": 2}, r"tp_rank must be in \[0, tp_size\); got rank 2 of size 2"),
+        ({"cp_rank": -1, "cp_size": 2}, "cp_rank must be in"),
+        ({"tp_size": 0}, "tp_rank must be in"),
         ({"batch_size": 5}, "num_tokens must be a multiple of batch_size = 5; got 12"),
         ({"batch_size": 0}, "num_tokens must be a multiple of batch_size = 0"),
         ({"num_tokens": -4}, "num_tokens must be a multiple of batch_size = 1; got -4"),

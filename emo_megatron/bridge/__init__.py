@@ -1,17 +1,17 @@
-"""Document pools in Megatron-Bridge recipes, which are NeMo's.
+"""Document pools in recipes of Megatron-Bridge (NeMo).
 
     cfg = qwen3_30b_a3b_pretrain_config()
     apply_pools(cfg, PoolConfig(pool_min=8))
     pretrain(cfg, pool_forward_step)
 
-Importing this package lets Bridge read the `run_config.yaml` of a run with pools.
+Import this package before Bridge reads the `run_config.yaml` of a run with pools.
 """
 
 from emo_megatron.mcore.compat import require_bridge
 
 require_bridge()
 
-# ruff: noqa: E402  after the check, which says what to install where an import would only fail
+# ruff: noqa: E402  after the check, whose error names the package to install
 from emo_megatron.bridge.recipe import apply_pools
 from emo_megatron.bridge.run_config import stock_run_config
 from emo_megatron.bridge.step import pool_forward_step

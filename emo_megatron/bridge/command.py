@@ -1,4 +1,4 @@
-"""The command bridge: a recipe by name, the command line's changes, pools; then Bridge's own training."""
+"""The command bridge: find a recipe, apply the overrides and the pools, then run Bridge's own training."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ Recipe = Callable[[], Any]
 
 POOL_PREFIX = "model.pool_"
 SHARDED_EXPERTS = ("expert_model_parallel_size", "moe")
-"""Words in the source of every recipe of an MoE model, and of no other."""
+"""Words in the source of every recipe of an MoE model. Other recipes do not have both."""
 
 
 def run(recipe: str, overrides: Sequence[str], *, strict: bool) -> str | None:
-    """Train a recipe with pools, as a process of its own or a rank of torchrun; arguments as `prepare`'s.
+    """Train a recipe with pools, in a single process or as a rank of torchrun; arguments: see `prepare`.
 
     Returns:
-        Where its checkpoints lie; None if it saves none, and on other ranks than the first.
+        Folder of the checkpoints on the first rank; None if there are none, and on all other ranks.
     """
     cfg = prepare(recipe, overrides, strict=strict)
     try:
         pretrain(cfg, pool_forward_step)
     except Exception:
-        # the command line tells errors in one line, which of a long run on many ranks is not enough
+        # the command line prints one line per error, which is too little for a long run on many ranks
         traceback.print_exc()
         raise
     return cfg.checkpoint.save if is_first_rank() else None
 
 
 def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> Any:
-    """The ConfigContainer of a recipe with the command line's changes and pools, checked, for Bridge's pretrain().
+    """A recipe's ConfigContainer with overrides and pools, checked, for Bridge's pretrain().
 
-    The changes come first, so that they can make a recipe one that takes pools.
+    Overrides are applied before pools, so they can change options that pools do not support.
 
     Args:
-        recipe: as `find_recipe` takes it.
-        overrides: in Hydra's words, such as `model.pool_min=8`, `train.train_iters=100`.
-        strict: refuse a recipe of which an option must change.
+        recipe: name of the recipe; see `find_recipe`.
+        overrides: fields and values in Hydra's syntax, such as `model.pool_min=8`, `train.train_iters=100`.
+        strict: raise instead of changing an option of the recipe.
     """
     pool, others = pools_and_others(overrides)
     cfg = _call(find_recipe(recipe), recipe)
@@ -67,7 +67,7 @@ def prepare(recipe: str, overrides: Sequence[str], *, strict: bool = False) -> A
 
 
 def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
-    """The pools that overrides of model.pool_* say, model.pool_min among them, and the overrides of other fields."""
+    """The PoolConfig of the model.pool_* overrides, and the overrides of other fields. model.pool_min is required."""
     values: dict[str, Any] = {"pool_documents": "routers"}
     others = []
     parser = OverridesParser.create()
@@ -75,26 +75,26 @@ def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
         try:
             parsed = parser.parse_override(text)
         except HydraException as error:
-            raise ValueError(f"{text} must be FIELD=VALUE: {error}") from None
+            raise ValueError(f"override {text} must be FIELD=VALUE: {error}") from None
         if not parsed.key_or_group.startswith(POOL_PREFIX):
             others.append(text)
         elif parsed.is_sweep_override():
-            raise ValueError(f"{text} must give one value; this command runs one training")
+            raise ValueError(f"{text} must give one value, because the command trains once")
         elif parsed.type is not OverrideType.CHANGE:
             raise ValueError(f"{text} must be FIELD=VALUE, without +, ++ or ~")
         else:
             values[parsed.key_or_group.removeprefix("model.")] = parsed.value()
     if "pool_min" not in values:
         raise ValueError(
-            "model.pool_min must be given: the smallest pool in routed experts, such as model.pool_min=8; "
-            "model.pool_min=null trains the standard MoE to compare with"
+            "model.pool_min must be given: the smallest size of a pool in routed experts, such as model.pool_min=8; "
+            "model.pool_min=null trains the standard MoE as a baseline"
         )
     with in_words_of_bridge():
         return pool_config_of(values, where="fields of model on the command line"), others
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe by the bare name of its function in megatron.bridge's recipes or perf_recipes, or as module:function."""
+    """Find a recipe by the name of its function in megatron.bridge's recipes or perf_recipes, or as module:function."""
     module, colon, function = name.partition(":")
     if not colon:
         known = recipes_by_name()
@@ -102,7 +102,7 @@ def find_recipe(name: str) -> Recipe:
             return known[name]
         nearest = difflib.get_close_matches(name, known, n=3) or ["see --list"]
         raise ValueError(
-            f"--recipe must be the name of a recipe of megatron.bridge, or module:function; got {name!r}; "
+            f"--recipe must be the name of a megatron.bridge recipe, or module:function; got {name!r}; "
             f"nearest: {', '.join(nearest)}"
         )
     try:
@@ -117,9 +117,9 @@ def find_recipe(name: str) -> Recipe:
 
 
 def moe_recipes() -> list[str]:
-    """Names of the MoE pretraining recipes on text, sorted.
+    """Sorted names of the MoE pretraining recipes for text.
 
-    Read off their source: calling them would ask a hub for the models' configurations.
+    The names come from the recipes' source, because a call of a recipe can download a model's configuration.
     """
     return sorted(
         name
@@ -131,7 +131,7 @@ def moe_recipes() -> list[str]:
 
 
 def recipes_by_name() -> dict[str, Recipe]:
-    """Bare name -> function. Of two of one name the library's goes before the benchmark's, as it is imported there."""
+    """Name -> function. If two recipes have the same name, the one in `recipes` wins over the one in `perf_recipes`."""
     modules = [recipes] + [
         importlib.import_module(found.name)
         for package in (recipes, perf_recipes)
@@ -146,7 +146,7 @@ def recipes_by_name() -> dict[str, Recipe]:
 
 
 def _source_of(function: Any, *, seen: set[Any]) -> str:
-    """Of a recipe and those of Bridge's functions that it calls."""
+    """Source of a recipe and of the functions in Bridge's recipes that it calls."""
     seen.add(function)
     source = inspect.getsource(function)
     for name in function.__code__.co_names:
@@ -168,10 +168,10 @@ def _call(recipe: Recipe, name: str) -> Any:
     ]
     if required:
         raise ValueError(
-            f"--recipe {name} must need no arguments; it needs {', '.join(required)}. Write a function of your own "
-            "that gives them, and name it as module:function"
+            f"--recipe {name} must have no required arguments; it requires {', '.join(required)}. Write a function "
+            "that passes these arguments, and give it as module:function"
         )
     cfg = recipe()
     if not isinstance(cfg, ConfigContainer):
-        raise ValueError(f"--recipe {name} must return a ConfigContainer; it returned a {type(cfg).__name__}")
+        raise ValueError(f"--recipe {name} must return a ConfigContainer; got {type(cfg).__name__}")
     return cfg

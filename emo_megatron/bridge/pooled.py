@@ -1,4 +1,4 @@
-"""What Bridge's providers gain by pools: the fields, their check, and the recipe's own spec rewritten."""
+"""Pools in Bridge's model providers: PoolConfig's fields, their checks, and pools in the recipe's own layer spec."""
 
 from __future__ import annotations
 
@@ -30,60 +30,60 @@ from emo_megatron.mcore.router import PoolRouter
 from emo_megatron.mcore.spec import with_pools
 from emo_megatron.mcore.unsupported import only, problems_of
 
-# Hugging Face weights: how the gate lies on tensor-parallel ranks, as Bridge says it of Megatron's router
+# for conversion from and to Hugging Face: tensor-parallel ranks replicate the gate, as with Megatron's router
 AutoMapping.register_module_type(PoolRouter.__name__, "replicated")
 
 POOL_FIELDS = tuple(field.name for field in dataclasses.fields(PoolConfig))
 
 UNSUPPORTED = (
-    only("moe_n_hash_layers", 0, None, why="megatron-core 0.19 has no layers that choose by a hash", is_untried=True),
+    only("moe_n_hash_layers", 0, None, why="megatron-core 0.19 has no hash-routed layers", is_untried=True),
     only("enable_hyper_connections", False, None, why="megatron-core 0.19 has no hyper-connections", is_untried=True),
-    only("hybrid_context_parallel", False, why="its batches are cut differently on every rank", is_untried=True),
+    only("hybrid_context_parallel", False, why="it splits batches differently on every rank", is_untried=True),
 )
-"""On a provider of Bridge."""
+"""Options of Bridge's providers that pools do not support."""
 
 
 class Pooled:
     """A provider with PoolConfig's fields."""
 
     predicts_by_dense_layers = False
-    """Whether layers of multi-token prediction have no experts, though the decoder's last has."""
+    """Whether layers of multi-token prediction have no experts although the last decoder layer has experts."""
     pool_documents: str
     context_parallel_size: int
     pipeline_model_parallel_size: int
 
     @property
     def cuts_documents(self) -> bool:
-        """Whether context parallelism cuts documents one by one, for which each is padded."""
+        """Whether context parallelism splits each document separately. Each document is then padded."""
         return self.pool_documents == "attention" and self.context_parallel_size > 1
 
     def pool_config(self) -> PoolConfig:
-        """The pools that the fields say."""
+        """The PoolConfig of this provider's fields."""
         fields = {name: getattr(self, name) for name in POOL_FIELDS}
         if self.cuts_documents:
-            # as step.py does
+            # step.py splits micro-batches by document
             fields["pool_cp_partition"] = "document"
         with in_words_of_bridge():
             return PoolConfig(**fields)
 
     def finalize(self) -> None:
-        """Bridge's own, and the check that this model can have these pools."""
+        """Finalize the provider, and check that the model supports the pools."""
         if self.cuts_documents and self.pipeline_model_parallel_size > 1:
-            # a padded micro-batch is as long as its documents need
+            # the length of a padded micro-batch depends on its documents
             self.variable_seq_lengths = True
         super().finalize()  # type: ignore[misc]
         require_possible(self)
 
 
 class PooledGPT(Pooled):
-    """Of providers that build a GPTModel from `transformer_layer_spec`."""
+    """Base of providers that build a GPTModel from `transformer_layer_spec`."""
 
     def provide(self, *args: Any, **kwargs: Any) -> Any:
-        """One stage of the model, built of the recipe's own layers with pools in them."""
+        """Build one pipeline stage of the model from the recipe's own layers with pools."""
         recipes_own, pool = self.transformer_layer_spec, self.pool_config()  # type: ignore[has-type]
         prediction_block = functools.partial(_prediction_block, recipes_own, pool)
         with in_words_of_bridge(), mock.patch.object(gpt_provider, "mtp_block_spec", prediction_block):
-            # run_config.yaml keeps the recipe's, and the callable keeps its signature, which Bridge looks at
+            # run_config.yaml keeps the recipe's own spec; Bridge inspects the callable's signature, so it stays
             self.transformer_layer_spec = with_pools(recipes_own, config=self, pool=pool)
             try:
                 return super().provide(*args, **kwargs)  # type: ignore[misc]
@@ -103,10 +103,10 @@ _ONE_STAGE = {
 
 
 def _prediction_block(recipes_own: Any, pool: PoolConfig, config: Any, vp_stage: int | None = None) -> Any:
-    """This stage's layers of multi-token prediction, like the last of the recipe's decoder; None: it has none.
+    """This stage's layers of multi-token prediction, built like the recipe's last decoder layer; None: no such layers.
 
-    Bridge's own function takes Megatron's layer in the place of the recipe's where a stage has no decoder layers, and
-    asks for Transformer Engine always.
+    Bridge's own function uses Megatron's layer instead of the recipe's on a stage without decoder layers, and always
+    requires Transformer Engine.
     """
     if not config.mtp_num_layers:
         return None
@@ -121,10 +121,10 @@ def _prediction_block(recipes_own: Any, pool: PoolConfig, config: Any, vp_stage:
 
 
 class PooledHybrid(Pooled):
-    """Of providers that build a HybridModel from a stack."""
+    """Base of providers that build a HybridModel from a stack."""
 
     def provide(self, *args: Any, **kwargs: Any) -> Any:
-        """One stage of the model, built of the recipe's own layers with pools in them."""
+        """Build one pipeline stage of the model from the recipe's own layers with pools."""
         with in_words_of_bridge():
             return super().provide(*args, **kwargs)  # type: ignore[misc]
 
@@ -134,7 +134,7 @@ class PooledHybrid(Pooled):
 
 
 def pooled(provider: type, kind: type[Pooled], **attributes: Any) -> Any:
-    """The dataclass of a provider with PoolConfig's fields, which run_config.yaml may name, in bridge.providers."""
+    """Create a provider's dataclass with PoolConfig's fields, for bridge.providers; run_config.yaml may name it."""
     module, name = "emo_megatron.bridge.providers", f"Pool{provider.__name__}"
     hints = get_type_hints(PoolConfig)
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(PoolConfig)}
@@ -145,7 +145,7 @@ def pooled(provider: type, kind: type[Pooled], **attributes: Any) -> Any:
 
 
 def require_possible(model: Any) -> None:
-    """Raise what this provider cannot do with the pools it is given."""
+    """Raise a ValueError with all options of this provider that its pools do not support."""
     pool = model.pool_config()
     is_packed, needs = pool.pool_documents == "attention", equal_lengths_flag(model)
     problems = problems_of(UNSUPPORTED, model) + problems_with_config(pool, model)
@@ -154,20 +154,20 @@ def require_possible(model: Any) -> None:
     problems += broken(
         (
             is_packed and "M" in (getattr(model, "hybrid_layer_pattern", None) or ""),
-            "--pool-documents must be routers with Mamba layers, M in --hybrid-layer-pattern; got 'attention': that "
-            "they start anew at every document has not been tried",
+            "--pool-documents must be routers with Mamba layers, M in --hybrid-layer-pattern; got 'attention': a reset "
+            "of Mamba layers at every document is untested",
         ),
         (
             model.cuts_documents and needs,
-            f"--pool-documents must be routers with {needs} and --context-parallel-size above 1; got 'attention': that "
-            "takes equally many tokens of every rank, and documents are padded to other lengths on each",
+            f"--pool-documents must be routers with {needs} and --context-parallel-size above 1; got 'attention': "
+            "every rank must have the same number of tokens, but padding of documents gives ranks different numbers",
         ),
     )
     raise_problems("this recipe cannot train with document pools", [_in_words_of_bridge(p) for p in problems])
 
 
 def _in_words_of_bridge(message: str) -> str:
-    """A message about Megatron's flags, with the recipe's fields in their place."""
+    """Replace Megatron's flags in a message by the recipe's fields."""
 
     def field(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
@@ -178,9 +178,9 @@ def _in_words_of_bridge(message: str) -> str:
 
 @contextlib.contextmanager
 def in_words_of_bridge() -> Iterator[None]:
-    """Let a ValueError that names flags name the recipe's fields, and drop a warning that is of other hosts."""
+    """Replace flags by the recipe's fields in messages of ValueErrors; ignore a warning that is wrong for Bridge."""
     with warnings.catch_warnings():
-        # Bridge runs a step that dropped tokens again before the optimizer, as Megatron's training loop does
+        # Bridge repeats a step that dropped tokens before the optimizer step, like Megatron's training loop
         warnings.filterwarnings("ignore", message="--moe-expert-rank-capacity-factor")
         try:
             yield

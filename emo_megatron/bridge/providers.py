@@ -1,6 +1,6 @@
 """Bridge's model providers with PoolConfig's fields: `model.pool_min=8` on the command line and in run_config.yaml.
 
-This module holds dataclasses and nothing else: a run_config.yaml may name them, and Bridge then calls them.
+Only dataclasses may be in this module: a run_config.yaml may name any of its objects, and Bridge then calls the object.
 """
 
 from megatron.bridge.models.exaone.exaone_moe.exaone_moe_provider import ExaoneMoeModelProvider

@@ -1,4 +1,4 @@
-"""A recipe's ConfigContainer with pools in it."""
+"""apply_pools: add document pools to the ConfigContainer of a recipe."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ PROVIDERS = {
     for cls in vars(providers).values()
     if isinstance(cls, type) and issubclass(cls, Pooled) and cls.__module__ == providers.__name__
 }
-"""Bridge's provider -> the same with pools."""
+"""Bridge's provider -> that provider with pools."""
 
 OF_POOLS = ("dataset.inter_document_masking", "model.pool_documents")
-"""Options that every run with pools sets, strict or not: no recipe chooses them."""
+"""Options that every run with pools sets, strict or not, because recipes do not set them."""
 
 
 def apply_pools(
     cfg: Any, pool: PoolConfig, *, pool_documents: PoolDocuments = "routers", strict: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-    """Give a pretraining recipe document pools, in place, and print every option that this changes.
+    """Add document pools to a pretraining recipe, in place, and print every changed option.
 
-    Only what would make pools wrong or has no place for them is changed: balancing of random logits, the router's
+    Only options that are wrong or unsupported with pools change: load balancing of random logits, the router's
     precision, CUDA graphs.
 
     Args:
         cfg: a recipe's ConfigContainer, not finalized.
-        pool: the method. Pools off gives the standard MoE to compare with: the same changes, loader and metrics.
-        pool_documents: takes the place of the pool's own, whose default no recipe has. routers: boundaries of documents
-            go to the routers alone, and attention, positions and the cut of context parallelism stay the recipe's.
-            attention: all of these keep to documents.
-        strict: refuse instead of changing an option of the recipe's own.
+        pool: the pools. With pools off, the run is the standard MoE as a baseline: same changes, loader and metrics.
+        pool_documents: replaces `pool.pool_documents`, whose default does not match recipes. routers: only the routers
+            get document boundaries; attention, positions and the context-parallel split stay as in the recipe.
+            attention: all of these respect document boundaries.
+        strict: raise instead of changing an option of the recipe.
 
     Returns:
         Changed option, such as "model.moe_router_dtype" -> (before, after).
@@ -50,23 +50,23 @@ def apply_pools(
     if kind is None:
         raise ValueError(
             f"cfg.model must be one of {', '.join(sorted(cls.__name__ for cls in PROVIDERS))}; got "
-            f"{type(model).__name__}, which may build layers of its own that would see no pools"
+            f"{type(model).__name__}, which may build its own layers without pools"
         )
     changes = _changes(cfg, pool, pool_documents)
     of_recipe = {name: both for name, both in changes.items() if name not in OF_POOLS}
     if strict and of_recipe:
         raise ValueError(
-            "a strict run changes nothing of a recipe; these options must be set first:\n"
+            "a strict run does not change options of the recipe; set these options first:\n"
             + "\n".join(f"  - {n} must be {new!r}; got {old!r}" for n, (old, new) in of_recipe.items())
         )
     fields = {name: getattr(pool, name) for name in POOL_FIELDS}
     fields |= {name.removeprefix("model."): new for name, (_, new) in changes.items() if name.startswith("model.")}
     tried = copy.copy(model)
-    # a recipe that is refused stays as it was
+    # checks use a copy, so a recipe that fails them stays unchanged
     tried.__class__ = kind
     vars(tried).update(fields)
     require_possible(tried)
-    # the step checks what was loaded, after minutes of many ranks
+    # an early check: the training step checks the loaded checkpoint only after minutes on many ranks
     check_resume(cfg.checkpoint, tried.pool_config(), step=step_to_load(cfg.checkpoint))
     model.__class__ = kind
     vars(model).update(fields)
@@ -78,47 +78,47 @@ def apply_pools(
 
 
 def is_first_rank() -> bool:
-    """Whether this is the process that speaks for all, also before and after there are process groups."""
+    """Whether this process prints for all ranks; also valid before and after process groups exist."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def check_run(cfg: Any, pool: PoolConfig) -> None:
-    """Refuse data and training options of a recipe that pools would be wrong with."""
+    """Raise a ValueError for data and training options of a recipe that pools do not support."""
     dataset = cfg.dataset
     if type(dataset) not in (GPTDatasetConfig, MockGPTDatasetConfig):
         raise ValueError(
-            f"cfg.dataset must be a GPTDatasetConfig or MockGPTDatasetConfig; got {type(dataset).__name__}: pools need "
-            "the document boundaries of pretraining text. Use a pretraining recipe on text"
+            f"cfg.dataset must be a GPTDatasetConfig or MockGPTDatasetConfig; got {type(dataset).__name__}: pools "
+            "require the document boundaries of pretraining text. Use a pretraining recipe for text"
         )
     for name in ("reset_position_ids", "reset_attention_mask"):
         if getattr(dataset, name):
             raise ValueError(
-                f"dataset.{name} must be False; got True: Bridge's boundaries of documents would replace what it does"
+                f"dataset.{name} must be False; got True: the option has no effect with Bridge's document boundaries"
             )
     skipped = cfg.train.iterations_to_skip
     if skipped and cfg.model.pipeline_model_parallel_size > 2:
         raise ValueError(
             f"train.iterations_to_skip must be empty with model.pipeline_model_parallel_size above 2; got {skipped}: "
-            "Bridge skips the batches of the first and the last stage only, and the routers between them would get "
-            "the documents of other batches"
+            "Bridge skips batches on the first and the last pipeline stage only, so routers of the other stages would "
+            "get the documents of other batches"
         )
     if pool.is_on and dataset.dataloader_type != "single":
         warnings.warn(
-            f"dataset.dataloader_type {dataset.dataloader_type}: pool sizes will depend on the number of "
-            "data-parallel ranks; with single they do not",
+            f"dataset.dataloader_type {dataset.dataloader_type}: pool sizes depend on the number of data-parallel "
+            "ranks; with dataset.dataloader_type=single they do not",
             stacklevel=3,
         )
 
 
 def _changes(cfg: Any, pool: PoolConfig, pool_documents: PoolDocuments) -> dict[str, tuple[Any, Any]]:
-    """Options that must have another value, "section.field" -> (now, then)."""
+    """Options that need another value: "section.field" -> (present value, required value)."""
     wanted: dict[str, Any] = {
         "dataset.inter_document_masking": True,
         "model.pool_documents": pool_documents,
         "model.moe_router_dtype": "fp32",
         "model.moe_router_force_load_balancing": False,
         "model.cuda_graph_impl": "none",
-        # Megatron turns graphs on by these, which are deprecated, when it checks the model
+        # Megatron's check of the model turns on CUDA graphs if one of these deprecated options is set
         "model.enable_cuda_graph": False,
         "model.external_cuda_graph": False,
     }

@@ -1,4 +1,4 @@
-"""The run_config.yaml of a Bridge checkpoint, read as data: which pools its run had, and the file without them."""
+"""Read the pools of a run from the run_config.yaml of a Bridge checkpoint, and write the file without pools."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ RUN_CONFIG = "run_config.yaml"
 
 
 def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
-    """Refuse to resume a run with other pools than it had. Fine-tuning starts a new run and may have its own.
+    """Raise a ValueError if a resumed run has other pools than before. Fine-tuning is a new run with its own pools.
 
-    `checkpoint` is a recipe's section, `step` that of the checkpoint which is loaded; 0: none is.
+    Args:
+        checkpoint: the section `checkpoint` of a recipe.
+        asked: the pools of the resumed run.
+        step: the step of the checkpoint that is loaded; 0: no checkpoint is loaded.
     """
     if step == 0 or checkpoint.load is None or checkpoint.finetune:
         return
@@ -27,7 +30,7 @@ def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
     path = next((f / RUN_CONFIG for f in folders if (f / RUN_CONFIG).is_file()), None)
     if path is None:
         warnings.warn(
-            f"checkpoint.load {checkpoint.load} has no {RUN_CONFIG} at step {step}: the pools of its run are not known",
+            f"checkpoint.load {checkpoint.load} has no {RUN_CONFIG} at step {step}: cannot check the pools of that run",
             stacklevel=2,
         )
         return
@@ -35,13 +38,13 @@ def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
         stored_pool_config(path),
         asked,
         run=f"checkpoint.load {checkpoint.load}",
-        remedy="Give the same fields; or checkpoint.finetune=true to start a new run from its weights",
+        remedy="Give the same fields; or set checkpoint.finetune=true to start a new run from the weights",
         name_of="model.{}".format,
     )
 
 
 def step_to_load(checkpoint: Any) -> int:
-    """Of the checkpoint that Bridge will load; 0: none is there."""
+    """Step of the checkpoint that Bridge will load; 0: there is no checkpoint."""
     if checkpoint.load is None or checkpoint.ckpt_step is not None:
         return checkpoint.ckpt_step or 0
     last = Path(checkpoint.load) / "latest_checkpointed_iteration.txt"
@@ -50,15 +53,15 @@ def step_to_load(checkpoint: Any) -> int:
 
 
 def stored_pool_config(path: Path) -> PoolConfig:
-    """The pools of the run that wrote this run_config.yaml; off if it knows none."""
+    """The pools of the run that wrote this run_config.yaml; pools are off if the file has no pool fields."""
     model = _read(path)["model"]
     return PoolConfig(**{name: model[name] for name in POOL_FIELDS if name in model})
 
 
 def stock_run_config(path: Path, output: Path) -> None:
-    """Write the run_config.yaml of a run with pools as one of stock Bridge, for people without this package.
+    """Convert the run_config.yaml of a run with pools to stock Bridge, for use without this package.
 
-    The weights need nothing: pools add none. `output` may be `path`.
+    The weights need no conversion, because pools add no weights. `output` may be `path`.
     """
     from emo_megatron.bridge.recipe import PROVIDERS
 
@@ -75,18 +78,18 @@ def stock_run_config(path: Path, output: Path) -> None:
         name: value for name, value in (model | {"_target_": stock[target]}).items() if name not in POOL_FIELDS
     }
     if "inter_document_masking" in config.get("dataset", {}):
-        # Bridge's own step misreads what it makes the dataset give
+        # Bridge's own step misreads the batches that this option gives
         config["dataset"]["inter_document_masking"] = False
     with whole(output) as part:
         part.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file as plain data; nothing in it is called."""
+    """Load the file as plain data, without calling anything that it names."""
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be a run_config.yaml; it is no YAML of plain data: {error}") from None
+        raise ValueError(f"{path} must be a run_config.yaml, but is not YAML of plain data: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise ValueError(f"{path} must be a run_config.yaml, with a section named model")
+        raise ValueError(f"{path} must be a run_config.yaml with a section named model")
     return config

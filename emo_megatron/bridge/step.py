@@ -1,4 +1,4 @@
-"""The forward step of Bridge's pretrain(): every stage reads its batch, and its routers get the documents."""
+"""The forward step for Bridge's pretrain(): each stage reads its batch and passes the documents to its routers."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ Batch = dict[str, Tensor | None]
 def pool_forward_step(
     state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    """One micro-batch through this stage, for Bridge's `pretrain(cfg, pool_forward_step)` of a cfg with `apply_pools`.
+    """Run one micro-batch through this stage: `pretrain(cfg, pool_forward_step)`, after `apply_pools` on cfg.
 
-    Returns the stage's output, and the loss as a function of that output. With `return_schedule_plan`, as
-    expert-parallel overlap asks, the pass is planned and not run.
+    Returns the stage's output, and the loss as a function of that output. With `return_schedule_plan`, which
+    expert-parallel overlap uses, the forward pass is planned but not run.
     """
     _begin(state)
     CLOCK.consumed_samples = state.train_state.consumed_train_samples
@@ -57,7 +57,7 @@ def pool_forward_step(
         else:
             batch, packed = _packed(batch, packing, config, groups)
     state.timers("batch-generator").stop()
-    # padded documents have no samples of one length, and their shapes travel between stages
+    # samples of padded documents differ in length, and stages exchange the shapes
     is_flat = packed is None or config.cuts_documents
     num_samples = 1 if is_flat else packing.num_samples or 1
     with state.straggler_timer:
@@ -77,16 +77,16 @@ def pool_forward_step(
 
 
 def _get_batch(state: GlobalState, data_iterator: Any, stage: Any) -> tuple[Batch, Packing]:
-    """The next micro-batch, all context-parallel ranks' part of it and still on the host.
+    """The next micro-batch, on the host and not yet split over context-parallel ranks.
 
     Returns:
-        TOKEN_KEYS -> [mbs, S], None where this stage has no need of it; and the documents.
+        TOKEN_KEYS -> [mbs, S], or None if this stage does not need the key; and the documents.
     """
     loaded = next(data_iterator)
     if "cu_seqlens" not in loaded:
         raise ValueError(
-            f"dataset.inter_document_masking must be True; got a batch of {sorted(loaded)}: the documents of a batch "
-            "come with it"
+            f"dataset.inter_document_masking must be True, so that batches have document boundaries; got a batch of "
+            f"{sorted(loaded)}"
         )
     num_samples, length = loaded["tokens"].shape
     packing = Packing(
@@ -96,7 +96,7 @@ def _get_batch(state: GlobalState, data_iterator: Any, stage: Any) -> tuple[Batc
         num_padding_B=_num_padding(loaded["loss_mask"], state.cfg.dataset),
     )
     needed: tuple[str, ...] = ("labels", "loss_mask") if stage.post_process else ()
-    # layers of multi-token prediction embed tokens too
+    # layers of multi-token prediction also embed tokens
     if stage.pre_process or stage.mtp_process:
         needed += ("tokens", "position_ids")
     return {key: loaded[key] if key in needed else None for key in TOKEN_KEYS}, packing
@@ -104,7 +104,7 @@ def _get_batch(state: GlobalState, data_iterator: Any, stage: Any) -> tuple[Batc
 
 def _count_flops(state: GlobalState, vp_stage: int | None, batch: Batch, packing: Packing) -> None:
     model = state.cfg.model
-    # Bridge counts the attention inside documents without context parallelism only
+    # Bridge counts attention inside documents only without context parallelism
     is_packed = model.pool_documents == "attention" and not model.cuts_documents
     accumulate_flops_metadata(
         state,
@@ -116,9 +116,9 @@ def _count_flops(state: GlobalState, vp_stage: int | None, batch: Batch, packing
 
 
 def _cut_by_sample(batch: Batch, packing: Packing, groups: Any) -> tuple[Batch, RouterDocuments]:
-    """This rank's part of the micro-batch as the recipe's attention takes it, and documents for the routers."""
+    """This rank's part of the micro-batch for the recipe's attention, and the documents for the routers."""
     if batch["position_ids"] is not None:
-        # the dataset starts them anew at every document
+        # the dataset restarts positions at every document
         shape = batch["position_ids"].shape
         batch["position_ids"] = torch.arange(shape[1]).expand(shape)
     batch = _on_device(batch)
@@ -128,7 +128,7 @@ def _cut_by_sample(batch: Batch, packing: Packing, groups: Any) -> tuple[Batch, 
 
 
 def _packed(batch: Batch, packing: Packing, config: Any, groups: Any) -> tuple[Batch, PackedSeqParams]:
-    """This rank's part of the micro-batch as one sequence of documents, [1, t] each, and the documents for all."""
+    """This rank's part of the micro-batch as one packed sequence, [1, t] per key, and its packing parameters."""
     batch = {key: None if value is None else value.view(1, -1) for key, value in batch.items()}
     bounds, cu_seqlens = None, packing.cu_seqlens
     if config.cuts_documents:
@@ -154,34 +154,35 @@ def _on_device(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_all_tokens(loss: Any, group: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A context-parallel rank's loss such that the mean over ranks, which Megatron takes, is that over all tokens."""
+    """A context-parallel rank's loss, scaled so that Megatron's mean over ranks equals the mean over all tokens."""
     summed, num_tokens, report = loss(output)
     return *over_all_tokens(summed, num_tokens, group), report
 
 
 def _num_padding(loss_mask_BS: Tensor, dataset: Any) -> Tensor | None:
-    """[B] int64, tokens of padding at the end of each sample, which the dataset counts to its last document.
+    """[B] int64, number of padding tokens at the end of each sample. The dataset counts them to the last document.
 
-    Told by the loss, which leaves out padding and the token before it; None where it leaves out other tokens too.
+    The loss mask gives the number: the loss leaves out padding and the token before the padding. None if the loss also
+    leaves out other tokens.
     """
     if dataset.eod_mask_loss:
         return None
     is_left_out_BS = loss_mask_BS.flip(1).cumsum(1) == 0
     num_left_out_B = is_left_out_BS.sum(1)
     num_padding_B = (num_left_out_B - 1).clamp(min=0)
-    # a sample that fills up a batch has no loss at all
+    # a sample that only fills up a batch has no token with loss
     is_filler_B = num_left_out_B == loss_mask_BS.shape[1]
     return torch.where(is_filler_B, num_left_out_B, num_padding_B)
 
 
-# the run that this process is in
+# the run of this process
 _run: weakref.ref[GlobalState] | None = None
 
 
 def _begin(state: GlobalState) -> None:
-    """At the first step of a run: check what it resumes, and let Megatron report the routers' metrics and roll fast.
+    """At the first step of a run: check the resumed checkpoint, install the router metrics and the packed MTP roll.
 
-    Bridge hands metrics to its loggers and drops the line for the console, so that line is printed here.
+    Bridge passes metrics to its loggers but drops the console line, so this function prints the console line.
     """
     global _run
     if _run is not None and _run() is state:
@@ -189,10 +190,10 @@ def _begin(state: GlobalState) -> None:
     model = state.cfg.model
     if not isinstance(model, Pooled):
         raise ValueError(
-            "cfg.model must have document pools with pool_forward_step; call emo_megatron.bridge.apply_pools(cfg, "
+            "cfg.model must have document pools for pool_forward_step; call emo_megatron.bridge.apply_pools(cfg, "
             "PoolConfig(...)) first"
         )
-    # options that came after apply_pools
+    # options may have changed after apply_pools
     check_run(state.cfg, model.pool_config())
     check_resume(state.cfg.checkpoint, model.pool_config(), step=state.train_state.step)
     use_packed_roll()

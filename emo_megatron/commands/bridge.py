@@ -1,4 +1,4 @@
-"""The command bridge: train a recipe of Megatron-Bridge with pools."""
+"""The command bridge: train a Megatron-Bridge recipe with pools."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ IS_IN_A_JOB = True
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train a Megatron-Bridge (NeMo) recipe with document pools, as it is or under torchrun.
+    """Train a Megatron-Bridge (NeMo) recipe with document pools, in one process or under torchrun.
 
     torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe olmoe_7b_pretrain_config model.pool_min=8
 
     torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe qwen3_30b_a3b_pretrain_config model.pool_min=8
     model.pool_unrestricted=0.05 train.train_iters=100 checkpoint.save=runs/qwen3
 
-    Options of the recipe that pools forbid are changed, and each change is printed. docs/bridge.md tells which.
+    Options of the recipe that pools do not support are changed, and each change is printed. docs/bridge.md lists these
+    options.
     """
 
     overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")] = ()
-    """Fields of the recipe and their values, as Megatron-Bridge takes them. model.pool_min must be among them."""
+    """Fields of the recipe and their new values, in Megatron-Bridge's syntax. model.pool_min is required."""
     recipe: str = ""
-    """A function of megatron.bridge.recipes or perf_recipes, by its name; or module:function for one of your own."""
+    """Name of a function in megatron.bridge.recipes or perf_recipes; or module:function for your own recipe."""
     strict: bool = False
-    """Refuse a recipe of which an option must change, instead of changing it."""
+    """Stop with an error instead of changing an option of the recipe."""
     list: bool = False
-    """Print the MoE pretraining recipes and train nothing."""
+    """Print the names of the MoE pretraining recipes, and train nothing."""
 
 
 def run(options: Options) -> str | None:
-    """Train, or list the recipes; returns where the checkpoints lie, if there are any."""
+    """Train, or list the recipes; returns the folder of the checkpoints, if there are any."""
     from emo_megatron.mcore import cpu
     from emo_megatron.mcore.compat import require_bridge
 
     if not (options.list or options.recipe):
         raise ValueError("--recipe must be given; --list prints the recipes")
     require_bridge()
-    # before Bridge is imported, which asks for GPUs
+    # before the import of Bridge, which requires GPUs
     cpu.activate()
     from emo_megatron.bridge import command
 

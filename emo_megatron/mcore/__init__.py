@@ -1,1 +1,1 @@
-"""EMO inside Megatron-Core: the only package, with bridge, that imports megatron."""
+"""EMO inside Megatron-Core. Only this package and emo_megatron.bridge import megatron."""

@@ -1,4 +1,4 @@
-"""The method's flags in Megatron's parser, and the check of everything asked for before anything is built."""
+"""Command-line flags of document pools in Megatron's parser, and the checks of all flags before a model is built."""
 
 from __future__ import annotations
 
@@ -24,37 +24,42 @@ _REFUSED = "this run cannot start"
 
 
 def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add one flag for every PoolConfig field, documented by that field (Megatron's extra_args_provider)."""
+    """Add one flag per PoolConfig field, and three flags of training (Megatron's extra_args_provider)."""
     repair_help(parser)
     suggest_flags(parser)
     group = parser.add_argument_group(
-        "document pools", "EMO: every token of a document chooses its experts inside one pool. Off without --pool-min."
+        "document pools",
+        "EMO (arXiv 2605.06663): all tokens of a document choose their experts from one pool of experts per layer. "
+        "Pools are off without --pool-min.",
     )
     _add_fields(group)
     group.add_argument(
         "--override-pool-config",
         action="store_true",
-        help="Resume a run although the pools it was trained with differ from these.",
+        help="Resume from a checkpoint that was trained with other --pool-* values; training continues with the values "
+        "given here. Without this flag, different values are an error.",
     )
     group.add_argument(
         "--max-documents",
         type=int,
         metavar="N",
-        help="With context parallelism and packed documents: give every micro-batch the length that N documents need, "
-        "those of all its samples together, padding included. Without it, micro-batches are as long as their own "
-        "documents need.",
+        help="Number of documents per micro-batch, over all its samples, that padding must leave room for. All "
+        "micro-batches get one length: the most tokens that N documents can need. A micro-batch that needs more is an "
+        "error. Only for packed documents with --context-parallel-size above 1. Default: each micro-batch is as long "
+        "as its own documents need.",
     )
     group.add_argument(
         "--mtp-exact-loss",
         action="store_true",
-        help="Divide the losses of multi-token prediction by the tokens of the main loss, so that parallel layouts "
-        "change them as little as the main loss. Megatron divides by the counted tokens of each rank's micro-batch.",
+        help="Divide the losses of multi-token prediction by the number of tokens of the main loss. Parallel layouts "
+        "then change these losses as little as the main loss. Without this flag Megatron divides by the number of "
+        "counted tokens in the micro-batch of each rank.",
     )
     return parser
 
 
 def _add_fields(group: argparse._ActionsContainer) -> None:
-    """A flag for every field of PoolConfig; the string under the field serves reader and --help."""
+    """Add one flag per field of PoolConfig. The string under the field is also the flag's --help text."""
     kinds, documentation = typing.get_type_hints(PoolConfig), _field_documentation()
     for field in dataclasses.fields(PoolConfig):
         options: dict[str, Any] = {"help": documentation[field.name], "default": field.default}
@@ -69,7 +74,7 @@ def _add_fields(group: argparse._ActionsContainer) -> None:
 
 
 def _field_documentation() -> dict[str, str]:
-    """Field -> the string under it, from the source."""
+    """Map each field of PoolConfig to the string under the field in the source, escaped for argparse."""
     body = ast.parse(inspect.getsource(PoolConfig)).body[0]
     assert isinstance(body, ast.ClassDef)
     return {
@@ -91,10 +96,10 @@ def _none_or(kind: Any) -> Callable[[str], Any]:
 
 
 def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
-    """The PoolConfig the flags describe."""
+    """The PoolConfig of the parsed flags. Raises ValueError for flags on which Megatron would stop at an assertion."""
     pool = PoolConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(PoolConfig)})
     if getattr(args, "context_parallel_size", 1) > 1 and pool.pool_documents == "attention":
-        # as batches.py cuts
+        # batches.py cuts packed micro-batches document by document
         pool = dataclasses.replace(pool, pool_cp_partition="document")
     raise_problems(_REFUSED, combinations.problems_with_routing(pool, args, only_asserted=True))
     return pool
@@ -103,9 +108,11 @@ def pool_config_from_args(args: argparse.Namespace) -> PoolConfig:
 def check_run(
     pool: PoolConfig, config: TransformerConfig, args: argparse.Namespace, *, rows: Sequence[Unsupported] = SCRIPT
 ) -> None:
-    """Refuse what this package would do wrong or silently not do, all of it in one error.
+    """Raise one ValueError with all options of this run that are not supported; one line per option.
 
-    `rows` are of the script that runs: `pretrain_emo.py`'s, or HOST of Megatron's own.
+    Args:
+        rows: the options that the running script does not support: SCRIPT for `pretrain_emo.py`, HOST for Megatron's
+            own scripts.
     """
     problems = combinations.problems_with_config(pool, config) + problems_of(rows, args, has_pools=pool.is_on)
     if rows is SCRIPT:
@@ -119,9 +126,9 @@ def check_run(
     problems += combinations.problems_with_sharded_optimizer(args) + combinations.problems_with_delay(pool, args)
     if pool.is_on and args.dataloader_type != "single":
         warnings.warn(
-            f"--dataloader-type {args.dataloader_type}: pool sizes will depend on the number of "
-            "data-parallel ranks; with --dataloader-type single they do not",
+            f"with --dataloader-type {args.dataloader_type} pool sizes will depend on the number of data-parallel "
+            "ranks; use --dataloader-type single, or keep the number of data-parallel ranks for the whole run",
             stacklevel=2,
         )
-    # a row on the model and one on the flags may say the same
+    # a row for the model and a row for the flags may give the same line
     raise_problems(_REFUSED, list(dict.fromkeys(problems)))

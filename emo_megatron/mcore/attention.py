@@ -1,7 +1,7 @@
 """Attention inside documents, for runs without Transformer Engine.
 
-Megatron's own attention for the local spec refuses packed sequences, sequence parallelism and context parallelism;
-these take its place in it. With Transformer Engine none is used.
+Megatron's own attention of the local spec does not support packed sequences, sequence parallelism or context
+parallelism. The local spec uses the classes of this file instead. Runs with Transformer Engine use none of them.
 """
 
 from __future__ import annotations
@@ -34,25 +34,27 @@ from emo_megatron.sharding import local_token_indices
 
 
 def require_supported(config: TransformerConfig) -> None:
-    """Raise NotImplementedError for the option of Megatron's attention that DocumentAttention does not have."""
+    """Raise NotImplementedError for the option of Megatron's attention that DocumentAttention does not support."""
     if config.apply_query_key_layer_scaling:
         raise NotImplementedError(
             "--apply-query-key-layer-scaling needs Transformer Engine's attention; use --transformer-impl "
-            "transformer_engine, or drop it"
+            "transformer_engine, or drop the flag"
         )
 
 
 class DocumentAttention(torch.nn.Module):
-    """Causal attention in which a token sees its own document only, through torch's scaled dot product.
+    """Causal attention in which a token sees only its own document, through torch's scaled dot product.
 
-    Stands in for Megatron's DotProductAttention, its sliding windows and softmax types included: the constructor takes
-    what that takes, and `cp_partition`, how packed micro-batches are cut over context-parallel ranks
-    (PoolConfig.pool_cp_partition). Every rank holds its own heads (tensor parallelism) of its own tokens (context
-    parallelism), and gathers the keys and values of the others: simple and exact, not made for long sequences.
+    Replaces Megatron's DotProductAttention, including sliding windows and softmax types. The constructor takes the
+    arguments of DotProductAttention and `cp_partition`, which says how packed micro-batches are cut over
+    context-parallel ranks (PoolConfig.pool_cp_partition). Each rank computes its own heads (tensor parallelism) of its
+    own tokens (context parallelism). Each rank gathers the keys and values of all context-parallel ranks. The result
+    is exact, but the method is not made for long sequences.
 
     Attributes:
-        softmax_offset: [heads of this rank], the logit of a key without a value, which takes a share of every softmax.
-            A parameter, under Megatron's name, with --softmax-type learnable; zero with off-by-one; None otherwise.
+        softmax_offset: [heads of this rank], the logit of an additional key without a value, which takes a share of
+            every softmax. With --softmax-type learnable: a parameter, under Megatron's name. With off-by-one: zeros.
+            Otherwise: None.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class DocumentAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if attn_mask_type is not AttnMaskType.causal:
-            raise NotImplementedError(f"attention is causal here; the spec asks for {attn_mask_type}")
+            raise NotImplementedError(f"attn_mask_type of the spec must be AttnMaskType.causal; got {attn_mask_type}")
         self.softmax_scale = softmax_scale
         self.cp_partition = cp_partition
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp", "tp"])
@@ -92,21 +94,21 @@ class DocumentAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Compute causal attention inside documents.
 
         Args:
-            query: [t, heads, head_dim] for packed sequences (t tokens of the whole micro-batch, or this
-                context-parallel rank's), else [s, b, heads, head_dim]; key and value alike, with the same or fewer
-                heads.
+            query: [t, heads, head_dim] for packed sequences (t: this context-parallel rank's tokens of the
+                micro-batch), else [s, b, heads, head_dim].
+            key, value: shaped like query, with the same number of heads or fewer.
             attention_mask, attn_mask_type: unused; the mask is causal within documents.
             attention_bias: must be None.
-            packed_seq_params: document boundaries; None means one document a sample.
+            packed_seq_params: document boundaries; None means one document per sample.
 
         Returns:
             [t, heads * head_dim] or [s, b, heads * head_dim].
         """
         if attention_bias is not None:
-            raise NotImplementedError("an attention bias needs Transformer Engine's attention")
+            raise NotImplementedError("attention_bias must be None with --transformer-impl local")
         num_tokens, packed, rows = query.shape[0], packed_seq_params, 1
         if self.cp_group is not None:
             key, value, own_T = self._of_all_ranks(key, value, packed)
@@ -126,7 +128,7 @@ class DocumentAttention(torch.nn.Module):
     def _of_all_ranks(
         self, key: Tensor, value: Tensor, packed: PackedSeqParams | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The keys and values [t or s, ...] of all context-parallel ranks, and which of them are this rank's."""
+        """The keys and values [t or s, ...] of all context-parallel ranks, and the positions of this rank's tokens."""
         assert self.cp_group is not None
         size, rank = self.cp_group.size(), self.cp_group.rank()
         num_tokens = key.shape[0] * size
@@ -144,7 +146,7 @@ class DocumentAttention(torch.nn.Module):
         return k, v, positions_RT[rank]
 
     def _visible(self, keys: Tensor, packed: PackedSeqParams | None, rows: int) -> Tensor:
-        """[rows or 1, 1, s, s] bool, True = visible, for `rows` samples in the `keys` [t or s, ...] of all ranks."""
+        """[rows or 1, 1, s, s] bool, True = visible, for `rows` samples with `keys` [t or s, ...] of all ranks."""
         if packed is None:
             size = len(keys)
             visible = keys.new_ones(1, 1, size, size, dtype=torch.bool).tril()
@@ -152,13 +154,13 @@ class DocumentAttention(torch.nn.Module):
             visible = _document_mask(packed, rows, len(keys))
         if self.window_size is None or self.window_size[0] < 0:
             return visible
-        # what lies to the right is hidden already, whatever the window's other side is
+        # the causal mask hides later keys already, so the right side of the window has no effect
         return visible.triu(-self.window_size[0])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         if self.softmax_offset is not None:
             assert visible is not None
-            # one key more, all zeros: its score is the offset alone, and its value adds nothing
+            # an additional key of zeros: the score of this key is the offset alone, and its value adds nothing
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
             bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
             offset = self.softmax_offset.to(q.dtype).view(1, -1, 1, 1)
@@ -180,7 +182,7 @@ class DocumentAttention(torch.nn.Module):
             )
 
     def _add_offset(self, config: TransformerConfig) -> None:
-        """Every rank draws the offsets of all heads and keeps its own, so that they do not depend on the layout."""
+        """Draw the offsets of all heads on every rank and keep the rank's own. The layout then does not change them."""
         offsets = torch.zeros(config.num_attention_heads, device=torch.cuda.current_device(), dtype=config.params_dtype)
         if config.softmax_type == "learnable" and config.perform_initialization:
             config.init_method(offsets)
@@ -192,7 +194,7 @@ class DocumentAttention(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
-        """Megatron's sharded state: the learnable offsets, cut by heads over tensor-parallel ranks."""
+        """Megatron's sharded state: the learnable offsets, split by heads over tensor-parallel ranks."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
@@ -206,13 +208,14 @@ class DocumentAttention(torch.nn.Module):
 class LatentAttention(MLASelfAttention):
     """Megatron's multi-latent attention without Transformer Engine: whole gradients, and norms of uncompressed queries.
 
-    All heads share that key. Megatron gathers it from the ranks' parts of the down projection, and in backward takes
-    this rank's heads' share of its gradient for the sum over all heads (NVIDIA/Megatron-LM issue 1699). Cut along
-    the sequence, as the output of Transformer Engine's duplicated projection is, the key is gathered in a way whose
-    backward sums. Without sequence parallelism there is no training to repair: Megatron's MoE layer refuses it.
+    All heads share the rotary part of the key. Megatron gathers this part from the tensor-parallel ranks' shares of the
+    down projection. In backward, Megatron takes the gradient of this rank's heads for the sum over all heads
+    (NVIDIA/Megatron-LM issue 1699). This class splits the output of the down projection along the sequence, as
+    Transformer Engine's duplicated projection does. Megatron then gathers by a function whose backward sums over the
+    ranks. Tensor parallelism without sequence parallelism needs no repair: Megatron's MoE layer does not train then.
 
-    Where queries are not compressed, --qk-layernorm norms what they are projected from. Megatron does so from 0.19 on,
-    by a projection of Transformer Engine's that holds the norm; NormedLinear is that projection here.
+    If queries are not compressed, --qk-layernorm norms the input of the query projection. Megatron does so from 0.19
+    on, through a projection of Transformer Engine that contains the norm. NormedLinear is that projection here.
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> Any:
@@ -239,7 +242,7 @@ class LatentAttention(MLASelfAttention):
 
 
 def _document_mask(packed: PackedSeqParams, rows: int, num_tokens: int) -> Tensor:
-    """[rows, 1, s, s] bool, True = visible: same document and not later. Built once a micro-batch."""
+    """[rows, 1, s, s] bool, True = visible: same document and not later. Built once per micro-batch."""
     cached = getattr(packed, "emo_document_mask", None)
     if cached is not None:
         return cached

@@ -1,7 +1,7 @@
 """Samples and micro-batches of pretraining on megatron.training, with document boundaries on every pipeline stage.
 
-Tensor-parallel rank 0 of every stage loads, so that the routers of middle stages see boundaries too. With attention
-inside documents, context parallelism cuts by document: each document is padded first (padding.py).
+Tensor-parallel rank 0 of every stage loads samples, so the routers of middle stages get the boundaries too. With
+attention inside documents, context parallelism cuts each document. Documents are padded first (padding.py).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 BATCH_KEYS = (*TOKEN_KEYS, "cu_seqlens", "max_seqlen")
 
 NUM_PADDING = "num_padding"
-"""Key of a sample, and of a micro-batch with document boundaries: tokens of padding at the end, [mbs] int64."""
+"""Key of a sample: number of padding tokens at the end. Key of a micro-batch with document boundaries: [mbs] int64."""
 
 ROUTER_BOUNDS = "router_bounds"
-"""Key of a sample, [S + 1] int32 from 0 to S and filled with S, and of a micro-batch, [D + 1] int64: boundaries of its
-documents for the routers only."""
+"""Key of document boundaries for the routers only. In a sample: [S + 1] int32 from 0 to S, filled up with S. In a
+micro-batch: [D + 1] int64."""
 
 PADDED_BOUNDS = "padded_bounds"
-"""Key of a micro-batch that was padded by document: [D + 1] or, with --max-documents, [D + 2] int64."""
+"""Key of a micro-batch whose documents were padded: padded boundaries, int64, [D + 1] or [D + 2] (--max-documents)."""
 PADDED_TOKENS = "padded_tokens"
-"""Key of such a micro-batch: tokens of all context-parallel ranks together, padding included, an int."""
+"""Key of a micro-batch whose documents were padded: tokens of all context-parallel ranks, padding included, an int."""
 
 
 class _TellsPadding:
-    """Of a GPTDataset: samples with boundaries also say how many tokens at their end are padding.
+    """Mix-in of a GPTDataset: samples also report the number of padding tokens at their end (NUM_PADDING).
 
-    Megatron counts those to the last document. Without Megatron's own boundaries they have ROUTER_BOUNDS.
+    Megatron counts padding to the last document. With `gives_router_bounds` samples also have ROUTER_BOUNDS.
     """
 
     _num_fetched = 0
@@ -73,7 +73,7 @@ class _TellsPadding:
         told: dict[str, Any] = {NUM_PADDING: num_tokens - num_real}
         config = self.config  # type: ignore[attr-defined]
         if getattr(config, "gives_router_bounds", False):
-            # what Megatron makes of them: the last label's token left out, padding counted to the last document
+            # as Megatron does: leave out the token of the last label, and count padding to the last document
             lengths = self._lengths[:-1] if self._lengths[-1] == 1 else self._lengths
             ends = torch.tensor(lengths[:-1], dtype=torch.int32).cumsum(0)
             bounds = torch.full((num_tokens + 1,), num_tokens, dtype=torch.int32)
@@ -84,23 +84,23 @@ class _TellsPadding:
 
 @dataclass
 class PoolDatasetConfig(GPTDatasetConfig):
-    """Megatron's, and whether samples have boundaries for the routers only."""
+    """Megatron's configuration, and whether samples have boundaries for the routers only."""
 
     gives_router_bounds: bool = False
 
 
 class PoolGPTDataset(_TellsPadding, GPTDataset):
-    """Megatron's dataset, whose samples tell their padding."""
+    """Megatron's dataset, whose samples also report their padding."""
 
 
 class PoolMockGPTDataset(_TellsPadding, MockGPTDataset):
-    """Megatron's made-up dataset, whose samples tell their padding."""
+    """Megatron's mock dataset, whose samples also report their padding."""
 
 
 class PoolSFTDataset(SFTDataset):
-    """Megatron's dataset of conversations, whose samples tell their padding.
+    """Megatron's dataset of conversations, whose samples also report their padding.
 
-    A document is a conversation, cut at the end of the sample. Megatron counts the padding to the last one.
+    A document is a conversation, cut at the end of the sample. Megatron counts padding to the last conversation.
     """
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class PoolSFTDataset(SFTDataset):
         num_tokens = len(sample["tokens"])
         if start >= num_tokens:
             return sample | {NUM_PADDING: 0}
-        # padding cannot be told by its token: that may be the end-of-document token, which ends conversations too
+        # the token does not identify padding: it may be the end-of-document token, which also ends conversations
         last, _ = self.config.tokenizer.tokenize_conversation(
             conversations[-1], return_target=True, add_generation_prompt=False
         )
@@ -124,7 +124,7 @@ def has_documents(args: Any) -> bool:
 
 
 def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> bool:
-    """Whether this stage embeds tokens or has a loss."""
+    """Whether this stage embeds tokens or computes a loss."""
     return is_first_or_last_pipeline_stage(vp_stage) or predicts_further(config, vp_stage)
 
 
@@ -142,11 +142,10 @@ def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp
     """This stage's part of the next micro-batch.
 
     Returns:
-        BATCH_KEYS (those of tokens only, where attention has no boundaries) -> tensor or None, and NUM_PADDING with
-        document boundaries; PADDED_BOUNDS and PADDED_TOKENS where
-        documents were padded. Token tensors are [1, mbs * s] with boundaries and [mbs, s] without or with
-        ROUTER_BOUNDS, this context-parallel rank's part of them; middle stages get the boundaries and the padding
-        only. `cu_seqlens` are those before padding.
+        BATCH_KEYS -> tensor or None; only TOKEN_KEYS, if attention has no boundaries. With document boundaries also
+        NUM_PADDING; if documents were padded, also PADDED_BOUNDS and PADDED_TOKENS. Token tensors are this
+        context-parallel rank's part of [1, mbs * s], or of [mbs, s] without boundaries or with ROUTER_BOUNDS. Middle
+        stages get only the boundaries and NUM_PADDING. `cu_seqlens` are the boundaries before padding.
     """
     args = get_args()
     is_for_routers = are_for_routers(args)
@@ -156,7 +155,7 @@ def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp
         return dict.fromkeys(BATCH_KEYS)
     loaded: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
-        assert data_iterator is not None, "the dataset is built on every stage"
+        assert data_iterator is not None, "the dataset must be built on every pipeline stage"
         loaded = next(data_iterator)
         if is_for_routers and ROUTER_BOUNDS not in loaded:
             raise ValueError(
@@ -174,19 +173,19 @@ def get_batch(data_iterator: Iterator[Any] | None, config: TransformerConfig, vp
     if not has_tokens:
         return dict.fromkeys(BATCH_KEYS) | documents
     batch = _on_this_tp_rank(loaded, TOKEN_KEYS, config, vp_stage)
-    # the two pieces of each sample that this context-parallel rank holds
+    # keep the two pieces of each sample that belong to this context-parallel rank
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     return batch | documents
 
 
 def _padded(batch: dict[str, Any]) -> dict[str, Any]:
-    """A packed micro-batch with its documents padded, and this context-parallel rank's part of every one."""
+    """Pad the documents of a packed micro-batch, and keep this context-parallel rank's part of every document."""
     args = get_args()
     cp_size = args.context_parallel_size
     tp_size = args.tensor_model_parallel_size if args.sequence_parallel else 1
     multiple = padding_multiple(cp_size=cp_size, tp_size=tp_size)
     cu_seqlens, num_packed = batch["cu_seqlens"][0], len(batch[NUM_PADDING]) * args.seq_length
-    # a script that uses this module may have no such flag
+    # scripts that use this module may lack this flag
     most = getattr(args, "max_documents", None)
     if most is None:
         bounds = padded_bounds(cu_seqlens, multiple=multiple)
@@ -196,8 +195,8 @@ def _padded(batch: dict[str, Any]) -> dict[str, Any]:
         bounds = padded_bounds(cu_seqlens, multiple=multiple, num_tokens=num_tokens)
         if bounds[-2] > num_tokens:
             raise ValueError(
-                f"--max-documents must be at least the documents of every micro-batch; got {most} and a micro-batch of "
-                f"{len(cu_seqlens) - 1}, which need {int(bounds[-2])} tokens and not {num_tokens}"
+                f"--max-documents {most} leaves room for {num_tokens} tokens per micro-batch; got a micro-batch of "
+                f"{len(cu_seqlens) - 1} documents, which need {int(bounds[-2])} tokens. Give a larger --max-documents"
             )
     cut = cut_by_document(
         batch,
@@ -212,11 +211,11 @@ def _padded(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _broadcast_documents(loaded: dict[str, Any]) -> dict[str, Any]:
-    """ROUTER_BOUNDS and NUM_PADDING of what tensor-parallel rank 0 has loaded, which is empty on others."""
+    """ROUTER_BOUNDS and NUM_PADDING of the samples that tensor-parallel rank 0 loaded; `loaded` is empty elsewhere."""
     num_bounds = torch.zeros(1, dtype=torch.int64, device="cuda")
     bounds = torch.empty(0)
     if loaded:
-        # on the host, where counting the documents costs nothing
+        # on the host, because counting documents on the device would wait for the device
         bounds = merged_bounds(loaded[ROUTER_BOUNDS])
         num_bounds.fill_(len(bounds))
         bounds = bounds.cuda(non_blocking=True)
@@ -238,7 +237,7 @@ def _num_padding(loaded: dict[str, Any]) -> Tensor:
 def _on_this_tp_rank(
     loaded: dict[str, Any], keys: tuple[str, ...], config: TransformerConfig, vp_stage: int | None
 ) -> dict[str, Any]:
-    """These keys of what tensor-parallel rank 0 has loaded, where this pipeline stage needs them."""
+    """The tensors of `keys` that tensor-parallel rank 0 loaded, as far as this pipeline stage needs them."""
     args = get_args()
     return get_batch_on_this_tp_rank(
         {key: loaded[key].cuda(non_blocking=True) for key in keys if loaded},
@@ -247,7 +246,7 @@ def _on_this_tp_rank(
         has_cu_seqlens="cu_seqlens" in keys,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=False,
-        # above 1 it would look for documents that the dataset has padded
+        # above 1 this function would look for documents that the dataset padded
         cp_size=1,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
@@ -260,7 +259,7 @@ def _on_this_tp_rank(
 
 
 def _broadcast(values: Tensor) -> None:
-    """Give every tensor-parallel rank what rank 0 has."""
+    """Copy the values of tensor-parallel rank 0 to all tensor-parallel ranks."""
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             values, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
@@ -268,7 +267,7 @@ def _broadcast(values: Tensor) -> None:
 
 
 def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
-    """The micro-batch's document boundaries for the routers only; None in every other mode."""
+    """The micro-batch's document boundaries for the routers only; None if there are no such boundaries."""
     if batch.get(ROUTER_BOUNDS) is None:
         return None
     return RouterDocuments(
@@ -277,33 +276,33 @@ def router_documents(batch: dict[str, Any]) -> RouterDocuments | None:
 
 
 def _check_tokens(loaded: dict[str, Any], *, seq_length: int) -> None:
-    """Refuse samples that somebody has cut or padded already: labels and boundaries would belong to other tokens."""
+    """Raise ValueError for samples that the loader cut or padded: boundaries would belong to other tokens."""
     lengths = {key: loaded[key].shape[-1] for key in TOKEN_KEYS}
     if set(lengths.values()) != {seq_length}:
         raise ValueError(
-            f"a sample must have --seq-length {seq_length} of everything when it is loaded; got {lengths}: it is "
-            "padded and cut over ranks here, so the loader must not"
+            f"a loaded sample must have --seq-length {seq_length} entries per key; got {lengths}: the loader must "
+            "neither pad nor cut samples, because this package does"
         )
     if loaded.get("cu_seqlens_padded") is not None:
         raise ValueError(
-            "a sample must come without cu_seqlens_padded: its documents are padded here as --context-parallel-size "
-            "needs, and padding that is in a sample already would choose experts like text"
+            "a loaded sample must not have cu_seqlens_padded: this package pads documents for --context-parallel-size, "
+            "and padding from the loader would be routed like text; load samples without padding between documents"
         )
 
 
 def _check_documents(cu_seqlens: Tensor, *, seq_length: int) -> None:
-    """Refuse impossible boundaries while they are still on the host, where looking at them costs nothing."""
+    """Raise ValueError for impossible boundaries, on the host, where the check does not wait for the device."""
     for sample in cu_seqlens.reshape(-1, cu_seqlens.shape[-1]):
         DocumentSegments.from_cu_seqlens(sample, num_tokens=seq_length)
         if sample[-1] != seq_length:
             raise ValueError(
-                f"cu_seqlens of a sample must end with its --seq-length {seq_length} tokens; got {int(sample[-1])}: "
-                "what lies behind would be in no document, and padding between documents comes later"
+                f"cu_seqlens of a sample must end at --seq-length {seq_length}; got {int(sample[-1])}: later tokens "
+                "would be in no document, and this package adds the padding between documents"
             )
 
 
 def packed_documents(batch: dict[str, Any]) -> PackedSeqParams | None:
-    """The micro-batch's document boundaries in the form Megatron's layers take; None without boundaries."""
+    """The micro-batch's document boundaries as PackedSeqParams for Megatron's layers; None without boundaries."""
     if batch.get("cu_seqlens") is None:
         return None
     args = get_args()

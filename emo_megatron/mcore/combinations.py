@@ -1,4 +1,4 @@
-"""What Megatron's flags must be to each other, and to the pools: a sentence for every combination that cannot be."""
+"""Combinations of Megatron's flags and --pool-* flags that are not supported; one sentence per combination."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from emo_megatron.mcore.unsupported import DEDUP, MODEL, problems_of
 
 GATES = ("sigmoid", "sqrtsoftplus")
 RESTARTS = "nvidia_resiliency_ext"
-"""The package behind --inprocess-restart."""
+"""The package that --inprocess-restart needs."""
 
 
 def are_for_routers(args: Any) -> bool:
-    """Whether document boundaries are for the routers only."""
-    # a script that uses this package may have no flags of pools
+    """Whether only the routers get document boundaries."""
+    # scripts that use this package may lack the --pool-* flags
     return getattr(args, "pool_documents", "attention") == "routers"
 
 
 def is_padded(args: Any) -> bool:
-    """Whether documents are padded, because context parallelism cuts them one by one."""
+    """Whether documents are padded because context parallelism cuts each document."""
     return bool(args.dataloader_inter_document_masking and args.context_parallel_size > 1 and not are_for_routers(args))
 
 
 def problems_with_config(pool: PoolConfig, config: Any) -> list[str]:
-    """What a model of this TransformerConfig cannot do with the pool layers."""
+    """Problems of a model with this TransformerConfig and pool layers; one sentence per problem."""
     if not config.num_moe_experts:
         return ["--num-experts must be given: the pool layers are mixture-of-experts layers"]
     rows = MODEL + (DEDUP if pool.pool_dispatcher == "dedup" else ())
@@ -40,12 +40,12 @@ def problems_with_config(pool: PoolConfig, config: Any) -> list[str]:
 
 
 def problems_with_routing(pool: PoolConfig, values: Any, *, only_asserted: bool = False) -> list[str]:
-    """What does not go together in the router, by Megatron's TransformerConfig or its parsed flags.
+    """Problems of the router's options, from Megatron's TransformerConfig or from Megatron's parsed flags.
 
-    With `only_asserted` only what Megatron stops at by an assertion when it makes the one of the other.
+    With `only_asserted`: only problems that raise an assertion while Megatron makes the config from the flags.
     """
     num_experts = getattr(values, "num_moe_experts", None) or getattr(values, "num_experts", None)
-    # flags that another host's parser does not have are passed over
+    # the parser of another host may lack these flags
     if not num_experts or not hasattr(values, "moe_router_load_balancing_type"):
         return []
     problems = _problems_with_balance(pool, values) + _problems_with_groups(pool, values, num_experts)
@@ -60,14 +60,14 @@ def problems_with_routing(pool: PoolConfig, values: Any, *, only_asserted: bool 
         ),
         (
             pool.pool_score == "gate_with_bias" and not (has_bias and score in GATES),
-            f"--moe-router-enable-expert-bias and --moe-router-score-function {gates} must be given with --pool-score "
-            f"gate_with_bias; got {score} {'with' if has_bias else 'without'} a bias",
+            "--pool-score gate_with_bias requires --moe-router-enable-expert-bias and --moe-router-score-function "
+            f"{gates}; got score function {score} {'with' if has_bias else 'without'} an expert bias",
         ),
         (
-            # Megatron would stop at an assertion while it builds the layers
+            # Megatron would stop at an assertion while building the layers
             values.moe_latent_size and not moe_layer.HAVE_TE,
-            f"--moe-latent-size {values.moe_latent_size} needs Transformer Engine, which has the projections to and "
-            "from the latent size and is not installed",
+            f"--moe-latent-size {values.moe_latent_size} needs Transformer Engine, which is not installed: only "
+            "Transformer Engine has the projections to and from the latent size; drop the flag or install the package",
         ),
     )
 
@@ -80,13 +80,13 @@ def _problems_with_balance(pool: PoolConfig, values: Any) -> list[str]:
     return broken(
         (
             num_coefficients != (len(kinds) if is_list else None),
-            f"--moe-aux-loss-coeff must be one number for each of --moe-router-load-balancing-type {named}; got "
+            f"--moe-aux-loss-coeff must have one number per loss of --moe-router-load-balancing-type {named}; got "
             f"{coefficients!r}",
         ),
-        (len(set(kinds)) < len(kinds), f"--moe-router-load-balancing-type must name a loss once; got {named}"),
+        (len(set(kinds)) < len(kinds), f"--moe-router-load-balancing-type must name each loss only once; got {named}"),
         (
             pool.pool_balance == "running" and {"aux_loss", "seq_aux_loss"}.issuperset(kinds),
-            "--pool-balance must be micro without global_aux_loss, whose fraction it is about; got 'running' with "
+            "--pool-balance running requires global_aux_loss, the only loss that --pool-balance changes; got "
             f"--moe-router-load-balancing-type {named}",
         ),
     )
@@ -98,13 +98,13 @@ def _problems_with_groups(pool: PoolConfig, values: Any, num_experts: int) -> li
     problems = broken(
         (
             of_documents and not (groups and limit and limit < groups),
-            "--moe-router-num-groups, and a smaller --moe-router-group-topk, must be given with --pool-group-scope "
-            f"document; got {groups} and {limit}",
+            "--pool-group-scope document requires --moe-router-num-groups and a smaller --moe-router-group-topk; got "
+            f"{groups} and {limit}",
         ),
         (
             pool.is_on and bool(limit) != bool(groups) and groups != 1,
-            "--moe-router-num-groups and --moe-router-group-topk go together, alone they limit nothing; got "
-            f"{groups} and {limit}",
+            "--moe-router-num-groups and --moe-router-group-topk must be given together, because one of them alone has "
+            f"no effect; got {groups} and {limit}",
         ),
     )
     if not (groups and limit):
@@ -114,19 +114,19 @@ def _problems_with_groups(pool: PoolConfig, values: Any, num_experts: int) -> li
     held = num_experts // groups * limit
     if not 1 <= limit <= groups or limit > top_k:
         most = f"--moe-router-num-groups ({groups}) and --moe-router-topk ({top_k})"
-        return [*problems, f"--moe-router-group-topk must be at most {most}; got {limit}"]
+        return [*problems, f"--moe-router-group-topk must be at least 1 and at most {most}; got {limit}"]
     sizes = {name: getattr(pool, name) for name in ("pool_min", "pool_max", "pool_min_start", "pool_eval")}
     return problems + broken(
         (
             held < top_k,
-            f"--moe-router-group-topk must be larger: {limit} groups of {num_experts // groups} experts hold fewer "
-            f"than --moe-router-topk ({top_k})",
+            f"--moe-router-group-topk must admit groups that hold --moe-router-topk ({top_k}) experts or more; got "
+            f"{limit} groups of {num_experts // groups} experts",
         ),
         *(
             (
                 of_documents and size is not None and size > held,
-                f"{flag(name)} must be at most {held} with --pool-group-scope document: {limit} of {groups} groups "
-                f"hold no more experts; got {size}",
+                f"{flag(name)} must be at most {held}, the number of experts in {limit} of {groups} groups, with "
+                f"--pool-group-scope document; got {size}",
             )
             for name, size in sizes.items()
         ),
@@ -134,7 +134,7 @@ def _problems_with_groups(pool: PoolConfig, values: Any, num_experts: int) -> li
 
 
 def problems_with_long_context(pool: PoolConfig, args: Any) -> list[str]:
-    """What does not go together in pretrain_emo.py's context parallelism and multi-token prediction."""
+    """Problems of context parallelism and multi-token prediction in pretrain_emo.py; one sentence per problem."""
     is_packed = args.dataloader_inter_document_masking and pool.pool_documents == "attention"
     is_cut = is_packed and args.context_parallel_size > 1
     return [
@@ -145,37 +145,38 @@ def problems_with_long_context(pool: PoolConfig, args: Any) -> list[str]:
 
 
 def _problems_with_lengths(args: Any, *, is_packed: bool, is_cut: bool) -> list[str]:
-    # commands that open a trained model have no such flag
+    # the commands that open a trained model lack this flag
     most = getattr(args, "max_documents", None)
     needs = equal_lengths_flag(args)
     held = args.seq_length // args.context_parallel_size
     if is_packed and args.pipeline_model_parallel_size == 1:
-        # one sample after the other; between stages samples are sent side by side
+        # one sequence of all samples; pipeline stages exchange a batch of samples instead
         held *= args.micro_batch_size
     return broken(
         (
             most is not None and not is_cut,
-            "--max-documents must not be given without --context-parallel-size above 1 and packed documents; got "
-            f"{most}: documents are padded only there",
+            "--max-documents must not be given without --context-parallel-size above 1 and packed documents "
+            f"(--dataloader-inter-document-masking); got {most}: other runs do not pad documents",
         ),
         (is_cut and most is not None and most < 1, f"--max-documents must be at least 1; got {most}"),
         (
             is_cut and most is None and needs,
-            f"--max-documents must be given with {needs} and --context-parallel-size {args.context_parallel_size}: "
-            "that takes equally many tokens of every rank, and documents are padded to other lengths on each",
+            f"--max-documents must be given with {needs} and --context-parallel-size {args.context_parallel_size}: the "
+            "dispatcher requires equal numbers of tokens on all ranks, and padding makes the numbers differ; give the "
+            "largest number of documents per micro-batch",
         ),
         (
-            # nobody pads samples; padding makes of documents what sequence parallelism can cut
+            # whole samples are not padded; padded documents always have a length that sequence parallelism can cut
             not is_cut and args.sequence_parallel and held % args.tensor_model_parallel_size,
             "--seq-length must give every context-parallel rank a multiple of --tensor-model-parallel-size "
-            f"({args.tensor_model_parallel_size}) tokens with --sequence-parallel; got {args.seq_length}, and {held} "
-            "tokens",
+            f"({args.tensor_model_parallel_size}) tokens with --sequence-parallel; got {args.seq_length}, which gives "
+            f"{held} tokens per rank",
         ),
     )
 
 
 def equal_lengths_flag(config: Any) -> str | None:
-    """The flag for which every rank must have equally many tokens; None if ranks need not."""
+    """The flag that requires equal numbers of tokens on all ranks; None if no flag requires this."""
     kind = config.moe_token_dispatcher_type
     if kind == "allgather" and config.expert_model_parallel_size > 1:
         return "--moe-token-dispatcher-type allgather"
@@ -186,9 +187,11 @@ def equal_lengths_flag(config: Any) -> str | None:
 
 
 def problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
-    """How context-parallel ranks exchange keys and values, where attention does something else.
+    """Problems of the exchange of keys and values between context-parallel ranks; one sentence per problem.
 
-    By parsed flags, or a model's configuration; `is_cut` says whether documents are cut one by one.
+    Args:
+        args: parsed flags, or a model's configuration.
+        is_cut: whether context parallelism cuts each document, instead of each sample.
     """
     if args.context_parallel_size == 1:
         return []
@@ -199,48 +202,53 @@ def problems_with_exchange(args: Any, *, is_cut: bool) -> list[str]:
     return broken(
         (
             is_local and kinds - {"p2p"},
-            f"--cp-comm-type must not be given with --transformer-impl local; got {sorted(kinds)}: its attention "
-            "gathers keys and values, and the exchanges are Transformer Engine's",
+            f"--cp-comm-type must be p2p or not given with --transformer-impl local; got {sorted(kinds)}: the other "
+            "exchanges are implemented by Transformer Engine only",
         ),
         (
             is_cut and is_both and not is_local,
-            "--cp-comm-type must not be a2a+p2p with packed documents: Transformer Engine has it for whole samples",
+            "--cp-comm-type must not be a2a+p2p with packed documents: Transformer Engine implements a2a+p2p for whole "
+            "samples only; use another exchange, or --pool-documents routers",
         ),
         (
             sizes and not is_both,
             "--hierarchical-context-parallel-sizes must not be given without --cp-comm-type a2a+p2p; got "
-            f"{sizes}: nothing else reads it",
+            f"{sizes}: no other exchange uses these sizes",
         ),
     )
 
 
 def problems_with_prediction(args: Any, *, is_packed: bool) -> list[str]:
-    """What does not go with multi-token prediction, by parsed flags or a model's configuration.
+    """Problems of multi-token prediction; one sentence per problem.
 
-    `is_packed` says whether attention keeps to documents.
+    Args:
+        args: parsed flags, or a model's configuration.
+        is_packed: whether attention stays inside documents.
     """
     if not args.mtp_num_layers:
         is_exact = getattr(args, "mtp_exact_loss", False)
-        return broken((is_exact, "--mtp-exact-loss must not be given without --mtp-num-layers: there is no such loss"))
+        return broken(
+            (is_exact, "--mtp-exact-loss must not be given without --mtp-num-layers: there is no loss to change")
+        )
     has_positions = args.position_embedding_type == "learned_absolute"
     return broken(
         (
             args.overlap_moe_expert_parallel_comm and is_packed,
             "--mtp-num-layers must not be given with --overlap-moe-expert-parallel-comm and packed documents; got "
-            f"{args.mtp_num_layers}: Megatron's plan of a pass asserts that there are none; give --pool-documents "
-            "routers",
+            f"{args.mtp_num_layers}: Megatron's schedule plan asserts that samples are not packed; use "
+            "--pool-documents routers",
         ),
         (
             has_positions and args.pipeline_model_parallel_size > 1,
             "--position-embedding-type must not be learned_absolute with --mtp-num-layers and "
-            "--pipeline-model-parallel-size above 1: Megatron shares the embedding of tokens with the stage of "
-            "multi-token prediction, and leaves that of positions apart on each",
+            "--pipeline-model-parallel-size above 1: Megatron shares only the token embedding between stages, so the "
+            "stage of multi-token prediction would train its own position embedding; use another position embedding",
         ),
     )
 
 
 def problems_with_boundaries(pool: PoolConfig, args: Any) -> list[str]:
-    """Boundaries that are missing, given twice, or in batches that cannot go where they must."""
+    """Problems of document boundaries: missing, given twice, or in batches that cannot be sent to other ranks."""
     is_packed = args.dataloader_inter_document_masking or args.sft
     packing = "--sft" if args.sft else "--dataloader-inter-document-masking"
     is_for_routers = pool.pool_documents == "routers"
@@ -248,7 +256,8 @@ def problems_with_boundaries(pool: PoolConfig, args: Any) -> list[str]:
     return broken(
         (
             is_packed and is_for_routers,
-            f"{packing} must not be given with --pool-documents routers: attention would keep to documents too",
+            f"{packing} must not be given with --pool-documents routers: attention would stay inside documents too; "
+            "drop one of the two flags",
         ),
         (
             is_packed
@@ -256,60 +265,61 @@ def problems_with_boundaries(pool: PoolConfig, args: Any) -> list[str]:
             and args.virtual_pipeline_model_parallel_size is not None
             and args.overlap_moe_expert_parallel_comm,
             "--micro-batch-size must be 1 in an interleaved pipeline with --overlap-moe-expert-parallel-comm and "
-            f"{packing}; got {args.micro_batch_size}: Megatron's plan of a pass can't send packed samples",
+            f"{packing}; got {args.micro_batch_size}: Megatron's schedule plan cannot send several packed "
+            "samples from stage to stage",
         ),
         (
             args.tensor_model_parallel_size > 1 and args.eval_micro_batch_size not in (None, args.micro_batch_size),
-            f"--eval-micro-batch-size must be --micro-batch-size ({args.micro_batch_size}) with "
-            f"--tensor-model-parallel-size above 1; got {args.eval_micro_batch_size}: all ranks but the first expect "
-            "batches of the training's size",
+            f"--eval-micro-batch-size must equal --micro-batch-size ({args.micro_batch_size}) with "
+            f"--tensor-model-parallel-size above 1; got {args.eval_micro_batch_size}: all tensor-parallel ranks except "
+            "the first expect batches of the training size",
         ),
         (
             pool.pool_balance == "running" and not has_boundaries,
-            "--dataloader-inter-document-masking or --pool-documents routers must be given with --pool-balance "
-            "running: the step so far is kept with the documents",
+            "--pool-balance running requires document boundaries, because the counts of the step so far are stored "
+            "with the documents; give --dataloader-inter-document-masking or --pool-documents routers",
         ),
         (
             pool.is_on and not has_boundaries,
-            "--dataloader-inter-document-masking must be given with --pool-min: pools follow document boundaries; "
-            "or --pool-documents routers, with which attention does not",
+            "--pool-min requires document boundaries; give --dataloader-inter-document-masking (attention stays inside "
+            "documents, as in the paper) or --pool-documents routers (attention runs across documents)",
         ),
     )
 
 
 def problems_with_delay(pool: PoolConfig, args: Any) -> list[str]:
-    """A delay that leaves no step with pools; nothing where the run's length is not told."""
+    """The problem of a delay that leaves no step with pools; none if the length of the run is not given."""
     delay = pool.pool_delay_samples
     if delay == 0 or args.skip_train:
         return []
     samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
-    told = f"--pool-delay-samples must be below the samples of the run ({samples}), or no step has pools; got {delay}"
+    told = f"--pool-delay-samples must be less than the run's samples ({samples}), or no step has pools; got {delay}"
     return broken((0 < samples <= delay, told))
 
 
 def problems_with_sharded_optimizer(args: Any) -> list[str]:
-    """Checkpoints for which Megatron-FSDP would wait for ever.
+    """Problems of checkpoints whose optimizer Megatron-FSDP would never finish saving or loading.
 
-    Its ranks gather one state of the optimizer after the other, and torch's AdamW, without Transformer Engine and Apex
-    Megatron's, keeps none for a weight of which the rank holds nothing.
+    The ranks gather the optimizer's states one after the other. Without Transformer Engine and Apex, Megatron uses
+    torch's AdamW. AdamW keeps no state for a weight of which the rank holds nothing, so ranks gather different states.
     """
     is_sharded = args.data_parallel_size > 1 and args.data_parallel_sharding_strategy != "no_shard"
     if not (args.use_megatron_fsdp and is_sharded and USING_PYTORCH_OPTIMIZER):
         return []
     where = f"with --use-megatron-fsdp on {args.data_parallel_size} ranks without Transformer Engine or Apex"
-    why = "torch's AdamW keeps no state for weights on other ranks, and it would never end"
+    why = "torch's AdamW keeps no state for weights on other ranks, so saving or loading the optimizer never ends"
     return broken(
         (args.save and not args.no_save_optim, f"--no-save-optim must be given with --save {args.save} {where}: {why}"),
         (
             args.load and not (args.no_load_optim or args.finetune),
-            f"--load {args.load} must not be given {where}: {why}; convert the checkpoint with "
-            "python -m emo_megatron.checkpoint.fsdp",
+            f"--no-load-optim or --finetune must be given with --load {args.load} {where}: {why}; "
+            "python -m emo_megatron.checkpoint.fsdp converts the weights to torch_dist",
         ),
     )
 
 
 def problems_with_restarts(args: Any) -> list[str]:
-    """Why --inprocess-restart cannot work here: without the package behind it Megatron would go on without restarts."""
+    """Problems of --inprocess-restart. Without the package Megatron runs, but never restarts."""
     if not args.inprocess_restart:
         return []
     active = args.inprocess_active_world_size
@@ -317,11 +327,11 @@ def problems_with_restarts(args: Any) -> list[str]:
         (
             importlib.util.find_spec(RESTARTS) is None,
             f"--inprocess-restart needs the package {RESTARTS}, which is not installed: "
-            "pip install nvidia-resiliency-ext, or drop the flag",
+            "run pip install nvidia-resiliency-ext, or drop the flag",
         ),
         (
             active not in (None, args.world_size),
-            f"--inprocess-active-world-size must be the number of processes, {args.world_size}; got {active}: flags "
-            "are parsed before reserve ranks are set aside",
+            f"--inprocess-active-world-size must equal the number of processes ({args.world_size}); got {active}: "
+            "reserve ranks are not supported, because flags are parsed before reserve ranks are set aside",
         ),
     )

@@ -1,9 +1,9 @@
-"""What a router must know about its micro-batch: whose documents, which training samples, which pools were chosen.
+"""What a router needs to know about its micro-batch: documents, positions in training, and chosen pools.
 
-Megatron hands document boundaries to the attention only. A PoolScope is made from them once a micro-batch and rides on
-the `packed_seq_params` object, which every layer gets, full recompute included; boundaries for the routers alone come
-another way (router_documents.py). A scope remembers each layer's pool and token counts, so that recomputing a layer
-repeats neither the choice nor its collectives.
+Megatron passes document boundaries to the attention only. This file makes one PoolScope per micro-batch from the
+boundaries, and stores the scope on the `packed_seq_params` object. Every layer receives this object, also in full
+recompute. Boundaries for the routers only come from router_documents.py. A scope stores each layer's pools and token
+counts, so recomputing a layer repeats neither the choice of pools nor the collectives.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from emo_megatron.sharding import local_token_indices
 
 
 class SampleClock:
-    """How many training samples the run has consumed before this step; pool sizes are drawn from it.
+    """Number of training samples that the run consumed before this step. Pool sizes are drawn from this number.
 
-    It reads megatron.training's own count. A host without that sets `consumed_samples` before every step.
+    The clock reads the count of megatron.training. Other training loops set `consumed_samples` before every step.
     """
 
     is_told = True
-    """Whether a training loop tells."""
+    """Whether a training loop reports the number of consumed samples."""
     _set: int | None = None
 
     @property
     def consumed_samples(self) -> int:
-        """Training samples, 0 before training."""
+        """Training samples consumed before this step; 0 before training."""
         if self._set is not None:
             return self._set
         count = consumed_train_samples()
         if count is None:
             warnings.warn(
-                "no training loop tells how many samples it has consumed, so every step draws the "
-                "same pool sizes; set emo_megatron.mcore.context.CLOCK.consumed_samples each step",
+                "the training loop does not report the number of consumed samples, so every step draws the same "
+                "pool sizes; set emo_megatron.mcore.context.CLOCK.consumed_samples before every step",
                 stacklevel=2,
             )
-            # once is enough, and 0 is what it goes on with
+            # warn once, and use 0 from here on
             self._set, self.is_told = 0, False
             return 0
         return count
@@ -63,7 +63,7 @@ CLOCK = SampleClock()
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Which part of a micro-batch this rank's routers see, and which micro-batch of the step it is."""
+    """The part of a micro-batch that this rank's routers see, and the index of the micro-batch in the step."""
 
     tp_rank: int
     tp_size: int
@@ -76,41 +76,41 @@ class Shard:
 
 @dataclass(kw_only=True)
 class PoolScope:
-    """One micro-batch as the routers of one pipeline stage see it."""
+    """One micro-batch, as seen by the routers of one pipeline stage."""
 
     segments: DocumentSegments
-    """Documents of the whole micro-batch as it was packed, all tensor- and context-parallel ranks together."""
+    """Documents of the whole micro-batch as packed, over all tensor- and context-parallel ranks."""
     document_ids_T: Tensor
-    """[T] int64: document of each token this rank routes, -1 for padding."""
+    """[T] int64: document of each token that this rank routes; -1 for padding."""
     sample_positions_D: Tensor
-    """[D] int64: place in training of the sample that holds the document."""
+    """[D] int64: position, in the order of training, of the sample that holds the document."""
     consumed_samples: int
     """Training samples consumed before this step."""
     places_T: Tensor | None = None
-    """[T] int64: place in `segments` of each token this rank routes, -1 for padding put in later; None: all, in order.
-    """
+    """[T] int64: index in `segments` of each token that this rank routes; -1 for padding added after packing.
+    None: all tokens, in order."""
     attended_ids_T: Tensor | None = None
-    """[tokens of segments] int64: the document that attention keeps each token to, -1 for padding; None: attention
-    and the rolls of multi-token prediction go across documents."""
+    """[tokens of segments] int64: the document inside which each token attends; -1 for padding. None: attention and
+    the token shifts of multi-token prediction cross documents."""
     sizes_LD: Tensor | None = None
-    """[L, D] int64, drawn pool sizes of all layers: fifty small operations once a micro-batch, not once a layer."""
+    """[L, D] int64: pool sizes of all layers, drawn by fifty small operations per micro-batch instead of per layer."""
     pools: dict[int, Tensor] = field(default_factory=dict)
-    """Layer number -> [D, E] bool, the pools of this micro-batch."""
+    """Layer number -> [D, E] bool: the pools of this micro-batch."""
     counts: dict[int, LayerCounts] = field(default_factory=dict)
-    """Layer number -> what its losses are made of."""
+    """Layer number -> the token counts that enter the layer's losses."""
     backends: dict[int, ops.Backend] = field(default_factory=dict)
-    """Layer number -> the routing ops that chose its pools."""
+    """Layer number -> the backend of the routing ops that chose the layer's pools."""
     ids_at_depth: dict[int, Tensor] = field(default_factory=dict)
-    """Depth of multi-token prediction -> [T] int64, as `document_ids_T`."""
+    """Depth of multi-token prediction -> [T] int64: the result of `ids_at`."""
     layers_seen: set[int] = field(default_factory=set)
 
     def ids_at(self, depth: int) -> Tensor:
-        """[T] int64: `document_ids_T` of the tokens that have a token so many places later in their document, else -1.
+        """[T] int64: `document_ids_T` of tokens whose document also has the token `depth` positions later, else -1.
 
-        A layer of multi-token prediction joins the two; where there is no such token it learns nothing.
+        A layer of multi-token prediction combines both tokens. Without the later token the layer learns nothing.
 
         Args:
-            depth: of the layer, from 1; 0 for a layer of the decoder.
+            depth: depth of the layer, from 1; 0 for a layer of the decoder.
         """
         if depth == 0 or self.attended_ids_T is None:
             return self.document_ids_T
@@ -124,7 +124,7 @@ class PoolScope:
         return self.ids_at_depth[depth]
 
     def draw_sizes(self, pool: PoolConfig, *, num_layers: int, low: int, high: int, num_experts: int) -> Tensor:
-        """`sizes_LD`, drawn by the first layer that asks, from [low, high]."""
+        """`sizes_LD`, drawn from [low, high] at the first call."""
         if self.sizes_LD is None:
             self.sizes_LD = ops.draw_pool_sizes(
                 self.sample_positions_D,
@@ -148,12 +148,12 @@ def scope_of(
     pool: PoolConfig,
     layer_number: int,
 ) -> PoolScope | None:
-    """The scope of this forward pass, made by the first layer that asks and found by the others.
+    """The scope of this forward pass. The first layer makes the scope, and the other layers find it.
 
     Args:
         hidden_shape: [s, b, h] of this rank's hidden states.
-        layer_number: of the asking layer. A layer that asks twice outside backward is in a new forward pass, even if
-            the caller reuses one packed_seq_params object.
+        layer_number: number of the calling layer. A second call by a layer outside backward means a new forward pass,
+            even if the caller reuses one packed_seq_params object.
     """
     if packed_seq_params is None:
         return None
@@ -170,14 +170,15 @@ def _scope_of_packed(packed: PackedSeqParams, hidden_shape: torch.Size, *, shard
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
     padded = packed.cu_seqlens_q_padded
     if packing is None:
-        # boundaries are the packing's own
+        # cu_seqlens_q has the boundaries of the packing
         length = getattr(packed, "tokens_per_sample", None) or max(num_tokens, 1)
         packing = Packing(cu_seqlens=packed.cu_seqlens_q, tokens_per_sample=length)
         bounds = None
     else:
         if padded is not None:
             raise ValueError(
-                f"packed_seq_params must have padded boundaries in cu_seqlens_q with {PACKING}; got cu_seqlens_q_padded"
+                f"packed_seq_params with {PACKING} must have the padded boundaries in cu_seqlens_q; got "
+                "cu_seqlens_q_padded"
             )
         bounds = None if packed.cu_seqlens_q is packing.cu_seqlens else packed.cu_seqlens_q
     return make_scope(
@@ -201,14 +202,15 @@ def make_scope(
     cu_seqlens_padded: Tensor | None = None,
     cut_bounds: Tensor | None = None,
 ) -> PoolScope:
-    """The scope of a micro-batch that was packed like this.
+    """The scope of a micro-batch with this packing.
 
     Args:
         hidden_shape: [s, b, h] of this rank's hidden states.
-        bounds: [D' + 1], D' >= D: document d was moved to bounds[d] by padding behind the documents before it, and
-            what lies past the last one's end is padding; None: the tokens are those of the packing.
-        cu_seqlens_padded: as DocumentSegments.from_cu_seqlens takes it: the packing itself has padding.
-        cut_bounds: [D' + 1], the pieces that context parallelism cuts one by one; None: it cuts whole samples.
+        bounds: [D' + 1], D' >= D: boundaries after padding. Document d starts at bounds[d], and all tokens after the
+            last document are padding. None: no padding was added to the packing.
+        cu_seqlens_padded: see DocumentSegments.from_cu_seqlens; for padding inside the packing.
+        cut_bounds: [D' + 1]: boundaries of the pieces that context parallelism cuts one by one. None: context
+            parallelism cuts whole samples.
     """
     num_tokens = hidden_shape[0] * hidden_shape[1] * shard.tp_size * shard.cp_size
     if bounds is not None and (pool.pool_check or bounds.device.type == "cpu"):
@@ -249,11 +251,11 @@ def make_scope(
 def _segments(
     packing: Packing, pool: PoolConfig, *, num_tokens: int, bounds: Tensor | None, cu_seqlens_padded: Tensor | None
 ) -> tuple[DocumentSegments, Tensor]:
-    """The documents of the routers, and the ids of those that attention keeps to."""
+    """The documents of the routers, and the document ids of the attention."""
     cu_seqlens, length = packing.cu_seqlens, packing.tokens_per_sample
     if bounds is not None:
         if packing.num_samples is None:
-            raise ValueError(f"{PACKING} must say num_samples where documents are padded")
+            raise ValueError(f"{PACKING} must have num_samples, because the documents are padded; got None")
         num_tokens = packing.num_samples * length
 
     def segments_of(starts: Tensor) -> DocumentSegments:
@@ -273,17 +275,17 @@ def _segments(
     if pool.pool_eos_starts_document:
         if cu_seqlens_padded is not None:
             raise NotImplementedError(
-                "--pool-eos-starts-document needs documents without padding between them; "
-                "drop the flag, or pass PackedSeqParams without cu_seqlens_q_padded"
+                "--pool-eos-starts-document does not support padding between documents; drop the flag, or pass "
+                "PackedSeqParams without cu_seqlens_q_padded"
             )
         segments = segments_of(_before_last_token(cu_seqlens, length))
     return segments.whole_samples() if pool.pool_scope == "sample" else segments, attended_ids_T
 
 
 def _before_last_token(cu_seqlens: Tensor, tokens_per_sample: int) -> Tensor:
-    """Boundaries one token earlier, so that a document's last token, its EOS, opens the next one.
+    """Boundaries one token earlier, so that the last token of a document (EOS) starts the next document.
 
-    The ends of samples and of the last document stay: whether an EOS stands there cannot be told from boundaries.
+    The ends of samples and of the last document stay, because boundaries do not show whether a sample ends with EOS.
     """
     is_end = (cu_seqlens % tokens_per_sample == 0) | (cu_seqlens == cu_seqlens[-1])
     return torch.where(is_end, cu_seqlens, cu_seqlens - 1)

@@ -1,9 +1,9 @@
-"""Run one of Megatron's own scripts, unmodified, where there is no GPU.
+"""Run one of Megatron's own scripts, unmodified, on a machine without a GPU.
 
-    torchrun --nproc-per-node 2 -m emo_megatron.mcore.on_cpu pretrain_gpt.py <its flags>
+    torchrun --nproc-per-node 2 -m emo_megatron.mcore.on_cpu pretrain_gpt.py <flags of pretrain_gpt.py>
 
-Megatron must find the CPU when it is imported, which is before any of its flags is read, so the script is started from
-here. Where there is a GPU this is the script as it is.
+Megatron must find the CPU when it is imported, before it reads any flag. Therefore this module starts the script. With
+a GPU, this module only runs the script, unless EMO_DEVICE=cpu is set.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from emo_megatron.mcore import cpu
 
 
 def main() -> None:
-    """Make the CPU Megatron's device, put the flags it needs in front of the script's own, and run the script."""
+    """Make the CPU Megatron's device, add the flags of a CPU run before the script's own flags, and run the script."""
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-        sys.exit(f"usage: python -m emo_megatron.mcore.on_cpu SCRIPT [FLAGS]; got {sys.argv[1:]}")
+        sys.exit(
+            f"usage: python -m emo_megatron.mcore.on_cpu SCRIPT [FLAGS], where SCRIPT is a file; got {sys.argv[1:]}"
+        )
     script = sys.argv[1]
-    # its neighbours are imported from beside it, as if python had been called with it
+    # the script imports modules from its own folder, as with `python SCRIPT`
     sys.path.insert(0, str(Path(script).resolve().parent))
     cpu.activate()
     sys.argv = [script, *cpu.with_cpu_flags(sys.argv[2:])]

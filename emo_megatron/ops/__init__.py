@@ -1,12 +1,12 @@
-"""The routing ops: device-independent functions on tensors. This file picks the backend; ops/dispatch.py is another.
+"""The routing ops: device-independent functions on tensors. This file chooses the backend. See also ops/dispatch.py.
 
-`document_scores` sums each document's router probabilities, `select_pool` turns the sums into a pool of experts, and
-`pool_topk` routes tokens inside it. `draw_pool_sizes`, from `draw_bits`, and `top_p_pool_sizes` say how large a pool
-is. `experts_used` and `document_statistics` are for metrics.
+`document_scores` sums each document's router probabilities. `select_pool` chooses a pool of experts from the sums.
+`pool_topk` routes tokens inside their pools. `draw_pool_sizes` (which uses `draw_bits`) and `top_p_pool_sizes` compute
+the sizes of pools. `experts_used` and `document_statistics` are for metrics.
 
-Two backends compute all but `top_p_pool_sizes`: `reference`, plain PyTorch and the definition, and `native`, compiled
-from csrc/. The native one is taken where it can be; `EMO_OPS=reference` in the environment, or `backend=`, says
-otherwise, and `EMO_OPS=native` makes it an error if the native one cannot run.
+All ops except `top_p_pool_sizes` have two backends: `reference`, the reference implementation in plain PyTorch, and
+`native`, compiled from csrc/. The native backend runs if it is available. The environment variable `EMO_OPS=reference`
+or the argument `backend=` selects another; with `EMO_OPS=native`, an unavailable native backend is an error.
 """
 
 import os
@@ -45,13 +45,13 @@ Backend = Literal["reference", "native"]
 
 
 def document_scores(logits_TE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
-    """Sum each document's router probabilities or gates, exactly; options and result as reference.document_scores."""
+    """Sum each document's router probabilities or gates, exactly; see reference.document_scores."""
     ops = _implementation(backend, logits_TE, num_experts=logits_TE.shape[-1], dtype=logits_TE.dtype)
     return ops.document_scores(logits_TE, **options)
 
 
 def select_pool(scores_DE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
-    """Choose each document's pool: its best-scored experts; options and result as reference.select_pool."""
+    """Choose each document's pool: its best-scored experts; see reference.select_pool."""
     ops = _implementation(backend, scores_DE, num_experts=scores_DE.shape[-1])
     return ops.select_pool(scores_DE, **options)
 
@@ -59,14 +59,14 @@ def select_pool(scores_DE: Tensor, *, backend: Backend | None = None, **options:
 def pool_topk(
     logits_TE: Tensor, *, top_k: int, num_groups: int | None = None, backend: Backend | None = None, **options: Any
 ) -> Routing:
-    """Route each token to the top-k experts of its document's pool; options and result as reference.pool_topk."""
+    """Route each token to the top-k experts of its document's pool; see reference.pool_topk."""
     limits = {"num_experts": logits_TE.shape[-1], "top_k": top_k, "num_groups": num_groups or 0}
     ops = _implementation(backend, logits_TE, dtype=logits_TE.dtype, **limits)
     return ops.pool_topk(logits_TE, top_k=top_k, num_groups=num_groups, **options)
 
 
 def experts_used(routing_map_TE: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
-    """Experts that each document's tokens chose; options and result as reference_documents.experts_used."""
+    """Experts that each document's tokens chose; see reference_documents.experts_used."""
     ops = _implementation(backend, routing_map_TE, num_experts=routing_map_TE.shape[-1])
     return ops.experts_used(routing_map_TE, **options)
 
@@ -86,20 +86,20 @@ def document_statistics(
 def draw_bits(
     sample_positions_D: Tensor, offsets_D: Tensor, *, stream: int = 0, backend: Backend | None = None, **options: Any
 ) -> Tensor:
-    """Random bits for every layer and document; options and result as sizes.draw_bits."""
+    """Random bits per layer and document; see sizes.draw_bits."""
     ops = _implementation(backend, sample_positions_D)
     return ops.draw_bits(sample_positions_D, offsets_D, stream=stream, **options)
 
 
 def draw_pool_sizes(sample_positions_D: Tensor, *, backend: Backend | None = None, **options: Any) -> Tensor:
-    """Draw each document's pool size, of one layer or of several at once; options as sizes.draw_pool_sizes."""
+    """Draw each document's pool size for one or several layers; see sizes.draw_pool_sizes."""
     return sizes.draw_pool_sizes(sample_positions_D, draw=partial(draw_bits, backend=backend), **options)
 
 
 def why_not_native(
     device_type: str, *, num_experts: int = 1, top_k: int = 1, dtype: torch.dtype = torch.float32, num_groups: int = 0
 ) -> str:
-    """Why the reference ops run for such tensors instead of the compiled ones; empty where the compiled ones run."""
+    """Why the reference ops run for such tensors instead of the compiled ops; empty if the compiled ops run."""
     if _wanted() == "reference":
         return "EMO_OPS=reference is set"
     try:
@@ -117,36 +117,36 @@ def why_not_native(
     return ""
 
 
-# settled while torch.compile traces, which cannot look at files or the environment
+# a constant for torch.compile, which cannot trace reads of files or of the environment
 @torch.compiler.assume_constant_result
 def best_backend(
     device_type: str, num_experts: int = 1, top_k: int = 1, dtype: torch.dtype = torch.float32, num_groups: int = 0
 ) -> Backend:
-    """The compiled ops where they run for such tensors, else the reference."""
+    """The compiled ops if they can run for such tensors, else the reference ops."""
     reason = why_not_native(device_type, num_experts=num_experts, top_k=top_k, dtype=dtype, num_groups=num_groups)
     if reason and _wanted() == "native":
         raise RuntimeError(
-            f"EMO_OPS=native asks for the compiled ops, which cannot run here: {reason}. "
-            "Unset EMO_OPS to run plain PyTorch there."
+            f"EMO_OPS=native requires the compiled ops, which cannot run here: {reason}. "
+            "Unset EMO_OPS to run the reference ops in plain PyTorch."
         )
     return "reference" if reason else "native"
 
 
 def available_backends() -> dict[str, str]:
-    """Every op backend, by device where that matters, with the reason it cannot be used; an empty one means it can."""
+    """Backend, with its device for native -> the reason why it is not available; empty if the backend is available."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {"reference": "", **{f"native ({device})": why_not_native(device) for device in devices}}
 
 
 def _implementation(backend: Backend | None, tensor: Tensor, **limits: Any) -> Any:
-    """The backend asked for, or the best one for this tensor."""
+    """The module or object of the given backend; None: of the best backend for this tensor."""
     if backend is None:
         backend = best_backend(tensor.device.type, **limits)
     return native.load_native() if backend == "native" else reference
 
 
 def _wanted() -> str | None:
-    """EMO_OPS, checked; None where nothing is asked for."""
+    """The checked value of EMO_OPS; None if the variable is not set."""
     wanted = os.environ.get("EMO_OPS")
     if wanted is not None and wanted not in get_args(Backend):
         raise ValueError(f"EMO_OPS must be one of {get_args(Backend)}; got {wanted!r}")

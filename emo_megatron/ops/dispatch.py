@@ -1,8 +1,8 @@
-"""The dispatch ops: where rows of tokens go, copies of rows and sums of copies. This file picks the backend.
+"""The dispatch ops: destinations of token rows, copies of rows and sums of copies. This file chooses the backend.
 
-Definitions and shapes are in ops/reference_dispatch.py; the compiled ops, from csrc/, give the same integers and the
-same sums. Everything is deterministic and nothing waits for the device: sizes are arguments. Copies and sums are each
-other's gradients. With one rank these are a permutation of tokens to experts and its inverse.
+ops/reference_dispatch.py is the reference implementation and defines the shapes. The compiled ops, from csrc/, give
+equal integers and sums. All ops are deterministic. No op waits for the device, because sizes are arguments. The
+gradient of a copy is a sum, and the reverse. With one rank, the ops permute tokens to experts and back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Fanout", "ReceivePlan", "SendPlan", "copy_rows", "count_sends", "pla
 
 
 def count_sends(routing_map_TE: Tensor, *, num_ranks: int, backend: Backend | None = None) -> Tensor:
-    """What this rank will send: [R + E] int64; see reference_dispatch.count_sends."""
+    """Numbers of rows and pairs that this rank will send: [R + E] int64; see reference_dispatch.count_sends."""
     ops = _ops(_choose(backend, routing_map_TE))
     return ops.count_sends(routing_map_TE, num_ranks=num_ranks)
 
@@ -28,26 +28,26 @@ def count_sends(routing_map_TE: Tensor, *, num_ranks: int, backend: Backend | No
 def plan_send(
     routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int, backend: Backend | None = None
 ) -> SendPlan:
-    """Lay out rows and pairs; see reference_dispatch.plan_send."""
+    """Order the rows and pairs to send; see reference_dispatch.plan_send."""
     ops = _ops(_choose(backend, routing_map_TE))
     return ops.plan_send(routing_map_TE, num_ranks=num_ranks, num_rows=num_rows, num_pairs=num_pairs)
 
 
 def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int, backend: Backend | None = None) -> ReceivePlan:
-    """Put the pairs of received rows in the order of their experts; see reference_dispatch.plan_receive."""
+    """Sort the pairs of received rows by expert; see reference_dispatch.plan_receive."""
     ops = _ops(_choose(backend, codes_P, num_experts=num_experts))
     return ops.plan_receive(codes_P, num_rows=num_rows, num_experts=num_experts)
 
 
 def copy_rows(rows_NH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
-    """[P, H]: every copy of every row. Differentiable: the gradients of a row's copies are summed."""
+    """Copy rows: [P, H]. Differentiable: the gradient of a row is the sum of its copies' gradients."""
     return _CopyRows.apply(_choose(backend, rows_NH), rows_NH, *fanout)
 
 
 def sum_rows(copies_PH: Tensor, *, fanout: Fanout, backend: Backend | None = None) -> Tensor:
-    """[N, H]: the sum of every row's copies in their order, in float32 or better, rounded once; zero without any.
+    """Sum each row's copies in order: [N, H], summed in float32 or better and rounded once; zero without copies.
 
-    Differentiable: every copy gets its row's gradient.
+    Differentiable: each copy gets the gradient of its row.
     """
     return _SumRows.apply(_choose(backend, copies_PH), copies_PH, *fanout)
 
@@ -81,7 +81,7 @@ class _SumRows(torch.autograd.Function):
 
 
 def _choose(backend: Backend | None, tensor: Tensor, *, num_experts: int = 1) -> Backend:
-    """The backend asked for, or the best one for this tensor."""
+    """The given backend; None: the best backend for this tensor."""
     if backend is not None:
         return backend
     if tensor.dtype not in native.DISPATCH_DTYPES:

@@ -1,13 +1,13 @@
-"""The ops compiled from csrc/: those of ops/reference.py and ops/reference_dispatch.py, on CPU and CUDA tensors.
+"""The ops compiled from csrc/, for CPU and CUDA tensors: those of ops/reference.py and ops/reference_dispatch.py.
 
-They are torch operators with fake registrations, and with gradients (those of dispatch are in ops/dispatch.py), so
-`torch.compile` traces through them and CUDA graphs capture them: nothing waits for the device, and nothing but outputs
-and a small workspace is allocated. Integer sums make results the same bits for any number of threads and any split of
-the tokens.
+The ops are torch operators with fake implementations and gradients (the gradients of dispatch are in ops/dispatch.py).
+`torch.compile` traces through the ops, and CUDA graphs capture them: no op waits for the device, and ops allocate only
+outputs and a small workspace. Integer sums give the same bits for any number of threads and any split of the tokens.
 
-The routing ops differ from the reference by the last bits of `exp`, and in one rule: a softmax router's experts are
-ranked by their logits, not by probabilities rounded to float32, so experts that are equal there (all those below 1e-38
-of the best) go by their logits, not by their index. The dispatch ops give the reference's bits.
+The routing ops differ from the reference ops in the last bits of `exp`, and in one rule: the compiled ops rank the
+experts of a softmax router by logits, the reference by probabilities rounded to float32. Experts with equal rounded
+probabilities (all below 1e-38 of the best) are therefore ranked by logit instead of by index. The dispatch ops give
+the same bits as the reference.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ MAX_TOP_K = 32
 MAX_GROUPS = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DISPATCH_DTYPES = (torch.bool, torch.int32, torch.float64, *DTYPES)
-"""Of routing maps, of codes, of rows."""
+"""Dtypes of routing maps, of codes and of rows."""
 SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID, SQRTSOFTPLUS = range(4)
 
 
 class NativeOps:
-    """The operators of one compiled library; loading it registers them with torch.
+    """The operators of one compiled library; creating the object registers the operators with torch.
 
     Args:
         library: path of the shared library.
-        namespace: the torch.library namespace it registers.
+        namespace: the torch.library namespace of the operators.
 
     Raises:
-        OSError: the library cannot be loaded, for instance by a torch older than its stable ABI.
+        OSError: the library cannot be loaded, for instance because torch is older than the library's stable ABI.
     """
 
     def __init__(self, library: Path, *, namespace: str) -> None:
@@ -61,13 +61,13 @@ class NativeOps:
         num_documents: int,
         score_function: ScoreFunction = "softmax",
     ) -> Tensor:
-        """As reference.document_scores."""
+        """See reference.document_scores."""
         return self._ops.document_scores(
             logits_TE.detach().contiguous(), document_ids_T.contiguous(), num_documents, _scoring(score_function)
         )
 
     def select_pool(self, scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0) -> Tensor:
-        """As reference.select_pool."""
+        """See reference.select_pool."""
         return self._ops.select_pool(scores_DE.contiguous(), pool_sizes_D.contiguous(), num_forced)
 
     def pool_topk(
@@ -86,7 +86,7 @@ class NativeOps:
         group_topk: int | None = None,
         num_documents: int | None = None,
     ) -> Routing:
-        """As reference.pool_topk."""
+        """See reference.pool_topk."""
         scoring = _scoring(score_function, pre_softmax=pre_softmax)
         has_bias = expert_bias_E is not None and scoring in (SIGMOID, SQRTSOFTPLUS)
         probs_TE, routing_map_TE, counts_X, score_sums_RE, z_T, choices_DE = self._ops.pool_topk(
@@ -113,20 +113,20 @@ class NativeOps:
         )
 
     def experts_used(self, routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
-        """As reference_documents.experts_used."""
+        """See reference_documents.experts_used."""
         return self._ops.experts_used(routing_map_TE.contiguous(), document_ids_T.contiguous(), num_documents)
 
     def document_statistics(
         self, scores_DE: Tensor | None = None, pool_DE: Tensor | None = None, used_DW: Tensor | None = None
     ) -> Tensor:
-        """As reference_documents.document_statistics."""
+        """See reference_documents.document_statistics."""
         given_statistics(scores_DE, pool_DE, used_DW)
         return self._ops.document_statistics(_contiguous(scores_DE), _contiguous(pool_DE), _contiguous(used_DW))
 
     def draw_bits(
         self, sample_positions_D: Tensor, offsets_D: Tensor, *, layers: range | Tensor, seed: int, stream: int
     ) -> Tensor:
-        """As sizes.draw_bits."""
+        """See sizes.draw_bits."""
         layers_L, first, count = None, 0, 0
         if isinstance(layers, range):
             first, count = layers.start, len(layers)
@@ -142,25 +142,25 @@ class NativeOps:
         )
 
     def count_sends(self, routing_map_TE: Tensor, *, num_ranks: int) -> Tensor:
-        """As reference_dispatch.count_sends."""
+        """See reference_dispatch.count_sends."""
         return self._ops.count_sends(routing_map_TE.contiguous(), num_ranks)
 
     def plan_send(self, routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int) -> SendPlan:
-        """As reference_dispatch.plan_send."""
+        """See reference_dispatch.plan_send."""
         *rows, places_P, codes_P = self._ops.plan_send(routing_map_TE.contiguous(), num_ranks, num_rows, num_pairs)
         return SendPlan(rows=Fanout(*rows), places_P=places_P, codes_P=codes_P)
 
     def plan_receive(self, codes_P: Tensor, *, num_rows: int, num_experts: int) -> ReceivePlan:
-        """As reference_dispatch.plan_receive."""
+        """See reference_dispatch.plan_receive."""
         *pairs, order_P = self._ops.plan_receive(codes_P.contiguous(), num_rows, num_experts)
         return ReceivePlan(pairs=Fanout(*pairs), order_P=order_P)
 
     def copy_rows(self, rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
-        """As reference_dispatch.copy_rows; every row is read once."""
+        """See reference_dispatch.copy_rows; the op reads every row once."""
         return self._ops.copy_rows(rows_NH.contiguous(), *fanout)
 
     def sum_rows(self, copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
-        """As reference_dispatch.sum_rows."""
+        """See reference_dispatch.sum_rows."""
         return self._ops.sum_rows(copies_PH.contiguous(), fanout.copies_P, fanout.bounds_N)
 
 
@@ -214,7 +214,7 @@ def _register_document_shapes(namespace: str) -> None:
         return positions.new_empty((count, positions.shape[0]))
 
 
-# sizes as .shape: len() would compile anew for each
+# sizes are read from .shape, because len() would recompile for each size
 def _register_dispatch_shapes(namespace: str) -> None:
     def integers(like: Tensor, size: int) -> Tensor:
         return like.new_empty(size, dtype=torch.int64)
@@ -249,10 +249,10 @@ def _register_gradients(namespace: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, document_ids, pool, _, *options = inputs
-        # the groups are in the routing map
+        # without the options of groups: the routing map holds their effect
         ctx.options = (*options[:4], *options[6:])
         _, routing_map, counts, _, _, choices = output
-        # of size [T, E] the logits and a byte an expert: backward computes the scores again
+        # saved tensors of size [T, E]: the logits and the routing map (one byte per expert); backward recomputes scores
         ctx.save_for_backward(logits, routing_map, document_ids, pool)
         ctx.mark_non_differentiable(routing_map, counts, choices)
         ctx.set_materialize_grads(False)
@@ -269,7 +269,7 @@ def _register_gradients(namespace: str) -> None:
 
 
 def _scoring(score_function: ScoreFunction, *, pre_softmax: bool = True) -> int:
-    """The number csrc/pool_ops.h knows it by."""
+    """The number of a score function in csrc/pool_ops.h."""
     softmax = SOFTMAX if pre_softmax else SOFTMAX_OF_CHOSEN
     return {"softmax": softmax, "sigmoid": SIGMOID, "sqrtsoftplus": SQRTSOFTPLUS}[score_function]
 
@@ -278,7 +278,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-# no functools.cache: torch.compile traces through that, but reads a global
+# a global instead of functools.cache, because torch.compile traces through the cached function but reads a global
 _own: NativeOps | None = None
 
 
@@ -286,14 +286,14 @@ def load_native() -> NativeOps:
     """The package's own compiled ops, loaded once.
 
     Raises:
-        RuntimeError: there are none, or this torch cannot load them; says why and what to do.
+        RuntimeError: the ops were not built, or this torch cannot load them; gives the reason and the remedy.
     """
     global _own
     if _own is None:
         if not LIBRARY.exists():
             raise RuntimeError(
-                "the compiled ops were not built: `make native` in a checkout says why, "
-                "or `pip install -v --no-deps --force-reinstall` of this package"
+                "the compiled ops were not built: to see the reason, run `make native` in a checkout, "
+                "or `pip install -v --no-deps --force-reinstall` with this package"
             )
         try:
             _own = NativeOps(LIBRARY, namespace="emo_megatron")
@@ -307,9 +307,9 @@ _proven: set[str] = set()
 
 
 def why_no_kernels(device_type: str) -> str:
-    """Why the loaded ops cannot run on such a device; empty where they can.
+    """Why the loaded ops cannot run on such a device; empty if they can run.
 
-    Tries the smallest op until it has run once: a failure may pass, for instance one of memory.
+    The function runs the smallest op until the op succeeds once, because a failure may be temporary (out of memory).
     """
     if device_type in _proven:
         return ""
@@ -323,7 +323,7 @@ def why_no_kernels(device_type: str) -> str:
             num_documents=1,
         )
     except RuntimeError as error:
-        # for instance a GPU or a driver that they were not built for
+        # for instance, the ops were not built for this GPU or driver
         return str(error).partition("\n")[0]
     _proven.add(device_type)
     return ""

@@ -1,8 +1,8 @@
-"""The routing ops in plain PyTorch: the definition every other backend is tested against.
+"""The routing ops in plain PyTorch: the reference implementation, against which other backends are tested.
 
-Shapes: T tokens on this rank, E routed experts, K experts a token, D documents of the micro-batch.
-Source: arXiv 2605.06663, section 3, and its authors' released router; the three steps are apart because an all-reduce
-over the ranks that share a document stands between the first and the second.
+Shapes: T tokens on this rank, E routed experts, K experts per token, D documents of the micro-batch.
+Source: arXiv 2605.06663, section 3, and the authors' released router. Routing is three separate ops, because document
+scores are summed over the ranks that share a document (an all-reduce) before pools are chosen.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ __all__ = [
 ]
 
 NUM_TOTALS = 4
-"""Entries of `Routing.counts_X` behind those of the experts."""
+"""Number of entries of `Routing.counts_X` after those of the experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """Where every token goes, and what the losses and metrics need. Differentiable: probs, score_sums, z."""
+    """The experts of every token, and the inputs of losses and metrics. Differentiable: probs, score_sums, z."""
 
     probs_TE: Tensor
     """[T, E] in the dtype of the logits: the weight of each chosen expert, 0 elsewhere and for padding."""
     routing_map_TE: Tensor
-    """[T, E] bool: True where the expert is chosen, exactly K a token. Padding is sent to K experts like any token,
-    with weight 0, because dispatchers count on K rows a token."""
+    """[T, E] bool: True for chosen experts, exactly K per token. Padding also has K experts, with weight 0, because
+    dispatchers rely on K rows per token."""
     counts_X: Tensor
-    """[E + 4] int64, sums over this rank's tokens, exact whatever their order: tokens per expert, then valid tokens,
-    non-finite tokens, valid ones that use more groups than they should, and the entropy of the valid ones. The
-    properties below name its parts."""
+    """[E + 4] int64, exact sums over this rank's tokens, independent of their order: tokens per expert, then valid
+    tokens, non-finite tokens, valid tokens in more than group_topk groups, and the entropy of the valid tokens. The
+    properties below return these parts."""
     score_sums_RE: Tensor
-    """[R, E] float32: scores (K-independent, summing to 1 a token) summed over tokens, for the balance losses. R = 1
-    row for all tokens, or a row a document where `pool_topk` was given num_documents."""
+    """[R, E] float32: scores (independent of K, with sum 1 per token) summed over tokens, for load-balancing losses.
+    One row for all tokens, or one row per document if `pool_topk` got num_documents."""
     z_T: Tensor
     """[T] float32: log-sum-exp of the logits that carry weight; 0 for padding and non-finite tokens."""
     document_choices_DE: Tensor
@@ -70,22 +70,22 @@ class Routing:
 
     @property
     def num_tokens(self) -> Tensor:
-        """[] int64: valid tokens, those that are neither padding nor non-finite."""
+        """[] int64: valid tokens: not padding, and finite."""
         return self.counts_X[-4]
 
     @property
     def num_nonfinite(self) -> Tensor:
-        """[] int64: tokens, padding left out, whose logits no weight can be made of; see `pool_topk`."""
+        """[] int64: non-finite tokens, without padding; `pool_topk` defines them."""
         return self.counts_X[-3]
 
     @property
     def entropy_sum(self) -> Tensor:
-        """[] int64: entropy of the scores, summed over the valid tokens, each rounded to units of 2**-27 nats."""
+        """[] int64: entropy of the scores, rounded per token to units of `2**-27` nats, summed over valid tokens."""
         return self.counts_X[-1]
 
     @property
     def num_over_groups(self) -> Tensor:
-        """[] int64: valid tokens whose experts lie in more than group_topk groups."""
+        """[] int64: valid tokens with experts in more than group_topk groups."""
         return self.counts_X[-2]
 
     @property
@@ -114,39 +114,38 @@ def pool_topk(
 
     Args:
         logits_TE: [T, E] router logits, differentiable.
-        document_ids_T: [T] int64, the row of pool_DE each token belongs to; -1 is padding, which has no weight and
-            counts nowhere. None: no padding (then pool_DE must be None or have one row).
-        pool_DE: [D, E] bool, True = in the pool, at least top_k True a row. None: all experts. One row serves every
-            document.
-        top_k: K, experts a token.
+        document_ids_T: [T] int64, each token's row of pool_DE; -1 is padding, which has no weight and is in no sum.
+            None: no padding (then pool_DE must be None or have one row).
+        pool_DE: [D, E] bool, True = in the pool, at least top_k True per row. None: all experts. A single row is the
+            pool of all documents.
+        top_k: K, experts per token.
         score_function: softmax; or the gates of sigmoid or sqrtsoftplus (the square root of softplus), normalised over
             the chosen experts.
-        pre_softmax: weights are the softmax over the pool at the chosen experts (the paper); False: softmax over the
-            chosen logits alone, Megatron's renormalised top-k. Ignored for gates.
-        expert_bias_E: [E] float32 added to gates for the choice only.
-        scaling_factor: multiplies the weights.
-        mask: "logits": experts outside the pool carry no weight and no loss (the paper). "selection": the pool limits
-            the choice only.
-        num_groups: groups of E / num_groups neighbouring experts, of which a token uses group_topk, or more where its
-            pool is thin; see groups.open_experts. None: no limit.
-        group_topk: given with num_groups; so many groups hold K experts or more.
-        num_documents: D, sums scores and choices of each document; needs document_ids_T. None: over all tokens.
+        pre_softmax: True (the paper): weights are the chosen experts' values of the softmax over the pool. False:
+            softmax over the chosen logits only, Megatron's renormalised top-k. Ignored for gates.
+        expert_bias_E: [E] float32, added to gates for the choice only.
+        scaling_factor: factor of the weights.
+        mask: "logits" (the paper): experts outside the pool have no weight and no loss. "selection": the pool limits
+            only the choice.
+        num_groups: number of groups of E / num_groups adjacent experts. A token uses group_topk groups, or more if its
+            pool holds too few experts in them; see groups.open_experts. None: no limit.
+        group_topk: required with num_groups; group_topk groups must hold at least K experts.
+        num_documents: D; sum scores and choices per document; requires document_ids_T. None: sum over all tokens.
 
     Returns:
         Routing. Ties go to the lower expert index. No gradient flows through the choice.
 
-        A token is non-finite if one of its E logits is NaN or +inf, or if none of those that carry weight is above
-        -inf. It gets the K lowest-numbered experts of its pool, in whatever groups, with weights that are NaN, so that
-        the fault reaches the loss; z is 0, no sum holds it, and no gradient comes from it. Padding stays padding
-        whatever its logits.
+        A token is non-finite if one of its E logits is NaN or +inf, or if no logit that carries weight is above -inf.
+        Its experts are the K of its pool with the lowest indices, in any groups. Its weights are NaN, so that the loss
+        becomes NaN. Its z is 0; the token is in no sum and gives no gradient. Padding stays padding for any logits.
     """
     is_allowed_TE, is_padding_T = _allowed(logits_TE, document_ids_T, pool_DE)
     logits_f_TE = logits_TE.float()
     is_masked_TE = None if is_allowed_TE is None or mask != "logits" else ~is_allowed_TE
     is_nonfinite_T = _nonfinite(logits_f_TE.detach(), is_masked_TE)
-    # zeros in place of these rows: neither values nor gradients of theirs are NaN, and all their experts tie
+    # non-finite rows become zeros: their values and gradients are not NaN, and all their experts tie
     logits_f_TE = logits_f_TE.masked_fill(is_nonfinite_T[:, None], 0.0)
-    # a tensor of its own, so that without a mask gradients add up in the order of a pool of all experts
+    # a separate tensor, so that gradients without a mask add up in the same order as with a pool of all experts
     carrying_TE = logits_f_TE.view_as(logits_f_TE)
     if is_masked_TE is not None:
         carrying_TE = logits_f_TE.masked_fill(is_masked_TE & ~is_nonfinite_T[:, None], float("-inf"))
@@ -202,9 +201,9 @@ def _scores(
     pre_softmax: bool,
     expert_bias_E: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, E] each: scores for the losses, what experts are ranked by (a constant), and what their weights are made of.
+    """Three [T, E]: scores for the losses, keys that rank experts (constant), and values from which weights are made.
 
-    `carrying_TE` are the logits with -inf for those that `is_masked_TE` takes out of all but the choice.
+    `carrying_TE` are the logits that carry weight: -inf where `is_masked_TE` is True.
     """
     if score_function == "softmax":
         scores_TE = torch.softmax(carrying_TE, dim=-1)
@@ -220,9 +219,9 @@ def _scores(
 
 
 def _best(keys_TE: Tensor, is_allowed_TE: Tensor | None, is_nonfinite_T: Tensor, top_k: int) -> Tensor:
-    """[T, K] int64, the experts with the largest keys; of a non-finite token the first ones of its pool."""
-    # the mask goes onto the keys last: a bias, or an underflowed probability, must not let an excluded expert win,
-    # and a logit of -inf not let it tie
+    """[T, K] int64, the experts with the largest keys; for a non-finite token, the first experts of its pool."""
+    # keys are masked last: otherwise an excluded expert could win by a bias or an underflowed probability, or tie by
+    # a logit of -inf
     keys_TE = keys_TE.clamp(min=torch.finfo(torch.float32).min)
     keys_TE = keys_TE.masked_fill(is_nonfinite_T[:, None], 0.0)
     if is_allowed_TE is not None:
@@ -245,13 +244,13 @@ def _allowed(
         )
     if pool_DE.shape[0] == 0:
         return None, is_padding_T
-    # padding is let into every expert here, so that no row is all -inf, and taken out of every result later
+    # padding may use every expert here, so that no row is all -inf; every result is masked for padding later
     return pool_DE[document_ids_T.clamp(min=0)] | is_padding_T[:, None], is_padding_T
 
 
 def _nonfinite(logits_f_TE: Tensor, is_masked_TE: Tensor | None) -> Tensor:
-    """[T] bool: tokens with a logit that is NaN or +inf, or without one above -inf that carries weight."""
-    # a maximum over what holds NaN is NaN
+    """[T] bool: tokens with a logit that is NaN or +inf, or with no logit above -inf that carries weight."""
+    # a maximum over values with NaN is NaN
     is_nonfinite_T = ~logits_f_TE.amax(dim=-1).isfinite()
     if is_masked_TE is None:
         return is_nonfinite_T
@@ -271,7 +270,7 @@ def _assemble(
     document_ids_T: Tensor | None,
     num_documents: int | None,
 ) -> Routing:
-    """Take tokens that do not count out of all that is summed, and sum it."""
+    """Mask padding and non-finite tokens, and compute the sums of `Routing`."""
     is_left_out_T = is_nonfinite_T
     if is_padding_T is not None:
         probs_TE = probs_TE.masked_fill(is_padding_T[:, None], 0.0)
@@ -286,7 +285,7 @@ def _assemble(
     choices_DE = torch.zeros_like(counted_TE[:0], dtype=torch.int64)
     if num_documents is not None:
         assert document_ids_T is not None, "num_documents needs document_ids_T"
-        # what is left out is 0, in whatever row
+        # tokens that are left out have values of 0, so their row does not matter
         row_T = document_ids_T.clamp(min=0)
         shape = (max(num_documents, 1), map_TE.shape[1])
         sums_RE = scores_TE.new_zeros(shape).index_add(0, row_T, scores_TE)[:num_documents]

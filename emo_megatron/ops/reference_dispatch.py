@@ -1,11 +1,11 @@
-"""Rows of tokens on their way to experts and back, each sent to a rank once: layout, copies and sums. The definition.
+"""The dispatch ops in plain PyTorch, the reference implementation: each token is sent to each rank at most once.
 
-Shapes: T tokens here, E experts, R ranks, rank r holding experts [r * E / R, (r + 1) * E / R), H hidden size, N rows,
-P (token, expert) pairs. A row is a token on its way to one rank, in the order of (rank, token); its pairs follow each
-other, in the order of (rank, token, expert). Where they arrive, pairs are put in the order of (expert, row).
+Shapes: T tokens on this rank, E experts, R ranks, H hidden size, N rows, P pairs. Rank r holds the experts
+[r * E / R, (r + 1) * E / R). A row is one token sent to one rank. A pair is one token and one of its experts. The
+sender orders rows by (rank, token) and pairs by (rank, token, expert). The receiver orders pairs by (expert, row).
 
-A row fans out to its copies and copies are summed back to their row: one is the other's gradient, so both are one
-relation, a `Fanout`, read in two directions.
+A row is copied to its pairs, and copies are summed back to their row. Each operation is the gradient of the other, so
+one relation, a `Fanout`, describes both.
 """
 
 from __future__ import annotations
@@ -19,64 +19,65 @@ from torch.nn.functional import embedding_bag
 
 
 class Fanout(NamedTuple):
-    """Which row every copy is of, and which copies every row has."""
+    """The row of every copy, and the copies of every row."""
 
     source_P: Tensor
     """[P] int64, the row of each copy."""
     copies_P: Tensor
-    """[P] int64, the copies of row 0, then those of row 1, and so on."""
+    """[P] int64, the copies of row 0, then the copies of row 1, and so on."""
     bounds_N: Tensor
-    """[N + 1] int64, where the copies of each row begin in `copies_P`."""
+    """[N + 1] int64, the index in `copies_P` of the first copy of each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SendPlan:
-    """What a rank sends."""
+    """Rows and pairs that a rank sends."""
 
     rows: Fanout
     """Tokens to rows."""
     places_P: Tensor
-    """[P] int64, the place of each pair in the flattened [T, E] probabilities."""
+    """[P] int64, the index of each pair in the flattened [T, E] probabilities."""
     codes_P: Tensor
-    """[P] int32, what the receiver must know of each pair: its expert there, times two, plus one if a row begins."""
+    """[P] int32, a code of each pair for the receiver: 2 * (index of the expert on the receiver), plus 1 for the first
+    pair of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReceivePlan:
-    """What a rank does with the rows it received."""
+    """Order of the pairs of the rows that a rank received."""
 
     pairs: Fanout
-    """Rows to pairs in the order of their experts."""
+    """Rows to pairs, sorted by expert."""
     order_P: Tensor
-    """[P] int64, for each place in that order the pair as received."""
+    """[P] int64, for each pair in sorted order its index in received order."""
 
 
 def count_sends(routing_map_TE: Tensor, *, num_ranks: int) -> Tensor:
-    """What this rank will send.
+    """Numbers of rows and pairs that this rank will send.
 
     Args:
         routing_map_TE: [T, E] bool.
         num_ranks: R, a divisor of E.
 
     Returns:
-        [R + E] int64: rows for each rank, then pairs for each expert.
+        [R + E] int64: rows per rank, then pairs per expert.
     """
     rows_R = _rank_map(routing_map_TE, num_ranks).any(-1).sum(1)
     return torch.cat([rows_R, routing_map_TE.sum(0)])
 
 
 def plan_send(routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pairs: int) -> SendPlan:
-    """Lay out rows and pairs.
+    """Order the rows and pairs to send.
 
     Args:
         routing_map_TE: [T, E] bool.
         num_ranks: R, a divisor of E.
-        num_rows: N, the sum of the first R of `count_sends`.
-        num_pairs: P, the sum of the others.
+        num_rows: N, the sum of the first R values of `count_sends`.
+        num_pairs: P, the sum of the other values of `count_sends`.
 
     Returns:
-        The plan. If there are fewer pairs than `num_pairs`, places and codes beyond them are 0; the compiled ops on a
-        CPU refuse sizes that do not fit.
+        The plan. If there are fewer than `num_pairs` pairs, the remaining places and codes are 0. The compiled ops on a
+        CPU raise an error for wrong sizes.
     """
     num_tokens, num_experts = routing_map_TE.shape
     per_rank = num_experts // num_ranks
@@ -96,12 +97,12 @@ def plan_send(routing_map_TE: Tensor, *, num_ranks: int, num_rows: int, num_pair
 
 
 def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int) -> ReceivePlan:
-    """Put the pairs of received rows in the order of their experts.
+    """Sort the pairs of received rows by expert.
 
     Args:
-        codes_P: [P] int32, the senders' SendPlan.codes_P, one after the other.
-        num_rows: N, rows received.
-        num_experts: E / R, the experts here, which the compiled ops count by; here they are sorted.
+        codes_P: [P] int32, the senders' SendPlan.codes_P, concatenated.
+        num_rows: N, number of received rows.
+        num_experts: E / R, experts on this rank. Only the compiled ops, which sort by counting, use the number.
     """
     row_P = (codes_P & 1).long().cumsum(0) - 1
     order_P = (codes_P >> 1).argsort(stable=True)
@@ -109,20 +110,20 @@ def plan_receive(codes_P: Tensor, *, num_rows: int, num_experts: int) -> Receive
 
 
 def fan_out(source_P: Tensor, *, num_sources: int) -> Fanout:
-    """The relation in which copy p is of row `source_P[p]`, an integer in [0, num_sources)."""
+    """The relation in which copy p belongs to row `source_P[p]`, an integer in [0, num_sources)."""
     counts_N = torch.zeros(num_sources + 1, dtype=torch.int64, device=source_P.device)
     counts_N.index_add_(0, source_P + 1, torch.ones_like(source_P))
     return Fanout(source_P=source_P, copies_P=source_P.argsort(stable=True), bounds_N=counts_N.cumsum(0))
 
 
 def copy_rows(rows_NH: Tensor, *, fanout: Fanout) -> Tensor:
-    """[P, H]: every copy of every row."""
+    """Copy rows: [P, H]."""
     return rows_NH[fanout.source_P]
 
 
 def sum_rows(copies_PH: Tensor, *, fanout: Fanout) -> Tensor:
-    """[N, H]: the sum of every row's copies in their order and in float32 or better, rounded once."""
-    # a bag gathers and adds in the order given; of half precision it rounds every sum, so it gets none
+    """Sum each row's copies in order: [N, H], summed in float32 or better and rounded once."""
+    # embedding_bag gathers and adds in the given order; it rounds each partial sum of half-precision input, so float32
     is_half = copies_PH.dtype.itemsize < 4
     wide_PH = copies_PH.float() if is_half else copies_PH.contiguous()
     sums_NH = embedding_bag(fanout.copies_P, wide_PH, fanout.bounds_N, mode="sum", include_last_offset=True)
@@ -134,6 +135,7 @@ def _rank_map(routing_map_TE: Tensor, num_ranks: int) -> Tensor:
     num_tokens, num_experts = routing_map_TE.shape
     if num_experts % num_ranks:
         raise ValueError(
-            f"experts must divide into ranks of equally many; got {num_experts} experts, {num_ranks} ranks"
+            f"the number of experts must be a multiple of the number of ranks; got {num_experts} experts, "
+            f"{num_ranks} ranks"
         )
     return routing_map_TE.view(num_tokens, num_ranks, num_experts // num_ranks).transpose(0, 1)

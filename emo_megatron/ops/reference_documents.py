@@ -1,7 +1,7 @@
-"""Documents in plain PyTorch, their scores, pools and statistics: the definition every other backend is tested against.
+"""Scores, pools and statistics of documents in plain PyTorch: the reference implementation for tests of other backends.
 
-Shapes: T tokens on this rank, E routed experts, D documents of the micro-batch, W words of 32 bits that hold E. An
-all-reduce over the ranks that share a document stands between its scores and its pool. Source: arXiv 2605.06663.
+Shapes: T tokens on this rank, E routed experts, D documents of the micro-batch, W words of 32 bits for E bits. Document
+scores are summed over the ranks that share a document (all-reduce) before pools are chosen. Source: arXiv 2605.06663.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 SCORE_FRACTION_BITS = 27
-"""Document scores are probabilities in fixed point with so many fractional bits: sums of 2**36 tokens fit in int64."""
+"""Number of fractional bits of document scores, which are in fixed point. Sums over `2**36` tokens fit in int64."""
 MAX_GATE_UNITS = 2**30 - 1
-"""A gate counts as less than 8 in document scores; only a square root of softplus exceeds that, for logits above 64."""
+"""Largest gate in document scores, just below 8. Only the square root of softplus exceeds it, for logits above 64."""
 NUM_STATISTICS = 5
-"""Entries of `document_statistics`."""
+"""Number of entries of `document_statistics`."""
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
@@ -28,20 +28,20 @@ def document_scores(
 
     Args:
         logits_TE: [T, E] router logits of any float dtype.
-        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding and counts nowhere.
+        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding, which is in no sum.
         num_documents: D.
         score_function: softmax over all E experts; or the gates of sigmoid or sqrtsoftplus.
 
     Returns:
-        [D, E] int64, the scores in units of 2**-27, a gate at most MAX_GATE_UNITS, summed over the document's tokens.
-        Integer sums do not depend on the order of the tokens or on how ranks cut the document. A token with a logit
-        that is NaN or +inf, or with no logit above -inf, adds nothing. Not differentiable.
+        [D, E] int64: scores in units of `2**-27`, summed over the document's tokens. A gate is at most MAX_GATE_UNITS.
+        Integer sums do not depend on the order of the tokens or on the split of the document over ranks. A token with a
+        logit that is NaN or +inf, or with no logit above -inf, adds nothing. Not differentiable.
     """
     with torch.no_grad():
         if score_function == "softmax":
             scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
         else:
-            # torch's float32 functions round otherwise where a tensor's end leaves no whole vector: float64 hides it
+            # float64, because torch's float32 functions round differently at a tensor's end, outside whole vectors
             scores_TE = gates(logits_TE.double(), score_function).clamp_(max=8.0)
         units_TE = (scores_TE * 2.0**SCORE_FRACTION_BITS).round_().to(torch.int64)
         row_T = _rows(logits_TE, document_ids_T, num_documents)
@@ -50,43 +50,43 @@ def document_scores(
 
 
 def document_tokens(logits_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
-    """[D] int64, how many tokens of each document `document_scores` adds up; arguments as there."""
+    """[D] int64, number of tokens of each document that `document_scores` sums; arguments: see `document_scores`."""
     row_T = _rows(logits_TE.detach(), document_ids_T, num_documents)
     counts = row_T.new_zeros(num_documents + 1)
     return counts.index_add_(0, row_T, torch.ones_like(row_T))[:num_documents]
 
 
 def biased_scores(scores_DE: Tensor, tokens_D: Tensor, expert_bias_E: Tensor) -> Tensor:
-    """Each document's sums of gates plus bias: what its pool is chosen by where the bias shall reach it.
+    """Each document's sums of gates plus bias: the scores that choose pools if the bias takes part in the choice.
 
-    Exact while |bias| is below 2**9 and a document has fewer than 2**26 tokens: the sums then fit in int64. For pools
-    inside groups, which sums of K // group_topk of them choose, so many times fewer tokens.
+    Exact if |bias| is below `2**9` and a document has fewer than `2**26` tokens: the sums then fit in int64. Pools
+    inside groups are chosen by sums of K // group_topk scores, so the limit on tokens is lower by that factor.
 
     Args:
         scores_DE: [D, E] int64, `document_scores` of gates.
-        tokens_D: [D] int64, `document_tokens`; both over every rank that holds a piece of the document.
-        expert_bias_E: [E] float32, the same on all ranks.
+        tokens_D: [D] int64, `document_tokens`. Both are summed over all ranks that hold a piece of the document.
+        expert_bias_E: [E] float32, equal on all ranks.
 
     Returns:
-        [D, E] int64, in units of 2**-27.
+        [D, E] int64, in units of `2**-27`.
     """
     units_E = (expert_bias_E.float() * 2.0**SCORE_FRACTION_BITS).round().to(torch.int64)
     return scores_DE + tokens_D[:, None] * units_E
 
 
 def _rows(logits_TE: Tensor, document_ids_T: Tensor, num_documents: int) -> Tensor:
-    """[T] int64, the document of each token; D, a row to be cut off again, for what counts nowhere."""
+    """[T] int64, the document of each token; D, an extra row that is dropped, for padding and non-finite tokens."""
     # no data-dependent shapes, no host sync
     is_finite_T = logits_TE.float().amax(dim=-1).isfinite()
     return torch.where((document_ids_T >= 0) & is_finite_T, document_ids_T, num_documents)
 
 
 def gates(logits_TE: Tensor, score_function: ScoreFunction) -> Tensor:
-    """[T, E] float, sigmoid or the square root of softplus of logits of the same dtype; differentiable, 0 at -inf."""
+    """[T, E] sigmoid or square root of softplus, in the float dtype of the logits; differentiable, 0 at -inf."""
     if score_function == "sigmoid":
         return torch.sigmoid(logits_TE)
-    # far below zero softplus is e^x, and the derivative of the root at 0 would be 0 times infinity; so there the last
-    # bits are not Megatron's
+    # far below zero, softplus is e^x, and the derivative of the root would be 0 times infinity; this form avoids it,
+    # but its last bits differ from Megatron's
     is_low_TE = logits_TE < -20.0
     low_TE = torch.exp(0.5 * logits_TE.masked_fill(~is_low_TE, float("-inf")))
     high_TE = torch.nn.functional.softplus(logits_TE.masked_fill(is_low_TE, 0.0)).sqrt()
@@ -97,12 +97,12 @@ def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0)
     """Choose each document's pool: its best-scored experts.
 
     Args:
-        scores_DE: [D, E] document scores, reduced over every rank that holds a piece of the document.
-        pool_sizes_D: [D] int64, experts wanted; E and more means all.
-        num_forced: the last so many experts are always in and count towards the size.
+        scores_DE: [D, E] document scores, reduced over all ranks that hold a piece of the document.
+        pool_sizes_D: [D] int64, pool sizes in experts; E or more means all experts.
+        num_forced: number of experts that are in every pool and count towards its size; the highest indices.
 
     Returns:
-        [D, E] bool with max(pool_size, num_forced) True a row. Ties go to the lower index. Not differentiable.
+        [D, E] bool with max(pool_size, num_forced) True per row. Ties go to the lower index. Not differentiable.
     """
     num_free = scores_DE.shape[1] - num_forced
     order_DE = scores_DE[:, :num_free].sort(dim=-1, descending=True, stable=True).indices
@@ -113,16 +113,16 @@ def select_pool(scores_DE: Tensor, *, pool_sizes_D: Tensor, num_forced: int = 0)
 
 
 def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_documents: int) -> Tensor:
-    """Which experts each document's tokens chose.
+    """The experts that each document's tokens chose.
 
     Args:
         routing_map_TE: [T, E] bool.
-        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding and counts nowhere.
+        document_ids_T: [T] int64 in [-1, num_documents); -1 is padding, which is ignored.
         num_documents: D.
 
     Returns:
-        [D, W] int32, W = ceil(E / 32): bit b of word w is set where a token chose expert 32 w + b. Ranks that share a
-        document join their words with a bitwise or.
+        [D, W] int32, W = ceil(E / 32): bit b of word w is set if a token chose expert 32 w + b. Ranks that share a
+        document combine their words by bitwise or.
     """
     num_experts = routing_map_TE.shape[1]
     num_words = -(-num_experts // 32)
@@ -135,29 +135,29 @@ def experts_used(routing_map_TE: Tensor, *, document_ids_T: Tensor, num_document
 
 
 def given_statistics(scores_DE: Tensor | None, pool_DE: Tensor | None, used_DW: Tensor | None) -> Tensor:
-    """One of what is given to `document_statistics`; the others must lie beside it."""
+    """One of the tensors given to `document_statistics`, all on one device; raises if an argument is missing."""
     given_DX = used_DW if scores_DE is None else scores_DE
     if given_DX is None:
-        raise ValueError("document_statistics needs scores_DE or used_DW; both are None")
+        raise ValueError("document_statistics requires scores_DE or used_DW; both are None")
     if pool_DE is not None and scores_DE is None:
-        raise ValueError("document_statistics needs scores_DE where pool_DE is given")
+        raise ValueError("document_statistics requires scores_DE with pool_DE; scores_DE is None")
     return given_DX
 
 
 def document_statistics(
     scores_DE: Tensor | None = None, pool_DE: Tensor | None = None, used_DW: Tensor | None = None
 ) -> Tensor:
-    """Sums over documents for metrics, exact whatever the order of the documents.
+    """Sums over documents for metrics, exact in any order of the documents.
 
     Args:
-        scores_DE: [D, E] int64, `document_scores`, none negative, over every rank that holds a piece of the document.
-        pool_DE: [D, E] bool, their pools; needs scores_DE.
+        scores_DE: [D, E] int64, not negative: `document_scores`, summed over all ranks with a piece of the document.
+        pool_DE: [D, E] bool, pools of the documents; requires scores_DE.
         used_DW: [D, W] int32, `experts_used`.
 
     Returns:
-        [5] int64, 0 where the tensor is not given: documents with a positive sum of scores; the sizes of their pools;
-        the entropies of their shares of the score, each rounded to units of 2**-27 nats; documents that used an
-        expert; experts they used.
+        [5] int64, with 0 for tensors that are not given: number of scored documents (sum of scores above 0); sum of
+        their pool sizes; sum of the entropies of their score shares, each rounded to units of `2**-27` nats; number of
+        documents that used an expert; sum of the numbers of experts that documents used.
     """
     given_DX = given_statistics(scores_DE, pool_DE, used_DW)
     nothing = given_DX.new_zeros((), dtype=torch.int64)
@@ -177,5 +177,5 @@ def document_statistics(
 
 
 def to_units(nats_X: Tensor) -> Tensor:
-    """Entropies in units of 2**-27 nats, int64; of one expert that has everything, rounding may give less than none."""
+    """Entropies in units of `2**-27` nats, int64. Negative values, a rounding error if one expert has all, become 0."""
     return (nats_X.clamp(min=0.0) * 2.0**SCORE_FRACTION_BITS).round().to(torch.int64)

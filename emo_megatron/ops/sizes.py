@@ -1,8 +1,8 @@
-"""How large each document's pool is: a counter-based hash instead of a generator, so every layout draws the same.
+"""Sizes of pools, drawn by a counter-based hash instead of a random generator: equal in all parallel layouts.
 
-A size depends on (seed, sample position in training, start of the document in its sample, layer) and on nothing that
-differs between ranks, pipeline stages or a resumed run. All integer arithmetic on the device, no host sync, but for
-the table of a skewed draw, which is sent there when its bounds are new.
+A size depends only on the seed, the sample's position in training, the document's start in its sample, and the layer.
+These do not differ between ranks, pipeline stages or resumed runs. All arithmetic is on integers on the device, without
+a host sync. One exception: a skewed draw with new bounds copies a table to the device.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def draw_pool_sizes(
 
     Args:
         sample_positions_D: [D] int64, global index of the training sample that holds the document.
-        offsets_D: [D] int64, first token of the document within its sample.
-        layer_number: 1-based global layer number; a range of them, or [L, 1] int64, draws for several layers at once.
-        seed: of the draw.
-        low, high: bounds, inclusive.
+        offsets_D: [D] int64, index of the document's first token in its sample.
+        layer_number: global layer number, from 1. A range, or an [L, 1] int64 tensor, draws for several layers at once.
+        seed: seed of the draw.
+        low, high: smallest and largest size, in experts, inclusive.
         skew: a, finite and above 0: the size is low + floor((high - low + 1) * u^(1 / a)) with u uniform in [0, 1).
-        unrestricted_share: fraction of documents that get all `num_experts` instead.
+        unrestricted_share: share of documents, in [0, 1], that get the size `num_experts` instead.
         num_experts: E.
-        draw: a backend's `draw_bits`; the one below by default.
+        draw: a backend's `draw_bits`; None: `draw_bits` of this module.
 
     Returns:
         [D] int64 sizes, [L, D] for several layers.
@@ -71,12 +71,12 @@ def draw_pool_sizes(
 def draw_bits(
     sample_positions_D: Tensor, offsets_D: Tensor, *, layers: range | Tensor, seed: int, stream: int
 ) -> Tensor:
-    """Random bits for every layer and document: splitmix64's finaliser, chained over the counters.
+    """Random bits per layer and document: splitmix64's finaliser, chained over the counters.
 
     Args:
-        sample_positions_D, offsets_D, seed: as in `draw_pool_sizes`.
-        layers: L layer numbers, in steps of one; or [L] int64 of any.
-        stream: 0 to 3, draws of the same seed that are independent.
+        sample_positions_D, offsets_D, seed: see `draw_pool_sizes`.
+        layers: a range of L layer numbers with step 1; or any L layer numbers as [L] int64.
+        stream: 0 to 3, number of an independent stream of draws with the same seed.
 
     Returns:
         [L, D] int64, all 64 bits random.
@@ -93,23 +93,23 @@ def draw_bits(
 
 
 def first_state(seed: int, *, stream: int) -> int:
-    """The hash before the first counter: the low 64 bits of a Python integer, as an int64."""
+    """State of the hash before the first counter: the low 64 bits of a Python integer, as an int64."""
     value = (seed * 4 + stream + 1) & ((1 << 64) - 1)
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def top_p_pool_sizes(scores_DE: Tensor, *, top_p: float, low: int, high: int) -> Tensor:
-    """The fewest experts that hold `top_p` of each document's probability, within [low, high].
+    """Smallest number of experts that hold `top_p` of each document's probability, limited to [low, high].
 
     Args:
-        scores_DE: [D, E] int64 document scores, fully reduced.
-        top_p: probability mass in (0, 1).
-        low, high: bounds, inclusive.
+        scores_DE: [D, E] int64 document scores, reduced over all ranks that hold a piece of the document.
+        top_p: share of the probability, in (0, 1).
+        low, high: smallest and largest size, in experts, inclusive.
 
     Returns:
         [D] int64 sizes.
     """
-    # summed up as integers: exact, and deterministic on a GPU, where a cumsum of floats is not
+    # the cumsum is over integers: exact, and deterministic on a GPU, where a cumsum over floats is not
     mass_DE = scores_DE.sort(dim=-1, descending=True).values.cumsum(dim=-1).to(torch.float64)
     is_short_DE = mass_DE < top_p * mass_DE[:, -1:]
     return (is_short_DE.sum(dim=-1) + 1).clamp(min=low, max=high)
@@ -122,21 +122,21 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right filling with zeros; torch's >> on int64 copies the sign."""
+    """Shift right and fill with zeros; torch's >> on int64 copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _scale(bits: Tensor, buckets: int) -> Tensor:
-    """Map the top 31 bits onto [0, buckets) with a multiply; the bias is below buckets / 2**31."""
+    """Map the top 31 bits to [0, buckets) by a multiplication; the bias is below `buckets / 2**31`."""
     return (_logical_shift(bits, 33) * buckets) >> 31
 
 
 def _skewed(bits: Tensor, buckets: int, skew: float) -> Tensor:
-    """Map the top 31 bits, u * 2^31, onto [0, buckets) as floor(buckets * u^(1 / skew)): count the thresholds reached.
+    """Map the top 31 bits, u * 2^31, to [0, buckets) as floor(buckets * u^(1 / skew)), by a table of thresholds.
 
-    No power on the device, whose last bits would make a GPU draw another size than a CPU.
+    A power computed on the device would differ in its last bits, so a GPU could draw another size than a CPU.
     """
-    # a tensor made in tracing is not to be kept
+    # a tensor created during tracing must not be cached
     is_traced = torch.compiler.is_compiling() or type(bits) is not Tensor
     table = _device_table.__wrapped__ if is_traced else _device_table
     thresholds_K = table(buckets, skew, bits.device)
@@ -145,16 +145,16 @@ def _skewed(bits: Tensor, buckets: int, skew: float) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _device_table(buckets: int, skew: float, device: torch.device) -> Tensor:
-    # made on the CPU by name, or a default device would make it one that no FakeTensorMode knows
+    # device="cpu" is explicit: with a default device, the tensor would be unknown to FakeTensorMode
     return torch.tensor(_thresholds(buckets, skew), dtype=torch.int64, device="cpu").to(device)
 
 
 # torch.compile can't trace decimals
 @torch.compiler.assume_constant_result
 def _thresholds(buckets: int, skew: float) -> list[int]:
-    """For k = 1 to buckets - 1 the least 31-bit number in bucket k or above: ceil(2^31 * (k / buckets)^skew).
+    """For k = 1 to buckets - 1, the smallest 31-bit number in bucket k or above: ceil(2^31 * (k / buckets)^skew).
 
-    In decimals, for the C library's powers differ between machines, and a run may go on on another.
+    Computed in decimals: powers of the C library differ between machines, and a run may resume on another machine.
     """
     with localcontext(Context(prec=50)):
         shares = [(Decimal(k) / buckets) ** Decimal(skew) for k in range(1, buckets)]

@@ -17,7 +17,7 @@ REFUSED = {
     "unknown name": (["--recipe", "olmoe_7b_pretran_config", "model.pool_min=8"], "--recipe"),
     "no such module": (["--recipe", "no_such_module:recipe", "model.pool_min=8"], "no_such_module"),
     "no such function": (["--recipe", "support.bridge_command:lost", "model.pool_min=8"], "'lost'"),
-    "arguments": (["--recipe", "support.bridge_command:needs_arguments", "model.pool_min=8"], "needs size"),
+    "arguments": (["--recipe", "support.bridge_command:needs_arguments", "model.pool_min=8"], "requires size"),
     "no config": (["--recipe", "support.bridge_command:returns_nothing", "model.pool_min=8"], "NoneType"),
     "no pool_min": ([*SMALL, "train.train_iters=1"], "model.pool_min"),
     "unknown pool field": ([*SMALL, "model.pool_min=3", "model.pool_mni=2"], "pool_mni"),

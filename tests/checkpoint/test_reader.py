@@ -233,7 +233,7 @@ def test_a_part_of_a_weight_is_refused(name, tmp_path):
 
 def test_no_file_is_replaced_by_a_checkpoint(saved, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file exists; name one that does not"):
+    with pytest.raises(ValueError, match="file exists; give another path"):
         write_checkpoint(tmp_path / "file", {}, args=MegatronCheckpoint(saved[0]).args)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -169,7 +169,7 @@ def test_no_task_and_no_documents_are_written_over(tmp_path: Path, name: str) ->
     mine.write_text("mine")
     # refused before documents or tokenizer are looked at: neither is there
     options = eval_task.Options(documents=tmp_path / "no.jsonl", name="french", model=tmp_path / "no", output=tmp_path)
-    with pytest.raises(ValueError, match=f"{name} exists; name one that does not"):
+    with pytest.raises(ValueError, match=f"{name} exists; give another path"):
         eval_task.run(options)
     assert mine.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [mine]

@@ -76,7 +76,7 @@ def test_commands_write_over_nothing(command, existing, capsys):
     arguments = [command, *inputs, *SIZE.get(command, ()), "--output", str(existing)]
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
-    assert told == f"error: {existing} exists; name one that does not, or remove it\n"
+    assert told == f"error: {existing} exists; give another path, or remove it\n"
 
 
 @pytest.mark.parametrize("command", sorted({*WRITERS, *STEPS}))
@@ -89,7 +89,7 @@ def test_commands_write_nothing_below_a_file(command, tmp_path, capsys):
     assert cli.main([*arguments, *SIZE.get(command, ()), "--output", str(output)]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert f"cannot be written: {mine} is no folder" in told
+    assert f"cannot be written: {mine} is not a folder" in told
     assert list(tmp_path.iterdir()) == [mine]
 
 

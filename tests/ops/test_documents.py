@@ -159,7 +159,7 @@ def test_what_the_statistics_need_is_named() -> None:
     pool_DE = torch.ones(2, 3, dtype=torch.bool)
     for implementation in (reference_documents, native.load_native(), ops):
         for arguments in ({}, {"pool_DE": pool_DE}):
-            with pytest.raises(ValueError, match="needs scores"):
+            with pytest.raises(ValueError, match="requires scores"):
                 implementation.document_statistics(**arguments)
     scores_DE = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="pool must have shape"):

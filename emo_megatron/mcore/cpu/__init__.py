@@ -1,9 +1,10 @@
-"""Stock Megatron-Core without CUDA: its calls into torch.cuda answered on the CPU, its collectives on gloo.
+"""Stock Megatron-Core without CUDA: calls of torch.cuda are redirected to the CPU, and collectives run on gloo.
 
-Megatron asks torch.cuda for streams, events, random states, memory figures and tensors even where nothing is computed
-there. `activate()` gives each of those an answer that is true of one CPU rank, so the unmodified Megatron, with
-`--distributed-backend gloo --transformer-impl local`, trains under every parallel layout. It changes torch for the
-whole process and must run before Megatron builds anything; it does nothing where a GPU exists, unless EMO_DEVICE=cpu.
+Megatron uses torch.cuda for streams, events, random states, memory figures and tensors, even if nothing is computed on
+a GPU. `activate()` replaces each of these by a version that is correct for a CPU rank. Unmodified Megatron then trains
+under every parallel layout with `--distributed-backend gloo --transformer-impl local`. `activate()` changes torch for
+the whole process and must run before Megatron builds anything. With a GPU, `activate()` does nothing unless
+EMO_DEVICE=cpu is set.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import torch
 from torch.overrides import TorchFunctionMode
 
-# kept for the life of the process: leaving the mode would hand cuda devices back to Megatron
+# stays active for the life of the process: without the mode Megatron would use cuda devices again
 _mode: TorchFunctionMode | None = None
 
 
@@ -31,7 +32,7 @@ def is_active() -> bool:
 
 
 def activate() -> bool:
-    """Redirect Megatron's CUDA calls to the CPU where `is_wanted()`; idempotent.
+    """Redirect Megatron's CUDA calls to the CPU if `is_wanted()`; idempotent.
 
     Returns:
         Whether the redirection is active.
@@ -39,7 +40,7 @@ def activate() -> bool:
     global _mode
     if not is_wanted():
         return False
-    # Megatron decorates with torch.compile; compiling small CPU graphs costs minutes and gains nothing
+    # Megatron uses torch.compile; compiling small graphs for a CPU takes minutes and gains nothing
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if _mode is None:
         from emo_megatron.mcore.cpu import redirect
@@ -51,14 +52,14 @@ def activate() -> bool:
 
 
 def with_cpu_flags(argv: list[str]) -> list[str]:
-    """`argv` with the Megatron flags a CPU run needs in front, where it is one; flags of the caller win."""
+    """`argv`, in a CPU run with the necessary Megatron flags in front; flags of the caller take precedence."""
     return [*CPU_FLAGS, *argv] if is_active() else argv
 
 
 def local_flags() -> list[str]:
     """Megatron's flags for a process without Transformer Engine and Apex, on a GPU or a CPU.
 
-    Megatron's defaults ask for both. A CPU needs a few flags more: `with_cpu_flags`.
+    Megatron's defaults need both packages. A CPU needs a few more flags: `with_cpu_flags`.
     """
     return [
         *("--transformer-impl", "local"),
@@ -73,4 +74,4 @@ def local_flags() -> list[str]:
 
 
 CPU_FLAGS = (*("--distributed-backend", "gloo"), *local_flags(), "--use-cpu-initialization", "--no-bias-gelu-fusion")
-"""Megatron's flags for a CPU."""
+"""Megatron's flags for a run on a CPU."""

@@ -1,4 +1,4 @@
-"""What torch.cuda, tensors, collectives, and Megatron's random states and optimizer are answered by on a CPU."""
+"""CPU versions of torch.cuda, of tensor methods, of collectives, and of Megatron's random states and optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def redirect() -> TorchFunctionMode:
-    """Redirect this process for the rest of its life; the mode stays entered."""
+    """Redirect this process to the CPU for the rest of its life. The returned mode is already active."""
     _redirect_cuda_module()
     _redirect_tensors_and_modules()
     _redirect_collectives()
@@ -28,7 +28,7 @@ def redirect() -> TorchFunctionMode:
 
 
 class _Done:
-    """What a CPU's streams and events have in common: everything on them has already happened."""
+    """Base class of streams and events on a CPU: all their work is already complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -65,30 +65,30 @@ class _Event(_Done):
 
 
 class _CudaDevicesToCpu(TorchFunctionMode):
-    """Sends tensors asked for on a CUDA device to the CPU and names CPU tensor types as CUDA's."""
+    """Creates tensors for a CUDA device on the CPU, and reports the types of CPU tensors as CUDA types."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):
-            # memory is pinned for a device, and with one only
+            # pinned memory needs a CUDA device
             kwargs["pin_memory"] = False
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], torch.device("cpu"), *args[2:])
         if func is torch.Tensor.to and kwargs.get("non_blocking") and args[1:2] == ("cpu",):
-            # from a device it is a copy, which an asynchronous checkpoint is written from while weights change
+            # with a GPU this call copies; asynchronous checkpoints are written from the copy while weights change
             kwargs["copy"] = True
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # gradient clipping asserts that it was handed "torch.cuda.FloatTensor"
+            # gradient clipping asserts the type "torch.cuda.FloatTensor"
             return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
 
 
 def _keep_in_backward(mode: TorchFunctionMode) -> None:
-    """Keep the mode on while autograd runs backward, where activations are recomputed.
+    """Keep the mode active while autograd runs backward, because activations are recomputed there.
 
-    torch.autograd.backward is itself a function the mode handles, and a mode is off while its handler runs.
+    The mode also handles torch.autograd.backward, and torch switches a mode off while the mode's handler runs.
     """
     autograd: Any = torch.autograd
     run_backward = autograd._engine_run_backward
@@ -111,7 +111,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _answer(value: Any) -> Callable[..., Any]:
-    """A function of its own for each name: torch's compiler refuses one object under two names."""
+    """A new function that returns `value`; torch's compiler does not accept one function under two names."""
     return lambda *args, **kwargs: value
 
 
@@ -148,7 +148,7 @@ def _redirect_cuda_module() -> None:
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
-    # types, for Megatron asks isinstance() of them where it casts for --bf16 and --fp16
+    # these must be types, because Megatron uses them in isinstance() when it casts for --bf16 and --fp16
     for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte"):
         setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
 
@@ -168,7 +168,7 @@ def _redirect_tensors_and_modules() -> None:
 
 
 def _redirect_collectives() -> None:
-    """Bridge what NCCL takes and gloo does not: split sizes as tensors, averages, parts of different lengths."""
+    """Add what NCCL supports and gloo does not: split sizes as tensors, averages, parts of different lengths."""
     all_to_all_single, all_reduce = dist.all_to_all_single, dist.all_reduce
     all_gather = dist.all_gather
 
@@ -189,7 +189,7 @@ def _redirect_collectives() -> None:
     ) -> Any:
         if op != dist.ReduceOp.AVG:
             return all_reduce(tensor, op, group, async_op)
-        # divided first, so that an asynchronous sum is the average when it completes
+        # divide first, so that an asynchronous sum is the average when it completes
         tensor.div_(dist.get_world_size(group))
         return all_reduce(tensor, dist.ReduceOp.SUM, group, async_op)
 
@@ -211,7 +211,7 @@ def _redirect_collectives() -> None:
         output: Tensor, inputs: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> None:
         if async_op:
-            raise NotImplementedError("reduce_scatter over gloo is synchronous here; got async_op=True")
+            raise NotImplementedError("reduce_scatter on a CPU must be synchronous; got async_op=True")
         whole = torch.cat([part.reshape(-1) for part in inputs])
         all_reduce_with_average(whole, op, group)
         rank = dist.get_rank(group)
@@ -240,11 +240,12 @@ def _redirect_megatron() -> None:
 
 
 def _repair_optimizer() -> None:
-    """Let the distributed optimizer load its checkpoints over torch's AdamW, without Apex or Transformer Engine.
+    """Let the distributed optimizer load checkpoints with torch's AdamW, without Apex and Transformer Engine.
 
-    Megatron-Core 0.19 keeps that combination for machines without either, and its loading has three gaps: it reads the
-    optimizer step from states that exist only after a first step, copies into leaves that want gradients, and takes
-    the step of those first states for the stored one. Then a resumed run equals an uninterrupted one bit for bit.
+    Megatron-Core 0.19 has this combination for machines without both packages, but loading has three faults. Loading
+    reads the optimizer step from states that exist only after a first step, copies into leaf tensors that require
+    gradients, and uses the step of those first states instead of the stored step. With this repair a resumed run equals
+    an uninterrupted run bit for bit.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -257,7 +258,7 @@ def _repair_optimizer() -> None:
         if not self.optimizer.state and any(group["params"] for group in groups):
             rates = [group["lr"] for group in groups]
             for group in groups:
-                # a step that moves nothing: no gradient, no rate
+                # the learning rate of 0 keeps this step from changing weights; there are no gradients
                 group["lr"] = 0.0
             self._init_optimizer_states_with_dummy_values()
             for group, rate in zip(groups, rates, strict=True):
@@ -270,12 +271,12 @@ def _repair_optimizer() -> None:
         with torch.no_grad():
             load_state_dict(self, state)
         if self.ddp_config.use_megatron_fsdp:
-            # a Megatron-FSDP checkpoint holds the step of every parameter: nothing is to be repaired
+            # a Megatron-FSDP checkpoint contains the step of every parameter and needs no repair
             return
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if "step" in self.optimizer.state.get(parameter, {}):
-                    # a tensor for each: one for all would be advanced by every parameter
+                    # one tensor per parameter, because every parameter would advance a shared tensor
                     step = torch.tensor(float(group["step"]))
                     self.optimizer.state[parameter]["step"] = step
 
