@@ -31,7 +31,7 @@ def from_json(stored: bytes) -> Any:
         ValueError: the text is not JSON in UTF-8, an object repeats a name, or a number is not finite.
     """
     if not stored.strip():
-        raise ValueError("the file is empty")
+        raise ValueError("the text is empty")
     try:
         value = json.loads(stored.decode(), object_pairs_hook=_object)
         _check_finite(value, place="")

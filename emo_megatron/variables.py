@@ -22,7 +22,7 @@ REMOVED = {
     "rank and world size: torch.distributed, Megatron": """
         RANK LOCAL_RANK NODE_RANK GROUP_RANK ROLE_RANK CROSS_RANK ROLE_NAME JOB_COMPLETION_INDEX
         WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE CROSS_SIZE TORCHCOMM_*""",
-    "rank and world size by other launchers: Megatron, accelerate, NVSHMEM, UCC": """
+    "rank and world size in other launchers: Megatron, accelerate, NVSHMEM, UCC": """
         SLURM_* OMPI_* PMI_* PMI2_* PMIX_* PRTE_* MPI_* MV2_* HOROVOD_* PALS_* ALPS_APP_* FLUX_*
         JSM_NAMESPACE_* DLTS_* ACCELERATE_* FSDP_* FT_*""",
     # gloo's network interfaces too: processes of one host do not need a cluster's interface, which may not work here

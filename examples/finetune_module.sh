@@ -19,8 +19,8 @@
 # pools. The parent's flags also set the load balancing; flags at the end override earlier flags.
 set -euo pipefail
 
-module="${MODULE:?must name the folder of a module}"
-output="${OUTPUT:?must name the folder to save to}"
+module="${MODULE:?must be the folder of a module}"
+output="${OUTPUT:?must be the folder for checkpoints}"
 mkdir -p "$output"
 cp "$module/selection.json" "$output/"
 

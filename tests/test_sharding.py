@@ -97,7 +97,7 @@ def test_documents_that_cannot_be_cut_are_refused() -> None:
     for bounds in ([0, 6, 12], [0, 4, 8]):
         with pytest.raises(ValueError, match=r"multiples of 4 and sum to 12 tokens; got .* Pad"):
             local_token_indices(num_tokens=12, cp_size=2, document_bounds=torch.tensor(bounds))
-    with pytest.raises(ValueError, match="batch_size must be 1 .*; got 2"):
+    with pytest.raises(ValueError, match=r"batch_size must be 1 .*; got 2"):
         local_token_indices(num_tokens=8, batch_size=2, cp_size=2, document_bounds=torch.tensor([0, 8]))
 
 
