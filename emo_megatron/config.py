@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from emo_megatron.arguments import nearest
 from emo_megatron.json_files import read_json
 
 PoolCpPartition = Literal["sample", "document"]
@@ -258,7 +259,7 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
         for name, value in stored.items()
         if name in kinds and not _is_a(value, kinds[name])
     ]
-    unknown = ", ".join(name for name in stored if name not in kinds)
+    unknown = ", ".join(f"{name}{nearest(name, kinds)}" for name in stored if name not in kinds)
     if unknown:
         problems.append(f"unknown fields: {unknown}; the fields are {', '.join(kinds)}")
     raise_problems(where, problems)
