@@ -39,9 +39,7 @@ def load_hugging_face(path: Path) -> Any:
 
     kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(
-            f"model_type must be one of {', '.join(MODEL_TYPES)}; got {kind} in {path / 'config.json'}"
-        )
+        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}; got {kind} in {path / 'config.json'}")
     with as_stock(HuggingFaceFolder(path)) if kind == "emo" else nullcontext(path) as folder:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
