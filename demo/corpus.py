@@ -1,9 +1,10 @@
 """Prepare the demo's corpus: collect, clean, split by document, tokenize and write.
 
-    output/tokenizer/                       what Megatron's HuggingFaceTokenizer loads, offline
-    output/train.bin, train.idx             all domains, documents shuffled together
-    output/calibration/<domain>.safetensors tokens and cu_seqlens of one domain; validation/ too
-    output/corpus.json                      what was taken; written last, so it marks a whole corpus
+    output/tokenizer/                       tokenizer for Megatron's HuggingFaceTokenizer, offline
+    output/train.bin, train.idx             documents of all domains, shuffled together
+    output/calibration/<domain>.safetensors tokens and cu_seqlens of one domain
+    output/validation/<domain>.safetensors  tokens and cu_seqlens of one domain
+    output/corpus.json                      description of the corpus; written last, so it marks a complete corpus
 
 Every document ends with the end-of-document token, and no document is in two splits.
 """
@@ -47,34 +48,34 @@ MIN_VALIDATION = 60
 TOKENIZER_CHARS = 600_000
 FORMAT = 1
 _FILES = ("tokenizer", "train.bin", "train.idx", *VALIDATION_SPLITS)
-# control characters, and halves of surrogate pairs, which have no UTF-8
+# control characters, and halves of surrogate pairs, which UTF-8 cannot encode
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\ufffd\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusConfig:
-    """What the corpus is made of."""
+    """Sources and sizes of the corpus."""
 
     corpus_dir: Path | None = None
-    """Folder with one subfolder a domain; None looks for text on this machine."""
+    """Folder with one subfolder per domain; None: search for text on this machine."""
     max_domains: int = 8
-    """Domains taken from this machine; all subfolders of `corpus_dir` are taken."""
+    """Number of domains taken from this machine; of `corpus_dir`, all subfolders are taken."""
     bytes_per_domain: int = 4_500_000
-    """A domain is read until it has this many bytes of UTF-8 and `min_documents`."""
+    """Reading a domain stops at this many bytes of UTF-8, if `min_documents` is also reached."""
     min_documents: int = 200
     """A domain with fewer usable documents is left out."""
     min_document_chars: int = 600
     """Shorter documents are left out."""
     max_document_chars: int = 6000
-    """Longer documents are cut, at the end of a line where possible."""
+    """Longer documents are cut, if possible at the end of a line."""
     vocab_size: int = 2048
-    """Upper bound of the tokenizer's entries, the end-of-document token included."""
+    """Largest number of tokenizer entries, including the end-of-document token."""
     calibration_fraction: float = 1 / 24
-    """Share of a domain's documents; 60 documents if that is more, but never over a sixth."""
+    """Share of a domain's documents for calibration; at least 60 documents, but at most a sixth of all."""
     validation_fraction: float = 1 / 24
-    """As `calibration_fraction`."""
+    """Share of a domain's documents for validation, with the bounds of `calibration_fraction`."""
     seed: int = 1234
-    """Decides which documents are taken, their split and their order."""
+    """Seed for the choice, the split and the order of documents."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,7 @@ class Corpus:
 
 
 def corpus_config(folder: Path | None, *, seed: int, quick: bool) -> CorpusConfig:
-    """What the corpus is made of, from a folder with one folder of text files a domain or from this machine's text."""
+    """Configuration of a corpus from a folder with one subfolder of text files per domain, or from this machine."""
     full = CorpusConfig(corpus_dir=folder, seed=seed)
     if not quick:
         return full
@@ -109,12 +110,12 @@ type _Tokens = dict[str, list[array[int]]]
 
 
 def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | None = None) -> Corpus:
-    """Write the corpus to `output`, or return the one a run with the same config left there.
+    """Write the corpus to `output`, or return the existing corpus there if its config is the same.
 
-    A corpus made with another config is replaced. Changed source texts are not noticed: delete
-    corpus.json to read them again.
+    A corpus with another config is replaced. Changed source texts are not detected: delete
+    corpus.json to read the texts again.
 
-    Without `config.corpus_dir`, text is looked for on `machine`, by default the running system.
+    Without `config.corpus_dir`, the text comes from `machine`, by default the running system.
 
     Raises:
         ValueError: if fewer than three domains have enough documents.
@@ -148,7 +149,7 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
 
 
 def describe(corpus: Corpus) -> str:
-    """Return a table of what was taken: a line for each domain, and the sum."""
+    """Return a table of the corpus: one line per domain, and the sums."""
     domains = corpus.manifest["domains"]
     table = [
         (
@@ -167,7 +168,7 @@ def describe(corpus: Corpus) -> str:
 
 
 def _collect(config: CorpusConfig, *, machine: Machine) -> tuple[dict[str, str], _Texts]:
-    """Read sources until enough of them are domains; return their descriptions and documents."""
+    """Read sources until there are enough domains; return descriptions of the sources, and documents per domain."""
     sources = MACHINE_SOURCES if config.corpus_dir is None else folder_sources(config.corpus_dir)
     num_wanted = config.max_domains if config.corpus_dir is None else len(sources)
     taken: _Texts = {}
@@ -186,22 +187,23 @@ def _collect(config: CorpusConfig, *, machine: Machine) -> tuple[dict[str, str],
     if len(taken) < MIN_DOMAINS:
         listed = ", ".join(f"{name} {count}" for name, count in found.items() if count)
         raise ValueError(
-            f"the corpus needs {MIN_DOMAINS} domains of {config.min_documents} or more different "
-            f"documents of {config.min_document_chars} or more characters in "
+            f"the corpus needs {MIN_DOMAINS} domains, each with {config.min_documents} or more different "
+            f"documents of {config.min_document_chars} or more characters, from "
             f"{config.corpus_dir or 'this machine'}; found documents: {listed or 'none'}. "
-            "Pass --corpus DIR with one folder a domain, DIR/<domain>/<any name>: "
+            "Pass --corpus DIR with one folder per domain, DIR/<domain>/<any name>: "
             "every UTF-8 file below such a folder is a document."
         )
     if config.corpus_dir is not None and len(taken) < len(found):
         left_out = ", ".join(f"{name} {found[name]}" for name in found if name not in taken)
-        warnings.warn(f"left out for fewer than {config.min_documents} documents: {left_out}")
+        warnings.warn(f"left out domains with fewer than {config.min_documents} documents: {left_out}")
     return {source.name: source.description for source in sources}, taken
 
 
 def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> dict[bytes, str]:
-    """Clean documents until there are enough, and return them by the hash of their beginning.
+    """Clean documents until there are enough; return documents by the hash of their first 2000 characters.
 
-    Documents are the same if their first 2000 chars are, white space aside; none is in `seen`.
+    Documents with the same hash count as one; the hash ignores differences in white space. Documents whose hash is in
+    `seen` are left out.
     """
     documents: dict[bytes, str] = {}
     num_bytes = 0
@@ -218,7 +220,7 @@ def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> di
 
 
 def clean(text: str, *, max_chars: int) -> str:
-    """Unify line ends and blank lines and cut; empty if the text cannot be one document."""
+    """Unify line ends and blank lines, and cut at `max_chars`; returns "" for text that cannot be one document."""
     # a literal end-of-document token would be tokenized as a document boundary
     if EOD in text or NOT_TEXT.search(text):
         return ""
@@ -290,7 +292,7 @@ def _summarise(texts: _Texts, tokens: _Tokens) -> dict[str, Any]:
 
 
 def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer", seed: int) -> str:
-    """Write everything but the manifest; return a fingerprint, SHA-256 over all tokens."""
+    """Write everything except the manifest; return a fingerprint, the SHA-256 of all tokens."""
     from transformers import PreTrainedTokenizerFast
 
     from emo_megatron.mcore.dataset import write_indexed_dataset
@@ -319,7 +321,7 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
 
 
 def main() -> None:
-    """Prepare the corpus of the run in the folder that is named, and print what is in it."""
+    """Prepare the corpus of the run in the folder given as argument, and print a table of the corpus."""
     output = Path(sys.argv[1])
     run = read_object(output / "demo.json", kind="the settings of a run")
     folder = Path(run["corpus"]) if run["corpus"] else None

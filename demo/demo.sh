@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The demo: pretrain EMO and a standard MoE through Megatron on real text, cut modules out, show what they keep.
+# The demo: pretrain EMO and a standard MoE through Megatron on real text, cut modules out, and compare their losses.
 #
 #     demo/demo.sh --quick        (demo/demo.sh --help lists the options; so does make demo ARGS=--help)
 #
-# Every step leaves files in the output folder and is skipped when they are there, so an interrupted demo goes on where
-# it was. Its steps end with it, whatever ended it: EMO_PARENT asks the kernel for that.
+# Every step writes files to the output folder. A step whose files exist is skipped, so an interrupted demo resumes.
+# When this script ends, for any reason, its steps end too: with EMO_PARENT the kernel stops them.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,18 +13,18 @@ python=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 case " $* " in *" --help "* | *" -h "*) exec "$python" -m demo.recipe --help ;; esac
-# $output, $processes, $steps, $models, $about and the environment of the steps
+# sets $output, $processes, $steps, $models, $about and the environment of the steps
 settings=$("$python" -m demo.recipe "$@")
 eval "$settings"
 export EMO_PARENT=$$ EMO_DEVICE=${EMO_DEVICE:-cpu} OMP_NUM_THREADS=1
 
 exec {lock}> "$output/demo.lock"
 if ! flock --nonblock $lock; then
-    echo "error: another demo runs in $output: wait for it, or give another folder with --output" >&2
+    echo "error: another demo is running in $output: wait until that demo ends, or pass another folder with --output" >&2
     exit 2
 fi
 
-stop() { # what runs is asked to end; the kernel ends what is still there behind this script
+stop() { # asks running steps to end; the kernel stops the remaining ones when this script ends
     local status=$? children
     trap '' INT TERM HUP
     children=$(jobs -pr)
@@ -40,7 +40,7 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# a signal is heard while a shell waits, not while a command runs in front
+# the shell handles a signal while it waits, but not while it runs a command in the foreground
 in_front() { "$@" & wait $!; }
 
 is_done() { # WHAT MODEL
@@ -48,7 +48,7 @@ is_done() { # WHAT MODEL
     if [ "$1" = train ]; then
         [ -f "$tracker" ] && [ "$(cat "$tracker")" = "$steps" ]
     else
-        # what is written last
+        # the file that is written last
         [ -f "$output/$2/retention/retention.png" ]
     fi
 }
@@ -62,28 +62,28 @@ start() { # WHAT MODEL
     [ -t 1 ] || echo "$1 $2 ..."
 }
 
-show() { # how far all that runs is, in one line
+show() { # prints the progress of all running steps in one line
     local line="" pid what
     for pid in "${!running[@]}"; do
         what=${running[$pid]}
-        # no line is there at first
+        # a new log has no such line yet
         line+="$what $({ grep -o 'iteration *[0-9]*/ *[0-9]*' "$output/${what#* }/${what% *}.log" || true; } | tail -1 | tr -s ' ')   "
     done
     printf '\r\033[K%s' "${line:0:${COLUMNS:-80}}"
 }
 
-end() { # PID: a finished step, behind which its model's next one comes
+end() { # PID of a finished step: reports a failure, or queues the next step of the same model
     local what=${running[$1]} status=0
     wait "$1" || status=$?
     unset "running[$1]"
     if [ $status -ne 0 ]; then
         local log=$output/${what#* }/${what% *}.log
-        echo "error: $what failed with exit code $status; the end of $log:" >&2
-        # a rank's own traceback says more than what follows it
+        echo "error: $what failed with exit code $status. Last lines of $log:" >&2
+        # a rank's own traceback is more useful than the lines after it
         { grep '^\[rank' "$log" || cat "$log"; } | tail -15 >&2
         exit 1
     fi
-    # last in line: evaluations fill the gaps beside the next training
+    # evaluations are queued last: they run next to the last trainings
     [ "${what% *}" = evaluate ] || queue+=("evaluate ${what#* }")
 }
 

@@ -1,4 +1,4 @@
-"""The retention figure: loss against experts kept, and what a module costs on other domains."""
+"""The demo's retention figure: loss against experts kept, and the loss increase of modules on other domains."""
 
 import math
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, apart for every common colour blindness and in grey
+# the palette of Okabe and Ito: its colours differ for every common colour blindness and in grey
 COLORS = {EMO: "#0072B2", STANDARD: "#D55E00", SMALL: "#1b7f5f"}
 NAMES = {
     (EMO, CHOSEN): "EMO",
     (EMO, RANDOM): "EMO, random\nexperts",
     (STANDARD, CHOSEN): "standard MoE",
-    (STANDARD, RANDOM): "standard,\nrandom",
+    (STANDARD, RANDOM): "standard MoE,\nrandom",
 }
 LINES: dict[str, dict[str, Any]] = {
     CHOSEN: {"linewidth": 3.2, "marker": "o", "markersize": 7.5},
@@ -43,15 +43,15 @@ MAX_ANNOTATED = 10
 
 
 def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: str = "") -> Path:
-    """Draw the figure and write it as PNG, 1600 x 650 pixels, whole or not at all.
+    """Draw the figure and write it as a PNG of 1600 x 650 pixels; a failure leaves no file.
 
-    Left: loss against the share of experts kept, thin lines for domains, bold ones for their mean.
-    Right: how much the loss of each domain rises with the quarter of EMO chosen for each domain.
+    Left: loss against the share of experts kept. Thin lines show domains, bold lines show the mean over domains.
+    Right: EMO's loss increase on each domain with the quarter of the experts chosen for each domain.
 
     Args:
         rows: models, methods, fractions and pairs of domains may be missing.
-        path: of the PNG; missing folders are made.
-        caption: printed below: model, data, commit.
+        path: path of the PNG; missing folders are created.
+        caption: text below the figure: model, data, commit.
     """
     path = Path(path)
     with drawing(path, figsize=INCHES, dpi=DOTS_PER_INCH) as figure:
@@ -69,7 +69,7 @@ def _headline(summaries: list[RetentionSummary]) -> str:
     if quarters[0] is None or quarters[1] is None:
         return "Loss when only some of the experts are kept"
     emo, standard = (_number(quarter.loss_increase) for quarter in quarters if quarter)
-    return f"Keep a quarter of the experts: EMO loses {emo} nats a token, a standard MoE {standard}"
+    return f"Keep a quarter of the experts: EMO loses {emo} nats per token, a standard MoE {standard}"
 
 
 def _draw_curves(axes: "Axes", rows: Sequence[RetentionRow]) -> None:
@@ -93,14 +93,14 @@ def _draw_curves(axes: "Axes", rows: Sequence[RetentionRow]) -> None:
             ends.append((means[0].loss, NAMES[model, method], COLORS[model]))
     _draw_small(axes, summaries)
     over_shares(axes, [row.keep_fraction for row in rows if row.model != SMALL])
-    axes.set_xlabel("share of experts kept  (thin lines: each domain)")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_title("Loss on the domain the experts are kept for", pad=10)
+    axes.set_xlabel("share of routed experts kept (thin lines: each domain)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Loss on the domain the experts were chosen for", pad=10)
     _name_lines(axes, ends)
 
 
 def _name_lines(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
-    """Write names to the right of the lines that end at a loss, apart where lines end together."""
+    """Write each line's name to the right of its end, and move names apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = 0.13 * (high - low)
     ends = sorted(ends)
@@ -125,7 +125,7 @@ def _name_lines(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
 
 
 def _draw_domains(axes: "Axes", rows: list[RetentionRow]) -> None:
-    """A thin line for each domain of one model."""
+    """Draw a thin line for each domain of one model."""
     losses: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         if row.is_own and row.method in (FULL, CHOSEN):
@@ -138,7 +138,7 @@ def _draw_domains(axes: "Axes", rows: list[RetentionRow]) -> None:
 
 
 def _draw_small(axes: "Axes", summaries: list[RetentionSummary]) -> None:
-    """A short level line where the small model's number of experts lies among the shares."""
+    """Draw the small model's loss as a short level line, at its share of the large models' experts."""
     small = find_summary(summaries, model=SMALL, method=FULL)
     if small is None:
         return
@@ -164,16 +164,16 @@ def _draw_small(axes: "Axes", summaries: list[RetentionSummary]) -> None:
 
 
 def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]) -> None:
-    """A heat map of EMO's rise: experts chosen for the row's domain, text of the column's."""
+    """Draw EMO's loss increase as a heat map: experts chosen for the row's domain, text of the column's domain."""
     cells, fraction = _crossings(rows)
-    axes.set_title(f"Rise in nats with {share(fraction)} of EMO's experts", pad=10)
+    axes.set_title(f"Loss increase with {share(fraction)} of EMO's experts", pad=10)
     if not cells:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "modules were not run on other domains", ha="center", color=FAINT)
+        axes.text(0.5, 0.5, "modules were not evaluated on other domains", ha="center", color=FAINT)
         return
     names = sorted({name for pair in cells for name in pair})
     grid = [[cells.get((kept, text), math.nan) for text in names] for kept in names]
-    # a run that loses next to nothing is drawn pale, not as a picture of its noise
+    # with loss increases near 0, the full range of colours would show noise
     darkest = max(0.1, *cells.values())
     image = axes.imshow(grid, cmap="Blues", vmin=0.0, vmax=darkest, aspect="auto")
     short = [name if len(name) <= 11 else name[:10] + "\N{HORIZONTAL ELLIPSIS}" for name in names]
@@ -181,8 +181,8 @@ def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]
     axes.set_yticks(range(len(names)), short)
     axes.tick_params(length=0, labelsize=11.5)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("evaluated on", labelpad=1)
-    axes.text(-0.015, 1.045, "kept for", ha="right", size=12, transform=axes.transAxes)
+    axes.set_xlabel("evaluated on (numbers: nats per token)", labelpad=1)
+    axes.text(-0.015, 1.045, "chosen for", ha="right", size=12, transform=axes.transAxes)
     if len(names) > MAX_ANNOTATED:
         figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).ax.tick_params(labelsize=11)
         return
@@ -200,7 +200,7 @@ def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]
 
 
 def _crossings(rows: Sequence[RetentionRow]) -> tuple[dict[tuple[str, str], float], float]:
-    """Mean rise of each (kept for, evaluated on) of EMO, at the measured share nearest to 1/4."""
+    """EMO's mean loss increase per (chosen for, evaluated on), at the measured share nearest to 1/4; and that share."""
     chosen = [row for row in rows if row.model == EMO and row.method == CHOSEN]
     shares = {row.keep_fraction for row in chosen if not row.is_own}
     if not shares:
@@ -214,5 +214,5 @@ def _crossings(rows: Sequence[RetentionRow]) -> tuple[dict[tuple[str, str], floa
 
 
 def _number(value: float) -> str:
-    """Two digits, no minus before zero, and otherwise one that is as wide as a digit."""
+    """Two decimals and, for negative numbers, a minus as wide as a digit; zero has no minus."""
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")

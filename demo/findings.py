@@ -1,6 +1,6 @@
-"""What the demo found: a table of its models, the method's promises beside their numbers, and the figure.
+"""The demo's results: a table of the models, a check of each claim about the method, and the figure.
 
-Everything starts from rows, one evaluation each, and leaves out what was not measured.
+The input is a list of rows; each row is one evaluation. A result whose rows are missing is left out.
 """
 
 import json
@@ -32,9 +32,9 @@ from emo_megatron.report.table import KEPT, MISSING, share, signed, text_table
 
 EIGHTH = 1 / 8
 HOW_TO_READ = """\
-Loss in nats a token on validation text, lower is better, averaged over domains that each keep the
-experts they use most; in brackets what dropping the others costs. Selectivity: how much more the
-kept experts cost on other domains than on their own."""
+Loss in nats per token on validation documents; lower is better. Each domain keeps the experts that
+it uses most; the table shows the mean over the domains. In brackets: the loss increase from dropping
+the other experts. Selectivity: loss increase on other domains minus loss increase on the own domain."""
 HEADINGS = (
     KEPT,
     ("", "EMO"),
@@ -46,18 +46,18 @@ HEADINGS = (
 
 
 class Finding(NamedTuple):
-    """A statement about the measured numbers, in nats a token, and whether they bear it out."""
+    """A claim about the measured numbers, in nats per token, and whether the claim holds."""
 
     name: str
     value: float
     bound: float
     holds: bool
     text: str
-    """The statement with its numbers, for people; it says what must hold, true or not."""
+    """The claim with its numbers, for people; the words are the same whether the claim holds or not."""
 
 
 def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
-    """Check what the method promises. A statement whose numbers were not measured is left out."""
+    """Check the claims about the method. A claim whose numbers were not measured is left out."""
     summaries = summarise(rows)
 
     def find(model: str, method: str, keep_fraction: float = 1.0) -> RetentionSummary | None:
@@ -67,39 +67,36 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
     for name, fraction, part in (("quarter_rise", QUARTER, 5), ("eighth_rise", EIGHTH, 4)):
         emo, standard = find(EMO, CHOSEN, fraction), find(STANDARD, CHOSEN, fraction)
         if emo and standard:
-            # a standard MoE that loses nothing leaves EMO nothing to lose
+            # if the standard MoE loses nothing, EMO must lose nothing either
             bound = max(standard.loss_increase, 0.0) / part
             text = (
-                f"With {share(fraction)} of the experts EMO loses at most 1/{part} of what the standard MoE loses: "
-                f"{signed(emo.loss_increase)} against {signed(standard.loss_increase)} nats a token."
+                f"With {share(fraction)} of the experts, EMO's loss increase is at most 1/{part} of the standard "
+                f"MoE's: {signed(emo.loss_increase)} against {signed(standard.loss_increase)} nats per token."
             )
             found.append(Finding(name, emo.loss_increase, bound, emo.loss_increase <= bound, text))
     emo, small, by_chance = find(EMO, CHOSEN, QUARTER), find(SMALL, FULL), find(EMO, RANDOM, QUARTER)
     if emo and small:
         text = (
-            "A quarter of EMO's experts is better than a model of that size trained from scratch: "
-            f"loss {emo.loss:.3f} against {small.loss:.3f}."
+            "A quarter of EMO's experts has a lower loss than a model of that size trained from scratch: "
+            f"{emo.loss:.3f} against {small.loss:.3f}."
         )
         found.append(Finding("quarter_beats_small", emo.loss, small.loss, emo.loss < small.loss, text))
     if emo and by_chance:
         bound = 3 * max(emo.loss_increase, 0.0)
         text = (
-            "A random quarter of EMO's experts loses at least 3 times what a chosen quarter does: "
-            f"{signed(by_chance.loss_increase)} against {signed(emo.loss_increase)} nats a token."
+            "The loss increase of a random quarter of EMO's experts is at least 3 times that of a chosen quarter: "
+            f"{signed(by_chance.loss_increase)} against {signed(emo.loss_increase)} nats per token."
         )
         found.append(Finding("choice_matters", by_chance.loss_increase, bound, by_chance.loss_increase >= bound, text))
     if emo and emo.selectivity is not None:
         bound, value = 0.3, emo.selectivity
-        text = (
-            f"A domain's quarter of EMO costs other domains over {bound:g} nats a token more than its own: "
-            f"{signed(value)}."
-        )
+        text = f"The selectivity of a quarter of EMO's experts is over {bound:g} nats per token: {signed(value)}."
         found.append(Finding("quarter_is_selective", value, bound, value > bound, text))
     full, standard = find(EMO, FULL), find(STANDARD, FULL)
     if full and standard:
         bound, value = 0.06, full.loss - standard.loss
         text = (
-            f"With all experts EMO is at most {bound:g} nats a token worse than the standard MoE: "
+            f"With all experts, EMO's loss is at most {bound:g} nats per token above the standard MoE's: "
             f"{signed(value)} ({full.loss:.3f} against {standard.loss:.3f})."
         )
         found.append(Finding("full_models_match", value, bound, value <= bound, text))
@@ -107,14 +104,14 @@ def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
 
 
 def table(rows: Iterable[RetentionRow]) -> str:
-    """Lay the means out as text with a line for each number of experts kept, and how to read it."""
+    """The means as a text table, one line per number of experts kept, followed by how to read the table."""
     summaries = summarise(rows)
     lines = [_cells(summaries, kept=kept, fraction=fraction) for kept, fraction in _kept(summaries)]
     return f"{text_table(HEADINGS, lines)}\n\n{HOW_TO_READ}"
 
 
 def _kept(summaries: Sequence[RetentionSummary]) -> list[tuple[int, float]]:
-    """(experts kept, fraction of the large models' experts) of each line, most experts first."""
+    """Per line of the table: experts kept, and their fraction of the large models' experts; most experts first."""
     lines = {s.keep_fraction: s.num_experts_kept for s in summaries if s.model != SMALL}
     small = find_summary(summaries, model=SMALL, method=FULL)
     if small and small.num_experts_kept not in lines.values():
@@ -125,7 +122,7 @@ def _kept(summaries: Sequence[RetentionSummary]) -> list[tuple[int, float]]:
 
 def _cells(summaries: Sequence[RetentionSummary], *, kept: int, fraction: float) -> tuple[str, ...]:
     def of(model: str, method: str) -> RetentionSummary | None:
-        # the full model is what any choice keeps when it keeps everything
+        # with all experts kept, every choice is the full model
         method = FULL if fraction == 1.0 and method == CHOSEN else method
         return find_summary(summaries, model=model, method=method, keep_fraction=fraction)
 
@@ -148,7 +145,7 @@ def _loss_and_rise(summary: RetentionSummary | None) -> str:
 
 
 def main() -> None:
-    """Write and print what was measured of the models that are named, of the run in the folder before them."""
+    """Print the table and write the rows and the figure; arguments: the run's folder, then names of models."""
     output, models = Path(sys.argv[1]), sys.argv[2:]
     stored = read_object(output / "demo.json", kind="the settings of a run")["size"]
     size = recipe.Size(**stored)

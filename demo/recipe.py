@@ -1,6 +1,6 @@
-"""The demo's models: one set of Megatron flags, and what differs between the models compared.
+"""The demo's models: Megatron flags that all models share, and the flags that differ between models.
 
-As a command, it reads the options of demo.sh, prints what that needs of them, and writes the flags of every run.
+As a command, this module reads the options of demo.sh, prints variables for demo.sh, and writes the flags of every run.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from emo_megatron.variables import PARENT, process_environment, stay_offline
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "examples" / "pretrain_emo.py"
 CROSS = 0.25
-"""Fraction of the experts whose modules are tried on every other domain."""
+"""Fraction of the experts whose modules are also evaluated on every other domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large the models are and how long they train."""
+    """Size of the models and length of training."""
 
     steps: int = 800
     """Optimizer steps."""
     rows: int = 16
-    """Packed samples a step: the population of the balance loss."""
+    """Packed samples per step; the balance loss is computed over these samples."""
     micro_rows: int | None = None
-    """Of them, those of a micro-batch; None: all. With several micro-batches the balance runs over those so far."""
+    """Packed samples per micro-batch; None: all. With several, balance is over the step's micro-batches so far."""
     seq_length: int = 256
-    """Tokens a sample."""
+    """Tokens per sample."""
     layers: int = 4
     hidden: int = 128
     heads: int = 4
     experts: int = 32
-    """Routed experts; one shared expert comes on top."""
+    """Routed experts, without the one shared expert."""
     expert_hidden: int = 64
     shared_hidden: int = 64
     """Width of the shared expert."""
@@ -56,23 +56,23 @@ class Size:
     fractions: tuple[float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Fractions of the routed experts that modules keep."""
     evaluation_tokens: int = 16384
-    """Validation tokens a domain."""
+    """Validation tokens per domain."""
     calibration_tokens: int = 8192
-    """Calibration tokens a domain, which choose its experts."""
+    """Calibration tokens per domain, by which the domain's experts are chosen."""
     lr: float = 3e-3
-    """Largest learning rate; it falls to a tenth."""
+    """Largest learning rate; the learning rate decays to a tenth of this value."""
     warmup: int = 40
-    """Steps in which the learning rate rises, a quarter of all at most."""
+    """Warm-up steps of the learning rate; at most a quarter of all steps are used."""
     positions: str = "rope"
     """Megatron's --position-embedding-type."""
     documents: PoolDocuments = "attention"
-    """Who gets document boundaries, in every model alike."""
+    """Which parts of every model get document boundaries, see --pool-documents."""
     flags: tuple[str, ...] = ()
-    """More of Megatron's flags, for training and evaluation alike."""
+    """More flags of Megatron, for training and evaluation."""
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows of a micro-batch."""
+        """Packed samples per micro-batch."""
         return self.micro_rows or self.rows
 
     @property
@@ -82,7 +82,7 @@ class Size:
 
 
 FULL = Size()
-"""What the README's figure shows."""
+"""The size of the models in the README's figure."""
 QUICK = Size(
     steps=16,
     rows=8,
@@ -101,7 +101,7 @@ QUICK = Size(
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model to pretrain: a name, and its flags on top of the common ones."""
+    """One model to pretrain: its name, and its flags in addition to the shared flags."""
 
     name: str
     flags: tuple[str, ...]
@@ -118,7 +118,7 @@ def main_models(size: Size, *, seed: int) -> list[Model]:
 
 
 def extra_models(size: Size, *, seed: int) -> list[Model]:
-    """A second seed of the two models compared, and two ablations of EMO that lose the modules."""
+    """A second seed of EMO and of the standard MoE, and two ablations that remove EMO's effect on modules."""
     emo = (*_experts(size.experts), *_pools(size))
     return [
         Model(name="emo-seed2", flags=emo, seed=seed + 1),
@@ -128,7 +128,7 @@ def extra_models(size: Size, *, seed: int) -> list[Model]:
             flags=(*_experts(size.experts), *_long_samples(size, 4), "--pool-scope", "sample"),
             seed=seed,
         ),
-        # a micro-batch of one sample: the load balances within it, as without global balancing
+        # with one sample per micro-batch, the load is balanced within each sample, as without global balancing
         Model(name="emo-balances-locally", flags=(*emo, "--micro-batch-size", "1"), seed=seed),
     ]
 
@@ -138,15 +138,15 @@ def _experts(number: int) -> tuple[str, ...]:
 
 
 def _pools(size: Size, *, rows: int | None = None) -> tuple[str, ...]:
-    # the lower bound of the pool starts at all experts: more than half of the gap to the standard model closes
+    # the pool's lower bound starts at all experts: this closes more than half of the gap to the standard model
     decay = round(size.pool_decay * size.steps * (rows or size.rows))
     flags = ("--pool-min", str(size.pool_min), "--pool-min-decay-samples", str(decay))
-    # as Megatron balances the standard model, so that both see one population
+    # Megatron balances the standard model over the same samples
     return flags if size.micro_rows is None else (*flags, "--pool-balance", "running")
 
 
 def _long_samples(size: Size, times: int) -> tuple[str, ...]:
-    """EMO on as many tokens a step in samples so much longer, each of which packs several documents."""
+    """Flags of EMO with samples that are `times` longer, each with several documents, and the same tokens per step."""
     rows, length = str(size.rows // times), str(size.seq_length * times)
     return (
         *_pools(size, rows=size.rows // times),
@@ -158,13 +158,14 @@ def _long_samples(size: Size, times: int) -> tuple[str, ...]:
 def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
     """Flags of examples/pretrain_emo.py for one model.
 
-    The model's own flags come last, so that they win.
+    The model's own flags come last, so that they override the shared flags.
 
     Args:
-        size: of the model and its training.
-        model: which one.
-        corpus: folder of the text, see corpus.py.
-        run_dir: its folder `checkpoint` receives the checkpoints, from which an interrupted training goes on.
+        size: size of the model and length of training.
+        model: the model to train.
+        corpus: folder of the corpus, see corpus.py.
+        run_dir: folder of the run; the checkpoints are in its folder `checkpoint`, and an interrupted training resumes
+            from them.
     """
     flags = f"""
         --num-layers {size.layers} --hidden-size {size.hidden} --ffn-hidden-size {size.expert_hidden}
@@ -185,7 +186,7 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
         --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
         --tokenizer-type HuggingFaceTokenizer
     """.split()
-    # these may hold spaces
+    # these values may contain spaces
     flags += ["--tokenizer-model", str(corpus / "tokenizer"), "--data-path", str(corpus / "train")]
     flags += ["--data-cache-path", str(run_dir / "data-cache")]
     flags += ["--save", str(run_dir / "checkpoint"), "--load", str(run_dir / "checkpoint")]
@@ -199,7 +200,7 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
 def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
     """Flags of `retention` for the model in `run_dir`/checkpoint."""
     keep = {f: f"{round(f * size.experts)} routed" for f in size.fractions}
-    # the small model is compared whole: it is what a quarter of the experts competes with
+    # the small model keeps all its experts: a quarter of EMO's experts is compared with the whole small model
     sizes = [] if model.name == "small" else list(keep.values())
     sizes += ["--cross-sizes", keep[CROSS]] if sizes else []
     flags: dict[str, object] = {
@@ -213,43 +214,43 @@ def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) ->
         "--seed": model.seed,
         "--name": model.name,
     }
-    # one argument: its value looks like a flag
+    # flag and value in one argument, because the value looks like a flag
     more = [f"--megatron-args={shlex.join(size.flags)}"] if size.flags else []
     return [*(str(item) for pair in flags.items() for item in pair), *more, "--keep", *sizes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Pretrain three small models on text this machine already has and show what a quarter of their experts keeps."""
+    """Pretrain three small models on text of this machine and compare the loss of modules cut out of the models."""
 
     output: Path | None = None
-    """Folder of the run, runs/demo or runs/demo-quick if not given; an interrupted run in it is continued."""
+    """Folder of the run. Default: runs/demo, or runs/demo-quick with --quick. An interrupted run resumes."""
     corpus: Path | None = None
-    """Folder with one folder of text files a domain. Default: text found on this machine."""
+    """Folder with one subfolder of text files per domain. Default: text found on this machine."""
     quick: bool = False
-    """A run of about two minutes that shows the mechanics; its models are too small to show the effect."""
+    """Run for about two minutes to show the mechanics; the models are too small to show the effect."""
     extra: bool = False
-    """Also train a second seed and two ablations (about three times as long)."""
+    """Also train a second seed and two ablations; the demo takes about three times as long."""
     pool_documents: PoolDocuments = "attention"
-    """attention: attention and routers keep to documents. routers: attention runs across them, in every model."""
+    """attention: attention and routers stop at document boundaries. routers: in every model, only the routers do."""
     seed: int = 1234
-    """Of initialisation, data order and pool sizes."""
+    """Seed of initialisation, data order and pool sizes."""
     processes: int = 2
-    """Processes side by side, one thread each."""
+    """Number of models trained or evaluated at the same time, with one thread each."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"--processes must be at least 1; got {self.processes}")
-        # Megatron's bounds, of which --extra wants the next one, too
+        # Megatron's bounds; --extra also uses the next seed
         if not 1 <= self.seed < 2**31:
-            raise ValueError(f"--seed must lie in [1, 2^31); got {self.seed}")
+            raise ValueError(f"--seed must be in [1, 2^31); got {self.seed}")
 
 
 def plan(options: Options) -> dict[str, str]:
-    """Note the settings and flags of a run in its folder; what demo.sh needs to know of them.
+    """Write the settings and flags of a run to its folder, and return the variables that demo.sh needs.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: if the folder contains a run with other settings.
     """
     size = replace(QUICK if options.quick else FULL, documents=options.pool_documents)
     output = (options.output or Path("runs") / ("demo-quick" if options.quick else "demo")).resolve()
@@ -266,7 +267,7 @@ def plan(options: Options) -> dict[str, str]:
             with whole(folder / f"{name}.flags") as unfinished:
                 unfinished.write_text("".join(f"{flag}\0" for flag in flags), encoding="utf-8")
     about = (
-        f"training {len(models)} models on {size.tokens / 1e6:.1f}M tokens each, {options.processes} side by side; "
+        f"training {len(models)} models on {size.tokens / 1e6:.1f}M tokens each, {options.processes} at the same time; "
         f"logs are in {output}/<model>/"
     )
     return {
@@ -279,22 +280,22 @@ def plan(options: Options) -> dict[str, str]:
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:
-    """Note what the run in this folder is made of; refuse a folder whose run is made of something else."""
+    """Store settings of the run in this folder; raise ValueError if the folder's run has other settings."""
     settings = json.loads(json.dumps(settings))
     path = output / "demo.json"
     found = read_object(path, kind="the settings of a run") if path.exists() else {}
     differing = [f"{name} is {was} there and {now} here" for name, was, now in differences(found, settings)]
     if differing:
         raise ValueError(
-            f"{output} holds a run with other settings: {'; '.join(differing)}. "
-            "Give another folder with --output, or delete that one."
+            f"{output} contains a run with other settings: {'; '.join(differing)}. "
+            "Pass another folder with --output, or delete this folder."
         )
     with whole(path) as unfinished:
         unfinished.write_text(json.dumps(found | settings, indent=1), encoding="utf-8")
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
-    """Name, value found and value wanted of the settings that both have and that differ, in the order of `wanted`."""
+    """Yield (name, value found, value wanted) for settings that differ and that both have, in the order of `wanted`."""
     for name in (name for name in wanted if name in found):
         if isinstance(wanted[name], dict) and isinstance(found[name], dict):
             yield from differences(found[name], wanted[name])
@@ -303,7 +304,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple
 
 
 def run_step(step: Callable[[], None]) -> None:
-    """Run a step of demo.sh: offline, its half-written files removed where it ends, its errors told in one line."""
+    """Run a step of demo.sh: offline, without partial files after a failure, and with one line per error."""
     stay_offline()
     try:
         with stops_on_signals():
@@ -314,11 +315,11 @@ def run_step(step: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    """Print shell code: the environment of every step, and variables."""
+    """Print shell code that sets the environment of every step and the variables of demo.sh."""
     options = tyro.cli(Options, prog="demo/demo.sh", config=(tyro.conf.FlagCreatePairsOff,))
     known = plan(options)
     environment = process_environment()
-    # the shell is the parent
+    # the parent of the steps is the shell, which sets this variable itself
     environment.pop(PARENT)
     for name in os.environ.keys() - environment.keys():
         print(f"unset {name}")

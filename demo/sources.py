@@ -1,8 +1,8 @@
 """Find real text of clearly different domains on this machine; nothing is downloaded.
 
-Every source is a generator of documents. It probes for its files, yields nothing when they are
-absent, reads lazily, and visits them in an order that depends on `rng` alone and in which no
-program crowds out the others, so any prefix is a fair sample.
+Every source is a generator of documents. A source without files on this machine yields nothing.
+Files are read lazily, in an order that depends on `rng` only. The order alternates between
+programs, so any prefix of the documents is a fair sample.
 """
 
 import ast
@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 
 MAX_FILE_BYTES = 1_000_000
-# documents taken from one file that holds many
+# documents taken from a file with many documents
 MAX_PER_FILE = 12
-# text without documents of its own is grouped into documents of about this many chars
+# text that has no documents is grouped into documents of about this many characters
 PIECE_CHARS = 2000
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "lib2to3"})
@@ -39,7 +39,7 @@ NO_TESTS = SKIPPED_FOLDERS | {"test", "tests", "idle_test", "testing"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Where to look: the system, the standard library, and the folder torch is installed in."""
+    """Folders with text: the system, the standard library, and the folder that torch is installed in."""
 
     root: Path = Path("/")
     stdlib: Path = field(default_factory=lambda: Path(sysconfig.get_path("stdlib")))
@@ -47,7 +47,7 @@ class Machine:
 
 
 class Source(NamedTuple):
-    """One domain: `documents(machine, rng=...)` yields its documents, not yet deduplicated."""
+    """One domain: `documents(machine, rng=...)` yields its documents, possibly with duplicates."""
 
     name: str
     description: str
@@ -71,7 +71,7 @@ def find_files(
 ) -> Iterator[Path]:
     """Yield the regular files below each root in turn, spread over the entries of that root.
 
-    A missing root is passed over; folders named in `skip` are not entered.
+    A missing root is skipped, and so are folders named in `skip`.
     """
     for root in roots:
         found = []
@@ -84,7 +84,7 @@ def find_files(
 
 
 def read_texts(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the files that are UTF-8, unpacked if named .gz, cut at MAX_FILE_BYTES."""
+    """Yield the text of UTF-8 files, cut at MAX_FILE_BYTES; files named .gz are decompressed."""
     for path in paths:
         text = None
         with suppress(OSError, EOFError, zlib.error, UnicodeDecodeError):
@@ -96,7 +96,7 @@ def read_texts(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def group_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """Join consecutive pieces, a line or a few each, into documents of about PIECE_CHARS chars."""
+    """Join consecutive pieces of one or a few lines into documents of about PIECE_CHARS characters."""
     held: list[str] = []
     for piece in pieces:
         held.append(piece)
@@ -112,7 +112,7 @@ LICENCE = re.compile(r"copyright|\(c\) ?\d|spdx-|licen[sc]e|permission to use|re
 
 
 def strip_licences(text: str, *, comment: re.Pattern[str]) -> str:
-    """Remove the comments that state a licence or a copyright, wherever they stand."""
+    """Remove all comments that contain a licence or a copyright."""
     return comment.sub(lambda match: "" if LICENCE.search(match[0]) else match[0], text)
 
 
@@ -188,7 +188,7 @@ def docstring(machine: Machine, *, rng: random.Random) -> Iterator[str]:
 
 
 def c_header(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """C and C++ headers: the system's first, then those torch and Python ship."""
+    """C and C++ headers: first those of the system, then those of torch and Python."""
     include = machine.stdlib.parents[1] / "include"
     roots = [machine.root / "usr/include", machine.packages / "torch/include", include]
     paths = find_files(roots, (".h", ".hpp", ".cuh"), rng=rng, skip=frozenset({"ops"}))
@@ -196,7 +196,7 @@ def c_header(machine: Machine, *, rng: random.Random) -> Iterator[str]:
 
 
 def javascript(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """JavaScript as people write it: minified files, known by long lines, are left out."""
+    """JavaScript written by people: minified files, recognised by long lines, are left out."""
     folders = ("usr/lib/node_modules", "usr/share/nodejs", "usr/share/javascript")
     roots = [*(machine.root / folder for folder in folders), machine.packages]
     for text in read_texts(find_files(roots, (".js", ".mjs", ".cjs"), rng=rng)):
@@ -213,7 +213,7 @@ def perl(machine: Machine, *, rng: random.Random) -> Iterator[str]:
 
 
 def man(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """English manual pages; a program's many subcommand pages count as one family."""
+    """English manual pages; all pages of one program's subcommands count as one family."""
     folders = [machine.root / "usr/share/man" / f"man{section}" for section in range(1, 9)]
     pages = [path for folder in folders for path in find_files([folder], ("",), rng=rng)]
     pages = spread(((re.split(r"[-_.:]", path.name)[0], path) for path in pages), rng=rng)
@@ -238,7 +238,7 @@ def package(machine: Machine, *, rng: random.Random) -> Iterator[str]:
 
 
 def changelog(machine: Machine, *, rng: random.Random) -> Iterator[str]:
-    """Consecutive entries of Debian changelogs, each source package's once."""
+    """Consecutive entries of Debian changelogs, one changelog per source package."""
     seen = set()
     endings = ("changelog.Debian.gz", "changelog.Debian")
     for text in read_texts(find_files([machine.root / "usr/share/doc"], endings, rng=rng)):
@@ -250,7 +250,7 @@ def changelog(machine: Machine, *, rng: random.Random) -> Iterator[str]:
 
 
 def read_catalog(path: Path) -> Iterator[str]:
-    """Yield the translations, of 20 chars or more, that a GNU message catalog (.mo) holds."""
+    """Yield the translations of 20 or more characters in a GNU message catalog (.mo)."""
     data = path.read_bytes()
     order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(data[:4])
     if order is None:
@@ -264,7 +264,7 @@ def read_catalog(path: Path) -> Iterator[str]:
 
 
 def messages(machine: Machine, *, rng: random.Random, language: str) -> Iterator[str]:
-    """Translated messages of programs' catalogs, consecutive messages of one program."""
+    """Translated messages of programs; a document holds consecutive messages of one program."""
     documents: list[tuple[str, str]] = []
     folder = machine.root / "usr/share/locale" / language / "LC_MESSAGES"
     for path in find_files([folder], (".mo",), rng=rng):
@@ -276,7 +276,7 @@ def messages(machine: Machine, *, rng: random.Random, language: str) -> Iterator
 
 
 def folder_sources(corpus_dir: Path) -> tuple[Source, ...]:
-    """One domain for each folder in `corpus_dir`: every UTF-8 file below it is a document."""
+    """One domain per folder in `corpus_dir`: every UTF-8 file below the folder is a document."""
     return tuple(
         Source(folder.name, "files of the folder", partial(_folder, folder=folder))
         for folder in sorted(corpus_dir.glob("*/"))
@@ -299,4 +299,4 @@ MACHINE_SOURCES = (
     Source("perl", "Perl modules", perl),
     Source("docstring", "long docstrings of Python packages", docstring),
 )
-"""Every domain this machine may hold, in order of preference."""
+"""Every domain that may be found on this machine, in order of preference."""

@@ -1,4 +1,4 @@
-"""The figure of `retention`: a column for each model, loss above and selectivity below, against the experts kept."""
+"""The figure of `retention`: one column per model, with loss above and selectivity below, against experts kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 NAMES = {EMO: "EMO", STANDARD: "standard MoE"}
-# Okabe and Ito's palette; markers differ too, for print in grey
+# the palette of Okabe and Ito; markers differ too, for print in grey
 LINES: dict[str, dict[str, Any]] = {
     CHOSEN: {"color": "#0072B2", "marker": "o", "linewidth": 2.8},
     "frequency": {"color": "#56B4E9", "marker": "s"},
@@ -44,16 +44,16 @@ LINES: dict[str, dict[str, Any]] = {
 }
 INCHES_A_MODEL, INCHES_HIGH, DOTS_PER_INCH = 5.6, 7.2, 120
 CHARACTERS_AN_INCH = 12
-"""Of the caption."""
+"""Characters of the caption per inch of width."""
 
 
 @contextlib.contextmanager
 def drawing(path: Path, **options: Any) -> Iterator[Figure]:
-    """An empty figure in our style, written as PNG behind the block, whole or not at all.
+    """Yield an empty figure in the project's style, and write it as PNG after the block; a failure leaves no file.
 
     Args:
-        path: missing folders are made.
-        **options: of matplotlib's Figure.
+        path: path of the PNG; missing folders are created.
+        **options: options of matplotlib's Figure.
     """
     try:
         from matplotlib import rc_context
@@ -67,7 +67,7 @@ def drawing(path: Path, **options: Any) -> Iterator[Figure]:
 
 
 def over_shares(axes: Axes, shares: Iterable[float]) -> None:
-    """Let the x axis be shares of experts kept, a tick for each: most on the left, as what is lost is read."""
+    """Make the x axis show shares of experts kept, one tick per share, with the largest share on the left."""
     ticks = sorted(set(shares)) or [1.0]
     axes.set_xscale("log", base=2)
     axes.set_xlim(ticks[-1] * 1.12, ticks[0] / 1.12)
@@ -78,13 +78,13 @@ def over_shares(axes: Axes, shares: Iterable[float]) -> None:
 
 
 def plot_methods(rows: Sequence[RetentionRow], path: Path | str, *, caption: str = "", bound: MaxLossIncrease) -> Path:
-    """Draw the figure and write it as PNG, whole or not at all.
+    """Draw the figure and write it as PNG; a failure leaves no file.
 
     Args:
-        rows: of one or several models; means over domains are drawn, each with its own experts.
-        path: of the PNG; missing folders are made.
-        caption: printed below: data, sizes, versions.
-        bound: drawn as a level line where the cliff is looked for.
+        rows: rows of one or several models; the figure shows means over domains, each domain with its own experts.
+        path: path of the PNG; missing folders are created.
+        caption: text below the figure: data, sizes, versions.
+        bound: drawn as a dotted level line at the highest loss within the bound.
     """
     path, summaries = Path(path), summarise(rows)
     models = sorted({row.model for row in rows})
@@ -96,8 +96,8 @@ def plot_methods(rows: Sequence[RetentionRow], path: Path | str, *, caption: str
             _draw_losses(losses, own, bound=bound)
             _draw_selectivity(selectivity, own)
             losses.set_title(NAMES.get(model, model))
-        axes[0, 0].set_ylabel("loss, nats a token")
-        axes[1, 0].set_ylabel("selectivity, nats")
+        axes[0, 0].set_ylabel("loss (nats per token)")
+        axes[1, 0].set_ylabel("selectivity (nats)")
         axes[0, 0].legend(frameon=False, fontsize=11)
         below = textwrap.fill(caption, width=round(size[0] * CHARACTERS_AN_INCH))
         figure.supxlabel(below, size=10, color="#5a5a5a")
@@ -123,5 +123,5 @@ def _draw_selectivity(axes: Axes, summaries: list[RetentionSummary]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), **line)
     axes.axhline(0.0, color=FAINT, linewidth=0.9)
-    axes.set_xlabel("share of experts kept")
+    axes.set_xlabel("share of routed experts kept")
     over_shares(axes, [s.keep_fraction for s in summaries])

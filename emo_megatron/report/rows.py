@@ -1,7 +1,7 @@
-"""The numbers behind a retention curve: rows of single evaluations, their files, their means.
+"""The numbers behind a retention curve: rows, their files, and their means.
 
-Losses are means in nats per token on validation text. A row is one evaluation: the experts of `model`
-that `method` chose for `domain`, measured on `evaluated_on`.
+A row is one evaluation: the experts of `model` that `method` chose for `domain`, evaluated on `evaluated_on`.
+Losses are means over validation documents, in nats per token.
 """
 
 import csv
@@ -27,37 +27,37 @@ RANDOM = "random"
 
 QUARTER = 1 / 4
 NUMBERS = ("keep_fraction", "num_experts_kept", "loss", "loss_increase", "tokens", "seed")
-"""Columns of a row that are numbers."""
+"""Columns of a row that hold numbers."""
 FIRST_NAME = "rise"
 """Name of the column loss_increase in files of earlier releases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetentionRow:
-    """One evaluation of one subset of experts on one domain; ValueError where a number of it cannot be."""
+    """One evaluation of one subset of experts on one domain; raises ValueError for an impossible number."""
 
     model: str
-    """emo, standard, or small: trained from scratch with as few experts as a module has."""
+    """emo, standard, small, or another name; small: a model trained from scratch with a module's number of experts."""
     domain: str
-    """Whose calibration text chose the experts; without meaning for methods full and random."""
+    """The domain whose calibration documents chose the experts; no meaning for the methods full and random."""
     evaluated_on: str
-    """The domain of the validation text."""
+    """The domain of the validation documents."""
     keep_fraction: float
-    """Share of the model's own experts that stay, in (0, 1]."""
+    """Share of the model's routed experts that are kept, in (0, 1]."""
     num_experts_kept: int
-    """Experts that stay, a layer."""
+    """Routed experts kept per layer."""
     method: str
-    """full: all experts. mean_prob: the likeliest on the domain's calibration text. random."""
+    """full: all experts. random: experts chosen at random. Otherwise a method of `select`, such as mean_prob."""
     loss: float
-    """Nats a token."""
+    """In nats per token."""
     loss_increase: float
-    """Nats a token over the same model's full loss on `evaluated_on`."""
+    """`loss` minus the loss of the same model with all experts on `evaluated_on`, in nats per token."""
     tokens: int
-    """Tokens behind `loss`."""
+    """Number of tokens over which `loss` is the mean."""
     seed: int
-    """Of training, and of the choice where it is random."""
+    """Seed of training; for the method random, also the seed of the choice."""
     versions: str
-    """What produced the row, for people."""
+    """Versions of the software that produced the row, for people."""
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -67,48 +67,48 @@ class RetentionRow:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(
-                f"keep_fraction must lie in (0, 1]; got {self.keep_fraction}. Divide the experts "
-                "kept by the experts of the full model."
+                f"keep_fraction must be in (0, 1]; got {self.keep_fraction}. Divide the routed experts "
+                "kept by the routed experts of the full model."
             )
 
     @property
     def is_own(self) -> bool:
-        """Whether the experts are meant for the text: any text, unless chosen for a domain."""
+        """Whether the experts were chosen for the evaluated domain; always true for the methods full and random."""
         return self.method in (FULL, RANDOM) or self.domain == self.evaluated_on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetentionSummary:
-    """All rows of one model, method and fraction. Every domain counts the same."""
+    """Means over all rows of one model, method and fraction. Every domain has the same weight."""
 
     model: str
     method: str
     keep_fraction: float
     num_experts_kept: int
     num_domains: int
-    """Domains behind `loss` and `rise`."""
+    """Number of domains over which `loss` and `loss_increase` are means."""
     loss: float
     """Mean over domains, each with its own experts."""
     loss_increase: float
     """Mean over domains, each with its own experts."""
     loss_increase_on_others: float | None
-    """Mean rise of a domain's experts on the other domains; None if that was not measured."""
+    """Mean loss increase of a domain's experts on the other domains; None if not measured."""
 
     @property
     def selectivity(self) -> float | None:
-        """How many nats a token more a domain's experts cost on other domains than on their own."""
+        """Loss increase on other domains minus that on the own domain, in nats per token; None if not measured."""
         return None if self.loss_increase_on_others is None else self.loss_increase_on_others - self.loss_increase
 
 
 def rows_of(measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, versions: str) -> list[RetentionRow]:
-    """The rows of a model from what the command retention measured of it.
+    """Make the rows of a model from the evaluations of the command `retention`.
 
     Args:
-        measured: domain, evaluated_on, keep_fraction, num_experts_kept, method, loss and tokens of each; more is
-            left out, and so are texts without the full model's loss.
-        model: its name.
-        seed: of training or, for random experts, of their choice.
-        versions: what measured it.
+        measured: evaluations, each with domain, evaluated_on, keep_fraction, num_experts_kept, method, loss and
+            tokens. Other keys are ignored. Evaluations on a domain without the full model's loss are left out.
+        model: name of the model.
+        seed: seed of training or, for random experts, of the choice.
+        versions: versions of the software that evaluated the model.
     """
     found = list(measured)
     full = {row["evaluated_on"]: row["loss"] for row in found if row["method"] == FULL}
@@ -127,7 +127,7 @@ def rows_of(measured: Iterable[Mapping[str, Any]], *, model: str, seed: int, ver
 
 
 def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Path]:
-    """Write rows as `path`.csv and `path`.json, each file whole or not at all; returns both paths."""
+    """Write rows as `path`.csv and `path`.json and return both paths; a failure leaves no partial file."""
     records = [asdict(row) for row in rows]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [f.name for f in fields(RetentionRow)], lineterminator="\n")
@@ -144,10 +144,10 @@ def save_rows(rows: Sequence[RetentionRow], path: Path | str) -> tuple[Path, Pat
 
 
 def load_rows(path: Path | str) -> list[RetentionRow]:
-    """Read the rows of one of the files that `save_rows` wrote; the suffix says which form it has."""
+    """Read the rows of a file that `save_rows` wrote; the suffix (.csv or .json) decides the format."""
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
-        raise ValueError(f"rows are read from .csv or .json; got {path}. Add the suffix.")
+        raise ValueError(f"a file of rows must end in .csv or .json; got {path}. Add the suffix.")
     kinds = {f.name: f.type for f in fields(RetentionRow) if isinstance(f.type, type)}
     rows = []
     for place, record in enumerate(_records(path), start=1):
@@ -170,8 +170,8 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
 
 
 def _cell(text: str | None, kind: type) -> object:
-    """A cell as the type that its column has, or its text where that is of another."""
-    # of a row that is too short
+    """Convert a cell to the type of its column; return the text where the conversion fails."""
+    # the row is too short
     if text is None:
         return None
     try:
@@ -185,7 +185,7 @@ def _records(path: Path) -> list[Any]:
     if path.suffix == ".json":
         stored = read_json(path, kind=kind)
         if not isinstance(stored, list):
-            raise ValueError(f"{path} is not {kind}: it must hold a list; name retention.json")
+            raise ValueError(f"{path} is not {kind}: the file must hold a list. Pass retention.json")
         return stored
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -195,7 +195,7 @@ def _records(path: Path) -> list[Any]:
 
 
 def summarise(rows: Iterable[RetentionRow]) -> list[RetentionSummary]:
-    """Average the rows of each (model, method, keep_fraction); most experts come first."""
+    """Average the rows of each (model, method, keep_fraction); per method, most experts come first."""
     groups: dict[tuple[str, str, float], list[RetentionRow]] = {}
     for row in rows:
         groups.setdefault((row.model, row.method, row.keep_fraction), []).append(row)
@@ -223,7 +223,7 @@ def summarise(rows: Iterable[RetentionRow]) -> list[RetentionSummary]:
 def find_summary(
     summaries: Iterable[RetentionSummary], *, model: str, method: str, keep_fraction: float = 1.0
 ) -> RetentionSummary | None:
-    """The summary of one model, method and fraction, if it was measured."""
+    """The summary of one model, method and fraction; None if not measured."""
     for summary in summaries:
         is_wanted = summary.model == model and summary.method == method
         if is_wanted and math.isclose(summary.keep_fraction, keep_fraction):
@@ -232,10 +232,10 @@ def find_summary(
 
 
 def _mean_over_pairs(rows: list[RetentionRow], column: str) -> float:
-    """Mean over (domain, evaluated_on), however many seeds each was measured with."""
+    """Mean over pairs (domain, evaluated_on), where each pair is first averaged over its seeds."""
     pairs: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        # experts that were chosen for no domain are told apart by the text alone
+        # full and random experts were chosen for no domain: only the evaluated domain tells these rows apart
         domain = row.domain if row.method not in (FULL, RANDOM) else ""
         pairs.setdefault((domain, row.evaluated_on), []).append(getattr(row, column))
     return fmean(fmean(values) for values in pairs.values())

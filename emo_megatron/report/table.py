@@ -17,25 +17,25 @@ KEPT, LOSS, INCREASE = ("experts", "kept"), ("loss, nats", "per token"), ("loss"
 HEADINGS = (("", "model"), KEPT, ("", "method"), LOSS, INCREASE, ("random", "experts"), ("selec-", "tivity"))
 SMALLEST_HEADINGS = (("", "model"), ("", "method"), ("", "domain"), KEPT, LOSS, INCREASE)
 MEAN = "all, on average"
-"""Shown in the column domain of the table of smallest sizes for the mean over domains."""
+"""Cell of the column `domain` for the mean over domains, in the table of smallest sizes."""
 
 
 def signed(nats: float) -> str:
-    """Three digits and a sign; a number that rounds to zero has a plus sign."""
+    """Three decimals and a sign; a number that rounds to zero has a plus sign."""
     return f"{round(nats, 3) + 0.0:+.3f}"
 
 
 def share(fraction: float) -> str:
-    """A fraction of the experts: 1/4, or all."""
+    """A fraction of the experts as text, such as 1/4; "all" for 1."""
     return "all" if fraction == 1.0 else str(Fraction(fraction).limit_denominator(256))
 
 
 def text_table(headings: Sequence[Sequence[str]], lines: Sequence[Sequence[str]]) -> str:
-    """Lay cells out to the right, with a rule below the headings.
+    """Lay out a table with right-aligned cells and a rule below the headings.
 
     Args:
-        headings: for each column its lines, as many for every one.
-        lines: of cells, one a column.
+        headings: per column, the lines of its heading; every column has the same number of lines.
+        lines: lines of the table; each holds one cell per column.
     """
     above = [list(line) for line in zip(*headings, strict=True)]
     rows = [*above, *lines]
@@ -63,8 +63,8 @@ def find_smallest_sizes(rows: Iterable[RetentionRow], bound: MaxLossIncrease) ->
     """The smallest size within the bound for every model and method: for the mean over domains and for every domain.
 
     Args:
-        rows: those of a model without its full rows are left out.
-        bound: what a module may lose against the same model with all experts.
+        rows: rows to compare; rows of a model without rows of the method full are left out.
+        bound: largest loss increase allowed, against the same model with all experts.
     """
     rows = list(rows)
     domains = list(dict.fromkeys(row.domain for row in rows))
@@ -87,15 +87,15 @@ def find_smallest_sizes(rows: Iterable[RetentionRow], bound: MaxLossIncrease) ->
 
 
 def methods_table(rows: Iterable[RetentionRow]) -> str:
-    """A line for each model, size and method: means over domains, each with its own experts.
+    """One line per model, size and method: means over domains, each domain with its own experts.
 
-    Random experts, as many, stand in every line: a rise tells little without them.
+    Every line also shows the same number of random experts, because a loss increase means little without a baseline.
     """
     summaries = summarise(rows)
     chosen = {(s.model, s.keep_fraction) for s in summaries if s.method not in (FULL, RANDOM)}
     lines = []
     for summary in sorted(summaries, key=_place):
-        # they have a line of their own where nothing else keeps as many
+        # random experts have their own line only where no other method was measured at this size
         if summary.method == RANDOM and (summary.model, summary.keep_fraction) in chosen:
             continue
         by_chance = find_summary(summaries, model=summary.model, method=RANDOM, keep_fraction=summary.keep_fraction)
@@ -115,7 +115,7 @@ def methods_table(rows: Iterable[RetentionRow]) -> str:
 
 
 def kept(summary: RetentionSummary) -> str:
-    """How many experts, and their share."""
+    """Number of experts kept, and their share."""
     return f"{summary.num_experts_kept} ({share(summary.keep_fraction)})"
 
 
@@ -131,7 +131,7 @@ def _method_place(pair: tuple[str, str]) -> tuple[str, int]:
 
 
 def smallest_sizes_table(sizes: Sequence[SmallestSize], bound: MaxLossIncrease) -> str:
-    """A heading that states the bound, and one line per model and method."""
+    """A heading that names the bound, and one line per model, method and domain."""
     limit = f"{bound.value:.1%} of the loss" if bound.is_share else f"{bound.value:g} nats per token"
     lines = [
         (

@@ -1,1 +1,1 @@
-"""Run a model and watch its experts."""
+"""Run a model and measure what its experts do."""

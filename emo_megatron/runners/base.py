@@ -1,4 +1,4 @@
-"""What this package asks of a model, Megatron's or Hugging Face's.
+"""The runner: the interface that the commands require of a model, whether of Megatron or of Hugging Face.
 
 Shapes: L MoE layers in model order, E routed experts.
 """
@@ -22,12 +22,12 @@ from emo_megatron.finite import NotFiniteError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """Cross entropy on validation documents; a NotFiniteError where it is not finite."""
+    """Cross entropy on validation documents; raises NotFiniteError for a loss that is not finite."""
 
     nats: float
-    """Mean a token."""
+    """Mean loss in nats per token."""
     num_tokens: int
-    """Predicted tokens behind it: every token of a document but its first."""
+    """Number of predicted tokens: all tokens of a document except the first."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.nats):
@@ -35,43 +35,43 @@ class Loss:
 
     @classmethod
     def mean(cls, nats: float, *, num_tokens: int) -> Loss:
-        """Of a sum over tokens."""
+        """Make a mean loss from a sum over `num_tokens` tokens."""
         if num_tokens < 1:
             raise ValueError(
-                "validation documents must have two tokens or more, since the first is not predicted; got "
-                "documents of one token only"
+                "validation documents must have two tokens or more, because the first token is not predicted; got "
+                "only documents of one token"
             )
         return cls(nats=nats / num_tokens, num_tokens=num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a measurement depends on beside the documents."""
+    """Everything besides the documents that a measurement depends on."""
 
     weights: str
-    """`digest_of` what is run: its weights, and how it computes with them."""
+    """`digest_of` the model: the weights and the configuration."""
     seq_length: int
-    """Tokens a row."""
+    """Tokens per row."""
     dtype: str
-    """Of the weights as they are run."""
+    """Dtype of the weights in the running model."""
     megatron: str = ""
-    """More of Megatron's flags, which the user gave."""
+    """More flags of Megatron, given by the user."""
 
 
 class ExpertRunner(Protocol):
-    """A model whose experts can be watched and left out. On several ranks all of them call alike and get the same.
+    """A model whose experts can be measured and left out. All ranks must make the same calls, and get the same results.
 
-    What it measures is finite, or a NotFiniteError names the layer and the expert that make it so.
+    Results are finite; otherwise a NotFiniteError names the layer and the expert with the first number that is not.
     """
 
     @property
     def metadata(self) -> ModelMetadata:
-        """What it is."""
+        """Metadata of the model."""
         ...
 
     @property
     def setting(self) -> Setting:
-        """What measurements of it depend on."""
+        """Settings that measurements of the model depend on."""
         ...
 
     @property
@@ -80,23 +80,26 @@ class ExpertRunner(Protocol):
         ...
 
     def from_writer[T](self, read: Callable[[], T]) -> T:
-        """What the writer finds in files, or its error, on all ranks: no other looks while files come and go."""
+        """Read files on the writer only and return the result, or raise the writer's error, on all ranks.
+
+        If every rank read the files, ranks could see different states while files change.
+        """
         ...
 
     def statistics(
         self, documents: Sequence[Tensor], *, outputs: bool, allowed_LE: Tensor | None = None
     ) -> ExpertStatistics:
-        """Run documents and sum up what the experts do.
+        """Run documents and sum up statistics of the experts.
 
         Args:
-            documents: [n] int64 token ids each.
-            outputs: also what they put out, for EASY-EP and REAP; costs time and memory.
-            allowed_LE: [L, E] bool, experts that may be used; None: all. Probabilities are over all experts anyway.
+            documents: token ids of each document, [n] int64.
+            outputs: whether to measure expert outputs too, for EASY-EP and REAP; needs more time and memory.
+            allowed_LE: [L, E] bool, experts that may be used; None: all. Probabilities are always over all experts.
         """
         ...
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """Mean loss on documents with the allowed experts, as a module cut out of the model would have it."""
+        """Mean loss on documents with the allowed experts only, equal to the loss of the module with these experts."""
         ...
 
 
@@ -108,11 +111,11 @@ def statistics_of(
     outputs: bool,
     allowed_LE: Tensor | None,
 ) -> ExpertStatistics:
-    """What a `ExpertRunner` answers, from its sums.
+    """Make the result of `ExpertRunner.statistics` from sums.
 
     Args:
-        model, documents, outputs, allowed_LE: of the call that is answered.
-        summed: name of a sum of `LayerSums` -> that of all layers, [L, E] or [L, E, E]; on the CPU.
+        model, documents, outputs, allowed_LE: runner and arguments of the call.
+        summed: name of a sum of `LayerSums` -> the sum for all layers, [L, E] or [L, E, E], on the CPU.
     """
     coactivation_LEE = summed("coactivation_EE").round().long()
     try:
@@ -127,7 +130,7 @@ def statistics_of(
             residual_change_LE=summed("residual_change_E") if outputs else None,
         )
     except NotFiniteError:
-        # a router's scores alone show what an expert of an earlier layer did
+        # without outputs, a bad expert shows only in the router of a later layer: run again to find the expert
         if not outputs:
             with contextlib.suppress(NotImplementedError):
                 model.statistics(documents, outputs=True, allowed_LE=allowed_LE)
@@ -135,10 +138,10 @@ def statistics_of(
 
 
 def check_nats(nats: float, model: ExpertRunner, documents: Sequence[Tensor], *, allowed_LE: Tensor | None) -> None:
-    """Refuse a sum of losses that is not finite. All ranks call alike.
+    """Raise NotFiniteError for a sum of losses that is not finite. All ranks must call this function.
 
-    The documents are run once more, and the error names the first layer and expert whose numbers are not finite, or
-    says that it is the logits'.
+    The documents are run again to find the cause. The error names the first layer and expert whose numbers are not
+    finite, or the logits.
     """
     if math.isfinite(nats):
         return
@@ -147,23 +150,23 @@ def check_nats(nats: float, model: ExpertRunner, documents: Sequence[Tensor], *,
     except NotImplementedError:
         model.statistics(documents, outputs=False, allowed_LE=allowed_LE)
     raise NotFiniteError(
-        f"a loss must be a finite number; got {nats}. The layers with experts compute finite numbers, and the logits "
-        "that follow are none: run the model in a wider dtype, or take an earlier checkpoint"
+        f"a loss must be a finite number; got {nats}. The layers with experts compute finite numbers, but the logits "
+        "are not finite: run the model in a wider dtype, or use an earlier checkpoint"
     )
 
 
 _CHUNK = 2**20
-"""64-bit words hashed at once: some tens of megabytes of intermediate results."""
+"""64-bit words hashed at once; needs a few tens of megabytes for intermediate results."""
 
 
 def digest_of(weights: Iterable[tuple[str, Tensor]], *, configuration: Mapping[str, object] | None = None) -> str:
-    """16 hex digits that tell models apart, wherever their weights lie and whenever they were written.
+    """16 hex digits that identify a model by its weights, independent of the place and date of its files.
 
-    File names, sizes and metadata do not tell two fine-tunings of one model apart, so the weights themselves are read.
+    Two fine-tunings of one model may have equal file names, sizes and metadata, so the weights themselves are read.
 
     Args:
-        weights: by name, of any shapes and dtypes, on any device.
-        configuration: what else the model's answers depend on; a value is told apart as text.
+        weights: weights by name, of any shapes and dtypes, on any device.
+        configuration: other settings that the model's results depend on; values are compared as text.
     """
     digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
     for name, weight in sorted(weights, key=lambda named: named[0]):
@@ -174,10 +177,10 @@ def digest_of(weights: Iterable[tuple[str, Tensor]], *, configuration: Mapping[s
 
 
 def _sums(weight: Tensor) -> Tensor:
-    """[n] int64, a sum for each chunk of a weight's bits, in which every word has a factor of its own."""
+    """[n] int64: one sum per chunk of a weight's bits; in a chunk, every word has a different factor."""
     bytes_N = weight.contiguous().view(-1).view(torch.uint8)
     words_N = torch.nn.functional.pad(bytes_N, (0, -len(bytes_N) % 8)).view(torch.int64)
     factors_N = torch.arange(1, 2 * min(_CHUNK, len(words_N)), 2, device=weight.device) * 0x1E3779B97F4A7C15
-    # the shift brings the highest bits, the signs, down to where a product spreads them
+    # the shift copies the highest bits, such as signs, to lower places, so that the product spreads them
     sums = [((part ^ (part >> 29)) * factors_N[: len(part)]).sum() for part in words_N.split(_CHUNK)]
     return torch.stack(sums)

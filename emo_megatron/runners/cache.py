@@ -1,8 +1,8 @@
-"""Measured numbers, kept by what they depend on: the weights, the documents, the settings, this package's version.
+"""A cache of measurements. The key of an entry holds the weights, the documents, the settings and software versions.
 
-Another question has another key, so nothing that is found has to be checked against the options, and an interrupted
-command goes on where it was, whatever its output. Each entry is a file of its own, written whole under its key; one
-that is damaged is measured again.
+A different question has a different key, so cached answers need no comparison with the options. An interrupted command
+resumes from the cache, whatever its --output. Each entry is a separate file, written completely before it gets its
+name; a damaged entry is measured again.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from emo_megatron.json_files import from_json, to_json
 from emo_megatron.runners.base import ExpertRunner, Loss
 
 FOLDER = "EMO_MEGATRON_CACHE"
-"""Variable with the folder of the cache; by default emo_megatron in XDG_CACHE_HOME or ~/.cache."""
+"""Environment variable: folder of the cache. Default: emo_megatron in XDG_CACHE_HOME or ~/.cache."""
 LIMIT = "EMO_MEGATRON_CACHE_MB"
-"""Variable with the megabytes that the cache may take; what was not used for longest goes first."""
+"""Environment variable: largest size of the cache in megabytes. The least recently used entries are deleted first."""
 DEFAULT_MB = 2000.0
 DOCUMENTS_AT_ONCE = 256
-"""Documents between two saves of statistics."""
+"""Number of documents between two saves of statistics."""
 
 
 def open_cache() -> Cache:
@@ -49,19 +49,19 @@ def open_cache() -> Cache:
     except ValueError:
         megabytes = math.nan
     if not 0 <= megabytes < math.inf:
-        raise ValueError(f"{LIMIT} must be megabytes, 0 or more; got {limit}")
-    # where nobody is at home nothing is kept there
+        raise ValueError(f"{LIMIT} must be a number of megabytes, 0 or more; got {limit}")
+    # expanduser works for users without a home, where Path.expanduser raises
     return Cache(Path(os.path.expanduser(folder)), megabytes=megabytes)  # noqa: PTH111
 
 
 class Cache:
-    """Answers in files. Several processes may use one folder at a time.
+    """Answers in files. Several processes may use one folder at the same time.
 
-    A folder that cannot be written to costs a warning, not the measurement.
+    If the folder cannot be written, the cache prints a warning and the measurement continues.
 
     Args:
-        folder: made when something is kept.
-        megabytes: that its files may take.
+        folder: folder of the files; created with the first entry.
+        megabytes: largest size of all files together.
     """
 
     def __init__(self, folder: Path, *, megabytes: float = DEFAULT_MB) -> None:
@@ -69,7 +69,7 @@ class Cache:
         self._is_told = False
 
     def get(self, question: dict[str, Any]) -> Any:
-        """What was answered, or None."""
+        """The stored answer to a question, or None."""
         path = self._path(question, "json")
         try:
             stored = from_json(path.read_bytes())
@@ -81,13 +81,13 @@ class Cache:
         return stored["answer"]
 
     def put(self, question: dict[str, Any], answer: Any) -> None:
-        """Keep an answer that JSON holds."""
-        # the question is for people who look
+        """Store an answer, which must be a JSON value."""
+        # the question is stored for people who read the file
         stored = to_json({"question": question, "answer": answer, "sha256": _digest(answer)}, indent=1)
         self._keep(self._path(question, "json"), lambda path: path.write_text(stored, encoding="utf-8"))
 
     def get_statistics(self, question: dict[str, Any]) -> ExpertStatistics | None:
-        """The statistics that were taken, perhaps of the first documents only, or None."""
+        """The stored statistics, perhaps over the first documents only, or None."""
         digest, path = self.get(question), self._path(question, "safetensors")
         try:
             found = load_stats(path)
@@ -97,7 +97,7 @@ class Cache:
         return found if found.digest() == digest else None
 
     def put_statistics(self, question: dict[str, Any], statistics: ExpertStatistics) -> None:
-        """Keep statistics in the place of earlier ones."""
+        """Store statistics and replace earlier ones."""
         self._keep(self._path(question, "safetensors"), statistics.save)
         self.put(question, statistics.digest())
 
@@ -105,7 +105,7 @@ class Cache:
         return self._folder / f"{_digest(question)[:32]}.{suffix}"
 
     def _keep(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write an entry under a name that no other process has, and give it its own when it is whole."""
+        """Write an entry to a folder that no other process uses, and move the complete file to its place."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=".") as own:
@@ -117,14 +117,14 @@ class Cache:
                     unfinished.replace(path)
         except OSError as error:
             if not self._is_told:
-                print(f"warning: what is measured is not kept in {self._folder}: {error}", file=sys.stderr)
+                print(f"warning: measurements cannot be cached in {self._folder}: {error}", file=sys.stderr)
             self._is_told = True
 
     def _make_room(self, size: int) -> None:
-        """Remove the entries that were not used for longest, as many as a new one needs."""
+        """Delete the least recently used entries until there is room for a new entry."""
         states = []
         for path in self._folder.iterdir():
-            # another process may remove it meanwhile
+            # another process may delete the file in the meantime
             with contextlib.suppress(FileNotFoundError):
                 states.append((path.stat(), path))
         files = sorted(
@@ -139,23 +139,23 @@ class Cache:
 
 
 class NoCache(Cache):
-    """Keeps nothing."""
+    """A cache that stores nothing."""
 
     def __init__(self) -> None:
         super().__init__(Path(os.devnull))
 
     def get(self, question: dict[str, Any]) -> Any:
-        """Nothing."""
+        """Return None."""
 
     def put(self, question: dict[str, Any], answer: Any) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def put_statistics(self, question: dict[str, Any], statistics: ExpertStatistics) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
 
 def versions() -> dict[str, str]:
-    """What measures."""
+    """Versions of the software that measures."""
     found = {"emo_megatron": __version__}
     for name in ("megatron-core", "torch", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
 
 
 def _touch(path: Path) -> None:
-    """Note that an entry was used; a cache that others write may be read."""
+    """Note that an entry was used; errors are ignored, because a cache of another user may be read-only."""
     with contextlib.suppress(OSError):
         path.touch()
 
@@ -174,11 +174,11 @@ def _digest(value: Any) -> str:
 
 
 class CachedRunner:
-    """A model whose measurements are kept in a cache. Every rank makes the same calls; the first reads and writes.
+    """A runner whose measurements are cached. All ranks must make the same calls; only the writer uses the cache.
 
     Args:
-        model: that is run where the cache has no answer.
-        cache: the answers.
+        model: runner that measures what is not in the cache.
+        cache: the cache.
     """
 
     def __init__(self, model: ExpertRunner, cache: Cache) -> None:
@@ -196,7 +196,7 @@ class CachedRunner:
         return Loss(**self.remember(self._question("loss", documents, allowed_LE), find))
 
     def kept_experts(self, documents: Documents, *, allowed_LE: Tensor, place: int, keep: int) -> list[int]:
-        """The likeliest experts of MoE layer number `place`, ascending, where the model has the allowed ones only."""
+        """The `keep` most probable experts, ascending, of the MoE layer at `place`, with only the allowed experts."""
 
         def find() -> list[int]:
             taken = self.model.statistics(documents.tokens, outputs=False, allowed_LE=allowed_LE)
@@ -208,7 +208,7 @@ class CachedRunner:
         return found
 
     def statistics(self, documents: Documents, *, outputs: bool) -> ExpertStatistics:
-        """What the experts do on documents, see ExpertRunner; kept as it comes, so that an interrupted pass goes on."""
+        """Statistics of the experts on documents, see ExpertRunner; saved in steps, so an interrupted pass resumes."""
         question = self._question("statistics", documents, None) | {"outputs": outputs}
         total = self.from_writer(lambda: self.cache.get_statistics(question))
         done = 0 if total is None else total.num_documents
@@ -227,11 +227,11 @@ class CachedRunner:
                 bar.update(len(chunk))
                 if self.is_writer:
                     self.cache.put_statistics(question, total)
-        assert total is not None, "there is a document at least"
+        assert total is not None, "there is at least one document"
         return total.of(documents.source | asdict(self.setting))
 
     def remember(self, question: dict[str, Any], find: Callable[[], Any]) -> Any:
-        """The kept answer to a question, or what `find` finds: anything but None that JSON holds as it is."""
+        """The cached answer to a question; otherwise the result of `find`, a JSON value other than None."""
         answer = self.from_writer(lambda: self.cache.get(question))
         if answer is None:
             answer = find()

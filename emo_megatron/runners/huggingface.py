@@ -1,9 +1,9 @@
-"""Run a Hugging Face model and watch it: what its experts do, and its loss with some of them, through hooks.
+"""A runner for Hugging Face models: statistics of the experts, and the loss with some of the experts, through hooks.
 
-For mixture-of-experts models of transformers whose layers have a softmax router `gate` beside `experts` (OLMoE, Qwen2-
-and Qwen3-MoE), and the authors' EMO, which is exactly a Qwen2-MoE and is run as one, without remote code.
+Supports mixture-of-experts models of transformers whose layers have a softmax router `gate` and `experts` (OLMoE,
+Qwen2-MoE and Qwen3-MoE). The authors' EMO equals a Qwen2-MoE and is run as a Qwen2-MoE, without remote code.
 
-Shapes: B rows, S positions, T = B * S tokens, E routed experts, K experts a token, H hidden size.
+Shapes: B rows, S positions, T = B * S tokens, E routed experts, K experts per token, H hidden size.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from emo_megatron.json_files import read_object
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
 
 MODEL_TYPES = ("emo", "olmoe", "qwen2_moe", "qwen3_moe")
-"""Kinds of models in config.json that this knows."""
+"""Supported values of model_type in config.json."""
 
 
 def load_hugging_face(path: Path) -> Any:
-    """The model of a Hugging Face folder, in evaluation, on a GPU where there is one; nothing is fetched."""
+    """Load the model of a Hugging Face folder in evaluation mode, on a GPU if there is one; nothing is downloaded."""
     from transformers import AutoModelForCausalLM
 
     from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
 
     kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(
-            f"experts are watched in models of type {', '.join(MODEL_TYPES)}; {path / 'config.json'} says {kind}"
-        )
+        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}; got {kind} in {path / 'config.json'}")
     with as_stock(HuggingFaceFolder(path)) if kind == "emo" else nullcontext(path) as folder:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)
@@ -52,7 +50,7 @@ def load_hugging_face(path: Path) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Rows of one document each, padded at their ends to the longest."""
+    """Rows with one document each, padded at the end to the length of the longest row."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -65,8 +63,8 @@ class HuggingFaceRunner:
 
     Args:
         model: a causal language model.
-        seq_length: tokens a row; longer documents are cut.
-        micro_batch_size: rows of a forward pass.
+        seq_length: tokens per row; longer documents are cut.
+        micro_batch_size: rows per forward pass.
     """
 
     def __init__(self, model: Any, *, seq_length: int, micro_batch_size: int) -> None:
@@ -85,7 +83,7 @@ class HuggingFaceRunner:
 
     @property
     def is_writer(self) -> bool:
-        """There is one process."""
+        """Always true: there is one process."""
         return True
 
     def from_writer[T](self, read: Callable[[], T]) -> T:
@@ -143,13 +141,13 @@ class HuggingFaceRunner:
 
     @torch.no_grad()
     def _logits(self, batch: _Batch) -> Tensor:
-        # causal: what pads a row at its end is seen by no real token
+        # attention is causal, so no real token attends to the padding at the end of a row
         output = self._model(input_ids=batch.tokens_BS, use_cache=False)
         logits: Tensor = output.logits
         return logits
 
     def _batches(self, documents: Sequence[Tensor]) -> Iterator[_Batch]:
-        # a row for every piece of a document, because attention here knows no documents
+        # one row per piece of a document, because attention of these models crosses documents within a row
         rows = [row for document in documents for row in pack_rows([document], seq_length=self._seq_length)]
         for start in range(0, len(rows), self._rows_at_once):
             yield self._batch(rows[start : start + self._rows_at_once])
@@ -167,19 +165,19 @@ class HuggingFaceRunner:
 
 
 class MoEBlockHooks:
-    """Watches one MoE block, and leaves experts out of it, until `remove()`.
+    """Hooks that sum statistics of one MoE block and leave experts out, until `remove()`.
 
     Args:
-        block: with a router `gate` and `experts`.
+        block: module with a router `gate` and `experts`.
         top_k: K.
         renormalises: whether a token's top-k probabilities are scaled to sum to 1.
         allowed_E: [E] bool, experts that may be used; None: all.
-        outputs: whether to look at what the experts put out.
-        is_summing: whether to sum anything.
+        outputs: whether to measure expert outputs too.
+        is_summing: whether to sum statistics at all.
 
     Attributes:
-        sums: over the counted tokens.
-        is_counted_T: tokens of the running forward pass that are no padding.
+        sums: sums over the counted tokens.
+        is_counted_T: [T] bool, tokens of the current forward pass that are not padding; set by the caller.
     """
 
     def __init__(
@@ -197,14 +195,14 @@ class MoEBlockHooks:
             self._handles.append(block.register_forward_hook(self._finished))
 
     def remove(self) -> None:
-        """Stop watching, and give the experts back."""
+        """Remove the hooks; afterwards the block uses all experts again."""
         for handle in self._handles:
             handle.remove()
 
     def _route(self, gate: Any, inputs: Any, output: Any) -> Any:
-        """Note the scores; where experts are left out, give the block what it would get without them."""
-        # transformers 5 has routers that choose, and what some of its releases give as logits are probabilities;
-        # before, a linear layer whose block chooses
+        """Store the scores; if experts are left out, replace the router's output by the output without them."""
+        # in transformers 5 the router chooses the experts, and in some releases its "logits" are probabilities;
+        # in earlier releases the router is a linear layer and the block chooses
         chooses = isinstance(output, tuple)
         logits_TE = torch.nn.functional.linear(inputs[0].flatten(0, -2), gate.weight)
         allowed_TE = logits_TE
@@ -242,7 +240,7 @@ class MoEBlockHooks:
         )
 
     def _lengths(self, input_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """[T, K] float32, gate times length of each chosen expert's output; computes the experts once more."""
+        """[T, K] float32: gate times the norm of each chosen expert's output; computes the experts again."""
         experts = self._block.experts
         found = []
         for k in range(self._top_k):
@@ -253,26 +251,26 @@ class MoEBlockHooks:
                     rows = (experts_T1[:, 0] == expert).nonzero()[:, 0]
                     output_TH[rows] = experts[expert](input_TH[rows]) * weights_T1[rows]
             else:
-                # past the hooks, which are for the model's own pass
+                # call forward directly, so that no hooks of the model's own pass run
                 output_TH = experts.forward(input_TH, experts_T1, weights_T1)
             found.append(output_TH.float().norm(dim=-1))
         return torch.stack(found, dim=1)
 
 
 def _blocks(model: Any) -> dict[int, Any]:
-    """Number of the layer, from 1 -> its MoE block, in model order."""
+    """Map from the number of a layer, counted from 1, to its MoE block, in model order."""
     found = {}
     for name, module in model.named_modules():
         layer = re.fullmatch(r".*\blayers\.(\d+)\.mlp", name)
         if layer and hasattr(module, "gate") and hasattr(module, "experts"):
             found[int(layer[1]) + 1] = module
     if not found:
-        raise ValueError("this model has no layers with a router `gate` and `experts`")
+        raise ValueError("the model must have layers with a router `gate` and `experts`; found none")
     return dict(sorted(found.items()))
 
 
 def _stored_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by the name that checkpoints have; transformers 5 keeps a layer's experts in two parameters."""
+    """Yield every weight with its name in checkpoints; transformers 5 keeps a layer's experts in two parameters."""
     for name, parameter in model.named_parameters():
         joined = re.fullmatch(r"(.+\.experts)\.(gate_up|down)_proj", name)
         if joined is None:
@@ -285,7 +283,7 @@ def _stored_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _configuration(model: Any) -> dict[str, object]:
-    """What of config.json may change what the model computes."""
+    """The entries of config.json that may change the model's results."""
     told = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
     return {name: value for name, value in model.config.to_dict().items() if name not in told}
 
@@ -312,9 +310,9 @@ def _metadata_of(model: Any, blocks: dict[int, Any]) -> ModelMetadata:
 
 
 def _num_shared(config: Any, block: Any) -> int:
-    """Shared experts as the paper counts them: transformers has one, as wide as all of them together."""
+    """Number of shared experts as the paper counts; transformers has one shared expert of their summed width."""
     shared = getattr(block, "shared_expert", None)
-    # where there is none, an exported Qwen2-MoE has one of zeros
+    # for a model without shared experts, an exported Qwen2-MoE has a shared expert of zeros
     if shared is None or not shared.down_proj.weight.any():
         return 0
     return -(-int(config.shared_expert_intermediate_size) // int(config.moe_intermediate_size))

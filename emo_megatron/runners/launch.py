@@ -1,9 +1,9 @@
-"""Run a command again in processes of its own: Megatron starts once per process, and wants one for every GPU.
+"""Run a command again in new processes: Megatron can start only once per process, and needs one process per GPU.
 
-The user calls one command. It calls itself with the same options, alone or under torchrun; each of these processes
-knows by `is_rank` that it is to do the work. A job around the command does not matter: its variables are not inherited.
-This module is also torchrun for them, because torchrun itself ends with 1, whatever its ranks ended with, after a page
-of report:
+The user runs one command. The command runs itself again with the same options, in one process or under torchrun.
+`is_rank` is true in these new processes, which do the work. They do not inherit variables of a surrounding job.
+This module also replaces torchrun's own command, which always exits with 1 after a long report, whatever the exit
+status of the ranks:
 
     python -m emo_megatron.runners.launch --standalone --nproc-per-node 4 -m emo_megatron select ...
 """
@@ -26,25 +26,25 @@ from emo_megatron.processes import run
 from emo_megatron.variables import IN_RANKS, PARENT
 
 USER_ERROR = 2
-"""Exit status after an error that the user can mend, told in one line."""
+"""Exit status after an error that the user can fix; the error is reported in one line."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""torchrun's variable: a rank leaves in this file what it failed of."""
+"""torchrun's variable with the file to which a rank writes its error."""
 
 
 def is_rank() -> bool:
-    """Whether this process does the work of a command that runs elsewhere."""
+    """Whether this process was started by a command to do its work."""
     return IN_RANKS in os.environ
 
 
 def again(name: str, options: Any, *, processes: int, log: Path) -> None:
-    """Run a command with the same options in other processes, to their end.
+    """Run a command with the same options in new processes, and wait until they end.
 
-    A command that has said what the user can mend did nothing: an earlier log stays, and no new folder does.
+    After an error that the user can fix, an earlier log is kept and new folders are removed.
 
     Args:
-        name, options: of the command.
-        processes: how many; one is another process, too.
-        log: file for what they print, which is Megatron's.
+        name, options: name and options of the command.
+        processes: number of processes; 1 also starts a new process.
+        log: file for the output of the processes, which is Megatron's output.
     """
     made = [folder for folder in log.absolute().parents if not folder.exists()]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def again(name: str, options: Any, *, processes: int, log: Path) -> None:
             unfinished.unlink(missing_ok=True)
             _remove_empty(made)
         elif unfinished.exists():
-            # an interrupted command's, too: it may tell what the user did not wait for
+            # keep the log of an interrupted command too: it may show why the command was slow
             unfinished.replace(log)
     if code == USER_ERROR:
         sys.exit(code)
@@ -68,7 +68,7 @@ def again(name: str, options: Any, *, processes: int, log: Path) -> None:
 
 
 def python(*arguments: object, processes: int = 1) -> list[str]:
-    """A command of this interpreter; for several processes under our torchrun, whose ranks meet at this host."""
+    """Command line of this Python; several processes run under this module's torchrun, with rendezvous on this host."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "emo_megatron.runners.launch", "--standalone", "--local-addr", "127.0.0.1"]
@@ -77,13 +77,13 @@ def python(*arguments: object, processes: int = 1) -> list[str]:
 
 
 def arguments_of(options: Any) -> list[str]:
-    """The arguments that tyro reads as these options; those that are as by default are left out."""
+    """The arguments from which tyro makes these options; options with their default value are left out."""
     found: list[str] = []
     for field in dataclasses.fields(options):
         value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
         if value == field.default or value is False:
             continue
-        # paths whole: the command may run elsewhere
+        # absolute paths, because the new process may run in another folder
         values = [
             str(item.absolute() if isinstance(item, Path) else item)
             for item in (value if isinstance(value, tuple) else (value,))
@@ -93,13 +93,13 @@ def arguments_of(options: Any) -> list[str]:
         elif isinstance(value, tuple):
             found += [flag, *values]
         else:
-            # one argument: a value may look like a flag
+            # flag and value in one argument, because a value may look like a flag
             found.append(f"{flag}={values[0]}")
     return found
 
 
 def say_error(message: str) -> None:
-    """Tell the user, in one line; a rank of torchrun tells torchrun, which tells it once for all ranks."""
+    """Print an error in one line; a rank writes the error to torchrun's file instead, and `main` prints one for all."""
     if is_rank() and (file := os.environ.get(ERROR_FILE)):
         described = {"message": message, "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(described), encoding="utf-8")
@@ -108,7 +108,7 @@ def say_error(message: str) -> None:
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, innermost first, up to the first that something was written to."""
+    """Remove empty folders, innermost first, and stop at the first folder that is not empty."""
     for folder in folders:
         if any(folder.iterdir()):
             return
@@ -118,18 +118,18 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def main() -> int:
     """Run torchrun with this process's arguments and return the exit status of the command.
 
-    The ranks end with this process, which torchrun alone leaves to chance when it is killed.
+    The ranks end with this process. torchrun alone does not guarantee this when torchrun is killed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as run_ranks
 
-    # of ranks that failed and were stopped, which is told below
+    # torchrun logs failed and stopped ranks; the error is printed below
     logging.disable(logging.CRITICAL)
     os.environ[PARENT] = str(os.getpid())
     args = parse_args(sys.argv[1:])
-    # nohup's are not
+    # signals ignored under nohup stay ignored
     heard = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     is_ignored = {name: signal.getsignal(getattr(signal, name)) == signal.SIG_IGN for name in heard}
     args.signals_to_handle = ",".join(name for name in heard if not is_ignored[name])

@@ -1,7 +1,7 @@
-"""The model of a checkpoint on this process's ranks, to run and not to train: `--load` is the only flag it needs.
+"""Load this rank's part of a checkpoint's model for evaluation; only the flag `--load` is required.
 
-The flags that make the model are those stored in the checkpoint; flags of the command line win, and choose the layout,
-which may be another than the one that was saved. Pools are off, as in a model that is deployed.
+Flags of the model come from the checkpoint. Flags of the command line override them and choose the parallel layout,
+which may differ from the layout of the saved run. Pools are off, as in a deployed model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RUN_FLAGS = (
     *("--skip-train", "--no-load-optim", "--no-load-rng"),
-    # every dispatcher computes the same, and this one runs everywhere
+    # all dispatchers compute the same result, and this dispatcher runs everywhere
     *("--moe-token-dispatcher-type", "alltoall"),
 )
 OTHER_SOURCES = (
@@ -35,39 +35,39 @@ OTHER_SOURCES = (
     *("--non-persistent-ckpt-type", "--non-persistent-global-ckpt-dir", "--ckpt-format"),
     *("--auto-detect-ckpt-format", "--moe-use-upcycling", "--yaml-cfg", "--spec"),
 )
-"""Flags with which Megatron would load another checkpoint or build another model than the one that is named."""
+"""Flags that would make Megatron load a checkpoint or build a model other than the one of --checkpoint."""
 UNEVEN = (
     *("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"),
     *("--pipeline-model-parallel-layout", "--account-for-embedding-in-pipeline-split"),
     "--account-for-loss-in-pipeline-split",
 )
-"""Flags with which stages of a pipeline may differ."""
+"""Flags that allow different numbers of layers in the pipeline stages."""
 LONGEST_WORDS = 400
-"""Characters of what Megatron says: it may list every tensor."""
+"""Largest number of characters shown of a message of Megatron, which may list every tensor."""
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
 def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
-    """The checkpoint that `--load` names."""
+    """The checkpoint of the flag `--load`."""
     cpu.activate()
     from emo_megatron.checkpoint.names import refuse_prediction
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
 
     given = [part.partition("=")[0] for part in argv]
     if "--load" not in given:
-        raise ValueError("--load must name the checkpoint")
+        raise ValueError("--load must name the checkpoint; got no --load")
     given.remove("--load")
     for flag in OTHER_SOURCES:
         if flag in given:
             raise ValueError(
-                f"{flag} cannot be given: the model is the one that --checkpoint names, as it is stored; drop it from "
+                f"{flag} cannot be given: the model is always the stored model of --checkpoint; remove this flag from "
                 "--megatron-args"
             )
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--load", type=Path)
     checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
     if not checkpoint.moe_layers:
-        raise ValueError(f"the model in {checkpoint.path} has no routed experts")
+        raise ValueError(f"--checkpoint must be a model with routed experts; {checkpoint.path} has none")
     refuse_prediction(checkpoint.path, checkpoint.names)
     return checkpoint
 
@@ -76,7 +76,7 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
     """Start Megatron with this process's arguments and load the model of `checkpoint_in`.
 
     Returns:
-        This pipeline stage, unwrapped, in evaluation; and Megatron's flags.
+        This pipeline stage's model, unwrapped and in evaluation mode; and Megatron's flags.
     """
     from megatron.core.utils import unwrap_model
     from megatron.training.argument_utils import gpt_config_from_args
@@ -97,7 +97,7 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
         parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
         return parser
 
-    # Megatron wants batches even where nothing is trained
+    # Megatron requires batch sizes even without training
     batch = ("--micro-batch-size", "1", "--global-batch-size", os.environ.get("WORLD_SIZE", "1"))
     own = cpu.with_cpu_flags([*batch, *sys.argv[1:]])
     with run_with(checkpoint.path) as run:
@@ -111,7 +111,7 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
         config.transformer_layer_spec = pool_spec_builder(PoolConfig())
         chunks = _build(args, config)
     if len(chunks) > 1:
-        raise ValueError("a model is run without interleaving; drop the virtual pipeline's flags")
+        raise ValueError("interleaved pipelines are unsupported here; remove the flags of the virtual pipeline")
     model = unwrap_model(chunks[0]).eval()
     check_routers(model, checkpoint)
     return model, args
@@ -119,27 +119,27 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
 
 @contextlib.contextmanager
 def megatron_refusals(model: str = "the model") -> Iterator[None]:
-    """What Megatron refuses with an assertion or an exit, as one line; `model` is what the line calls the model."""
+    """Turn an assertion or exit of Megatron into a ValueError of one line; `model` names the model in that line."""
     try:
         yield
     except (AssertionError, SystemExit, ValueError, CheckpointException) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException):
-            # one rank's stands for all
+            # report the error of one rank only
             cause = next(iter(error.failures.values()))[0]
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        # an exit of this package is a signal's
+        # an exit that this package raises comes from a signal
         if isinstance(error, ValueError | SystemExit) and frame.filename.startswith(_PACKAGE):
             raise
         said = "" if isinstance(error, SystemExit) else " ".join(str(cause).split())
         said = said or f"{frame.line} ({frame.filename}, line {frame.lineno})"
         said = textwrap.shorten(said, LONGEST_WORDS, placeholder=" ...")
-        raise ValueError(f"Megatron refuses to build {model}: {said}") from error
+        raise ValueError(f"Megatron cannot build {model}: {said}") from error
 
 
 @megatron_refusals()
 def _build(args: argparse.Namespace, config: Any) -> list[Any]:
-    """This process's part of the model of a configuration, with the weights of `--load`."""
+    """This rank's part of the model of a configuration, with the weights of `--load`."""
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -156,32 +156,34 @@ def _build(args: argparse.Namespace, config: Any) -> list[Any]:
 
 
 def _balance_nothing(args: argparse.Namespace) -> None:
-    """Forget how training balanced the load, which a model that is only run does not depend on."""
+    """Turn off the load-balancing losses of training, which do not affect evaluation."""
     from emo_megatron.checkpoint.model_flags import BALANCE_LOSSES
 
     kinds = args.moe_router_load_balancing_type
-    # what is no loss is another routing, which the pool router refuses with its reason
+    # a type that is not a loss changes the routing: keep that type, so that the pool router reports it as unsupported
     if set(BALANCE_LOSSES).issuperset([kinds] if isinstance(kinds, str) else kinds):
         args.moe_router_load_balancing_type, args.moe_aux_loss_coeff = "none", 0.0
 
 
 def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
-    """Refuse a layout that a model cannot be cut into.
+    """Raise ValueError if the model cannot be split as the parallel layout requires.
 
-    `argv` are Megatron's flags; the number of processes is WORLD_SIZE in the environment.
+    Args:
+        checkpoint: checkpoint of the model.
+        argv: Megatron's flags; the number of processes is the environment variable WORLD_SIZE.
     """
     tensor, pipeline, expert, context, expert_tensor = _sizes_in(argv)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     stored = vars(checkpoint.args)
     layers, groups = stored.get("num_layers"), stored.get("num_query_groups")
     has_dense = layers != len(checkpoint.moe_layers)
-    # fewer query groups than ranks are repeated
+    # Megatron repeats query groups if there are fewer groups than ranks
     is_cut = stored.get("group_query_attention") and groups and tensor % groups
     is_even = not any(part.partition("=")[0] in UNEVEN for part in argv)
     embedding = checkpoint.names.get("embedding.word_embeddings.weight")
     vocabulary = None if embedding is None else embedding.shape[0]
     by_tensor = ("--tensor-parallel", tensor)
-    # how many of what there are, and the option by which they are cut in so many parts; None: not at all
+    # per row: a size (None: not checked), its name, the option that splits it, and the number of parts
     cuts = (
         (vocabulary, "rows of the vocabulary", *by_tensor),
         (stored.get("num_attention_heads"), "attention heads", *by_tensor),
@@ -199,12 +201,12 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
         (processes // pipeline, "processes of a pipeline stage", *("--expert-parallel", expert * expert_tensor)),
     )
     problems = [
-        f"{size} {what} do not divide by {option} {parts}"
+        f"{size} {what} must be a multiple of {option} {parts}"
         for size, what, option, parts in cuts
         if size and size % parts
     ]
     if problems:
-        raise ValueError(f"{checkpoint.path} cannot be run so: {'; '.join(problems)}")
+        raise ValueError(f"{checkpoint.path} cannot run in this layout: {'; '.join(problems)}")
 
 
 def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
@@ -217,13 +219,13 @@ def check_rows(seq_length: int, *, rows: int, args: argparse.Namespace) -> None:
 
 
 def _sizes_in(argv: Sequence[str]) -> tuple[int, int, int, int, int]:
-    """Ranks of the tensor, pipeline, expert, context and expert-tensor parallelism that Megatron's flags ask for."""
+    """Sizes of the tensor, pipeline, expert, context and expert-tensor parallelism in Megatron's flags."""
     parser = OneLineParser(add_help=False, allow_abbrev=False)
     for name in ("tensor-model", "pipeline-model", "expert-model", "context"):
         parser.add_argument(f"--{name}-parallel-size", dest=name, type=int, default=1)
     parser.add_argument("--expert-tensor-parallel-size", dest="expert-tensor", type=int)
     given = vars(parser.parse_known_args(list(argv))[0])
     given["expert-tensor"] = given["expert-tensor"] or given["tensor-model"]
-    # what is no size at all, Megatron refuses
+    # Megatron itself reports sizes below 1
     tensor, pipeline, expert, context, expert_tensor = (max(1, size) for size in given.values())
     return tensor, pipeline, expert, context, expert_tensor

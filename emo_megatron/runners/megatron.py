@@ -1,4 +1,4 @@
-"""Run a Megatron model and watch it: what its experts do, and its loss with some of them, under any parallel layout.
+"""A runner for Megatron models: statistics of the experts, and the loss with some of the experts, in parallel layouts.
 
 Shapes: L MoE layers of the whole model, E routed experts.
 """
@@ -27,16 +27,15 @@ from emo_megatron.runners.megatron_hooks import MoELayerHooks, check_outputs, ch
 
 
 class MegatronRunner:
-    """An `ExpertRunner` over this process's part of a Megatron model. Every rank makes the same calls.
+    """An `ExpertRunner` for this rank's part of a Megatron model. All ranks must make the same calls.
 
     Args:
-        model: the GPTModel of this pipeline stage, whose MoE layers are PoolMoELayers and whose pools are off in
-            evaluation.
-        metadata: of the whole model.
-        seq_length: tokens a row; longer documents are cut.
-        micro_batch_size: rows of a micro-batch.
-        configuration: the flags of the run that made the model.
-        megatron: more of Megatron's flags, which the user gave.
+        model: the GPTModel of this pipeline stage; its MoE layers must be PoolMoELayers, with pools off in evaluation.
+        metadata: metadata of the whole model.
+        seq_length: tokens per row; longer documents are cut.
+        micro_batch_size: rows per micro-batch.
+        configuration: flags of the run that trained the model.
+        megatron: more flags of Megatron, given by the user.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class MegatronRunner:
         megatron: str = "",
     ) -> None:
         if parallel_state.get_context_parallel_world_size() > 1:
-            raise NotImplementedError("experts are watched without context parallelism; drop --context-parallel-size")
+            raise NotImplementedError("context parallelism is unsupported here; remove --context-parallel-size")
         check_weights(model)
         self.metadata = metadata
         self._model: Any = model.eval()
@@ -104,7 +103,7 @@ class MegatronRunner:
         """See ExpertRunner."""
         entries = self._run(documents, allowed_LE)
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
-        # on the last stage every tensor-parallel rank has the losses of all tokens
+        # on the last pipeline stage, every tensor-parallel rank has the losses of all tokens
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for entry in entries:
                 totals += entry["nats"].to(totals)
@@ -114,12 +113,12 @@ class MegatronRunner:
         return Loss.mean(nats, num_tokens=num_tokens)
 
     def document_nats(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Tensor:
-        """[D] float64 on the CPU: cross entropy of each document, summed over all its tokens but the first."""
+        """[D] float64 on the CPU: cross entropy per document, summed over all tokens except the first."""
         if dist.get_world_size() > 1:
-            raise NotImplementedError("losses of single documents are measured in one process")
+            raise NotImplementedError("losses of single documents need exactly one process")
         entries = self._run(documents, allowed_LE)
         nats_T = torch.cat([entry["token_nats"] for entry in entries]).cpu()
-        # rows hold the documents in their order, whole or cut
+        # rows hold the documents in order, whole or cut
         parts = nats_T.split([max(document.numel() - 1, 0) for document in documents])
         nats_D = torch.stack([part.sum() for part in parts])
         check_nats(float(nats_D.sum()), self, documents, allowed_LE=allowed_LE)
@@ -127,11 +126,11 @@ class MegatronRunner:
 
     @torch.no_grad()
     def _run(self, documents: Sequence[Tensor], allowed_LE: Tensor | None) -> list[dict[str, Tensor]]:
-        """Run documents through Megatron's schedule; on the last stage the losses of this rank's micro-batches."""
+        """Run documents through Megatron's schedule; the last stage returns the losses of this rank's micro-batches."""
         rows = pack_rows(documents, seq_length=self._seq_length)
         num_batches = -(-sum(1 for _ in rows) // self._rows_of_all)
         if allowed_LE is not None and bool(allowed_LE.all()):
-            # no subset, which would route without groups of experts
+            # all experts are allowed: a subset would turn off routing by groups of experts
             allowed_LE = None
         for layer in self._layers:
             place = self.metadata.layers.index(layer.layer_number)
@@ -154,11 +153,11 @@ class MegatronRunner:
 
     @property
     def _rows_of_all(self) -> int:
-        """Rows of the micro-batches of all data-parallel ranks together."""
+        """Rows per micro-batch, summed over all data-parallel ranks."""
         return int(parallel_state.get_data_parallel_world_size()) * self._rows_at_once
 
     def _batches(self, documents: Sequence[Tensor], num_batches: int) -> Iterator[_Batch]:
-        """This data-parallel rank's micro-batches, made as they are asked for; padding where there is nothing left."""
+        """Yield this data-parallel rank's micro-batches, made lazily; after the last document, rows are padding."""
         rows = itertools.chain(
             pack_rows(documents, seq_length=self._seq_length), itertools.repeat(empty_row(self._seq_length))
         )
@@ -168,13 +167,13 @@ class MegatronRunner:
             yield _batch(of_all[first : first + self._rows_at_once], self._device)
 
     def _over_ranks(self, found: dict[int, Tensor], *, is_square: bool) -> Tensor:
-        """[L, E] or [L, E, E] float64 on the CPU: sums by layer number, added up over all ranks.
+        """[L, E] or [L, E, E] float64 on the CPU: sums per layer, added over all ranks.
 
-        A layer's tokens are each counted on one rank, and a pipeline stage has its own layers only.
+        `found` maps layer numbers to this rank's sums. In each layer, exactly one rank counts each token.
         """
         num_layers, num_experts = len(self.metadata.layers), self.metadata.num_experts
         shape = (num_layers, num_experts, num_experts)[: 3 if is_square else 2]
-        # counts are integers far below 2^53, which float64 holds exactly
+        # counts are integers far below 2^53, so float64 is exact
         total = torch.zeros(shape, dtype=torch.float64, device=self._device)
         for number, tensor in found.items():
             total[self.metadata.layers.index(number)] = tensor.double()
@@ -183,18 +182,18 @@ class MegatronRunner:
 
 
 def _digest(model: torch.nn.Module, configuration: Mapping[str, object] | None) -> str:
-    """16 hex digits of the configuration and all ranks' weights; only another tensor-parallel size has others."""
+    """16 hex digits of the configuration and of all ranks' weights; of the layout, only tensor parallelism matters."""
     own = [f"{name} {experts} {digest_of([('', part)])}" for name, _, experts, part in model_weights(model)]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    # data-parallel ranks hold the same
+    # the set removes the equal weights of data-parallel ranks
     lines = [digest_of((), configuration=configuration), *sorted({line for of_rank in found for line in of_rank})]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Rows packed one after the other, [1, rows * S], with the documents in them."""
+    """Rows packed one after the other, [1, rows * S], with document boundaries."""
 
     tokens: Tensor
     labels: Tensor
@@ -208,7 +207,7 @@ def _batch(rows: list[Row], device: torch.device) -> _Batch:
     lengths: list[int] = []
     slots: list[int] = []
     for row in rows:
-        # what is left of a row is the slot of an empty document: padding of no document
+        # the rest of a row is the slot of an empty document, so the padding belongs to no document
         room = seq_length - sum(row.lengths)
         lengths += [*row.lengths, *([0] if room else [])]
         slots += [*row.lengths, *([room] if room else [])]

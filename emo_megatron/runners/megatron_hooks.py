@@ -1,9 +1,9 @@
-"""Look into a running Megatron model, under any layout: at its weights, and at what an MoE layer does.
+"""Read weights and MoE statistics from a running Megatron model, in any parallel layout.
 
-A layer's router's scores and choice, what its experts put out, and what the layer changes are seen by hooks only:
-nothing of the layer is replaced, and what it computes stays the same, bit for bit.
+Hooks read the router's scores and choice, the outputs of the experts, and the layer's residual change. Hooks replace
+nothing in the layer, so the layer's results stay the same, bit for bit.
 
-Shapes: T tokens this rank routes, E routed experts, R rows its own experts compute, H width of a row.
+Shapes: T tokens routed on this rank, E routed experts, R rows computed by this rank's experts, H width of a row.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from emo_megatron.mcore.layer import PoolMoELayer
 
 
 def check_outputs(config: Any) -> None:
-    """Refuse a TransformerConfig of a layout under which the lengths of expert outputs cannot be told."""
+    """Raise NotImplementedError if the norms of expert outputs cannot be measured with this TransformerConfig."""
     if config.expert_tensor_parallel_size > 1:
         raise NotImplementedError(
-            "EASY-EP and REAP need whole expert outputs, and expert tensor parallelism adds them up after the "
+            "EASY-EP and REAP need complete expert outputs, but expert tensor parallelism sums outputs after the "
             f"experts: use --expert-tensor-parallel-size 1; got {config.expert_tensor_parallel_size}"
         )
     if config.moe_apply_probs_on_input:
         raise NotImplementedError(
-            "EASY-EP and REAP need the gate on an expert's output; drop --moe-apply-probs-on-input"
+            "EASY-EP and REAP need the gate on an expert's output; remove --moe-apply-probs-on-input"
         )
 
 
 class MoELayerHooks:
-    """Adds up a layer's statistics while the model runs, until `remove()`.
+    """Hooks that sum statistics of one MoE layer while the model runs, until `remove()`.
 
-    Megatron's experts multiply the gate in before their second projection, so that the length of a row they put out is
-    gate times length of the expert's output.
+    Megatron's experts multiply by the gate before the second projection. The norm of an output row is therefore the
+    gate times the norm of the expert's output.
 
-    `sums` are over the tokens that this rank counts; every token is counted on one rank. With `outputs` it also looks
-    at what the experts put out.
+    `sums` are sums over the tokens that this rank counts; exactly one rank counts each token. With `outputs`, expert
+    outputs are measured too.
     """
 
     def __init__(self, layer: PoolMoELayer, *, outputs: bool) -> None:
         router = layer.pool_router
         self.layer = layer
         self.sums = LayerSums(int(layer.config.num_moe_experts), outputs=outputs, device=router.weight.device)
-        # without sequence parallelism every tensor-parallel rank routes the same tokens
+        # without sequence parallelism, all tensor-parallel ranks route the same tokens, and only rank 0 counts them
         self._counts_here = bool(layer.config.sequence_parallel) or parallel_state.get_tensor_model_parallel_rank() == 0
         self._logits_TE: Tensor | None = None
         self._ids_T: Tensor | None = None
@@ -62,7 +62,7 @@ class MoELayerHooks:
             self._handles.append(layer.experts.register_forward_hook(self._computed))
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         self.layer.pool_router.observe_logits = None
         for handle in self._handles:
             handle.remove()
@@ -74,7 +74,7 @@ class MoELayerHooks:
         self._routing_map_TE = output[1]
 
     def _computed(self, experts: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
-        """Send the length of every row back to its token, the way Megatron sends the rows themselves."""
+        """Return the norm of every row to its token, through the dispatcher that returns the rows themselves."""
         rows_RH, tokens_per_expert = output[0], inputs[1].to(output[0].device)
         num_experts, width = int(self.layer.config.num_moe_experts), rows_RH.shape[1]
         own = torch.tensor(self.layer.local_expert_indices, device=rows_RH.device)
@@ -82,8 +82,8 @@ class MoELayerHooks:
         lengths_R = rows_RH.float().norm(dim=1)
         dispatcher = self.layer.token_dispatcher
         returned = []
-        # a column an expert, because rows that meet again at their token are added up; as wide as rows are, because
-        # that is what the dispatcher prepared for
+        # one column per expert, because the dispatcher adds up the rows of a token; as many columns as a row is wide,
+        # because the dispatcher is prepared for this width
         for first in range(0, num_experts, width):
             column_R = expert_R - first
             is_inside_R = (column_R >= 0) & (column_R < width)
@@ -113,7 +113,7 @@ class MoELayerHooks:
         self._logits_TE = self._ids_T = self._routing_map_TE = self._norms_TE = None
 
     def _probabilities(self, logits_TE: Tensor) -> Tensor:
-        """The router's scores over all routed experts, adding up to one."""
+        """The router's scores over all routed experts, normalised to sum to 1."""
         if self.layer.pool_router.score_function == "sigmoid":
             scores_TE = logits_TE.sigmoid()
             return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
@@ -121,13 +121,13 @@ class MoELayerHooks:
 
 
 _EXPERT = re.compile(
-    # the experts of the local layers; of Transformer Engine's; and those in one parameter
+    # names of experts in local layers, in Transformer Engine's layers, and in one grouped parameter
     r"mlp\.experts\.(?:local_experts\.(?P<local>\d+)\.)?(?P<rest>linear_fc[12]\.(?:weight|bias))(?P<grouped>\d*)"
 )
 
 
 def check_weights(model: torch.nn.Module) -> None:
-    """Refuse a model with a weight that is not finite, on whichever rank. Every rank calls."""
+    """Raise NotFiniteError on all ranks if any rank has a weight that is not finite. All ranks must call this."""
     found: str | None = None
     try:
         for name, layer, experts, tensor in model_weights(model):
@@ -145,8 +145,8 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
     """Parameters and stored buffers of this rank, in the model's order.
 
     Yields:
-        The name, as `MegatronCheckpoint.names` has it; the layer, from 1, None outside the layers; the routed expert it
-        is of, or those on its first axis, by the numbers of the whole model; this rank's part of the weight.
+        The name, as in `MegatronCheckpoint.names`; the layer, counted from 1, or None outside the layers; the routed
+        expert of the weight, or the experts on its first axis, numbered as in the whole model; this rank's part.
     """
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if re.fullmatch(r"decoder\.layers\.\d+", name)
@@ -166,7 +166,7 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
             experts = own[int(local)] if local else own
         elif rest.startswith(ROUTER) and tensor.dim():
             experts = range(len(tensor))
-        # a checkpoint of local layers names a norm by the projection that it feeds
+        # with local layers, checkpoints name a norm after the projection that follows the norm
         submodules = getattr(layer, "submodules_config", None)
         for ours, stored in getattr(submodules, "sharded_state_dict_keys_map", {}).items():
             if rest.startswith(ours):
@@ -176,7 +176,7 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
-    # others, such as masks, may hold infinities on purpose
+    # buffers that are not stored, such as masks, may contain infinities on purpose
     passing = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

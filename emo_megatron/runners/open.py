@@ -1,4 +1,4 @@
-"""From a checkpoint, Megatron's or Hugging Face's, to a model that can be run and watched, and to its documents."""
+"""Open a checkpoint of Megatron or Hugging Face: make the runner, and a function that reads documents."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from emo_megatron.json_files import checked, read_object
 from emo_megatron.runners.base import ExpertRunner
 
 LONGEST_ROW = 4096
-"""Tokens of a row where nobody says otherwise and the model could take more."""
+"""Largest default number of tokens per row; --seq-length may be larger if the model supports more."""
 
 Read = Callable[[Path, Calibration], Documents]
-"""The documents of a file, in tokens of the model; the same on every rank."""
+"""Reads the documents of a file as tokens of the model; the result is the same on every rank."""
 
 
 def is_hugging_face(checkpoint: Path) -> bool:
-    """Whether a checkpoint is a Hugging Face folder."""
+    """Whether the checkpoint is a Hugging Face folder."""
     return (checkpoint / "config.json").is_file()
 
 
 def open_hugging_face(
     folder: Path, *, texts: Sequence[Path], tokenizer: Path | None, seq_length: int | None, micro_batch_size: int
 ) -> tuple[ExpertRunner, Read]:
-    """The model of a Hugging Face folder.
+    """Open a Hugging Face folder.
 
     Args:
-        folder: as transformers saves it.
-        texts: what will be read; for files of texts there must be a tokenizer, before the model is loaded.
-        tokenizer: folder of a tokenizer; by default the model's own.
-        seq_length: tokens a row; by default what the model takes, or LONGEST_ROW.
-        micro_batch_size: sequences per forward pass.
+        folder: folder in the format of transformers.
+        texts: files to read; if one of them holds text, the tokenizer is checked before the model is loaded.
+        tokenizer: folder of a tokenizer; default: the model's own.
+        seq_length: tokens per row; default: the model's limit, but at most LONGEST_ROW.
+        micro_batch_size: rows per forward pass.
     """
     from emo_megatron.hf.tokenizer import Tokenizer
     from emo_megatron.runners.huggingface import HuggingFaceRunner, load_hugging_face
@@ -50,7 +50,7 @@ def open_hugging_face(
     described = read_object(config, kind="a model's configuration")
     vocab_size: int = checked(described, {"vocab_size": int}, where=str(config))["vocab_size"]
     _must_exist(texts)
-    # tokens need no tokenizer, and a folder may have none
+    # files of tokens need no tokenizer, and the folder may have none
     reader = Tokenizer(tokenizer or folder) if any(map(is_text, texts)) else None
     if reader:
         reader.check(vocab_size=vocab_size)
@@ -70,14 +70,14 @@ def open_megatron(
     seq_length: int | None,
     micro_batch_size: int,
 ) -> tuple[ExpertRunner, Read]:
-    """This process's part of the model of a Megatron checkpoint. Starts Megatron, which a process can do once.
+    """Open this rank's part of a Megatron checkpoint. Starts Megatron, which a process can do only once.
 
     Args:
-        checkpoint: what --save named, or one iteration's folder in it.
+        checkpoint: the folder of --save, or one iteration's folder in that folder.
         layout: Megatron's flags for the parallel sizes.
-        more: other flags of Megatron, of the user; measurements may depend on them.
-        texts, tokenizer, micro_batch_size: as for `open_hugging_face`; the tokenizer is by default that of the run.
-        seq_length: tokens a row; by default what the model was trained with, or LONGEST_ROW if that is less.
+        more: other flags of Megatron, given by the user; measurements may depend on these flags.
+        texts, tokenizer, micro_batch_size: as for `open_hugging_face`; the default tokenizer is the run's.
+        seq_length: tokens per row; default: the sequence length of training, but at most LONGEST_ROW.
     """
     from emo_megatron.runners.loading import check_rows, checkpoint_in, load_model
     from emo_megatron.runners.run_tokenizer import TOKENIZER_FLAGS, null_flags, text_tokenizer, tokenizer_args
@@ -88,17 +88,18 @@ def open_megatron(
     vocab_size = stored.args.padded_vocab_size
     given = {word.partition("=")[0] for word in flags} & set(TOKENIZER_FLAGS)
     if tokenizer is not None and given:
-        raise ValueError(f"--tokenizer and Megatron's {' and '.join(sorted(given))} both name a tokenizer: give one")
+        raise ValueError(f"--tokenizer and Megatron's {' and '.join(sorted(given))} exclude each other: give only one")
     reader = None
     if text := next(filter(is_text, texts), None):
         args = tokenizer_args(stored.args, flags)
         reader = text_tokenizer(args, named=tokenizer, vocab_size=vocab_size)
         if reader is None:
             raise ValueError(NO_TOKENIZER.format(text))
-    # Megatron reads them there; the last of a flag counts, and what they say of a tokenizer is done with
+    # Megatron reads sys.argv, where the last value of a flag counts: the tokenizer's flags were used above, and the
+    # model itself needs no tokenizer
     sys.argv[1:] = [*flags, *null_flags(vocab_size=vocab_size)]
     model, args = load_model(stored)
-    # they import Megatron, which its stand-ins for a CPU must precede
+    # these modules import Megatron, and the replacements for the CPU must be active before that import
     from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
     from emo_megatron.checkpoint.reader import metadata_of
     from emo_megatron.mcore.dataset import IndexedDocuments
@@ -124,7 +125,7 @@ def _reading(tokenizer: TextTokenizer | None, vocab_size: int, read_indexed: Rea
 
 
 def _must_exist(texts: Sequence[Path]) -> None:
-    """Say that a file is missing before a model is loaded."""
+    """Raise FileNotFoundError for a missing file, before a model is loaded."""
     for path in texts:
         if not path.exists() and not Path(f"{path}.idx").exists():
-            raise FileNotFoundError(f"there is no {path}, and no {path}.idx with {path}.bin")
+            raise FileNotFoundError(f"{path} must be a file, or the prefix of {path}.idx and {path}.bin; found neither")

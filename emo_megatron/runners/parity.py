@@ -1,7 +1,8 @@
 """Compare a Hugging Face folder with a Megatron checkpoint: the logits of both on the same random tokens, in float32.
 
-Megatron's model is built of stock layers from the flags in the checkpoint, and loaded by Megatron's own reader: nothing
-is shared with the export but the checkpoint. Runs in this process, which has Megatron on the CPU from then on.
+Megatron's model is built from stock layers with the flags in the checkpoint, and Megatron's own reader loads the
+weights: the comparison shares only the checkpoint with the export. The comparison runs in this process and switches
+this process's Megatron to the CPU.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from emo_megatron.variables import as_no_other_job
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 TOLERANCES = {torch.float32: 1e-4}
-"""Of the largest logit, by the dtype of the folder: what the order of sums may change."""
+"""Largest difference, relative to the largest logit, by the folder's dtype: the order of sums may differ."""
 ROUNDED_TOLERANCE = 1e-2
-"""In other dtypes: rounding, and a token that chooses another expert of nearly the same score."""
+"""The same for other dtypes, where rounding may also make a token choose another expert of nearly equal score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the exported model is from the one in Megatron, on the same random tokens in float32."""
+    """Difference between the exported model and Megatron's model, on the same random tokens in float32."""
 
     tokens: int
     max_difference: float
-    """Between two logits."""
+    """Largest difference between the logits of the two models."""
     max_logit: float
-    """The largest absolute one, for comparison."""
+    """Largest absolute logit, for comparison."""
 
     def __str__(self) -> str:
         return (
@@ -59,29 +60,31 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What an export or an import made."""
+    """Result of an export or an import."""
 
     path: Path
     parity: Parity | None
-    """None where it was not measured."""
+    """None if not measured."""
     has_tokenizer: bool
-    """Whether a tokenizer was found and lies in the folder."""
+    """Whether a tokenizer was found and is stored in the folder."""
 
     def __str__(self) -> str:
         lines = [str(self.path)]
         if self.parity is not None:
             lines.append(f"parity with Megatron: {self.parity}")
         if not self.has_tokenizer:
-            lines.append("no tokenizer: none of Hugging Face's was found, and --tokenizer names none")
+            lines.append("no tokenizer: found no Hugging Face tokenizer; pass its folder with --tokenizer")
         return "\n".join(lines)
 
 
 def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int) -> Parity:
-    """The difference between both models' logits on one sequence of so many random tokens.
+    """Measure the difference between both models' logits on one sequence of random tokens.
 
-    The checkpoint's weights are rounded to the folder's dtype first: what is measured is the translation. Logits that
-    are not finite are a NotFiniteError, which names the weight that makes them so if there is one; logits that differ
-    by more than the tolerance are a RuntimeError.
+    The checkpoint's weights are first rounded to the folder's dtype, so that only the conversion is measured.
+
+    Raises:
+        NotFiniteError: a logit is not finite; names a weight that is not finite, if there is one.
+        RuntimeError: logits differ by more than the tolerance.
     """
     tokens = min(tokens, folder.architecture.max_positions)
     generator = torch.Generator().manual_seed(0)
@@ -93,15 +96,15 @@ def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *,
         if first_bad(logits_TV) is not None:
             _check_weights(checkpoint, folder)
             raise NotFiniteError(
-                f"the {which} model has logits that are not finite, of finite weights: what they compute in float32 is "
-                "too large, and the two models cannot be compared"
+                f"the {which} model has finite weights but logits that are not finite: the logits are too large for "
+                "float32, so the two models cannot be compared"
             )
     parity = Parity(
         tokens=tokens,
         max_difference=float((expected_TV - found_TV).abs().max()),
         max_logit=float(expected_TV.abs().max()),
     )
-    # written so that a difference that is not a number fails too
+    # this form of the condition is also true for a difference that is NaN
     tolerance = TOLERANCES.get(folder.dtype, ROUNDED_TOLERANCE)
     if not parity.max_difference <= tolerance * max(1.0, parity.max_logit):
         raise RuntimeError(f"the Megatron checkpoint and the Hugging Face folder are not the same model: {parity}")
@@ -109,7 +112,7 @@ def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *,
 
 
 def _check_weights(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder) -> None:
-    """Refuse a weight of one of them that is not finite."""
+    """Raise NotFiniteError if a weight of the checkpoint or of the folder is not finite."""
     for name, info in checkpoint.names.items():
         experts = range(info.shape[0]) if is_of_experts(name) else ()
         layer = split_name(name)[0] or None
@@ -120,7 +123,7 @@ def _check_weights(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder) ->
 
 @torch.no_grad()
 def hugging_face_logits(folder: HuggingFaceFolder, tokens_T: Tensor) -> Tensor:
-    """[T, V] float32 of the model in a folder; the authors' format through Qwen2-MoE, which needs no code of theirs."""
+    """[T, V] float32 logits of the model in a folder; the authors' format runs as Qwen2-MoE, without remote code."""
     from transformers import Qwen2MoeForCausalLM
 
     with as_stock(folder, dtype=torch.float32, under=folder.path.parent) as path:
@@ -135,7 +138,7 @@ def hugging_face_logits(folder: HuggingFaceFolder, tokens_T: Tensor) -> Tensor:
 def megatron_logits(
     checkpoint: MegatronCheckpoint, tokens_T: Tensor, *, rounded_to: torch.dtype = torch.float32
 ) -> Tensor:
-    """[T, V] float32 of the model in a checkpoint, through Megatron's own layers, with weights of so many bits."""
+    """[T, V] float32 logits of a checkpoint's model with Megatron's own layers and weights rounded to a dtype."""
     length = tokens_T.numel()
     with as_no_other_job(), _one_process():
         model = _model(checkpoint)
@@ -171,7 +174,7 @@ def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
 
 
 def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
-    """The flags of a model on one process, in float32 and in plain PyTorch: those of its run that make the model."""
+    """Flags for the model in one process, in float32 and plain PyTorch, with the model's flags from the checkpoint."""
     parser = megatron_parser()
     args = parser.parse_args([])
     plain = {
@@ -189,7 +192,7 @@ def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
 
 
 def _load(model: Any, checkpoint: MegatronCheckpoint) -> None:
-    """Megatron's own way from a checkpoint into a model, names of Transformer Engine's layers included."""
+    """Load a checkpoint with Megatron's own reader, also a checkpoint with names of Transformer Engine's layers."""
     metadata = dist_checkpointing.load_content_metadata(str(checkpoint.path)) or {}
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
@@ -200,7 +203,7 @@ def _load(model: Any, checkpoint: MegatronCheckpoint) -> None:
         key = getattr(tensor, "key", "")
         if key.endswith(FUSED_NORM):
             own = key.removesuffix(FUSED_NORM) + OWN_NORM
-            # equal layers are stacked in one tensor, whose name has no number
+            # layers of equal shape are stacked in one tensor, whose name has no layer number
             if own.replace("decoder.layers.pre", "decoder.layers.0.pre") in checkpoint.names:
                 tensor.key = own
         wanted[name] = tensor
@@ -211,10 +214,10 @@ def _load(model: Any, checkpoint: MegatronCheckpoint) -> None:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Megatron's groups of this process alone, gone afterwards."""
+    """Create Megatron's process groups for this process alone, and destroy them afterwards."""
     os.environ["EMO_DEVICE"] = "cpu"
     cpu.activate()
-    # Megatron tells Transformer Engine its attention so, and refuses another model's later in the process
+    # Megatron passes the attention backend in these variables, and raises if a later model has another backend
     chosen = {name: os.environ.pop(name, None) for name in ATTENTION_VARIABLES}
     starts_here = not dist.is_initialized()
     if starts_here:

@@ -1,4 +1,4 @@
-"""What a model loses with fewer experts: one loss for each domain, method and number of experts.
+"""Loss of a model that keeps only some of its experts: one loss per domain, method and number of experts.
 
 Shapes: L MoE layers in model order, E routed experts.
 """
@@ -22,15 +22,17 @@ from emo_megatron.runners.cache import CachedRunner
 from emo_megatron.runners.search import select_layerwise
 
 SUFFIXES = (".jsonl", ".safetensors", ".idx")
-"""Of files with documents, the last one with a .bin beside it."""
+"""Suffixes of files with documents; every .idx file needs a .bin file of the same name."""
 
 
 def domain_files(data: Path, validation_data: Path) -> dict[str, tuple[Path, Path]]:
-    """Calibration and validation documents of each domain, which is named after its calibration file; by name.
+    """Map from the name of a domain to its files of calibration and of validation documents, sorted by name.
+
+    A domain has the name of its calibration file.
 
     Args:
-        data: a file or the prefix of an indexed dataset, or a folder of them.
-        validation_data: the same; a folder's files have the names of `data`'s.
+        data: a file, the prefix of an indexed dataset, or a folder of files and datasets.
+        validation_data: of the same kind as `data`; files in a folder must have the same names as in `data`.
     """
     if data.is_dir() != validation_data.is_dir():
         raise ValueError(
@@ -54,7 +56,7 @@ def _in_folder(folder: Path) -> dict[str, Path]:
             continue
         if path.stem in found:
             raise ValueError(f"{folder} holds two files of the domain {path.stem}; move one away")
-        # an indexed dataset goes by its name without suffix
+        # an indexed dataset is named by its path without suffix
         found[path.stem] = path.with_suffix("") if path.suffix == ".idx" else path
     if not found:
         raise ValueError(f"{folder} holds no {', '.join(SUFFIXES[:2])} or indexed dataset")
@@ -66,11 +68,11 @@ class Condition:
     """One row to measure."""
 
     domain: str
-    """Whose calibration documents choose the experts."""
+    """The domain whose calibration documents choose the experts."""
     evaluated_on: str
-    """Whose validation documents are read."""
+    """The domain of the validation documents."""
     num_kept: int
-    """Routed experts a layer."""
+    """Routed experts kept per layer."""
     method: str
 
 
@@ -83,15 +85,15 @@ def conditions(
     crossed: Sequence[int],
     num_other_domains: int | None = None,
 ) -> list[Condition]:
-    """Every row of a measurement: the full model, random experts, then module after module.
+    """All rows of a measurement, in order: the full model, random experts, then one module after the other.
 
     Args:
-        domains: names; a module goes on to the domains that follow its own, and around.
+        domains: names of the domains; a module's other domains are the next ones in this list, cyclically.
         num_experts: E.
-        methods: those that look at calibration documents.
-        kept: routed experts a layer of the sizes.
-        crossed: of those, the sizes whose modules are also run on other domains.
-        num_other_domains: how many other domains each of these modules is measured on; None: all.
+        methods: the methods that use calibration documents.
+        kept: the sizes, in routed experts per layer.
+        crossed: the sizes in `kept` whose modules are also evaluated on other domains.
+        num_other_domains: number of other domains per such module; None: all.
     """
 
     def own(method: str, num_kept: int) -> list[Condition]:
@@ -125,17 +127,18 @@ def measure_rows(
     validation_data: Mapping[str, Documents],
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Measure rows; all ranks call alike.
+    """Measure rows. All ranks must make the same call.
 
     Args:
-        model, rows: what loses experts, and how, see `conditions`.
-        calibration: by domain, the documents that choose experts.
-        validation_data: by domain, the documents whose loss is measured.
-        seed: of random experts.
+        model: the runner of the model.
+        rows: the rows, see `conditions`.
+        calibration: per domain, the documents that choose experts.
+        validation_data: per domain, the documents on which the loss is measured.
+        seed: seed of random experts.
 
     Returns:
-        domain, evaluated_on, method, keep_fraction (of routed experts), num_experts_kept (routed), loss (nats a token)
-        and tokens of each.
+        Per row: domain, evaluated_on, method, keep_fraction (of routed experts), num_experts_kept (routed experts),
+        loss (nats per token) and tokens.
     """
     total = model.metadata.num_experts
     outputs = any(METHODS[row.method].needs_outputs for row in rows if row.method != FULL)

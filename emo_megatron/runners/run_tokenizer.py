@@ -1,4 +1,4 @@
-"""The tokenizer of a run, which reads text for its model: from files on this machine, never from a hub."""
+"""The tokenizer of a training run, built from files on this machine; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from emo_megatron.hf.tokenizer import Tokenizer, reason
 
 HUGGING_FACE = "HuggingFaceTokenizer"
 TOKENIZER_FLAGS = ("--tokenizer-type", "--tokenizer-model")
-"""Megatron's, which name one."""
+"""Megatron's flags that choose a tokenizer."""
 NO_TOKENIZER = (None, "NullTokenizer", "NullMultimodalTokenizer")
-"""Megatron's kinds that read no text."""
+"""Values of --tokenizer-type that do not read text."""
 _FILES = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
     "BertWordPieceLowerCase": ("vocab_file",),
     "BertWordPieceCase": ("vocab_file",),
 }
-"""Files of Megatron's kinds; of the others, their model."""
+"""Per --tokenizer-type, the flags with its files; for other types, the flag is tokenizer_model."""
 
 
 def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> Tokenizer | None:
-    """The Hugging Face tokenizer that was named, or that the run had; None if it had no such one.
+    """The Hugging Face tokenizer of --tokenizer or of the run; None if neither has one.
 
     `args` are the run's flags, `named` is the folder of the command's --tokenizer, `vocab_size` is the number of
     rows of the embedding.
@@ -37,21 +37,22 @@ def hugging_face_tokenizer(args: argparse.Namespace, *, named: Path | None, voca
         named = Path(stored)
         if not stored or not named.is_dir():
             raise ValueError(
-                f"the tokenizer of the run, {stored or 'unnamed'}, is not a folder here: name it with --tokenizer"
+                f"the tokenizer of the run, {stored or 'unnamed'}, is not a folder on this machine: pass the "
+                "tokenizer's folder with --tokenizer"
             )
         extra = list(getattr(args, "special_tokens", None) or [])
     tokenizer = Tokenizer(named)
     tokenizer.check(vocab_size=vocab_size)
     if missing := tokenizer.missing(extra):
         raise ValueError(
-            f"the run gave its tokenizer more special tokens than {named} has ({', '.join(missing)}): save it with "
-            "them and name that folder with --tokenizer"
+            f"the run's tokenizer had special tokens that {named} does not have ({', '.join(missing)}): save the "
+            "tokenizer with these tokens, and pass its folder with --tokenizer"
         )
     return tokenizer
 
 
 def text_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: int) -> TextTokenizer | None:
-    """What reads text for a run's model: as `hugging_face_tokenizer`, or Megatron's own; None if the run had none."""
+    """The tokenizer for text: that of `hugging_face_tokenizer`, or else Megatron's; None if the run had none."""
     found = hugging_face_tokenizer(args, named=named, vocab_size=vocab_size)
     kind = getattr(args, "tokenizer_type", None)
     if found is not None or kind in NO_TOKENIZER:
@@ -60,8 +61,8 @@ def text_tokenizer(args: argparse.Namespace, *, named: Path | None, vocab_size: 
 
 
 def tokenizer_args(stored: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a run, with those of a command line about its tokenizer in their place."""
-    # it imports Megatron, which the CPU's stand-ins must precede
+    """The flags of a run, where flags about the tokenizer in a command line replace the stored ones."""
+    # this module imports Megatron, and the replacements for the CPU must be active before that import
     from emo_megatron.checkpoint.model_flags import megatron_parser
 
     parser = megatron_parser()
@@ -74,21 +75,21 @@ def tokenizer_args(stored: argparse.Namespace, argv: Sequence[str]) -> argparse.
     parser.set_defaults(**{name: getattr(stored, name) for name in names & vars(stored).keys()})
     given = vars(parser.parse_known_args(list(argv))[0])
     chosen = {name: given[name] for name in names if name in given}
-    # what Megatron's builder also looks at
+    # Megatron's builder also reads rank and pad_vocab_size
     return argparse.Namespace(**vars(stored) | chosen | {"rank": 0, "pad_vocab_size": False})
 
 
 def null_flags(*, vocab_size: int) -> list[str]:
-    """Flags of a Megatron that reads no text: it needs no tokenizer, and the run's may lie on another machine."""
+    """Flags for Megatron without a tokenizer: Megatron reads no text here, and the run's tokenizer may be missing."""
     kind = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab_size)]
-    # where there is a vocabulary, Megatron refuses a checkpoint of another kind of tokenizer
+    # with a vocabulary file, Megatron raises an error for a checkpoint of another tokenizer type
     return [*kind, "--vocab-file", ""]
 
 
 class MegatronTokenizer:
-    """A tokenizer that Megatron builds, reading documents as a Hugging Face one does.
+    """A tokenizer built by Megatron, with the interface of the Hugging Face tokenizer.
 
-    `kind` is its --tokenizer-type, for messages.
+    `kind` is the --tokenizer-type, for messages.
     """
 
     def __init__(self, tokenizer: Any, *, kind: str | None) -> None:
@@ -98,23 +99,24 @@ class MegatronTokenizer:
             nothing, letter = tokenizer.tokenize(""), tokenizer.tokenize("a")
         except Exception as error:
             raise ValueError(
-                f"the tokenizer of the run, a {kind}, reads no text ({reason(error)}): give --tokenizer"
+                f"the tokenizer of the run, a {kind}, cannot read text ({reason(error)}): pass a Hugging Face "
+                "tokenizer with --tokenizer"
             ) from None
-        # what stands around no text, and around any, was added
+        # tokens around the empty text, which are also around other texts, were added by the tokenizer
         has_added = len(nothing) > 0
         first, last = _id(tokenizer, "bos"), self.end
         self._adds_first = has_added and first is not None and nothing[0] == letter[0] == first
         self._adds_last = has_added and last is not None and nothing[-1] == letter[-1] == last
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a document: none that the tokenizer adds of its own, its end of document once, if it has one."""
+        """Token ids of a document without added tokens, and with one end-of-document token if the tokenizer has one."""
         ids = [int(token) for token in self._tokenizer.tokenize(text)]
         ids = ids[1 if self._adds_first else 0 : -1 if self._adds_last else None]
         return ids if self.end is None else [*ids, self.end]
 
 
 def _id(tokenizer: Any, name: str) -> int | None:
-    """A special token's id; a library that has none says None, a negative number or nothing at all."""
+    """The id of a special token, or None; libraries mark a missing token by None, a negative id or an error."""
     try:
         found = getattr(tokenizer, name)
     except (AttributeError, KeyError, NotImplementedError):
@@ -131,16 +133,16 @@ def _build(args: argparse.Namespace) -> Any:
         if not path or not Path(path).exists():
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f'the tokenizer of the run, {path or kind}, was not found: give its path with --megatron-args="{flag} '
-                'PATH", or give its Hugging Face folder with --tokenizer'
+                f'the tokenizer of the run, {path or kind}, was not found: pass its path with --megatron-args="{flag} '
+                'PATH", or pass its Hugging Face folder with --tokenizer'
             )
     try:
         return build_tokenizer(args)
-    # libraries that are missing or that files do not suit fail in many ways
+    # missing libraries and unsuitable files cause many types of errors
     except Exception as error:
         raise ValueError(
-            f"the tokenizer of the run, a {kind}, cannot be built here: {reason(error)}; name a Hugging Face "
-            "folder of it with --tokenizer"
+            f"the tokenizer of the run, a {kind}, cannot be built here: {reason(error)}; pass its Hugging Face "
+            "folder with --tokenizer"
         ) from None
 
 

@@ -17,9 +17,9 @@ from emo_megatron.runners.cache import CachedRunner
 
 
 def select_layerwise(model: CachedRunner, documents: Documents, *, keep: int) -> Tensor:
-    """Keep each layer's likeliest experts, measured with the earlier layers already reduced to theirs.
+    """Keep each layer's most probable experts, measured after the earlier layers are reduced to their kept experts.
 
-    A pass over the documents for every layer, as EMO's authors do. Returns [L, E] bool with `keep` True a row.
+    Needs one pass over the documents per layer, as in the authors' code. Returns [L, E] bool, `keep` True per row.
     """
     metadata = model.metadata
     allowed_LE = torch.ones(len(metadata.layers), metadata.num_experts, dtype=torch.bool)
@@ -34,25 +34,26 @@ def select_layerwise(model: CachedRunner, documents: Documents, *, keep: int) ->
 def smallest_within(
     model: CachedRunner, validation: Documents, *, choose: Callable[[int], Tensor], bound: MaxLossIncrease
 ) -> tuple[Tensor, dict[int, float]]:
-    """Find by bisection the fewest experts a layer whose loss stays within a bound.
+    """Find the smallest number of experts per layer whose loss is within a bound, by bisection.
 
-    The loss is taken to rise as experts go. Where it does not, what is found still holds the bound, and one expert
-    fewer does not; a smaller module may exist.
+    Bisection assumes that the loss increases when experts are removed. If this is not true, the result is still within
+    the bound, and one expert fewer is not; but a smaller module within the bound may exist.
 
     Args:
-        model: that is run.
-        validation: documents that did not choose the experts.
-        choose: routed experts kept a layer -> [L, E] bool.
-        bound: what a module may lose.
+        model: the runner of the model.
+        validation: validation documents, which must differ from the documents that choose the experts.
+        choose: routed experts kept per layer -> [L, E] bool.
+        bound: largest loss increase allowed.
 
     Returns:
-        [L, E] bool; and what was tried, routed experts kept -> loss in nats a token, ascending, the full model last.
+        [L, E] bool; and the sizes tried: routed experts kept per layer -> loss in nats per token, ascending, the full
+        model last.
     """
     metadata = model.metadata
     full = model.loss(validation).nats
     tried = {metadata.num_experts: full}
     masks = {metadata.num_experts: torch.ones(len(metadata.layers), metadata.num_experts, dtype=torch.bool)}
-    # `low` is below what can be routed or too small, `high` is within the bound
+    # `low` is below top-k or exceeds the bound; `high` is within the bound
     low, high = metadata.top_k - 1, metadata.num_experts
     with tqdm(
         total=(high - low - 1).bit_length(),

@@ -1,6 +1,6 @@
-"""What a training run starts from: the flags of `pretrain_emo.py` that choose experts of a checkpoint, or place them.
+"""Flags of `pretrain_emo.py` that choose which experts of a checkpoint are trained, or in which order they are loaded.
 
-Training takes plain maps; Selections, placements and checkpoints are read here, and only where a flag names one.
+The training code takes plain maps. This module reads Selections, placements and checkpoints, if a flag names one.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ Hook = Callable[[list[Any]], list[Any]]
 
 
 def add_start_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Flags that say which weights are trained, and in what order experts are loaded."""
+    """Add the flags for the trained weights and for the order in which experts are loaded."""
     group = parser.add_argument_group("fine-tuning a module")
     group.add_argument(
         "--train-only",
         choices=get_args(TrainOnly),
         default="all",
-        help="Routed experts, also the router, or everything. What is frozen gets no gradient and no weight decay.",
+        help="Weights to train: routed experts, routed experts and routers, or all weights. Other weights are frozen: "
+        "they get no gradient and no weight decay.",
     )
     group.add_argument(
         "--train-selection",
         type=Path,
         metavar="FILE",
-        help="With --train-only experts and --no-save-optim: of the experts only those of this Selection, made of the "
-        "model in --load.",
+        help="Train only the experts of this Selection, which must be made from the model in --load. Requires "
+        "--train-only experts and --no-save-optim.",
     )
     parser.add_argument_group("placed experts").add_argument(
         "--expert-placement",
         type=Path,
         metavar="FILE",
-        help="A file of `place`, made of the model in --load or --pretrained-checkpoint: its experts are loaded in "
-        "that order. For the start of a run, with --finetune or --pretrained-checkpoint; its checkpoints keep it.",
+        help="Load experts in the order of this file of `place`, which must be made from the model in --load or "
+        "--pretrained-checkpoint. Requires --finetune or --pretrained-checkpoint at the start of a run; checkpoints "
+        "of the run keep the order.",
     )
     return parser
 
 
 def start_hooks(args: argparse.Namespace) -> list[Hook]:
-    """What Megatron calls with the model's chunks before it wraps and loads them, by the flags of `add_start_args`."""
+    """Hooks for the flags of `add_start_args`; Megatron calls them with the model chunks before it loads them."""
     hooks: list[Hook] = []
     if args.train_selection is not None:
         experts, source = _selected(args)
@@ -64,7 +66,7 @@ def _refuse(args: argparse.Namespace, rows: Any, flag: str) -> None:
 
 
 def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
-    """The experts of --train-selection, and the checkpoint they are of, which is the one that is loaded."""
+    """The experts of --train-selection, and the checkpoint that the run loads, which must be the selection's model."""
     from emo_megatron.checkpoint.reader import metadata_of
     from emo_megatron.checkpoint.source import loaded_by_megatron
     from emo_megatron.experts.selection import load_selection
@@ -73,8 +75,8 @@ def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
     selection = load_selection(args.train_selection)
     if selection.num_experts != args.num_experts:
         raise ValueError(
-            f"--train-selection {args.train_selection} is of a model of {selection.num_experts} experts, and "
-            f"--num-experts is {args.num_experts}"
+            f"--train-selection must be a Selection of a model with the experts of this run: {args.train_selection} is "
+            f"of {selection.num_experts} experts, and --num-experts is {args.num_experts}"
         )
     source = loaded_by_megatron(args)
     metadata = metadata_of(source)
@@ -86,7 +88,7 @@ def _selected(args: argparse.Namespace) -> tuple[Experts, MegatronCheckpoint]:
 
 
 def _checked_at_start(source: MegatronCheckpoint) -> Hook:
-    """At the first forward pass: the weights are those of the checkpoint that was looked at."""
+    """A hook that checks at the first forward pass whether the weights are those of `source`."""
     from emo_megatron.checkpoint.source import check_routers_when_started
 
     def hook(chunks: list[Any]) -> list[Any]:
@@ -98,25 +100,26 @@ def _checked_at_start(source: MegatronCheckpoint) -> Hook:
 
 
 def _placed(args: argparse.Namespace) -> Hook:
-    """The experts of the other run's weights come in the order of --expert-placement."""
+    """A hook that loads the experts in the order of --expert-placement."""
     from emo_megatron.checkpoint.source import check_placement, check_router, is_run, loaded_by_megatron
     from emo_megatron.experts.placement import load_placement
 
     _refuse(args, PLACEMENT, "--expert-placement")
     if not args.finetune and args.pretrained_checkpoint is None:
         raise ValueError(
-            "--expert-placement needs weights of another run: --load with --finetune, or --pretrained-checkpoint. "
-            "A run that goes on has its experts in the new order already"
+            "--expert-placement requires weights of another run: pass --load with --finetune, or "
+            "--pretrained-checkpoint. When a run resumes, its experts are already in the new order: remove "
+            "--expert-placement"
         )
     placement = load_placement(args.expert_placement)
     if placement.num_ranks != args.expert_model_parallel_size:
         raise ValueError(
-            f"--expert-placement {args.expert_placement} is for {placement.num_ranks} ranks; got "
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+            f"--expert-placement {args.expert_placement} requires --expert-model-parallel-size {placement.num_ranks}; "
+            f"got --expert-model-parallel-size {args.expert_model_parallel_size}"
         )
     orders = placement.by_layer
     checks = {}
-    # a run that goes on loads its own checkpoint, and nothing is placed
+    # a resumed run loads its own checkpoint, whose experts are already in the new order
     if args.finetune or not is_run(args.load):
         source = loaded_by_megatron(args)
         check_placement(source, placement=placement)

@@ -185,7 +185,7 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = [text.get_text() for text in (*figures[0].texts, *crossings.texts)]
     assert "the caption" in texts
     assert [texts.count(number) for number in ("0.12", "0.50", "1.00")] == [2, 1, 1]
-    assert "EMO loses 0.12 nats a token, a standard MoE 0.62" in texts[0]
+    assert "EMO loses 0.12 nats per token, a standard MoE 0.62" in texts[0]
 
 
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

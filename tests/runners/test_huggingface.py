@@ -202,7 +202,7 @@ def test_the_authors_format_is_studied_as_the_qwen2_moe_it_is(tmp_path):
 def test_other_models_are_refused(tmp_path):
     config = transformers.AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=4)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"olmoe.* says llama"):
+    with pytest.raises(ValueError, match=r"model_type must .*olmoe.* got llama"):
         load_hugging_face(tmp_path)
 
 
