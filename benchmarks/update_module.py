@@ -43,7 +43,7 @@ class Options:
     steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
-    keep: int = 8
+    num_kept: int = 8
     """Routed experts per layer of the module."""
 
 
@@ -101,7 +101,7 @@ class Experiment:
         self.flags = functools.partial(megatron_flags, FULL, recipe, corpus=folder)
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
-        self.num_kept = options.keep
+        self.num_kept = options.num_kept
 
     def jobs(self) -> list[Job]:
         """Everything, in order."""
@@ -113,7 +113,7 @@ class Experiment:
                 *("stats", "--checkpoint", self.parent, "--data", data),
                 *("--tokens", 8192, "--seq-length", FULL.seq_length, "--micro-batch-size", FULL.rows),
             ),
-            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.options.keep} routed")),
+            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.options.num_kept} routed")),
             self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
         ]
         # what was trained in the full model goes back in part too: a module of all experts

@@ -78,8 +78,8 @@ def parse_size(text: str, *, num_experts: int) -> int:
         pass
     hint = ""
     if re.fullmatch(r"[+-]?\d+", text.strip()):
-        hint = f". Earlier releases counted shared experts too: with one shared expert, {text.strip()} was one more"
-        hint += " than the number of routed experts"
+        hint = ". Earlier releases counted the shared experts too: for a model with one shared expert, "
+        hint += f'"{int(text) - 1} routed" is what they called {text.strip()}'
     raise ValueError(
         "--keep must be a share of the routed experts, such as 25%, or a number of routed experts per layer, such as "
         f'"8 routed"; got {text!r}{hint}'
