@@ -1,10 +1,10 @@
-"""What does it cost EMO to balance load over less than the whole batch? The demo's EMO under three kinds of balance.
+"""How does EMO's loss change if load is balanced over less than the whole batch? The demo's EMO, balanced three ways.
 
     .venv/bin/python benchmarks/balance_kinds.py --corpus runs/demo/corpus
 
-The models share text, seed, pools, coefficient and all else; micro-batches change nothing but whom `aux_loss` balances.
-Measured as the demo measures: the loss of the whole model and of each domain's modules on that domain. An interrupted
-call is continued by the same call.
+The models have the same text, seed, pools, coefficient and other settings. The size of the micro-batches changes only
+the tokens over which `aux_loss` balances. The benchmark measures the same numbers as the demo: the loss of the whole
+model, and of each domain's modules on that domain. After an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ class Options:
     """Pretrain EMO under each kind of balance and compare modules."""
 
     corpus: Path
-    """A prepared corpus: the folder corpus of a demo, which need not be finished."""
+    """A prepared corpus: the folder `corpus` of a demo, which need not be finished."""
     runs: Path = Path("runs/balance")
     """Folder for checkpoints, logs and measurements."""
     steps: int = 300
-    """Optimizer steps that schedules are made for, the demo's being 800."""
+    """Optimizer steps for which the schedules are made; the demo has 800."""
     stop: int | None = None
-    """Steps after which training ends, a multiple of a quarter of --steps. None: all."""
+    """Steps after which training ends; must be a multiple of a quarter of --steps. None: all steps."""
     evaluation_tokens: int = 8192
-    """Validation tokens a domain, the demo's being 16384."""
+    """Validation tokens per domain; the demo has 16384."""
     seed: int = 1234
     quick: bool = False
-    """Run the mechanics only, on models too small to show anything."""
+    """Only test that everything runs; the models are too small for meaningful results."""
     output: Path = RESULTS
     """Folder of the page and the CSV."""
 
