@@ -139,7 +139,7 @@ def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
 
 
 def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, flags: Sequence[str]) -> str:
-    """A line for each kind of balance: loss whole, then of each size of module, with the rise in brackets."""
+    """The page: per kind of balance, the loss of the full model and of modules, with the loss increase in brackets."""
     kept = [round(fraction * size.experts) for fraction in size.fractions]
     head = ["balance", f"all {size.experts}"]
     for number in kept:
@@ -150,7 +150,7 @@ def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, 
         line = [balance, f"{found[size.experts, WHOLE]['loss']:.3f}"]
         for number in kept:
             sets = (found[number, method] for method in (CHOSEN, RANDOM))
-            line += [f"{row['loss']:.3f} ({row['rise']:+.3f})" for row in sets]
+            line += [f"{row['loss']:.3f} ({row['loss_increase']:+.3f})" for row in sets]
         table.append([*line, f"{found[kept[0], CHOSEN]['selectivity']:+.3f}"])
     head.append(f"selectivity of {kept[0]}")
     differing = [f"- {balance}: `{shlex.join(added) or 'none'}`" for balance, added in KINDS.values()]
@@ -160,13 +160,13 @@ def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, 
             "\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n",
             f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
             f"tokens, {size.evaluation_tokens} validation tokens per domain; {retention.versions()}. Loss: nats per "
-            "token, means over domains that each keep the experts they use most; in brackets what dropping the others "
-            "costs. "
-            "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
+            "token. Each domain keeps the experts that it uses most; the table shows means over domains. In brackets: "
+            "the loss increase from dropping the other experts. "
+            "Selectivity: loss increase on one other domain, the next by name, minus that on the own domain.\n",
             markdown_table(head, table),
-            "Flags on top of the common ones:\n",
+            "Flags in addition to the common flags:\n",
             "\n".join(differing) + "\n",
-            "The common ones:\n",
+            "Common flags:\n",
             f"```\nexamples/pretrain_emo.py {shlex.join(flags)}\n```\n",
         ]
     )
