@@ -1,6 +1,6 @@
-"""The page of fidelity.py: one model's numbers, and its comparison with those of its partners that were found.
+"""The page of fidelity.py: one model's numbers, and a comparison with each partner whose results were found.
 
-Losses are nats a token. A difference of two models is paired over the validation documents, which both read.
+Losses are in nats per token. Differences are paired over the validation documents, which both models read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text of fidelity.py: a corpus that was prepared before, and what it is known by."""
+"""The text of fidelity.py: a corpus prepared in advance, and its fingerprint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where PoolRouter's forward pass goes: its pieces timed where they are called, and its operations counted."""
+"""Time of each part of PoolRouter's forward pass, measured at the call, and the number of its operations."""
 
 from __future__ import annotations
 
