@@ -201,8 +201,8 @@ def _files(path: Path) -> dict[str, Any]:
     missing = [file for file in files if not (path / file).is_file()]
     if missing:
         raise ValueError(
-            f"{path} is not whole: it must hold {len(files)} files with weights, and {', '.join(missing[:3])} is missing "
-            "(PyTorch's .bin files are not read: save the model as safetensors)"
+            f"{path} is not whole: of {len(files)} files with weights, {', '.join(missing[:3])} is missing (PyTorch's "
+            ".bin files are not read: save the model as safetensors)"
         )
     opened = {}
     for file in files:

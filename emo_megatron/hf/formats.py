@@ -70,7 +70,7 @@ class Format:
     config: Callable[[Architecture], dict[str, Any]]
     """The fields of config.json for an architecture; the caller adds token ids and dtype."""
     entries: Callable[..., list[Entry]]
-    """The tensors of a model, in the order of the model; `shared_gate_value` fills a shared gate that Megatron lacks."""
+    """The tensors of a model, in the order of the model; `shared_gate_value` fills a missing shared gate."""
     architecture: Callable[[Mapping[str, Any], IsConstant], Architecture]
     """The architecture in a folder with this config.json; ValueError if no `Architecture` can express the model."""
 
@@ -166,7 +166,7 @@ def _qwen_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Ar
     noted = record(config, RECORD)
 
     def has(what: str, part: str, *values: float) -> bool:
-        """Whether the export recorded the feature, or the tensors differ from the constants that stand for its absence."""
+        """Whether the export recorded the feature, or the tensors of the feature are not the constant `values`."""
         return switch(noted, what, of=RECORD) or not is_constant(part, set(values))
 
     has_shared = has("shared_expert", "shared_expert.", 0.0)

@@ -143,8 +143,8 @@ def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
     missing = [name for name in MODEL_FLAGS if not hasattr(args, name)]
     if missing:
         raise ValueError(
-            f"the flags in {checkpoint.path} must include {', '.join(missing)}, which are missing: the version of "
-            "Megatron that wrote this checkpoint is not supported; load and save the checkpoint with a supported version"
+            f"the flags in {checkpoint.path} lack {', '.join(missing)}: the version of Megatron that wrote this "
+            "checkpoint is not supported; load and save the checkpoint with a supported version"
         )
     return args
 

@@ -64,7 +64,7 @@ class Tokenizer:
 
     @property
     def end(self) -> int | None:
-        """Id of the end-of-document token; None if the tokenizer has no such token, so that documents end without it."""
+        """Id of the end-of-document token; None if the tokenizer has none: documents then end without a token."""
         return self.ids["eos_token_id"]
 
     def encode(self, text: str) -> list[int]:
@@ -92,9 +92,8 @@ class Tokenizer:
         """Raise ValueError if the vocabulary has more tokens than the embedding has rows."""
         if len(self) > vocab_size:
             raise ValueError(
-                f"the tokenizer must have at most as many tokens as the embedding has rows; the tokenizer in {self.path} "
-                f"has {len(self)} tokens and the model's embedding {vocab_size} rows: name this model's tokenizer with "
-                "--tokenizer"
+                f"the embedding must have a row for every token; the tokenizer in {self.path} has {len(self)} tokens "
+                f"and the model's embedding {vocab_size} rows: name the tokenizer of this model with --tokenizer"
             )
 
     def save(self, folder: Path) -> None:
