@@ -24,13 +24,12 @@ _HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias))_(?P<half>[wv])")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A stored tensor, or one layer of a stored tensor, and the box of a weight that has the same values."""
+    """A stored tensor, or one layer of it, and the box (`offset`, `shape`) of a weight with the same values."""
 
     stored: str
     lead: tuple[int, ...]
     """Index of the piece in the first axes of the stored tensor that the weight lacks: the layer, or nothing."""
     offset: tuple[int, ...]
-    """Start of the box in the weight."""
     shape: tuple[int, ...]
     extra: int
     """Number of first axes of the weight that the stored tensor lacks."""

@@ -107,6 +107,6 @@ def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None
     ):
         if (getattr(args, name, None) or 0) > most:
             raise ValueError(
-                f"the order of experts must not matter to the model; the run was trained with --{name.replace('_', '-')} "
+                f"the model must not depend on the order of experts; the run had --{name.replace('_', '-')} "
                 f"{getattr(args, name)}: {why}, so a new order would be another model"
             )
