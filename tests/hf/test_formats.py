@@ -243,7 +243,7 @@ def test_a_model_whose_biases_are_zero_still_has_them(tmp_path: Path) -> None:
     ("overrides", "reason"),
     [
         ({"renormalise": True}, "renormalised"),
-        ({"shared_hidden": 24}, "as wide as a routed one"),
+        ({"shared_hidden": 24}, "as wide as a routed expert"),
         ({"qkv_bias": True}, "--add-qkv-bias"),
         ({"shared_gate": True}, "--moe-shared-expert-gate"),
         ({"head_dim": 16}, "--kv-channels"),
