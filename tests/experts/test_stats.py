@@ -91,7 +91,7 @@ def test_other_and_damaged_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"s\.safetensors.*cut short"):
         load_stats(path)
     save_file({"tokens": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"s\.safetensors is no statistics file"):
+    with pytest.raises(ValueError, match=r"s\.safetensors is not a statistics file"):
         load_stats(path)
     with pytest.raises(FileNotFoundError, match="write one with stats"):
         load_stats(tmp_path / "missing.safetensors")
