@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emo_megatron.checkpoint.names import ROUTER, is_of_experts, refuse_prediction, split_name
+from emo_megatron.checkpoint.names import ROUTER, check_no_prediction, is_of_experts, split_name
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import LazyWeight, Note, write_checkpoint
 from emo_megatron.config import PoolConfig
@@ -75,7 +75,7 @@ def open_parent(path: Path, selection: Selection | None = None) -> MegatronCheck
     parent = MegatronCheckpoint(path)
     if not parent.moe_layers:
         raise ValueError(f"{path} must have routed experts; the model has none: name another checkpoint")
-    refuse_prediction(path, parent.names)
+    check_no_prediction(path, parent.names)
     num_experts = int(parent.args.num_experts)
     for name in filter(is_of_experts, parent.names):
         if parent.names[name].shape[:1] != (num_experts,):

@@ -160,10 +160,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See the class."""
-        refuse(message)
+        fail(message)
 
 
-def refuse(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
     """Raise ValueError; replaces the method `error` of an existing parser."""
     raise ValueError(message)
 

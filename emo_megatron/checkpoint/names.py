@@ -82,7 +82,7 @@ def is_of_experts(name: str) -> bool:
     return split_name(name)[1].startswith((EXPERTS, ROUTER))
 
 
-def refuse_prediction(path: Path, names: Iterable[str]) -> None:
+def check_no_prediction(path: Path, names: Iterable[str]) -> None:
     """Raise ValueError for multi-token prediction, which commands for trained models do not support."""
     if any(name.startswith("mtp.") for name in names):
         raise ValueError(

@@ -288,16 +288,9 @@ def metadata_of(checkpoint: MegatronCheckpoint) -> ModelMetadata:
     return ModelMetadata(
         fingerprint=checkpoint.fingerprint,
         num_experts=num_experts,
-        num_shared=num_shared_experts(args),
         top_k=int(args.moe_router_topk),
         layers=layers,
         expert_parameters=routed // (len(layers) * num_experts),
         other_parameters=sum(sizes.values()) - routed,
         bytes_per_parameter=max(dtype.itemsize for dtype in stored),
     )
-
-
-def num_shared_experts(args: object) -> int:
-    """Number of shared experts in the paper's count; Megatron has one MLP with their summed width."""
-    width = getattr(args, "moe_shared_expert_intermediate_size", None) or 0
-    return -(-width // (getattr(args, "moe_ffn_hidden_size", None) or width)) if width else 0

@@ -43,8 +43,6 @@ class ModelMetadata:
     """`router_fingerprint` of the model."""
     num_experts: int
     """Routed experts per layer."""
-    num_shared: int
-    """Shared experts per layer."""
     top_k: int
     """Routed experts per token."""
     layers: tuple[int, ...]
@@ -224,7 +222,8 @@ def _metadata(stored: object) -> ModelMetadata:
         raise ValueError(f"model: layers must be ascending numbers from 1; got {layers}")
     if not 1 <= found["top_k"] <= found["num_experts"]:
         raise ValueError(f"model: top_k must be in [1, num_experts]; got {found['top_k']}")
-    return ModelMetadata(**found | {"layers": tuple(layers)})
+    # the first format has another field, the number of shared experts
+    return ModelMetadata(**{name: found[name] for name in kinds} | {"layers": tuple(layers)})
 
 
 def _sources(stored: object) -> tuple[dict[str, Any], ...]:
