@@ -73,7 +73,7 @@ class Options:
         """The layer: what was asked for, else the default.
 
         Raises:
-            ValueError: the experts do not divide into the ranks, or are fewer than a token uses.
+            ValueError: the number of experts is no multiple of the number of ranks, or is below top-k.
         """
         names = [f.name for f in dataclasses.fields(DispatchSize)]
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -90,7 +90,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the ranks of one run measured; rank 0's, whose steps end when all have ended."""
+    """Measurements of one run, taken on rank 0, whose steps end when the steps of all ranks have ended."""
 
     ranks: int
     samples: dict[str, dict[str, Samples]]
@@ -198,7 +198,7 @@ def _page(answers: list[Answer], size: DispatchSize, *, metadata: dict[str, str]
     parts = ["# Dispatch over expert-parallel ranks\n"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n")
     parts.append(
-        f"The layer: {size}; one thread a rank, all ranks on this machine, gloo, float32. "
+        f"The layer: {size}; one thread per rank, all ranks on this machine, gloo, float32. "
         "Medians with 95 % intervals.\n"
     )
     parts.append("## Target\n")
@@ -215,7 +215,7 @@ def _page(answers: list[Answer], size: DispatchSize, *, metadata: dict[str, str]
                 kilobytes = f"{sent.crossing_bytes / size.tokens / 1e3:.1f}"
                 table.append([name, str(total), str(faster), rows, kilobytes])
     parts.append("## Forward + backward\n")
-    head = ["what", "ms", "times as fast", "rows a token", "kB a token to other ranks, forward"]
+    head = ["what", "ms", "times as fast", "rows per token", "kB per token to other ranks, forward"]
     parts.append(markdown_table(head, table))
     return "\n".join(parts)
 

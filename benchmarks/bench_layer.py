@@ -46,9 +46,9 @@ from timing import (
 from emo_megatron import ops
 
 WHOLE_METHOD = (
-    "A step of a layer with pools is the whole method: document ids from the boundaries, pool sizes, pools, routing, "
-    "losses and metrics. A model makes ids and sizes once a micro-batch for all its layers, so its overhead a layer is "
-    "smaller. The routers alone are those of a later layer, which finds ids and sizes made.\n"
+    "A step of a layer with pools includes the whole method: document ids from boundaries, pool sizes, pools, routing, "
+    "losses and metrics. A model computes ids and sizes once per micro-batch for all layers, so its overhead per layer "
+    "is smaller. Times of the routers alone are for a later layer, which reuses ids and sizes.\n"
 )
 TARGET = 0.02
 """Largest overhead of the method, on a CPU, of a layer of TARGET_SIZE."""

@@ -238,7 +238,7 @@ def _head(metadata: dict[str, str], size: ModelSize) -> str:
 
 def _page(rows: list[dict[str, Any]], samples: dict[str, Samples], *, gpu_name: str, flops: int) -> str:
     head = ["contender", "x the standard MoE", "x itself with metrics off"]
-    head += ["ms a step", "tokens/s", "MFU", "peak allocated, GB", "peak reserved, GB"] if gpu_name else []
+    head += ["ms per step", "tokens/s", "MFU", "peak allocated, GB", "peak reserved, GB"] if gpu_name else []
     table = []
     for row in rows:
         name = row["contender"]
@@ -257,7 +257,7 @@ def _page(rows: list[dict[str, Any]], samples: dict[str, Samples], *, gpu_name: 
     )
     if gpu_name:
         parts.append(
-            f"MFU counts {flops / 1e12:.2f} TFLOP a step: matrix products of active weights, and attention inside "
+            f"MFU counts {flops / 1e12:.2f} TFLOP per step: matrix products of active weights, and attention inside "
             "documents. Peaks include weights, gradients and optimizer states, which all contenders share."
         )
     else:

@@ -86,7 +86,7 @@ class Layers:
     def layer_steps(self) -> dict[str, Step]:
         """Every layer, forward and backward to its input and weights; with pools from the document boundaries on.
 
-        A model makes the scope once a micro-batch for all its layers, so a layer's own cost is a little less.
+        A model makes the scope once per micro-batch for all layers, so the cost per layer is a little lower.
         """
         return {
             name: self.step(layer, router_only=False, get_scope=self.new_scope) for name, layer in self.layers.items()

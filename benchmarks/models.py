@@ -67,7 +67,7 @@ class ModelSize:
         return (
             f"{self.layers} layers, d={self.model_dim}, {self.heads} heads, E={self.experts} + 1 shared, "
             f"K={self.top_k}, ffn={self.ffn_dim}, vocabulary {self.vocab}, "
-            f"{self.rows} x {self.seq_length} tokens a step in documents of {self.document_tokens} on average"
+            f"{self.rows} x {self.seq_length} tokens per step in documents of {self.document_tokens} on average"
         )
 
 
