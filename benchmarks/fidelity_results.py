@@ -15,7 +15,7 @@ import jobs  # noqa: F401 - finds the demo
 from demo.recipe import differences
 from emo_megatron.files import whole
 from emo_megatron.json_files import from_json, to_json
-from emo_megatron.report.rows import EMO, SMALL, STANDARD, RetentionRow
+from emo_megatron.report.rows import EMO, SMALL, STANDARD, RetentionRow, with_present_names
 
 FORMAT = "emo_megatron.fidelity.1"
 MODELS = (STANDARD, EMO, SMALL)
@@ -79,7 +79,7 @@ class Result:
                 raise ValueError(f"its format is not {FORMAT}")
             if stored.keys() != {f.name for f in fields(cls)} or stored["model"] not in MODELS:
                 raise ValueError("it has other fields or another model")
-            stored["rows"] = [RetentionRow(**row) for row in stored["rows"]]
+            stored["rows"] = [RetentionRow(**with_present_names(row)) for row in stored["rows"]]
             return cls(**stored)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it is no result of fidelity.py: {error!r}") from None

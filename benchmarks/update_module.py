@@ -146,7 +146,7 @@ class Experiment:
         ]
 
     def losses(self, variant: Variant) -> dict[str, float]:
-        """Validation loss by domain, nats a token."""
+        """Validation loss by domain, nats per token."""
         return {row.evaluated_on: row.loss for row in load_rows(self._measured(variant) / "retention.json")}
 
     def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
@@ -207,7 +207,7 @@ def _blends(name: str) -> tuple[float, ...]:
 
 
 def table(experiment: Experiment, *, domains: list[str]) -> list[str]:
-    """Rows of gain and harm, in nats a token."""
+    """Rows of gain and harm, in nats per token."""
     parent = experiment.losses(experiment.variants()[0])
     lines = []
     for variant in experiment.variants():

@@ -220,7 +220,7 @@ def read_file(path: Path, *, read_indexed: ReadIndexed | None = None) -> Sequenc
     """
     is_indexed = Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
     if not path.exists() and not is_indexed:
-        raise FileNotFoundError(f"there is no file {path}, and no indexed dataset {path}.idx with {path}.bin")
+        raise FileNotFoundError(f"{path} must be a file, or the prefix of {path}.idx and {path}.bin; found neither")
     if path.is_file() and path.suffix == ".jsonl":
         return read_texts(path)
     if path.is_file() and path.suffix == ".safetensors":

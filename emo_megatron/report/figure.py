@@ -112,7 +112,7 @@ def _draw_losses(axes: Axes, summaries: list[RetentionSummary], *, bound: MaxLos
             points = sorted([*points, *([full] if full else [])], key=lambda s: s.keep_fraction)
             axes.plot([s.keep_fraction for s in points], [s.loss for s in points], label=method, **line)
     if full:
-        axes.axhline(bound.highest(full.loss), color=INK, linewidth=0.9, linestyle=":")
+        axes.axhline(bound.highest(full.loss), color=INK, linewidth=0.9, linestyle=":", label="--max-loss-increase")
     over_shares(axes, [s.keep_fraction for s in summaries])
 
 

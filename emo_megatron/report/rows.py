@@ -152,8 +152,8 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
     rows = []
     for place, record in enumerate(_records(path), start=1):
         where = f"{path}, row {place}"
-        if isinstance(record, dict) and FIRST_NAME in record and "loss_increase" not in record:
-            record = {"loss_increase" if name == FIRST_NAME else name: value for name, value in record.items()}
+        if isinstance(record, dict):
+            record = with_present_names(record)
         if isinstance(record, dict) and set(record) != set(kinds):
             raise ValueError(
                 f"{where} must have the columns {sorted(kinds)}; got {sorted(map(str, record))}. "
@@ -167,6 +167,12 @@ def load_rows(path: Path | str) -> list[RetentionRow]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     return rows
+
+
+def with_present_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as stored by this release or an earlier one, with the present names of columns."""
+    is_old = FIRST_NAME in record and "loss_increase" not in record
+    return {"loss_increase" if is_old and name == FIRST_NAME else name: value for name, value in record.items()}
 
 
 def _cell(text: str | None, kind: type) -> object:

@@ -118,7 +118,7 @@ def test_the_facts_are_the_models(kind):
 
 
 def by_hand(built, texts):
-    """Mean loss in nats a token, piece by piece."""
+    """Mean loss in nats per token, piece by piece."""
     total, count = 0.0, 0
     for document in texts:
         if len(document) > 1:
