@@ -31,7 +31,7 @@ class SampleClock:
     The clock reads the count of megatron.training. Other training loops set `consumed_samples` before every step.
     """
 
-    is_told = True
+    is_set = True
     """Whether a training loop reports the number of consumed samples."""
     _set: int | None = None
 
@@ -48,13 +48,13 @@ class SampleClock:
                 stacklevel=2,
             )
             # warn once, and use 0 from here on
-            self._set, self.is_told = 0, False
+            self._set, self.is_set = 0, False
             return 0
         return count
 
     @consumed_samples.setter
     def consumed_samples(self, value: int | None) -> None:
-        self._set, self.is_told = value, True
+        self._set, self.is_set = value, True
 
 
 CLOCK = SampleClock()

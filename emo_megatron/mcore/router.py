@@ -83,7 +83,7 @@ class PoolRouter(TopKRouter):
         if self.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~self.allowed_experts, float("-inf"))
         # only if the training loop sets the clock: without the clock all micro-batches would seem to be one step
-        if self.training and self.scope is not None and CLOCK.is_told:
+        if self.training and self.scope is not None and CLOCK.is_set:
             begin_run(self, self.scope.consumed_samples)
         backend = self._backend_of_scope(logits_TE)
         pool_DE, scores_DE = self._pool(logits_TE, ids_T, backend)

@@ -66,7 +66,7 @@ class Cache:
 
     def __init__(self, folder: Path, *, megabytes: float = DEFAULT_MB) -> None:
         self._folder, self._limit = folder, megabytes * 1e6
-        self._is_told = False
+        self._has_warned = False
 
     def get(self, question: dict[str, Any]) -> Any:
         """The stored answer to a question, or None."""
@@ -116,9 +116,9 @@ class Cache:
                     self._make_room(size)
                     unfinished.replace(path)
         except OSError as error:
-            if not self._is_told:
+            if not self._has_warned:
                 print(f"warning: measurements cannot be cached in {self._folder}: {error}", file=sys.stderr)
-            self._is_told = True
+            self._has_warned = True
 
     def _make_room(self, size: int) -> None:
         """Delete the least recently used entries until there is room for a new entry."""
