@@ -33,6 +33,7 @@ def test_it_trains_on_and_saves(example):
     config = (folder / "hf" / "iter_0000002" / "run_config.yaml").read_text()
     assert "PoolGPTModelProvider" in config
     assert "pool_min: 3\n" in config
+    assert "pool_max: 6\n" in config
 
 
 def test_the_recipe_trains_with_the_smallest_pools_it_can_have(example):

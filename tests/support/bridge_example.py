@@ -106,14 +106,14 @@ def main() -> None:
     folder = Path(sys.argv[1])
     made = make_model(folder / "model")
     without_gpu(folder / "hf")
-    run_example("--hf", str(folder / "model"), "--pool-min", "3")
+    run_example("--hf", str(folder / "model"), "model.pool_min=3", "model.pool_max=6")
     seen = {
         "names": Loaded.weights.keys() == made.keys(),
         "loaded": [n for n, w in made.items() if torch.equal(w, Loaded.weights[n])],
         "moved": [n for n, w in Loaded.chunk.named_parameters() if not w.equal(Loaded.before[n])],
         "routers": [type(layer.mlp.router).__name__ for layer in Loaded.chunk.decoder.layers],
     }
-    run_example("--pool-min", "2", "checkpoint.save=null", "checkpoint.load=null")
+    run_example("model.pool_min=2", "checkpoint.save=null", "checkpoint.load=null")
     print(json.dumps(seen | {"made": list(made), "parameters": list(Loaded.before)}))
 
 
