@@ -1,10 +1,10 @@
-"""What does it cost EMO to balance load over less than the whole batch? The demo's EMO under three kinds of balance.
+"""How does EMO's loss change if load is balanced over less than the whole batch? The demo's EMO, balanced three ways.
 
     .venv/bin/python benchmarks/balance_kinds.py --corpus runs/demo/corpus
 
-The models share text, seed, pools, coefficient and all else; micro-batches change nothing but whom `aux_loss` balances.
-Measured as the demo measures: the loss of the whole model and of each domain's modules on that domain. An interrupted
-call is continued by the same call.
+The models have the same text, seed, pools, coefficient and other settings. The size of the micro-batches changes only
+the tokens over which `aux_loss` balances. The benchmark measures the same numbers as the demo: the loss of the whole
+model, and of each domain's modules on that domain. After an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ class Options:
     """Pretrain EMO under each kind of balance and compare modules."""
 
     corpus: Path
-    """A prepared corpus: the folder corpus of a demo, which need not be finished."""
+    """A prepared corpus: the folder `corpus` of a demo, which need not be finished."""
     runs: Path = Path("runs/balance")
     """Folder for checkpoints, logs and measurements."""
     steps: int = 300
-    """Optimizer steps that schedules are made for, the demo's being 800."""
+    """Optimizer steps for which the schedules are made; the demo has 800."""
     stop: int | None = None
-    """Steps after which training ends, a multiple of a quarter of --steps. None: all."""
+    """Steps after which training ends; must be a multiple of a quarter of --steps. None: all steps."""
     evaluation_tokens: int = 8192
-    """Validation tokens a domain, the demo's being 16384."""
+    """Validation tokens per domain; the demo has 16384."""
     seed: int = 1234
     quick: bool = False
-    """Run the mechanics only, on models too small to show anything."""
+    """Only test that everything runs; the models are too small for meaningful results."""
     output: Path = RESULTS
     """Folder of the page and the CSV."""
 
@@ -139,7 +139,7 @@ def _row(name: str, found: RetentionSummary, steps: int) -> dict[str, Any]:
 
 
 def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, flags: Sequence[str]) -> str:
-    """A line for each kind of balance: loss whole, then of each size of module, with the rise in brackets."""
+    """The page: per kind of balance, the loss of the full model and of modules, with the loss increase in brackets."""
     kept = [round(fraction * size.experts) for fraction in size.fractions]
     head = ["balance", f"all {size.experts}"]
     for number in kept:
@@ -150,7 +150,7 @@ def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, 
         line = [balance, f"{found[size.experts, WHOLE]['loss']:.3f}"]
         for number in kept:
             sets = (found[number, method] for method in (CHOSEN, RANDOM))
-            line += [f"{row['loss']:.3f} ({row['rise']:+.3f})" for row in sets]
+            line += [f"{row['loss']:.3f} ({row['loss_increase']:+.3f})" for row in sets]
         table.append([*line, f"{found[kept[0], CHOSEN]['selectivity']:+.3f}"])
     head.append(f"selectivity of {kept[0]}")
     differing = [f"- {balance}: `{shlex.join(added) or 'none'}`" for balance, added in KINDS.values()]
@@ -160,13 +160,13 @@ def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, 
             "\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n",
             f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
             f"tokens, {size.evaluation_tokens} validation tokens per domain; {retention.versions()}. Loss: nats per "
-            "token, means over domains that each keep the experts they use most; in brackets what dropping the others "
-            "costs. "
-            "Selectivity: how much more the kept experts cost on another domain, the next by name.\n",
+            "token. Each domain keeps the experts that it uses most; the table shows means over domains. In brackets: "
+            "the loss increase from dropping the other experts. "
+            "Selectivity: loss increase on one other domain, the next by name, minus that on the own domain.\n",
             markdown_table(head, table),
-            "Flags on top of the common ones:\n",
+            "Flags in addition to the common flags:\n",
             "\n".join(differing) + "\n",
-            "The common ones:\n",
+            "Common flags:\n",
             f"```\nexamples/pretrain_emo.py {shlex.join(flags)}\n```\n",
         ]
     )

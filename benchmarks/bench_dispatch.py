@@ -1,12 +1,13 @@
-"""What does sending each token to a rank once save over expert-parallel ranks?
+"""How much time does it save to send each token only once to a rank, over expert-parallel ranks?
 
-One Megatron MoE layer with its own `alltoall` dispatcher and with `--pool-dispatcher dedup`, in turns in the same
-processes over gloo: the whole step (dispatch, experts, combine, forward and backward) and the dispatch and the combine
-alone. Nothing is timed before outputs and gradients are equal. Experts are small, so that what travels weighs: how much
-a step gains elsewhere depends on the share of the all-to-all in it. Routing is uniform, the worst case for it.
+One Megatron MoE layer runs with Megatron's `alltoall` dispatcher and with `--pool-dispatcher dedup`, in turns, in the
+same processes over gloo. The benchmark times the whole step (dispatch, experts, combine, forward and backward), and
+dispatch and combine alone. Timing starts only after outputs and gradients are equal. Experts are small, so that
+communication dominates; in other models, the gain of a step depends on the share of the all-to-all in the step.
+Routing is uniform, the worst case for `dedup`.
 
     python benchmarks/bench_dispatch.py --quick     # small, seconds
-    python benchmarks/bench_dispatch.py             # d=1024, top-8, 2 and 4 ranks: some two minutes on two cores
+    python benchmarks/bench_dispatch.py             # d=1024, top-8, 2 and 4 ranks: about two minutes on two cores
 """
 
 from __future__ import annotations
@@ -50,36 +51,38 @@ class Options:
     """Time the dispatch of tokens over gloo ranks on this machine, in turns."""
 
     quick: bool = False
-    """Small and few rounds: shows that everything runs; too small for its ratio to mean anything."""
+    """Small and few rounds, to test that everything runs; the ratio is not meaningful."""
     ranks: tuple[int, ...] = (2, 4)
     """Numbers of expert-parallel ranks, one process each with one thread."""
     tokens: int | None = None
-    """Tokens of a rank. Default: 1024."""
+    """Tokens per rank. Default: 1024."""
     model_dim: int | None = None
     """Width of the model. Default: 1024."""
     experts: int | None = None
     """Routed experts. Default: 32."""
     ffn_dim: int | None = None
-    """Hidden width of an expert. Default: 32."""
+    """Hidden width of each expert. Default: 32."""
     top_k: int | None = None
-    """Experts a token. Default: 8."""
+    """Experts per token. Default: 8."""
     rounds: int | None = None
-    """Rounds, each a step of both. Default: 30, quick 3."""
+    """Number of rounds; each round is one step of both dispatchers. Default: 30, quick 3."""
     output: Path = field(default=RESULTS)
-    """Folder of the results, a CSV and a page named after the hardware."""
+    """Folder of the results: a CSV and a page, both named after the hardware."""
 
     def size(self, default: DispatchSize) -> DispatchSize:
         """The layer: what was asked for, else the default.
 
         Raises:
-            ValueError: the experts do not divide into the ranks, or are fewer than a token uses.
+            ValueError: the number of experts is no multiple of the number of ranks, or is below top-k.
         """
         names = [f.name for f in dataclasses.fields(DispatchSize)]
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         size = dataclasses.replace(default, **asked)
         for ranks in self.ranks:
             if size.experts % ranks:
-                raise ValueError(f"--experts must divide into --ranks; got {size.experts} experts and {ranks} ranks")
+                raise ValueError(
+                    f"--experts must be a multiple of --ranks; got {size.experts} experts and {ranks} ranks"
+                )
         if size.top_k > size.experts:
             raise ValueError(f"--top-k must be at most --experts ({size.experts}); got {size.top_k}")
         return size
@@ -87,7 +90,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the ranks of one run measured; rank 0's, whose steps end when all have ended."""
+    """Measurements of one run, taken on rank 0, whose steps end when the steps of all ranks have ended."""
 
     ranks: int
     samples: dict[str, dict[str, Samples]]
@@ -135,7 +138,7 @@ def _measure(size: DispatchSize, *, ranks: int, rounds: int) -> Answer:
         process.join()
     failed = [rank for rank, process in enumerate(processes) if process.exitcode]
     if failed or answer is None:
-        raise ValueError(f"ranks {failed} of {ranks} failed; what they said stands above")
+        raise ValueError(f"ranks {failed} of {ranks} failed; their output is above")
     return answer
 
 
@@ -195,7 +198,7 @@ def _page(answers: list[Answer], size: DispatchSize, *, metadata: dict[str, str]
     parts = ["# Dispatch over expert-parallel ranks\n"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n")
     parts.append(
-        f"The layer: {size}; one thread a rank, all ranks on this machine, gloo, float32. "
+        f"The layer: {size}; one thread per rank, all ranks on this machine, gloo, float32. "
         "Medians with 95 % intervals.\n"
     )
     parts.append("## Target\n")
@@ -212,7 +215,7 @@ def _page(answers: list[Answer], size: DispatchSize, *, metadata: dict[str, str]
                 kilobytes = f"{sent.crossing_bytes / size.tokens / 1e3:.1f}"
                 table.append([name, str(total), str(faster), rows, kilobytes])
     parts.append("## Forward + backward\n")
-    head = ["what", "ms", "times as fast", "rows a token", "kB a token to other ranks, forward"]
+    head = ["what", "ms", "times as fast", "rows per token", "kB per token to other ranks, forward"]
     parts.append(markdown_table(head, table))
     return "\n".join(parts)
 

@@ -1,15 +1,15 @@
-"""What do document pools cost a training step of a Megatron MoE layer?
+"""How much time do document pools add to a training step of a Megatron MoE layer?
 
-One real MoELayer, forward and backward, in turns with Megatron's own router and with PoolRouter: packed documents,
-balance and z losses, metrics recorded. All variants share weights. "pools of all experts" does everything that pools
-need, from the boundaries of the documents on, and then chooses the same experts as the standard router, so its ratio is
-the cost of the method alone. Nothing is timed before its output and gradients equal the standard layer's, and those of
-real pools equal what the reference ops give. Without Transformer Engine Megatron multiplies expert by expert, so a GPU
-waits for launches; all is done a second time with experts over torch's grouped_mm. Two last tables say where
-PoolRouter's forward pass goes and how many operations it hands to the device.
+One real MoELayer runs forward and backward, in turns with Megatron's own router and with PoolRouter, on packed
+documents, with balance and z losses and recorded metrics. All variants share weights. "pools of all experts" does all
+the work of pools, including document boundaries, and then chooses the same experts as the standard router, so its ratio
+is the cost of the method alone. Timing starts only after output and gradients equal those of the standard layer, and
+those of real pools equal the results of the reference ops. Without Transformer Engine, Megatron multiplies expert by
+expert, so a GPU waits for kernel launches; all measurements are repeated with experts over torch's grouped_mm. The last
+two tables show the time of each part of PoolRouter's forward pass and the number of its operations on the device.
 
     python benchmarks/bench_layer.py --quick     # a small layer, seconds
-    python benchmarks/bench_layer.py             # d=1024, 64 experts, top-8: some three minutes on two cores
+    python benchmarks/bench_layer.py             # d=1024, 64 experts, top-8: about three minutes on two cores
     python benchmarks/bench_layer.py --model-dim 2048 --experts 128 --ffn-dim 1024 --tokens 4096   # the paper's layer
 """
 
@@ -46,9 +46,9 @@ from timing import (
 from emo_megatron import ops
 
 WHOLE_METHOD = (
-    "A step of a layer with pools is the whole method: document ids from the boundaries, pool sizes, pools, routing, "
-    "losses and metrics. A model makes ids and sizes once a micro-batch for all its layers, so its overhead a layer is "
-    "smaller. The routers alone are those of a later layer, which finds ids and sizes made.\n"
+    "A step of a layer with pools includes the whole method: document ids from boundaries, pool sizes, pools, routing, "
+    "losses and metrics. A model computes ids and sizes once per micro-batch for all layers, so its overhead per layer "
+    "is smaller. Times of the routers alone are for a later layer, which reuses ids and sizes.\n"
 )
 TARGET = 0.02
 """Largest overhead of the method, on a CPU, of a layer of TARGET_SIZE."""
@@ -63,27 +63,27 @@ class Options:
     """Time a Megatron MoE layer with the standard router and with pools, in turns."""
 
     quick: bool = False
-    """A small layer and few rounds: shows that everything runs; too small for its ratio to mean anything."""
+    """A small layer and few rounds, to test that everything runs; the ratio is not meaningful."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU if there is one, otherwise the CPU."""
     threads: int = 2
     """CPU threads."""
     tokens: int | None = None
-    """Tokens of a micro-batch. Default: 2048, on a GPU 16384."""
+    """Tokens per micro-batch. Default: 2048, on a GPU 16384."""
     model_dim: int | None = None
     """Width of the model. Default: 1024, on a GPU the paper's 2048."""
     experts: int | None = None
     """Routed experts. Default: 64, on a GPU the paper's 128."""
     ffn_dim: int | None = None
-    """Hidden width of an expert. Default: 512, on a GPU the paper's 1024."""
+    """Hidden width of each expert. Default: 512, on a GPU the paper's 1024."""
     top_k: int | None = None
-    """Experts a token. Default: 8."""
+    """Experts per token. Default: 8."""
     documents: int | None = None
-    """Documents of the micro-batch. Default: 16, on a GPU 64."""
+    """Documents per micro-batch. Default: 16, on a GPU 64."""
     seconds: float | None = None
-    """Time to spend on the layer with each kind of experts, at least five rounds. Default: 80, on a GPU 12, quick 2."""
+    """Seconds to spend on each kind of experts, at least five rounds. Default: 80, on a GPU 12, quick 2."""
     output: Path = field(default=RESULTS)
-    """Folder of the results, a CSV and a page named after the hardware."""
+    """Folder of the results: a CSV and a page, both named after the hardware."""
 
     def size(self, default: LayerSize) -> LayerSize:
         """The layer: what was asked for, else the default.

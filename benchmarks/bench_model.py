@@ -1,13 +1,13 @@
-"""What does EMO cost a training step of a whole Megatron model?
+"""How much time does EMO add to a training step of a whole Megatron model?
 
-A GPT of Megatron's local spec in bf16 with Megatron's DistributedDataParallel and Adam (fp32 main weights), one rank:
-its standard MoE and EMO in turns, on the same weights and packed documents, with the same attention inside documents,
-balance and z losses. "Pools of all experts" does all the work of pools and chooses the standard experts; "metrics off"
-leaves out what routers record for the log. Nothing is timed before pools of all experts route as the standard model
-does and give its loss and gradients. Milliseconds are for GPUs; on a CPU there are ratios.
+A GPT of Megatron's local spec trains on one rank in bf16 with Megatron's DistributedDataParallel and Adam (fp32 main
+weights). The standard MoE and EMO run in turns, with the same weights, packed documents, attention inside documents,
+balance loss and z loss. "Pools of all experts" does all the work of pools and chooses the experts of the standard
+router; "metrics off" does not record router metrics for the log. Timing starts only after pools of all experts give the
+routing, loss and gradients of the standard model. On GPUs results are milliseconds; on a CPU results are ratios.
 
     python benchmarks/bench_model.py --quick                  # a tiny model, seconds
-    python benchmarks/bench_model.py --device cuda            # 12 layers, d=1024, 32 experts, 32768 tokens a step
+    python benchmarks/bench_model.py --device cuda            # 12 layers, d=1024, 32 experts, 32768 tokens per step
     python benchmarks/bench_model.py --device cuda --dispatcher dedup
     python benchmarks/bench_model.py --device cuda --trace traces    # the profiler's traces of one step
 """
@@ -90,13 +90,13 @@ class Options:
     """Time training steps of a Megatron model with the standard MoE and with EMO, in turns."""
 
     quick: bool = False
-    """A tiny model and few rounds: shows that everything runs; too small for its ratios to mean anything."""
+    """A tiny model and few rounds, to test that everything runs; the ratios are not meaningful."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU if there is one, otherwise the CPU."""
     threads: int = 2
     """CPU threads."""
     dispatcher: Literal["megatron", "dedup"] = "megatron"
-    """Who carries tokens to their experts in the models with pools; the standard model keeps Megatron's alltoall."""
+    """Token dispatcher of the models with pools; the standard model keeps Megatron's alltoall."""
     layers: int | None = None
     """Layers. Default: 2, on a GPU 12."""
     model_dim: int | None = None
@@ -104,26 +104,26 @@ class Options:
     heads: int | None = None
     """Attention heads. Default: 4, on a GPU 16."""
     experts: int | None = None
-    """Routed experts, beside one shared. Default: 16, on a GPU 32."""
+    """Routed experts, in addition to one shared expert. Default: 16, on a GPU 32."""
     top_k: int | None = None
-    """Routed experts a token. Default: 4."""
+    """Routed experts per token. Default: 4."""
     ffn_dim: int | None = None
-    """Hidden width of an expert. Default: 64, on a GPU 512."""
+    """Hidden width of each expert. Default: 64, on a GPU 512."""
     vocab: int | None = None
     """Size of the vocabulary. Default: 1024, on a GPU 16384."""
     seq_length: int | None = None
-    """Tokens of a row. Default: 256, on a GPU 2048."""
+    """Tokens per row. Default: 256, on a GPU 2048."""
     rows: int | None = None
-    """Rows of a micro-batch, which is a step. Default: 2, on a GPU 16."""
+    """Rows per micro-batch; a step has one micro-batch. Default: 2, on a GPU 16."""
     document_tokens: int | None = None
-    """Mean tokens of a document. Default: 64, on a GPU 512."""
+    """Mean number of tokens per document. Default: 64, on a GPU 512."""
     seconds: float | None = None
-    """Time to spend on steps, at least five rounds; building and checking come on top. Default: 60, quick 1."""
+    """Seconds to spend on steps, at least five rounds; building and checking need more time. Default: 60, quick 1."""
     trace: Path | None = None
-    """Instead of timing, leave in this folder the profiler's traces of a step of the standard model and of EMO, with a
-    CSV and a page of their operations and gaps."""
+    """Folder for the profiler's traces of one step of the standard model and of EMO, and for a CSV and a page of their
+    operations and gaps. With this option, nothing is timed."""
     output: Path = field(default=RESULTS)
-    """Folder of the results, a CSV and a page named after the hardware."""
+    """Folder of the results: a CSV and a page, both named after the hardware."""
 
     def size(self, default: ModelSize) -> ModelSize:
         """The model: what was asked for, else the default.
@@ -238,7 +238,7 @@ def _head(metadata: dict[str, str], size: ModelSize) -> str:
 
 def _page(rows: list[dict[str, Any]], samples: dict[str, Samples], *, gpu_name: str, flops: int) -> str:
     head = ["contender", "x the standard MoE", "x itself with metrics off"]
-    head += ["ms a step", "tokens/s", "MFU", "peak allocated, GB", "peak reserved, GB"] if gpu_name else []
+    head += ["ms per step", "tokens/s", "MFU", "peak allocated, GB", "peak reserved, GB"] if gpu_name else []
     table = []
     for row in rows:
         name = row["contender"]
@@ -257,7 +257,7 @@ def _page(rows: list[dict[str, Any]], samples: dict[str, Samples], *, gpu_name: 
     )
     if gpu_name:
         parts.append(
-            f"MFU counts {flops / 1e12:.2f} TFLOP a step: matrix products of active weights, and attention inside "
+            f"MFU counts {flops / 1e12:.2f} TFLOP per step: matrix products of active weights, and attention inside "
             "documents. Peaks include weights, gradients and optimizer states, which all contenders share."
         )
     else:

@@ -1,11 +1,12 @@
-"""What do the permutation of tokens to experts and its inverse cost, without any ranks in between?
+"""How much time do the permutation of tokens to experts and its inverse take, without communication between ranks?
 
-Megatron's unfused permute and unpermute against the compiled layout, copies and sums, and against their definition in
-plain PyTorch, in turns in one process, forward and backward. Nothing is timed before tokens, probabilities, outputs and
-gradients are equal. The floor of a size is what its bytes take at the copy bandwidth of the same run.
+Megatron's unfused permute and unpermute are compared with the compiled layout, copies and sums, and with the reference
+implementation in plain PyTorch, in turns in one process, forward and backward. Timing starts only after tokens,
+probabilities, outputs and gradients are equal. The floor of a size is the time to copy the bytes of that size, at the
+copy bandwidth of the same run.
 
     python benchmarks/bench_permute.py --quick     # two sizes, seconds
-    python benchmarks/bench_permute.py             # all sizes, some two minutes on two cores
+    python benchmarks/bench_permute.py             # all sizes, about two minutes on two cores
     python benchmarks/bench_permute.py --device cuda --width 2048 --tokens 16384 65536
 """
 
@@ -58,17 +59,17 @@ class Options:
     quick: bool = False
     """Two sizes, few rounds."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU if there is one, otherwise the CPU."""
     threads: int = 2
     """CPU threads."""
     tokens: tuple[int, ...] = ()
-    """Tokens of a micro-batch. Default: 512 4096. Sizes given here or by --width have 128 experts, top-8."""
+    """Tokens per micro-batch. Default: 512 4096. Sizes given here or by --width have 128 experts, top-8."""
     width: tuple[int, ...] = ()
     """Width of the model. Default: 128 1024."""
     seconds: float = 1.0
-    """Time to spend on each size, at least 21 rounds."""
+    """Seconds to spend on each size, at least 21 rounds."""
     output: Path = field(default=RESULTS)
-    """Folder of the results, a CSV and a page named after the hardware."""
+    """Folder of the results: a CSV and a page, both named after the hardware."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "width"):

@@ -1,13 +1,13 @@
-"""How long does routing take, pools included, and against what?
+"""How long does routing with pools take, compared with other routers?
 
-Four routers take turns in one process: the compiled ops, the reference ops, the standard router's maths from Megatron's
-own functions (no pools), and the paper's equations as a loop over documents; on a GPU also Transformer Engine's fused
-router where it is installed. All compute the balance and z losses. None is timed before it has routed the same input as
-the reference does, gradients included; otherwise nothing is written. On a GPU steps are replays of CUDA graphs, and
-once more without graphs, which there is the time of the host.
+Four routers run in turns in one process: the compiled ops, the reference ops, the standard router's maths from
+Megatron's own functions (no pools), and the paper's equations as a loop over documents. On a GPU, Transformer Engine's
+fused router also runs if installed. All routers compute the balance and z losses. Timing starts only after each router
+gives the routing and gradients of the reference on the same input; otherwise no results are written. On a GPU, steps
+are replays of CUDA graphs; steps are also timed without graphs, which shows the time of the host.
 
     python benchmarks/bench_routing.py --quick       # the sizes with a CPU target, in about half a minute
-    python benchmarks/bench_routing.py               # all 56 sizes, some twenty minutes on two cores
+    python benchmarks/bench_routing.py               # all 56 sizes, about twenty minutes on two cores
     python benchmarks/bench_routing.py --tokens 4096 --experts 160 --top-k 6
     python benchmarks/bench_routing.py --tokens 8192 --experts 128 256 --top-k 8 --groups 8 --group-topk 4
 """
@@ -58,25 +58,25 @@ class Options:
     quick: bool = False
     """Only T=8192 E=128 K=8, the sizes that have a target on a CPU, with fewer rounds."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU if there is one, otherwise the CPU."""
     threads: int = TARGET_THREADS
     """CPU threads."""
     tokens: tuple[int, ...] = ()
-    """Tokens of a batch. Default: 1024 8192 65536."""
+    """Tokens per batch. Default: 1024 8192 65536."""
     experts: tuple[int, ...] = ()
     """Routed experts. Default: 64 128 256 512."""
     top_k: tuple[int, ...] = ()
-    """Experts a token. Default: 2 7 8; with 65536 tokens 8 only."""
+    """Experts per token. Default: 2 7 8; with 65536 tokens 8 only."""
     document_tokens: tuple[int, ...] = ()
-    """Mean tokens of a document. Default: 512 32, which makes 16 and 256 documents of 8192 tokens."""
+    """Mean number of tokens per document. Default: 512 32, which makes 16 and 256 documents of 8192 tokens."""
     groups: int = 0
-    """Time the compiled ops also with a limit to some of so many groups of experts; 0: do not."""
+    """Number of groups of experts: also time the compiled ops with routing limited to some groups; 0: do not."""
     group_topk: int = 4
-    """Groups a token uses, with --groups."""
+    """Groups of experts per token, with --groups."""
     seconds: float | None = None
-    """Time to spend on each size, at least three rounds. Default: 2, quick 1."""
+    """Seconds to spend on each size, at least three rounds. Default: 2, quick 1."""
     output: Path = field(default=RESULTS)
-    """Folder of the results, a CSV and a page named after the hardware."""
+    """Folder of the results: a CSV and a page, both named after the hardware."""
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("tokens", "experts", "top_k")}

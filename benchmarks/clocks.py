@@ -1,4 +1,4 @@
-"""How long a step takes: on a CPU, on a GPU, and, as replays of CUDA graphs, on a GPU without its host."""
+"""Time a step: on a CPU, on a GPU, and on a GPU without host time, as replays of CUDA graphs."""
 
 from __future__ import annotations
 

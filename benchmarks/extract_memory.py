@@ -1,9 +1,9 @@
-"""How much memory does `extract` take? A synthetic checkpoint with stacked layers, a quarter of its experts cut out.
+"""How much memory does `extract` need? A quarter of the experts is extracted from a synthetic checkpoint.
 
     .venv/bin/python benchmarks/extract_memory.py
 
-Writes the checkpoint as Megatron does (bfloat16, every expert a chunk of its own), extracts in a process of its own and
-prints that process's largest resident size above what it had after its imports.
+Writes a checkpoint with stacked layers as Megatron does (bfloat16, one chunk per expert), runs `extract` in a separate
+process, and prints how far that process's largest resident size is above its resident size after its imports.
 """
 
 from __future__ import annotations

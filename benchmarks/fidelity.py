@@ -1,12 +1,13 @@
-"""Train one model of the comparison EMO, standard and small, and measure what fewer experts cost it.
+"""Train one of the models EMO, standard and small, and measure its loss increase with fewer experts.
 
     python benchmarks/fidelity.py standard --device cuda --seconds 540 --output runs/standard
     python benchmarks/fidelity.py emo --device cuda --seconds 540 --output runs/emo --partners runs
 
-One model a call, since a machine may be there for minutes only; a call that finds its partners' results compares. The
-demo's corpus, recipe and evaluation at a GPU's size. If the first hundred steps are too slow for --seconds, the run
-begins anew with fewer, its learning rate and pools falling over those; a later call plans the number of its partner.
-Leaves fidelity-MODEL.json and .md (and .png where matplotlib is installed), written anew after every stage.
+Each call trains one model, because a machine may be available for minutes only. A call that finds results of other
+models in --partners compares the models. Corpus, recipe and evaluation are the demo's, at a GPU's size. If the first
+hundred steps are too slow for --seconds, the run restarts with fewer steps, and the schedules of the learning rate and
+the pools are shortened; a later call plans the number of steps of its partner. Writes fidelity-MODEL.json and .md (and
+.png if matplotlib is installed) after every stage.
 """
 
 from __future__ import annotations
@@ -41,24 +42,24 @@ STOPPED = 128 + signal.SIGTERM
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train one model and measure what fewer experts cost it."""
+    """Train one model and measure its loss increase with fewer experts."""
 
     model: tyro.conf.Positional[str]
     """standard, emo, or small: a standard model with a quarter of the experts."""
     output: Path
     """Folder of the results, new or empty."""
     seconds: float
-    """Time for all of it."""
+    """Seconds for the whole call."""
     device: Device = "auto"
-    """auto takes a GPU where there is one."""
+    """auto: a GPU if there is one, otherwise the CPU."""
     partners: Path | None = None
-    """Folder with the results of other calls, as they are or in .tgz archives."""
+    """Folder with the results of other calls, as files or in .tgz archives."""
     corpus: Path | None = None
     """A prepared corpus, the folder corpus of a demo's output. Default: built from text on this machine."""
     seed: int = 1234
-    """Of initialisation, data order and pool sizes."""
+    """Seed of initialisation, data order and pool sizes."""
     quick: bool = False
-    """A tiny model, which shows that everything runs; its numbers mean nothing."""
+    """A tiny model, to test that everything runs; the numbers are not meaningful."""
 
     def check(self) -> None:
         """Refuse what cannot be, before any work.

@@ -1,10 +1,10 @@
-"""Measure one checkpoint for fidelity.py, in a process of its own: the whole model first, then size after size.
+"""Measure one checkpoint for fidelity.py, in a separate process: first the whole model, then one size after the other.
 
     python benchmarks/fidelity_measure.py --checkpoint CHECKPOINT ...
 
-Takes the options of the command retention and measures the same rows, and beside each the losses of the single
-documents, so that two models can be compared document by document. `measured.json` in its output folder is written
-anew after every size.
+Takes the options of the command `retention` and measures the same rows. It also measures the loss of every single
+document, so that two models can be compared document by document. `measured.json` in the output folder is written again
+after every size.
 """
 
 from __future__ import annotations

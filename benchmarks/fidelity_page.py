@@ -1,6 +1,6 @@
-"""The page of fidelity.py: one model's numbers, and its comparison with those of its partners that were found.
+"""The page of fidelity.py: one model's numbers, and a comparison with each partner whose results were found.
 
-Losses are nats a token. A difference of two models is paired over the validation documents, which both read.
+Losses are in nats per token. Differences are paired over the validation documents, which both models read.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _difference(first: list[float], second: list[float], tokens: list[float]) ->
 
 
 def mean_of(differences: Mapping[str, Difference]) -> Difference:
-    """Every domain counts the same."""
+    """Mean over domains; every domain has the same weight."""
     return Difference(
         nats=fmean(d.nats for d in differences.values()),
         error=math.hypot(*(d.error for d in differences.values())) / len(differences),
@@ -69,7 +69,7 @@ def mean_of(differences: Mapping[str, Difference]) -> Difference:
 
 
 def page(result: Result, partners: Mapping[str, Partner]) -> str:
-    """All of it, in Markdown."""
+    """The whole page, in Markdown."""
     parts = [
         f"# Fidelity: {result.model}",
         _status(result),
@@ -95,7 +95,7 @@ def _training(result: Result) -> str:
     speed = (
         f"{result.tokens_per_second:,.0f} tokens/s"
         if result.tokens_per_second
-        else "tokens/s: not measured (told of a GPU's training only, when it is over)"
+        else "tokens/s: not measured (reported only for training on a GPU, after its end)"
     )
     experts = size["experts"] // (4 if result.model == SMALL else 1)
     lines = [
@@ -105,8 +105,8 @@ def _training(result: Result) -> str:
         f"{size['steps']} steps of {size['rows']} x {size['seq_length']} tokens, "
         f"{result.settings['tokens']:,} tokens, {result.corpus['epochs']:.2f} times the text; "
         f"planned by {plan['by']}: {plan['planned_steps']} steps",
-        f"{plan['seconds']:.0f} s were given; a step took {plan['step_seconds']:.3f} s after a start of "
-        f"{plan['startup_seconds']:.0f} s ({plan['probe_steps']} steps were looked at)",
+        f"{plan['seconds']:.0f} s available; a step took {plan['step_seconds']:.3f} s, after a start-up of "
+        f"{plan['startup_seconds']:.0f} s ({plan['probe_steps']} steps were measured)",
         speed,
         f"text: {len(result.corpus['domains'])} domains, {result.corpus['train_tokens']:,} training tokens, "
         f"vocabulary {result.corpus['vocab_size']}, hash {result.settings['corpus']}",
@@ -165,7 +165,7 @@ def _fewer(result: Result) -> str:
 
 
 def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
-    """What can be said of the models together, and why the others are left out."""
+    """The comparison of models, and why a model is left out."""
     lines, together = [], {result.model: result}
     for model in MODELS:
         if model == result.model:
@@ -191,15 +191,15 @@ def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
 
 
 def _gap(together: Mapping[str, Result]) -> str:
-    """EMO's full model against the standard one."""
+    """EMO's full model against the standard model."""
     if not {EMO, STANDARD} <= together.keys():
         return ""
     emo, standard = together[EMO], together[STANDARD]
     gaps = paired(emo.nats[full_condition(emo)], standard.nats[full_condition(standard)], emo.document_tokens)
     rows = [[domain, str(gap)] for domain, gap in gaps.items()]
     rows.append(["mean", str(mean_of(gaps))])
-    head = ["domain", "EMO less standard"]
-    return "All experts, nats a token, paired over documents, with the standard error:\n\n" + markdown_table(head, rows)
+    head = ["domain", "EMO minus standard"]
+    return "All experts, nats per token, paired over documents, with standard errors:\n\n" + markdown_table(head, rows)
 
 
 def _quarter(together: Mapping[str, Result]) -> str:
@@ -211,10 +211,10 @@ def _quarter(together: Mapping[str, Result]) -> str:
     if kept is None or condition(CHOSEN, kept) not in emo.nats:
         return "EMO's quarter against the small model: the quarter is not measured yet."
     found = mean_of(paired(emo.nats[condition(CHOSEN, kept)], small.nats[full_condition(small)], emo.document_tokens))
-    return f"EMO's quarter, {kept} experts chosen for the domain, less the small model trained from scratch: {found}."
+    return f"EMO's quarter, {kept} experts chosen for the domain, minus the small model trained from scratch: {found}."
 
 
 def _table(together: Mapping[str, Result]) -> str:
-    """The demo's table of all that were measured."""
+    """The demo's table of all measured models."""
     rows = [row for result in together.values() for row in result.rows]
     return f"```\n{table(rows)}\n```"

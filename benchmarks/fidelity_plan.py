@@ -1,4 +1,4 @@
-"""How many steps fit into the time that fidelity.py has: read from the log of the first ones, decided by arithmetic."""
+"""The number of steps that fit into the time of fidelity.py, computed from the log of the first steps."""
 
 from __future__ import annotations
 

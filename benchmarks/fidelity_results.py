@@ -1,4 +1,4 @@
-"""What one call of fidelity.py found, as a file; those of other models, found in folders and archives."""
+"""The results of one call of fidelity.py as a file, and results of other models from folders and archives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of fidelity.py: pretrain a model and measure it, in processes of their own, keeping every stage."""
+"""The stages of fidelity.py: pretrain a model and measure it, in separate processes, and save every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of fidelity.py: a corpus that was prepared before, and what it is known by."""
+"""The text of fidelity.py: a corpus prepared in advance, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jobs  # noqa: F401 - finds the demo
 
-from demo.corpus import VALIDATION_SPLITS, Corpus
+from demo.corpus import UNTRAINED_SPLITS, Corpus
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -44,7 +44,5 @@ def hash_corpus(corpus: Corpus) -> str:
 
 def _files(corpus: Corpus) -> list[Path]:
     """The files with tokens."""
-    validation_data = [
-        corpus.path / split / f"{domain}.safetensors" for split in VALIDATION_SPLITS for domain in corpus.domains
-    ]
-    return [corpus.path / "train.bin", corpus.path / "train.idx", *validation_data]
+    files = [corpus.path / split / f"{domain}.safetensors" for split in UNTRAINED_SPLITS for domain in corpus.domains]
+    return [corpus.path / "train.bin", corpus.path / "train.idx", *files]

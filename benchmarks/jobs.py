@@ -1,4 +1,4 @@
-"""What the benchmarks around the demo share: its modules, which lie beside the package, and commands run in order."""
+"""Shared code of the benchmarks that use the demo: import of the demo's modules, and commands that run in order."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What bench_layer.py compares before it times: pools with the standard layer, ops with the reference, experts.
+"""The checks of bench_layer.py before timing: pools against the standard layer, ops against the reference, and experts.
 
-Where the K-th and the next logit of a token are closer than routers.CLEAR_GAP, or a document's last experts inside and
-outside its pool score the same, two exact routers may choose differently. Such tokens are left out: their outputs are
-not compared, and no gradient comes back from them.
+Two exact routers may choose differently if the K-th and the next logit of a token are closer than routers.CLEAR_GAP, or
+if a document's last expert inside the pool and its first one outside have the same score. Such tokens are left out:
+their outputs are not compared, and they contribute no gradient.
 """
 
 from __future__ import annotations

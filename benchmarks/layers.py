@@ -1,4 +1,4 @@
-"""The MoE layers that bench_layer.py times: Megatron's own, and ours on the same weights.
+"""The MoE layers that bench_layer.py times: Megatron's own layer, and this package's layers with the same weights.
 
 T tokens, H width of the model, E routed experts, D documents.
 """
@@ -42,9 +42,11 @@ class LayerSize:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k < self.experts:
-            raise ValueError(f"--top-k must lie in [1, experts), experts being {self.experts}; got {self.top_k}")
+            raise ValueError(f"--top-k must be at least 1 and below --experts ({self.experts}); got {self.top_k}")
         if not 1 <= self.documents <= self.tokens:
-            raise ValueError(f"--documents must lie in [1, tokens], tokens being {self.tokens}; got {self.documents}")
+            raise ValueError(
+                f"--documents must be at least 1 and at most --tokens ({self.tokens}); got {self.documents}"
+            )
 
     def __str__(self) -> str:
         return (
@@ -84,7 +86,7 @@ class Layers:
     def layer_steps(self) -> dict[str, Step]:
         """Every layer, forward and backward to its input and weights; with pools from the document boundaries on.
 
-        A model makes the scope once a micro-batch for all its layers, so a layer's own cost is a little less.
+        A model makes the scope once per micro-batch for all layers, so the cost per layer is a little lower.
         """
         return {
             name: self.step(layer, router_only=False, get_scope=self.new_scope) for name, layer in self.layers.items()

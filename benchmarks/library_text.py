@@ -1,4 +1,4 @@
-"""Text that every machine with a Python has, as packed micro-batches of bytes."""
+"""Text of Python's standard library, which every machine with Python has, as packed micro-batches of bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What bench_model.py compares before it times: a model with pools of all experts with the standard one.
+"""The checks of bench_model.py before timing: a model with pools of all experts against the standard model.
 
-The routers of each layer are compared on the same input and closely, where no near tie decides (routers.CLEAR_GAP).
-Loss and gradients of the whole model are compared loosely: in bf16 a difference in the last bit of one layer turns into
-another choice at some near tie of the next.
+The routers of each layer are compared on the same input with a tight tolerance, except near ties (routers.CLEAR_GAP).
+Loss and gradients of the whole model are compared with a loose tolerance: in bf16, a difference in the last bit of one
+layer may change the choice of experts at a near tie in the next layer.
 """
 
 from __future__ import annotations

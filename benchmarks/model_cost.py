@@ -1,4 +1,4 @@
-"""What a training step of bench_model.py's models computes, and what a GPU could at most."""
+"""The floating-point operations of a training step of bench_model.py's models, and the peak of a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The traces that bench_model.py leaves, and the tables made of them."""
+"""The traces that bench_model.py writes, and the tables made from the traces."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The models that bench_model.py trains: Megatron's GPT with its own MoE layers, and with pools, on the same weights.
+"""The models that bench_model.py trains: Megatron's GPT with its own MoE layers and with pools, on the same weights.
 
-All contenders share one set of weights, gradients and optimizer states, which they train in turns: so they differ in
-their routers and nothing else, and the memory that a contender needs beyond the others is its activations.
+All contenders share one set of weights, gradients and optimizer states, and train them in turns. So contenders differ
+only in their routers, and the additional memory of a contender is its activations.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ModelSize:
         return (
             f"{self.layers} layers, d={self.model_dim}, {self.heads} heads, E={self.experts} + 1 shared, "
             f"K={self.top_k}, ffn={self.ffn_dim}, vocabulary {self.vocab}, "
-            f"{self.rows} x {self.seq_length} tokens a step in documents of {self.document_tokens} on average"
+            f"{self.rows} x {self.seq_length} tokens per step in documents of {self.document_tokens} on average"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where PoolRouter's forward pass goes: its pieces timed where they are called, and its operations counted."""
+"""Time of each part of PoolRouter's forward pass, measured at the call, and the number of its operations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def router_pieces(layers: Layers, *, rounds: int) -> dict[str, Estimate]:
         "router, whole forward": (PoolRouter, "forward"),
         "gating (the stock router's matrix product)": (PoolRouter, "gating"),
         "document_scores": (ops, "document_scores"),
-        "draw_pool_sizes, once a micro-batch for all layers": (ops, "draw_pool_sizes"),
+        "draw_pool_sizes, once per micro-batch for all layers": (ops, "draw_pool_sizes"),
         "select_pool": (ops, "select_pool"),
         "pool_topk": (ops, "pool_topk"),
         "balance loss": (balance, "load_balancing_loss"),
@@ -53,7 +53,7 @@ def router_pieces(layers: Layers, *, rounds: int) -> dict[str, Estimate]:
         start = _now()
         layers.new_scope()
         scopes.append(_now() - start)
-    return found | {"scope, once a micro-batch for all layers": estimate(scopes)}
+    return found | {"scope, once per micro-batch for all layers": estimate(scopes)}
 
 
 class _Operations(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Which experts the demo's models give every token of validation text: what `replay_routing.py` replays."""
+"""Record the experts that the demo's models choose for every token of validation documents, for `replay_routing.py`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What does the routing of real models send over expert-parallel ranks, and what does placing the experts save?
+"""How many rows does the routing of real models send over expert-parallel ranks, and how many rows does placement save?
 
-Runs the demo's models on validation text, keeps the experts of every token, and replays them for 2, 4 and 8 ranks:
-Megatron's alltoall, each token once, each token once with placed experts. Experts are placed by the statistics of one
-half of the documents and counted on the other. Rows and bytes are exact for that routing; nothing is timed. Documents
-come from all ranks alike: a share (R - 1) / R of all rows goes to another rank.
+Runs the demo's models on validation documents, records the experts of every token, and replays this routing for 2, 4
+and 8 ranks: with Megatron's alltoall, with each token sent once, and with each token sent once and placed experts.
+Placement uses the statistics of one half of the documents; rows are counted on the other half. Rows and bytes are exact
+for this routing; nothing is timed. Documents come from all ranks equally, so a share (R - 1) / R of all rows goes to
+another rank.
 
     make demo
     python benchmarks/replay_routing.py     # two minutes; rewrites the table and the figure of docs/dispatch.md
@@ -48,9 +49,9 @@ class Options:
     ranks: tuple[int, ...] = (2, 4, 8)
     """Numbers of expert-parallel ranks."""
     tokens: int = 16384
-    """Tokens of each domain, half to place experts by, half to count."""
+    """Tokens per domain: one half to place experts, the other half to count rows."""
     max_imbalance: float = 1.1
-    """Bound of the load of the fullest rank over the mean, on the half that experts are placed by."""
+    """Largest load of a rank, relative to the mean, on the half of the documents that places experts."""
     output: Path = RESULTS
     """Folder of traffic.csv and traffic.md."""
     page: Path = ROOT / "docs" / "dispatch.md"
@@ -104,7 +105,7 @@ def main(options: Options) -> list[Path]:
             process.start()
             process.join()
             if process.exitcode:
-                raise ValueError(f"{run.name} failed; what it said stands above")
+                raise ValueError(f"{run.name} failed; its output is above")
             rows += _replay(run, options, stem)
     table = _table(rows, shown=rows)
     print(table)

@@ -1,11 +1,12 @@
-"""How many steps does an expert stay unused whose router row has died, where the expert bias alone balances load?
+"""How many steps does an expert with a dead router row stay unused, if only the expert bias balances load?
 
     .venv/bin/python benchmarks/revive_expert.py
 
 Trains a small Megatron GPT with sigmoid routers on the bytes of Python's standard library and its help texts. After
-the warm-up the most used expert of every layer gets bias 0 and the row that least squares fit to a logit of -6 for any
-token, so that it loses everywhere; a row that no token uses gets no gradient. Counted are the steps until it has half
-of an even share of choices again: in the standard MoE, with pools by probability and with pools by gate_with_bias.
+the warm-up, the most used expert of every layer gets bias 0 and a new router row: the least-squares fit to a logit of
+-6 for all tokens. No token chooses this expert then, and a row that no token uses gets no gradient. The benchmark
+counts the steps until the expert again has half of an even share of choices: in the standard MoE, with pools by
+probability and with pools by gate_with_bias.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ POOLS: dict[str, Any] = {"pools by probability": "probability", "pools by gate_w
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Kill an expert's row and wait."""
+    """Make the router row of an expert lose every choice, and count steps until the expert is used again."""
 
     update_rate: float = 2e-3
-    """Megatron's --moe-router-bias-update-rate, whose default is 1e-3: half as fast, twice the steps."""
+    """Megatron's --moe-router-bias-update-rate. Its default, 1e-3, is half as fast and needs twice the steps."""
     seeds: tuple[int, ...] = (1, 2)
     warmup: int = 200
-    """Steps before the row dies."""
+    """Steps before the router row is replaced."""
     cap: int = 500
-    """Steps after which waiting ends."""
+    """Largest number of steps to wait."""
     layers: int = 2
     experts: int = 32
     top_k: int = 4
@@ -49,13 +50,13 @@ class Options:
     model_dim: int = 64
     ffn_dim: int = 32
     rows: int = 4
-    """Packed samples a step, two documents each."""
+    """Packed samples per step, with two documents each."""
     seq_length: int = 256
     lr: float = 3e-3
-    """Of the warm-up."""
+    """Learning rate of the warm-up."""
     lr_after: float = 0.0
-    """Of the steps after it. 0: the bias alone can bring the expert back. Above 0 hidden states leave what the row was
-    fit to, and so do the other experts' rows."""
+    """Learning rate after the warm-up. 0: only the bias can bring the expert back. Above 0, hidden states drift from
+    the states that the row was fit to, and the rows of other experts change too."""
     output: Path = RESULTS
     """Folder of the page and the CSV."""
 

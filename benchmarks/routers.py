@@ -1,7 +1,7 @@
-"""The routers that bench_routing.py times, the input they get, and the check that they route it alike.
+"""The routers that bench_routing.py times, their input, and the check that all routers give the same routing.
 
-T tokens, E experts, K experts a token, D documents. Every router returns the weights of the experts, their map and the
-sum of a balance and a z loss; the gradient of a step comes from the weights and the losses.
+T tokens, E experts, K experts per token, D documents. Every router returns the weights of the experts, their map and
+the sum of a balance and a z loss; the gradient of a step comes from the weights and the losses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one size took in bench_routing.py, and whether that meets its targets."""
+"""The times of one size of bench_routing.py, and whether they meet the targets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: timing contenders side by side, medians with intervals, the machine, and the files.
+"""Shared code of the benchmarks: timing of contenders in turns, medians with intervals, the machine, and output files.
 
-Contenders take turns within every round, so whatever else the machine does hits all of them, and a ratio is the median
-of the rounds' own ratios. Intervals are 95 % bootstrap intervals of the median.
+Contenders take turns within every round, so other work of the machine affects all contenders, and a ratio is the median
+of the ratios of single rounds. Intervals are 95 % bootstrap intervals of the median.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A training step under torch's profiler: a small gzipped trace, and its operations and gaps counted."""
+"""Record a training step with torch's profiler: a small gzipped trace, and counts of its operations and gaps."""
 
 from __future__ import annotations
 

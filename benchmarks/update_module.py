@@ -1,10 +1,11 @@
-"""What does a module's update do to every other domain? Fine-tune on a domain the demo never saw, put it back, measure.
+"""How does the update of a module change the loss on other domains? Fine-tune on a new domain, merge back, and measure.
 
     make demo && .venv/bin/python benchmarks/update_module.py
 
-Takes the demo's EMO and standard MoE, chooses 8 experts for Perl text, and trains each way of updating for as many
-steps: everything; those experts inside the full model; the module alone, experts or experts and router, merged back
-whole or in part. Prints, for each, what Perl gains and what the demo's eight domains lose. Goes on where it was.
+Takes the demo's EMO and standard MoE, chooses 8 experts for Perl text, and trains every kind of update for the same
+number of steps: all weights; the chosen experts inside the full model; the module alone (experts, or experts and
+router), merged back whole or in part. Prints, for each update, the loss decrease on Perl and the loss increase on the
+demo's eight domains. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Options:
     steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
-    keep: int = 8
+    num_kept: int = 8
     """Routed experts per layer of the module."""
 
 
@@ -101,7 +102,7 @@ class Experiment:
         self.flags = functools.partial(megatron_flags, FULL, recipe, corpus=folder)
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
-        self.num_kept = options.keep
+        self.num_kept = options.num_kept
 
     def jobs(self) -> list[Job]:
         """Everything, in order."""
@@ -113,7 +114,7 @@ class Experiment:
                 *("stats", "--checkpoint", self.parent, "--data", data),
                 *("--tokens", 8192, "--seq-length", FULL.seq_length, "--micro-batch-size", FULL.rows),
             ),
-            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.options.keep} routed")),
+            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.options.num_kept} routed")),
             self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
         ]
         # what was trained in the full model goes back in part too: a module of all experts

@@ -1,4 +1,4 @@
-"""Routers with expert bias that are watched step by step, and an expert of theirs that dies."""
+"""Routers with expert bias whose choices are recorded in every step, and in which one expert is made to die."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Watched:
             self._in_pools.append(pool_DE.any(dim=0))
 
     def kill(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the expert of the middle load lose everywhere from now on."""
+        """Make the most used expert lose every choice from now on."""
         weight_EH = self.router.weight
         self.dead = int(self._recent_load_E().argmax())
         hidden_TH = torch.cat(tuple(self._hidden))
@@ -45,19 +45,19 @@ class Watched:
         with torch.no_grad():
             weight_EH[self.dead] = row_H1[:, 0]
             self.router.expert_bias[self.dead] = 0.0
-        # Adam would go on moving the row for a while
+        # Adam's moments would keep changing the row for some steps
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight_EH][moment][self.dead] = 0.0
         self.at_death = self._state("at death")
         self._loads.clear()
 
     def note(self, step: int, *, even_share: float) -> None:
-        """Keep the step if what is waited for happened in it."""
+        """Store the step of the first occurrence of each event."""
         load = float(self._recent_load_E()[self.dead])
         happened = {
             "in a pool": bool(self._in_pools and self._in_pools[-1][self.dead]),
             "first token": load > 0,
-            # on average over so many steps: one batch may hold much text of one kind
+            # mean over RECENT steps, because one batch may hold much text of one kind
             HALF_SHARE: len(self._loads) == RECENT and load >= even_share / 2,
         }
         for name, is_now in happened.items():
@@ -65,17 +65,17 @@ class Watched:
                 self.first.setdefault(name, step)
 
     def _recent_load_E(self) -> Tensor:
-        """[E], choices a step, the mean over the last steps."""
+        """[E], choices per step, mean over the last steps."""
         return torch.stack(tuple(self._loads)).double().mean(dim=0)
 
     def row(self) -> dict[str, Any]:
-        """Of the table, without what was run."""
+        """A row of the table, without the columns for the run."""
         events = {name: self.first.get(name, "") for name in EVENTS}
         place = {"layer": self.router.layer_number, "expert": self.dead}
         return place | events | self.at_death | self._state("at end")
 
     def _state(self, when: str) -> dict[str, Any]:
-        """The dead expert's mean gate and bias, and how many experts no pool took lately."""
+        """The dead expert's mean gate and bias, and the number of experts in no recent pool."""
         gate_T = (self._hidden[-1] @ self.router.weight[self.dead].detach()).sigmoid()
         in_no_pool = ""
         if self._in_pools:

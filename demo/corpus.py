@@ -38,16 +38,16 @@ from emo_megatron.json_files import read_object
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-VALIDATION_SPLITS = ("calibration", "validation")
-SPLITS = ("train", *VALIDATION_SPLITS)
+UNTRAINED_SPLITS = ("calibration", "validation")
+SPLITS = ("train", *UNTRAINED_SPLITS)
 MANIFEST = "corpus.json"
 EOD = "<|endoftext|>"
 EOD_TOKEN = 0
 MIN_DOMAINS = 3
-MIN_VALIDATION = 60
+MIN_UNTRAINED = 60
 TOKENIZER_CHARS = 600_000
 FORMAT = 1
-_FILES = ("tokenizer", "train.bin", "train.idx", *VALIDATION_SPLITS)
+_FILES = ("tokenizer", "train.bin", "train.idx", *UNTRAINED_SPLITS)
 # control characters, and halves of surrogate pairs, which UTF-8 cannot encode
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\ufffd\ud800-\udfff]")
 
@@ -236,8 +236,8 @@ def split_documents(documents: list[str], *, config: CorpusConfig) -> _Texts:
     """Cut shuffled documents into the three splits."""
     count = len(documents)
     fractions = (config.calibration_fraction, config.validation_fraction)
-    validation_data = [min(max(MIN_VALIDATION, round(count * share)), count // 6) for share in fractions]
-    middle, end = itertools.accumulate(validation_data)
+    counts = [min(max(MIN_UNTRAINED, round(count * share)), count // 6) for share in fractions]
+    middle, end = itertools.accumulate(counts)
     parts = (documents[end:], documents[:middle], documents[middle:end])
     return dict(zip(SPLITS, parts, strict=True))
 
@@ -306,7 +306,7 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
     digest = hashlib.sha256()
     for tokens in train:
         digest.update(tokens)
-    for split in VALIDATION_SPLITS:
+    for split in UNTRAINED_SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
         (output / split).mkdir()
         for name, documents in domains.items():

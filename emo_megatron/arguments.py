@@ -24,6 +24,8 @@ RENAMED_FLAGS = {
 }
 RENAMED_VALUES = {("place", "--method", "together"): "coactivation"}
 """Old names -> present names. Old names print a warning; the next release removes them."""
+SIZES = ("--keep", "--cross-sizes")
+"""Flags whose values may be a number of routed experts, "8 routed"."""
 
 
 def new_command(name: str, known: Collection[str]) -> str:
@@ -47,10 +49,18 @@ def current_arguments(command: str, arguments: Sequence[str], options: Any) -> l
     Raises:
         ValueError: an old and the new name of a flag are both given, or a flag is unknown; names the nearest flag.
     """
-    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(options)}
+    flags = {
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(options)
+        if "Positional" not in str(field.type)
+    }
     given = {_split(argument)[0] for argument in arguments}
     found: list[str] = []
-    for argument in arguments:
+    flag = ""
+    for place, argument in enumerate(arguments):
+        if argument == "--":
+            # no flags follow
+            return [*found, *arguments[place:]]
         name, value = _split(argument)
         if name in RENAMED_FLAGS and name not in flags and (new := RENAMED_FLAGS[name]) in flags:
             if new in given:
@@ -62,8 +72,9 @@ def current_arguments(command: str, arguments: Sequence[str], options: Any) -> l
             if command == "bridge" and name.startswith("--pool-"):
                 hint = f", give model.{name[2:].replace('-', '_')}=VALUE"
             raise ValueError(f"{command} has no flag {name}{hint}; emo_megatron {command} --help lists the flags")
+        flag = name or flag
         before = found[-1] if found else ""
-        if argument == "routed" and re.fullmatch(r"\d+", before):
+        if argument == "routed" and flag in SIZES and re.search(r"(^|=)\d+$", before):
             # --keep 8 routed, without quotation marks
             found[-1] = f"{before} routed"
         elif not name:

@@ -1,11 +1,13 @@
 """The command line: parse the arguments, call one function, print the path of the result."""
 
 import contextlib
+import dataclasses
 import importlib
 import keyword
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import tyro
 
@@ -51,6 +53,7 @@ In the usual order: stats, select, retention, extract, export. Every command exp
 
 Completion of commands and flags in bash, for example; zsh and tcsh work in the same way:
 
+    mkdir -p ~/.local/share/bash-completion/completions
     emo_megatron --tyro-write-completion bash ~/.local/share/bash-completion/completions/emo_megatron
 """
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
@@ -135,7 +138,7 @@ def _run(arguments: list[str], command: ModuleType | None) -> None:
     loads_all = any(argument.partition("=")[0] in COMPLETION for argument in arguments)
     options = tyro.extras.subcommand_cli_from_dict(
         {
-            name: _import(name).Options if loads_all or name == chosen else _summary(summary)
+            name: _unchecked(_import(name).Options) if loads_all or name == chosen else _summary(summary)
             for name, summary in COMMANDS.items()
         },
         prog="emo_megatron",
@@ -144,11 +147,17 @@ def _run(arguments: list[str], command: ModuleType | None) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     assert command is not None
+    options = command.Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(command.Options)})
     if launch.is_rank():
         with to_output():
             command.run(options)
     elif (result := command.run(options)) is not None:
         say(f"results: {result}")
+
+
+def _unchecked(options: Any) -> Any:
+    """A dataclass of options without its own checks, whose errors tyro would print as a box of several lines."""
+    return type("Options", (options,), {"__post_init__": lambda _: None, "__doc__": options.__doc__})
 
 
 def _summary(text: str) -> Callable[[], None]:

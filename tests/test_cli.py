@@ -117,7 +117,7 @@ def test_a_name_that_the_output_cannot_encode_is_written_with_escapes(tmp_path: 
             env=os.environ | settings,
         )
         assert done.returncode == 2
-        assert "no statistics file" in done.stderr
+        assert "not a statistics file" in done.stderr
         assert "codec" not in done.stderr
 
 

@@ -149,7 +149,7 @@ def test_slow_first_steps_mean_fewer_steps_and_shorter_schedules(made: Any) -> N
     other = made("standard", partners=slow.output)
     assert other.stored["plan"]["planned_steps"] == steps
     assert other.flags["--train-iters"] == str(steps)
-    assert "EMO less standard" in other.page
+    assert "EMO minus standard" in other.page
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""The library of kernels: compile it for this GPU in several ways, wait for a usable one, compare the kernels' times.
+"""Compile the library of kernels for this GPU in several variants, wait for a usable library, compare kernel times.
 
-builds.py make FOLDER --logs LOGS [--variants default ...]     FOLDER/VARIANT.so, in the order given
-builds.py wait FOLDER --logs LOGS                              until the package has a library that works
-builds.py compare FOLDER --output FOLDER                       kernels.py with each, in turns
+builds.py make FOLDER --logs LOGS [--variants default ...]     writes FOLDER/VARIANT.so, in the given order
+builds.py wait FOLDER --logs LOGS                              waits until the package has a library that works
+builds.py compare FOLDER --output FOLDER                       runs kernels.py with each variant, in turns
 """
 
 from __future__ import annotations

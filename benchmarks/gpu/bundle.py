@@ -1,4 +1,4 @@
-"""What a run leaves: summary.md and results.tgz, whole after every step and within limits on number and size."""
+"""The output of a run: summary.md and results.tgz, complete after every step, with limited number and size of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routing ops as calls without arguments, one for each of several inputs, for kernels.py to time."""
+"""The routing ops as functions without arguments, one function per input, for kernels.py to time."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What no test of the ops looks at: one or several checks, a verdict a line.
+"""Checks that the tests of the ops do not cover. Runs one or several checks and prints one verdict per line.
 
-first-capture   the first call ever lies inside the capture of a CUDA graph
-other-stream    a stream that is not the default one
+first-capture   the very first call is inside the capture of a CUDA graph
+other-stream    calls on a stream other than the default stream
 compile         torch.compile, forward and backward
 equal-bits      the same bits in 20 runs
-decisions       how often a GPU decides otherwise than the CPU's kernels, and how close it was
+decisions       how often GPU and CPU kernels choose differently, and how close the scores were
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def main() -> int:
     """Run those that are asked for; returns the exit status."""
     arguments = parser(__doc__, tokens=4096)
     arguments.add_argument("checks", nargs="+", choices=list(CHECKS))
-    arguments.add_argument("--compiler", default="inductor", help="of torch.compile")
+    arguments.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     options = arguments.parse_args()
     wrong = []
     for name in options.checks:

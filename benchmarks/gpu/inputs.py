@@ -1,6 +1,6 @@
-"""What the steps of stage A share: their arguments, and inputs of the ops.
+"""Shared code of the steps of stage A: arguments, and inputs of the ops.
 
-T tokens, E experts, K experts a token, D documents, R ranks, H hidden size.
+T tokens, E experts, K experts per token, D documents, R ranks, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DOCUMENT_TOKENS = 512
 
 
 def parser(description: str | None, *, tokens: int | None = None) -> argparse.ArgumentParser:
-    """With the arguments that every step has."""
+    """A parser with the arguments that all steps share."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where the ops run")
-    found.add_argument("--output", type=Path, default=Path(), help="folder of the files it writes")
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="device of the ops")
+    found.add_argument("--output", type=Path, default=Path(), help="folder for the output files")
     if tokens:
-        about = "tokens of a batch, default %(default)s"
+        about = "tokens per batch, default %(default)s"
         found.add_argument("--tokens", type=int, default=tokens, help=about)
     return found
 

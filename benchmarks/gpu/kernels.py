@@ -1,8 +1,8 @@
-"""How long does every compiled op take on the GPU alone, and how far is that from what its bytes take?
+"""How long does every compiled op take on the GPU alone, compared with the time to copy its bytes?
 
-Each op runs on several inputs one after the other in one CUDA graph, and the graph is replayed with a cold cache; on a
-CPU the ops just run, and every row says so. The floor is what the op's bytes take at the copy bandwidth measured in the
-same run. After every size kernels.csv and kernels.md are written anew.
+Each op runs on several inputs one after the other in one CUDA graph, and the graph is replayed with a cold cache. On a
+CPU the ops run without a graph, and every row is marked. The floor is the time to copy the op's bytes, at the copy
+bandwidth measured in the same run. kernels.csv and kernels.md are written again after every size.
 """
 
 from __future__ import annotations
@@ -241,14 +241,14 @@ def page_of(timed: list[Timed], bandwidth: float, device: torch.device, failed: 
 
 
 def main() -> int:
-    """Time one size after the other; one that fails is told and left out."""
+    """Time one size after the other; a size that fails is reported and left out."""
     arguments = parser(__doc__)
     add = arguments.add_argument
-    add("--quick", action="store_true", help="one small size")
+    add("--quick", action="store_true", help="time one small size only")
     add("--ops", nargs="+", default=["routing", "dispatch"], choices=("routing", "dispatch"))
     add("--tokens", type=int, nargs="+", default=TOKENS)
     add("--experts", type=int, nargs="+", default=EXPERTS)
-    add("--library", type=Path, help="compiled ops to time instead of the package's own")
+    add("--library", type=Path, help="library of compiled ops to time; default: the library of the package")
     options = arguments.parse_args()
     if options.quick:
         options.tokens, options.experts = (1024,), (64,)

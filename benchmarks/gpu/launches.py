@@ -1,4 +1,4 @@
-"""Launch every kernel of the ops once, at the size of the target: what ncu looks at."""
+"""Launch every kernel of the ops once, at the target's size, for profiling with ncu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The routing ops again as a loop over documents in float64 on the CPU: what smoke.py compares with."""
+"""The routing ops as a loop over documents in float64 on the CPU, for comparison in smoke.py."""
 
 from __future__ import annotations
 

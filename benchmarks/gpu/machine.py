@@ -1,4 +1,4 @@
-"""What the machine has: a GPU, tools, a compiled library, Python packages. Uses nothing but the standard library."""
+"""Properties of the machine: GPU, tools, compiled library, Python packages. Needs only the standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say what this machine is: GPU, driver, clocks, versions; packages and all that nvidia-smi says go to files."""
+"""Print GPU, driver, clocks and versions of this machine; write packages and the full output of nvidia-smi to files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Profile the kernels with Nsight Compute: profile.ncu-rep for its window, and its text in the log.
+"""Profile the kernels with Nsight Compute: writes profile.ncu-rep for its window, and text to the log.
 
-Clocks are left as they are: to lock them needs rights, and it would disturb what runs beside.
+Clocks are not locked: locking needs permissions, and would disturb other work on the GPU.
 """
 
 from __future__ import annotations

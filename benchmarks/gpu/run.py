@@ -1,7 +1,8 @@
-"""Run the steps of one stage within a budget of time, and leave a bundle that is whole after every step.
+"""Run the steps of one stage within a time budget, and keep a bundle of results that is complete after every step.
 
-A step that fails or takes too long is a row of the summary and never the end. Exit status: 0 if no step failed, 1 if
-one did, 2 for arguments or a machine that will not do, and then nothing was written. Needs the standard library only.
+A step that fails or takes too long is reported in the summary, and the run continues. Exit status: 0 if no step failed;
+1 if a step failed; 2 for wrong arguments or an unsuitable machine, in which case nothing is written. Needs only the
+standard library.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def main() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         refuse(message)
 
 
 def refuse(message: str) -> NoReturn:
-    """End the run before it began."""
+    """Print an error and exit with 2, before the run starts."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -60,19 +61,19 @@ def read_arguments() -> argparse.Namespace:
     about = "A: correctness and kernels, B: layer and model, C: one model's fidelity"
     add("stage", type=str.upper, choices=list(table.STAGES), help=about)
     add("model", nargs="?", choices=table.MODELS, help="with stage C, the model to train")
-    about = "for everything, default %(default)s; what does not fit is not run"
+    about = "seconds for the whole run, default %(default)s; steps that do not fit are not run"
     add("--budget", type=float, default=table.MOST_SECONDS, metavar="SECONDS", help=about)
-    about = "folder of the two files, new or empty; default runs/gpu-STAGE-DATE"
+    about = "folder for the two output files, new or empty; default runs/gpu-STAGE-DATE"
     add("--output", type=Path, metavar="FOLDER", help=about)
-    about = f"folder of the wheels this Python lacks, of {', '.join(machine.WHEELS)}"
+    about = f"folder with wheels that this Python lacks, among {', '.join(machine.WHEELS)}"
     add("--wheels", type=Path, metavar="FOLDER", help=about)
     about = "with stage C, folder of earlier bundles to compare with"
     add("--partners", type=Path, metavar="FOLDER", help=about)
-    about = "of this tree; default EMO_COMMIT, else what git says"
+    about = "commit of this tree; default EMO_COMMIT, otherwise the commit that git reports"
     add("--commit", default=os.environ.get("EMO_COMMIT"), metavar="SHA", help=about)
-    about = "files to leave at most, default 2; with 1 there is no archive"
+    about = "largest number of output files, default 2; with 1, no archive is written"
     add("--max-files", type=int, default=2, metavar="N", help=about)
-    about = "MiB to leave at most, default %(default)s; the largest logs are left out"
+    about = "largest size of the output in MiB, default %(default)s; the largest logs are left out first"
     add("--max-mib", type=float, default=15.0, metavar="M", help=about)
     about = "run every step on the CPU at a small size; needs no GPU"
     add("--rehearse", action="store_true", help=about)

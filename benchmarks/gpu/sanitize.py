@@ -1,7 +1,7 @@
-"""Twelve small cases of all ops for compute-sanitizer: sizes on both sides of what a kernel counts by.
+"""Twelve small cases of all ops for compute-sanitizer, with sizes below and above the unit sizes of the kernels.
 
-Inputs are made on the CPU, so that next to no kernel but the ops' own is watched. What comes back is compared with the
-CPU's kernels: exactly where it is an integer.
+Inputs are made on the CPU, so that almost only kernels of the ops are checked. Results are compared with the CPU's
+kernels; integers must be equal.
 """
 
 from __future__ import annotations

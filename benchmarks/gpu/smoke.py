@@ -1,6 +1,6 @@
-"""Every op once, in float32 and bfloat16, against a loop in float64 or its definition on the CPU; a line an op.
+"""Run every op once, in float32 and bfloat16; compare with a float64 loop or the reference implementation on the CPU.
 
-A new op is one more entry of OPERATORS.
+Prints one line per op. To add an op, add an entry to OPERATORS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One stage on one machine: start what fits the budget, wait for it, keep the bundle up to date."""
+"""Run one stage on one machine: start the steps that fit the budget, wait for them, and update the bundle."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The steps of every stage, the most valuable first: what each runs, how long it may take and what it needs.
+"""The steps of every stage, the most valuable first: command, time limit and requirements of each step.
 
-A command may hold these in braces: python, device, output (a folder of the step's own), builds (where libraries are
-compiled meanwhile), model, seconds (what an elastic step got) and partners.
+A command may contain these names in braces: python, device, output (a folder for this step), builds (the folder of
+libraries compiled in the background), model, seconds (the time of an elastic step) and partners.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Processes that a run starts: each in a group of its own, ended whole, and never left behind."""
+"""Processes started by a run: each has its own process group, which is ended as a whole, so no process remains."""
 
 from __future__ import annotations
 

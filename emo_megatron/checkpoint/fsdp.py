@@ -1,9 +1,10 @@
-"""Write the weights of a Megatron-FSDP checkpoint (--ckpt-format fsdp_dtensor) as torch_dist, which the commands read.
+"""Convert the weights of a Megatron-FSDP checkpoint (--ckpt-format fsdp_dtensor) to torch_dist, for all commands.
 
     python -m emo_megatron.checkpoint.fsdp --checkpoint RUN --output NEW_FOLDER
 
-Megatron itself converts in the other direction only. Such a checkpoint has the modules' own names, every expert alone
-and the halves of gated projections apart. It needs no GPU and no process group.
+Megatron itself converts in the other direction only. A Megatron-FSDP checkpoint has the names of the PyTorch modules,
+and stores every expert and each half of a gated projection separately. The conversion needs no GPU and no process
+group.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12]\.(?:weight|bias))(\d+)(_[wv
 
 
 class FsdpCheckpoint(MegatronCheckpoint):
-    """A `fsdp_dtensor` checkpoint, read as MegatronCheckpoint reads its own; see there."""
+    """An `fsdp_dtensor` checkpoint, with the interface of MegatronCheckpoint."""
 
     def _folder(self, path: Path) -> Path:
         folder = tracked_folder(path) or path
         if not (folder / ".metadata").is_file() or (folder / "metadata.json").exists():
             raise ValueError(
                 f"{folder} is not a checkpoint of Megatron-FSDP: name the folder that --save wrote with --ckpt-format "
-                "fsdp_dtensor, or one iteration's in it"
+                "fsdp_dtensor, or the folder of one iteration in it"
             )
         return folder
 
@@ -47,7 +48,7 @@ class FsdpCheckpoint(MegatronCheckpoint):
         is_latent = getattr(self.args, "multi_latent_attention", False)
         if is_latent and getattr(self.args, "mla_down_proj_fusion", False):
             raise ValueError(
-                f"{self.path} is of a run with --mla-down-proj-fusion, whose names of norms this command does not know"
+                f"{self.path} must be of a run without --mla-down-proj-fusion, whose names of norms are not supported"
             )
         # Megatron's layers of multi-latent attention keep the names of their norms
         is_local = self.args.transformer_impl == "local" and not is_latent
@@ -55,13 +56,13 @@ class FsdpCheckpoint(MegatronCheckpoint):
             _name(name, is_local=is_local): name for name in sizes if _MODEL.match(name) and "_extra_state" not in name
         }
         if not stored:
-            raise ValueError(f"{self.path} holds no model of Megatron-FSDP")
+            raise ValueError(f"{self.path} must hold a model of Megatron-FSDP; no weight was found")
         found = pieces_of({name: sizes[at] for name, at in stored.items()})
         experts = set(range(self.args.num_experts or 0))
         for name, pieces in found.items():
-            # expert-parallel ranks of Megatron-FSDP may give biases of different experts one name
+            # expert-parallel ranks of Megatron-FSDP may store biases of different experts under the same name
             if EXPERTS in name and {piece.offset[0] for piece in pieces} != experts:
-                raise ValueError(f"{self.path} does not hold {name} of all {len(experts)} experts")
+                raise ValueError(f"{self.path} must hold {name} of all {len(experts)} experts; some are missing")
         return {
             name: [dataclasses.replace(piece, stored=stored[piece.stored]) for piece in pieces]
             for name, pieces in found.items()
@@ -69,7 +70,7 @@ class FsdpCheckpoint(MegatronCheckpoint):
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """The flags of its run, `args`."""
+        """The flags of the training run, under the key `args`."""
         held: dict[str, Any] = {"args": None}
         with reading(self.path / ".metadata"):
             load(held, storage_reader=self._reader, no_dist=True)
@@ -77,19 +78,19 @@ class FsdpCheckpoint(MegatronCheckpoint):
 
 
 def _name(stored: str, *, is_local: bool) -> str:
-    """The name that torch_dist gives what Megatron-FSDP stores so, every expert alone."""
+    """The torch_dist name of a tensor in a Megatron-FSDP checkpoint; every expert has its own name."""
     name = _MODEL.sub("", stored, count=1)
     name = _ALONE.sub(rf"{EXPERTS}\1.", name)
     name = _GROUPED.sub(rf"{EXPERTS}\2.\1\3", name)
     if is_local:
-        # a norm is named by the projection it feeds, of which it is a part with Transformer Engine
+        # torch_dist names a norm after the next projection, because Transformer Engine fuses the two
         name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
         name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
     return name
 
 
 def convert(checkpoint: Path, output: Path) -> Path:
-    """Write the checkpoint's weights as a torch_dist checkpoint, without optimizer, at iteration 0."""
+    """Write the weights as a torch_dist checkpoint, without optimizer state, at iteration 0."""
     must_not_exist(output)
     source = FsdpCheckpoint(checkpoint)
     args = copy.copy(source.args)
@@ -106,10 +107,10 @@ def _rows(source: FsdpCheckpoint, name: str, start: int, stop: int) -> torch.Ten
 
 
 def main() -> None:
-    """Convert, as the command line says."""
-    parser = argparse.ArgumentParser(description="Megatron-FSDP's checkpoint as torch_dist.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="What --save named.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder to write.")
+    """Run the conversion from the command line."""
+    parser = argparse.ArgumentParser(description="Convert a Megatron-FSDP checkpoint to torch_dist.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="The folder that --save named.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder to write; must not exist.")
     options = parser.parse_args()
     try:
         print(convert(options.checkpoint, options.output))

@@ -1,9 +1,9 @@
-"""Which of Megatron's flags change the function that a model computes; one list for every command that builds a model.
+"""The flags of Megatron that change the function of a model; all commands that build a model use these lists.
 
-A model is built from the parser's defaults and the flags in its checkpoint that are named here. A list that lacked a
-flag would build another model and say nothing, so every flag of the groups that describe models is in one of three
-lists, and a checkpoint with a flag in none of them is refused. Flags that this Megatron no longer has are not seen, but
-for OLDER_NAMES.
+A model is built from the defaults of Megatron's parser and from the checkpoint's flags in these lists. If a list lacked
+a flag, another model would be built without an error. Therefore every flag of the groups that describe models is in one
+of three lists, and a checkpoint with any other flag of these groups is an error. Flags that the installed Megatron no
+longer has are ignored, except OLDER_NAMES.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODEL_GROUPS = (
     *("experimental_attention_variant", "heterogeneous architecture"),
     *("experimental", "training", "mixed precision", "Transformer-Engine"),
 )
-"""Groups of Megatron's parser whose flags describe the model, some of them its run."""
+"""Groups of Megatron's parser with flags that describe the model; some flags in these groups describe the run."""
 
 FUNCTION = _names(
     """
@@ -59,7 +59,7 @@ FUNCTION = _names(
     mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
     """
 )
-"""They change what a model computes."""
+"""Flags that change the function of a model."""
 
 AS_TRAINED = _names(
     """
@@ -72,7 +72,7 @@ AS_TRAINED = _names(
     tokenizer_hf_no_include_special_tokens trust_remote_code null_tokenizer_eod_id null_tokenizer_pad_id chat_template
     """
 )
-"""They change rounding, the form of the weights or the reading of text: a run is studied with its own."""
+"""Flags that change rounding, the form of the weights or the tokens of a text: commands use the values of the run."""
 
 NOT_THE_MODEL = _names(
     """
@@ -144,31 +144,32 @@ NOT_THE_MODEL = _names(
     fsdp_db_use_persist_buf_on_alloc_fail
     """
 )
-"""They say how a run computes, in what layout, with what kernels and for how long; the default serves as well."""
+"""Flags of the run: layout, kernels, duration. Commands use Megatron's defaults."""
 
 BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
-"""Values of --moe-router-load-balancing-type that are losses; the others choose other experts, in evaluation too."""
+"""Values of --moe-router-load-balancing-type that are losses; other values change the choice of experts, also in
+evaluation."""
 KNOWN_SPECS = ("megatron.core", "emo_megatron.")
-"""Where the layers of --spec may come from: other layers may compute anything."""
+"""Packages that the layers of --spec may come from; layers of other packages may compute anything."""
 OLDER_NAMES = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
-"""What earlier versions of Megatron stored -> the name it has now."""
+"""Names that earlier versions of Megatron stored -> present names."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that raises ValueError, where argparse prints a page of usage and exits."""
+    """A parser that raises ValueError; argparse's own parser prints its usage and exits."""
 
     def error(self, message: str) -> NoReturn:
         """See the class."""
-        refuse(message)
+        fail(message)
 
 
-def refuse(message: str) -> NoReturn:
-    """For the `error` of a parser that is there already."""
+def fail(message: str) -> NoReturn:
+    """Raise ValueError; replaces the method `error` of an existing parser."""
     raise ValueError(message)
 
 
 def stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
-    """The flags in a checkpoint, by the names they have now."""
+    """The flags in a checkpoint, by their present names."""
     args = copy.copy(checkpoint.args)
     for older, name in OLDER_NAMES.items():
         if not hasattr(args, name) and hasattr(args, older):
@@ -179,9 +180,9 @@ def stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
 def model_flags(
     checkpoint: MegatronCheckpoint, parser: argparse.ArgumentParser, *, as_trained: bool = False
 ) -> dict[str, Any]:
-    """What of the flags in a checkpoint makes its model, by the names of Megatron's parser.
+    """The flags in a checkpoint that define the model, by the names of Megatron's parser.
 
-    With `as_trained` those of AS_TRAINED, too.
+    With `as_trained`, the flags of AS_TRAINED are included. ValueError for a flag of models that is in no list.
     """
     stored = vars(stored_flags(checkpoint))
     known = FUNCTION | AS_TRAINED | NOT_THE_MODEL
@@ -189,14 +190,14 @@ def model_flags(
         name = action.dest
         if name not in known and stored.get(name, action.default) != action.default:
             raise ValueError(
-                f"{checkpoint.path}: its run had {action.option_strings[0]} {stored[name]!r}, and this version of "
-                "emo_megatron does not know whether that flag of Megatron changes the model"
+                f"{checkpoint.path}: the run had {action.option_strings[0]} {stored[name]!r}, a Megatron flag that may "
+                "change the model and that this version of emo_megatron does not support"
             )
     spec = stored.get("spec")
     if spec and not str(spec[0]).startswith(KNOWN_SPECS) and spec[0] != "local":
         raise ValueError(
-            f"{checkpoint.path}: its run had the layers of --spec {' '.join(map(str, spec))}, and only those of "
-            f"{' and '.join(name.strip('.') for name in KNOWN_SPECS)} are known here"
+            f"{checkpoint.path}: the layers of --spec must come from "
+            f"{' or '.join(name.strip('.') for name in KNOWN_SPECS)}; the run had --spec {' '.join(map(str, spec))}"
         )
     wanted = FUNCTION | AS_TRAINED if as_trained else FUNCTION
     return {name: value for name, value in stored.items() if name in wanted}

@@ -1,8 +1,8 @@
-"""One set of names for a model's weights, and where Megatron's checkpoint formats keep each.
+"""One set of names for the weights of a model, and the places of these weights in Megatron's checkpoint formats.
 
-Layers apart (`decoder.layers.3.mlp.router.weight`, from 0), experts on the first axis. Megatron stacks equal layers in
-one tensor ([L, ...], `decoder.layers.mlp.router.weight`) unless told otherwise, and can store every expert alone
-(`mlp.experts.experts.5.`) with the halves of a gated projection apart (`weight_w`, `weight_v`).
+Every layer has its own names (`decoder.layers.3.mlp.router.weight`, from 0); experts are on the first axis. By default
+Megatron stacks equal layers in one tensor ([L, ...], `decoder.layers.mlp.router.weight`). Megatron can also store every
+expert separately (`mlp.experts.experts.5.`), with separate halves of a gated projection (`weight_w`, `weight_v`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EXPERTS = "mlp.experts.experts."
-"""Begins, after the layer, the name of every tensor that has the routed experts on its first axis."""
+"""Start, after the layer, of the name of every expert weight; the routed experts are on the first axis."""
 ROUTER = "mlp.router."
-"""Begins, after the layer, the name of the router's tensors, [E, ...]."""
+"""Start, after the layer, of the name of the router's tensors, [E, ...]."""
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<rest>.+)")
 _EXPERT = re.compile(rf"{re.escape(EXPERTS)}(?P<expert>\d+)\.(?P<rest>.+)")
@@ -24,19 +24,19 @@ _HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias))_(?P<half>[wv])")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A stored tensor, or one layer of it, that fills a box of a weight."""
+    """A stored tensor, or one layer of it, and the box (`offset`, `shape`) of a weight with the same values."""
 
     stored: str
     lead: tuple[int, ...]
-    """Where it begins in the stored tensor's first axes, which the weight lacks."""
+    """Index of the piece in the first axes of the stored tensor that the weight lacks: the layer, or nothing."""
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     extra: int
-    """First axes of the weight that the stored tensor lacks."""
+    """Number of first axes of the weight that the stored tensor lacks."""
 
 
 def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
-    """Every weight's name and the stored boxes that fill it."""
+    """The name of every weight -> the pieces that fill the weight."""
     found: dict[str, list[Piece]] = {}
     for stored_name, size in stored.items():
         match = _LAYER.fullmatch(stored_name)
@@ -64,7 +64,7 @@ def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
 
 
 def in_order(name: str) -> tuple[int, int, str]:
-    """Embedding, layers by number, what follows them."""
+    """Sort key of a name: first the embedding, then the layers by number, then the rest."""
     match = _LAYER.fullmatch(name)
     if match:
         return 1, int(match["layer"] or 0), match["rest"]
@@ -72,20 +72,20 @@ def in_order(name: str) -> tuple[int, int, str]:
 
 
 def split_name(name: str) -> tuple[int, str]:
-    """The layer of a weight, from 1, and the rest of its name; 0 and all of it outside the layers."""
+    """The layer of a weight, from 1, and the rest of the name; outside the layers 0 and the whole name."""
     match = _LAYER.fullmatch(name)
     return (int(match["layer"] or 0) + 1, match["rest"]) if match else (0, name)
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a weight has the routed experts on its first axis."""
+    """Whether the first axis of a weight is the routed experts."""
     return split_name(name)[1].startswith((EXPERTS, ROUTER))
 
 
-def refuse_prediction(path: Path, names: Iterable[str]) -> None:
-    """Refuse a checkpoint with layers of multi-token prediction, which commands for trained models do not know."""
+def check_no_prediction(path: Path, names: Iterable[str]) -> None:
+    """Raise ValueError for multi-token prediction, which commands for trained models do not support."""
     if any(name.startswith("mtp.") for name in names):
         raise ValueError(
-            f"{path} has layers of multi-token prediction, which this command does not know: train without "
+            f"{path} must have no layers of multi-token prediction, which this command does not support: train without "
             "--mtp-num-layers"
         )

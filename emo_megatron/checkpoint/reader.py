@@ -1,8 +1,7 @@
-"""Megatron's distributed checkpoints by tensor name and slice: the model's weights, whatever layout wrote them.
+"""Read weights from Megatron's distributed checkpoints by name and slice, for any parallel layout of the training run.
 
-Every checkpoint has the names of names.py (`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`, [E, 2f, h]).
-Nothing is read but what is asked for, chunk by chunk (Megatron stores each expert in a chunk of its own). No process
-group is needed.
+Weights have the names of names.py (`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`, [E, 2f, h]). Only the
+requested parts are read, chunk by chunk (Megatron stores each expert in a separate chunk). No process group is needed.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known without reading the tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,11 +52,11 @@ class MegatronCheckpoint:
     """A `torch_dist` checkpoint, read in this process.
 
     Args:
-        path: the folder that `--save` named (its latest checkpoint is taken) or one iteration's folder in it.
+        path: the folder that `--save` named (the latest checkpoint is read), or the folder of one iteration in it.
 
     Attributes:
-        path: the iteration's folder.
-        names: every weight of the model, optimizer left out, in the order of layers.
+        path: the folder of the iteration.
+        names: every weight of the model, without the optimizer, in the order of layers.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -80,7 +79,7 @@ class MegatronCheckpoint:
                 and (self.path / place.relative_path).stat().st_size < place.offset + place.length
             ]
         if cut:
-            raise ValueError(f"{self.path / cut[0]} was cut short")
+            raise ValueError(f"{self.path / cut[0]} was cut short: copy or save the checkpoint again")
         self._pieces = self._found(sizes)
         self.names: dict[str, TensorInfo] = {
             name: TensorInfo(
@@ -91,24 +90,24 @@ class MegatronCheckpoint:
         }
         for name, info in self.names.items():
             if sum(math.prod(piece.shape) for piece in self._pieces[name]) != math.prod(info.shape):
-                raise ValueError(f"{self.path} is not whole: it has a part of {name} only")
+                raise ValueError(f"{self.path} is not whole: it holds only a part of {name}")
 
     def _folder(self, path: Path) -> Path:
         """The folder with the checkpoint's metadata."""
         folder = tracked_folder(path) or path
         if not folder.is_dir():
-            raise ValueError(f"no checkpoint in {path}: {folder} does not exist")
+            raise ValueError(f"{path} must hold a checkpoint; {folder} does not exist: name another folder")
         with reading(folder / "metadata.json"):
             config = maybe_load_config(str(folder))
         if config is None and (folder / ".metadata").exists():
             raise ValueError(
-                f"{folder} is not a torch_dist checkpoint: one of Megatron-FSDP (--ckpt-format fsdp_dtensor) becomes "
-                f"one with python -m emo_megatron.checkpoint.fsdp --checkpoint {path} --output NEW_FOLDER"
+                f"{folder} is not a torch_dist checkpoint: convert a checkpoint of Megatron-FSDP (--ckpt-format "
+                f"fsdp_dtensor) with python -m emo_megatron.checkpoint.fsdp --checkpoint {path} --output NEW_FOLDER"
             )
         if config is None or config.sharded_backend != "torch_dist":
             raise ValueError(
-                f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with its {TRACKER}, or "
-                "one iteration's in it, and convert other formats with Megatron's --ckpt-convert-format torch_dist"
+                f"{folder} is not a torch_dist checkpoint: name the folder that --save wrote, with {TRACKER}, or the "
+                "folder of one iteration; convert other formats with Megatron's --ckpt-convert-format torch_dist"
             )
         return folder
 
@@ -117,8 +116,8 @@ class MegatronCheckpoint:
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """What the checkpoint holds besides tensors, through Megatron's own reader: args, iteration, ..."""
-        # where earlier versions of Megatron keep it
+        """The content of the checkpoint that is not tensors, read by Megatron's own reader: args, iteration, ..."""
+        # the file of earlier versions of Megatron
         file = "common.pt"
         if not (self.path / file).exists():
             stored = self._metadata.storage_data.items()
@@ -130,7 +129,7 @@ class MegatronCheckpoint:
 
     @property
     def args(self) -> argparse.Namespace:
-        """The flags of the run that wrote it."""
+        """The flags of the run that wrote the checkpoint."""
         args = self.common.get("args")
         if args is None and (self.path / "run_config.yaml").is_file():
             raise ValueError(
@@ -138,12 +137,12 @@ class MegatronCheckpoint:
                 "Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
             )
         if not isinstance(args, argparse.Namespace):
-            raise ValueError(f"{self.path} does not hold the flags of its run: save it again")
+            raise ValueError(f"{self.path} must hold the flags of its run, and has none: save the checkpoint again")
         lacking = [name for name in ("num_experts", "moe_router_topk") if not hasattr(args, name)]
         if lacking:
             raise ValueError(
-                f"the flags in {self.path} lack {', '.join(lacking)}: it was written by a version of Megatron that is "
-                "not supported; load it in a supported one and save it again"
+                f"the flags in {self.path} lack {', '.join(lacking)}: the version of Megatron that wrote this "
+                "checkpoint is not supported; load and save the checkpoint with a supported version"
             )
         return args
 
@@ -159,11 +158,11 @@ class MegatronCheckpoint:
         return router_fingerprint(self.read(f"decoder.layers.{layer - 1}.{ROUTER}weight") for layer in self.moe_layers)
 
     def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
-        """A weight, or a part of it along its first axis, as indexing with `index` gives it.
+        """A weight, or the part weight[index] along the first axis.
 
         Args:
             name: one of `names`.
-            index: a place (the axis is dropped), a slice, or places in the order wanted; None: all of it.
+            index: one row (the axis is dropped), a slice, or rows in any order; None: the whole weight.
         """
         shape = self.names[name].shape
         if index is None:
@@ -180,7 +179,7 @@ class MegatronCheckpoint:
         return result[0] if isinstance(index, int) else result
 
     def read_box(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The part of a weight that begins at `offset` and has this shape."""
+        """The part of a weight that starts at `offset` and has the shape `shape`."""
         result = torch.empty(tuple(shape), dtype=self.names[name].dtype)
         plan = _Plan()
         self._plan(plan, name, tuple(offset), result)
@@ -188,7 +187,7 @@ class MegatronCheckpoint:
         return result
 
     def _plan(self, plan: _Plan, name: str, offset: Sequence[int], result: Tensor) -> None:
-        """Add the reads that fill `result`, the box of a weight at `offset`."""
+        """Add the reads that fill `result` with the box of a weight at `offset`."""
         for piece in self._pieces[name]:
             low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
             high = [
@@ -213,7 +212,7 @@ class MegatronCheckpoint:
 
 
 class _Plan(DefaultLoadPlanner):
-    """Reads into tensors that are at hand."""
+    """Reads into existing tensors."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -221,13 +220,13 @@ class _Plan(DefaultLoadPlanner):
         self._targets: dict[str, list[Tensor]] = {}
 
     def add(self, stored: str, offset: Sequence[int], target: Tensor) -> None:
-        """Fill `target` with the box of the stored tensor that begins at `offset`."""
+        """Fill `target` with the box of the stored tensor that starts at `offset`."""
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=target.shape)
         self._boxes.setdefault(stored, []).append(chunk)
         self._targets.setdefault(stored, []).append(target)
 
     def items(self, stored: dict[str, TensorStorageMetadata]) -> list[ReadItem]:
-        """The reads, all boxes of a tensor matched with its chunks at once."""
+        """The reads; all boxes of one stored tensor are matched with its chunks in one call."""
         return [
             item
             for name, boxes in self._boxes.items()
@@ -243,49 +242,49 @@ class _Plan(DefaultLoadPlanner):
         return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the target is the caller's tensor."""
+        """Does nothing: `tensor` is a view of the caller's tensor."""
 
 
 def tracked_folder(run: Path) -> Path | None:
-    """The iteration's folder that the tracker in a run's folder names, as Megatron takes it; None without a tracker."""
+    """The folder of the iteration that the tracker in a run's folder names, as in Megatron; None without a tracker."""
     tracker = run / TRACKER
     if not tracker.is_file():
         return None
     said = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if said == RELEASE:
         return run / RELEASE
-    # int() refuses thousands of digits
+    # int() raises an error for thousands of digits
     if not (said.isascii() and said.isdigit() and len(said) < 20):
         raise ValueError(
             f"{tracker} must hold the number of an iteration or {RELEASE!r}; got {said[:80]!r}: name the folder of an "
-            "iteration, or write its number there"
+            "iteration, or correct this file"
         )
     return run / f"iter_{int(said):07d}"
 
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Read a file of a checkpoint in this block; whatever a damaged or foreign one causes is told with its name.
+    """Read a file of a checkpoint in this block; ValueError with the file's name for a damaged or foreign file.
 
-    What the machine refuses, such as a file that may not be read, is raised as it is where it names the file.
+    An error of the machine, such as a file without read permission, is raised unchanged if the error names the file.
     """
     try:
         yield
     except (CheckpointException, Exception) as raised:
-        # torch's loader wraps everything, with a traceback as its text
+        # torch's loader wraps every error, and its message is a traceback
         error = next(iter(raised.failures.values()))[0] if isinstance(raised, CheckpointException) else raised
-        # a damaged length asks for more memory than any machine has, and is the file's fault
+        # a damaged length requests more memory than any machine has: an error of the file, not of the machine
         if not isinstance(error, Exception) or machine_error(error) is not None:
             raise error from None
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{file} is damaged, or another version of Megatron wrote it: {reason}") from raised
+        raise ValueError(f"{file} is damaged, or another version of Megatron wrote the file: {reason}") from raised
 
 
 def metadata_of(checkpoint: MegatronCheckpoint) -> ModelMetadata:
-    """What choosing experts needs to know of the model in a checkpoint."""
+    """The metadata of a checkpoint's model that the choice of experts needs."""
     layers = checkpoint.moe_layers
     if not layers:
-        raise ValueError(f"the model in {checkpoint.path} has no routed experts")
+        raise ValueError(f"the model in {checkpoint.path} must have routed experts; it has none: name another model")
     args = checkpoint.args
     num_experts = int(args.num_experts)
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.names.items()}
@@ -294,16 +293,9 @@ def metadata_of(checkpoint: MegatronCheckpoint) -> ModelMetadata:
     return ModelMetadata(
         fingerprint=checkpoint.fingerprint,
         num_experts=num_experts,
-        num_shared=num_shared_experts(args),
         top_k=int(args.moe_router_topk),
         layers=layers,
         expert_parameters=routed // (len(layers) * num_experts),
         other_parameters=sum(sizes.values()) - routed,
         bytes_per_parameter=max(dtype.itemsize for dtype in stored),
     )
-
-
-def num_shared_experts(args: object) -> int:
-    """Shared experts as the paper counts them: Megatron has one, as wide as all of them together."""
-    width = getattr(args, "moe_shared_expert_intermediate_size", None) or 0
-    return -(-width // (getattr(args, "moe_ffn_hidden_size", None) or width)) if width else 0

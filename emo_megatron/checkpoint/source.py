@@ -1,8 +1,8 @@
-"""The checkpoint that a model's weights come from: which one Megatron loads, and the check that it did.
+"""Find the checkpoint that Megatron will load, and check that Megatron loaded this checkpoint.
 
-Megatron is given the folder of a run and finds the iteration by itself; where it finds none, it goes on with random
-weights. So a path that was opened here is handed to Megatron in a form that leaves nothing to find, and what a training
-run will load is found here by Megatron's own rules.
+Megatron receives the folder of a run and chooses the iteration. If Megatron finds no iteration, Megatron continues with
+random weights. Therefore commands pass Megatron a folder with only one checkpoint. For a training run, this module
+finds the checkpoint by Megatron's own rules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emo_megatron.finite import check_weight
 
 @contextlib.contextmanager
 def run_with(folder: Path) -> Iterator[Path]:
-    """A run's folder, for --load, whose only checkpoint is `folder`, whatever its name and whatever lies beside it."""
+    """A temporary folder for --load, whose only checkpoint is `folder`."""
     with tempfile.TemporaryDirectory(prefix="emo_megatron.") as name:
         run = Path(name)
         (run / TRACKER).write_text(RELEASE)
@@ -34,58 +34,58 @@ def run_with(folder: Path) -> Iterator[Path]:
 
 
 def is_run(path: str | None) -> bool:
-    """Whether Megatron takes a path for the folder of a run that has saved."""
+    """Whether Megatron accepts a path as the folder of a run with a checkpoint."""
     return path is not None and (Path(path) / TRACKER).is_file()
 
 
 def loaded_by_megatron(args: argparse.Namespace) -> MegatronCheckpoint:
-    """The checkpoint that a training run will load, by the rules of Megatron's `load_checkpoint` for its flags."""
+    """The checkpoint that a training run with these flags will load, by the rules of Megatron's `load_checkpoint`."""
     flag, path = "--load", args.load
     if args.pretrained_checkpoint is not None and not is_run(path):
         flag, path = "--pretrained-checkpoint", args.pretrained_checkpoint
     if path is None:
-        raise ValueError("no checkpoint is loaded: name it with --load")
+        raise ValueError("the run must load a checkpoint, and the flags name none: name it with --load")
     folder = tracked_folder(Path(path))
-    # a tracker that says "release" wins over --ckpt-step; --pretrained-checkpoint must have a tracker
+    # a tracker with "release" overrides --ckpt-step; --pretrained-checkpoint must have a tracker
     is_release = folder is not None and folder.name == RELEASE
     if args.ckpt_step and not is_release and (folder or flag == "--load"):
         folder = Path(path) / f"iter_{args.ckpt_step:07d}"
     if folder is None:
         raise ValueError(
-            f"{flag} {path} has no {TRACKER}, so Megatron would load nothing and start from random weights: name the "
-            "folder that --save named"
+            f"{flag} must name a folder with {TRACKER}; {path} has none, so Megatron would start from random weights: "
+            "name the folder that --save named"
         )
     return MegatronCheckpoint(folder)
 
 
 def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
-    """Refuse a layer whose router is not the checkpoint's."""
+    """Raise ValueError if the router of a layer differs from the router in the checkpoint."""
     number = layer.layer_number
     prefix = f"decoder.layers.{number - 1}.{ROUTER}"
     found = {name: tensor.detach().cpu() for name, tensor in layer.router.state_dict().items()}
     wanted = {n.removeprefix(prefix): checkpoint.read(n) for n in checkpoint.names if n.startswith(prefix)}
     for name, tensor in wanted.items():
-        # NaN is not even itself
+        # NaN is not equal to NaN, so the comparison below would fail without naming the cause
         check_weight(f"{ROUTER}{name}", tensor, layer=number, experts=range(len(tensor)))
-    # a bias of the experts is stored beside the weight, and chooses as much
+    # the router's stored expert bias also affects the choice of experts
     is_same = "weight" in wanted and all(
         name in found and torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in wanted.items()
     )
     if not is_same:
         raise ValueError(
-            f"Megatron did not load {checkpoint.path}: the router of layer {number} is not the one stored there"
+            f"Megatron did not load {checkpoint.path}: the router of layer {number} differs from the stored router"
         )
 
 
 def check_routers(model: Any, checkpoint: MegatronCheckpoint) -> None:
-    """`check_router` for every MoE layer of this process's part of a model; multi-token prediction's count apart."""
+    """`check_router` for every MoE layer of the decoder in this process; multi-token prediction is not checked."""
     for layer in model.decoder.modules():
         if isinstance(layer, MoELayer):
             check_router(layer, checkpoint)
 
 
 def check_routers_when_started(model: Any, checkpoint: MegatronCheckpoint) -> None:
-    """`check_routers` at the first forward pass of a model that is not loaded yet."""
+    """Run `check_routers` at the first forward pass, for a model that is not loaded yet."""
 
     def check(*_: Any) -> None:
         first_forward.remove()
@@ -95,7 +95,7 @@ def check_routers_when_started(model: Any, checkpoint: MegatronCheckpoint) -> No
 
 
 def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None:
-    """Refuse a placement of another model, and a model whose experts' numbers mean something."""
+    """Raise ValueError for a placement of another model, and for a model that depends on the order of experts."""
     args = parent.args
     try:
         placement.check_model(parent.fingerprint, layers=parent.moe_layers)
@@ -103,10 +103,10 @@ def check_placement(parent: MegatronCheckpoint, *, placement: Placement) -> None
         raise ValueError(f"{parent.path}: {error}") from None
     for name, most, why in (
         ("pool_forced", 0, "the last experts are in every pool"),
-        ("moe_router_num_groups", 1, "experts are routed in groups of neighbours"),
+        ("moe_router_num_groups", 1, "experts with neighbouring numbers form groups"),
     ):
         if (getattr(args, name, None) or 0) > most:
             raise ValueError(
-                f"the run was trained with --{name.replace('_', '-')} {getattr(args, name)}: {why}, and other numbers "
-                "would make another model of it"
+                f"the model must not depend on the order of experts; the run had --{name.replace('_', '-')} "
+                f"{getattr(args, name)}: {why}, so a new order would be another model"
             )

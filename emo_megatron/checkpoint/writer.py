@@ -1,8 +1,9 @@
 """Write weights as a checkpoint that stock Megatron loads with --load, under any parallel layout.
 
-A `release` checkpoint, Megatron's form for weights without a run: it starts at iteration 0 with a fresh optimizer. Each
-expert is a chunk of its own, so that ranks read theirs alone; weights may be given as functions, which are asked for
-one chunk at a time. The folder appears whole or not at all. No process group is needed.
+The result is a `release` checkpoint, Megatron's form for weights without a run: training starts at iteration 0 with a
+fresh optimizer. Each expert is a separate chunk, so that a rank reads only the rank's own experts. A weight may be a
+function, which is called for one chunk at a time. The folder appears complete or not at all. No process group is
+needed.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from emo_megatron.files import whole
 from emo_megatron.finite import check_weight
 
 CONTENT = {
-    # every layer has names of its own, also in a model of equal layers
+    # every layer has its own names, also in a model of equal layers
     "non_homogeneous_layers": True,
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-"""What Megatron reads to know how names were formed."""
+"""Megatron reads this entry to find out how the names were formed."""
 
 Note = Callable[[Path], object]
 """Writes one file."""
@@ -46,13 +47,13 @@ Note = Callable[[Path], object]
 
 @dataclass(frozen=True, kw_only=True)
 class LazyWeight:
-    """A weight that is made while it is written.
+    """A weight that is computed while it is written.
 
     Attributes:
         shape: of the whole weight.
-        dtype: of what it gives.
-        rows: gives the part [start, stop) along the first axis.
-        experts: numbers, in the model they come from, of the experts on the first axis; empty: their places.
+        dtype: of the parts that `rows` returns.
+        rows: returns the part [start, stop) along the first axis.
+        experts: for error messages, the numbers in the source model of the experts on the first axis; empty: 0, 1, ...
     """
 
     shape: tuple[int, ...]
@@ -72,10 +73,10 @@ def write_checkpoint(
 
     Args:
         path: folder for --load; must not exist.
-        weights: by the names of `MegatronCheckpoint.names`, all of the model's.
-        args: flags of a run of this model (num_experts, hidden_size, ...), as another run would parse them; those
-            that tell how far it got and under which layout are reset here.
-        notes: more files for `path`, by name; written when all weights are.
+        weights: all weights of the model, by the names of `MegatronCheckpoint.names`.
+        args: parsed flags of a run of this model (num_experts, hidden_size, ...). The flags for the progress of the run
+            and for the parallel layout are reset here.
+        notes: more files for `path`, by name; written after all weights.
     """
     path = Path(path)
     with whole(path, is_new=True) as unfinished:
@@ -95,14 +96,14 @@ def _save(folder: Path, planner: _Writer) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")
-            # nothing ahead: a chunk is made when the one before it is written
+            # no chunk ahead: a chunk is computed after the previous chunk is written
             writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
             save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
-        # wraps everything, also what is no error of the checkpoint, and is no Exception itself
+        # CheckpointException wraps every error, and is not a subclass of Exception
         failed, _ = next(iter(error.failures.values()))
     if failed is not None:
-        # out here it keeps its own context, where torch's writer has the machine's error
+        # raised outside the except block to keep the error's own context, which holds the error of the machine
         raise failed
 
 
@@ -125,14 +126,14 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Bytes(io.BytesIO):
-    """Gives its bytes as a copy: collecting a view that a failed write left behind crashes Python 3.12.1."""
+    """Returns its bytes as a copy: garbage collection of a view that a failed write left crashes Python 3.12.1."""
 
     def getbuffer(self) -> Any:
         return self.getvalue()
 
 
 class _Writer(DefaultSavePlanner):
-    """Plans a chunk for every expert and one for every other weight, and makes each when it is its turn."""
+    """Plans one chunk per expert and one per other weight, and computes each chunk just before writing it."""
 
     def __init__(self, weights: Mapping[str, Tensor | LazyWeight], *, common: dict[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -154,7 +155,7 @@ class _Writer(DefaultSavePlanner):
         self._bar.update()
         name = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
-            # as Megatron's writer does: a list of the ranks' objects
+            # like Megatron's writer: a list of the objects of all ranks
             buffer = _Bytes()
             torch.save([self._objects[name]], buffer)
             return buffer
@@ -194,7 +195,7 @@ def _chunks(name: str, weight: Tensor | LazyWeight) -> Iterator[WriteItem]:
 
 
 def _extra_states(name: str, num_rows: int) -> Iterator[str]:
-    """Names of the empty objects that Megatron's linear layers keep beside a weight (FP8 scales in others' models)."""
+    """Names of the empty objects that Megatron's linear layers store with a weight (FP8 scales in models with FP8)."""
     module, _, kind = name.rpartition(".")
     if kind != "weight" or not module.startswith("decoder.layers.") or ".linear_" not in module:
         return
@@ -202,5 +203,5 @@ def _extra_states(name: str, num_rows: int) -> Iterator[str]:
     for shard in range(count):
         yield f"{module}._extra_state/shard_{shard}_{count}"
     if module.endswith("self_attention.linear_qkv"):
-        # Transformer Engine's attention has one too
+        # Transformer Engine's attention also has such an object
         yield f"{module.removesuffix('linear_qkv')}core_attention._extra_state/shard_0_1"

@@ -21,7 +21,7 @@ from emo_megatron.checkpoint.edit import (
 from emo_megatron.checkpoint.reader import metadata_of
 from emo_megatron.commands.options import unset
 from emo_megatron.experts.compose import Rule, compose_selections
-from emo_megatron.experts.select import parse_keep
+from emo_megatron.experts.select import parse_keep, parse_size
 from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.experts.stats import ExpertStatistics, load_stats
 from emo_megatron.files import must_not_exist
@@ -68,8 +68,7 @@ def run(options: Options) -> Path:
     stats = _stats(options.stats, selections=selections)
     keep = None
     if options.keep is not None and selections:
-        num_experts, top_k = selections[0].num_experts, _top_k(modules, stats=stats)
-        keep = parse_keep(options.keep, num_experts=num_experts, top_k=top_k)
+        keep = _keep(options.keep, selections[0].num_experts, modules, stats=stats)
     composed = compose_selections(
         selections, keep=keep, scores=[measured.mean_probability_LE for measured in stats], rule=options.rule
     )
@@ -84,11 +83,13 @@ def run(options: Options) -> Path:
     return edit.write(options.output, notes={SELECTION_FILE: composed.save})
 
 
-def _top_k(modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> int:
-    """Fewest routed experts that a layer can have; Selections alone do not say how many a token is routed to."""
-    if stats:
-        return stats[0].model.top_k
-    return metadata_of(modules[0].checkpoint).top_k if modules else 1
+def _keep(text: str, num_experts: int, modules: Sequence[Module], *, stats: Sequence[ExpertStatistics]) -> int:
+    """Routed experts per layer. Selections do not store the top-k of the model: without statistics and modules,
+    extract checks the lower bound."""
+    if not stats and not modules:
+        return parse_size(text, num_experts=num_experts)
+    model = stats[0].model if stats else metadata_of(modules[0].checkpoint)
+    return parse_keep(text, num_experts=num_experts, top_k=model.top_k)
 
 
 def _stats(paths: Sequence[Path], *, selections: Sequence[Selection]) -> list[ExpertStatistics]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
+
 from emo_megatron.commands.options import DataOptions, check_least, unset
 from emo_megatron.experts.calibration import Calibration, Documents
 from emo_megatron.experts.select import RANDOM, MaxLossIncrease, check_method, parse_keep, parse_size
@@ -44,11 +46,11 @@ class Options(DataOptions):
     """Validation documents: a file, or a folder with files of the same names; must differ from --data."""
     output: Path
     """Folder for retention.csv, .json, .png and .txt; the files of an earlier call on the same model are replaced."""
-    keep: tuple[str, ...] = ("50%", "25%", "12.5%")
+    keep: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SIZE ...")] = ("50%", "25%", "12.5%")
     """Routed experts per layer: shares such as 25%, or numbers such as "8 routed". No value: only the whole model."""
-    methods: tuple[str, ...] = ("mean_prob",)
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ("mean_prob",)
     """Methods that choose the experts, as for select --method."""
-    max_loss_increase: str = "1%"
+    max_loss_increase: Annotated[str, tyro.conf.arg(metavar="BOUND")] = "1%"
     """Report the smallest size within this bound: a share of the loss such as 1%, or nats per token such as 0.05."""
     cross_sizes: Annotated[tuple[str, ...] | None, unset("SIZE ...", "all sizes of --keep")] = None
     """Sizes of --keep at which every module is also measured on other domains."""

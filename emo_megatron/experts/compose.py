@@ -1,7 +1,7 @@
-"""Which experts a composition of modules of one parent keeps.
+"""Choose the experts of a composition of modules of one parent.
 
-Shapes: L MoE layers, E routed experts of the parent. Mixing several domains' scores follows EASY-EP (arXiv 2504.06792):
-each layer's scores of a domain are divided by their sum, then added over domains.
+Shapes: L MoE layers, E routed experts of the parent. Scores of several domains are combined as in EASY-EP (arXiv
+2504.06792): the scores of one domain in one layer are divided by their sum, and the results are added over domains.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ def compose_selections(
 
     Args:
         selections: of the same parent.
-        keep: routed experts kept in every layer; None: as many as the largest union of a layer.
-        scores: [L, E] for each selection in its order, higher is better. They decide which experts of a union that is
-            too large stay, and which fill one that is too small.
-        rule: "union" prefers experts of the selections; "score" looks at the added scores of all experts alone.
+        keep: routed experts per layer; None: the size of the largest union of a layer.
+        scores: [L, E] for each selection, in the order of the selections; higher is better. If the union of a layer is
+            larger than `keep`, the scores choose among the union; if smaller, the scores choose additional experts.
+        rule: "union" prefers experts of the selections; "score" uses only the added scores of all experts.
     """
     first = _check_parents(selections)
     union_LE = torch.stack([s.keep_mask() for s in selections]).any(dim=0)
     sizes_L = union_LE.sum(dim=1)
     if keep is None:
         if rule == "score":
-            raise ValueError("--rule score needs --keep: scores alone set no number of experts")
+            raise ValueError("--rule score needs --keep, because scores do not determine the number of experts")
         keep = int(sizes_L.max())
     if not 1 <= keep <= first.num_experts:
-        raise ValueError(f"--keep must lie in [1, {first.num_experts}], the parent's routed experts; got {keep}")
+        raise ValueError(f"--keep must be in [1, {first.num_experts}], the parent's routed experts; got {keep}")
     total_LE = torch.zeros(union_LE.shape, dtype=torch.float64)
     if scores:
         total_LE = _added(scores, selections=selections)
     elif rule == "score" or bool((sizes_L != keep).any()):
         low, high = int(sizes_L.min()), int(sizes_L.max())
         raise ValueError(
-            f"the union keeps {low} to {high} experts a layer, and {keep} are asked for: give --stats, one file for "
-            "each selection, so that scores decide which to keep"
+            f"scores must choose the experts: the union has {low} to {high} experts per layer, and the result must "
+            f"have {keep}; add --stats, one file per selection"
         )
     if rule == "union":
-        # more than all added scores together: an expert of a selection comes before any other
+        # more than the sum of all scores: experts of the selections rank before all other experts
         total_LE = total_LE + union_LE * (len(selections) + 1.0)
     return Selection.from_mask(
         select_top(total_LE, keep=keep),
@@ -72,15 +72,17 @@ def _check_parents(selections: Sequence[Selection]) -> Selection:
         try:
             first.check_model(other.model, num_experts=other.num_experts, layers=other.layers)
         except ValueError as error:
-            raise ValueError(f"selections 1 and {number} are of different parents: {error}") from None
+            raise ValueError(f"--selections 1 and {number} must have the same parent: {error}") from None
     return first
 
 
 def _added(scores: Sequence[Tensor], *, selections: Sequence[Selection]) -> Tensor:
     if len(scores) != len(selections):
-        raise ValueError(f"--stats must name one file for each selection: {len(scores)} for {len(selections)}")
+        raise ValueError(
+            f"--stats must name one file per selection; got {len(scores)} files for {len(selections)} selections"
+        )
     shape = (len(selections[0].layers), selections[0].num_experts)
     if wrong := [tuple(s.shape) for s in scores if s.shape != shape]:
-        raise ValueError(f"scores must have the shape {shape} of layers and experts; got {wrong[0]}")
+        raise ValueError(f"scores must have the shape {shape} (layers, experts); got {wrong[0]}")
     parts = [s.double() / s.double().sum(dim=1, keepdim=True).clamp(min=1e-300) for s in scores]
     return torch.stack(parts).sum(dim=0)

@@ -1,11 +1,11 @@
-"""Which expert-parallel rank holds which experts: those that tokens use together on one rank, no rank overloaded.
+"""Assign experts to expert-parallel ranks: experts that tokens use together share a rank, and no rank is overloaded.
 
-A token's row goes once to every rank that holds any of its experts, so ranks per token fall when experts that are used
-together lie together. That is balanced graph partitioning: experts are nodes, the tokens routed to both an edge's
-weight, ranks are parts of equally many experts whose load is bounded. `coactivation` starts from several placements and
-swaps pairs of experts while that helps, as Kernighan and Lin (1970) do; `load` is the usual packing by loads alone (as
-EPLB's), to compare with. Co-activation knows pairs: what lies together is exactly the rows that top-2 routing saves,
-and stands in for them with more experts a token.
+Dispatch sends a token's row once to every rank with any of the token's experts. A token therefore needs fewer ranks if
+experts that are used together are on one rank. This is balanced graph partitioning. Experts are nodes, the weight of an
+edge is the number of tokens routed to both experts, and each rank is a part with E / R experts and a bounded load.
+`coactivation` improves several starting placements by swaps of two experts, as Kernighan and Lin (1970) do. `load` is
+the usual packing by loads alone (as in EPLB), for comparison. Co-activation counts pairs. With top-2 routing, the pairs
+on one rank are exactly the saved rows; with more experts per token, the pairs are an approximation.
 
 Shapes: L MoE layers, E routed experts, R ranks.
 """
@@ -30,64 +30,69 @@ from emo_megatron.json_files import are_layers, checked, is_a, read_own, to_json
 FORMAT = "emo_megatron.placement.1"
 Method = Literal["coactivation", "load"]
 Ranks = npt.NDArray[np.int64]
-"""[E], the rank of every expert."""
+"""[E], the rank of each expert."""
 Weights = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """A new order of the experts of every layer: rank r holds places [r * E / R, (r + 1) * E / R)."""
+    """A new order of the experts of each layer: rank r has the positions [r * E / R, (r + 1) * E / R)."""
 
     num_experts: int
     num_ranks: int
     layers: tuple[int, ...]
     """Numbers of the MoE layers, from 1."""
     order: tuple[tuple[int, ...], ...]
-    """For each layer, the expert that comes to each place."""
+    """For each layer, the expert at each position."""
     model: str
-    """`router_fingerprint` of the model whose experts these are."""
+    """`router_fingerprint` of the model."""
     method: str
     max_imbalance: float
-    """Load of the fullest rank over the mean that was aimed at, at most."""
+    """Requested upper bound of the load of the most loaded rank, divided by the mean load."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_ranks"):
             if not is_a(getattr(self, name), int) or not 1 <= getattr(self, name) <= MOST_EXPERTS:
-                raise ValueError(f"{name} must be a number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be a whole number in [1, {MOST_EXPERTS}]; got {getattr(self, name)!r}")
         _check_ranks(self.num_experts, self.num_ranks)
         _check_bound(self.max_imbalance, name="max_imbalance")
         if not are_layers(self.layers):
             raise ValueError(f"layers must be ascending numbers from 1; got {self.layers}")
         if len(self.order) != len(self.layers):
-            raise ValueError(f"a placement has one order a layer; got {len(self.order)} for {len(self.layers)}")
+            raise ValueError(
+                f"order must have one entry per layer; got {len(self.order)} for {len(self.layers)} layers"
+            )
         for layer, order in zip(self.layers, self.order, strict=True):
             if not all(is_a(e, int) for e in order) or sorted(order) != [*range(self.num_experts)]:
                 raise ValueError(
-                    f"layer {layer}: the order must hold each of {self.num_experts} experts once; got "
+                    f"layer {layer}: the order must contain each of {self.num_experts} experts once; got "
                     f"{reprlib.repr(order)}"
                 )
 
     @property
     def by_layer(self) -> dict[int, tuple[int, ...]]:
-        """The order of each layer by its number."""
+        """Layer number -> order."""
         return dict(zip(self.layers, self.order, strict=True))
 
     def check_model(self, fingerprint: str, *, layers: Sequence[int]) -> None:
-        """Refuse another model than the one whose experts were placed."""
+        """Raise ValueError if the placement was made for another model."""
         if fingerprint != self.model or tuple(layers) != self.layers:
-            raise ValueError("the placement is of another model, or of this one under other labels: its routers differ")
+            raise ValueError(
+                "the placement is of another model, or of this model with another order of experts, because the "
+                "routers differ: run stats and place on this checkpoint"
+            )
 
     def save(self, path: Path) -> Path:
-        """Write the file, whole or not at all; returns its path."""
+        """Write the file, complete or not at all; return the path."""
         with whole(path) as unfinished:
             unfinished.write_text(to_json({"format": FORMAT} | asdict(self)) + "\n")
         return path
 
 
 def load_placement(path: Path) -> Placement:
-    """Read a placement file; one that is damaged or of another version is an error with its name."""
+    """Read a placement file; ValueError with the path for a file that is damaged or of another version."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no placement file {path}; write one with place")
+        raise FileNotFoundError(f"there is no placement file {path}: write one with place")
     names = [f.name for f in fields(Placement)]
     stored = read_own(path, kind="a placement file", format=FORMAT, fields=names, made_by="place")
     kinds = {"layers": list, "order": list, "model": str, "method": str, "max_imbalance": float}
@@ -95,7 +100,7 @@ def load_placement(path: Path) -> Placement:
     try:
         for order in stored["order"]:
             if not isinstance(order, list):
-                raise ValueError(f"order must have a list for each layer; got {reprlib.repr(order)}")
+                raise ValueError(f"order must have one list per layer; got {reprlib.repr(order)}")
         stored["layers"] = tuple(stored["layers"])
         stored["order"] = tuple(map(tuple, stored["order"]))
         return Placement(**stored)
@@ -114,11 +119,12 @@ def place(
     """Place the experts of every layer.
 
     Args:
-        stats: of text like that of the run to be.
+        stats: measured on text that is similar to the text of the planned run.
         num_ranks: R, a divisor of E.
-        method: `coactivation`, or `load` alone.
-        max_imbalance: load (tokens, counted once for each expert) of the fullest rank over the mean; at least 1. Where
-            loads do not allow it, no rank gets fuller than the fullest of the most balanced start.
+        method: `coactivation` or `load`.
+        max_imbalance: bound of the load (tokens, counted once per expert) of the most loaded rank, divided by the mean
+            load; at least 1. If the loads do not allow this bound, the bound is the highest load of a rank in the most
+            balanced start.
         seed: of the order in which swaps are tried.
     """
     _check_ranks(stats.model.num_experts, num_ranks)
@@ -146,7 +152,7 @@ def place(
 
 
 def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
-    """Heaviest expert first, each to the least loaded rank with room: EPLB's packing without replicas."""
+    """Assign the most loaded expert first, each to the least loaded rank with room: EPLB's packing without replicas."""
     size = len(load_E) // num_ranks
     rank_E = np.empty(len(load_E), np.int64)
     total_R, held_R = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
@@ -159,9 +165,9 @@ def pack_by_load(load_E: Weights, *, num_ranks: int) -> Ranks:
 
 
 def place_by_coactivation(coactivation_EE: Weights, *, num_ranks: int, max_imbalance: float, seed: int) -> Ranks:
-    """The best of some starts, each bettered by swaps; the rest as in `place`.
+    """The best of several starts, each improved by swaps; other arguments as in `place`.
 
-    coactivation_EE: [E, E] tokens routed to both experts, the diagonal each expert's own.
+    coactivation_EE: [E, E] tokens routed to both experts; the diagonal is the number of tokens routed to each expert.
     """
     load_E = coactivation_EE.diagonal().copy()
     weight_EE = coactivation_EE - np.diag(load_E)
@@ -176,21 +182,21 @@ def place_by_coactivation(coactivation_EE: Weights, *, num_ranks: int, max_imbal
 
     asked = max_imbalance * load_E.sum() / num_ranks
     rng = np.random.default_rng(seed)
-    # loads may not allow the bound that was asked for; the most balanced start always keeps to its own
+    # the loads may not allow the requested bound; the most balanced start always satisfies the second bound
     for bound in (asked, min(map(fullest, starts))):
         ends = [_swap(start, weight_EE, load_E, num_ranks=num_ranks, bound=bound, rng=rng) for start in starts]
         if min(map(fullest, ends)) <= bound:
             break
 
     def worth(rank_E: Ranks) -> tuple[float, float]:
-        # within the bound nothing counts but what lies together
+        # within the bound, only the pairs on one rank count
         return -max(fullest(rank_E), bound), float(weight_EE[rank_E[:, None] == rank_E].sum())
 
     return max(ends, key=worth)
 
 
 def _grow(weight_EE: Weights, load_E: Weights, *, num_ranks: int) -> Ranks:
-    """Fill one rank after the other: the heaviest expert left, then always what is used most with those there."""
+    """Fill one rank after the other: first the most loaded expert, then the experts with the most shared tokens."""
     size = len(load_E) // num_ranks
     rank_E = np.full(len(load_E), -1, np.int64)
     for rank in range(num_ranks):
@@ -203,12 +209,12 @@ def _grow(weight_EE: Weights, load_E: Weights, *, num_ranks: int) -> Ranks:
 def _swap(
     start: Ranks, weight_EE: Weights, load_E: Weights, *, num_ranks: int, bound: float, rng: np.random.Generator
 ) -> Ranks:
-    """Swap pairs of experts while more comes together, or while ranks above the bound get lighter; none gets there."""
+    """Swap pairs of experts while this adds pairs on one rank or reduces load above the bound; never add such load."""
     rank_E, experts = start.copy(), np.arange(len(start))
     total_R = np.bincount(rank_E, weights=load_E, minlength=num_ranks)
     # tokens that expert e shares with the experts of rank r
     shared_ER = np.stack([weight_EE[:, rank_E == rank].sum(1) for rank in range(num_ranks)], 1)
-    # above the bound, load counts for more than anything that could come together
+    # load above the bound counts more than all pairs together
     heavy = 1 + 4 * weight_EE.sum() / max(bound, 1.0)
     has_moved = True
     while has_moved:
@@ -240,7 +246,7 @@ def _swap(
 
 
 def _relief(mine: float, theirs_E: Weights, shift_E: Weights, *, bound: float) -> Weights:
-    """How much less two ranks hold above the bound when so much load comes from theirs to mine."""
+    """Reduction of the load above the bound on two ranks when the load `shift_E` moves from `theirs_E` to `mine`."""
     before_E = np.maximum(mine - bound, 0) + np.maximum(theirs_E - bound, 0)
     after_E = np.maximum(mine + shift_E - bound, 0) + np.maximum(theirs_E - shift_E - bound, 0)
     relief_E: Weights = before_E - after_E
@@ -255,5 +261,5 @@ def _check_bound(max_imbalance: float, *, name: str) -> None:
 def _check_ranks(num_experts: int, num_ranks: int) -> None:
     if num_ranks < 1 or num_experts % num_ranks:
         raise ValueError(
-            f"ranks (--ranks) must hold equally many experts: {num_experts} do not divide into {num_ranks}"
+            f"--ranks must be a divisor of the number of experts; {num_experts} do not divide into {num_ranks}"
         )

@@ -1,4 +1,4 @@
-"""A Selection: the routed experts each layer of a model keeps, where that choice came from, and its JSON file.
+"""A Selection: the routed experts that each layer of a model keeps, the origin of the choice, and the JSON file.
 
 Shapes: L MoE layers in model order, E routed experts of the parent. Shared experts are always kept and not listed.
 """
@@ -21,35 +21,35 @@ from emo_megatron.files import whole
 from emo_megatron.json_files import are_layers, is_a, read_own, to_json
 
 FORMAT = "emo_megatron.selection.1"
-"""First entry of the file, so that another file is told apart from a damaged one."""
+"""First entry of the file; it distinguishes a file of another kind from a damaged file."""
 MOST_EXPERTS = 2**20
-"""Of a layer; a file that says more is damaged."""
+"""Largest accepted number of experts per layer; a file with a larger number is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """The routed experts that each MoE layer keeps; an error on construction names every field that cannot be."""
+    """The routed experts that each MoE layer keeps; construction raises ValueError that names every invalid field."""
 
     num_experts: int
-    """Routed experts of the parent, a layer."""
+    """Routed experts per layer of the parent."""
     experts: tuple[tuple[int, ...], ...]
-    """For each MoE layer in model order the kept routed experts, ascending."""
+    """For each MoE layer in model order, the kept routed experts, ascending."""
     layers: tuple[int, ...]
     """Number of each MoE layer among all layers of the model, from 1, ascending."""
     method: str
-    """What chose them: mean_prob, frequency, layerwise, easy_ep, reap, random, ..."""
+    """The method that chose the experts: mean_prob, frequency, layerwise, easy_ep, reap, random, ..."""
     seed: int | None
-    """Of a random choice; None if there was none."""
+    """Seed of a random choice; None for other methods."""
     model: str
     """`router_fingerprint` of the parent."""
     data: dict[str, Any] = field(default_factory=dict)
-    """The calibration data: what it was and how many documents and tokens. Any JSON."""
+    """The calibration data: files, numbers of documents and tokens. Any JSON object."""
     created_by: str = f"emo_megatron {__version__}"
 
     def __post_init__(self) -> None:
         problems = _problems(self)
         if problems:
-            raise ValueError("this is no Selection: " + "; ".join(problems))
+            raise ValueError("this is not a valid Selection: " + "; ".join(problems))
 
     @classmethod
     def from_mask(cls, keep_mask_LE: Tensor, **rest: Any) -> Selection:
@@ -66,53 +66,56 @@ class Selection:
 
     @property
     def by_layer(self) -> dict[int, tuple[int, ...]]:
-        """The kept experts by the number of their layer."""
+        """Layer number -> kept experts."""
         return dict(zip(self.layers, self.experts, strict=True))
 
     @property
     def num_kept(self) -> tuple[int, ...]:
-        """Routed experts kept in each MoE layer."""
+        """Number of routed experts kept in each MoE layer."""
         return tuple(len(kept) for kept in self.experts)
 
     def keep_k(self, *, num_shared: int) -> int:
-        """Experts kept a layer as the paper counts them, the shared ones included."""
+        """Kept experts per layer in the paper's count, which includes shared experts."""
         return self.uniform_count(purpose="one keep-k") + num_shared
 
     def uniform_count(self, *, purpose: str) -> int:
-        """Routed experts kept in every layer; `purpose` says in an error what needs one number."""
+        """The single number of routed experts kept per layer. Otherwise ValueError, which names `purpose`."""
         low, high = min(self.num_kept), max(self.num_kept)
         if low < high:
             raise ValueError(
-                f"{purpose} needs as many experts in every layer; this Selection keeps {low} to {high}. "
-                "Select with --keep, which keeps the same number everywhere."
+                f"{purpose} needs the same number of experts in every layer; this Selection keeps {low} to {high}: "
+                "select with --keep, which keeps the same number in every layer"
             )
         return low
 
     def check_model(self, fingerprint: str, *, num_experts: int, layers: Sequence[int]) -> None:
-        """Refuse a model that this Selection was not made for.
+        """Raise ValueError if this Selection was made for another model.
 
         Args:
             fingerprint: `router_fingerprint` of the model.
-            num_experts: its routed experts a layer.
-            layers: numbers of its MoE layers, from 1.
+            num_experts: routed experts per layer of the model.
+            layers: numbers of the model's MoE layers, from 1.
         """
         if num_experts != self.num_experts:
-            difference = f"it has {num_experts} routed experts and the Selection is of {self.num_experts}"
+            difference = f"this model has {num_experts} routed experts, the Selection's model {self.num_experts}"
         elif tuple(layers) != self.layers:
-            difference = f"its MoE layers are {_short(layers)} and the Selection's {_short(self.layers)}"
+            difference = f"this model has the MoE layers {_short(layers)}, the Selection's model {_short(self.layers)}"
         elif fingerprint != self.model:
-            difference = f"its routers have the fingerprint {fingerprint[:12]} and the Selection's {self.model[:12]}"
+            difference = (
+                f"the routers of this model have the fingerprint {fingerprint[:12]}, those of the Selection's model "
+                f"{self.model[:12]}"
+            )
         else:
             return
         raise ValueError(
-            f"this Selection was made from another model: {difference}. Run stats and select on this model."
+            f"this Selection was made from another model ({difference}): run stats and select on this model"
         )
 
     def save(self, path: Path | str) -> Path:
-        """Write the file, whole or not at all; returns its path."""
+        """Write the file, complete or not at all; return the path."""
         path = Path(path)
         text = to_json({"format": FORMAT} | asdict(self), indent=1)
-        # a layer's experts on one line: the file is read by people
+        # the experts of a layer on one line, for human readers
         text = re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
         with whole(path) as unfinished:
             unfinished.write_text(text + "\n", encoding="utf-8")
@@ -120,7 +123,7 @@ class Selection:
 
 
 def load_selection(path: Path | str) -> Selection:
-    """Read a Selection file; one that is damaged or of another version is an error with its name."""
+    """Read a Selection file; ValueError with the path for a file that is damaged or of another version."""
     path = Path(path)
     names = [f.name for f in fields(Selection)]
     stored = read_own(path, kind="a Selection", format=FORMAT, fields=names, made_by="select")
@@ -132,13 +135,13 @@ def load_selection(path: Path | str) -> Selection:
 
 
 def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
-    """What a Selection knows its model by: sha256, in hex, of the routers of its MoE layers in model order.
+    """Fingerprint of a model: sha256, in hex, of the router weights of its MoE layers in model order.
 
-    They are [E, h], whole, in any dtype, and compared as float32.
+    Each weight is a complete [E, h] tensor of any dtype, and is converted to float32.
     """
     digest = hashlib.sha256()
     for weight in router_weights:
-        # one layer at a time, and no numpy type for bfloat16 is needed
+        # one layer at a time; float32 because numpy has no bfloat16
         digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -147,12 +150,14 @@ def _problems(selection: Selection) -> list[str]:
     problems = []
     num_experts = selection.num_experts
     if not is_a(num_experts, int) or not 1 <= num_experts <= MOST_EXPERTS:
-        return [f"num_experts must be a positive number, {MOST_EXPERTS} at most; got {num_experts!r}"]
+        return [f"num_experts must be a whole number in [1, {MOST_EXPERTS}]; got {num_experts!r}"]
     layers = selection.layers
     if not layers or not are_layers(layers):
         problems.append(f"layers must be ascending numbers from 1; got {_short(layers)}")
     if len(selection.experts) != len(layers):
-        problems.append(f"it lists {len(selection.experts)} layers of experts and {len(layers)} layer numbers")
+        problems.append(
+            f"experts and layers must have one entry per MoE layer; got {len(selection.experts)} and {len(layers)}"
+        )
     for layer, kept in zip(layers, selection.experts, strict=False):
         is_ascending = all(is_a(expert, int) for expert in kept) and list(kept) == sorted(set(kept))
         if not kept or not is_ascending or kept[0] < 0 or kept[-1] >= num_experts:
@@ -165,7 +170,7 @@ def _problems(selection: Selection) -> list[str]:
         if not isinstance(value, str) or not value:
             problems.append(f"{name} must be a text; got {reprlib.repr(value)}")
     if selection.seed is not None and not is_a(selection.seed, int):
-        problems.append(f"seed must be a number or null; got {reprlib.repr(selection.seed)}")
+        problems.append(f"seed must be a whole number or null; got {reprlib.repr(selection.seed)}")
     data: Any = selection.data
     if not isinstance(data, dict):
         problems.append(f"data must be an object; got {reprlib.repr(data)}")

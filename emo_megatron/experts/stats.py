@@ -1,7 +1,7 @@
-"""What the experts of a model do on calibration documents: one file per data set, mergeable with others.
+"""Statistics of the experts of a model on calibration documents: one file per data set; files can be merged.
 
-Shapes: T tokens, L MoE layers in model order, E routed experts. Everything stored is a sum over tokens, so that the
-statistics of two sets of documents add up to those of both.
+Shapes: T tokens, L MoE layers in model order, E routed experts. Every stored value is a sum over tokens, so the
+statistics of two sets of documents can be added.
 
     probability      p(e|t), the router's probability of expert e over all routed experts          arXiv 2605.06663
     count            1 where token t is routed to expert e
@@ -32,43 +32,41 @@ from emo_megatron.json_files import are_layers, checked, from_json, to_json
 FORMAT = "emo_megatron.stats.2"
 FIRST_FORMAT = "emo_megatron.stats.1"
 FIRST_NAMES = {"together_LEE": "coactivation_LEE", "norm_LE": "gated_norm_LE", "change_LE": "residual_change_LE"}
-"""Names of the tensors in the first format, and in this one."""
+"""Names of tensors in the first format -> names in the present format."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelMetadata:
-    """What choosing experts needs to know of a model."""
+    """The metadata of a model that the choice of experts needs."""
 
     fingerprint: str
-    """`router_fingerprint` of its routers."""
+    """`router_fingerprint` of the model."""
     num_experts: int
-    """Routed experts a layer."""
-    num_shared: int
-    """Shared experts a layer."""
+    """Routed experts per layer."""
     top_k: int
-    """Routed experts a token."""
+    """Routed experts per token."""
     layers: tuple[int, ...]
     """Numbers of the MoE layers, from 1."""
     expert_parameters: int
-    """Parameters of one routed expert of one layer, its router row included."""
+    """Parameters of one routed expert of one layer, including the expert's router row."""
     other_parameters: int
-    """Parameters of everything but routed experts and their router rows."""
+    """All other parameters: everything except routed experts and their router rows."""
     bytes_per_parameter: int = 2
-    """Of the routed experts, as the checkpoint stores them."""
+    """Bytes per parameter of the routed experts in the checkpoint."""
 
     def is_same(self, other: ModelMetadata) -> bool:
-        """Whether the routers are the same; formats may differ in what else they store."""
+        """Whether both models have equal routers; the other fields may depend on the format of the checkpoint."""
         names = ("fingerprint", "num_experts", "top_k", "layers")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExpertStatistics:
-    """Sums over the tokens of calibration documents, and what they were measured with.
+    """Sums over the tokens of calibration documents, with the metadata of the model and of the documents.
 
     Raises:
-        ValueError: on construction, when shapes or dtypes are not the ones below, or a sum is negative or
-            not finite (NotFiniteError, which names the layer and the expert).
+        ValueError: on construction, if a shape or dtype differs from those below, or a sum is negative or not finite
+            (NotFiniteError, which names the layer and the expert).
     """
 
     model: ModelMetadata
@@ -81,11 +79,11 @@ class ExpertStatistics:
     coactivation_LEE: Tensor
     """[L, E, E] int64, tokens routed to both experts; the diagonal is `count_LE`."""
     gated_norm_LE: Tensor | None = None
-    """[L, E] float64; None if outputs were not looked at."""
+    """[L, E] float64; None if outputs of experts were not measured."""
     residual_change_LE: Tensor | None = None
-    """[L, E] float64; None if outputs were not looked at."""
+    """[L, E] float64; None if outputs of experts were not measured."""
     data: tuple[dict[str, Any], ...] = ()
-    """Where the documents came from, an entry a set."""
+    """The sources of the documents, one entry per data set."""
     created_by: str = field(default=f"emo_megatron {__version__}")
 
     def __post_init__(self) -> None:
@@ -98,10 +96,10 @@ class ExpertStatistics:
         self._check_finite()
         for name, tensor in self.tensors().items():
             if tensor.numel() and tensor.min() < 0:
-                raise ValueError(f"{name} must hold sums of what is never negative; got {tensor.min().item()}")
+                raise ValueError(f"{name} must not contain negative sums; got {tensor.min().item()}")
 
     def _check_finite(self) -> None:
-        """A layer's sums before the next layer's: what is not finite in one makes the later ones so."""
+        """Check layer by layer, because a value that is not finite makes the values of later layers not finite too."""
         sums = {name: t for name, t in self.tensors().items() if t.is_floating_point()}
         for place, layer in enumerate(self.model.layers):
             for name, tensor_LE in sums.items():
@@ -109,12 +107,12 @@ class ExpertStatistics:
                 if bad:
                     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
                     raise NotFiniteError(
-                        f"what experts do must be finite numbers; layer {layer}, expert {bad[0]}{others}: {name} is "
+                        f"statistics of experts must be finite; layer {layer}, expert {bad[0]}{others}: {name} is "
                         f"{float(tensor_LE[place, bad[0]])}"
                     )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums that were measured, by name."""
+        """The measured sums, by name."""
         names = ("probability_LE", "count_LE", "coactivation_LEE", "gated_norm_LE", "residual_change_LE")
         found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -126,32 +124,32 @@ class ExpertStatistics:
 
     @property
     def frequency_LE(self) -> Tensor:
-        """[L, E] float64, share of the tokens that are routed to each expert; rows sum to top-k."""
+        """[L, E] float64, share of the tokens routed to each expert; each row sums to top-k."""
         return self.count_LE.double() / max(self.num_tokens, 1)
 
     @property
     def reap_LE(self) -> Tensor:
-        """[L, E] float64, mean of gate times output length over an expert's own tokens (arXiv 2510.13999)."""
+        """[L, E] float64, mean of gate times output norm over the tokens of each expert (arXiv 2510.13999)."""
         return _measured(self.gated_norm_LE, "reap") / self.count_LE.clamp(min=1)
 
     @property
     def easy_ep_LE(self) -> Tensor:
-        """[L, E] float64, output length times what the layer changed, summed over tokens (arXiv 2504.06792)."""
+        """[L, E] float64, gated output norm times the residual change of the layer, summed (arXiv 2504.06792)."""
         return _measured(self.residual_change_LE, "easy_ep")
 
     def of(self, source: dict[str, Any]) -> ExpertStatistics:
-        """The same, saying where the documents came from."""
+        """A copy with `source` as the source of the documents."""
         return dataclasses.replace(self, data=(source,))
 
     def digest(self) -> str:
-        """sha256, in hex, of what was measured."""
+        """sha256, in hex, of the measured sums."""
         digest = hashlib.sha256(f"{self.num_tokens}".encode())
         for name, tensor in self.tensors().items():
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> Path:
-        """Write the file, whole or not at all; returns its path."""
+        """Write the file, complete or not at all; return the path."""
         path = Path(path)
         described = {
             "format": FORMAT,
@@ -170,7 +168,7 @@ class ExpertStatistics:
 def _measured(tensor: Tensor | None, method: str) -> Tensor:
     if tensor is None:
         raise ValueError(
-            f"{method} needs what the experts put out, and these statistics were taken without it: "
+            f"the method {method} needs the outputs of the experts, which these statistics do not include: "
             "run stats with --outputs"
         )
     return tensor
@@ -180,26 +178,26 @@ def load_stats(path: Path | str) -> ExpertStatistics:
     """Read a statistics file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no statistics file, or a damaged one, or a sum in it is not finite.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a statistics file, is damaged, or contains a sum that is not finite.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no statistics file {path}; write one with stats")
+        raise FileNotFoundError(f"there is no statistics file {path}: write one with stats")
     try:
         with safe_open(path, framework="pt") as file:
             described = file.metadata() or {}
-            # safe_open names its tensors through this method only
+            # safe_open lists tensors only through this method
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no statistics file, or cut short: {one_line(error)}") from None
+        raise ValueError(f"{path} is not a statistics file or was cut short: {one_line(error)}") from None
     found, name = described.get("format", ""), FORMAT.rpartition(".")[0]
     if found == FIRST_FORMAT:
         found, tensors = FORMAT, {FIRST_NAMES.get(key, key): tensor for key, tensor in tensors.items()}
     if found != FORMAT and found.startswith(f"{name}."):
-        raise ValueError(f"{path} has the format {found}, and this version reads {FORMAT}: write it again with stats")
+        raise ValueError(f"{path} must have the format {FORMAT}; got {found}: write the file again with stats")
     if found != FORMAT:
-        raise ValueError(f"{path} is no statistics file: its format is not {FORMAT}")
+        raise ValueError(f"{path} is not a statistics file: the format must be {FORMAT}")
     try:
         return ExpertStatistics(
             model=_metadata(from_json(described["model"].encode())),
@@ -210,21 +208,22 @@ def load_stats(path: Path | str) -> ExpertStatistics:
             **tensors,
         )
     except NotFiniteError as error:
-        raise NotFiniteError(f"{path} is of no use, remove it: {error}") from None
+        raise NotFiniteError(f"{path} cannot be used, remove the file: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged statistics file: {error}") from None
 
 
 def _metadata(stored: object) -> ModelMetadata:
-    """What `save` wrote of the model."""
+    """The model's metadata in a file."""
     kinds: dict[str, type] = {f.name: int for f in dataclasses.fields(ModelMetadata)}
     found = checked(stored, kinds | {"fingerprint": str, "layers": list}, where="model", least=0)
     layers = found["layers"]
     if not are_layers(layers):
         raise ValueError(f"model: layers must be ascending numbers from 1; got {layers}")
     if not 1 <= found["top_k"] <= found["num_experts"]:
-        raise ValueError(f"model: top_k must lie in [1, num_experts]; got {found['top_k']}")
-    return ModelMetadata(**found | {"layers": tuple(layers)})
+        raise ValueError(f"model: top_k must be in [1, num_experts]; got {found['top_k']}")
+    # the first format has another field, the number of shared experts
+    return ModelMetadata(**{name: found[name] for name in kinds} | {"layers": tuple(layers)})
 
 
 def _sources(stored: object) -> tuple[dict[str, Any], ...]:
@@ -234,27 +233,30 @@ def _sources(stored: object) -> tuple[dict[str, Any], ...]:
 
 
 def merge_stats(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
-    """The statistics of all documents of the parts together."""
+    """The statistics of the documents of all parts."""
     if not parts:
-        raise ValueError("there are no statistics to merge: --stats must name at least one file")
+        raise ValueError("there are no statistics to merge: name at least one file with --stats")
     first = parts[0]
     tensors: dict[str, Any] = first.tensors()
     for part in parts[1:]:
         if not part.model.is_same(first.model):
             raise ValueError(
-                "statistics of different models cannot be merged: "
+                "all files in --stats must be of one model; got different models: "
                 f"{_difference(asdict(first.model), asdict(part.model))}"
             )
         if part.tensors().keys() != tensors.keys():
             raise ValueError(
-                "some of these statistics look at expert outputs and some do not; "
+                "only some of the files in --stats include the outputs of experts: "
                 "run stats with --outputs for all or for none"
             )
         tensors = {name: tensor + part.tensors()[name] for name, tensor in tensors.items()}
     data = tuple(entry for part in parts for entry in part.data)
     marks = [entry["sha256"] for entry in data if "sha256" in entry]
     if len(set(marks)) < len(marks):
-        raise ValueError("two of the files in --stats are of the same documents, which would count twice")
+        raise ValueError(
+            "files in --stats must be of different documents; two files are of the same documents, which would count "
+            "twice: remove one of the two"
+        )
     return ExpertStatistics(
         model=first.model,
         num_documents=sum(part.num_documents for part in parts),
@@ -269,11 +271,11 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 class LayerSums:
-    """The running sums of one layer, on the device its tokens are on.
+    """The running sums of one layer, on the device of the tokens.
 
     Args:
         num_experts: routed experts.
-        outputs: whether `norms_TE` and `change_T` will be given.
+        outputs: whether `add` gets `norms_TE` and `change_T`.
         device: of the tokens.
     """
 
@@ -295,19 +297,19 @@ class LayerSums:
         norms_TE: Tensor | None = None,
         change_T: Tensor | None = None,
     ) -> None:
-        """Add tokens.
+        """Add the sums of some tokens.
 
         Args:
             probs_TE: [T, E] float, the router's scores over all routed experts.
             routing_map_TE: [T, E] bool, True where a token is routed to an expert.
             is_counted_T: [T] bool, False for padding.
-            norms_TE: [T, E] float, gate times output length, zero elsewhere.
+            norms_TE: [T, E] float, gate times output norm; zero where the token is not routed to the expert.
             change_T: [T] float, `residual_change_of`.
         """
         is_padding_T1 = ~is_counted_T[:, None]
-        # zero times what padding computes may be NaN
+        # masked_fill, because values of padding may be NaN, and zero times NaN is NaN
         self.probability_E += probs_TE.double().masked_fill(is_padding_T1, 0.0).sum(0)
-        # exact in float32 up to 2^24 tokens a call, and integers have no matrix product on a GPU
+        # exact in float32 up to 2^24 tokens per call; GPUs have no matrix product of integers
         chosen_TE = (routing_map_TE & is_counted_T[:, None]).float()
         self.coactivation_EE += (chosen_TE.T @ chosen_TE).long()
         if self.gated_norm_E is not None and self.residual_change_E is not None:
@@ -320,11 +322,12 @@ class LayerSums:
 
 
 def residual_change_of(input_TH: Tensor, output_TH: Tensor) -> Tensor:
-    """[T] float64: how far an MoE layer turns its input, max(0, 1 - cos(h, h + MoE(h))).
+    """[T] float64: the change of direction that an MoE layer causes, max(0, 1 - cos(h, h + MoE(h))).
 
-    As EMO's authors compute it: h is the layer's normed input and MoE(h) its whole output, shared experts included.
+    As in the code of EMO's authors, h is the normed input of the layer, and MoE(h) is the whole output of the layer,
+    shared experts included.
     """
-    # the angle is small, and its cosine close to one: in float32 little of the difference would be left
+    # the cosine is close to one, so float32 would lose most digits of the difference
     before_TH, after_TH = input_TH.double(), input_TH.double() + output_TH.double()
     cosine_T = torch.nn.functional.cosine_similarity(before_TH, after_TH, dim=-1)
     return (1 - cosine_T).clamp(min=0)

@@ -1,6 +1,6 @@
-"""The model card of an export: where it comes from, which experts it kept and why, and what was measured of it.
+"""The model card of an export: the origin of the model, the kept experts and the method, and the measured losses.
 
-Its text is card.md.jinja beside this file.
+The text of the card is in card.md.jinja, in this folder.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from emo_megatron.hf.mapping import Architecture, weight_shapes
 from emo_megatron.report.rows import FULL, RANDOM, RetentionRow
 
 Retained = tuple[RetentionRow, float | None]
-"""A row of a module, and the loss with as many experts drawn at random, if it was measured."""
+"""A row of a module, and the loss with the same number of random experts; None if that loss was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where the weights were before."""
+    """The Megatron checkpoint that the weights come from."""
 
     name: str
-    """Of the run, by its folder."""
+    """Name of the run, from the run's folder."""
     title: str | None = None
-    """Of the card; None: the name."""
+    """Title of the card; None: `name`."""
     iteration: int = 0
-    """Of training; 0 for weights without a run."""
+    """Training iteration; 0 for weights without a run."""
     samples: int | None = None
     """Training samples seen."""
     seq_length: int | None = None
     """Tokens per sample."""
     pools: dict[str, Any]
-    """The document pools it was trained with, as PoolConfig's fields; empty without."""
+    """The document pools of the training run, as fields of PoolConfig; empty if the run had no pools."""
     is_module: bool = False
-    """Whether it was cut out of another checkpoint, which knows how it was trained."""
+    """Whether the checkpoint is a module. Only the parent's checkpoint states how the weights were trained."""
 
 
 def model_card(
@@ -55,7 +55,7 @@ def model_card(
     parity: str | None = None,
     shared_gate_value: float = 0.0,
 ) -> str:
-    """The card, Markdown with the front matter that Hugging Face's hub reads; `parity` as it was measured, in words."""
+    """The card: Markdown with the front matter of the Hugging Face hub. `parity` describes the measured difference."""
     a = architecture
     sizes = {name: math.prod(shape) for name, shape in weight_shapes(a).items()}
     in_experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -94,7 +94,7 @@ def model_card(
 
 
 def _calibration(data: dict[str, Any]) -> str:
-    """The documents that chose the experts, in words where they are told as `stats` tells them."""
+    """The calibration documents: in words if `data` has the form that `stats` writes, otherwise as JSON."""
     files = data.get("calibration")
     if not isinstance(files, list) or not all(
         isinstance(file, dict) and {"file", "documents", "tokens"} <= file.keys() for file in files
@@ -104,12 +104,13 @@ def _calibration(data: dict[str, Any]) -> str:
 
 
 def retained(rows: Sequence[RetentionRow], *, kept: int | None = None, chosen_for: str | None = None) -> list[Retained]:
-    """The rows that say what a module retains, or what modules of a model do.
+    """The rows of a retention evaluation that a card shows.
 
     Args:
         rows: of an evaluation of the model, or of the module's parent.
-        kept: routed experts of a module; None: any number.
-        chosen_for: the domain of a module: its rows on every text, its own first; None: every domain on its own text.
+        kept: routed experts per layer of the module; None: any number.
+        chosen_for: the domain of the module: the rows of that domain on every validation text, the text of the domain
+            itself first. None: the rows of every domain on the domain's own text.
     """
     random = {(row.evaluated_on, row.num_experts_kept): row.loss for row in rows if row.method == RANDOM}
     found = [

@@ -1,4 +1,4 @@
-"""config.json: its fields, each of the type that its name promises, and what both formats say alike."""
+"""Fields of config.json: checks of their types, and the fields that both formats share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from emo_megatron.json_files import is_a
 from emo_megatron.mcore.unsupported import only
 
 RECORD = "emo_megatron"
-"""Key under which an export keeps what only Megatron knows; every loader ignores it."""
+"""Key of the settings that only Megatron needs; every Hugging Face loader ignores this key."""
 MOST = 2**31 - 1
-"""No size of a model is larger."""
-SILU = only("hidden_act", "silu", None, why="MLPs in Megatron's models here are down(silu(gate) * up)")
-"""Of both formats; null is what the format does without the field."""
+"""Largest accepted size of a model."""
+SILU = only("hidden_act", "silu", None, why="the imported Megatron model computes MLPs as down(silu(gate) * up)")
+"""A row for both formats; null has the same effect as leaving the field out."""
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -23,11 +23,11 @@ SIZES = {
     "num_heads": "num_attention_heads",
     "max_positions": "max_position_embeddings",
 }
-"""Fields of `Architecture` -> of config.json."""
+"""Fields of `Architecture` -> fields of config.json."""
 
 
 def whole_number(config: Mapping[str, Any], name: str, *, least: int = 1, default: int | None = None) -> int:
-    """A size or a count, `default` where it is not given or null; without a default it must be given."""
+    """A size or a count. A field that is absent or null gives `default`, or ValueError if `default` is None."""
     value = _given(config, name, default)
     if not is_a(value, int) or not least <= value <= MOST:
         raise _wrong(name, f"a whole number, {least} or more", value)
@@ -35,7 +35,7 @@ def whole_number(config: Mapping[str, Any], name: str, *, least: int = 1, defaul
 
 
 def whole_numbers(config: Mapping[str, Any], name: str, *, below: int = MOST + 1) -> list[int]:
-    """Counts in [0, below), none where they are not given."""
+    """Counts in [0, below); an empty list if the field is absent."""
     value = _given(config, name, [])
     if not isinstance(value, list) or not all(is_a(n, int) and 0 <= n < below for n in value):
         raise _wrong(name, f"a list of whole numbers in [0, {below})", value)
@@ -43,7 +43,7 @@ def whole_numbers(config: Mapping[str, Any], name: str, *, below: int = MOST + 1
 
 
 def number(config: Mapping[str, Any], name: str, *, of: str = "") -> float:
-    """A number above 0; `of` names the field whose object `config` is."""
+    """A number above 0; `of` is the name of the field that holds the object `config`, for errors."""
     value = _given(config, name, None)
     if not is_a(value, float) or value <= 0:
         raise _wrong(f"{of}.{name}".lstrip("."), "a number above 0", value)
@@ -51,7 +51,7 @@ def number(config: Mapping[str, Any], name: str, *, of: str = "") -> float:
 
 
 def switch(config: Mapping[str, Any], name: str, *, of: str = "") -> bool:
-    """True or false, false where it is not given; `of` as for `number`."""
+    """True or false; false if the field is absent. `of` as for `number`."""
     value = _given(config, name, False)
     if not isinstance(value, bool):
         raise _wrong(f"{of}.{name}".lstrip("."), "true or false", value)
@@ -59,7 +59,7 @@ def switch(config: Mapping[str, Any], name: str, *, of: str = "") -> bool:
 
 
 def record(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object, empty where it is not given."""
+    """An object; empty if the field is absent."""
     value = _given(config, name, {})
     if not isinstance(value, dict):
         raise _wrong(name, "an object", value)
@@ -69,7 +69,7 @@ def record(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
     value = config.get(name)
     if value is None and default is None:
-        raise ValueError(f"config.json must give {name}; it does not")
+        raise ValueError(f"config.json must give {name}; the field is missing: add the field")
     return default if value is None else value
 
 
@@ -78,7 +78,7 @@ def _wrong(name: str, wanted: str, value: object) -> ValueError:
 
 
 def common_config(architecture: Architecture) -> dict[str, Any]:
-    """Fields that both formats name alike."""
+    """The fields of config.json that have the same name in both formats."""
     a = architecture
     return {
         **{name: getattr(a, field) for field, name in SIZES.items()},
@@ -94,15 +94,15 @@ def common_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of the fields of `Architecture` that both formats name alike."""
+    """The fields of `Architecture` whose names in config.json are the same in both formats."""
     missing = [name for name in (*SIZES.values(), "rms_norm_eps", "norm_topk_prob") if name not in config]
     if missing:
-        raise ValueError(f"config.json must give {', '.join(missing)}; it does not")
+        raise ValueError(f"config.json must give {', '.join(missing)}; these fields are missing: add them")
     sizes = {field: whole_number(config, name) for field, name in SIZES.items()}
     num_layers, heads = sizes["num_layers"], sizes["num_heads"]
     kinds = config.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * num_layers:
-        raise _wrong("layer_types", f"full_attention for each of {num_layers} layers", kinds)
+        raise _wrong("layer_types", f"full_attention in each of the {num_layers} layers", kinds)
     return sizes | {
         "num_kv_heads": whole_number(config, "num_key_value_heads", default=heads),
         "head_dim": whole_number(config, "head_dim", default=max(sizes["hidden_size"] // heads, 1)),
@@ -114,11 +114,11 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The base of the rotary positions, where transformers 4 or 5 keeps it."""
+    """The base of the rotary positions, from the field of transformers 4 or of transformers 5."""
     parameters = record(config, "rope_parameters") or record(config, "rope_scaling")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"rotary positions must not be scaled; config.json has rope_type {reprlib.repr(kind)}")
+        raise ValueError(f"rope_type must be 'default' (rotary positions without scaling); got {reprlib.repr(kind)}")
     if "rope_theta" not in parameters:
         return number(config, "rope_theta")
     return number(parameters, "rope_theta", of="rope_parameters")

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders: safetensors shards with their index, and config.json; read and written by tensor."""
+"""Read and write Hugging Face checkpoint folders, tensor by tensor: safetensors shards, their index and config.json."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
-"""Largest shard, as transformers writes them."""
+"""Largest size of a shard, as in transformers."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"
 
 
 class HuggingFaceFolder:
-    """A checkpoint folder of one of `FORMATS`, everything about it checked but the values.
+    """A checkpoint folder in one of `FORMATS`. Everything is checked on construction, except the values of weights.
 
     Attributes:
         path: the folder.
-        config: its config.json.
-        format: its format.
+        config: the content of config.json.
+        format: the format of the folder.
         shapes: name -> shape of every tensor.
-        dtype: of its tensors.
-        architecture: the model it holds.
+        dtype: of the tensors.
+        architecture: of the model.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         file = self.path / CONFIG
         if not file.exists():
-            raise ValueError(f"{self.path} is no Hugging Face checkpoint: it has no {CONFIG}")
+            raise ValueError(
+                f"{self.path} is not a Hugging Face checkpoint, because the folder has no {CONFIG}: name another folder"
+            )
         self.config: Mapping[str, Any] = read_object(file, kind="a model's configuration")
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FORMATS:
@@ -60,15 +62,16 @@ class HuggingFaceFolder:
         dtypes = {part.get_dtype() for part in parts.values()}
         if len(dtypes) != 1 or not dtypes <= _FLOATS.keys():
             raise ValueError(
-                f"{self.path}: every tensor must have the same dtype of {', '.join(_FLOATS)}; got "
-                f"{', '.join(sorted(dtypes)) or 'no tensor'}. Save it unquantised, in one dtype."
+                f"{self.path}: all tensors must have one dtype, one of {', '.join(_FLOATS)}; got "
+                f"{', '.join(sorted(dtypes)) or 'no tensor'}: save the model unquantised, in one dtype"
             )
         self.dtype = _FLOATS[dtypes.pop()]
         for name in ("num_hidden_layers", "num_experts"):
-            # every layer and every expert has tensors of its own
+            # every layer and every expert has at least one tensor
             if is_a(self.config.get(name), int) and self.config[name] > len(self.shapes):
                 raise ValueError(
-                    f"{file}: {name} cannot be {self.config[name]}; the folder holds {len(self.shapes)} tensors"
+                    f"{file}: {name} must be at most {len(self.shapes)}, the number of tensors in the folder; got "
+                    f"{self.config[name]}"
                 )
         try:
             self.architecture: Architecture = self.format.architecture(self.config, self._is_constant)
@@ -79,13 +82,13 @@ class HuggingFaceFolder:
         self._check_shapes({entry.name: entry.shape for entry in entries})
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """A tensor, unchanged."""
         with _reading(self.path, what=f": {name} cannot be read"):
             tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
     def weight(self, weight: str) -> Tensor:
-        """A weight of the model, by its name in `mapping.weight_shapes`; one that is not finite is a NotFiniteError."""
+        """A weight of the model, by its name in `mapping.weight_shapes`; NotFiniteError if a value is not finite."""
         entry = self._entries[weight]
         try:
             return from_file(entry, self.read(entry.name))
@@ -105,10 +108,10 @@ class HuggingFaceFolder:
 
     def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
         stored = {name: shape for name, shape in self.shapes.items() if not name.endswith(_NOT_WEIGHTS)}
-        # with "qkv_bias": false the format has none, which is what zeros mean
+        # with "qkv_bias": false the folder has no biases, which is the same model as biases of zero
         optional = () if self.architecture.qkv_bias else [n for n in wanted if n.endswith("_proj.bias")]
         if problems := shape_problems(stored, wanted, optional=optional):
-            raise ValueError(f"{self.path} is not what its {CONFIG} says: {'; '.join(problems)}")
+            raise ValueError(f"the tensors in {self.path} do not match its {CONFIG}: {'; '.join(problems)}")
 
 
 def write_folder(
@@ -125,11 +128,12 @@ def write_folder(
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
 
     Args:
-        folder, format, architecture, dtype: what is written.
-        read: gives a weight by its name in `mapping.weight_shapes`.
-        extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own.
-        shared_gate_value: fills the gate of a shared expert that has none.
-        shard_bytes: size of a shard.
+        folder: an existing folder.
+        format, architecture, dtype: of the written model.
+        read: returns a weight by its name in `mapping.weight_shapes`.
+        extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own dict.
+        shared_gate_value: value of the shared expert's gate, for models without such a gate.
+        shard_bytes: largest size of a shard.
     """
     entries = {entry.name: entry for entry in format.entries(architecture, shared_gate_value=shared_gate_value)}
     plan = split_state_dict_into_shards_factory(
@@ -158,7 +162,7 @@ def write_folder(
 def as_stock(
     folder: HuggingFaceFolder, *, dtype: torch.dtype | None = None, under: Path | None = None
 ) -> Iterator[Path]:
-    """A folder that stock transformers loads: this one, or a copy as Qwen2-MoE, `under` another for this block."""
+    """A folder that stock transformers loads: this folder, or a temporary Qwen2-MoE copy in the folder `under`."""
     if folder.format is QWEN2_MOE:
         yield folder.path
         return
@@ -176,39 +180,41 @@ def as_stock(
 
 
 def _files(path: Path) -> dict[str, Any]:
-    """Tensor name -> the open file that holds it."""
+    """Tensor name -> the open file with that tensor."""
     if (path / INDEX).exists():
         kind = "an index of files with weights"
         described = read_object(path / INDEX, kind=kind)
         weight_map = checked(described, {"weight_map": dict}, where=str(path / INDEX))["weight_map"]
         for name, file in weight_map.items():
-            # a name, and no way out of the folder
+            # only a plain file name: a path could leave the folder
             is_name = is_a(file, str) and Path(file).name == file and "\0" not in file
             if not is_name or not file.endswith(".safetensors"):
                 raise ValueError(
-                    f"{path / INDEX}: weight_map must name a .safetensors file of the folder for {name}; got "
+                    f"{path / INDEX}: weight_map must give {name} the name of a .safetensors file in the folder; got "
                     f"{reprlib.repr(file)}"
                 )
         if not weight_map:
-            raise ValueError(f"{path / INDEX}: weight_map names no tensor")
+            raise ValueError(f"{path / INDEX}: weight_map must name at least one tensor; got none")
         files = sorted(set(weight_map.values()))
     else:
         weight_map, files = None, [SINGLE]
     missing = [file for file in files if not (path / file).is_file()]
     if missing:
         raise ValueError(
-            f"{path} is not whole: {', '.join(missing[:3])} of {len(files)} files with weights missing "
-            "(PyTorch's .bin files are not read: save the model as safetensors)"
+            f"{path} is not whole: of {len(files)} files with weights, {', '.join(missing[:3])} is missing (PyTorch's "
+            ".bin files are not read: save the model as safetensors)"
         )
     opened = {}
     for file in files:
         with _reading(path / file, what=" is damaged or was cut short"):
-            # memory-mapped, and closed with the last reference
+            # memory-mapped; the file is closed with its last reference
             opened[file] = safe_open(path / file, framework="pt")
     held = {name: file for file, handle in opened.items() for name in handle.keys()}  # noqa: SIM118
     if weight_map is not None and held != weight_map:
         differing = sorted(n for n in held.keys() | weight_map.keys() if held.get(n) != weight_map.get(n))
-        raise ValueError(f"{path / INDEX} does not match its files: {differing[0]} is not where it says")
+        raise ValueError(
+            f"{path / INDEX} does not match its files: {differing[0]} is not in the file that the index names"
+        )
     return {name: opened[file] for name, file in held.items()}
 
 

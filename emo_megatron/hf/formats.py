@@ -1,16 +1,17 @@
-"""The Hugging Face formats that are known: the config.json and tensors of each, and what each cannot express.
+"""The supported Hugging Face formats: config.json, tensors and limits of each format.
 
-`qwen2_moe`: stock transformers, vLLM and SGLang run it without remote code. EMO is exactly a `Qwen2MoeForCausalLM`.
-That architecture scales its shared expert by sigmoid(gate . x), EMO by 1: a gate of zeros gives sigmoid(0) = 1/2, and
-the shared down projection is stored doubled. Both are exact. Biases of q, k and v are written as zeros, because vLLM
-always has them. `num_experts` and `num_experts_per_tok` count routed experts. A model without shared expert gets one of
-zeros. llama.cpp computes the sigmoid as silu(x)/x, which is not a number at 0: for GGUF a gate of `TINY_GATE` moves the
-shared expert's weight by less than 1e-5 and keeps it finite.
+`qwen2_moe`: stock transformers, vLLM and SGLang run this format without remote code. An EMO model is exactly a
+`Qwen2MoeForCausalLM`. Qwen2-MoE multiplies the shared expert by sigmoid(gate . x), and EMO multiplies by 1. Therefore
+the gate is written as zeros, with sigmoid(0) = 1/2, and the shared down projection is stored doubled. Both are exact.
+Biases of q, k and v are written as zeros, because vLLM always has these biases. `num_experts` and `num_experts_per_tok`
+count routed experts. A model without shared expert gets a shared expert of zeros. llama.cpp computes the sigmoid as
+silu(x)/x, which is NaN at 0. For GGUF, a gate of `TINY_GATE` avoids the NaN and changes the weight of the shared expert
+by less than 1e-5.
 
-`emo`: the format that the authors released; its code is theirs and not shipped here. It counts the shared expert
-among the experts: `num_experts` is E + 1, the shared expert is the last, and the gate has a row for it, which its
-softmax over one logit makes irrelevant: zeros on export, dropped on import. Sources: arXiv 2605.06663 and its
-repository's hf_trust_remote_code/emo.
+`emo`: the format that the authors released. The authors' modelling code is not part of this package. The format counts
+the shared expert: `num_experts` is E + 1, and the shared expert is the last expert. The gate has a row for the shared
+expert. A softmax over this single logit is always 1, so the row has no effect: it is written as zeros and dropped on
+import. Sources: arXiv 2605.06663 and hf_trust_remote_code/emo in the paper's repository.
 """
 
 from __future__ import annotations
@@ -45,37 +46,37 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     weight: str | None
-    """The weight that it holds, by its name in `mapping.weight_shapes`; None for a constant."""
+    """The stored weight, by its name in `mapping.weight_shapes`; None for a constant."""
     value: float = 0.0
-    """What a constant is filled with."""
+    """The value of a constant."""
     scale: float = 1.0
-    """A power of two that the weight is multiplied by, so that undoing it is exact."""
+    """The weight is multiplied by this power of two; the division on import is exact."""
     padding_rows: int = 0
-    """Rows of zeros after the weight's own."""
+    """Rows of zeros after the rows of the weight."""
 
 
 IsConstant = Callable[[str, set[float]], bool]
-"""Whether every tensor of a folder whose name has a part is filled with one and the same of some values."""
+"""(part, values): whether all tensors with `part` in their names hold a single value, which is one of `values`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One format, both ways."""
+    """One format, for export and import."""
 
     model_type: str
-    """Its name in config.json."""
+    """Name of the format in config.json."""
     problems: Callable[[Architecture], list[str]]
-    """What it cannot express of an architecture, one sentence each."""
+    """Properties of an architecture that the format cannot express, one sentence each."""
     config: Callable[[Architecture], dict[str, Any]]
-    """What config.json says of an architecture; token ids and dtype are the caller's."""
+    """The fields of config.json for an architecture; the caller adds token ids and dtype."""
     entries: Callable[..., list[Entry]]
-    """Its tensors, in the order of the model; `shared_gate_value` fills a shared gate that the model lacks."""
+    """The tensors of a model, in the order of the model; `shared_gate_value` fills a missing shared gate."""
     architecture: Callable[[Mapping[str, Any], IsConstant], Architecture]
-    """What a folder with this config.json holds; ValueError for what no `Architecture` expresses."""
+    """The architecture in a folder with this config.json; ValueError if no `Architecture` can express the model."""
 
 
 def to_file(entry: Entry, read: Callable[[str], Tensor], *, dtype: torch.dtype) -> Tensor:
-    """The tensor of the format, of the weight that `read` gives; ValueError where it is not finite in this dtype."""
+    """The tensor to store, made from the weight that `read` returns; ValueError if it is not finite in this dtype."""
     if entry.weight is None:
         return torch.full(entry.shape, entry.value, dtype=dtype)
     weight = read(entry.weight)
@@ -89,14 +90,14 @@ def to_file(entry: Entry, read: Callable[[str], Tensor], *, dtype: torch.dtype) 
     can_overflow = tensor.dtype != weight.dtype or entry.scale != 1.0
     if can_overflow and first_bad(tensor) is not None:
         raise ValueError(
-            f"{entry.name} does not fit {dtype}: its largest value is {float(weight.abs().max()):g}; "
+            f"{entry.name} does not fit into {dtype}; the largest absolute value is {float(weight.abs().max()):g}: "
             "export with --dtype float32"
         )
     return tensor.contiguous()
 
 
 def from_file(entry: Entry, tensor: Tensor) -> Tensor:
-    """The weight that a tensor of the format holds, which must be finite; the inverse of `to_file`."""
+    """The weight in a stored tensor; the inverse of `to_file`. NotFiniteError if a value is not finite."""
     if entry.padding_rows:
         tensor = tensor[: -entry.padding_rows]
     if entry.weight is not None:
@@ -105,19 +106,19 @@ def from_file(entry: Entry, tensor: Tensor) -> Tensor:
 
 
 def _head_dim_problems(architecture: Architecture) -> list[str]:
-    """What is wrong where heads do not share out the hidden size."""
+    """A problem if heads * head width is not the hidden size."""
     a = architecture
     if a.head_dim * a.num_heads == a.hidden_size:
         return []
     return [
-        f"a head must be hidden size / heads = {a.hidden_size}/{a.num_heads} wide (--kv-channels); got {a.head_dim}: "
-        "vLLM takes no other for this architecture"
+        f"the width of a head (--kv-channels) must be hidden size / heads = {a.hidden_size}/{a.num_heads}; got "
+        f"{a.head_dim}: vLLM supports no other width for this architecture"
     ]
 
 
 TINY_GATE = 2.0**-20
-"""A shared gate that is not zero, for llama.cpp."""
-_QWEN_EXPECTED = (SILU, only("use_sliding_window", False, None, why="every position sees all before it"))
+"""Value of a shared gate that is not zero, for llama.cpp."""
+_QWEN_EXPECTED = (SILU, only("use_sliding_window", False, None, why="attention over a sliding window is not supported"))
 
 
 def _qwen_config(architecture: Architecture) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _qwen_config(architecture: Architecture) -> dict[str, Any]:
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
         **common_config(a),
-        # of dense layers only
+        # only dense layers use this width
         "intermediate_size": a.dense_hidden or a.expert_hidden * a.top_k,
         "moe_intermediate_size": a.expert_hidden,
         "shared_expert_intermediate_size": a.shared_hidden or a.expert_hidden,
@@ -142,11 +143,11 @@ def _qwen_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def _qwen_entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> list[Entry]:
-    """The tensors of the format: each weight by its name, and constants where the model has none."""
+    """The tensors of the format: the weights of the model, and constants for weights that the model does not have."""
     found = []
     for tensor in tensors_of(architecture):
         value = (shared_gate_value if tensor.row.needs == "shared_gate" else 0.0) or tensor.row.fill or 0.0
-        # where the gate halves
+        # a constant gate halves the shared expert
         scale = 2.0 if tensor.row.kind == "doubled" and not architecture.shared_gate else 1.0
         for name, shape in tensor.weights.items():
             weight = None if tensor.is_constant else name
@@ -165,7 +166,7 @@ def _qwen_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Ar
     noted = record(config, RECORD)
 
     def has(what: str, part: str, *values: float) -> bool:
-        """Whether the export noted it, or its tensors are not the constant of a model without it."""
+        """Whether the export recorded the feature, or the tensors of the feature are not the constant `values`."""
         return switch(noted, what, of=RECORD) or not is_constant(part, set(values))
 
     has_shared = has("shared_expert", "shared_expert.", 0.0)
@@ -193,18 +194,18 @@ QWEN2_MOE = Format(
 
 _EMO_EXPECTED = (
     SILU,
-    only("attention_bias", False, None, why="there the output projection has a bias, too"),
-    only("dense_mlp_bias", False, None, why="MLPs in Megatron's models here have no bias"),
-    only("always_active_experts", None, [], why="their weight is a probability"),
-    only("always_active_experts_per_layer", None, [], why="their weight is a probability"),
-    only("num_shared_experts", 0, 1, None, why="more weigh 1 in total there and 1 each in training"),
+    only("attention_bias", False, None, why="the format then also has a bias of the output projection"),
+    only("dense_mlp_bias", False, None, why="MLPs of the imported Megatron model have no bias"),
+    only("always_active_experts", None, [], why="the weight of such an expert is a probability"),
+    only("always_active_experts_per_layer", None, [], why="the weight of such an expert is a probability"),
+    only("num_shared_experts", 0, 1, None, why="several weigh 1 in total in this format, and 1 each in training"),
 )
 _EMO_NAMES = {
     "input_layernorm": "pre_attention_layernorm",
     "post_attention_layernorm": "pre_feedforward_layernorm",
     "mlp.shared_expert.": "mlp.experts.{last}.",
 }
-"""Qwen2-MoE's names -> those of this format."""
+"""Names in Qwen2-MoE -> names in this format."""
 
 
 def _emo_problems(architecture: Architecture) -> list[str]:
@@ -212,18 +213,20 @@ def _emo_problems(architecture: Architecture) -> list[str]:
     problems = _head_dim_problems(a)
     if a.shared_hidden not in (0, a.expert_hidden):
         problems.append(
-            f"the shared expert must be as wide as a routed one ({a.expert_hidden}, "
-            f"--moe-shared-expert-intermediate-size); got {a.shared_hidden}: several shared experts weigh "
-            "1 in total there and 1 each in training"
+            "the shared expert (--moe-shared-expert-intermediate-size) must be as wide as a routed expert, "
+            f"{a.expert_hidden}; got {a.shared_hidden}: several shared experts weigh 1 in total in this format, and 1 "
+            "each in training"
         )
     if a.shared_gate:
-        problems.append("the shared expert must have no gate (--moe-shared-expert-gate)")
+        problems.append("the shared expert must have no gate: the model was trained with --moe-shared-expert-gate")
     if a.qkv_bias:
-        problems.append("q, k and v must have no bias (--add-qkv-bias): there the output projection has one too")
+        problems.append(
+            "q, k and v must have no bias (--add-qkv-bias): in this format the output projection then has a bias too"
+        )
     if a.renormalise and a.shared_hidden:
         problems.append(
             "with a shared expert the top-k must not be renormalised (--moe-router-pre-softmax): the "
-            "authors' code refuses it"
+            "authors' code does not support it"
         )
     return problems
 
@@ -245,7 +248,7 @@ def _emo_config(architecture: Architecture) -> dict[str, Any]:
         "num_shared_experts": num_shared,
         "attention_bias": False,
         "rope_scaling": None,
-        # true in the released configuration, where it breaks batched generation
+        # the released configuration has true here, which breaks batched generation
         "output_router_logits": False,
         RECORD: {},
     }
@@ -259,10 +262,10 @@ def _emo_config(architecture: Architecture) -> dict[str, Any]:
 
 def _emo_entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> list[Entry]:
     if shared_gate_value:
-        raise ValueError("the shared expert has no gate in this format: drop --nonzero-shared-gate")
+        raise ValueError("the shared expert has no gate in the format emo: remove --nonzero-shared-gate")
     found = []
     for entry in _qwen_entries(architecture):
-        # no constants: what the model has not, the format has not
+        # this format has no constants: a weight that the model lacks is absent here too
         if entry.weight is None:
             continue
         name, shape, padding = entry.name, entry.shape, 0
@@ -281,10 +284,12 @@ def _emo_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Arc
     counts = _per_layer(config, "num_experts", num_layers=num_layers, otherwise=num_all)
     sparse = {count for count in counts if count}
     if len(sparse) > 1:
-        problems.append(f"every sparse layer must have as many experts (Megatron has one --num-experts); got {counts}")
+        problems.append(
+            f"every MoE layer must have the same number of experts (Megatron has one --num-experts); got {counts}"
+        )
     shared_counts = _per_layer(config, "num_shared_experts", num_layers=num_layers, otherwise=num_shared)
     if {n for n, all_of in zip(shared_counts, counts, strict=True) if all_of} - {num_shared}:
-        problems.append(f"every sparse layer must have num_shared_experts {num_shared}; got {shared_counts}")
+        problems.append(f"every MoE layer must have num_shared_experts {num_shared}; got {shared_counts}")
     if problems:
         raise ValueError("; ".join(problems))
     dense = tuple(layer for layer, count in enumerate(counts) if count == 0)
@@ -302,7 +307,7 @@ def _emo_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Arc
 def _per_layer(config: Mapping[str, Any], name: str, *, num_layers: int, otherwise: int) -> list[int]:
     counts = whole_numbers(config, f"{name}_per_layer") or [otherwise] * num_layers
     if len(counts) != num_layers:
-        raise ValueError(f"{name}_per_layer must have an entry for each of {num_layers} layers; got {len(counts)}")
+        raise ValueError(f"{name}_per_layer must have one entry per layer, {num_layers} in total; got {len(counts)}")
     return counts
 
 
@@ -310,4 +315,4 @@ EMO = Format(
     model_type="emo", problems=_emo_problems, config=_emo_config, entries=_emo_entries, architecture=_emo_architecture
 )
 FORMATS: dict[str, Format] = {format.model_type: format for format in (QWEN2_MOE, EMO)}
-"""By model_type."""
+"""The formats by model_type."""

@@ -1,27 +1,27 @@
-"""The model that every format here describes, and one table: its tensors in a Megatron checkpoint and in Qwen2-MoE.
+"""The model that the Hugging Face formats describe, and one table of its tensors in Megatron and in Qwen2-MoE.
 
-A pre-norm decoder: RMSNorm, rotary positions, multi-head or grouped-query attention, gated SiLU MLPs; a layer's MLP is
-dense or a softmax-routed mixture of experts with at most one always-on MLP beside it (several shared experts are one
-of their summed width).
+The model is a pre-norm decoder with RMSNorm, rotary positions, multi-head or grouped-query attention, and gated SiLU
+MLPs. The MLP of a layer is dense or a softmax-routed mixture of experts with at most one always-on MLP, the shared
+expert. (Several shared experts are equivalent to one shared expert of the summed width.)
 
-In names `*` stands for a layer and, in those of routed experts, a second one for an expert; both count from 0. Shapes
-are of the Hugging Face tensors, in letters:
+In names, the first `*` stands for a layer and the second `*` for a routed expert; both count from 0. Shapes belong to
+the Hugging Face tensors and are written in letters:
 
     V vocabulary     Q heads * head width             E experts          I width of a dense layer's MLP
     D hidden size    K key-value heads * head width   F width of one     S width of the shared expert
 
-A weight of a model has its Qwen2-MoE name everywhere in this package, and the value that Megatron has. The table knows
-nothing of files. Megatron-Bridge can take it for its registry of mappings, one per row:
+This package uses the Qwen2-MoE name of every weight, with the value that Megatron has. The table does not depend on
+files. Megatron-Bridge can use the table for its registry of mappings, with one mapping per row:
 
     plain      AutoMapping(megatron_param, hf_param)
     qkv        QKVMapping(megatron_param, q, k, v): for each query group its q heads, its k, its v
-    gate_up    GatedMLPMapping(megatron_param, gate, up): one after the other
-    doubled    AutoMapping whose megatron_to_hf gives twice the weight, because Qwen2-MoE halves what it multiplies
+    gate_up    GatedMLPMapping(megatron_param, gate, up): gate first, then up
+    doubled    AutoMapping whose megatron_to_hf doubles the weight, because the constant gate of Qwen2-MoE halves it
 
 A checkpoint stacks routed experts in one tensor, `mlp.experts.experts.linear_fc1.weight`; Bridge maps the parameters of
-the module, `mlp.experts.linear_fc1.weight*`. A row with `needs` is of models that have it only. Of the others Megatron
-has no tensor, and Hugging Face one that is filled with `fill`: a constant, which Bridge writes and does not read. The
-two places of a norm Bridge knows itself.
+the module, `mlp.experts.linear_fc1.weight*`. A row with `needs` applies to models with that property. For a model
+without the property, Megatron has no tensor, and the Hugging Face tensor is a constant, `fill`, which Bridge writes and
+does not read. Bridge itself handles the two names of a norm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """Sizes and switches of a model; sizes that cannot be raise ValueError on construction."""
+    """Sizes and switches of a model; construction raises ValueError for impossible sizes."""
 
     vocab_size: int
     """Rows of the embedding, padding included."""
@@ -47,24 +47,24 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     num_experts: int
-    """Routed experts of every sparse layer, the shared one not counted."""
+    """Routed experts per MoE layer, without the shared expert."""
     top_k: int
-    """Routed experts a token."""
+    """Routed experts per token."""
     expert_hidden: int
     """Width of a routed expert."""
     shared_hidden: int = 0
-    """Width of the MLP that every token runs through; 0 without."""
+    """Width of the shared expert; 0 if there is none."""
     dense_hidden: int = 0
-    """Width of the MLP of dense layers; 0 without such layers."""
+    """Width of the MLP of dense layers; 0 if there are none."""
     dense_layers: tuple[int, ...] = ()
     """Layers without experts, from 0, ascending."""
     renormalise: bool = False
-    """Whether a token's top-k probabilities are scaled to sum to 1."""
+    """Whether the top-k probabilities of a token are scaled to sum to 1."""
     rope_theta: float = 10000.0
     max_positions: int
     norm_eps: float
     tied: bool = False
-    """Whether the output projection is the embedding."""
+    """Whether the output projection and the embedding share one weight."""
     qkv_bias: bool = False
     shared_gate: bool = False
     """Whether the shared expert's output is scaled by the sigmoid of a learned projection; otherwise by 1."""
@@ -80,17 +80,17 @@ class Architecture:
             f"dense layers must be ascending numbers in [0, {self.num_layers}); got {self.dense_layers}": (
                 list(self.dense_layers) == sorted(set(self.dense_layers) & set(range(self.num_layers)))
             ),
-            "there must be a layer with experts": len(self.dense_layers) < self.num_layers,
-            "dense layers need a width": not self.dense_layers or self.dense_hidden > 0,
-            "a gate of the shared expert needs a shared expert": (not self.shared_gate or self.shared_hidden > 0),
+            "at least one layer must have experts": len(self.dense_layers) < self.num_layers,
+            "dense layers must have a width above 0": not self.dense_layers or self.dense_hidden > 0,
+            "a gate of the shared expert requires a shared expert": (not self.shared_gate or self.shared_hidden > 0),
         }
         problems = [problem for problem, holds in checks.items() if not holds]
         if problems:
-            raise ValueError("no such model: " + "; ".join(problems))
+            raise ValueError("the sizes of the model are impossible: " + "; ".join(problems))
 
     @property
     def untied(self) -> bool:
-        """Whether the output projection is a weight of its own."""
+        """Whether the output projection has its own weight."""
         return not self.tied
 
     @property
@@ -102,29 +102,29 @@ class Architecture:
 Kind = Literal["plain", "qkv", "gate_up", "doubled"]
 NormPlace = Literal["mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"]
 FUSED_NORM: NormPlace = "mlp.linear_fc1.layer_norm_weight"
-"""Where a sparse layer's norm lies in checkpoints of Megatron's local layers, and a dense layer's in all."""
+"""Name of an MoE layer's norm in checkpoints of Megatron's local layers, and of a dense layer's norm in all."""
 OWN_NORM: NormPlace = "pre_mlp_layernorm.weight"
-"""Where it lies in checkpoints of Transformer Engine's layers."""
+"""Name of an MoE layer's norm in checkpoints of Transformer Engine's layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One name in Megatron."""
+    """One row of the table: a Megatron tensor and the Hugging Face tensors with the same values."""
 
     megatron: str
     weights: Mapping[str, str]
-    """Names in Hugging Face, in the order in which they are joined -> shape."""
+    """Names in Hugging Face -> shapes, in the order in which Megatron joins the weights."""
     kind: Kind = "plain"
     _: KW_ONLY
     layers: Literal["all", "moe", "dense"] = "all"
     needs: Literal["qkv_bias", "shared_hidden", "shared_gate", "untied"] | None = None
-    """What of `Architecture` must be true for Megatron to have it."""
+    """Field of `Architecture` that must be true; otherwise Megatron has no such tensor."""
     fill: float | None = None
-    """The value of its Hugging Face tensors otherwise; None: there are none."""
+    """The constant in the Hugging Face tensors if Megatron has no such tensor; None: Hugging Face has none either."""
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether it stacks one part per routed expert."""
+        """Whether the Megatron tensor stacks one part per routed expert."""
         return any(name.count("*") > 1 for name in self.weights)
 
 
@@ -132,7 +132,7 @@ _M, _H = "decoder.layers.*.", "model.layers.*."
 
 
 def _mlp(megatron: str, weights: str, width: str, down: Kind = "plain", **options: Any) -> tuple[Row, Row]:
-    """The rows of a gated MLP: down(silu(gate x) * up x)."""
+    """The two rows of a gated MLP: down(silu(gate x) * up x)."""
     both = {f"{_H}{weights}.{name}_proj.weight": f"{width}D" for name in ("gate", "up")}
     return (
         Row(f"{_M}{megatron}.linear_fc1.weight", both, "gate_up", **options),
@@ -172,22 +172,22 @@ TABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A Megatron tensor of a model, and the weights it is made of."""
+    """A Megatron tensor of a model, and the weights that the tensor joins."""
 
     row: Row
     name: str
     shape: tuple[int, ...]
     weights: Mapping[str, tuple[int, ...]]
-    """Name -> shape; of a tensor of experts, expert after expert."""
+    """Name -> shape; in a tensor of experts, one expert after the other."""
     is_constant: bool
-    """Whether this model's Megatron has no such tensor, and Hugging Face one of `row.fill`."""
+    """Whether Megatron has no such tensor for this model, and Hugging Face has a constant, `row.fill`."""
 
 
 def tensors_of(architecture: Architecture, *, moe_norm: NormPlace = FUSED_NORM) -> Iterator[Joined]:
-    """The table for one model, in the order of its layers; `moe_norm` is where the norm of sparse layers lies."""
+    """The table for one model, in the order of the layers; `moe_norm` is the name of the norm of MoE layers."""
     a = architecture
     sizes = {"V": a.vocab_size, "D": a.hidden_size, "Q": a.num_heads * a.head_dim, "K": a.num_kv_heads * a.head_dim}
-    # a shared expert that is not there is written as wide as another: a width of 0 is not loaded everywhere
+    # a missing shared expert is written with the width of a routed expert, because not every loader accepts width 0
     widths = {"F": a.expert_hidden, "S": a.shared_hidden or a.expert_hidden, "I": a.dense_hidden}
     sizes |= widths | {"E": a.num_experts, "1": 1}
     for is_in_layer, group in groupby(TABLE, key=lambda row: "*" in row.megatron):
@@ -228,7 +228,7 @@ def weight_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def into_groups(qkv: Sequence[Tensor], architecture: Architecture) -> Tensor:
-    """q, k and v, [heads * head_dim, ...], as Megatron joins them: for each query group its q heads, its k, its v."""
+    """Join q, k and v, [heads * head_dim, ...], as Megatron does: for each query group its q heads, its k, its v."""
     groups = architecture.num_kv_heads
     cut = [t.reshape(groups, -1, architecture.head_dim, *t.shape[1:]) for t in qkv]
     return torch.cat(cut, dim=1).reshape(-1, *qkv[0].shape[1:])
@@ -246,9 +246,9 @@ def out_of_groups(joined_qkv: Tensor, architecture: Architecture) -> list[Tensor
 def shape_problems(
     stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], *, optional: Sequence[str] = ()
 ) -> list[str]:
-    """What is wrong with the tensors of a file, one sentence each; `optional` ones may be missing."""
+    """Differences between stored and wanted tensors, one sentence each; the tensors `optional` may be missing."""
     problems = [
-        f"{len(names)} tensors {what}, {min(names)} among them"
+        f"{len(names)} tensors {what}, for example {min(names)}"
         for what, names in (
             ("are missing", wanted.keys() - stored.keys() - set(optional)),
             ("have no place in the model", stored.keys() - wanted.keys()),

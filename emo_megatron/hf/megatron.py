@@ -1,6 +1,7 @@
-"""The model in a Megatron checkpoint: its flags as an `Architecture`, its weights by the names of mapping.py, and back.
+"""Convert a Megatron checkpoint's flags to an `Architecture` and its weights to the names of mapping.py, and back.
 
-What Hugging Face formats cannot express is refused. Weights are read one by one and joined as they are written.
+A model that the Hugging Face formats cannot express is an error. Weights are read one by one and joined while they are
+written.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from emo_megatron.hf.mapping import (
 from emo_megatron.mcore.args import add_pool_args
 from emo_megatron.mcore.unsupported import only, problems_of
 
-_ROPE = "positions there are rotary over the whole head, halves apart, unscaled"
-_NORM = "norms there are RMSNorm with the weight as it is, before attention and MLP"
-_MLP = "MLPs there are down(silu(gate) * up) without bias"
-_ATTENTION = "attention there is plain multi-head or grouped-query attention without norms of q and k"
-_ROUTER = "routers there are a softmax and its top-k, without bias, groups or scaling"
-_RANDOM = "routers there read their input and score it as it is, without noise"
-_DROPLESS = "no token is dropped there"
+_ROPE = "the formats have rotary positions over the whole head, not interleaved and not scaled"
+_NORM = "the formats have RMSNorm before attention and MLP, with the weight itself as the factor"
+_MLP = "the formats have MLPs of the form down(silu(gate) * up), without bias"
+_ATTENTION = "the formats have plain multi-head or grouped-query attention without norms of q and k"
+_ROUTER = "the formats have routers with a softmax and its top-k, without bias, groups or scaling"
+_RANDOM = "the formats have routers without noise on the input or on the scores"
+_DROPLESS = "in the formats no token is dropped"
 REQUIREMENTS = (
     only("position_embedding_type", "rope", why=_ROPE),
     only("rotary_percent", 1.0, why=_ROPE),
@@ -69,21 +70,21 @@ REQUIREMENTS = (
     only("moe_router_topk_limited_devices", None, 0, why=_ROUTER),
     only(
         *("moe_router_load_balancing_type", *BALANCE_LOSSES),
-        why=f"{_ROUTER}; this one balances the load by choosing other experts than those of the highest score",
+        why=f"{_ROUTER}; this type balances the load by choosing other experts than those of the highest score",
     ),
     only("moe_router_force_load_balancing", False, why=_RANDOM),
     only("moe_router_force_biased", None, why=_RANDOM),
     only("moe_input_jitter_eps", None, why=_RANDOM),
     only("moe_expert_capacity_factor", None, why=_DROPLESS),
     only("moe_token_dropping", False, why=_DROPLESS),
-    only("moe_apply_probs_on_input", False, why="experts there are weighted by their output"),
-    only("moe_latent_size", None, why="experts there work on the hidden size"),
-    only("mtp_num_layers", None, 0, why="there is no multi-token prediction"),
-    only("use_mup", False, why="there are no multipliers of embedding and logits"),
-    only("heterogeneous_layers_config_path", None, why="layers there are alike"),
-    only("hybrid_layer_pattern", None, why="layers there are attention and MLP in turn"),
+    only("moe_apply_probs_on_input", False, why="the formats multiply the output of an expert by its probability"),
+    only("moe_latent_size", None, why="the formats have experts that read and write the hidden size"),
+    only("mtp_num_layers", None, 0, why="the formats have no multi-token prediction"),
+    only("use_mup", False, why="the formats have no multipliers of embedding and logits"),
+    only("heterogeneous_layers_config_path", None, why="the formats have equal layers"),
+    only("hybrid_layer_pattern", None, why="in the formats every layer is attention and an MLP"),
 )
-"""Flags that change what a model computes, in ways that neither format has."""
+"""Flags that change the function of a model, and the values that both formats can express."""
 SAME = {
     "hidden_size": "hidden_size",
     "num_layers": "num_layers",
@@ -93,24 +94,24 @@ SAME = {
     "max_positions": "max_position_embeddings",
     "norm_eps": "layernorm_epsilon",
 }
-"""Fields of `Architecture` -> flags of the same value."""
+"""Fields of `Architecture` -> flags with the same value."""
 MODEL_FLAGS = (
     *SAME.values(),
     *("ffn_hidden_size", "group_query_attention", "num_query_groups", "kv_channels", "rotary_base"),
     *("untie_embeddings_and_output_weights", "moe_router_pre_softmax", "moe_ffn_hidden_size"),
     "moe_shared_expert_intermediate_size",
 )
-"""What `architecture_of` reads beside REQUIREMENTS."""
+"""Flags that `architecture_of` reads, in addition to REQUIREMENTS."""
 
 
 def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
-    """The model in a checkpoint; ValueError names every flag in the way of a Hugging Face format, and why."""
+    """The model in a checkpoint; ValueError names every flag that prevents an export, with the reason."""
     args = _stored_flags(checkpoint)
-    # refuses flags that nobody knows, whether logits will be compared or not
+    # unknown flags are an error, even if no logits will be compared
     model_flags(checkpoint, megatron_parser())
     problems = problems_of(REQUIREMENTS, args, name_of=str)
     if not checkpoint.moe_layers:
-        problems.append("there must be a layer with experts (--num-experts): this model has none")
+        problems.append("at least one layer must have experts (--num-experts); this model has no such layer")
     if problems:
         raise ValueError(
             f"{checkpoint.path} cannot be exported to a Hugging Face format:\n"
@@ -137,13 +138,13 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
 
 
 def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
-    """The flags in a checkpoint, those that describe the model at least."""
+    """The flags in a checkpoint; ValueError if one of MODEL_FLAGS is missing."""
     args = stored_flags(checkpoint)
     missing = [name for name in MODEL_FLAGS if not hasattr(args, name)]
     if missing:
         raise ValueError(
-            f"the flags in {checkpoint.path} lack {', '.join(missing)}: it was written by a version of Megatron "
-            "that is not supported; load it in a supported one and save it again"
+            f"the flags in {checkpoint.path} lack {', '.join(missing)}: the version of Megatron that wrote this "
+            "checkpoint is not supported; load and save the checkpoint with a supported version"
         )
     return args
 
@@ -151,13 +152,13 @@ def _stored_flags(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
 def flags_of(
     architecture: Architecture, *, dtype: torch.dtype, moe_norm: NormPlace, pools: dict[str, Any], tokenizer: str | None
 ) -> argparse.Namespace:
-    """Flags of a Megatron run of a model, as its own parser gives them.
+    """The flags of a Megatron run of a model, in the form of Megatron's own parser.
 
     Args:
         architecture, dtype: of the model.
-        moe_norm: tells Megatron's local layers from Transformer Engine's.
-        pools: fields of PoolConfig that are not the default.
-        tokenizer: folder of its tokenizer; None leaves Megatron's default.
+        moe_norm: FUSED_NORM for Megatron's local layers, OWN_NORM for Transformer Engine's layers.
+        pools: fields of PoolConfig without the default value.
+        tokenizer: folder of the model's tokenizer; None: the flags name no tokenizer (NullTokenizer).
     """
     args = add_pool_args(megatron_parser()).parse_args([])
     values = _values(architecture) | {
@@ -183,7 +184,7 @@ def flags_of(
 
 
 def _values(architecture: Architecture) -> dict[str, Any]:
-    """What the flags say of the model; the inverse of `architecture_of`."""
+    """The values of the flags that describe the model; the inverse of `architecture_of`."""
     a = architecture
     return {
         **{name: getattr(a, field) for field, name in SAME.items()},
@@ -202,7 +203,7 @@ def _values(architecture: Architecture) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not a.tied,
         "vocab_size": a.vocab_size,
         "padded_vocab_size": a.vocab_size,
-        # a list, even of ones, has Megatron name layers apart
+        # with a list, even a list of ones, Megatron gives every layer its own names
         "moe_layer_freq": ([int(layer in a.moe_layers) for layer in range(a.num_layers)] if a.dense_layers else 1),
         "moe_router_pre_softmax": not a.renormalise,
         "moe_ffn_hidden_size": a.expert_hidden,
@@ -212,7 +213,7 @@ def _values(architecture: Architecture) -> dict[str, Any]:
 
 
 class MegatronWeights:
-    """The weights of a model in a checkpoint; ValueError where the checkpoint holds other tensors than the model."""
+    """The weights of a model in a checkpoint; ValueError if the tensors in the checkpoint do not match the model."""
 
     def __init__(self, checkpoint: MegatronCheckpoint, architecture: Architecture) -> None:
         self._checkpoint, self._architecture = checkpoint, architecture
@@ -220,11 +221,11 @@ class MegatronWeights:
         tensors = _tensors(architecture, OWN_NORM if has_own_norm else FUSED_NORM)
         stored = {name: info.shape for name, info in checkpoint.names.items()}
         if problems := shape_problems(stored, {tensor.name: tensor.shape for tensor in tensors}):
-            raise ValueError(f"{checkpoint.path} is not what its flags say: {'; '.join(problems)}")
+            raise ValueError(f"the tensors in {checkpoint.path} do not match its flags: {'; '.join(problems)}")
         self._held = {weight: tensor for tensor in tensors for weight in tensor.weights}
 
     def read(self, weight: str) -> Tensor:
-        """A weight by its name in `weight_shapes`, cut out of its tensor."""
+        """A weight, by its name in `weight_shapes`, sliced out of the stored tensor."""
         tensor = self._held[weight]
         names, shape = list(tensor.weights), tensor.weights[weight]
         place = names.index(weight)
@@ -242,10 +243,10 @@ class MegatronWeights:
 def megatron_weights(
     architecture: Architecture, read: Callable[[str], Tensor], *, dtype: torch.dtype, moe_norm: NormPlace
 ) -> dict[str, LazyWeight]:
-    """The tensors of a model's Megatron checkpoint, each made while it is written.
+    """The tensors of a model's Megatron checkpoint; each tensor is computed while it is written.
 
-    `read` gives a weight by its name in `weight_shapes`, in this dtype; `moe_norm` is where the norm of sparse layers
-    lies.
+    `read` returns a weight by its name in `weight_shapes`, in this dtype; `moe_norm` is the name of the norm of MoE
+    layers.
     """
     return {
         tensor.name: LazyWeight(shape=tensor.shape, dtype=dtype, rows=_rows(tensor, architecture, read))

@@ -300,19 +300,9 @@ def _metadata_of(model: Any, blocks: dict[int, Any]) -> ModelMetadata:
     return ModelMetadata(
         fingerprint=router_fingerprint(block.gate.weight for block in blocks.values()),
         num_experts=num_experts,
-        num_shared=_num_shared(model.config, first),
         top_k=int(model.config.num_experts_per_tok),
         layers=tuple(blocks),
         expert_parameters=routed // (len(blocks) * num_experts),
         other_parameters=sum(parameter.numel() for parameter in model.parameters()) - routed,
         bytes_per_parameter=next(first.experts.parameters()).element_size(),
     )
-
-
-def _num_shared(config: Any, block: Any) -> int:
-    """Number of shared experts as the paper counts; transformers has one shared expert of their summed width."""
-    shared = getattr(block, "shared_expert", None)
-    # for a model without shared experts, an exported Qwen2-MoE has a shared expert of zeros
-    if shared is None or not shared.down_proj.weight.any():
-        return 0
-    return -(-int(config.shared_expert_intermediate_size) // int(config.moe_intermediate_size))

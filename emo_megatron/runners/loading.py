@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from emo_megatron.checkpoint.model_flags import OneLineParser, refuse
+from emo_megatron.checkpoint.model_flags import OneLineParser, fail
 from emo_megatron.mcore import cpu
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     """The checkpoint of the flag `--load`."""
     cpu.activate()
-    from emo_megatron.checkpoint.names import refuse_prediction
+    from emo_megatron.checkpoint.names import check_no_prediction
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
 
     given = [part.partition("=")[0] for part in argv]
@@ -68,7 +68,7 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
     if not checkpoint.moe_layers:
         raise ValueError(f"--checkpoint must be a model with routed experts; {checkpoint.path} has none")
-    refuse_prediction(checkpoint.path, checkpoint.names)
+    check_no_prediction(checkpoint.path, checkpoint.names)
     return checkpoint
 
 
@@ -93,7 +93,7 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
     use_compiled_index_builder()
 
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser.error = refuse  # type: ignore[method-assign]
+        parser.error = fail  # type: ignore[method-assign]
         parser.set_defaults(**model_flags(checkpoint, parser, as_trained=True))
         return parser
 
@@ -102,10 +102,10 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
     own = cpu.with_cpu_flags([*batch, *sys.argv[1:]])
     with run_with(checkpoint.path) as run:
         sys.argv[1:] = [*own, *RUN_FLAGS, "--load", str(run)]
-        with megatron_refusals():
+        with megatron_errors():
             args = parse_and_validate_args(extra_args_provider=add_all)
         _balance_nothing(args)
-        with megatron_refusals():
+        with megatron_errors():
             config = gpt_config_from_args(args)
         check_run(PoolConfig(), config.transformer, args)
         config.transformer_layer_spec = pool_spec_builder(PoolConfig())
@@ -118,7 +118,7 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
 
 
 @contextlib.contextmanager
-def megatron_refusals(model: str = "the model") -> Iterator[None]:
+def megatron_errors(model: str = "the model") -> Iterator[None]:
     """Turn an assertion or exit of Megatron into a ValueError of one line; `model` names the model in that line."""
     try:
         yield
@@ -137,7 +137,7 @@ def megatron_refusals(model: str = "the model") -> Iterator[None]:
         raise ValueError(f"Megatron cannot build {model}: {said}") from error
 
 
-@megatron_refusals()
+@megatron_errors()
 def _build(args: argparse.Namespace, config: Any) -> list[Any]:
     """This rank's part of the model of a configuration, with the weights of `--load`."""
     from megatron.core.enums import ModelType

@@ -31,7 +31,7 @@ from emo_megatron.finite import NotFiniteError, check_weight, first_bad
 from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM, weight_shapes
 from emo_megatron.mcore import cpu
-from emo_megatron.runners.loading import megatron_refusals
+from emo_megatron.runners.loading import megatron_errors
 from emo_megatron.variables import as_no_other_job
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
@@ -149,7 +149,7 @@ def megatron_logits(
     return logits_TV.float()
 
 
-@megatron_refusals("the model whose logits are compared (--parity-tokens 0 compares none)")
+@megatron_errors("the model whose logits are compared (--parity-tokens 0 compares none)")
 def _model(checkpoint: MegatronCheckpoint) -> torch.nn.Module:
     from megatron.training.argument_utils import core_transformer_config_from_args
 

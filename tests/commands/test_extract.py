@@ -123,7 +123,7 @@ def test_refusals(parent, module, tmp_path, capsys):
     refused("--keep", kept=[[0, 1], [0, 1, 2]])
     refused("--moe-router-topk", kept=[[0], [1]])
     refused("exists", output=module)
-    refused("no checkpoint", checkpoint=tmp_path / "nowhere")
+    refused("must hold a checkpoint", checkpoint=tmp_path / "nowhere")
     broken = tmp_path / "broken"
     shutil.copytree(parent, broken)
     next(broken.glob("iter*/__1_*.distcp")).unlink()

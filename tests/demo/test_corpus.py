@@ -55,7 +55,7 @@ def corpus(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def _documents(corpus: Corpus) -> dict[str, list[list[int]]]:
     dataset = IndexedDataset(str(corpus.path / "train"))
     documents = {"train": [dataset[index].tolist() for index in range(len(dataset))]}
-    for split in corpora.VALIDATION_SPLITS:
+    for split in corpora.UNTRAINED_SPLITS:
         documents[split] = []
         for domain in corpus.domains:
             validation_data = load_file(corpus.path / split / f"{domain}.safetensors")
@@ -95,7 +95,7 @@ def test_megatron_reads_what_the_manifest_says(corpus: Corpus) -> None:
     assert int(dataset.sequence_lengths.sum()) == corpus.train_tokens
     assert len(dataset.document_indices) == len(dataset) + 1
     assert dataset.index.dtype.__name__ == "uint16"
-    for domain, split in itertools.product(corpus.domains, corpora.VALIDATION_SPLITS):
+    for domain, split in itertools.product(corpus.domains, corpora.UNTRAINED_SPLITS):
         validation_data = load_file(corpus.path / split / f"{domain}.safetensors")
         tokens, cu_seqlens = validation_data["tokens"], validation_data["cu_seqlens"]
         row = corpus.manifest["domains"][domain]

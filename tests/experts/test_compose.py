@@ -52,7 +52,7 @@ def test_rule_score_looks_beyond_the_union():
         ((ONE, TWO), {"keep": 7, "scores": SCORES}, "--keep .*7"),
         ((ONE, TWO), {"scores": SCORES[:1]}, "--stats"),
         ((ONE, TWO), {"scores": [SCORES[0], SCORES[1][:, :5]]}, r"\(2, 6\)"),
-        ((ONE, _selection((1, 2), (2, 3), model="other")), {}, "1 and 2 .* parents"),
+        ((ONE, _selection((1, 2), (2, 3), model="other")), {}, "1 and 2 .* parent"),
         ((), {}, "at least one"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_selection_of_another_model_is_refused():
     for arguments, what in [
         ({"fingerprint": "ab13", "num_experts": 8, "layers": [2, 3]}, "fingerprint ab13"),
         ({"fingerprint": "ab12", "num_experts": 16, "layers": [2, 3]}, "16 routed experts"),
-        ({"fingerprint": "ab12", "num_experts": 8, "layers": [1, 3]}, r"layers are \[1, 3\]"),
+        ({"fingerprint": "ab12", "num_experts": 8, "layers": [1, 3]}, r"MoE layers \[1, 3\]"),
     ]:
         fingerprint = arguments.pop("fingerprint")
         with pytest.raises(ValueError, match=what):

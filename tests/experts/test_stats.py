@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -39,6 +40,7 @@ def test_a_file_of_the_first_format_is_read(tmp_path, outputs):
     assert ("norm_LE" in tensors) == outputs
     with safe_open(stats.save(tmp_path / "new.safetensors"), framework="pt") as file:
         described = file.metadata() | {"format": "emo_megatron.stats.1"}
+    described["model"] = json.dumps(json.loads(described["model"]) | {"num_shared": 1})
     save_file(tensors, tmp_path / "old.safetensors", metadata=described)
     assert_same(load_stats(tmp_path / "old.safetensors"), stats)
 
@@ -91,7 +93,7 @@ def test_other_and_damaged_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"s\.safetensors.*cut short"):
         load_stats(path)
     save_file({"tokens": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"s\.safetensors is no statistics file"):
+    with pytest.raises(ValueError, match=r"s\.safetensors is not a statistics file"):
         load_stats(path)
     with pytest.raises(FileNotFoundError, match="write one with stats"):
         load_stats(tmp_path / "missing.safetensors")

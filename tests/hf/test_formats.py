@@ -243,7 +243,7 @@ def test_a_model_whose_biases_are_zero_still_has_them(tmp_path: Path) -> None:
     ("overrides", "reason"),
     [
         ({"renormalise": True}, "renormalised"),
-        ({"shared_hidden": 24}, "as wide as a routed one"),
+        ({"shared_hidden": 24}, "as wide as a routed expert"),
         ({"qkv_bias": True}, "--add-qkv-bias"),
         ({"shared_gate": True}, "--moe-shared-expert-gate"),
         ({"head_dim": 16}, "--kv-channels"),
@@ -257,7 +257,7 @@ def test_what_the_released_format_cannot_express(overrides: dict[str, Any], reas
 @pytest.mark.parametrize(
     ("format", "change", "reason"),
     [
-        ("emo", {"num_experts_per_layer": [7, 5, 7]}, r"as many experts.*\[7, 5, 7\]"),
+        ("emo", {"num_experts_per_layer": [7, 5, 7]}, r"number of experts.*\[7, 5, 7\]"),
         ("emo", {"num_shared_experts": 2}, "1 each in training"),
         ("emo", {"always_active_experts": [0]}, "always_active_experts"),
         ("emo", {"attention_bias": True}, "attention_bias"),
@@ -266,7 +266,7 @@ def test_what_the_released_format_cannot_express(overrides: dict[str, Any], reas
         ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act"),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen2_moe", {"model_type": "mixtral"}, "model_type must be one of qwen2_moe, emo"),
-        ("qwen2_moe", {"num_experts": None}, "top-k|must give|no such model"),
+        ("qwen2_moe", {"num_experts": None}, "top-k|must give|impossible"),
         ("qwen2_moe", {"num_experts": 5}, "have no place in the model"),
         ("qwen2_moe", {"vocab_size": 81}, r"embed_tokens.*\[81, 32\]; got \[80, 32\]"),
         ("qwen2_moe", {"num_hidden_layers": 4}, "tensors are missing"),

@@ -24,7 +24,7 @@ from emo_megatron.runners.loading import (
     check_layout,
     check_rows,
     checkpoint_in,
-    megatron_refusals,
+    megatron_errors,
 )
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -230,7 +230,7 @@ def test_a_signal_while_megatron_builds_is_no_refusal(number, error):
     # tests in the background ignore Ctrl-C
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        with pytest.raises(error) as stopped, stops_on_signals(), megatron_refusals():
+        with pytest.raises(error) as stopped, stops_on_signals(), megatron_errors():
             os.kill(os.getpid(), number)
     finally:
         signal.signal(number, before)

@@ -18,13 +18,7 @@ from emo_megatron.runners.base import Loss, Setting
 from emo_megatron.runners.cache import CachedRunner, NoCache, open_cache
 
 METADATA = ModelMetadata(
-    fingerprint="f00d",
-    num_experts=8,
-    num_shared=1,
-    top_k=2,
-    layers=(2, 3, 4),
-    expert_parameters=1000,
-    other_parameters=50_000,
+    fingerprint="f00d", num_experts=8, top_k=2, layers=(2, 3, 4), expert_parameters=1000, other_parameters=50_000
 )
 
 SETTING = Setting(weights="w", seq_length=16, dtype="torch.float32")

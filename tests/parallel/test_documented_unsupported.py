@@ -18,7 +18,7 @@ TABLES = {
 }
 
 
-def refusal_rows():
+def unsupported_rows():
     """The rows of the page's last table."""
     for who, rows in TABLES.items():
         for row in rows:
@@ -31,4 +31,4 @@ def refusal_rows():
 def test_the_page_lists_what_is_refused():
     page = (ROOT / "docs" / "parallelism.md").read_text()
     listed = page.split("### Single options")[1].strip().splitlines()
-    assert listed[-len(list(refusal_rows())) :] == list(refusal_rows())
+    assert listed[-len(list(unsupported_rows())) :] == list(unsupported_rows())
