@@ -97,7 +97,7 @@ def test_a_recipe_trains_with_the_pools_of_the_command_line(answers):
     status, printed, said, _ = answers["train"]
     assert status == 0, said
     assert re.findall(r"pool_size: ([\d.]+)", printed) == ["3.00"]
-    (advice,) = (line for line in printed.splitlines() if "load_balancing_type" in line)
+    (advice,) = (line for line in printed.splitlines() if " stays " in line)
     # 0.1 / 2 layers
     assert re.search(r"^emo_megatron: .* stays seq_aux_loss; .* global_aux_loss and .*coeff=0\.05 ", advice)
     assert re.search(r"iteration\s+1/\s+1 .*lm loss: [56]\.", printed)
