@@ -68,9 +68,10 @@ def current_arguments(command: str, arguments: Sequence[str], options: Any) -> l
             _warn(name, new)
             name = new
         if name and name not in {*flags, "--help"} and not name.startswith("--tyro-"):
-            raise ValueError(
-                f"{command} has no flag {name}{nearest(name, flags)}; emo_megatron {command} --help lists the flags"
-            )
+            hint = nearest(name, flags)
+            if command == "bridge" and name.startswith("--pool-"):
+                hint = f", give model.{name[2:].replace('-', '_')}=VALUE"
+            raise ValueError(f"{command} has no flag {name}{hint}; emo_megatron {command} --help lists the flags")
         flag = name or flag
         before = found[-1] if found else ""
         if argument == "routed" and flag in SIZES and re.search(r"(^|=)\d+$", before):

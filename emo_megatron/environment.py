@@ -21,7 +21,7 @@ SUPPORTED: dict[str, tuple[Release, Release | None]] = {
 }
 """Package -> its first supported release, and the first later release that is not supported (None: no upper limit)."""
 
-BRIDGE_INSTALL = "see docs/bridge.md, section Versions"
+BRIDGE_INSTALL = "see docs/bridge.md, section Requirements"
 """A reference instead of a pip command, because pip cannot resolve all requirements of Megatron-Bridge."""
 
 PACKAGES = {

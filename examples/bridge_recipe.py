@@ -1,11 +1,13 @@
 """Pretrain a Megatron-Bridge (NeMo) recipe with document pools, or continue training a Hugging Face MoE with pools.
 
-    torchrun --nproc-per-node 8 examples/bridge_recipe.py --pool-min 16 dataset.data_path=data/web
-    torchrun --nproc-per-node 8 examples/bridge_recipe.py --pool-min 16 --hf allenai/OLMoE-1B-7B-0125
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py model.pool_min=16 dataset.data_path=data/web_text_document
+    torchrun --nproc-per-node 8 examples/bridge_recipe.py --hf allenai/OLMoE-1B-7B-0125 model.pool_min=16 \
+        dataset.data_path=data/web_text_document optimizer.lr=4e-5 train.train_iters=1000
 
 The second command starts from the weights of a model on the hub or in a folder. AutoBridge and pools must support the
-model's architecture. Checkpoints (checkpoint.save) and export to Hugging Face are Bridge's own. Without
-dataset.data_path the script trains on random tokens.
+model's architecture. Optimizer, learning rate, batch size and steps remain those of the OLMoE recipe for pretraining,
+so set them. Checkpoints (checkpoint.save) and export to Hugging Face are Bridge's own. Without dataset.data_path the
+script trains on random tokens.
 """
 
 import argparse
@@ -21,22 +23,24 @@ from megatron.bridge.training.pretrain import pretrain  # noqa: E402
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides  # noqa: E402
 
 from emo_megatron.bridge import apply_pools, pool_forward_step  # noqa: E402
-from emo_megatron.config import PoolConfig  # noqa: E402
+from emo_megatron.bridge.command import pools_and_others  # noqa: E402
 
 
 def main() -> None:
     """Take a recipe, apply the overrides and pools, and run Bridge's own training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hf", metavar="MODEL", help="start from this model: its name on the hub, or its folder")
-    parser.add_argument("--pool-min", type=int, required=True, help="smallest size of a pool, in routed experts")
-    parser.add_argument("overrides", metavar="FIELD=VALUE", nargs="*", help="options, such as train.train_iters=1000")
+    parser.add_argument(
+        "overrides", metavar="FIELD=VALUE", nargs="+", help="options, such as model.pool_min=16 train.train_iters=1000"
+    )
     options = parser.parse_args()
 
+    pool, others = pools_and_others(options.overrides)
     cfg = olmoe_7b_pretrain_config()
     if options.hf:
         use_model(cfg, options.hf)
-    process_config_with_overrides(cfg, cli_overrides=options.overrides)
-    apply_pools(cfg, PoolConfig(pool_min=options.pool_min))
+    process_config_with_overrides(cfg, cli_overrides=others)
+    apply_pools(cfg, pool, pool_documents=pool.pool_documents)
     pretrain(cfg, pool_forward_step)
 
 

@@ -91,6 +91,11 @@ def test_a_misspelt_name_is_one_line_with_the_nearest(arguments, suggested, caps
     assert f"did you mean {suggested}?" in line
 
 
+def test_bridge_takes_pools_as_fields_of_the_model(capsys):
+    assert cli.main(["bridge", "--recipe", "r", "--pool-min-start", "8"]) == 2
+    assert "bridge has no flag --pool-min-start, give model.pool_min_start=VALUE;" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["xyz"], ["select", "--xyzxyz"], ["extract", "--rows", "2"]])
 def test_a_name_like_no_other_is_one_line_too(arguments, capsys):
     assert cli.main(arguments) == 2

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from torch.utils import collect_env
@@ -11,6 +12,12 @@ from torch.utils import collect_env
 import emo_megatron
 from emo_megatron import environment
 from emo_megatron.environment import collect_environment, format_text
+
+
+def test_the_install_hint_names_a_heading_of_a_page() -> None:
+    page, section = environment.BRIDGE_INSTALL.removeprefix("see ").split(", section ")
+    headings = (Path(__file__).parents[1] / page).read_text().splitlines()
+    assert f"## {section}" in headings
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -18,6 +17,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
+from emo_megatron.arguments import nearest
 from emo_megatron.bridge.pooled import in_words_of_bridge
 from emo_megatron.bridge.recipe import apply_pools, is_first_rank
 from emo_megatron.bridge.step import pool_forward_step
@@ -76,12 +76,16 @@ def pools_and_others(overrides: Sequence[str]) -> tuple[PoolConfig, list[str]]:
             parsed = parser.parse_override(text)
         except HydraException as error:
             raise ValueError(f"override {text} must be FIELD=VALUE: {error}") from None
+        if parsed.key_or_group.startswith("pool_"):
+            raise ValueError(f"{text} must name a field of model: give model.{parsed.key_or_group}=VALUE")
         if not parsed.key_or_group.startswith(POOL_PREFIX):
             others.append(text)
         elif parsed.is_sweep_override():
             raise ValueError(f"{text} must give one value, because the command trains once")
         elif parsed.type is not OverrideType.CHANGE:
             raise ValueError(f"{text} must be FIELD=VALUE, without +, ++ or ~")
+        elif parsed.value() in ("none", "None"):
+            raise ValueError(f"{text} must be {parsed.key_or_group}=null: the word for no value is null")
         else:
             values[parsed.key_or_group.removeprefix("model.")] = parsed.value()
     if "pool_min" not in values:
@@ -100,10 +104,9 @@ def find_recipe(name: str) -> Recipe:
         known = recipes_by_name()
         if name in known:
             return known[name]
-        nearest = difflib.get_close_matches(name, known, n=3) or ["see --list"]
         raise ValueError(
-            f"--recipe must be the name of a megatron.bridge recipe, or module:function; got {name!r}; "
-            f"nearest: {', '.join(nearest)}"
+            f"--recipe must be the name of a megatron.bridge recipe, or module:function; got {name!r}"
+            f"{nearest(name, known)}; --list prints the names"
         )
     try:
         found = getattr(importlib.import_module(module), function, None)

@@ -74,7 +74,25 @@ def apply_pools(
     if is_first_rank():
         for name, (old, new) in changes.items():
             print(f"emo_megatron: {name}: {old!r} -> {new!r}", flush=True)
+        if pool.is_on and (advice := _balance_advice(model)):
+            print(f"emo_megatron: {advice}", flush=True)
     return changes
+
+
+def _balance_advice(model: Any) -> str:
+    """One line about a balance loss that makes worse modules; empty if the recipe has none."""
+    kinds, coefficients = model.moe_router_load_balancing_type, model.moe_aux_loss_coeff
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    is_used = any(coefficients) if isinstance(coefficients, (list, tuple)) else coefficients
+    kept = [kind for kind in ("aux_loss", "seq_aux_loss") if kind in kinds]
+    if not (kept and is_used) or "global_aux_loss" in kinds:
+        return ""
+    has_only_experts = model.moe_layer_freq == 1 and not getattr(model, "hybrid_layer_pattern", None)
+    coefficient = f"{0.1 / model.num_layers:.3g}" if has_only_experts else "0.1 / number of MoE layers"
+    return (
+        f"model.moe_router_load_balancing_type stays {' and '.join(kept)}; for better modules give global_aux_loss "
+        f"and model.moe_aux_loss_coeff={coefficient} (docs/balance.md)"
+    )
 
 
 def is_first_rank() -> bool:

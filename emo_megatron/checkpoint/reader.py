@@ -131,6 +131,11 @@ class MegatronCheckpoint:
     def args(self) -> argparse.Namespace:
         """The flags of the run that wrote the checkpoint."""
         args = self.common.get("args")
+        if args is None and (self.path / "run_config.yaml").is_file():
+            raise ValueError(
+                f"{self.path} is a Megatron-Bridge checkpoint, which does not hold Megatron's flags: export it to a "
+                "Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
+            )
         if not isinstance(args, argparse.Namespace):
             raise ValueError(f"{self.path} must hold the flags of its run, and has none: save the checkpoint again")
         lacking = [name for name in ("num_experts", "moe_router_topk") if not hasattr(args, name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,22 +14,26 @@ INSTALL = BRIDGE_INSTALL
 IS_IN_A_JOB = True
 
 
+def _unset(metavar: str, default: str) -> Any:
+    """As commands.options.unset, whose module imports torch."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Train a Megatron-Bridge (NeMo) recipe with document pools, in one process or under torchrun.
 
     torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe olmoe_7b_pretrain_config model.pool_min=8
-
-    torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe qwen3_30b_a3b_pretrain_config model.pool_min=8
-    model.pool_unrestricted=0.05 train.train_iters=100 checkpoint.save=runs/qwen3
+    model.moe_router_load_balancing_type=global_aux_loss model.moe_aux_loss_coeff=0.00625
+    dataset.data_path=data/web_text_document checkpoint.save=runs/olmoe checkpoint.load=runs/olmoe
 
     Options of the recipe that pools do not support are changed, and each change is printed. docs/bridge.md lists these
     options.
     """
 
-    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FIELD=VALUE")] = ()
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], _unset("FIELD=VALUE ...", "none")] = ()
     """Fields of the recipe and their new values, in Megatron-Bridge's syntax. model.pool_min is required."""
-    recipe: str = ""
+    recipe: Annotated[str, _unset("NAME", "none; required without --list")] = ""
     """Name of a function in megatron.bridge.recipes or perf_recipes; or module:function for your own recipe."""
     strict: bool = False
     """Stop with an error instead of changing an option of the recipe."""

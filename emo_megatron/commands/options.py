@@ -13,7 +13,7 @@ import tyro
 from emo_megatron.experts.calibration import Calibration
 from emo_megatron.runners import launch
 from emo_megatron.runners.cache import CachedRunner, NoCache, open_cache
-from emo_megatron.runners.open import Read, is_hugging_face, open_hugging_face, open_megatron
+from emo_megatron.runners.open import Read, can_import, is_hugging_face, open_hugging_face, open_megatron
 
 
 def unset(metavar: str, default: str) -> Any:
@@ -102,9 +102,10 @@ class ModelOptions:
             )
             return CachedRunner(model, cache), read
         if self.nproc_per_node > 1 or self.megatron_args:
+            more = ", or import the checkpoint into Megatron with the command import" if can_import(checkpoint) else ""
             raise ValueError(
-                f"{checkpoint} is a Hugging Face checkpoint, which runs in one process: remove --nproc-per-node and "
-                "--megatron-args, or import the checkpoint into Megatron with the command import"
+                f"{checkpoint} is a Hugging Face checkpoint, which runs in one process on one GPU: remove "
+                f"--nproc-per-node and --megatron-args{more}"
             )
         model, read = open_hugging_face(
             checkpoint,

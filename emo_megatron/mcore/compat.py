@@ -31,7 +31,7 @@ def _require(distribution: str, *, by: str, install: str) -> tuple[int, int]:
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"{by} needs {wanted}, which is not installed: {install}") from None
     if not is_supported(distribution, version):
-        raise ImportError(f"{by} supports {wanted}; {version} is installed")
+        raise ImportError(f"{by} supports {wanted}; {version} is installed: {install}")
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 

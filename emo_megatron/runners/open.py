@@ -31,6 +31,13 @@ def is_hugging_face(checkpoint: Path) -> bool:
     return (checkpoint / "config.json").is_file()
 
 
+def can_import(folder: Path) -> bool:
+    """Whether the command import converts this Hugging Face folder to a Megatron checkpoint."""
+    from emo_megatron.hf.formats import FORMATS
+
+    return read_object(folder / "config.json", kind="a model's configuration").get("model_type") in FORMATS
+
+
 def open_hugging_face(
     folder: Path, *, texts: Sequence[Path], tokenizer: Path | None, seq_length: int | None, micro_batch_size: int
 ) -> tuple[ExpertRunner, Read]:

@@ -32,6 +32,10 @@ REFUSED = {
         [*SMALL, "model.pool_min=3", "model.moe_expert_capacity_factor=1.1"],
         "model.moe_expert_capacity_factor",
     ),
+    "another program's flag": ([*SMALL, "--pool-min", "8"], "model.pool_min=VALUE"),
+    "without model": ([*SMALL, "pool_min=8"], "model.pool_min=VALUE"),
+    "none": ([*SMALL, "model.pool_min=3", "model.pool_eval=none"], "model.pool_eval=null"),
+    "added once": ([*SMALL, "model.pool_min=3", "+model.pool_max=4"], "+model.pool_max=4"),
     "added": ([*SMALL, "model.pool_min=3", "++model.pool_max=4"], "++model.pool_max=4"),
     "strict": ([*SMALL, "--strict", "model.pool_min=3", "model.moe_router_dtype=null"], "model.moe_router_dtype"),
     "other pools": ([*SMALL, "model.pool_min=3"], "model.pool_min was 4 and is 3"),
@@ -76,7 +80,7 @@ def test_what_cannot_be_is_one_error_that_names_it(answers, name):
 
 
 def test_an_unknown_name_brings_the_nearest(answers):
-    assert "olmoe_7b_pretrain_config" in answers["unknown name"][2]
+    assert "did you mean olmoe_7b_pretrain_config?" in answers["unknown name"][2]
 
 
 def test_the_list_holds_moe_recipes_on_text(answers):
@@ -93,6 +97,9 @@ def test_a_recipe_trains_with_the_pools_of_the_command_line(answers):
     status, printed, said, _ = answers["train"]
     assert status == 0, said
     assert re.findall(r"pool_size: ([\d.]+)", printed) == ["3.00"]
+    (advice,) = (line for line in printed.splitlines() if " stays " in line)
+    # 0.1 / 2 layers
+    assert re.search(r"^emo_megatron: .* stays seq_aux_loss; .* global_aux_loss and .*coeff=0\.05 ", advice)
     assert re.search(r"iteration\s+1/\s+1 .*lm loss: [56]\.", printed)
     assert re.search(r"validation loss at iteration 1\b.*lm loss value: [56]\.", printed)
     assert "results:" not in printed

@@ -6,6 +6,8 @@ import json
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +35,16 @@ def test_it_trains_on_and_saves(example):
     config = (folder / "hf" / "iter_0000002" / "run_config.yaml").read_text()
     assert "PoolGPTModelProvider" in config
     assert "pool_min: 3\n" in config
+    assert "pool_max: 6\n" in config
+
+
+def test_a_checkpoint_is_exported_with_the_trained_weights(example):
+    _, seen, folder = example
+    exported = load_file(folder / "exported" / "model.safetensors")
+    assert sorted(exported) == sorted(seen["made"])
+    before = load_file(folder / "model" / "model.safetensors")
+    assert not any(torch.equal(weight, before[name]) for name, weight in exported.items())
+    assert json.loads((folder / "exported" / "config.json").read_text())["model_type"] == "qwen3_moe"
 
 
 def test_the_recipe_trains_with_the_smallest_pools_it_can_have(example):

@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "bridge.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results" / "bridge-recipes.json"
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,10 @@ def test_its_findings_are_what_bridge_does(page):
 
 def test_its_three_lines_train_a_model_with_pools(page):
     assert page["trained"] == ["PoolOlMoEModelProvider"]
+
+
+def test_its_export_is_of_the_trained_model(page):
+    assert page["exported"] == [["allenai/OLMoE-1B-7B-0125", "runs/olmoe", "runs/olmoe-hf"]]
 
 
 def test_its_stock_file_has_no_pools(page):
@@ -50,11 +55,14 @@ def test_its_commands_reach_the_recipe(page):
     assert [line["script"] for line in lines] == [*["emo_megatron"] * 3, "examples/bridge_recipe.py"]
     assert first["pool_min"] == second["pool_min"] == 8
     assert first["recipe"].startswith("olmoe_7b_pretrain")
-    assert (first["steps"], first["save"], first["data"]) == (100, "runs/olmoe", "data/web")
+    assert (first["steps"], first["save"], first["data"]) == (100, "runs/olmoe", "data/web_text_document")
+    assert first["load"] == first["save"]
+    assert first["balance"] == ["global_aux_loss", 0.00625]
     assert second["recipe"].startswith("qwen3_30b_a3b_pretrain")
     assert listing["status"] == 0
     assert listing["lines"] > 100
     assert example["model"] == "allenai/OLMoE-1B-7B-0125"
+    assert example["pool_min"] == 16
     assert readme["pool_min"] == 8
     assert readme["data"] == "data/web"
     assert readme["balance"] == ["global_aux_loss", 0.00625]
@@ -68,8 +76,17 @@ def test_its_table_has_every_option_that_is_changed():
     assert changed <= set(re.findall(r"`(.*?)`", " ".join(told)))
 
 
+def test_it_counts_the_names_of_recipes(page):
+    names = int(re.search(r"on text: (\d+) names", PAGE)[1])
+    assert page["lines"][2]["lines"] == names
+    recipes = [r["recipe"] for r in json.loads(RESULTS.read_text())["recipes"]]
+    different = len({name.rpartition(".")[2] for name in recipes})
+    assert f"have {different} different names, because {len(recipes) - different} names are in both" in PAGE
+    assert f"{names - different} recipes have a second name" in PAGE
+
+
 def test_its_table_of_families_counts_the_recipes():
-    results = json.loads((ROOT / "benchmarks" / "results" / "bridge-recipes.json").read_text())
+    results = json.loads(RESULTS.read_text())
     counts = {family: [0, 0, 0, 0] for family in ("all", *(r["family"] for r in results["recipes"]))}
     for row in results["recipes"]:
         for family in ("all", row["family"]):

@@ -274,6 +274,13 @@ def test_a_common_file_without_flags_is_named(copied, held):
         assert MegatronCheckpoint(copied[0]).args
 
 
+def test_a_checkpoint_of_megatron_bridge_is_named(copied):
+    torch.save({"iteration": 7}, copied[1] / "common.pt")
+    (copied[1] / "run_config.yaml").write_text("model: {}")
+    with told("AutoBridge, see docs/bridge.md#checkpoints"):
+        assert MegatronCheckpoint(copied[0]).args
+
+
 @pytest.mark.parametrize("text", ["[]", "null", "{}"])
 def test_a_description_that_is_no_description_is_named(copied, text):
     (copied[1] / "metadata.json").write_text(text)

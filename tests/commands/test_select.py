@@ -189,3 +189,11 @@ def test_options_that_do_not_go_together_are_refused(options, what):
 def test_impossible_layouts_are_refused(options, what):
     with pytest.raises(ValueError, match=what):
         ModelOptions(**options)
+
+
+@pytest.mark.parametrize(("kind", "can_import"), [("olmoe", False), ("qwen3_moe", False), ("qwen2_moe", True)])
+def test_several_processes_for_a_hugging_face_folder_are_refused(tmp_path, kind, can_import):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(ValueError, match="remove --nproc-per-node and --megatron-args") as caught:
+        ModelOptions(nproc_per_node=2, no_cache=True).open(tmp_path, texts=[])
+    assert ("the command import" in str(caught.value)) == can_import

@@ -3,7 +3,8 @@
     python -m support.bridge_example FOLDER
 
 It runs the example twice, on a Hugging Face model that it makes and on the recipe, and prints JSON of the first: which
-weights were loaded bit for bit, and which of them training moved. The first saves its checkpoint in FOLDER/hf.
+weights were loaded bit for bit, and which of them training moved. The first saves its checkpoint in FOLDER/hf, and
+FOLDER/exported is that checkpoint as a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -101,19 +102,28 @@ def run_example(*arguments: str) -> None:
     runpy.run_path(str(EXAMPLE), run_name=EXAMPLE.stem)["main"]()
 
 
+def export(folder: Path) -> None:
+    """As docs/bridge.md exports the first run, into FOLDER/exported."""
+    bridge = AutoBridge.from_hf_pretrained(str(folder / "model"))
+    # the export asks ModelOpt whether weights are quantized
+    with stand_ins():
+        bridge.export_ckpt(str(folder / "hf"), str(folder / "exported"))
+
+
 def main() -> None:
     """Run the example both ways."""
     folder = Path(sys.argv[1])
     made = make_model(folder / "model")
     without_gpu(folder / "hf")
-    run_example("--hf", str(folder / "model"), "--pool-min", "3")
+    run_example("--hf", str(folder / "model"), "model.pool_min=3", "model.pool_max=6")
     seen = {
         "names": Loaded.weights.keys() == made.keys(),
         "loaded": [n for n, w in made.items() if torch.equal(w, Loaded.weights[n])],
         "moved": [n for n, w in Loaded.chunk.named_parameters() if not w.equal(Loaded.before[n])],
         "routers": [type(layer.mlp.router).__name__ for layer in Loaded.chunk.decoder.layers],
     }
-    run_example("--pool-min", "2", "checkpoint.save=null", "checkpoint.load=null")
+    export(folder)
+    run_example("model.pool_min=2", "checkpoint.save=null", "checkpoint.load=null")
     print(json.dumps(seen | {"made": list(made), "parameters": list(Loaded.before)}))
 
 

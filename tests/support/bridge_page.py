@@ -18,6 +18,7 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from support import bridge_recipes  # noqa: F401, imports Bridge
 from support.bridge_stand_ins import stand_ins
@@ -46,7 +47,7 @@ def run_blocks(trained: list[Any]) -> list[dict[str, str]]:
             continue
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            exec(block, {})
+            exec(block, {"__name__": "__main__"})
         printed = [line for line in said.getvalue().splitlines() if "emo_megatron:" not in line]
         seen.append({"printed": "\n".join(printed), "page": _comments_at_the_end(block)})
         if trained and not Path("run_config.yaml").exists():
@@ -94,7 +95,8 @@ def _as_command(arguments: list[str]) -> dict[str, Any]:
         # others ask a hub
         if recipe.startswith("olmoe"):
             cfg = command.prepare(recipe, overrides, strict=strict)
-            seen.update(steps=cfg.train.train_iters, save=cfg.checkpoint.save, data=cfg.dataset.data_path)
+            seen.update(steps=cfg.train.train_iters, data=cfg.dataset.data_path)
+            seen.update(save=cfg.checkpoint.save, load=cfg.checkpoint.load)
             seen["balance"] = [cfg.model.moe_router_load_balancing_type, cfg.model.moe_aux_loss_coeff]
 
     kept, command.run = command.run, run
@@ -113,6 +115,7 @@ def _as_example(path: Path, arguments: list[str]) -> dict[str, Any]:
         raise InterruptedError
 
     AutoBridge.from_hf_pretrained = from_hub
+    seen["pool_min"] = command.pools_and_others([word for word in arguments if "=" in word])[0].pool_min
     sys.argv = [str(path), *arguments]
     with contextlib.suppress(InterruptedError):
         runpy.run_path(str(path), run_name=path.stem)["main"]()
@@ -125,10 +128,13 @@ def main() -> None:
     trained: list[Any] = []
     megatron.bridge.training.pretrain.pretrain = lambda cfg, step: trained.append(cfg)
     lines = run_lines()
+    # support.bridge_example exports a trained model
+    exported: list[list[str]] = []
+    AutoBridge.from_hf_pretrained = lambda name: mock.Mock(export_ckpt=lambda *to: exported.append([name, *to]))
     blocks = run_blocks(trained)
     providers = [type(cfg.model).__name__ for cfg in trained]
     files = {path.name: path.read_text() for path in Path().glob("*run_config.yaml")}
-    print(json.dumps({"blocks": blocks, "lines": lines, "trained": providers, "files": files}))
+    print(json.dumps({"blocks": blocks, "lines": lines, "trained": providers, "files": files, "exported": exported}))
 
 
 if __name__ == "__main__":
