@@ -66,7 +66,7 @@ RUN_IN = {
     "torchrun --nproc-per-node 8 pretrain_gpt.py --spec emo_megatron.mcore.spec pool_layer_spec"
     f" --dataloader-inter-document-masking {BALANCE} ...": "mcore/test_host_spec.py::test_a_script_that_knows",
     "torchrun --nproc-per-node 8 -m emo_megatron bridge --recipe olmoe_7b_pretrain_config model.pool_min=8"
-    " dataset.data_path=data/web model.moe_router_load_balancing_type=global_aux_loss"
+    " dataset.data_path=data/web_text_document model.moe_router_load_balancing_type=global_aux_loss"
     " model.moe_aux_loss_coeff=0.00625": "bridge/test_page.py::test_its_commands_reach_the_recipe",
     **dict.fromkeys(
         re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "modules.md").read_text()),

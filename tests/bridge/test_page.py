@@ -64,7 +64,7 @@ def test_its_commands_reach_the_recipe(page):
     assert example["model"] == "allenai/OLMoE-1B-7B-0125"
     assert example["pool_min"] == 16
     assert readme["pool_min"] == 8
-    assert readme["data"] == "data/web"
+    assert readme["data"] == "data/web_text_document"
     assert readme["balance"] == ["global_aux_loss", 0.00625]
 
 
