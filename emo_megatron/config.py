@@ -109,8 +109,9 @@ class PoolConfig:
     """Assign each end-of-document token to the next document, like the authors' router (but not their attention).
     Otherwise an end-of-document token belongs to the document that it ends."""
     pool_check: bool = False
-    """Check the document boundaries of every micro-batch on the GPU too: they must be in order and end with the
-    micro-batch. The check is for debugging, because every check waits for the GPU. On a CPU they are always checked."""
+    """Also check document boundaries that are on a GPU: they must start at 0, never decrease and end inside the
+    micro-batch. For debugging, because the check waits for the GPU in every micro-batch. Boundaries on a CPU are always
+    checked."""
 
     @property
     def is_on(self) -> bool:
