@@ -120,9 +120,7 @@ def test_flags_say_the_papers_model(
 
 
 @pytest.mark.parametrize("script", ["emo_1b14b.sh", "emo_1b14b_ep.sh"])
-def test_one_flag_gives_the_matched_standard_moe(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_flag_gives_the_matched_standard_moe(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from emo_megatron.mcore.args import pool_config_from_args
 
     flags = _flags_of(_launch(tmp_path, script, "--pool-min", "none", **INPUTS))
