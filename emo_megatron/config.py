@@ -7,9 +7,11 @@ the same names. "The paper" is arXiv 2605.06663.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from emo_megatron.arguments import nearest
@@ -17,6 +19,9 @@ from emo_megatron.json_files import read_json
 
 PoolCpPartition = Literal["sample", "document"]
 PoolDocuments = Literal["attention", "routers"]
+
+HEADING = "pool configuration"
+"""First words of the errors of PoolConfig."""
 
 WITHOUT_POOLS = ("pool_documents", "pool_balance", "pool_cp_partition", "pool_dispatcher", "pool_seed")
 """Fields that the standard MoE may set too."""
@@ -38,8 +43,8 @@ class PoolConfig:
     """How each document of a batch gets its pool of experts. By default pools are off: the standard MoE."""
 
     pool_min: int | None = None
-    """Smallest size of a pool, in routed experts (the shared expert does not count). The paper: 8. None turns pools
-    off."""
+    """Smallest size of a pool, in routed experts (the shared expert does not count). The paper: 8. None: no pools, the
+    standard MoE."""
     pool_max: int | None = None
     """Largest size of a pool, in routed experts. None (the paper): all routed experts; with --pool-group-scope
     document, all experts in the document's groups."""
@@ -92,18 +97,21 @@ class PoolConfig:
     pool_cp_partition: PoolCpPartition = "sample"
     """How the host splits packed micro-batches over context-parallel ranks, which batches do not record. sample: one
     zigzag per micro-batch. document: one zigzag per document, as Transformer Engine's packed attention requires.
-    pretrain_emo.py and Bridge always use document with --pool-documents attention."""
+    Only for training loops of your own: pretrain_emo.py and Bridge always use document with --pool-documents
+    attention."""
     pool_dispatcher: Literal["megatron", "dedup"] = "megatron"
     """How tokens are sent to their experts. megatron: by --moe-token-dispatcher-type. dedup: replaces Megatron's
-    alltoall and sends each token to each rank at most once, even if several of its experts are on that rank. Also works
-    without pools."""
+    alltoall (--moe-token-dispatcher-type alltoall must be given) and sends each token to each rank at most once, even
+    if several experts of the token are on that rank. Also works without pools."""
     pool_seed: int = 1234
     """Seed of the counter-based hash that draws pool sizes."""
     pool_eos_starts_document: bool = False
     """Assign each end-of-document token to the next document, like the authors' router (but not their attention).
     Otherwise an end-of-document token belongs to the document that it ends."""
     pool_check: bool = False
-    """Also validate document boundaries that are on the device. The check waits for the device in every micro-batch."""
+    """Also check document boundaries that are on a GPU: they must start at 0, never decrease and end inside the
+    micro-batch. For debugging, because the check waits for the GPU in every micro-batch. Boundaries on a CPU are always
+    checked."""
 
     @property
     def is_on(self) -> bool:
@@ -115,7 +123,7 @@ class PoolConfig:
         return self.is_on and consumed_samples >= self.pool_delay_samples
 
     def __post_init__(self) -> None:
-        raise_problems("pool configuration", self._problems())
+        raise_problems(HEADING, self._problems())
 
     def _problems(self) -> list[str]:
         """Errors in this configuration on its own, without a model; one sentence per error."""
@@ -245,8 +253,8 @@ def flag(field_name: str) -> str:
 def load_pool_config(path: Path) -> PoolConfig:
     """The PoolConfig in a JSON file: an object with any of its fields, such as {"pool_min": 8}."""
     if not path.is_file():
-        raise ValueError(f"pool configuration {path} must be an existing file")
-    return pool_config_of(read_json(path, kind="a pool configuration"), where=f"pool configuration {path}")
+        raise ValueError(f"{HEADING} {path} must be an existing file")
+    return pool_config_of(read_json(path, kind=f"a {HEADING}"), where=f"{HEADING} {path}")
 
 
 def pool_config_of(stored: object, *, where: str) -> PoolConfig:
@@ -255,7 +263,7 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
         raise ValueError(f'{where} must be a JSON object such as {{"pool_min": 8}}; got {stored!r}')
     kinds = get_type_hints(PoolConfig)
     problems = [
-        f"{name} must be {kinds[name]}; got {value!r}"
+        f"{name} must be {_in_words(kinds[name])}; got {json.dumps(value)}{' (a string)' * isinstance(value, str)}"
         for name, value in stored.items()
         if name in kinds and not _is_a(value, kinds[name])
     ]
@@ -266,7 +274,13 @@ def pool_config_of(stored: object, *, where: str) -> PoolConfig:
     try:
         return PoolConfig(**stored)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(where + str(error).removeprefix(HEADING)) from None
+
+
+def _in_words(kind: Any) -> str:
+    """The type of a field in words, for errors about JSON values."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+    return " or ".join(names[option] for option in get_args(kind) or (kind,))
 
 
 def _is_whole(value: Any, *, can_lack: bool) -> bool:

@@ -4,7 +4,9 @@
 #   DATA_PATH=data/text_document TOKENIZER=allenai/dolma2-tokenizer CHECKPOINT=runs/emo_1b14b \
 #       NPROC=8 NNODES=16 NODE_RANK=0 MASTER_ADDR=node0 examples/emo_1b14b.sh [more flags]
 #
-# Flags at the end override those of this file. Environment variables, with defaults in parentheses:
+# Run the script once on every node, with that node's NODE_RANK; pretrain_emo.sh has a line for Slurm.
+# Flags at the end override those of this file. The matched standard MoE: append --pool-min none.
+# Environment variables, with defaults in parentheses:
 #
 #   TRAIN_ITERS   238419 is 1T tokens (the released model); 30995 is the paper's 130B     (238419)
 #   MICRO_BATCH   sequences per rank and micro-batch                                       (4)
@@ -13,13 +15,15 @@
 #
 # 127 is prime, so experts cannot be split over ranks (EP=1); emo_1b14b_ep.sh is a variant with
 # expert parallelism. Weights and gradients (6 bytes per parameter) are 81 GB, so the default has
-# two pipeline stages and recomputes the experts. This is arithmetic for 80 GB GPUs, not a
-# measurement.
+# two pipeline stages and recomputes the experts. The optimizer adds 12 bytes per parameter (163 GB),
+# divided over the data-parallel ranks: 64 ranks with 2 stages and 128 GPUs. This is arithmetic for
+# 80 GB GPUs, without activations, not a measurement.
 #
 # The load-balancing loss covers one micro-batch of all data-parallel ranks: MICRO_BATCH times the
 # number of ranks. The paper has 512 sequences (128 GPUs without pipeline stages, 4 sequences each).
-# Both coefficients are the paper's (0.1 and 1e-3) divided by its 16 layers, because Megatron does
-# not divide by the number of layers.
+# With the default layout, 128 GPUs are 64 data-parallel ranks and give 256 sequences: MICRO_BATCH=8
+# gives 512 and needs more memory. Both coefficients are the paper's (0.1 and 1e-3) divided by its 16
+# layers, as in the authors' code. Megatron does not divide by the number of layers.
 #
 # Differences from the paper, because Megatron has no flag for them:
 #   - weights start from a plain normal distribution, not one cut at 3 standard deviations; the
@@ -27,8 +31,9 @@
 #   - no z-loss over the vocabulary (1e-5 in the paper)
 #   - weight decay also applies to the embedding (not in the paper)
 #   - no filter for sequences that repeat an n-gram 32 times or more (loss-masked in the paper)
-#   - no 50B-token anneal (linear from 4e-4 to 0, optimizer state kept): Megatron finds the saved
-#     optimizer's parameter groups by learning rate, so learning rates cannot change on resume
+#   - no anneal: the released model trains 50B more tokens, with a learning rate that falls linearly
+#     from 4e-4 to 0 and with the optimizer state kept. Megatron cannot resume with another --lr or
+#     --min-lr, because it finds the saved optimizer's parameter groups by these two values
 # Differences because pools here count routed experts and use the documents of the attention:
 #   - pool sizes are uniform on 8..127, so 1 size in 120 means all experts; the paper's 8..128 has
 #     two sizes that mean all experts, 2 in 121
@@ -73,7 +78,6 @@ experts=(
 # Evaluation uses no pools, like exported models; the authors' in-loop evaluation uses pools of 32.
 pools=(
     --pool-min 8
-    --pool-max 127
     --pool-eval none
     --pool-seed 12536
     --pool-balance micro

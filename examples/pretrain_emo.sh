@@ -8,12 +8,20 @@
 # Environment variables, with defaults in parentheses:
 #
 #   DATA_PATH    prefix of a .bin/.idx pair, or "weight prefix weight prefix ..."
-#   TOKENIZER    Hugging Face name or folder; the end-of-text token marks the ends of documents
-#   CHECKPOINT   folder for checkpoints; if it holds one, training resumes from there
+#   TOKENIZER    Hugging Face name or folder
+#   CHECKPOINT   folder for checkpoints, on storage that all nodes share; if it holds a checkpoint,
+#                training resumes from there
 #   NPROC        processes on this node, one per GPU                             (1)
 #   NNODES       nodes; with several, each also needs NODE_RANK and MASTER_ADDR  (1)
 #   MASTER_PORT  port of the first node, with several nodes                      (29500)
 #   PYTHON       interpreter                                                     (python)
+#
+# A document is one document of the .idx file; no token marks its end. Run the script once on every
+# node, each with its own NODE_RANK. DATA_PATH must be readable on every node. With Slurm (not run):
+#
+#   export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+#   srun --ntasks-per-node 1 bash -c 'NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID NPROC=8 \
+#       examples/pretrain_emo.sh --num-layers 16 ...'
 set -euo pipefail
 
 inputs=()

@@ -81,7 +81,8 @@ def test_flags_say_the_papers_model(
     check_run(pool, config, args)
 
     assert config.num_moe_experts == experts
-    assert (pool.pool_min, pool.pool_max, pool.pool_eval) == (8, experts, None)
+    assert (pool.pool_min, pool.pool_max, pool.pool_eval) == (8, None, None)
+    assert pool.size_bounds(num_experts=experts, consumed_samples=0) == (8, experts)
     assert args.data_path == ["0.7", "web", "0.3", "code"]
     assert args.data_parallel_size == data_parallel_size
     assert args.global_batch_size * args.seq_length == 4_194_304
@@ -116,6 +117,14 @@ def test_flags_say_the_papers_model(
     }
     assert {name: getattr(config, name) for name in expected} == expected
     assert _count_parameters(config, vocabulary=100_352) == pytest.approx(13.6e9, rel=0.01)
+
+
+@pytest.mark.parametrize("script", ["emo_1b14b.sh", "emo_1b14b_ep.sh"])
+def test_one_flag_gives_the_matched_standard_moe(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emo_megatron.mcore.args import pool_config_from_args
+
+    flags = _flags_of(_launch(tmp_path, script, "--pool-min", "none", **INPUTS))
+    assert not pool_config_from_args(_validated(flags, monkeypatch, world_size=128)).is_on
 
 
 def _count_parameters(config: object, *, vocabulary: int) -> int:

@@ -173,6 +173,10 @@ def _in_words_of_bridge(message: str) -> str:
         name = match[1].replace("-", "_")
         return "model.num_moe_experts" if name == "num_experts" else f"model.{name}"
 
+    # fields have values: a flag that must not be given is a field with the value False or None
+    message = message.replace(" must not be given: ", " must be False: ").replace(
+        " must not be given; got ", " must be None; got "
+    )
     return re.sub(r"--([a-z0-9]+(?:-[a-z0-9]+)*)", field, message)
 
 

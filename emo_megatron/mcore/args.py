@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -59,10 +60,10 @@ def add_pool_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _add_fields(group: argparse._ActionsContainer) -> None:
-    """Add one flag per field of PoolConfig. The string under the field is also the flag's --help text."""
+    """Add one flag per field of PoolConfig. The string under the field is also the flag's --help text (_help_of)."""
     kinds, documentation = typing.get_type_hints(PoolConfig), _field_documentation()
     for field in dataclasses.fields(PoolConfig):
-        options: dict[str, Any] = {"help": documentation[field.name], "default": field.default}
+        options: dict[str, Any] = {"help": _help_of(field, documentation[field.name]), "default": field.default}
         kind, *others = typing.get_args(kinds[field.name]) or (kinds[field.name],)
         if kind is bool:
             options["action"] = "store_true"
@@ -71,6 +72,13 @@ def _add_fields(group: argparse._ActionsContainer) -> None:
         else:
             options |= {"type": _none_or(kind) if NoneType in others else kind, "metavar": kind.__name__.upper()}
         group.add_argument(flag(field.name), **options)
+
+
+def _help_of(field: dataclasses.Field[Any], documentation: str) -> str:
+    """The --help text of a field: with flags instead of field names, words as they are typed, and the default."""
+    text = re.sub(r"\bpool_\w+", lambda name: flag(name[0]), documentation).replace("None", "none")
+    default = {"None": "none", "False": "off"}.get(str(field.default), field.default)
+    return f"{text} (default: {default})"
 
 
 def _field_documentation() -> dict[str, str]:

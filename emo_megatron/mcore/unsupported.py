@@ -25,8 +25,8 @@ class Unsupported:
     flag: str | None = None
     """The option's name in messages; None: made from the field's name."""
     is_untried: bool = False
-    """True: other values have not been implemented or run. False: other values are impossible, because the run would
-    not be the method or would not do what the flags say."""
+    """True: other values are not implemented. False: other values are impossible, because the run would not be the
+    method or would not do what the flags say."""
     only_with_pools: bool = False
     """Whether the standard MoE supports every value."""
 
@@ -38,10 +38,16 @@ class Unsupported:
 
     def message(self, value: Any, *, name_of: Callable[[str], str]) -> str:
         """One line: the supported values, the given value and the reason."""
+        name = self.flag or name_of(self.field)
+        reason = f"{self.reason} (not implemented)" if self.is_untried else self.reason
+        if name.startswith("--") and isinstance(self.allowed[0], bool):
+            # a flag without a value
+            return f"{name} must {'' if self.allowed[0] else 'not '}be given: {reason}"
+        if self.allowed == (None,):
+            return f"{name} must not be given; got {value!r}: {reason}"
         allowed = [repr(value) for value in self.allowed if value is not None]
         must = " or ".join(allowed + ["not given"] * (None in self.allowed))
-        untried = " (untried)" if self.is_untried else ""
-        return f"{self.flag or name_of(self.field)} must be {must}; got {value!r}: {self.reason}{untried}"
+        return f"{name} must be {must}; got {value!r}: {reason}"
 
 
 def problems_of(
@@ -78,7 +84,7 @@ MODEL = (
     only("moe_router_dtype", "fp32", why="lower precision makes experts tie at a pool's edge", only_with_pools=True),
     only(
         *("moe_router_score_function", "softmax", "sigmoid", "sqrtsoftplus"),
-        why="other score functions are not implemented for pools",
+        why="pools support only these score functions",
         is_untried=True,
     ),
     only(
@@ -95,15 +101,14 @@ MODEL = (
 """Fields of Megatron's TransformerConfig, checked for every model with pool layers."""
 
 DEDUP = (
-    only("moe_token_dispatcher_type", "alltoall", why="--pool-dispatcher dedup replaces Megatron's dispatcher"),
+    only(
+        *("moe_token_dispatcher_type", "alltoall"),
+        why="--pool-dispatcher dedup replaces only alltoall; give --moe-token-dispatcher-type alltoall, or drop "
+        "--pool-dispatcher dedup",
+    ),
     only("moe_shared_expert_overlap", False, why="shared experts run before tokens are sent", is_untried=True),
     only("moe_expert_rank_capacity_factor", None, why="it limits buffers of HybridEP, which dedup does not use"),
-    only(
-        "overlap_dispatch_backward_with_experts_wgrad",
-        False,
-        why="the overlap was never run with dedup",
-        is_untried=True,
-    ),
+    only("overlap_dispatch_backward_with_experts_wgrad", False, why="dedup has no such overlap", is_untried=True),
 )
 """Fields of Megatron's TransformerConfig, checked for runs with --pool-dispatcher dedup."""
 
@@ -139,7 +144,7 @@ _BOTH_SCRIPTS = (
 )
 SCRIPT = (
     *_BOTH_SCRIPTS,
-    only("logits_load_dir", None, why="this script does not implement distillation from logits", is_untried=True),
+    only("logits_load_dir", None, why="this script has no distillation from logits", is_untried=True),
     only("spec", None, why="this script builds the pool spec itself; use --spec with pretrain_gpt.py"),
 )
 """Parsed flags that pretrain_gpt.py supports and pretrain_emo.py does not."""
@@ -161,7 +166,7 @@ _UNPLANNED = f"schedule plans of Megatron's scripts carry no document boundaries
 _PADDING_VOTES = f"Megatron's scripts add padding to the last conversation, which affects its pool; {_USE_OURS}"
 _VIRTUAL = (
     "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank, "
-    "--pipeline-model-parallel-layout, | in --hybrid-layer-pattern)"
+    "--pipeline-model-parallel-layout, more segments in --hybrid-layer-pattern than pipeline stages)"
 )
 HOST = (
     *_BOTH_SCRIPTS,

@@ -27,23 +27,25 @@ def add_start_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--train-only",
         choices=get_args(TrainOnly),
         default="all",
-        help="Weights to train: routed experts, routed experts and routers, or all weights. Other weights are frozen: "
-        "they get no gradient and no weight decay.",
+        help="Weights to train. experts: the routed experts. experts+router: the routed experts and the routers. all: "
+        "all weights. Other weights are frozen: they get no gradient and no weight decay. (default: all)",
     )
     group.add_argument(
         "--train-selection",
         type=Path,
         metavar="FILE",
-        help="Train only the experts of this Selection, which must be made from the model in --load. Requires "
-        "--train-only experts and --no-save-optim.",
+        help="Train only some routed experts: those listed in FILE, a Selection that the command select has written. "
+        "The Selection must be made from the checkpoint in --load. Requires --train-only experts and "
+        "--no-save-optim. (default: none, all routed experts)",
     )
     parser.add_argument_group("placed experts").add_argument(
         "--expert-placement",
         type=Path,
         metavar="FILE",
-        help="Load experts in the order of this file of `place`, which must be made from the model in --load or "
-        "--pretrained-checkpoint. Requires --finetune or --pretrained-checkpoint at the start of a run; checkpoints "
-        "of the run keep the order.",
+        help="Reorder the experts while the weights are loaded. FILE is a placement that the command place has "
+        "written; it must be made from the checkpoint in --load or --pretrained-checkpoint. A run starts with "
+        "--finetune or --pretrained-checkpoint. The checkpoints of the run have the new order, so a resumed run does "
+        "not need FILE. (default: none, the order of the checkpoint)",
     )
     return parser
 

@@ -70,7 +70,7 @@ ITERATION = {"load": "parent/iter_0000007"}
         ((*SELECTED[2:], "--train-only", "experts+router"), {}, r"--train-only must be 'experts'; got 'experts\+"),
         (SELECTED, {"no_save_optim": None}, "--no-save-optim"),
         (SELECTED, {"mtp_num_layers": 1}, "--mtp-num-layers"),
-        ((*SELECTED, *PLACED), {}, "--expert-placement must be not given"),
+        ((*SELECTED, *PLACED), {}, "--expert-placement must not be given"),
         (SELECTED, {"num_experts": 16}, "--num-experts is 16"),
         (SELECTED, {"load": "other"}, "s.json: .*another model"),
         (SELECTED, {"load": "other", "ckpt_step": 7}, "s.json: .*another model"),
@@ -84,7 +84,7 @@ ITERATION = {"load": "parent/iter_0000007"}
         (PLACED, {"expert_model_parallel_size": 4}, "--expert-model-parallel-size 4"),
         (("--expert-placement", "foreign.json"), {}, "another model"),
         *(
-            (PLACED, {row.field: {None: "file.json", 0: 1}[row.allowed[0]]}, f"{row.flag or flag(row.field)} must be")
+            (PLACED, {row.field: {None: "file.json", 0: 1}[row.allowed[0]]}, f"{row.flag or flag(row.field)} must ")
             for row in PLACEMENT
         ),
     ],
