@@ -14,7 +14,7 @@ Release = tuple[int, ...]
 MISSING = "not installed"
 
 SUPPORTED: dict[str, tuple[Release, Release | None]] = {
-    "python": ((3, 12), None),
+    "python": ((3, 12), (3, 14)),
     "torch": ((2, 11), None),
     "megatron-core": ((0, 18), (0, 20)),
     "megatron-bridge": ((0, 6), (0, 7)),
@@ -27,6 +27,7 @@ BRIDGE_INSTALL = "see docs/bridge.md, section Requirements"
 PACKAGES = {
     "torch": "torch",
     "megatron-core": "megatron.core",
+    "transformers": "transformers",
     "transformer-engine": "transformer_engine",
     "apex": "apex",
     "nvidia-modelopt": "modelopt",

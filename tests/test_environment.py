@@ -34,6 +34,7 @@ def test_reports_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["versions"]["python"]["is_supported"]
     assert report["versions"]["torch"]["version"].startswith(importlib.metadata.version("torch")[:4])
     assert report["versions"]["torch"]["version"].endswith(" build)")
+    assert report["versions"]["transformers"]["version"] == importlib.metadata.version("transformers")
     assert report["backends"]["reference"] == ""
     assert report["variables"] == {k: v for k, v in os.environ.items() if k.startswith("EMO_")}
     assert (report["driver"], report["compiler"], report["nvcc"]) == ("550.1", "12.2", "13.0.88")
@@ -47,7 +48,7 @@ def test_text_has_a_line_a_fact_and_says_what_is_not_supported() -> None:
     lines = format_text(report).splitlines()
     metadata = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines}
     assert metadata["megatron-core"] == "0.16.1 (NOT SUPPORTED, requires >=0.18, <0.20)"
-    assert metadata["python"].endswith("(supported >=3.12)")
+    assert metadata["python"].endswith("(supported >=3.12, <3.14)")
     assert metadata["reference ops"] == "available"
     assert metadata["native ops"] == "not available: not built"
     assert metadata["gpu"] == "none"
@@ -56,6 +57,9 @@ def test_text_has_a_line_a_fact_and_says_what_is_not_supported() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "is_supported"),
     [
+        ("python", "3.13.1", True),
+        ("python", "3.14.0", False),
+        ("transformers", "5.24.0", True),
         ("torch", "2.11.0a0+50e2f1", True),
         ("torch", "2.10.1", False),
         ("megatron-core", "0.19.2", True),

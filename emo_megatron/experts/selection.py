@@ -123,8 +123,15 @@ class Selection:
 
 
 def load_selection(path: Path | str) -> Selection:
-    """Read a Selection file; ValueError with the path for a file that is damaged or of another version."""
+    """Read a Selection file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another version; the error names the path.
+    """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no Selection file {path}: write one with select")
     names = [f.name for f in fields(Selection)]
     stored = read_own(path, kind="a Selection", format=FORMAT, fields=names, made_by="select")
     try:

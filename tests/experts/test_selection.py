@@ -80,6 +80,11 @@ def test_what_cannot_be_is_refused_in_memory_and_on_disk(tmp_path, changes, what
         load_selection(tmp_path / "s.json")
 
 
+def test_a_missing_file_is_reported_with_the_command_that_writes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no Selection file .*nope: write one with select"):
+        load_selection(tmp_path / "nope")
+
+
 def test_a_file_that_lacks_fields_is_refused_by_name(tmp_path):
     """Others that hold no Selection: tests/test_json_files.py."""
     (tmp_path / "s.json").write_text('{"format": "emo_megatron.selection.1", "experts": []}')
