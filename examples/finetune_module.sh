@@ -2,11 +2,14 @@
 # Fine-tunes a module on documents of its domain. `merge` can then copy the module into its parent.
 #
 #   MODULE=runs/perl OUTPUT=runs/perl_tuned DATA_PATH=data/perl_document TOKENIZER=runs/tokenizer \
-#       examples/finetune_module.sh <the parent's model flags, with the module's --num-experts>
+#       examples/finetune_module.sh $MODEL_FLAGS --num-experts 8
 #   python -m emo_megatron merge --parent runs/emo --modules runs/perl_tuned --output runs/emo_perl
 #
 # Trains by examples/pretrain_emo.py, so all parallel layouts of Megatron work. Run the same command
 # again to resume an interrupted run. selection.json of the module is copied to OUTPUT.
+#
+# The arguments are the model flags of the parent's training (docs/update.md, "The model flags") and
+# the module's number of routed experts. Variables:
 #
 #   MODULE       folder written by `extract` or `compose`
 #   OUTPUT       folder for checkpoints; if it holds a checkpoint, training resumes from there
