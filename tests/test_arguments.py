@@ -75,7 +75,7 @@ def test_old_commands_and_values_are_read(capsys):
 @pytest.mark.parametrize(
     ("arguments", "suggested"),
     [
-        (["selekt", "--keep", "50%"], "select"),
+        (["xselect", "--keep", "50%"], "select"),
         (["statistics"], "stats"),
         (["extrct"], "extract"),
         (["select", "--kep", "50%", "--output", "o"], "--keep"),
