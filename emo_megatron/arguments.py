@@ -54,7 +54,8 @@ def current_arguments(command: str, arguments: Sequence[str], options: Any) -> l
         for field in dataclasses.fields(options)
         if "Positional" not in str(field.type)
     }
-    given = {_split(argument)[0] for argument in arguments}
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = {_split(argument)[0] for argument in arguments[:end]}
     found: list[str] = []
     flag = ""
     for place, argument in enumerate(arguments):

@@ -1,13 +1,14 @@
-"""Pretrain a Megatron-Bridge (NeMo) recipe with document pools, or continue training a Hugging Face MoE with pools.
+r"""Pretrain a Megatron-Bridge (NeMo) recipe with document pools, or continue training a Hugging Face MoE with pools.
 
     torchrun --nproc-per-node 8 examples/bridge_recipe.py model.pool_min=16 dataset.data_path=data/web_text_document
     torchrun --nproc-per-node 8 examples/bridge_recipe.py --hf allenai/OLMoE-1B-7B-0125 model.pool_min=16 \
-        dataset.data_path=data/web_text_document optimizer.lr=4e-5 train.train_iters=1000
+        dataset.data_path=data/web_text_document optimizer.lr=5e-5 optimizer.min_lr=5e-6 train.train_iters=1000 \
+        scheduler.lr_warmup_iters=100 scheduler.lr_decay_iters=1000
 
 The second command starts from the weights of a model on the hub or in a folder. AutoBridge and pools must support the
-model's architecture. Optimizer, learning rate, batch size and steps remain those of the OLMoE recipe for pretraining,
-so set them. Checkpoints (checkpoint.save) and export to Hugging Face are Bridge's own. Without dataset.data_path the
-script trains on random tokens.
+model's architecture. Optimizer, learning rate, schedule, batch size and steps remain those of the OLMoE recipe for
+pretraining, so set them. Checkpoints (checkpoint.save) and export to Hugging Face are Bridge's own. Without
+dataset.data_path the script trains on random tokens.
 """
 
 import argparse

@@ -57,8 +57,8 @@ RUN_IN = {
     "make demo": "test_docs.py::test_make_demo_runs_the_demo",
     "make demo ARGS=--quick": "test_docs.py::test_the_quick_demo_leaves_its_files",
     "python -m emo_megatron env": "test_docs.py::test_env_runs",
-    'make demo ARGS="--corpus FOLDER --output runs/mine"': "demo/test_corpus.py"
-    "::test_documents_come_back_whole_mixed_and_in_one_split_only",
+    'make demo ARGS="--corpus FOLDER --output runs/mine"': "demo/test_recipe.py"
+    "::test_a_folder_of_text_is_a_corpus_of_its_own",
     "make setup": "test_project.py::test_make_setup_takes_another_torch",
     "make help": "test_project.py::test_make_alone_lists_every_target",
     'make setup TORCH="torch==2.13.0"': "test_project.py::test_make_setup_takes_another_torch",

@@ -175,7 +175,7 @@ def _in_words_of_bridge(message: str) -> str:
 
     # fields have values: a flag that must not be given is a field with the value False or None
     message = message.replace(" must not be given: ", " must be False: ").replace(
-        " must not be given; got ", " must be None; got "
+        " must not be given; got ", " must be None (null in an override); got "
     )
     return re.sub(r"--([a-z0-9]+(?:-[a-z0-9]+)*)", field, message)
 

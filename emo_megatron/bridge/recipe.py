@@ -87,11 +87,10 @@ def _balance_advice(model: Any) -> str:
     kept = [kind for kind in ("aux_loss", "seq_aux_loss") if kind in kinds]
     if not (kept and is_used) or "global_aux_loss" in kinds:
         return ""
-    has_only_experts = model.moe_layer_freq == 1 and not getattr(model, "hybrid_layer_pattern", None)
-    coefficient = f"{0.1 / model.num_layers:.3g}" if has_only_experts else "0.1 / number of MoE layers"
     return (
-        f"model.moe_router_load_balancing_type stays {' and '.join(kept)}; for better modules give global_aux_loss "
-        f"and model.moe_aux_loss_coeff={coefficient} (docs/balance.md)"
+        f"model.moe_router_load_balancing_type stays {' and '.join(kept)}; for better modules give "
+        "model.moe_router_load_balancing_type=global_aux_loss "
+        f"model.moe_aux_loss_coeff={0.1 / model.num_layers:.3g} (docs/balance.md)"
     )
 
 

@@ -77,7 +77,7 @@ def parse_size(text: str, *, num_experts: int) -> int:
     except (OverflowError, ValueError):
         pass
     hint = ""
-    if re.fullmatch(r"[+-]?\d+", text.strip()):
+    if re.fullmatch(r"\d{1,9}", text.strip()) and int(text) > 1:
         hint = ". Earlier releases counted the shared experts too: for a model with one shared expert, "
         hint += f'"{int(text) - 1} routed" is what they called {text.strip()}'
     raise ValueError(

@@ -222,7 +222,7 @@ def _metadata(stored: object) -> ModelMetadata:
         raise ValueError(f"model: layers must be ascending numbers from 1; got {layers}")
     if not 1 <= found["top_k"] <= found["num_experts"]:
         raise ValueError(f"model: top_k must be in [1, num_experts]; got {found['top_k']}")
-    # the first format has another field, the number of shared experts
+    # earlier files also have num_shared
     return ModelMetadata(**{name: found[name] for name in kinds} | {"layers": tuple(layers)})
 
 

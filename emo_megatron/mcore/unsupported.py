@@ -102,9 +102,7 @@ MODEL = (
 
 DEDUP = (
     only(
-        *("moe_token_dispatcher_type", "alltoall"),
-        why="--pool-dispatcher dedup replaces only alltoall; give --moe-token-dispatcher-type alltoall, or drop "
-        "--pool-dispatcher dedup",
+        *("moe_token_dispatcher_type", "alltoall"), why="--pool-dispatcher dedup replaces only the alltoall dispatcher"
     ),
     only("moe_shared_expert_overlap", False, why="shared experts run before tokens are sent", is_untried=True),
     only("moe_expert_rank_capacity_factor", None, why="it limits buffers of HybridEP, which dedup does not use"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,14 @@ def test_ablations_see_as_many_tokens_a_step():
         last = {flags[i]: flags[i + 1] for i in range(len(flags) - 1)}
         tokens = int(last["--global-batch-size"]) * int(last["--seq-length"])
         assert tokens == recipe.FULL.rows * recipe.FULL.seq_length, model.name
+
+
+def test_a_folder_of_text_is_a_corpus_of_its_own(tmp_path):
+    options = tyro.cli(recipe.Options, args=["--corpus", str(tmp_path), "--output", str(tmp_path / "mine"), "--quick"])
+    recipe.plan(options)
+    assert json.loads((tmp_path / "mine" / "demo.json").read_text())["corpus"] == str(tmp_path)
+    with pytest.raises(ValueError, match=r"corpus.*--output"):
+        recipe.plan(dataclasses.replace(options, corpus=None))
 
 
 def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path):

@@ -60,6 +60,12 @@ def test_a_size_that_cannot_be_is_refused(text):
         parse_keep(text, num_experts=127, top_k=7)
 
 
+@pytest.mark.parametrize("text", ["0", "1", "9" * 5000, "-8"])
+def test_a_number_that_no_release_took_is_refused_without_a_hint(text):
+    with pytest.raises(ValueError, match=r"^--keep must (?!.*shared)"):
+        parse_keep(text, num_experts=127, top_k=7)
+
+
 @pytest.mark.parametrize("text", ["8", " 16 ", "127"])
 def test_a_bare_number_says_what_earlier_releases_counted(text):
     with pytest.raises(ValueError, match=r"--keep must .*shared"):
