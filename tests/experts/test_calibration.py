@@ -92,7 +92,7 @@ def test_bad_files_are_refused_with_the_place(tmp_path):
     (tmp_path / "t.csv").write_text("a")
     with pytest.raises(ValueError, match=r"must be a \.jsonl file"):
         load_documents(tmp_path / "t.csv", calibration=ALL)
-    with pytest.raises(FileNotFoundError, match=r"there is no .*missing"):
+    with pytest.raises(FileNotFoundError, match=r"missing must be a file"):
         load_documents(tmp_path / "missing", calibration=ALL)
 
 

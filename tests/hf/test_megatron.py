@@ -70,7 +70,7 @@ def test_the_flags_of_an_architecture_are_its_own():
     ],
 )
 def test_routing_that_is_not_there_is_refused(flag, value, reason):
-    with pytest.raises(ValueError, match=f"{flag} must be .*; got .*: .*{reason}"):
+    with pytest.raises(ValueError, match=f"{flag} must .*; got .*: .*{reason}"):
         architecture_of(checkpoint(**{flag: value}))
 
 

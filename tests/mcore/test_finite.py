@@ -80,7 +80,7 @@ def test_a_checkpoint_of_such_a_weight_is_not_written(parent, tmp_path, name, va
     weights[name][6] = value
     with pytest.raises(NotFiniteError) as told:
         write_checkpoint(tmp_path / "new", weights, args=checkpoint.args)
-    assert f"the weight {name}{PLACES[name]} holds {value}" in str(told.value)
+    assert f"{name}{PLACES[name]} holds {value}" in str(told.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +184,7 @@ def test_a_folder_of_such_a_weight_is_not_imported(tmp_path, format, name, place
     source = folder_of(tmp_path / "source", format=format, change=change)
     with pytest.raises(NotFiniteError) as told:
         import_.run(import_.Options(folder=source, output=tmp_path / "new"))
-    assert f"the weight {name}{place} holds -inf" in str(told.value)
+    assert f"{name}{place} holds -inf" in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -213,7 +213,7 @@ def test_megatrons_builder_takes_it_as_a_spec(ranks, tmp_path):
     # a depth's stack is numbered from 1 by Megatron, its MoE layer not marked as one of prediction
     predicting = run(config_text=text, pattern="*E*E/*E/*E", depths=2)[0]
     assert predicting == [(pool, 2, 0), (pool, 4, 0), (pool, 5, 1), (pool, 6, 2)]
-    assert "EMO_POOL_CONFIG is not set" in run(config_text=None)[0]
+    assert "EMO_POOL_CONFIG must be" in run(config_text=None)[0]
     assert "--num-experts (8); got 9" in run(config_text='{"pool_min": 9}')[0]
 
 

@@ -150,7 +150,7 @@ def test_a_weight_on_whichever_rank_is_told_to_all_by_the_models_numbers(ranks, 
     names = [EXPERT.format(3, 4, 6), EXPERT.format(1, 2, 1), "output_layer.weight"]
     for answers, name in zip(first, names, strict=True):
         assert answers.keys() == {"opened"}
-        assert f"NotFiniteError: the weight {name} holds nan" in answers["opened"]
+        assert f"{name} holds nan" in answers["opened"]
 
 
 def test_every_kind_of_weight_is_told_by_its_name_in_the_checkpoint(ranks):
@@ -169,7 +169,7 @@ def test_every_kind_of_weight_is_told_by_its_name_in_the_checkpoint(ranks):
         value=-float("inf"),
     )
     for answer, name in zip(answers, places, strict=True):
-        assert f"the weight {name} holds -inf" in answer["opened"]
+        assert f"{name} holds -inf" in answer["opened"]
 
 
 def test_an_overflow_of_finite_weights_is_told_where_it_arises(ranks):

@@ -174,7 +174,7 @@ def test_impossible_sizes_are_refused_before_anything_is_measured(measure, texts
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"methods": ("best",)}, "--methods must be of mean_prob.*got best"),
+        ({"methods": ("best",)}, "--methods must be.*mean_prob.*got best"),
         ({"methods": ()}, "--methods must name"),
         ({"cross_sizes": ("25%",)}, "--cross-sizes must be sizes of --keep.*25%"),
         ({"num_other_domains": -1}, "--num-other-domains must be 0 or more; got -1"),
