@@ -99,7 +99,7 @@ def test_a_recipe_trains_with_the_pools_of_the_command_line(answers):
     assert re.findall(r"pool_size: ([\d.]+)", printed) == ["3.00"]
     (advice,) = (line for line in printed.splitlines() if " stays " in line)
     # 0.1 / 2 layers
-    assert re.search(r"^emo_megatron: .* stays seq_aux_loss; .* global_aux_loss .*coeff=0\.05 ", advice)
+    assert re.search(r"^emo_megatron: .* stays seq_aux_loss; .*global_aux_loss .*coeff=0\.05 ", advice)
     assert re.search(r"iteration\s+1/\s+1 .*lm loss: [56]\.", printed)
     assert re.search(r"validation loss at iteration 1\b.*lm loss value: [56]\.", printed)
     assert "results:" not in printed
