@@ -42,10 +42,10 @@ native: $(PACKAGES) ## compile csrc/ again and show the compilers' output (EMO_C
 demo: $(STAMP) ## pretrain EMO and a standard MoE, cut modules out, compare the losses (ARGS="--quick")
 	@demo/demo.sh $(ARGS)
 
-test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run the tests that CI runs (ARGS="-k router")
+test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run the tests that CI runs (ARGS="-k router")
 	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) ## run all tests, also slow tests, and GPU tests if there is a GPU
+test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run all tests, also slow tests, and GPU tests if there is a GPU
 	@$(RUN) pytest $(PARALLEL) $(ARGS)
 
 lint: $(STAMP) ## check style, spelling and imports between packages

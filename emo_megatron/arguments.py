@@ -88,7 +88,7 @@ def current_arguments(command: str, arguments: Sequence[str], options: Any) -> l
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """ ", did you mean NAME?" for an error, or nothing if no known name is similar."""
+    """The end of an error that asks whether the nearest known name was meant; empty if no known name is similar."""
     # without dashes, which would make all flags similar
     names = {k.lstrip("-"): k for k in sorted(known)}
     word = name.lstrip("-")
