@@ -5,67 +5,16 @@ Losses are in nats per token. Differences are paired over the validation documen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import fmean
 
-from fidelity_results import MODELS, Documents, Partner, Result, condition
+from fidelity_results import MODELS, Partner, Result, condition
 from timing import markdown_table
 
 from demo.findings import table
+from demo.intervals import mean_of, paired
 from emo_megatron.report.rows import CHOSEN, EMO, FULL, QUARTER, RANDOM, SMALL, STANDARD, find_summary, summarise
 from emo_megatron.report.table import MISSING, share, signed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """How much larger one loss is than another on the same documents."""
-
-    nats: float
-    """A token."""
-    error: float
-    """Standard error over documents; nan with fewer than two documents."""
-
-    def __str__(self) -> str:
-        if math.isnan(self.error):
-            return f"{signed(self.nats)} (no error of one document)"
-        return f"{signed(self.nats)} ± {self.error:.3f}"
-
-
-def paired(first: Documents, second: Documents, tokens: Documents) -> dict[str, Difference]:
-    """The first loss less the second, by domain.
-
-    Args:
-        first: summed nats of the documents of every domain.
-        second: the same, of the same documents.
-        tokens: theirs.
-
-    Raises:
-        ValueError: the domains or the numbers of documents differ.
-    """
-    if not first.keys() == second.keys() == tokens.keys():
-        raise ValueError(f"domains differ: {sorted(first)}, {sorted(second)}, {sorted(tokens)}")
-    return {domain: _difference(first[domain], second[domain], tokens[domain]) for domain in tokens}
-
-
-def _difference(first: list[float], second: list[float], tokens: list[float]) -> Difference:
-    """The mean over tokens and, since documents and not tokens are drawn, the error of a ratio of two sums."""
-    apart = [a - b for a, b in zip(first, second, strict=True)]
-    total = sum(tokens)
-    nats = sum(apart) / total
-    rest = [d - nats * n for d, n in zip(apart, tokens, strict=True)]
-    number = len(rest)
-    variance = number / (number - 1) * sum(r * r for r in rest) if number > 1 else math.nan
-    return Difference(nats=nats, error=math.sqrt(variance) / total)
-
-
-def mean_of(differences: Mapping[str, Difference]) -> Difference:
-    """Mean over domains; every domain has the same weight."""
-    return Difference(
-        nats=fmean(d.nats for d in differences.values()),
-        error=math.hypot(*(d.error for d in differences.values())) / len(differences),
-    )
 
 
 def page(result: Result, partners: Mapping[str, Partner]) -> str:

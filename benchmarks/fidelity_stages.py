@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fidelity_measure import MEASURED
 from fidelity_plan import (
     PARTNER_RESERVE,
     RESERVE,
@@ -30,7 +29,8 @@ from fidelity_results import Result, condition
 from jobs import failure
 
 from demo.corpus import Corpus
-from demo.recipe import PRETRAIN, Model, Size, main_models, megatron_flags, retention_flags
+from demo.measure import MEASURED
+from demo.recipe import MEASURE, PRETRAIN, Model, Size, main_models, megatron_flags, retention_flags
 from emo_megatron.commands.retention import versions
 from emo_megatron.json_files import read_json
 from emo_megatron.report.rows import FULL, SMALL, rows_of
@@ -39,7 +39,6 @@ from emo_megatron.variables import process_environment
 
 EARLY = 0.6
 """Share of the steps after which a checkpoint is kept beside the last one."""
-MEASURE = Path(__file__).with_name("fidelity_measure.py")
 LOOK_SECONDS = 0.2
 """Between two looks at what a process has written."""
 

@@ -25,6 +25,7 @@ from emo_megatron.variables import PARENT, process_environment, stay_offline
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "examples" / "pretrain_emo.py"
+MEASURE = ROOT / "demo" / "measure.py"
 CROSS = 0.25
 """Fraction of the experts whose modules are also evaluated on every other domain."""
 

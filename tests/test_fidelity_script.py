@@ -24,7 +24,7 @@ import pytest
 import torch
 from support import experts, made_up, words
 
-from demo import recipe
+from demo import intervals, recipe
 from demo.corpus import CorpusConfig, prepare_corpus
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
@@ -180,7 +180,7 @@ def test_what_is_no_result_is_passed_over(made: Any, tmp_path: Path) -> None:
 
 
 def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) -> None:
-    from fidelity_measure import DocumentLosses
+    from demo.measure import DocumentLosses
 
     model = experts.MadeUpModel()
     model.document_nats = lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
@@ -321,7 +321,7 @@ def test_the_gap_is_paired_over_documents(scripts: SimpleNamespace) -> None:
     tokens = {"a": [100.0] * 400, "b": [float(rng.randint(20, 900)) for _ in range(400)]}
     second = {d: [n * rng.gauss(3, 1) for n in tokens[d]] for d in tokens}
     first = {d: [x + n * rng.gauss(0.05, 0.2) for x, n in zip(second[d], tokens[d], strict=True)] for d in tokens}
-    found = scripts.page.paired(first, second, tokens)
+    found = intervals.paired(first, second, tokens)
     # of documents of one length, the standard error of a mean
     apart = [(x - y) / 100 for x, y in zip(first["a"], second["a"], strict=True)]
     assert found["a"].nats == pytest.approx(fmean(apart))
@@ -333,14 +333,14 @@ def test_the_gap_is_paired_over_documents(scripts: SimpleNamespace) -> None:
         total = sum(tokens["b"][p] for p in places)
         again.append(sum(first["b"][p] - second["b"][p] for p in places) / total)
     assert found["b"].error == pytest.approx(stdev(again), rel=0.15)
-    mean = scripts.page.mean_of(found)
+    mean = intervals.mean_of(found)
     assert mean.nats == pytest.approx((found["a"].nats + found["b"].nats) / 2)
     assert mean.error == pytest.approx(math.hypot(found["a"].error, found["b"].error) / 2)
-    alone = scripts.page.paired({"a": [1.0]}, {"a": [2.0]}, {"a": [3.0]})["a"]
+    alone = intervals.paired({"a": [1.0]}, {"a": [2.0]}, {"a": [3.0]})["a"]
     assert math.isnan(alone.error)
     assert "nan" not in str(alone)
     with pytest.raises(ValueError, match="domains"):
-        scripts.page.paired(first, {"a": second["a"]}, tokens)
+        intervals.paired(first, {"a": second["a"]}, tokens)
 
 
 def test_a_corpus_is_whole_and_known_by_its_tokens(scripts: SimpleNamespace, corpus: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def train(arguments: list[str]) -> None:
 
 
 def measure(arguments: list[str]) -> None:
-    """Leave what fidelity_measure.py leaves: the whole model, then size after size."""
+    """Leave what demo/measure.py leaves: the whole model, then size after size."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("output", "checkpoint", "name"):
         parser.add_argument(f"--{name}")

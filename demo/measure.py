@@ -1,10 +1,10 @@
-"""Measure one checkpoint for fidelity.py, in a separate process: first the whole model, then one size after the other.
+"""Measure one checkpoint as the command `retention` does, and keep the loss of every single document.
 
-    python benchmarks/fidelity_measure.py --checkpoint CHECKPOINT ...
+    python demo/measure.py --checkpoint CHECKPOINT ...
 
-Takes the options of the command `retention` and measures the same rows. It also measures the loss of every single
-document, so that two models can be compared document by document. `measured.json` in the output folder is written again
-after every size.
+Takes the options of `retention` and measures the same rows: first the whole model, then one size after the other. With
+the losses of documents, two models can be compared document by document. `measured.json` in the output folder is
+written again after every size.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MEASURED = "measured.json"
 
 
 class DocumentLosses(CachedRunner):
-    """Keeps the losses of the documents behind every loss that it tells.
+    """Keeps the losses of the documents behind every loss.
 
     Attributes:
-        told: of each call of `loss`: nats of the documents, and their predicted tokens.
+        told: per call of `loss`: nats per document, and predicted tokens per document.
     """
 
     def __init__(self, model: Any, cache: Cache) -> None:
