@@ -28,7 +28,7 @@ from fidelity_page import page
 from fidelity_plan import LIMITS, ON_GPU, ON_GPU_QUICK, PASSES, QUICK_LIMITS, Limits, planned_steps
 from fidelity_results import MODELS, PREFIX, Partner, Result, find_partners
 from fidelity_stages import EARLY, Run, settings_of
-from fidelity_text import hash_corpus, open_corpus
+from fidelity_text import hash_corpus, read_corpus
 from timing import Device, describe_machine, pick_device
 
 from demo.corpus import Corpus, corpus_config, prepare_corpus
@@ -55,7 +55,8 @@ class Options:
     partners: Path | None = None
     """Folder with the results of other calls, as files or in .tgz archives."""
     corpus: Path | None = None
-    """A prepared corpus, the folder corpus of a demo's output. Default: built from text on this machine."""
+    """A prepared corpus: the folder corpus of a demo's output, or a file packed by `python -m demo.packages`. Default:
+    built from text on this machine."""
     seed: int = 1234
     """Seed of initialisation, data order and pool sizes."""
     quick: bool = False
@@ -104,7 +105,6 @@ def main(options: Options, *, started: float) -> list[Path]:
     """
     options.check()
     device = pick_device(options.device)
-    given = open_corpus(options.corpus) if options.corpus else None
     # of each process, as in the demo
     machine = describe_machine(device, threads=1)
     machine["commit"] = os.environ.get("EMO_COMMIT") or machine["commit"]
@@ -112,7 +112,7 @@ def main(options: Options, *, started: float) -> list[Path]:
     result: Result | None = None
     try:
         wanted = corpus_config(None, seed=options.seed, quick=options.quick)
-        corpus = given or prepare_corpus(work / "corpus", wanted)
+        corpus = read_corpus(options.corpus, work) if options.corpus else prepare_corpus(work / "corpus", wanted)
         corpus_hash = hash_corpus(corpus)
         size, partner = _planned(options, corpus, corpus_hash=corpus_hash)
         result = Result(

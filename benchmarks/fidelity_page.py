@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from fidelity_results import MODELS, Partner, Result, condition
+from fidelity_bounds import bounds_part, full_condition, quarter_condition
+from fidelity_results import MODELS, Partner, Result
 from timing import markdown_table
 
 from demo.findings import table
 from demo.intervals import mean_of, paired
-from emo_megatron.report.rows import CHOSEN, EMO, FULL, QUARTER, RANDOM, SMALL, STANDARD, find_summary, summarise
+from emo_megatron.report.rows import CHOSEN, EMO, QUARTER, RANDOM, SMALL, STANDARD, find_summary, summarise
 from emo_megatron.report.table import MISSING, share, signed
 
 
@@ -29,7 +30,13 @@ def page(result: Result, partners: Mapping[str, Partner]) -> str:
         parts.append("## Validation loss\n\n" + _losses(result))
     if any(row.method == CHOSEN for row in result.rows):
         parts.append("## With fewer experts\n\n" + _fewer(result))
-    parts.append("## Compared\n\n" + _compared(result, partners))
+    together = {result.model: result} | {
+        model: partner.result
+        for model, partner in partners.items()
+        if model != result.model and not partner.differing and partner.result.nats
+    }
+    parts.append("## Compared\n\n" + _compared(result, partners, together))
+    parts.append("## Bounds\n\n" + bounds_part(together))
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -71,12 +78,6 @@ def losses_of(result: Result, name: str) -> dict[str, float]:
     return {domain: sum(nats) / sum(result.document_tokens[domain]) for domain, nats in result.nats[name].items()}
 
 
-def full_condition(result: Result) -> str:
-    """The condition with all experts."""
-    experts = next(row.num_experts_kept for row in result.rows if row.method == FULL)
-    return condition(FULL, experts)
-
-
 def _losses(result: Result) -> str:
     full = losses_of(result, full_condition(result))
     rows = [
@@ -113,9 +114,9 @@ def _fewer(result: Result) -> str:
     return "Loss, and in brackets its increase over all experts; means over domains.\n\n" + markdown_table(head, lines)
 
 
-def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
+def _compared(result: Result, partners: Mapping[str, Partner], together: Mapping[str, Result]) -> str:
     """The comparison of models, and why a model is left out."""
-    lines, together = [], {result.model: result}
+    lines = []
     for model in MODELS:
         if model == result.model:
             continue
@@ -132,7 +133,6 @@ def _compared(result: Result, partners: Mapping[str, Partner]) -> str:
                 f"- {model}: {partner.place}, {size['steps']} steps, "
                 f"{partner.result.settings['tokens']:,} tokens, as here"
             )
-            together[model] = partner.result
     parts = ["\n".join(lines)]
     if result.nats and len(together) > 1:
         parts += [_gap(together), _quarter(together), _table(together)]
@@ -156,10 +156,11 @@ def _quarter(together: Mapping[str, Result]) -> str:
     if not {EMO, SMALL} <= together.keys():
         return ""
     emo, small = together[EMO], together[SMALL]
-    kept = next((row.num_experts_kept for row in emo.rows if row.keep_fraction == QUARTER), None)
-    if kept is None or condition(CHOSEN, kept) not in emo.nats:
+    quarter = quarter_condition(emo)
+    if quarter is None:
         return "EMO's quarter against the small model: the quarter is not measured yet."
-    found = mean_of(paired(emo.nats[condition(CHOSEN, kept)], small.nats[full_condition(small)], emo.document_tokens))
+    found = mean_of(paired(emo.nats[quarter], small.nats[full_condition(small)], emo.document_tokens))
+    kept = next(row.num_experts_kept for row in emo.rows if row.keep_fraction == QUARTER)
     return f"EMO's quarter, {kept} experts chosen for the domain, minus the small model trained from scratch: {found}."
 
 

@@ -1,4 +1,4 @@
-"""The text of fidelity.py: a corpus prepared in advance, and its fingerprint."""
+"""The text of fidelity.py: a corpus prepared in advance, as a folder or as one packed file, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -6,9 +6,28 @@ import hashlib
 import json
 from pathlib import Path
 
-import jobs  # noqa: F401 - finds the demo
+import find_demo  # noqa: F401
 
-from demo.corpus import UNTRAINED_SPLITS, Corpus
+from demo.corpus_files import MANIFEST, Corpus, token_files
+from demo.packed import unpack
+
+
+def read_corpus(path: Path, work: Path) -> Corpus:
+    """A prepared corpus: a folder, or a file that `python -m demo.packages` packed.
+
+    Args:
+        path: the folder or the file.
+        work: an existing folder; a packed corpus is unpacked into its folder `corpus`.
+
+    Raises:
+        ValueError: `path` is neither.
+    """
+    if not path.is_file():
+        return open_corpus(path)
+    try:
+        return unpack(path, work / "corpus")
+    except ValueError as error:
+        raise ValueError(f"--corpus must be a prepared corpus, as a folder or packed: {error}") from None
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -18,9 +37,9 @@ def open_corpus(folder: Path) -> Corpus:
         ValueError: the folder is none.
     """
     try:
-        manifest = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         corpus = Corpus(path=folder, manifest=manifest)
-        missing = [str(path) for path in _files(corpus) if not path.is_file()]
+        missing = [str(path) for path in token_files(corpus) if not path.is_file()]
         if not corpus.domains or corpus.train_tokens < 1:
             raise ValueError("its corpus.json names no text")
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -35,14 +54,8 @@ def open_corpus(folder: Path) -> Corpus:
 def hash_corpus(corpus: Corpus) -> str:
     """16 hex digits of all tokens, trained on and held out, as they lie in the files."""
     digest = hashlib.sha256()
-    for path in _files(corpus):
+    for path in token_files(corpus):
         with path.open("rb") as file:
             part = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name} {part}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _files(corpus: Corpus) -> list[Path]:
-    """The files with tokens."""
-    files = [corpus.path / split / f"{domain}.safetensors" for split in UNTRAINED_SPLITS for domain in corpus.domains]
-    return [corpus.path / "train.bin", corpus.path / "train.idx", *files]

@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh A --wheels FOLDER            does it run, is it right, how fast are the kernels
 #     benchmarks/gpu.sh B --wheels FOLDER            a layer and a model, with pools and without
-#     benchmarks/gpu.sh C standard|emo|small ...     one model of the comparison of modules
+#     benchmarks/gpu.sh C standard|emo|small ...     one model of the comparison of modules; --corpus FILE brings the text
 #
 # Looks for Python 3.12 or later with torch (PYTHON=... names one) and hands over to benchmarks/gpu/run.py; --help says more.
 here=$(dirname "${BASH_SOURCE[0]}")

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from demo import recipe
+from demo.corpus_files import MANIFEST, SPLITS, UNTRAINED_SPLITS, Corpus, fingerprint
 from demo.sources import MACHINE_SOURCES, Machine, folder_sources
 from emo_megatron.files import gone_on_failure, whole, writing
 from emo_megatron.json_files import read_object
@@ -38,9 +39,6 @@ from emo_megatron.json_files import read_object
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-UNTRAINED_SPLITS = ("calibration", "validation")
-SPLITS = ("train", *UNTRAINED_SPLITS)
-MANIFEST = "corpus.json"
 EOD = "<|endoftext|>"
 EOD_TOKEN = 0
 MIN_DOMAINS = 3
@@ -76,25 +74,8 @@ class CorpusConfig:
     """Share of a domain's documents for validation, with the bounds of `calibration_fraction`."""
     seed: int = 1234
     """Seed for the choice, the split and the order of documents."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """A corpus on disk."""
-
-    path: Path
-    manifest: dict[str, Any]
-    """The content of corpus.json."""
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the domains, in order of preference."""
-        return list(self.manifest["domains"])
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens of the training split over all domains."""
-        return sum(row["tokens"]["train"] for row in self.manifest["domains"].values())
+    max_train_tokens: int | None = None
+    """Largest number of training tokens, divided evenly among the domains; None: no limit."""
 
 
 def corpus_config(folder: Path | None, *, seed: int, quick: bool) -> CorpusConfig:
@@ -123,6 +104,9 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
     path = output / MANIFEST
     corpus_dir = None if config.corpus_dir is None else str(config.corpus_dir.resolve())
     wanted = dataclasses.asdict(config) | {"corpus_dir": corpus_dir, "format": FORMAT}
+    if config.max_train_tokens is None:
+        # corpora of earlier releases do not have it
+        del wanted["max_train_tokens"]
     if path.exists():
         manifest = read_object(path, kind="a corpus")
         if manifest.get("config") == wanted:
@@ -132,17 +116,18 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
     texts = {name: split_documents(documents[name], config=config) for name in documents}
     tokenizer = _train_tokenizer(texts, vocab_size=config.vocab_size)
     tokens = _tokenize(texts, tokenizer=tokenizer)
-    _balance(tokens)
+    _balance(tokens, max_tokens=config.max_train_tokens)
     rows = {name: _summarise(texts[name], tokens[name]) for name in texts}
-    with gone_on_failure(*(output / name for name in _FILES)), writing(output):
-        fingerprint = _write(output, tokens, tokenizer=tokenizer, seed=config.seed)
     manifest = {
         "config": wanted,
-        "fingerprint": fingerprint,
+        "fingerprint": "",
         "vocab_size": tokenizer.get_vocab_size(),
         "eod_token": EOD_TOKEN,
         "domains": {name: {"source": descriptions[name], **rows[name]} for name in rows},
     }
+    with gone_on_failure(*(output / name for name in _FILES)), writing(output):
+        _write(output, tokens, tokenizer=tokenizer, seed=config.seed)
+        manifest["fingerprint"] = fingerprint(Corpus(path=output, manifest=manifest))
     with whole(path) as unfinished:
         unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Corpus(path=output, manifest=manifest)
@@ -178,7 +163,7 @@ def _collect(config: CorpusConfig, *, machine: Machine) -> tuple[dict[str, str],
         if len(taken) == num_wanted:
             break
         rng = random.Random(f"{config.seed} {source.name}")
-        documents = _read(source.documents(machine, rng=rng), seen=seen, config=config)
+        documents = read_documents(source.documents(machine, rng=rng), seen=seen, config=config)
         if len(documents) >= config.min_documents:
             seen |= documents.keys()
             taken[source.name] = list(documents.values())
@@ -199,7 +184,7 @@ def _collect(config: CorpusConfig, *, machine: Machine) -> tuple[dict[str, str],
     return {source.name: source.description for source in sources}, taken
 
 
-def _read(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> dict[bytes, str]:
+def read_documents(texts: Iterable[str], *, seen: set[bytes], config: CorpusConfig) -> dict[bytes, str]:
     """Clean documents until there are enough; return documents by the hash of their first 2000 characters.
 
     Documents with the same hash count as one; the hash ignores differences in white space. Documents whose hash is in
@@ -275,9 +260,11 @@ def _tokenize(domains: dict[str, _Texts], *, tokenizer: "Tokenizer") -> dict[str
     return encoded
 
 
-def _balance(domains: dict[str, _Tokens]) -> None:
-    """Drop training documents so that no domain has more training tokens than the median one."""
+def _balance(domains: dict[str, _Tokens], *, max_tokens: int | None) -> None:
+    """Drop training documents so that no domain has more training tokens than the median one, or than its share."""
     limit = statistics.median_low(sum(map(len, d["train"])) for d in domains.values())
+    if max_tokens is not None:
+        limit = min(limit, max_tokens // len(domains))
     for documents in domains.values():
         documents["train"] = _head(documents["train"], limit=limit)
 
@@ -291,8 +278,8 @@ def _summarise(texts: _Texts, tokens: _Tokens) -> dict[str, Any]:
     }
 
 
-def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer", seed: int) -> str:
-    """Write everything except the manifest; return a fingerprint, the SHA-256 of all tokens."""
+def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer", seed: int) -> None:
+    """Write everything except the manifest."""
     from transformers import PreTrainedTokenizerFast
 
     from emo_megatron.mcore.dataset import write_indexed_dataset
@@ -303,9 +290,6 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
     train = [tokens for documents in domains.values() for tokens in documents["train"]]
     random.Random(seed).shuffle(train)
     write_indexed_dataset(output / "train", train, vocab_size=tokenizer.get_vocab_size())
-    digest = hashlib.sha256()
-    for tokens in train:
-        digest.update(tokens)
     for split in UNTRAINED_SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
         (output / split).mkdir()
@@ -315,9 +299,6 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
             values = {"tokens": flat, "cu_seqlens": ends}
             tensors = {key: torch.tensor(v, dtype=torch.int32) for key, v in values.items()}
             save_file(tensors, output / split / f"{name}.safetensors")
-            for tensor in tensors.values():
-                digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def main() -> None:

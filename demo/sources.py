@@ -27,6 +27,10 @@ from typing import NamedTuple
 
 import torch
 
+from emo_megatron.json_files import read_object
+
+SOURCES = "sources.json"
+"""File next to the folders of domains: domain -> `source`, the packages that the text comes from."""
 MAX_FILE_BYTES = 1_000_000
 # documents taken from a file with many documents
 MAX_PER_FILE = 12
@@ -83,14 +87,14 @@ def find_files(
         yield from spread(found, rng=rng)
 
 
-def read_texts(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the text of UTF-8 files, cut at MAX_FILE_BYTES; files named .gz are decompressed."""
+def read_texts(paths: Iterable[Path], *, max_bytes: int = MAX_FILE_BYTES) -> Iterator[str]:
+    """Yield the text of UTF-8 files, cut at `max_bytes`; files named .gz are decompressed."""
     for path in paths:
         text = None
         with suppress(OSError, EOFError, zlib.error, UnicodeDecodeError):
             with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-                data = file.read(MAX_FILE_BYTES)
-            text = codecs.utf_8_decode(data, "strict", len(data) < MAX_FILE_BYTES)[0]
+                data = file.read(max_bytes)
+            text = codecs.utf_8_decode(data, "strict", len(data) < max_bytes)[0]
         if text is not None:
             yield text
 
@@ -263,6 +267,13 @@ def read_catalog(path: Path) -> Iterator[str]:
             yield translation.decode().replace("\0", "\n")
 
 
+def group_catalog(path: Path) -> list[str]:
+    """Documents of consecutive translations in a GNU message catalog (.mo); none if the file is damaged."""
+    with suppress(OSError, struct.error, UnicodeDecodeError):
+        return list(group_pieces(read_catalog(path)))
+    return []
+
+
 def messages(machine: Machine, *, rng: random.Random, language: str) -> Iterator[str]:
     """Translated messages of programs; a document holds consecutive messages of one program."""
     documents: list[tuple[str, str]] = []
@@ -270,15 +281,23 @@ def messages(machine: Machine, *, rng: random.Random, language: str) -> Iterator
     for path in find_files([folder], (".mo",), rng=rng):
         # the iso_* catalogs are lists of the names of countries and languages
         if not path.name.startswith("iso_"):
-            with suppress(OSError, struct.error, UnicodeDecodeError):
-                documents += [(path.name, text) for text in group_pieces(read_catalog(path))]
+            documents += [(path.name, text) for text in group_catalog(path)]
     yield from spread(documents, rng=rng)
 
 
 def folder_sources(corpus_dir: Path) -> tuple[Source, ...]:
-    """One domain per folder in `corpus_dir`: every UTF-8 file below the folder is a document."""
+    """One domain per folder in `corpus_dir`: every UTF-8 file below the folder is a document.
+
+    If `corpus_dir` contains sources.json, written by packages.py, the descriptions are the packages listed there.
+    """
+    path = corpus_dir / SOURCES
+    listed = read_object(path, kind="a list of sources") if path.is_file() else {}
     return tuple(
-        Source(folder.name, "files of the folder", partial(_folder, folder=folder))
+        Source(
+            folder.name,
+            listed.get(folder.name, {}).get("source", "files of the folder"),
+            partial(_folder, folder=folder),
+        )
         for folder in sorted(corpus_dir.glob("*/"))
     )
 

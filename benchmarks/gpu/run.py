@@ -22,6 +22,8 @@ from bundle import SUMMARY
 from machine import ROOT
 from stage import Stage, Stopped
 
+XZ = b"\xfd7zXZ\0"
+"""First bytes of a packed corpus."""
 FEWEST_MIB = 0.1
 """The summary's rows alone take some of that."""
 
@@ -69,6 +71,8 @@ def read_arguments() -> argparse.Namespace:
     add("--wheels", type=Path, metavar="FOLDER", help=about)
     about = "with stage C, folder of earlier bundles to compare with"
     add("--partners", type=Path, metavar="FOLDER", help=about)
+    about = "with stage C, the text: a file packed by python -m demo.packages, or a folder; default this machine's text"
+    add("--corpus", type=Path, metavar="FILE", help=about)
     about = "commit of this tree; default EMO_COMMIT, otherwise the commit that git reports"
     add("--commit", default=os.environ.get("EMO_COMMIT"), metavar="SHA", help=about)
     about = "largest number of output files, default 2; with 1, no archive is written"
@@ -81,7 +85,7 @@ def read_arguments() -> argparse.Namespace:
     if options.output is None:
         name = f"gpu-{options.stage.lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         options.output = ROOT / "runs" / name
-    for name in ("output", "wheels", "partners"):
+    for name in ("output", "wheels", "partners", "corpus"):
         if path := getattr(options, name):
             # steps have a current folder of their own
             setattr(options, name, path.absolute())
@@ -102,6 +106,8 @@ def check(options: argparse.Namespace) -> machine.Gpu | None:
         refuse(f"{given}: the smallest needs {smallest} s with the bundle")
     if options.partners and not options.partners.is_dir():
         refuse(f"--partners {options.partners} is no folder")
+    if options.corpus:
+        _check_corpus(options)
     gpu = machine.find_gpu()
     if gpu is None and not options.rehearse:
         refuse("no GPU: nvidia-smi is missing, fails or lists none; --rehearse runs without")
@@ -112,6 +118,17 @@ def check(options: argparse.Namespace) -> machine.Gpu | None:
         _check_wheels(options.wheels)
     _check_output(options.output)
     return gpu
+
+
+def _check_corpus(options: argparse.Namespace) -> None:
+    if options.stage != "C":
+        refuse(f"--corpus is for stage C; stage {options.stage} reads no text")
+    if not options.corpus.exists():
+        refuse(f"--corpus {options.corpus} does not exist")
+    if options.corpus.is_file():
+        with options.corpus.open("rb") as file:
+            if file.read(len(XZ)) != XZ:
+                refuse(f"--corpus {options.corpus} is not a corpus packed by python -m demo.packages")
 
 
 def _check_wheels(folder: Path) -> None:

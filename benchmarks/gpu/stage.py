@@ -148,8 +148,11 @@ class Stage:
             "model": options.model,
             "seconds": str(given),
             "partners": str(options.partners or self._scratch / "partners"),
+            "corpus": str(options.corpus),
         }
         more = step.rehearsal if options.rehearse else step.on_gpu
+        if options.corpus:
+            more = (*more, *step.with_corpus)
         return [part.format_map(values) for part in (*step.command, *more)]
 
     def _start(self, command: list[str], log: Path, environment: object = ()) -> Work:

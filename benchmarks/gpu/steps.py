@@ -1,7 +1,7 @@
 """The steps of every stage, the most valuable first: command, time limit and requirements of each step.
 
 A command may contain these names in braces: python, device, output (a folder for this step), builds (the folder of
-libraries compiled in the background), model, seconds (the time of an elastic step) and partners.
+libraries compiled in the background), model, seconds (the time of an elastic step), partners and corpus.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Step:
     """Put behind the command, but not in a rehearsal."""
     rehearsal: tuple[str, ...] = ()
     """Put behind the command in a rehearsal, which has no GPU: small sizes."""
+    with_corpus: tuple[str, ...] = ()
+    """Put behind the command if a corpus is given."""
     environment: Mapping[str, str] = field(default_factory=dict)
     is_elastic: bool = False
     """Takes all that is left of the stage's budget, at least `seconds`."""
@@ -203,6 +205,7 @@ STAGE_C = (
         seconds=135,
         needs=("wheels",),
         rehearsal=("--quick",),
+        with_corpus=("--corpus", "{corpus}"),
         environment=MEGATRON,
         is_elastic=True,
     ),

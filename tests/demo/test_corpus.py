@@ -213,10 +213,10 @@ def test_machine_domains_follow_the_preference_and_stop_when_enough(
 
 def test_a_source_is_read_no_further_than_needed() -> None:
     texts = (_words("abcdef", seed=str(number)) for number in itertools.count())
-    documents = corpora._read(texts, seen=set(), config=_config(None, bytes_per_domain=6000))
+    documents = corpora.read_documents(texts, seen=set(), config=_config(None, bytes_per_domain=6000))
     sizes = [len(text) for text in documents.values()]
     assert sum(sizes) >= 6000 > sum(sizes[:-1])
-    assert len(corpora._read(texts, seen=set(), config=_config(None, bytes_per_domain=1))) == 12
+    assert len(corpora.read_documents(texts, seen=set(), config=_config(None, bytes_per_domain=1))) == 12
 
 
 @pytest.mark.parametrize("documents", [[[1, 2], []], [[1, 5]], [[-1]], []])
