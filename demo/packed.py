@@ -25,8 +25,8 @@ FORMAT = "emo_megatron.packed_corpus.1"
 LISTING = "packed.json"
 MAX_LISTING = 1 << 20
 """Largest size of packed.json in bytes."""
-# tokens of 16 bits: positions modulo 2 matter, those modulo 4 do not
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 256 << 20, "lc": 3, "lp": 1, "pb": 1}]
+MAX_DICTIONARY = 192 * MIB
+"""Largest window of the compression. Unpacking needs this memory."""
 CHUNK = 1 << 20
 
 
@@ -42,7 +42,7 @@ def pack(corpus: Corpus, path: Path) -> int:
     total = sum(stored["bytes"] for stored in listing["files"].values())
     with (
         whole(path) as unfinished,
-        lzma.open(unfinished, "wb", filters=FILTERS) as stream,
+        lzma.open(unfinished, "wb", filters=_filters(total)) as stream,
         tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive,
         tqdm(total=total, desc="packing", unit="B", unit_scale=True, disable=None) as bar,
     ):
@@ -65,7 +65,8 @@ def unpack(path: Path, folder: Path) -> Corpus:
         unfinished.mkdir()
         with lzma.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             files = dict(_read_listing(archive)["files"])
-            for member in archive:
+            # the archive's iterator would start again with the first file
+            while (member := archive.next()) is not None:
                 _write_member(archive, member, files, unfinished)
         if files:
             raise ValueError(f"it lacks {', '.join(files)}")
@@ -74,6 +75,12 @@ def unpack(path: Path, folder: Path) -> Corpus:
         if fingerprint(corpus) != manifest["fingerprint"]:
             raise ValueError(f"its tokens do not have the fingerprint in {MANIFEST}")
     return Corpus(path=folder, manifest=manifest)
+
+
+def _filters(num_bytes: int) -> list[dict[str, int]]:
+    """Settings of xz for tokens of 16 bits: positions modulo 2 matter, positions modulo 4 do not."""
+    window = min(MAX_DICTIONARY, -(-num_bytes // MIB) * MIB)
+    return [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": window, "lc": 3, "lp": 1, "pb": 1}]
 
 
 def _names(corpus: Corpus) -> list[str]:
@@ -131,7 +138,7 @@ def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, files: dict
     name = PurePosixPath(member.name)
     if member.name not in files or name.is_absolute() or ".." in name.parts:
         raise ValueError(f"it contains the unknown file {member.name}")
-    file = archive.extractfile(member)
+    file = archive.extractfile(member) if member.isreg() else None
     if file is None:
         raise ValueError(f"its {member.name} is not a regular file")
     target, digest = folder / name, hashlib.sha256()

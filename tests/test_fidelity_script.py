@@ -26,6 +26,7 @@ from support import experts, made_up, words
 
 from demo import intervals, recipe
 from demo.corpus import CorpusConfig, prepare_corpus
+from demo.packed import pack
 from emo_megatron.experts.calibration import Documents
 from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
 from emo_megatron.runners.cache import NoCache
@@ -45,6 +46,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     pytest.importorskip("megatron.core")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import fidelity
+    import fidelity_bounds
     import fidelity_page
     import fidelity_plan
     import fidelity_results
@@ -53,6 +55,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     return SimpleNamespace(
         main=fidelity,
+        bounds=fidelity_bounds,
         page=fidelity_page,
         plan=fidelity_plan,
         results=fidelity_results,
@@ -353,6 +356,76 @@ def test_a_corpus_is_whole_and_known_by_its_tokens(scripts: SimpleNamespace, cor
     (tmp_path / "corpus.json").write_text("[]")
     with pytest.raises(ValueError, match="--corpus"):
         scripts.text.open_corpus(tmp_path)
+
+
+def test_a_packed_corpus_gives_the_results_of_its_folder(
+    made: Any, scripts: SimpleNamespace, corpus: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "corpus.tar.xz"
+    pack(scripts.text.open_corpus(corpus), packed)
+    of_file, of_folder = made("emo", corpus=packed), made("emo", partners=None)
+    assert of_file.stored["settings"] == of_folder.stored["settings"]
+    assert of_file.stored["corpus"] == of_folder.stored["corpus"]
+    packed.write_bytes(packed.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"--corpus must be .* ends too early"):
+        made("emo", corpus=packed)
+    assert not list(tmp_path.glob("results/emo2/*"))
+
+
+def test_bounds_are_judged_when_all_models_are_there(
+    made: Any, scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("small")
+    emo = made("emo")
+    assert emo.page.count("| not judged: results of standard are missing |") == 3
+    standard = made("standard")
+    section = standard.page.partition("## Bounds")[2]
+    gap = _expected_gap("emo", "standard")
+    quarter = _expected_gap("emo", "small", method="mean_prob", kept=QUARTER)
+    assert "+0.020" in section
+    outcomes = {line.split("|")[1].strip(): line.split("|")[4].strip() for line in section.splitlines() if "|" in line}
+    # made up: EMO's experts are as hard to remove as the standard model's
+    assert outcomes["loss increase at a quarter, EMO divided by standard"] == "**does not hold**"
+    assert outcomes["gap of the full model, EMO minus standard"] == ("holds" if gap <= 0.02 else "**does not hold**")
+    assert outcomes["EMO's quarter minus the small model"] == ("holds" if quarter < 0 else "**does not hold**")
+    kept = scripts.bounds.Bounds(gap=1.0, increase_ratio=1.01, quarter_gap=1.0)
+    monkeypatch.setattr(scripts.bounds, "BOUNDS", kept)
+    assert made("standard").page.count("| holds |") == 3
+
+
+def test_the_bounds_are_those_fixed_before_the_run(scripts: SimpleNamespace) -> None:
+    bounds = scripts.bounds.BOUNDS
+    assert (bounds.gap, bounds.increase_ratio, bounds.quarter_gap) == (0.02, 1 / 5, 0.0)
+
+
+def _parameters(flags: list[str]) -> tuple[int, int]:
+    """All parameters of a model with these flags, and those that one token uses, computed by hand."""
+    value = {flag: int(after) for flag, after in itertools.pairwise(flags) if flag[:2] == "--" and after.isdigit()}
+    width, vocabulary = value["--hidden-size"], 16_384
+    expert = 3 * width * value["--moe-ffn-hidden-size"]
+    shared = 3 * width * value["--moe-shared-expert-intermediate-size"]
+    # attention, two norms, the router
+    rest = 4 * width * width + 2 * width + value["--num-experts"] * width
+    outside = vocabulary * width + value["--max-position-embeddings"] * width + width
+    total, active = (
+        value["--num-layers"] * (experts * expert + shared + rest)
+        for experts in (value["--num-experts"], value["--moe-router-topk"])
+    )
+    # the output layer has its own weights; a token looks up one row of the embeddings
+    return total + outside + vocabulary * width, active + vocabulary * width + 3 * width
+
+
+@pytest.mark.parametrize(
+    ("model", "total", "active"), [("standard", 233e6, 36e6), ("emo", 233e6, 36e6), ("small", 82e6, 36e6)]
+)
+def test_the_models_for_a_gpu_have_their_size(
+    scripts: SimpleNamespace, tmp_path: Path, model: str, total: float, active: float
+) -> None:
+    size = scripts.plan.ON_GPU
+    (found,) = (m for m in recipe.main_models(size, seed=1) if m.name == model)
+    counted = _parameters(recipe.megatron_flags(size, found, corpus=tmp_path, run_dir=tmp_path))
+    assert counted == (pytest.approx(total, rel=0.02), pytest.approx(active, rel=0.02))
+    assert size.tokens == pytest.approx(120e6, rel=0.01)
 
 
 @pytest.mark.slow

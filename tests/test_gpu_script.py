@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import lzma
 import os
 import shutil
 import signal
@@ -150,6 +151,22 @@ steps.STAGES["B"] = (
     assert 10 < int(left.rows["rest"][1]) < 40
 
 
+def test_a_given_corpus_is_passed_on(machine: DeviceMachine, tmp_path: Path) -> None:
+    table = """
+steps.STAGES["C"] = (
+    python("reads", "import sys; print(sys.argv[1:])", with_corpus=("--corpus", "{corpus}")),
+    python("reads no text", "import sys; print(sys.argv[1:])"),
+)
+"""
+    corpus = tmp_path / "corpus.tar.xz"
+    corpus.write_bytes(lzma.compress(b""))
+    left = run_driver(machine, tmp_path / "given", table, "C", "emo", "--corpus", str(corpus))
+    assert left.rows["reads"] == ("ok", str(["--corpus", str(corpus)]))
+    assert left.rows["reads no text"] == ("ok", "[]")
+    left = run_driver(machine, tmp_path / "default", table, "C", "emo")
+    assert left.rows["reads"] == ("ok", "[]")
+
+
 LARGE = """
 write = "import os, sys; open(sys.argv[1] + '/' + sys.argv[2], 'wb').write(os.urandom(int(sys.argv[3])))"
 steps.STAGES["B"] = (
@@ -247,6 +264,9 @@ BAD_TABLE = 'steps.STAGES["B"] += steps.STAGES["A"]'
         (["B", "--max-files", "0"], "", ["--max-files"]),
         (["B", "--max-mib", "0"], "", ["--max-mib"]),
         (["B", "--partners", "/no/such/folder"], "", ["--partners /no/such/folder"]),
+        (["B", "--corpus", "/etc"], "", ["--corpus", "stage C"]),
+        (["C", "emo", "--corpus", "/no/such/file"], "", ["--corpus /no/such/file"]),
+        (["C", "emo", "--corpus", __file__], "", ["--corpus", "packed by python -m demo.packages"]),
         (["B", "--wheels", "/no/such/folder"], "", ["--wheels /no/such/folder"]),
         (["B"], NO_NVCC, ["nvcc", "missing.so"]),
         (["B"], BAD_TABLE, ["stage B", "540"]),
