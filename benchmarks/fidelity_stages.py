@@ -26,9 +26,9 @@ from fidelity_plan import (
     step_seconds,
 )
 from fidelity_results import Result, condition
-from jobs import failure
 
 from demo.corpus import Corpus
+from demo.jobs import failure
 from demo.measure import MEASURED
 from demo.recipe import MEASURE, PRETRAIN, Model, Size, main_models, megatron_flags, retention_flags
 from emo_megatron.commands.retention import versions

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import jobs  # noqa: F401 - finds the demo
+import find_demo  # noqa: F401
 
 from demo.corpus import UNTRAINED_SPLITS, Corpus
 

@@ -43,7 +43,8 @@ class DocumentLosses(CachedRunner):
 
     def loss(self, documents: Documents, *, allowed_LE: Tensor | None = None) -> Loss:
         """See CachedRunner."""
-        nats_D = self.model.document_nats(documents.tokens, allowed_LE=allowed_LE)
+        model: Any = self.model
+        nats_D = model.document_nats(documents.tokens, allowed_LE=allowed_LE)
         tokens = [max(document.numel() - 1, 0) for document in documents.tokens]
         self.told.append((nats_D.tolist(), tokens))
         return Loss.mean(float(nats_D.sum()), num_tokens=sum(tokens))

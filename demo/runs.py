@@ -1,0 +1,197 @@
+"""One training run of study.py: its flags, its jobs, and what was measured of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from demo.corpus import Corpus
+from demo.intervals import Documents
+from demo.jobs import Job
+from demo.measure import MEASURED
+from demo.recipe import MEASURE, PRETRAIN, Size, megatron_flags, retention_flags
+from demo.settings import Setting
+from emo_megatron.files import whole
+from emo_megatron.json_files import read_json
+from emo_megatron.report.rows import CHOSEN, FULL, QUARTER, RANDOM
+from emo_megatron.runners.launch import python
+
+SELECTION = "selection"
+"""Text by which settings are compared: calibration documents that choose no experts."""
+VALIDATION = "validation"
+SELECTION_STARTS = 12_000
+"""Calibration tokens per domain before the first document of the selection text; `Size.calibration_tokens` is less."""
+
+
+def prepare_selection(corpus: Corpus) -> None:
+    """Write `selection/<domain>.safetensors` to the folder of the corpus."""
+    for domain in corpus.domains:
+        path = corpus.path / SELECTION / f"{domain}.safetensors"
+        if path.exists():
+            continue
+        stored = load_file(corpus.path / "calibration" / path.name)
+        ends = stored["cu_seqlens"]
+        first = int(torch.searchsorted(ends, SELECTION_STARTS))
+        if first >= len(ends) - 1:
+            raise ValueError(
+                f"the domain {domain} needs more than {SELECTION_STARTS} calibration tokens; it has {int(ends[-1])}"
+            )
+        tensors = {"tokens": stored["tokens"][ends[first] :].clone(), "cu_seqlens": ends[first:] - ends[first]}
+        with whole(path) as unfinished:
+            save_file(tensors, unfinished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The losses of one checkpoint on one text.
+
+    Attributes:
+        tokens: predicted tokens per validation document.
+        nats: (method, share of the routed experts kept) -> nats per document.
+        increase_on_others: mean loss increase of the quarter modules on other domains; None if not measured.
+    """
+
+    tokens: Documents
+    nats: Mapping[tuple[str, float], Documents]
+    increase_on_others: float | None
+
+    def loss(self, method: str = FULL, keep_fraction: float = 1.0) -> float:
+        """Mean over domains, in nats per token."""
+        nats = self.nats[method, keep_fraction]
+        return fmean(math.fsum(nats[domain]) / sum(self.tokens[domain]) for domain in self.tokens)
+
+    def increase(self, method: str, keep_fraction: float) -> float:
+        """Mean loss increase, in nats per token."""
+        return self.loss(method, keep_fraction) - self.loss()
+
+
+def read_measured(path: Path) -> Measured:
+    """The content of a measured.json."""
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: Path, written: int) -> Measured:
+    # the file is written again after every size: `written` keeps apart what it held
+    rows: list[dict[str, Any]] = read_json(path, kind="measured losses")
+    own = [row for row in rows if row["method"] in (FULL, RANDOM) or row["domain"] == row["evaluated_on"]]
+    nats: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in own:
+        nats.setdefault((row["method"], row["keep_fraction"]), {})[row["evaluated_on"]] = row["nats"]
+    full = {row["evaluated_on"]: row["loss"] for row in own if row["method"] == FULL}
+    others = [row for row in rows if row["method"] == CHOSEN and row["domain"] != row["evaluated_on"]]
+    rises = [row["loss"] - full[row["evaluated_on"]] for row in others if row["keep_fraction"] == QUARTER]
+    return Measured(
+        tokens={row["evaluated_on"]: row["document_tokens"] for row in own if row["method"] == FULL},
+        nats=nats,
+        increase_on_others=fmean(rises) if rises else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model to train and to measure.
+
+    Attributes:
+        setting: its pools and experts.
+        base: the size that the setting changes.
+        steps: optimizer steps at the base's rows per step.
+        seed: of initialisation, data order and pool sizes.
+        corpus: the text.
+        folder: folder of all runs.
+        looks: number of checkpoints that are kept and measured, evenly spaced; the last one is the finished model.
+    """
+
+    setting: Setting
+    base: Size
+    steps: int
+    seed: int
+    corpus: Corpus
+    folder: Path
+    looks: int = 1
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return f"{self.setting.name}-{self.steps}-{self.seed}"
+
+    @property
+    def path(self) -> Path:
+        """Folder of the run."""
+        return self.folder / self.name
+
+    @property
+    def size(self) -> Size:
+        """Size of the model."""
+        size = self.setting.size(steps=self.steps, base=self.base)
+        return replace(size, fractions=tuple(f for f in (QUARTER, QUARTER / 2) if f in size.fractions))
+
+    @property
+    def flags(self) -> list[str]:
+        """Flags of the training."""
+        size = self.size
+        model = self.setting.model_at(size, seed=self.seed)
+        every = ("--save-interval", str(size.steps // self.looks if self.looks > 1 else max(1, size.steps // 4)))
+        return [*megatron_flags(size, model, corpus=self.corpus.path, run_dir=self.path), *every]
+
+    @property
+    def iterations(self) -> list[int]:
+        """Iterations of the checkpoints that are measured."""
+        return [self.size.steps * (look + 1) // self.looks for look in range(self.looks)]
+
+    def measured_path(self, text: str, iteration: int | None = None) -> Path:
+        """The file of losses; `iteration`: None: that of the finished model."""
+        suffix = "" if iteration in (None, self.size.steps) else f"-{iteration}"
+        return self.path / f"{text}{suffix}" / MEASURED
+
+    def measured(self, text: str, iteration: int | None = None) -> Measured | None:
+        """The losses; None if they were not measured to the end."""
+        path = self.measured_path(text, iteration)
+        return read_measured(path) if self._is_measured(path) else None
+
+    def _is_measured(self, path: Path) -> bool:
+        wanted = 1 if self.setting.model == "small" else 1 + 2 * len(self.size.fractions)
+        return path.exists() and len(read_measured(path).nats) == wanted
+
+    def training(self) -> Job:
+        """Train, from the last checkpoint if there is one."""
+        tracker = self.path / "checkpoint" / "latest_checkpointed_iteration.txt"
+        return Job(
+            title=f"training {self.name}",
+            command=python(PRETRAIN, *self.flags),
+            log=self.path / "train.log",
+            is_finished=lambda: tracker.exists() and tracker.read_text().strip() == str(self.size.steps),
+        )
+
+    def measurements(self, text: str, *, others: int = 0) -> list[Job]:
+        """Measure every look on a text.
+
+        Args:
+            text: selection or validation.
+            others: number of other domains on which the quarter modules are measured too.
+        """
+        return [self._measurement(text, iteration, others=others) for iteration in self.iterations]
+
+    def _measurement(self, text: str, iteration: int, *, others: int) -> Job:
+        size = self.size
+        output = self.measured_path(text, iteration)
+        model = self.setting.model_at(size, seed=self.seed)
+        flags = retention_flags(size, model, corpus=self.corpus.path, run_dir=self.path)
+        flags += ["--validation-data", str(self.corpus.path / text), "--output", str(output.parent)]
+        flags += ["--num-other-domains", str(others)]
+        if iteration != size.steps:
+            flags += ["--checkpoint", str(self.path / "checkpoint" / f"iter_{iteration:07d}")]
+        return Job(
+            title=f"measuring {self.name} on {output.parent.name}",
+            command=python(MEASURE, *flags),
+            log=output.parent.with_suffix(".log"),
+            is_finished=functools.partial(self._is_measured, output),
+        )
