@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from demo.corpus import Corpus
 from demo.jobs import Job
+from demo.losses import Measured, read_measured
 from demo.measure import MEASURED
 from demo.recipe import MEASURE, PRETRAIN, megatron_flags
-from demo.runs import VALIDATION, Measured, Run, read_measured
+from demo.runs import VALIDATION, Run
 from demo.settings import find
 from emo_megatron.report.rows import EMO, SMALL
 from emo_megatron.runners.launch import python
@@ -126,7 +126,7 @@ class Further:
             title=f"measuring {self.name} {when}",
             command=python(MEASURE, *(item for pair in flags.items() for item in pair), "--keep"),
             log=output.parent.with_suffix(".log"),
-            is_finished=functools.partial(Path.exists, output),
+            is_finished=output.exists,
         )
 
     def _measured(self, when: str) -> Path:

@@ -211,7 +211,7 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
 
 
 def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
-    """Flags of `retention` for the model in `run_dir`/checkpoint."""
+    """Flags of measure.py, or of `retention`, for the model in `run_dir`/checkpoint."""
     keep = {f: f"{round(f * size.experts)} routed" for f in size.fractions}
     # the small model keeps all its experts: a quarter of EMO's experts is compared with the whole small model
     sizes = [] if model.name == "small" else list(keep.values())
@@ -220,7 +220,7 @@ def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) ->
         "--checkpoint": run_dir / "checkpoint",
         "--data": corpus / "calibration",
         "--validation-data": corpus / "validation",
-        "--output": run_dir / "retention",
+        "--output": run_dir / "losses",
         "--tokens": size.calibration_tokens,
         "--validation-tokens": size.evaluation_tokens,
         "--micro-batch-size": size.micro_batch_size,

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from demo.corpus import Corpus
-from demo.intervals import Documents
 from demo.jobs import Job
+from demo.losses import Measured, read_measured
 from demo.measure import MEASURED
 from demo.recipe import MEASURE, PRETRAIN, Size, megatron_flags, retention_flags
 from demo.settings import Setting
 from emo_megatron.files import whole
-from emo_megatron.json_files import read_json
-from emo_megatron.report.rows import CHOSEN, FULL, QUARTER, RANDOM
+from emo_megatron.report.rows import QUARTER
 from emo_megatron.runners.launch import python
 
 SELECTION = "selection"
@@ -47,53 +41,6 @@ def prepare_selection(corpus: Corpus) -> None:
         tensors = {"tokens": stored["tokens"][ends[first] :].clone(), "cu_seqlens": ends[first:] - ends[first]}
         with whole(path) as unfinished:
             save_file(tensors, unfinished)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The losses of one checkpoint on one text.
-
-    Attributes:
-        tokens: predicted tokens per validation document.
-        nats: (method, share of the routed experts kept) -> nats per document.
-        increase_on_others: mean loss increase of the quarter modules on other domains; None if not measured.
-    """
-
-    tokens: Documents
-    nats: Mapping[tuple[str, float], Documents]
-    increase_on_others: float | None
-
-    def loss(self, method: str = FULL, keep_fraction: float = 1.0) -> float:
-        """Mean over domains, in nats per token."""
-        nats = self.nats[method, keep_fraction]
-        return fmean(math.fsum(nats[domain]) / sum(self.tokens[domain]) for domain in self.tokens)
-
-    def increase(self, method: str, keep_fraction: float) -> float:
-        """Mean loss increase, in nats per token."""
-        return self.loss(method, keep_fraction) - self.loss()
-
-
-def read_measured(path: Path) -> Measured:
-    """The content of a measured.json."""
-    return _read(path, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _read(path: Path, written: int) -> Measured:
-    # the file is written again after every size: `written` keeps apart what it held
-    rows: list[dict[str, Any]] = read_json(path, kind="measured losses")
-    own = [row for row in rows if row["method"] in (FULL, RANDOM) or row["domain"] == row["evaluated_on"]]
-    nats: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in own:
-        nats.setdefault((row["method"], row["keep_fraction"]), {})[row["evaluated_on"]] = row["nats"]
-    full = {row["evaluated_on"]: row["loss"] for row in own if row["method"] == FULL}
-    others = [row for row in rows if row["method"] == CHOSEN and row["domain"] != row["evaluated_on"]]
-    rises = [row["loss"] - full[row["evaluated_on"]] for row in others if row["keep_fraction"] == QUARTER]
-    return Measured(
-        tokens={row["evaluated_on"]: row["document_tokens"] for row in own if row["method"] == FULL},
-        nats=nats,
-        increase_on_others=fmean(rises) if rises else None,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +102,7 @@ class Run:
     def measured(self, text: str, iteration: int | None = None) -> Measured | None:
         """The losses; None if they were not measured to the end."""
         path = self.measured_path(text, iteration)
-        return read_measured(path) if self._is_measured(path) else None
-
-    def _is_measured(self, path: Path) -> bool:
-        wanted = 1 if self.setting.model == "small" else 1 + 2 * len(self.size.fractions)
-        return path.exists() and len(read_measured(path).nats) == wanted
+        return read_measured(path) if path.exists() else None
 
     def training(self) -> Job:
         """Train, from the last checkpoint if there is one."""
@@ -193,5 +136,5 @@ class Run:
             title=f"measuring {self.name} on {output.parent.name}",
             command=python(MEASURE, *flags),
             log=output.parent.with_suffix(".log"),
-            is_finished=functools.partial(self._is_measured, output),
+            is_finished=output.exists,
         )

@@ -11,8 +11,9 @@ from typing import Any
 
 from demo.corpus import Corpus
 from demo.further import AFTER, BEFORE, Further
-from demo.intervals import Difference, mean_of, paired
-from demo.runs import SELECTION, VALIDATION, Measured, Run
+from demo.intervals import Difference
+from demo.losses import Measured, minus
+from demo.runs import SELECTION, VALIDATION, Run
 from emo_megatron.commands.retention import versions
 from emo_megatron.files import whole
 from emo_megatron.json_files import to_json
@@ -63,7 +64,7 @@ def scores(runs: Sequence[Run], text: str) -> list[Score]:
     for run in runs:
         gap, measured = gap_of(run, runs, text), run.measured(text)
         if gap is not None and measured is not None:
-            found.setdefault(run.setting.name, []).append((gap.nats, measured.increase(CHOSEN, QUARTER)))
+            found.setdefault(run.setting.name, []).append((gap.nats, measured.increase(CHOSEN, QUARTER).nats))
     means = [
         Score(name=name, gap=fmean(g for g, _ in pairs), increase=fmean(i for _, i in pairs))
         for name, pairs in found.items()
@@ -85,14 +86,18 @@ def _companion(run: Run, runs: Sequence[Run], model: str) -> Run | None:
 
 
 def _difference(
-    run: Run, other: Run | None, text: str, *, condition: tuple[str, float] = (FULL, 1.0), iteration: int | None = None
+    run: Run,
+    other: Run | None,
+    text: str,
+    *,
+    method: str = FULL,
+    keep_fraction: float = 1.0,
+    iteration: int | None = None,
 ) -> Difference | None:
-    """The loss of a run under a condition minus the loss of another full model."""
+    """The loss of some experts of a run minus the loss of another full model."""
     first = run.measured(text, iteration)
     second = other.measured(text, iteration) if other else None
-    if first is None or second is None:
-        return None
-    return mean_of(paired(first.nats[condition], second.nats[FULL, 1.0], first.tokens))
+    return None if first is None or second is None else minus(first, second, method=method, keep_fraction=keep_fraction)
 
 
 def save(study: Study, base: Path) -> str:
@@ -151,7 +156,7 @@ def _grid_rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
             f"{measured.loss():.3f}",
             str(gap) if gap else MISSING,
             *(_cell(MEANS[name](run, runs, SELECTION)) for name in ("1/4", "1/8", "random 1/4")),
-            signed(gap.nats + measured.increase(CHOSEN, QUARTER)) if gap else MISSING,
+            signed(gap.nats + measured.increase(CHOSEN, QUARTER).nats) if gap else MISSING,
         )
 
 
@@ -170,9 +175,9 @@ def over_seeds(values: Sequence[float], *, with_sign: bool = True) -> str:
 MEANS: dict[str, Callable[[Run, Sequence[Run], str], float | None]] = {
     "full": lambda run, runs, text: _of(run, text, lambda m: m.loss()),
     "gap": lambda run, runs, text: _nats(gap_of(run, runs, text)),
-    "1/4": lambda run, runs, text: _of(run, text, lambda m: m.increase(CHOSEN, QUARTER)),
-    "1/8": lambda run, runs, text: _of(run, text, lambda m: m.increase(CHOSEN, EIGHTH)),
-    "random 1/4": lambda run, runs, text: _of(run, text, lambda m: m.increase(RANDOM, QUARTER)),
+    "1/4": lambda run, runs, text: _of(run, text, lambda m: m.increase(CHOSEN, QUARTER).nats),
+    "1/8": lambda run, runs, text: _of(run, text, lambda m: m.increase(CHOSEN, EIGHTH).nats),
+    "random 1/4": lambda run, runs, text: _of(run, text, lambda m: m.increase(RANDOM, QUARTER).nats),
     "selectivity": lambda run, runs, text: _of(run, text, _selectivity),
     "1/4 minus small": lambda run, runs, text: _against_small(run, runs, text),
 }
@@ -189,7 +194,7 @@ def _of(run: Run, text: str, value: Callable[[Measured], float | None]) -> float
 
 def _selectivity(measured: Measured) -> float | None:
     others = measured.increase_on_others
-    return None if others is None else others - measured.increase(CHOSEN, QUARTER)
+    return None if others is None else others - measured.increase(CHOSEN, QUARTER).nats
 
 
 def _nats(difference: Difference | None) -> float | None:
@@ -199,7 +204,7 @@ def _nats(difference: Difference | None) -> float | None:
 def _against_small(run: Run, runs: Sequence[Run], text: str) -> float | None:
     if run.setting.model != EMO:
         return None
-    return _nats(_difference(run, _companion(run, runs, SMALL), text, condition=(CHOSEN, QUARTER)))
+    return _nats(_difference(run, _companion(run, runs, SMALL), text, method=CHOSEN, keep_fraction=QUARTER))
 
 
 def _means(runs: Sequence[Run], text: str) -> str:
@@ -272,8 +277,8 @@ def _longer(runs: Sequence[Run]) -> str:
                 f"{other.loss():.3f}" if other else NOT_RUN,
                 f"{measured.loss():.3f}" if measured else NOT_RUN,
                 str(gap) if gap else MISSING,
-                signed(measured.increase(CHOSEN, QUARTER)) if measured else MISSING,
-                signed(other.increase(CHOSEN, QUARTER)) if other else MISSING,
+                str(measured.increase(CHOSEN, QUARTER)) if measured else MISSING,
+                str(other.increase(CHOSEN, QUARTER)) if other else MISSING,
             )
         )
     epochs = emo.size.tokens / emo.corpus.train_tokens
