@@ -17,7 +17,6 @@ from demo.settings import find
 from emo_megatron.report.rows import EMO, SMALL
 from emo_megatron.runners.launch import python
 
-TOKENS = 2_000_000
 LR = 1e-3
 """Largest learning rate; pretraining ends at 3e-4. Falls to a tenth along a cosine."""
 BEFORE, AFTER = "before", "after"
@@ -40,7 +39,7 @@ class Further:
 
     parent: Run
     domain: str
-    tokens: int = TOKENS
+    tokens: int
 
     @property
     def name(self) -> str:

@@ -27,8 +27,8 @@ from typing import Annotated, Literal
 import tyro
 
 from demo import recipe
-from demo.corpus import Corpus, corpus_config, describe, prepare_corpus
-from demo.further import Further
+from demo.corpus import Corpus, corpus_config, describe, prepare_corpus, write_domain
+from demo.further import Further, domain_data
 from demo.jobs import Job, run_jobs
 from demo.runs import SELECTION, VALIDATION, Run, prepare_selection
 from demo.settings import SETTINGS, Setting, check, find
@@ -38,6 +38,9 @@ from emo_megatron.report.rows import EMO, SMALL, STANDARD
 Stage = Literal["grid", "finalists", "validation", "further", "longer"]
 STAGES: tuple[Stage, ...] = ("grid", "finalists", "validation", "further", "longer")
 FINALISTS = 3
+LEAST = {"processes": 1, "grid_steps": 16, "steps": 16, "further_tokens": 1, "longer_steps": 16}
+LOOKS = 4
+"""Checkpoints of the stage longer that are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class Options:
     """Settings that go on. Default: the three with the smallest sum of gap and loss increase at 1/4 in the grid."""
     winner: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Setting of the last stages. Default: the finalist with the smallest such sum, mean over seeds."""
+    further_tokens: int = 2_000_000
+    """Training tokens of one domain in the stage further."""
     longer_steps: int = 2440
     """Optimizer steps of the stage longer."""
     processes: int = 2
@@ -68,7 +73,7 @@ class Options:
     """Tiny models, to show the mechanics: the numbers mean nothing."""
 
     def __post_init__(self) -> None:
-        for name, least in (("processes", 1), ("grid_steps", 16), ("steps", 16), ("longer_steps", 16)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(1 <= s < 2**31 for s in self.seeds):
@@ -138,17 +143,19 @@ class Stages:
         for place, seed in enumerate(self.options.seeds):
             parents = [self._run(s, steps=self.options.steps, seed=seed) for s in (winner, _other(winner, SMALL))]
             for domain in dict.fromkeys(domains[(2 * place + d) % len(domains)] for d in range(2)):
-                found += [Further(parent=parent, domain=domain) for parent in parents]
+                found += [
+                    Further(parent=parent, domain=domain, tokens=self.options.further_tokens) for parent in parents
+                ]
         return found
 
     def longer(self, winner: Setting) -> list[Run]:
         """One seed of the winner and of its twin."""
         chosen = (_other(winner, STANDARD), winner)
         steps, seed = self.options.longer_steps, self.options.seeds[0]
-        return [replace(self._run(s, steps=steps, seed=seed), looks=8) for s in chosen]
+        return [replace(self._run(s, steps=steps, seed=seed), looks=LOOKS) for s in chosen]
 
     def jobs(self, stage: Stage) -> list[list[Job]]:
-        """One sequence of jobs per model of a stage.
+        """One sequence of jobs per model of a stage. Writes the text of single domains for the stage further.
 
         Raises:
             ValueError: the stage needs the results of an earlier one.
@@ -167,7 +174,10 @@ class Stages:
             others = len(self.corpus.domains) - 1
             return [[r.training(), *r.measurements(VALIDATION, others=others)] for r in self.validation(winner)]
         if stage == "further":
-            return [[f.parent.training(), *f.jobs()] for f in self.further(winner)]
+            further = self.further(winner)
+            for item in further:
+                write_domain(self.corpus, item.domain, domain_data(self.corpus, item.domain))
+            return [item.jobs() for item in further]
         return [[run.training(), *run.measurements(SELECTION)] for run in self.longer(winner)]
 
     def _with_companions(self, names: Sequence[str]) -> list[Run]:

@@ -49,15 +49,15 @@ def measured(**changes: float) -> list[RetentionRow]:
 def losses(rows: list[RetentionRow]) -> dict[str, Measured]:
     """Two documents of each domain, whose losses differ and whose mean is the row's."""
     found: dict[str, Measured] = {}
-    for model in {row.model for row in rows}:
-        own = [row for row in rows if row.model == model and row.is_own]
-        others = [row.loss_increase for row in rows if row.model == model and not row.is_own]
+    for model in {r.model for r in rows}:
+        own = [r for r in rows if r.model == model and r.is_own]
+        others = [r.loss_increase for r in rows if r.model == model and not r.is_own]
         nats: dict[tuple[str, float], dict[str, list[float]]] = {}
-        for row in own:
-            condition = nats.setdefault((row.method, row.keep_fraction), {})
-            condition[row.evaluated_on] = [100 * 1.3 * row.loss, 300 * 0.9 * row.loss]
+        for r in own:
+            condition = nats.setdefault((r.method, r.keep_fraction), {})
+            condition[r.evaluated_on] = [100 * 1.3 * r.loss, 300 * 0.9 * r.loss]
         found[model] = Measured(
-            tokens={row.evaluated_on: [100, 300] for row in own},
+            tokens={r.evaluated_on: [100, 300] for r in own},
             nats=nats,
             increase_on_others=fmean(others) if others else None,
         )
