@@ -18,6 +18,8 @@ study resumes. study.md and study.json are written again after every run; runs t
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -207,6 +209,21 @@ def main() -> None:
         for steps in (options.grid_steps, options.steps, options.longer_steps):
             check(setting, setting.size(steps=steps, base=base))
     output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "study.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another study is running in {output}: wait until it ends, or pass another folder with --output"
+            ) from None
+        _run(options, base, output)
+
+
+def _run(options: Options, base: recipe.Size, output: Path) -> None:
+    """Run the stages in a folder that no other study uses."""
+    os.environ.setdefault("EMO_DEVICE", "cpu")
+    os.environ["OMP_NUM_THREADS"] = "1"
     source = str(options.corpus.resolve()) if options.corpus else None
     recipe.claim(output, {"size": asdict(base), "corpus": source})
     config = corpus_config(options.corpus, seed=options.seeds[0], quick=options.quick)
