@@ -21,23 +21,22 @@ from emo_megatron.runners.launch import python
 SELECTION = "selection"
 """Text by which settings are compared: calibration documents that choose no experts."""
 VALIDATION = "validation"
-SELECTION_STARTS = 12_000
-"""Calibration tokens per domain before the first document of the selection text; `Size.calibration_tokens` is less."""
+SELECTION_STARTS, QUICK_STARTS = 12_000, 3_000
+"""Calibration tokens per domain before the first document of the selection text. `Size.calibration_tokens` is less by
+more than a document."""
 
 
-def prepare_selection(corpus: Corpus) -> None:
-    """Write `selection/<domain>.safetensors` to the folder of the corpus."""
+def prepare_selection(corpus: Corpus, *, starts: int = SELECTION_STARTS) -> None:
+    """Write `selection/<domain>.safetensors` to the folder of the corpus: all calibration documents after `starts`."""
     for domain in corpus.domains:
         path = corpus.path / SELECTION / f"{domain}.safetensors"
         if path.exists():
             continue
         stored = load_file(corpus.path / "calibration" / path.name)
         ends = stored["cu_seqlens"]
-        first = int(torch.searchsorted(ends, SELECTION_STARTS))
+        first = int(torch.searchsorted(ends, starts))
         if first >= len(ends) - 1:
-            raise ValueError(
-                f"the domain {domain} needs more than {SELECTION_STARTS} calibration tokens; it has {int(ends[-1])}"
-            )
+            raise ValueError(f"the domain {domain} needs more than {starts} calibration tokens; it has {int(ends[-1])}")
         tensors = {"tokens": stored["tokens"][ends[first] :].clone(), "cu_seqlens": ends[first:] - ends[first]}
         with whole(path) as unfinished:
             save_file(tensors, unfinished)

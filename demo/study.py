@@ -32,7 +32,7 @@ from demo import recipe
 from demo.corpus import Corpus, corpus_config, describe, prepare_corpus, write_domain
 from demo.further import Further, domain_data
 from demo.jobs import Job, run_jobs
-from demo.runs import SELECTION, VALIDATION, Run, prepare_selection
+from demo.runs import QUICK_STARTS, SELECTION, SELECTION_STARTS, VALIDATION, Run, prepare_selection
 from demo.settings import SETTINGS, Setting, check, find
 from demo.study_page import Score, Study, save, scores
 from emo_megatron.report.rows import EMO, SMALL, STANDARD
@@ -40,6 +40,8 @@ from emo_megatron.report.rows import EMO, SMALL, STANDARD
 Stage = Literal["grid", "finalists", "validation", "further", "longer"]
 STAGES: tuple[Stage, ...] = ("grid", "finalists", "validation", "further", "longer")
 FINALISTS = 3
+PLACES = ("output", "corpus", "processes", "stages")
+"""Options that change no number."""
 LEAST = {"processes": 1, "grid_steps": 16, "steps": 16, "further_tokens": 1, "longer_steps": 16}
 LOOKS = 4
 """Checkpoints of the stage longer that are measured."""
@@ -110,7 +112,7 @@ class Stages:
             validation=self.validation(winner) if winner else [],
             further=self.further(winner) if winner else [],
             longer=self.longer(winner) if winner else [],
-            options={name: str(value) for name, value in asdict(self.options).items()},
+            options={name: value for name, value in asdict(self.options).items() if name not in PLACES},
         )
 
     def grid(self) -> list[Run]:
@@ -230,7 +232,7 @@ def _run(options: Options, base: recipe.Size, output: Path) -> None:
     corpus = prepare_corpus(output / "corpus", config)
     recipe.claim(output, {"text": corpus.manifest["fingerprint"]})
     print(describe(corpus), flush=True)
-    prepare_selection(corpus)
+    prepare_selection(corpus, starts=QUICK_STARTS if options.quick else SELECTION_STARTS)
     stages = Stages(options, corpus)
     save(stages.study(), output / "study")
     for stage in options.stages:

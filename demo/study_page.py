@@ -40,7 +40,7 @@ class Study:
     validation: Sequence[Run]
     further: Sequence[Further]
     longer: Sequence[Run]
-    options: dict[str, str]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,8 @@ def test_the_selection_text_is_what_chooses_no_experts(corpus: Corpus, tmp_path:
     found = load_file(tmp_path / "selection" / f"{corpus.domains[0]}.safetensors")
     assert found["tokens"].tolist() == list(range(12_001, 20_000))
     assert found["cu_seqlens"].tolist() == [0, 2_999, 7_999]
-    assert recipe.FULL.calibration_tokens < runs.SELECTION_STARTS
+    for size, starts in ((recipe.FULL, runs.SELECTION_STARTS), (recipe.QUICK, runs.QUICK_STARTS)):
+        assert size.calibration_tokens < starts
     with pytest.raises(ValueError, match="calibration"):
         runs.prepare_selection(corpus)
 
@@ -295,7 +296,7 @@ def test_sigterm_ends_the_study_and_its_runs(corpus: Corpus, tmp_path: Path) -> 
         "path = pathlib.Path(sys.argv[2])\n"
         "made = study.Corpus(path=path, manifest=json.loads((path / 'corpus.json').read_text()))\n"
         "study.prepare_corpus = lambda *a: made\n"
-        "study.prepare_selection = lambda corpus: None\n"
+        "study.prepare_selection = lambda corpus, starts: None\n"
         "sys.argv = ['study', *sys.argv[3:]]\nrecipe.run_step(study.main)\n"
     )
     flags = tmp_path / "flags"
@@ -324,7 +325,7 @@ def _content(path: Path) -> bytes:
 @pytest.mark.slow
 def test_megatron_trains_measures_cuts_and_trains_further(tmp_path: Path) -> None:
     """All stages but the grid on Megatron, tiny."""
-    texts = words.write_alphabets(tmp_path / "texts", documents=400)
+    texts = words.write_alphabets(tmp_path / "texts", documents=300, length=200)
     command = [sys.executable, "-m", "demo.study", "finalists", "validation", "further", "longer", "--quick"]
     command += ["--finalists", "delay50", "--winner", "delay50", "--seeds", "1234", "--steps", "16"]
     command += ["--longer-steps", "16", "--further-tokens", "4096", "--corpus", texts, "--output", tmp_path / "out"]
