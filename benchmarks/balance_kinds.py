@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import find_demo  # noqa: F401
 import torch
 import tyro
 from fidelity_text import open_corpus
-from jobs import Job, run_jobs
 from timing import RESULTS, describe_machine, markdown_table, run_script, write_results
 
+from demo.jobs import Job, run_jobs
 from demo.recipe import FULL, PRETRAIN, QUICK, Model, Size, main_models, megatron_flags, retention_flags
 from emo_megatron.commands import retention
 from emo_megatron.report.rows import CHOSEN, RANDOM, RetentionSummary, load_rows, summarise

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jobs  # noqa: F401 - finds the demo
+import find_demo  # noqa: F401
 
 from demo.recipe import QUICK, Size
 from emo_megatron.mcore.cpu import local_flags

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import jobs  # noqa: F401 - finds the demo
+import find_demo  # noqa: F401
 
 from demo.recipe import differences
 from emo_megatron.files import whole

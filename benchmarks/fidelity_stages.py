@@ -26,10 +26,10 @@ from fidelity_plan import (
     step_seconds,
 )
 from fidelity_results import Result, condition
-from jobs import failure
 
 from demo.corpus import Corpus
-from demo.measure import MEASURED
+from demo.jobs import failure
+from demo.measure import MEASURED, UNFINISHED
 from demo.recipe import MEASURE, PRETRAIN, Model, Size, main_models, megatron_flags, retention_flags
 from emo_megatron.commands.retention import versions
 from emo_megatron.json_files import read_json
@@ -211,12 +211,16 @@ class Run:
         """
         arguments = retention_flags(size, self._model, corpus=self.corpus.path, run_dir=self._folder)
         arguments += ["--output", str(output), *more]
-        log, measured = output.with_suffix(".log"), output / MEASURED
+        log, so_far = output.with_suffix(".log"), output / UNFINISHED
         known, is_over = 0, False
         with self._started([str(MEASURE), *arguments], log) as process:
             while not is_over:
                 is_over = process.poll() is not None
-                rows = read_json(measured, kind="rows") if measured.exists() else []
+                rows: list[Any] = []
+                # the second file replaces the first at the end
+                for place in (so_far, output / MEASURED):
+                    with contextlib.suppress(FileNotFoundError):
+                        rows = read_json(place, kind="rows")
                 if len(rows) > known:
                     known = len(rows)
                     take(rows)

@@ -19,12 +19,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import find_demo  # noqa: F401
 import torch
 import tyro
-from jobs import Job, run_jobs
 from safetensors.torch import save_file
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
+from demo.jobs import Job, run_jobs
 from demo.recipe import FULL, PRETRAIN, main_models, megatron_flags
 from demo.sources import Machine, perl
 from emo_megatron.report.rows import load_rows

@@ -287,8 +287,7 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
     output.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOD)  # type: ignore[no-untyped-call]
     fast.save_pretrained(output / "tokenizer")
-    train = [tokens for documents in domains.values() for tokens in documents["train"]]
-    random.Random(seed).shuffle(train)
+    train = _shuffled([tokens for documents in domains.values() for tokens in documents["train"]], seed=seed)
     write_indexed_dataset(output / "train", train, vocab_size=tokenizer.get_vocab_size())
     for split in UNTRAINED_SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
@@ -299,6 +298,28 @@ def _write(output: Path, domains: dict[str, _Tokens], *, tokenizer: "Tokenizer",
             values = {"tokens": flat, "cu_seqlens": ends}
             tensors = {key: torch.tensor(v, dtype=torch.int32) for key, v in values.items()}
             save_file(tensors, output / split / f"{name}.safetensors")
+
+
+def write_domain(corpus: Corpus, domain: str, prefix: Path) -> None:
+    """Write the training documents of one domain as an indexed dataset with this prefix, unless it exists."""
+    from emo_megatron.mcore.dataset import IndexedDocuments, write_indexed_dataset
+
+    if prefix.with_name(prefix.name + ".idx").exists():
+        return
+    rows = corpus.manifest["domains"]
+    names = [name for name, row in rows.items() for _ in range(row["documents"]["train"])]
+    # the order in which _write stored the documents
+    names = _shuffled(names, seed=corpus.manifest["config"]["seed"])
+    stored = IndexedDocuments(corpus.path / "train")
+    documents = [tokens.tolist() for name, tokens in zip(names, stored, strict=True) if name == domain]
+    assert sum(map(len, documents)) == rows[domain]["tokens"]["train"], "documents of another domain"
+    write_indexed_dataset(prefix, documents, vocab_size=corpus.manifest["vocab_size"])
+
+
+def _shuffled[T](items: list[T], *, seed: int) -> list[T]:
+    shuffled = [*items]
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
 
 
 def main() -> None:

@@ -48,14 +48,13 @@ is_done() { # WHAT MODEL
     if [ "$1" = train ]; then
         [ -f "$tracker" ] && [ "$(cat "$tracker")" = "$steps" ]
     else
-        # the file that is written last
-        [ -f "$output/$2/retention/retention.png" ]
+        [ -f "$output/$2/losses/measured.json" ]
     fi
 }
 
 start() { # WHAT MODEL
     local folder=$output/$2 command=("$root/examples/pretrain_emo.py") flags
-    [ "$1" = train ] || command=(-m emo_megatron retention)
+    [ "$1" = train ] || command=("$root/demo/measure.py")
     mapfile -d '' flags < "$folder/$1.flags"
     "$python" "${command[@]}" "${flags[@]}" < /dev/null > "$folder/$1.log" 2>&1 &
     running[$!]="$1 $2"

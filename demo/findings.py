@@ -5,14 +5,17 @@ The input is a list of rows; each row is one evaluation. A result whose rows are
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from demo import recipe
 from demo.figure import plot_retention
-from emo_megatron.json_files import read_object
+from demo.losses import KIND, Measured, minus, read_measured
+from demo.measure import MEASURED
+from emo_megatron.commands.retention import versions
+from emo_megatron.json_files import read_json, read_object
 from emo_megatron.report.rows import (
     CHOSEN,
     EMO,
@@ -24,7 +27,7 @@ from emo_megatron.report.rows import (
     RetentionRow,
     RetentionSummary,
     find_summary,
-    load_rows,
+    rows_of,
     save_rows,
     summarise,
 )
@@ -35,6 +38,9 @@ HOW_TO_READ = """\
 Loss in nats per token on validation documents; lower is better. Each domain keeps the experts that
 it uses most; the table shows the mean over the domains. In brackets: the loss increase from dropping
 the other experts. Selectivity: loss increase on other domains minus loss increase on the own domain."""
+ABOUT_ERRORS = """\
+Statements about this run. ± is the standard error over documents; runs with another seed differ by more, see
+docs/experiments.md."""
 HEADINGS = (
     KEPT,
     ("", "EMO"),
@@ -46,60 +52,77 @@ HEADINGS = (
 
 
 class Finding(NamedTuple):
-    """A claim about the measured numbers, in nats per token, and whether the claim holds."""
+    """A statement about the measured numbers, in nats per token."""
 
     name: str
     value: float
-    bound: float
-    holds: bool
     text: str
-    """The claim with its numbers, for people; the words are the same whether the claim holds or not."""
+    """The statement with its numbers, for people; the words are the same whether it holds or not."""
+    bound: float | None = None
+    """The statement holds if `value` is at most this number; None: the statement only reports a number."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the statement holds; None for one that only reports."""
+        return None if self.bound is None else self.value <= self.bound
+
+    @property
+    def mark(self) -> str:
+        """What the demo prints before the text."""
+        return {None: "     ", True: "yes  ", False: "NO   "}[self.holds]
 
 
-def findings(rows: Iterable[RetentionRow]) -> list[Finding]:
-    """Check the claims about the method. A claim whose numbers were not measured is left out."""
-    summaries = summarise(rows)
+def findings(losses: Mapping[str, Measured]) -> list[Finding]:
+    """The statements about the models. A statement whose numbers were not measured is left out.
 
-    def find(model: str, method: str, keep_fraction: float = 1.0) -> RetentionSummary | None:
-        return find_summary(summaries, model=model, method=method, keep_fraction=keep_fraction)
-
+    Args:
+        losses: name of a model -> its losses.
+    """
     found = []
-    for name, fraction, part in (("quarter_rise", QUARTER, 5), ("eighth_rise", EIGHTH, 4)):
-        emo, standard = find(EMO, CHOSEN, fraction), find(STANDARD, CHOSEN, fraction)
-        if emo and standard:
-            # if the standard MoE loses nothing, EMO must lose nothing either
-            bound = max(standard.loss_increase, 0.0) / part
-            text = (
-                f"With {share(fraction)} of the experts, EMO's loss increase is at most 1/{part} of the standard "
-                f"MoE's: {signed(emo.loss_increase)} against {signed(standard.loss_increase)} nats per token."
-            )
-            found.append(Finding(name, emo.loss_increase, bound, emo.loss_increase <= bound, text))
-    emo, small, by_chance = find(EMO, CHOSEN, QUARTER), find(SMALL, FULL), find(EMO, RANDOM, QUARTER)
-    if emo and small:
+    emo, standard, small = (losses.get(name) for name in (EMO, STANDARD, SMALL))
+    if emo and standard:
+        gap = minus(emo, standard)
         text = (
-            "A quarter of EMO's experts has a lower loss than a model of that size trained from scratch: "
-            f"{emo.loss:.3f} against {small.loss:.3f}."
+            f"With all experts, EMO's loss minus the standard MoE's: {gap} "
+            f"({emo.loss():.3f} and {standard.loss():.3f})."
         )
-        found.append(Finding("quarter_beats_small", emo.loss, small.loss, emo.loss < small.loss, text))
-    if emo and by_chance:
-        bound = 3 * max(emo.loss_increase, 0.0)
+        found.append(Finding("full_models", gap.nats, text))
+        for name, fraction, part in (("quarter_increase", QUARTER, 5), ("eighth_increase", EIGHTH, 4)):
+            if (CHOSEN, fraction) in emo.nats.keys() & standard.nats.keys():
+                first, second = emo.increase(CHOSEN, fraction), standard.increase(CHOSEN, fraction)
+                text = (
+                    f"With {share(fraction)} of the experts, EMO's loss increase is {first} and the standard MoE's "
+                    f"{second}. EMO's is at most 1/{part} of the standard MoE's."
+                )
+                # if the standard MoE loses nothing, EMO must lose nothing either
+                found.append(Finding(name, first.nats, text, max(second.nats, 0.0) / part))
+    if emo and (CHOSEN, QUARTER) in emo.nats:
+        found += _of_quarter(emo, small)
+    return found
+
+
+def _of_quarter(emo: Measured, small: Measured | None) -> list[Finding]:
+    """Statements about EMO's modules with a quarter of the experts."""
+    found = []
+    chosen = emo.increase(CHOSEN, QUARTER)
+    if (RANDOM, QUARTER) in emo.nats:
+        by_chance = emo.increase(RANDOM, QUARTER)
         text = (
-            "The loss increase of a random quarter of EMO's experts is at least 3 times that of a chosen quarter: "
-            f"{signed(by_chance.loss_increase)} against {signed(emo.loss_increase)} nats per token."
+            f"With a random quarter of the experts, EMO's loss increase is {by_chance}: at least 3 times that of the "
+            "chosen quarter."
         )
-        found.append(Finding("choice_matters", by_chance.loss_increase, bound, by_chance.loss_increase >= bound, text))
-    if emo and emo.selectivity is not None:
-        bound, value = 0.3, emo.selectivity
-        text = f"The selectivity of a quarter of EMO's experts is over {bound:g} nats per token: {signed(value)}."
-        found.append(Finding("quarter_is_selective", value, bound, value > bound, text))
-    full, standard = find(EMO, FULL), find(STANDARD, FULL)
-    if full and standard:
-        bound, value = 0.06, full.loss - standard.loss
+        found.append(Finding("choice_matters", 3 * max(chosen.nats, 0.0), text, by_chance.nats))
+    if emo.increase_on_others is not None:
+        selectivity = emo.increase_on_others - chosen.nats
+        text = f"The selectivity of EMO's quarters is {signed(selectivity)}: at least .3."
+        found.append(Finding("quarter_is_selective", 0.3, text, selectivity))
+    if small:
+        apart = minus(emo, small, method=CHOSEN, keep_fraction=QUARTER)
         text = (
-            f"With all experts, EMO's loss is at most {bound:g} nats per token above the standard MoE's: "
-            f"{signed(value)} ({full.loss:.3f} against {standard.loss:.3f})."
+            f"The loss of EMO's quarter minus that of a model of this size trained from scratch: {apart} "
+            f"({emo.loss(CHOSEN, QUARTER):.3f} and {small.loss():.3f})."
         )
-        found.append(Finding("full_models_match", value, bound, value <= bound, text))
+        found.append(Finding("quarter_and_small", apart.nats, text))
     return found
 
 
@@ -147,9 +170,15 @@ def _loss_and_rise(summary: RetentionSummary | None) -> str:
 def main() -> None:
     """Print the table and write the rows and the figure; arguments: the run's folder, then names of models."""
     output, models = Path(sys.argv[1]), sys.argv[2:]
-    stored = read_object(output / "demo.json", kind="the settings of a run")["size"]
+    run = read_object(output / "demo.json", kind="the settings of a run")
+    stored = run["size"]
     size = recipe.Size(**stored)
-    rows = [row for model in models for row in load_rows(output / model / "retention" / "retention.json")]
+    paths = {model: output / model / "losses" / MEASURED for model in models}
+    rows = [
+        row
+        for model, path in paths.items()
+        for row in rows_of(read_json(path, kind=KIND), model=model, seed=run["seed"], versions=versions())
+    ]
     save_rows(rows, output / "retention")
     caption = (
         f"{size.experts} routed experts + 1 shared, top-{size.top_k}, {size.layers} layers, "
@@ -157,9 +186,10 @@ def main() -> None:
     )
     plot_retention(rows, output / "retention.png", caption=caption)
     print(table(rows))
-    is_full = stored == json.loads(json.dumps(asdict(recipe.FULL)))
-    for finding in findings(rows) if is_full else []:
-        print(f"  {'yes' if finding.holds else 'NO '}  {finding.text}")
+    if stored == json.loads(json.dumps(asdict(recipe.FULL))):
+        print(f"\n{ABOUT_ERRORS}")
+        for finding in findings({model: read_measured(path) for model, path in paths.items()}):
+            print(f"  {finding.mark}{finding.text}")
     print(f"\nrows: {output}/retention.csv and .json; figure: {output}/retention.png", flush=True)
 
 

@@ -53,7 +53,13 @@ class Size:
     top_k: int = 2
     pool_min: int = 6
     pool_decay: float = 0.6
-    """Share of training over which the pool's lower bound falls from all experts to pool_min."""
+    """Share of training over which the pool's lower bound falls from all experts to pool_min; 0: always pool_min."""
+    pool_delay: float = 0.0
+    """Share of training before pools start."""
+    pool_skew: float = 1.0
+    """Skew of the drawn pool sizes, see --pool-skew."""
+    unrestricted: float = 0.0
+    """Share of documents that may use all experts."""
     fractions: tuple[float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Fractions of the routed experts that modules keep."""
     evaluation_tokens: int = 16384
@@ -139,11 +145,17 @@ def _experts(number: int) -> tuple[str, ...]:
 
 
 def _pools(size: Size, *, rows: int | None = None) -> tuple[str, ...]:
-    # the pool's lower bound starts at all experts: this closes more than half of the gap to the standard model
-    decay = round(size.pool_decay * size.steps * (rows or size.rows))
-    flags = ("--pool-min", str(size.pool_min), "--pool-min-decay-samples", str(decay))
+    samples = size.steps * (rows or size.rows)
+    schedule = {
+        "--pool-min-decay-samples": round(size.pool_decay * samples),
+        "--pool-delay-samples": round(size.pool_delay * samples),
+        "--pool-skew": 0 if size.pool_skew == 1 else size.pool_skew,
+        "--pool-unrestricted": size.unrestricted,
+    }
+    flags = ["--pool-min", str(size.pool_min)]
+    flags += [item for name, value in schedule.items() if value for item in (name, str(value))]
     # Megatron balances the standard model over the same samples
-    return flags if size.micro_rows is None else (*flags, "--pool-balance", "running")
+    return (*flags, *(() if size.micro_rows is None else ("--pool-balance", "running")))
 
 
 def _long_samples(size: Size, times: int) -> tuple[str, ...]:
@@ -199,7 +211,7 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
 
 
 def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> list[str]:
-    """Flags of `retention` for the model in `run_dir`/checkpoint."""
+    """Flags of measure.py, or of `retention`, for the model in `run_dir`/checkpoint."""
     keep = {f: f"{round(f * size.experts)} routed" for f in size.fractions}
     # the small model keeps all its experts: a quarter of EMO's experts is compared with the whole small model
     sizes = [] if model.name == "small" else list(keep.values())
@@ -208,7 +220,7 @@ def retention_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) ->
         "--checkpoint": run_dir / "checkpoint",
         "--data": corpus / "calibration",
         "--validation-data": corpus / "validation",
-        "--output": run_dir / "retention",
+        "--output": run_dir / "losses",
         "--tokens": size.calibration_tokens,
         "--validation-tokens": size.evaluation_tokens,
         "--micro-batch-size": size.micro_batch_size,

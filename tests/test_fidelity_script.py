@@ -189,9 +189,9 @@ def test_losses_of_documents_are_kept_beside_the_loss(scripts: SimpleNamespace) 
     model.document_nats = lambda documents, *, allowed_LE: torch.tensor([6.0, 0.0, 3.0]).double()
     losses = DocumentLosses(model, NoCache())
     assert losses.metadata == model.metadata
-    found = losses.loss(Documents(tokens=(torch.zeros(4), torch.zeros(1), torch.zeros(7)), source={}))
+    found = losses.loss(Documents(tokens=(torch.zeros(4), torch.zeros(1), torch.zeros(7)), source={"sha256": "0"}))
     assert (found.nats, found.num_tokens) == (1.0, 9)
-    assert losses.told == [([6.0, 0.0, 3.0], [3, 0, 6])]
+    assert losses.of_documents == [([6.0, 0.0, 3.0], [3, 0, 6])]
 
 
 def test_sigterm_leaves_what_is_known_in_whole_files(made: Any, corpus: Path, tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ DONE = """
 import pathlib, sys, time
 given = dict(zip(sys.argv, sys.argv[1:]))
 time.sleep(1)
-if "retention" in sys.argv:
+if "--validation-data" in sys.argv:
     (pathlib.Path(given["--output"])).mkdir(parents=True)
-    (pathlib.Path(given["--output"]) / "retention.png").touch()
+    (pathlib.Path(given["--output"]) / "measured.json").touch()
 else:
     folder = pathlib.Path(given["--save"])
     folder.mkdir(parents=True)
@@ -98,4 +98,4 @@ def test_a_terminal_sees_how_far_it_is(demo, tmp_path):
     assert started.wait(timeout=60) == 0, said
     assert b"train emo" in said
     assert b"iteration 3/ 16" in said
-    assert all((tmp_path / "a run" / model / "retention" / "retention.png").exists() for model in ("emo", "small"))
+    assert all((tmp_path / "a run" / model / "losses" / "measured.json").exists() for model in ("emo", "small"))

@@ -53,12 +53,13 @@ def measure(arguments: list[str]) -> None:
             for method in ("random", "mean_prob"):
                 rows += [row(options.name, d, d, method, kept, experts) for d in DOMAINS]
             rows.append(row(options.name, "one", "two", "mean_prob", kept, experts))
-        output = Path(options.output) / "measured.json"
+        output = Path(options.output) / "unfinished.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         part = output.with_suffix(".part")
         part.write_text(json.dumps(rows))
         part.replace(output)
         time.sleep(float(os.environ.get("MADE_UP_WAIT", "0")))
+    output.replace(output.with_name("measured.json"))
 
 
 def row(model: str, domain: str, evaluated_on: str, method: str, kept: int, experts: int) -> dict[str, object]:

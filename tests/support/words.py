@@ -76,12 +76,12 @@ def write_tokens(path: Path, documents: Sequence[Tensor]) -> Path:
     return path
 
 
-def write_alphabets(folder: Path) -> Path:
+def write_alphabets(folder: Path, *, documents: int = 60, length: int = 120) -> Path:
     """Texts of three domains, which are alphabets, for a corpus."""
     rng = random.Random(1)
     for name, alphabet in {"a": "abcdefgh", "d": "0123456789", "g": "αβγδεζηθ"}.items():
         (folder / name).mkdir(parents=True)
-        for number in range(60):
-            words = ("".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(120))
+        for number in range(documents):
+            words = ("".join(rng.choices(alphabet, k=rng.randint(2, 6))) for _ in range(length))
             (folder / name / f"{number}.txt").write_text(" ".join(words))
     return folder

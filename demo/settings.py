@@ -1,0 +1,163 @@
+"""The settings that study.py compares: how pools are scheduled, and how fine the experts are.
+
+Every setting keeps the demo's tokens, layers, width and parameters of routed experts. EMO is compared with the standard
+MoE of the same shape, its twin.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from demo.recipe import FULL, Model, Size, main_models
+from emo_megatron.config import broken, raise_problems
+from emo_megatron.report.rows import EMO, SMALL, STANDARD
+
+SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows")
+"""Fields of Size that the standard MoE shares with EMO."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting."""
+
+    name: str
+    about: str
+    """For people."""
+    model: str = EMO
+    """emo, standard or small."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of Size that differ from the demo's."""
+
+    def size(self, *, steps: int, base: Size = FULL) -> Size:
+        """The size of the models. A step with more rows means fewer steps, so that the tokens are the same."""
+        changed = replace(base, steps=steps, **self.changes)
+        return replace(changed, steps=steps * base.rows // changed.rows)
+
+    def model_at(self, size: Size, *, seed: int) -> Model:
+        """The model to train."""
+        return next(model for model in main_models(size, seed=seed) if model.name == self.model)
+
+    def of_shape(self, model: str) -> str:
+        """Name of the setting of another model with the same shape."""
+        suffix = next((s for s, shape in SHAPES.items() if shape == self.shape), None)
+        assert suffix is not None, self.name
+        return model + suffix
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The changes that the twin shares."""
+        return {name: value for name, value in self.changes.items() if name in SHAPE}
+
+
+FINE: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "top_k": 4}
+"""Twice as many experts of half the width: the same parameters and the same FLOPs of routed experts."""
+SHARED: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "shared_hidden": 128, "top_k": 2}
+"""The same again, with as many active parameters, of which two thirds instead of one third are in the shared expert."""
+WIDE: dict[str, Any] = {"rows": 64, "micro_rows": 16}
+"""Four micro-batches per step: the load is balanced over 64 sequences instead of 16."""
+SHAPES: dict[str, dict[str, Any]] = {"": {}, "-fine": FINE, "-shared": SHARED, "-wide": WIDE}
+"""Suffix of a setting's name -> changes of Size."""
+AT_ONCE: dict[str, Any] = {"pool_decay": 0.0, "pool_min": 4}
+"""Pools of the final sizes as soon as pools start."""
+
+SETTINGS = (
+    Setting(name="standard", about="standard MoE", model=STANDARD),
+    Setting(name="standard-fine", about="standard MoE, 64 experts of width 32, top-4", model=STANDARD, changes=FINE),
+    Setting(
+        name="standard-shared",
+        about="standard MoE, 64 experts of width 32, top-2, shared expert of width 128",
+        model=STANDARD,
+        changes=SHARED,
+    ),
+    Setting(name="standard-wide", about="standard MoE, 64 sequences per step", model=STANDARD, changes=WIDE),
+    Setting(name="small", about="standard MoE with a quarter of the experts", model=SMALL),
+    Setting(
+        name="small-fine",
+        about="standard MoE with a quarter of 64 experts of width 32, top-4",
+        model=SMALL,
+        changes=FINE,
+    ),
+    Setting(
+        name="small-shared",
+        about="standard MoE with a quarter of 64 experts of width 32, top-2, shared expert of width 128",
+        model=SMALL,
+        changes=SHARED,
+    ),
+    Setting(
+        name="small-wide",
+        about="standard MoE with a quarter of the experts, 64 sequences per step",
+        model=SMALL,
+        changes=WIDE,
+    ),
+    Setting(name="falls", about="lower bound falls to 6 over the first 60 %"),
+    Setting(name="delay25", about="no pools to 25 %, then 4 to 32", changes=AT_ONCE | {"pool_delay": 0.25}),
+    Setting(name="delay50", about="no pools to 50 %, then 4 to 32", changes=AT_ONCE | {"pool_delay": 0.5}),
+    Setting(
+        name="delay50-skew2",
+        about="no pools to 50 %, then 4 to 32 with skew 2",
+        changes=AT_ONCE | {"pool_delay": 0.5, "pool_skew": 2.0},
+    ),
+    Setting(
+        name="delay50-free15",
+        about="no pools to 50 %, then 4 to 32, 15 % of the documents unrestricted",
+        changes=AT_ONCE | {"pool_delay": 0.5, "unrestricted": 0.15},
+    ),
+    Setting(name="falls-fine", about="64 experts, lower bound falls to 12", changes=FINE | {"pool_min": 12}),
+    Setting(
+        name="delay50-fine",
+        about="64 experts, no pools to 50 %, then 8 to 64",
+        changes=FINE | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
+    ),
+    Setting(
+        name="falls-shared", about="large shared expert, lower bound falls to 12", changes=SHARED | {"pool_min": 12}
+    ),
+    Setting(
+        name="delay50-shared",
+        about="large shared expert, no pools to 50 %, then 8 to 64",
+        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
+    ),
+    Setting(name="falls-wide", about="64 sequences per step, lower bound falls to 6", changes=WIDE),
+)
+"""In the order of the runs: a standard MoE comes before the settings that are compared with the model."""
+
+
+def find(name: str) -> Setting:
+    """The setting of this name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for setting in SETTINGS:
+        if setting.name == name:
+            return setting
+    raise ValueError(f"a setting must be one of {', '.join(s.name for s in SETTINGS)}; got {name}")
+
+
+def check(setting: Setting, size: Size) -> None:
+    """Refuse a setting that Megatron would refuse, or whose modules could not be cut out.
+
+    Raises:
+        ValueError: one line per problem.
+    """
+    # imports Megatron
+    from emo_megatron.mcore.args import add_pool_args, pool_config_from_args
+
+    parser = add_pool_args(argparse.ArgumentParser(allow_abbrev=False))
+    flags = setting.model_at(size, seed=1).flags
+    try:
+        pool = pool_config_from_args(parser.parse_known_args(flags)[0])
+    except ValueError as error:
+        raise ValueError(f"setting {setting.name}: {error}") from None
+    kept = size.experts // 4
+    problems = broken(
+        (size.steps < 1, f"{size.steps} steps are too few"),
+        (size.rows % size.micro_batch_size != 0, "rows must be a multiple of micro_rows"),
+        (size.experts % 8 != 0, f"an eighth of {size.experts} experts is no whole number"),
+        (kept < size.top_k, f"a quarter of {size.experts} experts is fewer than top_k {size.top_k}"),
+        (not 0 <= size.pool_delay < 1, f"pool_delay must be in [0, 1); got {size.pool_delay}"),
+        *((True, text) for text in pool.problems_with_model(num_experts=size.experts, top_k=size.top_k)),
+    )
+    raise_problems(f"setting {setting.name}", problems)

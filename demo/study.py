@@ -1,0 +1,251 @@
+"""Which schedule of pools, and which experts, give the best EMO at the demo's size? Several settings, several seeds.
+
+    python -m demo.study                 every stage
+    python -m demo.study grid            one stage
+
+The stages, in order:
+
+- grid: every setting of settings.py, few steps, one seed, compared on text that is kept apart (selection).
+- finalists: the best settings, the standard MoE of their shapes and the small model, all steps, all seeds, on the same
+  text.
+- validation: the winner, its standard MoE and the small model on the validation documents, which nothing else uses.
+- further: the winner's modules and the small model, trained further on documents of one domain.
+- longer: the winner and its standard MoE for more tokens, measured several times.
+
+Every training and every measurement is a file in the output folder. A stage skips what is finished, so an interrupted
+study resumes. study.md and study.json are written again after every run; runs that are missing are listed as not run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from demo import recipe
+from demo.corpus import Corpus, corpus_config, describe, prepare_corpus, write_domain
+from demo.further import Further, domain_data
+from demo.jobs import Job, run_jobs
+from demo.runs import QUICK_STARTS, SELECTION, SELECTION_STARTS, VALIDATION, Run, prepare_selection
+from demo.settings import SETTINGS, Setting, check, find
+from demo.study_page import Score, Study, save, scores
+from emo_megatron.report.rows import EMO, SMALL, STANDARD
+
+Stage = Literal["grid", "finalists", "validation", "further", "longer"]
+STAGES: tuple[Stage, ...] = ("grid", "finalists", "validation", "further", "longer")
+FINALISTS = 3
+PLACES = ("output", "corpus", "processes", "stages")
+"""Options that change no number."""
+LEAST = {"processes": 1, "grid_steps": 16, "steps": 16, "further_tokens": 1, "longer_steps": 16}
+LOOKS = 4
+"""Checkpoints of the stage longer that are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compare settings of EMO at the demo's size."""
+
+    stages: tyro.conf.Positional[tuple[Stage, ...]] = STAGES
+    """What to run; default: everything."""
+    output: Path = Path("runs/study")
+    """Folder of the study. An interrupted study resumes."""
+    corpus: Path | None = None
+    """Folder with one subfolder of text files per domain. Default: text found on this machine."""
+    grid_steps: int = 400
+    """Optimizer steps in the grid, at 16 sequences per step."""
+    steps: int = 800
+    """Optimizer steps of the finalists."""
+    seeds: tuple[int, ...] = (1234, 1235, 1236)
+    """The first seed is that of the grid and of the corpus."""
+    finalists: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Settings that go on. Default: the three with the smallest sum of gap and loss increase at 1/4 in the grid."""
+    winner: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Setting of the last stages. Default: the finalist with the smallest such sum, mean over seeds."""
+    further_tokens: int = 2_000_000
+    """Training tokens of one domain in the stage further."""
+    longer_steps: int = 2440
+    """Optimizer steps of the stage longer."""
+    processes: int = 2
+    """Models trained or measured at the same time, with one thread each."""
+    quick: bool = False
+    """Tiny models, to show the mechanics: the numbers mean nothing."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(1 <= s < 2**31 for s in self.seeds):
+            raise ValueError(f"--seeds must be different numbers in [1, 2^31); got {self.seeds}")
+        if not self.stages:
+            raise ValueError(f"name at least one stage: {', '.join(STAGES)}")
+        for flag, names in (("--finalists", self.finalists), ("--winner", filter(None, [self.winner]))):
+            for name in names:
+                try:
+                    is_emo = find(name).model == EMO
+                except ValueError as error:
+                    raise ValueError(f"{flag}: {error}") from None
+                if not is_emo:
+                    raise ValueError(f"{flag} must be settings with pools; got {name}")
+
+
+class Stages:
+    """The runs of every stage."""
+
+    def __init__(self, options: Options, corpus: Corpus) -> None:
+        self.options, self.corpus = options, corpus
+        self.base = recipe.QUICK if options.quick else recipe.FULL
+
+    def study(self) -> Study:
+        """All runs that are known so far, for the page."""
+        finalists = self.finalists(self.grid())
+        winner = self.winner()
+        return Study(
+            corpus=self.corpus,
+            grid=self.grid(),
+            finalists=finalists,
+            validation=self.validation(winner) if winner else [],
+            further=self.further(winner) if winner else [],
+            longer=self.longer(winner) if winner else [],
+            options={name: value for name, value in asdict(self.options).items() if name not in PLACES},
+        )
+
+    def grid(self) -> list[Run]:
+        """One short run per setting; a small model says nothing about pools."""
+        chosen = [s for s in SETTINGS if s.model != SMALL]
+        return [self._run(s, steps=self.options.grid_steps, seed=self.options.seeds[0]) for s in chosen]
+
+    def finalists(self, grid: Sequence[Run]) -> list[Run]:
+        """The best settings and their companions; empty if they are not known yet."""
+        names = list(self.options.finalists) or [score.name for score in scores(grid, SELECTION)[:FINALISTS]]
+        is_whole = all(run.measured(SELECTION) for run in grid)
+        return self._with_companions(names) if self.options.finalists or is_whole else []
+
+    def winner(self) -> Setting | None:
+        """The setting of the last stages; None if it is not known yet."""
+        if self.options.winner:
+            return find(self.options.winner)
+        runs = self.finalists(self.grid())
+        if not runs or not all(run.measured(SELECTION) for run in runs):
+            return None
+        best: Score = scores(runs, SELECTION)[0]
+        return find(best.name)
+
+    def validation(self, winner: Setting) -> list[Run]:
+        """The winner, its twin and its small model."""
+        return self._with_companions([winner.name])
+
+    def further(self, winner: Setting) -> list[Further]:
+        """Two domains per seed: other domains for every seed."""
+        found = []
+        domains = self.corpus.domains
+        for place, seed in enumerate(self.options.seeds):
+            parents = [self._run(s, steps=self.options.steps, seed=seed) for s in (winner, _other(winner, SMALL))]
+            for domain in dict.fromkeys(domains[(2 * place + d) % len(domains)] for d in range(2)):
+                found += [
+                    Further(parent=parent, domain=domain, tokens=self.options.further_tokens) for parent in parents
+                ]
+        return found
+
+    def longer(self, winner: Setting) -> list[Run]:
+        """One seed of the winner and of its twin."""
+        chosen = (_other(winner, STANDARD), winner)
+        steps, seed = self.options.longer_steps, self.options.seeds[0]
+        return [replace(self._run(s, steps=steps, seed=seed), looks=LOOKS) for s in chosen]
+
+    def jobs(self, stage: Stage) -> list[list[Job]]:
+        """One sequence of jobs per model of a stage. Writes the text of single domains for the stage further.
+
+        Raises:
+            ValueError: the stage needs the results of an earlier one.
+        """
+        if stage == "grid":
+            return [[run.training(), *run.measurements(SELECTION)] for run in self.grid()]
+        if stage == "finalists":
+            runs = self.finalists(self.grid())
+            if not runs:
+                raise ValueError("the stage finalists needs a finished stage grid, or --finalists")
+            return [[run.training(), *run.measurements(SELECTION)] for run in runs]
+        winner = self.winner()
+        if winner is None:
+            raise ValueError(f"the stage {stage} needs a finished stage finalists, or --winner")
+        if stage == "validation":
+            others = len(self.corpus.domains) - 1
+            return [[r.training(), *r.measurements(VALIDATION, others=others)] for r in self.validation(winner)]
+        if stage == "further":
+            further = self.further(winner)
+            for item in further:
+                write_domain(self.corpus, item.domain, domain_data(self.corpus, item.domain))
+            return [item.jobs() for item in further]
+        return [[run.training(), *run.measurements(SELECTION)] for run in self.longer(winner)]
+
+    def _with_companions(self, names: Sequence[str]) -> list[Run]:
+        """The runs of settings, of the standard MoEs and of the small models of their shapes, over all seeds."""
+        chosen = [find(name) for name in names]
+        settings = [_other(s, STANDARD) for s in chosen] + [_other(s, SMALL) for s in chosen] + chosen
+        different = {setting.name: setting for setting in settings}
+        return [
+            self._run(s, steps=self.options.steps, seed=seed) for seed in self.options.seeds for s in different.values()
+        ]
+
+    def _run(self, setting: Setting, *, steps: int, seed: int) -> Run:
+        folder = self.options.output.resolve() / "runs"
+        return Run(setting=setting, base=self.base, steps=steps, seed=seed, corpus=self.corpus, folder=folder)
+
+
+def _other(setting: Setting, model: str) -> Setting:
+    """The setting of another model with the same shape."""
+    return find(setting.of_shape(model))
+
+
+def main() -> None:
+    """Run the stages and print the page."""
+    options = tyro.cli(Options, prog="python -m demo.study", description=__doc__)
+    base = recipe.QUICK if options.quick else recipe.FULL
+    for setting in SETTINGS:
+        for steps in (options.grid_steps, options.steps, options.longer_steps):
+            check(setting, setting.size(steps=steps, base=base))
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "study.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another study is running in {output}: wait until it ends, or pass another folder with --output"
+            ) from None
+        _run(options, base, output)
+
+
+def _run(options: Options, base: recipe.Size, output: Path) -> None:
+    """Run the stages in a folder that no other study uses."""
+    os.environ.setdefault("EMO_DEVICE", "cpu")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    source = str(options.corpus.resolve()) if options.corpus else None
+    recipe.claim(output, {"size": asdict(base), "corpus": source})
+    config = corpus_config(options.corpus, seed=options.seeds[0], quick=options.quick)
+    corpus = prepare_corpus(output / "corpus", config)
+    recipe.claim(output, {"text": corpus.manifest["fingerprint"]})
+    print(describe(corpus), flush=True)
+    prepare_selection(corpus, starts=QUICK_STARTS if options.quick else SELECTION_STARTS)
+    stages = Stages(options, corpus)
+    save(stages.study(), output / "study")
+    for stage in options.stages:
+        run_jobs(
+            *stages.jobs(stage), at_once=options.processes, finished=lambda: save(stages.study(), output / "study")
+        )
+    text = save(stages.study(), output / "study")
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        recipe.run_step(main)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
