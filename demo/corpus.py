@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from demo import recipe
-from demo.corpus_files import MANIFEST, SPLITS, UNTRAINED_SPLITS, Corpus, fingerprint
+from demo.corpus_files import MANIFEST, SPLITS, UNTRAINED_SPLITS, fingerprint
+from demo.corpus_files import Corpus as Corpus
 from demo.sources import MACHINE_SOURCES, Machine, folder_sources
 from emo_megatron.files import gone_on_failure, whole, writing
 from emo_megatron.json_files import read_object

@@ -36,10 +36,11 @@ def pack(corpus: Corpus, path: Path) -> int:
     Equal corpora give equal files.
     """
     names = [MANIFEST, *_names(corpus)]
-    listing = {"format": FORMAT, "files": {name: _describe(corpus.path / name) for name in names}}
+    files = {name: _describe(corpus.path / name) for name in names}
+    listing = {"format": FORMAT, "files": files}
     if path.is_file() and _listing_of(path) == listing:
         return path.stat().st_size
-    total = sum(stored["bytes"] for stored in listing["files"].values())
+    total = sum(stored["bytes"] for stored in files.values())
     with (
         whole(path) as unfinished,
         lzma.open(unfinished, "wb", filters=_filters(total)) as stream,
@@ -50,7 +51,7 @@ def pack(corpus: Corpus, path: Path) -> int:
         archive.addfile(_entry(LISTING, len(text)), io.BytesIO(text))
         for name in names:
             with (corpus.path / name).open("rb") as file:
-                entry = _entry(name, listing["files"][name]["bytes"])
+                entry = _entry(name, files[name]["bytes"])
                 archive.addfile(entry, CallbackIOWrapper(bar.update, file, "read"))
     return path.stat().st_size
 
