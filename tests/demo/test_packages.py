@@ -37,20 +37,32 @@ def _words(alphabet: str, seed: str, count: int = 130) -> str:
     return " ".join(words)
 
 
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
-    """An apt with packages of three alphabets, and nothing else in PATH but the system's tools."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an apt with packages of three alphabets."""
     pytest.importorskip("megatron.core")
-    made = make_apt(tmp_path / "apt")
-    monkeypatch.setenv("PATH", f"{made.tools}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(made.state))
-    monkeypatch.setattr(packages, "DOMAINS", MADE_UP)
+    folder = tmp_path_factory.mktemp("apt")
+    made = make_apt(folder)
     for name, alphabet in ALPHABETS.items():
         texts = {f"usr/{name}{n}.txt": _words(alphabet, f"{name} {n}") for n in range(70)}
         texts["usr/skipped/no.txt"] = _words(alphabet, "skipped")
         texts["usr/copy.txt"] = texts[f"usr/{name}0.txt"]
         made.add(f"{name}-12-src", texts, version="1:2.0-1")
+    return folder
+
+
+def _use(made: FakeApt, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
+    monkeypatch.setenv("PATH", f"{made.tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(made.state))
+    monkeypatch.setattr(packages, "DOMAINS", MADE_UP)
     return made
+
+
+@pytest.fixture
+def fake(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
+    """A copy of that apt, first in PATH."""
+    shutil.copytree(built, tmp_path / "apt")
+    return _use(FakeApt(tools=tmp_path / "apt" / "tools", state=tmp_path / "apt" / "state"), monkeypatch)
 
 
 def _options(tmp_path: Path, **more: object) -> Options:
@@ -194,9 +206,7 @@ def test_bad_options_are_named(tmp_path: Path, flag: str, value: float) -> None:
 
 
 def test_the_highest_version_that_apt_can_download_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_apt(tmp_path)
-    monkeypatch.setenv("PATH", f"{made.tools}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(made.state))
+    made = _use(make_apt(tmp_path), monkeypatch)
     digest = hashlib.sha256(b"").hexdigest()
     record = "Package: {}\nVersion: 1\nSize: 0\nSHA256: " + digest + "\n{}\n\n"
     for name in ("golang-1.9-src", "golang-1.19-src", "other"):
@@ -227,7 +237,7 @@ def test_repeated_long_lines_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("language", "text"),
     [
-        ("de", "Die Datei wird mit der Taste auf dem Bildschirm gelöscht und ist nicht mehr da."),
+        ("de", "Die Datei wird mit der Taste auf dem Bildschirm gelöscht und bleibt nicht mehr da."),
         ("fr", "Le fichier est dans la liste des documents et une page est ouverte pour le lecteur."),
         ("en", "The file is in the list of documents and this page is to be read with care."),
         ("ru", "Файл удалён из списка, страница открыта."),
@@ -253,7 +263,7 @@ def test_long_texts_become_consecutive_documents() -> None:
 def test_the_domains_are_fourteen_and_find_their_files(tmp_path: Path) -> None:
     domains = {domain.name: domain for domain in DOMAINS}
     assert len(domains) == len(DOMAINS) == 14
-    page = "<html><p>" + "Die Datei wird auf der Seite nicht gelöscht und ist da. " * 20
+    page = "<html><p>" + "Die Datei wird auf der Seite nicht gelöscht und bleibt da. " * 20
     code = "/* Copyright 2020 Me */\n" + "int f(void);\n" * 60
     files = {
         "rust-src/usr/src/rust/library/a.rs": code,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ class FakeApt:
         )
         deb = self.state / "store" / f"{name}_{version.replace(':', '%3a')}_all.deb"
         deb.parent.mkdir(exist_ok=True)
-        # -Znone: nothing to compress
         subprocess.run(["dpkg-deb", "-Znone", "-b", str(tree), str(deb)], check=True, capture_output=True)
+        shutil.rmtree(tree)
         data = deb.read_bytes()
         record = (
             f"Package: {name}\nVersion: {version}\nFilename: pool/{deb.name}\nSize: {len(data)}\n"
