@@ -329,7 +329,7 @@ def test_megatron_trains_measures_cuts_and_trains_further(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "demo.study", "finalists", "validation", "further", "longer", "--quick"]
     command += ["--finalists", "delay50", "--winner", "delay50", "--seeds", "1234", "--steps", "16"]
     command += ["--longer-steps", "16", "--further-tokens", "4096", "--corpus", texts, "--output", tmp_path / "out"]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, timeout=900)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, timeout=1500)
     text = (tmp_path / "out" / "study.md").read_text()
     assert text.count("not run") == len([s for s in settings.SETTINGS if s.model != SMALL])
     assert "Not run" not in text
