@@ -101,23 +101,28 @@ SETTINGS = (
         changes=AT_ONCE | {"pool_delay": 0.5, "pool_skew": 2.0},
     ),
     Setting(
-        name="delay50-free15",
-        about="no pools to 50 %, then 4 to 32, 15 % of the documents unrestricted",
-        changes=AT_ONCE | {"pool_delay": 0.5, "unrestricted": 0.15},
-    ),
-    Setting(name="falls-fine", about="64 experts, lower bound falls to 12", changes=FINE | {"pool_min": 12}),
-    Setting(
-        name="delay50-fine",
-        about="64 experts, no pools to 50 %, then 8 to 64",
-        changes=FINE | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
-    ),
-    Setting(
         name="falls-shared", about="large shared expert, lower bound falls to 12", changes=SHARED | {"pool_min": 12}
     ),
     Setting(
-        name="delay50-shared",
-        about="large shared expert, no pools to 50 %, then 8 to 64",
-        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
+        name="delay25-shared",
+        about="large shared expert, no pools to 25 %, then 8 to 64",
+        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
+    ),
+    Setting(
+        name="delay25-skew2",
+        about="no pools to 25 %, then 4 to 32 with skew 2",
+        changes=AT_ONCE | {"pool_delay": 0.25, "pool_skew": 2.0},
+    ),
+    Setting(name="falls-fine", about="64 experts, lower bound falls to 12", changes=FINE | {"pool_min": 12}),
+    Setting(
+        name="delay25-fine",
+        about="64 experts, no pools to 25 %, then 8 to 64",
+        changes=FINE | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
+    ),
+    Setting(
+        name="delay25-free15",
+        about="no pools to 25 %, then 4 to 32, 15 % of the documents unrestricted",
+        changes=AT_ONCE | {"pool_delay": 0.25, "unrestricted": 0.15},
     ),
     Setting(name="falls-wide", about="64 sequences per step, lower bound falls to 6", changes=WIDE),
 )
