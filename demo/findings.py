@@ -173,11 +173,12 @@ def main() -> None:
     run = read_object(output / "demo.json", kind="the settings of a run")
     stored = run["size"]
     size = recipe.Size(**stored)
+    seeds = {m.name: m.seed for of in (recipe.main_models, recipe.extra_models) for m in of(size, seed=run["seed"])}
     paths = {model: output / model / "losses" / MEASURED for model in models}
     rows = [
         row
         for model, path in paths.items()
-        for row in rows_of(read_json(path, kind=KIND), model=model, seed=run["seed"], versions=versions())
+        for row in rows_of(read_json(path, kind=KIND), model=model, seed=seeds[model], versions=versions())
     ]
     save_rows(rows, output / "retention")
     caption = (

@@ -11,7 +11,7 @@ from demo.corpus import Corpus
 from demo.jobs import Job
 from demo.losses import Measured, read_measured
 from demo.measure import MEASURED
-from demo.recipe import MEASURE, PRETRAIN, megatron_flags
+from demo.recipe import MEASURE, PRETRAIN, Model, megatron_flags, retention_flags
 from demo.runs import VALIDATION, Run
 from demo.settings import find
 from emo_megatron.report.rows import EMO, SMALL
@@ -44,7 +44,7 @@ class Further:
     @property
     def name(self) -> str:
         """Name of the folder."""
-        return f"{self.parent.name}-{self.domain}"
+        return f"{self.parent.name}-{self.domain}-{self.steps}"
 
     @property
     def path(self) -> Path:
@@ -60,6 +60,17 @@ class Further:
     def steps(self) -> int:
         """Optimizer steps."""
         return math.ceil(self.tokens / (self.parent.size.rows * self.parent.size.seq_length))
+
+    @property
+    def passes(self) -> float:
+        """How often the training text is read."""
+        text: int = self.parent.corpus.manifest["domains"][self.domain]["tokens"]["train"]
+        return self.steps * self.parent.size.rows * self.parent.size.seq_length / text
+
+    @property
+    def _small(self) -> Model:
+        small = find(self.parent.setting.of_shape(SMALL))
+        return small.model_at(self.parent.size, seed=self.parent.seed)
 
     def loss(self, when: str) -> Measured | None:
         """The losses before or after; None if they were not measured."""
@@ -93,8 +104,6 @@ class Further:
 
     def _training(self, output: Path) -> Job:
         corpus, size, steps = self.parent.corpus, self.parent.size, self.steps
-        small = find(self.parent.setting.of_shape(SMALL))
-        model = small.model_at(size, seed=self.parent.seed)
         tracker = output / "latest_checkpointed_iteration.txt"
         # an interrupted training begins again: it takes minutes
         own: Sequence[object] = (
@@ -102,7 +111,7 @@ class Further:
             *("--train-iters", steps, "--save-interval", steps, "--no-save-optim", "--no-save-rng"),
             *("--lr", LR, "--min-lr", LR / 10, "--lr-warmup-iters", min(20, steps // 4)),
         )
-        flags = megatron_flags(size, model, corpus=corpus.path, run_dir=self.path)
+        flags = megatron_flags(size, self._small, corpus=corpus.path, run_dir=self.path)
         return Job(
             title=f"training {self.name}",
             command=python(PRETRAIN, *flags, *own),
@@ -112,18 +121,17 @@ class Further:
 
     def _measurement(self, when: str, checkpoint: Path) -> Job:
         size, corpus, output = self.parent.size, self.parent.corpus.path, self._measured(when)
-        flags: dict[str, object] = {
+        flags = retention_flags(size, self._small, corpus=corpus, run_dir=self.path)
+        # the flags of a small model keep all experts
+        own: dict[str, object] = {
             "--checkpoint": checkpoint,
             "--data": corpus / "calibration" / f"{self.domain}.safetensors",
             "--validation-data": corpus / VALIDATION / f"{self.domain}.safetensors",
             "--output": output.parent,
-            "--validation-tokens": size.evaluation_tokens,
-            "--micro-batch-size": size.micro_batch_size,
-            "--seed": self.parent.seed,
         }
         return Job(
             title=f"measuring {self.name} {when}",
-            command=python(MEASURE, *(item for pair in flags.items() for item in pair), "--keep"),
+            command=python(MEASURE, *flags, *(item for pair in own.items() for item in pair)),
             log=output.parent.with_suffix(".log"),
             is_finished=output.exists,
         )

@@ -36,7 +36,7 @@ def paired(first: Documents, second: Documents, tokens: Documents) -> dict[str, 
 
     Args:
         first: nats per document, summed over the document's tokens.
-        second: the same of the second model, for the same documents.
+        second: nats of the second model, for the same documents.
         tokens: predicted tokens per document.
 
     Raises:

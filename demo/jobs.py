@@ -70,7 +70,8 @@ def run_jobs(*sequences: Sequence[Job], at_once: int = 1, finished: Callable[[],
 def _start(job: Job) -> subprocess.Popen[bytes]:
     tqdm.write(f"{job.title} ...")
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("wb") as log:
+    # the log of an interrupted training goes on
+    with job.log.open("ab") as log:
         return processes.start(job.command, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -149,11 +149,12 @@ def _pools(size: Size, *, rows: int | None = None) -> tuple[str, ...]:
     schedule = {
         "--pool-min-decay-samples": round(size.pool_decay * samples),
         "--pool-delay-samples": round(size.pool_delay * samples),
-        "--pool-skew": 0 if size.pool_skew == 1 else size.pool_skew,
+        "--pool-skew": size.pool_skew,
         "--pool-unrestricted": size.unrestricted,
     }
+    defaults = {"--pool-skew": 1}
     flags = ["--pool-min", str(size.pool_min)]
-    flags += [item for name, value in schedule.items() if value for item in (name, str(value))]
+    flags += [item for name, value in schedule.items() if value != defaults.get(name, 0) for item in (name, str(value))]
     # Megatron balances the standard model over the same samples
     return (*flags, *(() if size.micro_rows is None else ("--pool-balance", "running")))
 
@@ -269,7 +270,7 @@ def plan(options: Options) -> dict[str, str]:
     output = (options.output or Path("runs") / ("demo-quick" if options.quick else "demo")).resolve()
     source = str(options.corpus.resolve()) if options.corpus else None
     models = main_models(size, seed=options.seed)
-    settings = {"size": asdict(size), "seed": options.seed, "corpus": source}
+    settings = {"kind": "demo", "size": asdict(size), "seed": options.seed, "corpus": source}
     claim(output, settings | {model.name: " ".join(model.flags) for model in models})
     models += extra_models(size, seed=options.seed) if options.extra else []
     for model in models:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from demo.corpus import Corpus
 from demo.jobs import Job
 from demo.losses import Measured, read_measured
 from demo.measure import MEASURED
-from demo.recipe import MEASURE, PRETRAIN, Size, megatron_flags, retention_flags
+from demo.recipe import MEASURE, PRETRAIN, Size, claim, megatron_flags, retention_flags
 from demo.settings import Setting
 from emo_megatron.files import whole
 from emo_megatron.report.rows import QUARTER
@@ -22,8 +22,8 @@ SELECTION = "selection"
 """Text by which settings are compared: calibration documents that choose no experts."""
 VALIDATION = "validation"
 SELECTION_STARTS, QUICK_STARTS = 12_000, 3_000
-"""Calibration tokens per domain before the first document of the selection text. `Size.calibration_tokens` is less by
-more than a document."""
+"""Calibration tokens per domain before the first document of the selection text. Experts are chosen by the documents up
+to the first document that ends after `Size.calibration_tokens`, which is smaller."""
 
 
 def prepare_selection(corpus: Corpus, *, starts: int = SELECTION_STARTS) -> None:
@@ -35,8 +35,11 @@ def prepare_selection(corpus: Corpus, *, starts: int = SELECTION_STARTS) -> None
         stored = load_file(corpus.path / "calibration" / path.name)
         ends = stored["cu_seqlens"]
         first = int(torch.searchsorted(ends, starts))
-        if first >= len(ends) - 1:
-            raise ValueError(f"the domain {domain} needs more than {starts} calibration tokens; it has {int(ends[-1])}")
+        if first >= len(ends) - 2:
+            raise ValueError(
+                f"--corpus: every domain needs two calibration documents after the first {starts} calibration tokens; "
+                f"{domain} has {int(ends[-1])} calibration tokens. Add documents to the domain, or remove the domain."
+            )
         tensors = {"tokens": stored["tokens"][ends[first] :].clone(), "cu_seqlens": ends[first:] - ends[first]}
         with whole(path) as unfinished:
             save_file(tensors, unfinished)
@@ -85,13 +88,15 @@ class Run:
         """Flags of the training."""
         size = self.size
         model = self.setting.model_at(size, seed=self.seed)
-        every = ("--save-interval", str(size.steps // self.looks if self.looks > 1 else max(1, size.steps // 4)))
-        return [*megatron_flags(size, model, corpus=self.corpus.path, run_dir=self.path), *every]
+        every = max(1, size.steps // max(4, self.looks))
+        flags = megatron_flags(size, model, corpus=self.corpus.path, run_dir=self.path)
+        return [*flags, "--save-interval", str(every)]
 
     @property
     def iterations(self) -> list[int]:
         """Iterations of the checkpoints that are measured."""
-        return [self.size.steps * (look + 1) // self.looks for look in range(self.looks)]
+        steps = self.size.steps
+        return [steps // self.looks * look for look in range(1, self.looks)] + [steps]
 
     def measured_path(self, text: str, iteration: int | None = None) -> Path:
         """The file of losses; `iteration`: None: that of the finished model."""
@@ -102,6 +107,12 @@ class Run:
         """The losses; None if they were not measured to the end."""
         path = self.measured_path(text, iteration)
         return read_measured(path) if path.exists() else None
+
+    def claim(self) -> None:
+        """Store what is trained in the run's folder; raise ValueError if the folder has a model of other settings."""
+        size = self.size
+        model = self.setting.model_at(size, seed=self.seed)
+        claim(self.path, {"size": asdict(size), "flags": " ".join(model.flags)})
 
     def training(self) -> Job:
         """Train, from the last checkpoint if there is one."""

@@ -1,7 +1,7 @@
 """The settings that study.py compares: how pools are scheduled, and how fine the experts are.
 
 Every setting keeps the demo's tokens, layers, width and parameters of routed experts. EMO is compared with the standard
-MoE of the same shape, its twin.
+MoE of the same shape: the same number and width of experts, and the same sequences per step.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Setting:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The changes that the twin shares."""
+        """The changes that models of the same shape share."""
         return {name: value for name, value in self.changes.items() if name in SHAPE}
 
 
 FINE: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "top_k": 4}
 """Twice as many experts of half the width: the same parameters and the same FLOPs of routed experts."""
 SHARED: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "shared_hidden": 128, "top_k": 2}
-"""The same again, with as many active parameters, of which two thirds instead of one third are in the shared expert."""
+"""The same parameters and FLOPs per token. Two thirds of the active FFN width, not one third, are the shared expert."""
 WIDE: dict[str, Any] = {"rows": 64, "micro_rows": 16}
-"""Four micro-batches per step: the load is balanced over 64 sequences instead of 16."""
+"""Four micro-batches per step: the load is balanced over 64 sequences instead of 16. A quarter of the steps."""
 SHAPES: dict[str, dict[str, Any]] = {"": {}, "-fine": FINE, "-shared": SHARED, "-wide": WIDE}
 """Suffix of a setting's name -> changes of Size."""
 AT_ONCE: dict[str, Any] = {"pool_decay": 0.0, "pool_min": 4}
@@ -72,7 +72,12 @@ SETTINGS = (
         model=STANDARD,
         changes=SHARED,
     ),
-    Setting(name="standard-wide", about="standard MoE, 64 sequences per step", model=STANDARD, changes=WIDE),
+    Setting(
+        name="standard-wide",
+        about="standard MoE, 64 sequences per step, a quarter of the steps",
+        model=STANDARD,
+        changes=WIDE,
+    ),
     Setting(name="small", about="standard MoE with a quarter of the experts", model=SMALL),
     Setting(
         name="small-fine",
@@ -101,27 +106,34 @@ SETTINGS = (
         changes=AT_ONCE | {"pool_delay": 0.5, "pool_skew": 2.0},
     ),
     Setting(
-        name="delay50-free15",
-        about="no pools to 50 %, then 4 to 32, 15 % of the documents unrestricted",
-        changes=AT_ONCE | {"pool_delay": 0.5, "unrestricted": 0.15},
-    ),
-    Setting(name="falls-fine", about="64 experts, lower bound falls to 12", changes=FINE | {"pool_min": 12}),
-    Setting(
-        name="delay50-fine",
-        about="64 experts, no pools to 50 %, then 8 to 64",
-        changes=FINE | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
-    ),
-    Setting(
         name="falls-shared", about="large shared expert, lower bound falls to 12", changes=SHARED | {"pool_min": 12}
     ),
     Setting(
-        name="delay50-shared",
-        about="large shared expert, no pools to 50 %, then 8 to 64",
-        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
+        name="delay25-shared",
+        about="large shared expert, no pools to 25 %, then 8 to 64",
+        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
     ),
-    Setting(name="falls-wide", about="64 sequences per step, lower bound falls to 6", changes=WIDE),
+    Setting(
+        name="delay25-skew2",
+        about="no pools to 25 %, then 4 to 32 with skew 2",
+        changes=AT_ONCE | {"pool_delay": 0.25, "pool_skew": 2.0},
+    ),
+    Setting(name="falls-fine", about="64 experts, lower bound falls to 12", changes=FINE | {"pool_min": 12}),
+    Setting(
+        name="delay25-fine",
+        about="64 experts, no pools to 25 %, then 8 to 64",
+        changes=FINE | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
+    ),
+    Setting(
+        name="delay25-free15",
+        about="no pools to 25 %, then 4 to 32, 15 % of the documents unrestricted",
+        changes=AT_ONCE | {"pool_delay": 0.25, "unrestricted": 0.15},
+    ),
+    Setting(
+        name="falls-wide", about="64 sequences per step, a quarter of the steps, lower bound falls to 6", changes=WIDE
+    ),
 )
-"""In the order of the runs: a standard MoE comes before the settings that are compared with the model."""
+"""In the order of the runs: the standard MoE of a shape comes before EMO of this shape."""
 
 
 def find(name: str) -> Setting:
@@ -137,7 +149,7 @@ def find(name: str) -> Setting:
 
 
 def check(setting: Setting, size: Size) -> None:
-    """Refuse a setting that Megatron would refuse, or whose modules could not be cut out.
+    """Check that Megatron supports a setting and that its modules can be cut out.
 
     Raises:
         ValueError: one line per problem.

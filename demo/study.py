@@ -6,10 +6,11 @@
 The stages, in order:
 
 - grid: every setting of settings.py, few steps, one seed, compared on text that is kept apart (selection).
-- finalists: the best settings, the standard MoE of their shapes and the small model, all steps, all seeds, on the same
-  text.
-- validation: the winner, its standard MoE and the small model on the validation documents, which nothing else uses.
-- further: the winner's modules and the small model, trained further on documents of one domain.
+- finalists: the best settings, with the standard MoE and the small model of the same shapes; all steps, all seeds, on
+  the same text. The best setting is the winner.
+- validation: the winner, its standard MoE and the small model on the validation documents, which choose nothing.
+- further: the winner's modules and the small model, trained further on documents of one domain, and measured on the
+  validation documents of this domain.
 - longer: the winner and its standard MoE for more tokens, measured several times.
 
 Every training and every measurement is a file in the output folder. A stage skips what is finished, so an interrupted
@@ -64,9 +65,9 @@ class Options:
     seeds: tuple[int, ...] = (1234, 1235, 1236)
     """The first seed is that of the grid and of the corpus."""
     finalists: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Settings that go on. Default: the three with the smallest sum of gap and loss increase at 1/4 in the grid."""
+    """Settings of the second stage. Default: the three with the smallest loss of modules at 1/4 in the grid."""
     winner: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Setting of the last stages. Default: the finalist with the smallest such sum, mean over seeds."""
+    """Setting of the last stages. Default: the finalist with the smallest loss of modules at 1/4, mean over seeds."""
     further_tokens: int = 2_000_000
     """Training tokens of one domain in the stage further."""
     longer_steps: int = 2440
@@ -74,7 +75,7 @@ class Options:
     processes: int = 2
     """Models trained or measured at the same time, with one thread each."""
     quick: bool = False
-    """Tiny models, to show the mechanics: the numbers mean nothing."""
+    """Tiny models that show the mechanics; the numbers are not meaningful."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -121,10 +122,10 @@ class Stages:
         return [self._run(s, steps=self.options.grid_steps, seed=self.options.seeds[0]) for s in chosen]
 
     def finalists(self, grid: Sequence[Run]) -> list[Run]:
-        """The best settings and their companions; empty if they are not known yet."""
+        """The best settings and the models of the same shapes; empty if the grid is not finished."""
         names = list(self.options.finalists) or [score.name for score in scores(grid, SELECTION)[:FINALISTS]]
         is_whole = all(run.measured(SELECTION) for run in grid)
-        return self._with_companions(names) if self.options.finalists or is_whole else []
+        return self._with_same_shape(names) if self.options.finalists or is_whole else []
 
     def winner(self) -> Setting | None:
         """The setting of the last stages; None if it is not known yet."""
@@ -137,8 +138,8 @@ class Stages:
         return find(best.name)
 
     def validation(self, winner: Setting) -> list[Run]:
-        """The winner, its twin and its small model."""
-        return self._with_companions([winner.name])
+        """The winner, and the standard MoE and the small model of the same shape."""
+        return self._with_same_shape([winner.name])
 
     def further(self, winner: Setting) -> list[Further]:
         """Two domains per seed: other domains for every seed."""
@@ -153,7 +154,7 @@ class Stages:
         return found
 
     def longer(self, winner: Setting) -> list[Run]:
-        """One seed of the winner and of its twin."""
+        """One seed of the winner and of the standard MoE of the same shape."""
         chosen = (_other(winner, STANDARD), winner)
         steps, seed = self.options.longer_steps, self.options.seeds[0]
         return [replace(self._run(s, steps=steps, seed=seed), looks=LOOKS) for s in chosen]
@@ -165,26 +166,33 @@ class Stages:
             ValueError: the stage needs the results of an earlier one.
         """
         if stage == "grid":
-            return [[run.training(), *run.measurements(SELECTION)] for run in self.grid()]
+            return self._sequences(self.grid(), SELECTION)
         if stage == "finalists":
             runs = self.finalists(self.grid())
             if not runs:
                 raise ValueError("the stage finalists needs a finished stage grid, or --finalists")
-            return [[run.training(), *run.measurements(SELECTION)] for run in runs]
+            return self._sequences(runs, SELECTION)
         winner = self.winner()
         if winner is None:
             raise ValueError(f"the stage {stage} needs a finished stage finalists, or --winner")
         if stage == "validation":
-            others = len(self.corpus.domains) - 1
-            return [[r.training(), *r.measurements(VALIDATION, others=others)] for r in self.validation(winner)]
+            return self._sequences(self.validation(winner), VALIDATION, others=len(self.corpus.domains) - 1)
         if stage == "further":
             further = self.further(winner)
+            if missing := [f.parent.name for f in further if not f.parent.training().is_finished()]:
+                names = ", ".join(dict.fromkeys(missing))
+                raise ValueError(f"the stage further needs trained models: run the stage finalists for {names}")
             for item in further:
                 write_domain(self.corpus, item.domain, domain_data(self.corpus, item.domain))
             return [item.jobs() for item in further]
-        return [[run.training(), *run.measurements(SELECTION)] for run in self.longer(winner)]
+        return self._sequences(self.longer(winner), SELECTION)
 
-    def _with_companions(self, names: Sequence[str]) -> list[Run]:
+    def _sequences(self, runs: Sequence[Run], text: str, *, others: int = 0) -> list[list[Job]]:
+        for run in runs:
+            run.claim()
+        return [[run.training(), *run.measurements(text, others=others)] for run in runs]
+
+    def _with_same_shape(self, names: Sequence[str]) -> list[Run]:
         """The runs of settings, of the standard MoEs and of the small models of their shapes, over all seeds."""
         chosen = [find(name) for name in names]
         settings = [_other(s, STANDARD) for s in chosen] + [_other(s, SMALL) for s in chosen] + chosen
@@ -227,7 +235,7 @@ def _run(options: Options, base: recipe.Size, output: Path) -> None:
     os.environ.setdefault("EMO_DEVICE", "cpu")
     os.environ["OMP_NUM_THREADS"] = "1"
     source = str(options.corpus.resolve()) if options.corpus else None
-    recipe.claim(output, {"size": asdict(base), "corpus": source})
+    recipe.claim(output, {"kind": "study", "size": asdict(base), "seed": options.seeds[0], "corpus": source})
     config = corpus_config(options.corpus, seed=options.seeds[0], quick=options.quick)
     corpus = prepare_corpus(output / "corpus", config)
     recipe.claim(output, {"text": corpus.manifest["fingerprint"]})

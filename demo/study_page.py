@@ -24,10 +24,14 @@ FORMAT = "emo_megatron.study.1"
 NOT_RUN = "not run"
 EIGHTH = QUARTER / 2
 INTRODUCTION = """\
-Losses are nats per token, means over the domains. **Gap**: EMO with all experts minus the standard MoE of the same
-shape. **1/4**, **1/8**: loss increase of modules with that share of the routed experts, chosen for their domain.
-**Random 1/4**: loss increase with a random quarter. In the grid, ± is the standard error over documents, paired. In
-the other tables, ± is the standard error over seeds."""
+Losses are nats per token, means over the domains. **Full**: all experts. **Gap**: EMO with all experts minus the
+standard MoE of the same shape. **1/4**, **1/8**: loss increase of modules with that share of the routed experts, chosen
+for their domain. **Random 1/4**: loss increase with a random quarter. **1/4 loss**: full plus 1/4, which ranks the
+settings. All settings have the same tokens, parameters and active parameters.
+
+In the grid, ± is the standard error over documents, of differences between two losses of the same documents. Models of
+other seeds differ by several times as much. In the other tables, ± is the standard error over seeds, and all seeds are
+measured on the same documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +49,30 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One setting with pools: the means over the seeds that are measured."""
+    """One setting with pools: the mean over the seeds that are measured."""
 
     name: str
-    gap: float
-    increase: float
-    """At a quarter of the experts."""
-
-    @property
-    def sum(self) -> float:
-        """What decides: the quarter module's loss minus that of the full standard MoE."""
-        return self.gap + self.increase
+    loss: float
+    """Mean loss of the modules with a quarter of the experts, in nats per token."""
 
 
 def scores(runs: Sequence[Run], text: str) -> list[Score]:
-    """The settings with pools whose runs and twins are measured, the best first."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """The settings with pools that are measured, the best first."""
+    found: dict[str, list[float]] = {}
     for run in runs:
-        gap, measured = gap_of(run, runs, text), run.measured(text)
-        if gap is not None and measured is not None:
-            found.setdefault(run.setting.name, []).append((gap.nats, measured.increase(CHOSEN, QUARTER).nats))
-    means = [
-        Score(name=name, gap=fmean(g for g, _ in pairs), increase=fmean(i for _, i in pairs))
-        for name, pairs in found.items()
-    ]
-    return sorted(means, key=lambda score: score.sum)
+        if run.setting.model == EMO and (measured := run.measured(text)):
+            found.setdefault(run.setting.name, []).append(measured.loss(CHOSEN, QUARTER))
+    return sorted((Score(name=name, loss=fmean(values)) for name, values in found.items()), key=lambda s: s.loss)
 
 
 def gap_of(run: Run, runs: Sequence[Run], text: str, iteration: int | None = None) -> Difference | None:
-    """EMO minus its twin of the same seed; None for models without pools, and if one was not measured."""
+    """EMO minus the standard MoE of the same shape and seed; None without pools, or if one was not measured."""
     if run.setting.model != EMO:
         return None
-    return _difference(run, _companion(run, runs, STANDARD), text, iteration=iteration)
+    return _difference(run, _same_shape(run, runs, STANDARD), text, iteration=iteration)
 
 
-def _companion(run: Run, runs: Sequence[Run], model: str) -> Run | None:
+def _same_shape(run: Run, runs: Sequence[Run], model: str) -> Run | None:
     name = run.setting.of_shape(model)
     same = (r for r in runs if r.setting.name == name and (r.seed, r.steps) == (run.seed, run.steps))
     return next(same, None)
@@ -121,47 +114,43 @@ def page(study: Study) -> str:
         "# Settings of EMO at the demo's size",
         INTRODUCTION,
         text,
-        "## Grid\n\n" + _about(study.grid, SELECTION) + _table(_grid_rows(study.grid), GRID),
-        "## Finalists\n\n" + _about(study.finalists, SELECTION) + _means(study.finalists, SELECTION),
-        "## Validation\n\n" + _about(study.validation, VALIDATION) + _means(study.validation, VALIDATION),
+        "## Grid\n\n" + _grid(study.grid),
+        "## Finalists\n\n" + _means(study.finalists, SELECTION),
+        "## Validation\n\n" + _means(study.validation, VALIDATION),
         "## Further training\n\n" + _further(study.further),
         "## More tokens\n\n" + _longer(study.longer),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+NOT_PLANNED = "Not planned yet: an earlier stage decides which runs these are."
+
+
 def _about(runs: Sequence[Run], text: str) -> str:
-    if not runs:
-        return "Not planned yet: an earlier stage decides which runs these are.\n\n"
-    size, seeds = runs[0].size, sorted({run.seed for run in runs})
+    seeds = sorted({run.seed for run in runs})
     return (
-        f"{size.steps} steps, {size.tokens / 1e6:.2f}M tokens; seed{'s' * (len(seeds) > 1)} "
+        f"{runs[0].size.tokens / 1e6:.2f}M training tokens per model; seed{'s' * (len(seeds) > 1)} "
         f"{', '.join(map(str, seeds))}; measured on the {text} text.\n\n"
     )
 
 
-GRID = ("setting", "", "full", "gap", "1/4", "1/8", "random 1/4", "gap + 1/4")
+INCREASES = ((CHOSEN, QUARTER), (CHOSEN, EIGHTH), (RANDOM, QUARTER))
+GRID = ("setting", "", "full", "gap", "1/4", "1/8", "random 1/4", "1/4 loss")
 
 
-def _grid_rows(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
+def _grid(runs: Sequence[Run]) -> str:
+    lines = []
     for run in runs:
         head = (run.setting.name, run.setting.about)
         measured = run.measured(SELECTION)
         if measured is None:
-            yield (*head, NOT_RUN, *[""] * 5)
+            lines.append((*head, NOT_RUN, *[""] * 5))
             continue
         gap = gap_of(run, runs, SELECTION)
-        yield (
-            *head,
-            f"{measured.loss():.3f}",
-            str(gap) if gap else MISSING,
-            *(_cell(MEANS[name](run, runs, SELECTION)) for name in ("1/4", "1/8", "random 1/4")),
-            signed(gap.nats + measured.increase(CHOSEN, QUARTER).nats) if gap else MISSING,
-        )
-
-
-def _cell(value: float | None) -> str:
-    return MISSING if value is None else signed(value)
+        increases = [_increase(run, SELECTION, *kept) for kept in INCREASES]
+        cells = [MISSING if found is None else str(found) for found in (gap, *increases)]
+        lines.append((*head, f"{measured.loss():.3f}", *cells, f"{measured.loss(CHOSEN, QUARTER):.3f}"))
+    return _about(runs, SELECTION) + _table(lines, GRID)
 
 
 def over_seeds(values: Sequence[float], *, with_sign: bool = True) -> str:
@@ -172,29 +161,35 @@ def over_seeds(values: Sequence[float], *, with_sign: bool = True) -> str:
     return f"{mean} ± {stdev(values) / math.sqrt(len(values)):.3f}"
 
 
+def _increase(run: Run, text: str, method: str, keep_fraction: float) -> Difference | None:
+    """The loss increase; None if it was not measured: a small model keeps all experts, not every size has an eighth."""
+    measured = run.measured(text)
+    if measured is None or (method, keep_fraction) not in measured.nats:
+        return None
+    return measured.increase(method, keep_fraction)
+
+
 MEANS: dict[str, Callable[[Run, Sequence[Run], str], float | None]] = {
-    "full": lambda run, runs, text: _of(run, text, lambda m: m.loss()),
+    "full": lambda run, runs, text: _full(run, text),
     "gap": lambda run, runs, text: _nats(gap_of(run, runs, text)),
-    "1/4": lambda run, runs, text: _of(run, text, lambda m: m.increase(CHOSEN, QUARTER).nats),
-    "1/8": lambda run, runs, text: _of(run, text, lambda m: m.increase(CHOSEN, EIGHTH).nats),
-    "random 1/4": lambda run, runs, text: _of(run, text, lambda m: m.increase(RANDOM, QUARTER).nats),
-    "selectivity": lambda run, runs, text: _of(run, text, _selectivity),
+    "1/4": lambda run, runs, text: _nats(_increase(run, text, CHOSEN, QUARTER)),
+    "1/8": lambda run, runs, text: _nats(_increase(run, text, CHOSEN, EIGHTH)),
+    "random 1/4": lambda run, runs, text: _nats(_increase(run, text, RANDOM, QUARTER)),
+    "selectivity": lambda run, runs, text: _selectivity(run, text),
     "1/4 minus small": lambda run, runs, text: _against_small(run, runs, text),
 }
 
 
-def _of(run: Run, text: str, value: Callable[[Measured], float | None]) -> float | None:
+def _full(run: Run, text: str) -> float | None:
     measured = run.measured(text)
-    try:
-        return None if measured is None else value(measured)
-    except KeyError:
-        # a small model keeps all its experts, and not every size has an eighth
+    return None if measured is None else measured.loss()
+
+
+def _selectivity(run: Run, text: str) -> float | None:
+    measured, increase = run.measured(text), _increase(run, text, CHOSEN, QUARTER)
+    if measured is None or increase is None or measured.increase_on_others is None:
         return None
-
-
-def _selectivity(measured: Measured) -> float | None:
-    others = measured.increase_on_others
-    return None if others is None else others - measured.increase(CHOSEN, QUARTER).nats
+    return measured.increase_on_others - increase.nats
 
 
 def _nats(difference: Difference | None) -> float | None:
@@ -204,11 +199,13 @@ def _nats(difference: Difference | None) -> float | None:
 def _against_small(run: Run, runs: Sequence[Run], text: str) -> float | None:
     if run.setting.model != EMO:
         return None
-    return _nats(_difference(run, _companion(run, runs, SMALL), text, method=CHOSEN, keep_fraction=QUARTER))
+    return _nats(_difference(run, _same_shape(run, runs, SMALL), text, method=CHOSEN, keep_fraction=QUARTER))
 
 
 def _means(runs: Sequence[Run], text: str) -> str:
-    """One line per setting: means over seeds; and what is not run."""
+    """One line per setting: means over seeds; and the runs that are missing."""
+    if not runs:
+        return NOT_PLANNED
     by_setting: dict[str, list[Run]] = {}
     for run in runs:
         by_setting.setdefault(run.setting.name, []).append(run)
@@ -221,9 +218,10 @@ def _means(runs: Sequence[Run], text: str) -> str:
         cells = [name, str(len(done))]
         for column, value in MEANS.items():
             found = [v for v in (value(run, runs, text) for run in done) if v is not None]
-            cells.append(over_seeds(found, with_sign=column != "full") if found else MISSING)
+            cell = over_seeds(found, with_sign=column != "full") if found else MISSING
+            cells.append(cell + (f" ({len(found)} of {len(done)} seeds)" if 0 < len(found) < len(done) else ""))
         lines.append(tuple(cells))
-    return _table(lines, ("setting", "seeds", *MEANS)) + _not_run(missing)
+    return _about(runs, text) + _table(lines, ("setting", "seeds", *MEANS)) + _not_run(missing)
 
 
 def _not_run(names: Sequence[str]) -> str:
@@ -233,47 +231,48 @@ def _not_run(names: Sequence[str]) -> str:
 def _further(further: Sequence[Further]) -> str:
     """Module and small model before and after, per seed and domain."""
     if not further:
-        return "Not planned yet: an earlier stage decides which runs these are."
+        return NOT_PLANNED
     pairs: dict[tuple[int, str], dict[str, Further]] = {}
     for item in further:
         pairs.setdefault((item.parent.seed, item.domain), {})[item.parent.setting.model] = item
     lines, missing = [], []
     apart: dict[int, list[float]] = {}
     for (seed, domain), models in pairs.items():
-        cells, losses = [str(seed), domain], {}
-        for model in (EMO, SMALL):
-            for when in (BEFORE, AFTER):
-                measured = models[model].loss(when)
-                losses[model, when] = measured.loss() if measured else math.nan
-                cells.append(f"{losses[model, when]:.3f}" if measured else NOT_RUN)
-        difference = losses[EMO, AFTER] - losses[SMALL, AFTER]
-        if not math.isnan(difference):
-            apart.setdefault(seed, []).append(difference)
+        losses = {(model, when): models[model].loss(when) for model in (EMO, SMALL) for when in (BEFORE, AFTER)}
+        cells = [NOT_RUN if found is None else f"{found.loss():.3f}" for found in losses.values()]
+        module, small = losses[EMO, AFTER], losses[SMALL, AFTER]
+        difference = minus(module, small) if module and small else None
+        if difference:
+            apart.setdefault(seed, []).append(difference.nats)
         missing += [m.name for m in models.values() if m.loss(AFTER) is None]
-        lines.append((*cells, MISSING if math.isnan(difference) else signed(difference)))
-    tokens = further[0].steps * further[0].parent.size.rows * further[0].parent.size.seq_length
+        passes = f"{models[EMO].passes:.1f}"
+        lines.append((str(seed), domain, passes, *cells, str(difference) if difference else MISSING))
+    size = further[0].parent.size
     about = (
-        f"EMO's module with a quarter of the experts and the small model, each trained for {tokens / 1e6:.2f}M more "
-        "tokens of the domain; loss on validation documents of the domain.\n\n"
+        "EMO's module with a quarter of the experts and the small model, each trained for "
+        f"{further[0].steps * size.rows * size.seq_length / 1e6:.2f}M more tokens of the domain. Loss on validation "
+        "documents of the domain; ± is the standard error over documents.\n\n"
     )
-    head = ("seed", "domain", "module", "trained", "small", "trained", "trained module minus trained small")
-    mean = f"\n\nMean over seeds: {over_seeds([fmean(v) for v in apart.values()])}." if apart else ""
+    head = ("seed", "domain", "passes", "module", "trained", "small", "trained", "trained module minus trained small")
+    values = [fmean(v) for v in apart.values()]
+    mean = f"\n\nMean over seeds, each with other domains: {over_seeds(values)}." if values else ""
     return about + _table(lines, head) + mean + _not_run(missing)
 
 
 def _longer(runs: Sequence[Run]) -> str:
     if not runs:
-        return "Not planned yet: an earlier stage decides which runs these are."
+        return NOT_PLANNED
     emo = next(run for run in runs if run.setting.model == EMO)
     lines = []
     for iteration in emo.iterations:
         tokens = iteration * emo.size.rows * emo.size.seq_length
         measured, gap = emo.measured(SELECTION, iteration), gap_of(emo, runs, SELECTION, iteration)
-        standard = _companion(emo, runs, STANDARD)
+        standard = _same_shape(emo, runs, STANDARD)
         other = standard.measured(SELECTION, iteration) if standard else None
+        is_before = iteration <= emo.size.pool_delay * emo.size.steps
         lines.append(
             (
-                f"{tokens / 1e6:.2f}M",
+                f"{tokens / 1e6:.2f}M" + (", before pools" if is_before else ""),
                 f"{other.loss():.3f}" if other else NOT_RUN,
                 f"{measured.loss():.3f}" if measured else NOT_RUN,
                 str(gap) if gap else MISSING,
@@ -282,7 +281,10 @@ def _longer(runs: Sequence[Run]) -> str:
             )
         )
     epochs = emo.size.tokens / emo.corpus.train_tokens
-    about = f"{emo.setting.name} and its standard MoE, seed {emo.seed}, {epochs:.1f} passes over the text.\n\n"
+    about = (
+        f"{emo.setting.name} and the standard MoE of the same shape, seed {emo.seed}, {epochs:.1f} passes over the "
+        "text. The learning rate falls until the last row, so only the last row is of finished models.\n\n"
+    )
     return about + _table(lines, ("tokens", "standard", "EMO", "gap", "EMO 1/4", "standard 1/4"))
 
 
@@ -299,7 +301,9 @@ def numbers(study: Study) -> dict[str, Any]:
         for text in (SELECTION, VALIDATION):
             for iteration in run.iterations:
                 if measured := run.measured(text, iteration):
-                    found.append(_run_numbers(run, measured, text=text, iteration=iteration))
+                    gap = gap_of(run, [*runs.values()], text, iteration)
+                    own = _run_numbers(run, measured, text=text, iteration=iteration)
+                    found.append(own | {"gap": _stored(gap) if gap else None})
     further = [
         {"name": f.name, "domain": f.domain, "seed": f.parent.seed, "when": when, "loss": measured.loss()}
         for f in study.further
@@ -332,5 +336,14 @@ def _run_numbers(run: Run, measured: Measured, *, text: str, iteration: int) -> 
         "text": text,
         "size": asdict(run.size),
         "losses": losses,
+        "increases": {
+            f"{method} {fraction:g}": _stored(measured.increase(method, fraction))
+            for method, fraction in measured.nats
+            if method != FULL
+        },
         "increase_on_others": measured.increase_on_others,
     }
+
+
+def _stored(difference: Difference) -> dict[str, float | None]:
+    return {"nats": difference.nats, "error": None if math.isnan(difference.error) else difference.error}

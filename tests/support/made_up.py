@@ -1,4 +1,5 @@
-"""Stands in for both processes of benchmarks/fidelity.py: a training that only writes a log, a measurement of nothing.
+"""Stands in for both processes of benchmarks/fidelity.py: a training that writes a log and the number of its
+last step, a measurement of nothing.
 
 The training takes MADE_UP_MS milliseconds a step by its log, and leaves its flags in MADE_UP_FLAGS. The measurement's
 losses depend on the model's name and the document alone. Both wait MADE_UP_WAIT
@@ -29,7 +30,9 @@ def train(arguments: list[str]) -> None:
     """Say what Megatron says of each step."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--train-iters", type=int)
-    steps = parser.parse_known_args(arguments)[0].train_iters
+    parser.add_argument("--save", type=Path)
+    given = parser.parse_known_args(arguments)[0]
+    steps = given.train_iters
     Path(os.environ["MADE_UP_FLAGS"]).write_text("\n".join(arguments))
     for step in range(1, steps + 1):
         milliseconds = float(os.environ["MADE_UP_MS"])
@@ -37,6 +40,8 @@ def train(arguments: list[str]) -> None:
         time.sleep(float(os.environ.get("MADE_UP_WAIT", "0")))
         if step == int(os.environ.get("MADE_UP_HANG", "0")):
             time.sleep(100)
+    given.save.mkdir(parents=True)
+    (given.save / "latest_checkpointed_iteration.txt").write_text(str(steps))
 
 
 def measure(arguments: list[str]) -> None:
