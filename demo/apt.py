@@ -52,7 +52,7 @@ def find_packages(patterns: Iterable[str]) -> dict[str, Package]:
     Patterns without a package are left out. Only apt's local lists are read.
 
     Raises:
-        ValueError: apt has no lists, or apt-cache failed.
+        ValueError: apt-cache failed.
     """
     names = _run("apt-cache", "pkgnames").split()
     matching = {pattern: [name for name in names if re.fullmatch(pattern, name)] for pattern in dict.fromkeys(patterns)}
@@ -78,6 +78,8 @@ def download(packages: Sequence[Package], folder: Path) -> None:
         ValueError: a package cannot be downloaded, or has another content than apt's lists say.
     """
     missing = missing_packages(packages, folder)
+    if not missing:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(package.size for package in missing)
     # an unfinished file of an earlier call is removed with its folder
