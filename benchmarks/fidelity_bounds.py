@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,11 +78,11 @@ def _outcomes(together: Mapping[str, Result]) -> list[tuple[str, str]] | None:
     gap = mean_of(paired(emo.nats[full_condition(emo)], standard.nats[full_condition(standard)], tokens))
     behind = mean_of(paired(emo.nats[quarter], small.nats[full_condition(small)], tokens))
     first, second = (float(increase or 0.0) for increase in increases)
-    # without a loss of the standard MoE there is no ratio
-    ratio = first / second if second > 0 else float("inf")
+    ratio = first / second if second > 0 else math.inf
+    ratio_text = f"{ratio:.2f}" if second > 0 else "no ratio"
     return [
         (str(gap), _outcome(gap.nats <= BOUNDS.gap)),
-        (f"{ratio:.2f} ({signed(first)} and {signed(second)})", _outcome(ratio <= BOUNDS.increase_ratio)),
+        (f"{ratio_text} ({signed(first)} and {signed(second)})", _outcome(ratio <= BOUNDS.increase_ratio)),
         (str(behind), _outcome(behind.nats < BOUNDS.quarter_gap)),
     ]
 
