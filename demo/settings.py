@@ -114,6 +114,16 @@ SETTINGS = (
         changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
     ),
     Setting(
+        name="delay50-shared",
+        about="large shared expert, no pools to 50 %, then 8 to 64",
+        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.5},
+    ),
+    Setting(
+        name="delay25-skew2-shared",
+        about="large shared expert, no pools to 25 %, then 8 to 64 with skew 2",
+        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25, "pool_skew": 2.0},
+    ),
+    Setting(
         name="delay25-skew2",
         about="no pools to 25 %, then 4 to 32 with skew 2",
         changes=AT_ONCE | {"pool_delay": 0.25, "pool_skew": 2.0},
