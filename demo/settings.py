@@ -55,7 +55,7 @@ class Setting:
 FINE: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "top_k": 4}
 """Twice as many experts of half the width: the same parameters and the same FLOPs of routed experts."""
 SHARED: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "shared_hidden": 128, "top_k": 2}
-"""The same parameters and FLOPs per token. Two thirds of the active FFN width, not one third, are the shared expert."""
+"""The same routed parameters and active parameters. The shared expert has two thirds of the active width."""
 WIDE: dict[str, Any] = {"rows": 64, "micro_rows": 16}
 """Four micro-batches per step: the load is balanced over 64 sequences instead of 16. A quarter of the steps."""
 SHAPES: dict[str, dict[str, Any]] = {"": {}, "-fine": FINE, "-shared": SHARED, "-wide": WIDE}

@@ -27,7 +27,8 @@ INTRODUCTION = """\
 Losses are nats per token, means over the domains. **Full**: all experts. **Gap**: EMO with all experts minus the
 standard MoE of the same shape. **1/4**, **1/8**: loss increase of modules with that share of the routed experts, chosen
 for their domain. **Random 1/4**: loss increase with a random quarter. **1/4 loss**: full plus 1/4, which ranks the
-settings. All settings have the same tokens, parameters and active parameters.
+settings. All settings have the same training tokens, the same parameters in routed experts and the same active
+parameters.
 
 In the grid, ± is the standard error over documents, of differences between two losses of the same documents. Models of
 other seeds differ by several times as much. In the other tables, ± is the standard error over seeds, and all seeds are

@@ -133,10 +133,10 @@ def _job(tmp_path: Path, name: str, code: str, **changes: Any) -> Job:
 def test_jobs_run_in_order_and_finished_ones_do_not(tmp_path: Path) -> None:
     note = f"open({str(tmp_path / 'order')!r}, 'a').write('{{}}')"
     calls: list[int] = []
-    first = [_job(tmp_path, n, note.format(n)) for n in "ab"]
-    second = [_job(tmp_path, "c", note.format("c"), is_finished=lambda: True), _job(tmp_path, "d", note.format("d"))]
+    first = [_job(tmp_path, n, note.format(n)) for n in "12"]
+    second = [_job(tmp_path, "3", note.format("3"), is_finished=lambda: True), _job(tmp_path, "4", note.format("4"))]
     run_jobs(first, second, at_once=1, finished=lambda: calls.append(1))
-    assert (tmp_path / "order").read_text() == "abd"
+    assert (tmp_path / "order").read_text() == "124"
     assert len(calls) == 3
 
 
