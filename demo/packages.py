@@ -8,7 +8,7 @@
     FOLDER/corpus/             the prepared corpus, see corpus.py
     FOLDER/corpus.tar.xz       the corpus as one file, see packed.py, for `benchmarks/gpu.sh C MODEL --corpus`
 
-This is the only part of the project that downloads anything. It uses the apt sources of the machine, on Debian or
+This is the only part of the demo that downloads anything. It uses the apt sources of the machine, on Debian or
 Ubuntu, and needs no root. Packages are unpacked into a temporary folder, not installed. An interrupted run resumes.
 """
 
