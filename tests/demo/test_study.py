@@ -396,3 +396,16 @@ def test_megatron_trains_measures_cuts_and_trains_further(tmp_path: Path) -> Non
     stored = json.loads((tmp_path / "out" / "study.json").read_text())
     assert {r["iteration"] for r in stored["runs"]} == {4, 8, 12, 16}
     assert {f["when"] for f in stored["further"]} == {"before", "after"}
+
+
+def test_the_log_has_the_numbers_of_the_results() -> None:
+    """Every row of the grid in the results file is a row of docs/experiments.md, without the random experts."""
+
+    def rows(path: Path) -> set[tuple[str, ...]]:
+        lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+        return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
+
+    names = {setting.name for setting in settings.SETTINGS}
+    grid = {r for r in rows(ROOT / "benchmarks/results/fidelity-study.md") if r[0] in names and len(r) == 8}
+    assert len(grid) == len([s for s in settings.SETTINGS if s.model != SMALL])
+    assert {(*r[:6], r[7]) for r in grid} <= rows(ROOT / "docs/experiments.md")
