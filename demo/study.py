@@ -163,7 +163,7 @@ class Stages:
         """One sequence of jobs per model of a stage. Writes the text of single domains for the stage further.
 
         Raises:
-            ValueError: the stage needs the results of an earlier one.
+            ValueError: the stage needs the results of an earlier one, or another setting was validated.
         """
         if stage == "grid":
             return self._sequences(self.grid(), SELECTION)
@@ -176,6 +176,8 @@ class Stages:
         if winner is None:
             raise ValueError(f"the stage {stage} needs a finished stage finalists, or --winner")
         if stage == "validation":
+            # the validation documents are for one setting: a second choice by them would be a choice on them
+            recipe.claim(self.options.output.resolve(), {"validated setting": winner.name})
             return self._sequences(self.validation(winner), VALIDATION, others=len(self.corpus.domains) - 1)
         if stage == "further":
             further = self.further(winner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -289,7 +289,7 @@ def _longer(runs: Sequence[Run]) -> str:
     return about + _table(lines, ("tokens", "standard", "EMO", "gap", "EMO 1/4", "standard 1/4"))
 
 
-def _table(rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]], head: Sequence[str]) -> str:
+def _table(rows: Sequence[tuple[str, ...]], head: Sequence[str]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 

@@ -2,18 +2,22 @@
 
 import builtins
 import dataclasses
+import json
 import math
 import struct
+import sys
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+from support import made_up
 from support.rows import row
 
+from demo import recipe
 from demo.figure import plot_retention
-from demo.findings import findings, table
+from demo.findings import findings, main, table
 from demo.losses import Measured
-from emo_megatron.report.rows import RetentionRow
+from emo_megatron.report.rows import RetentionRow, load_rows
 
 
 def measured(**changes: float) -> list[RetentionRow]:
@@ -239,3 +243,25 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'emo_megatron\[report\]'"):
         plot_retention(measured(), tmp_path / "retention.png")
+
+
+def test_every_model_has_its_own_seed_in_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    models = ["emo", "standard", "small", "emo-seed2"]
+    (tmp_path / "demo.json").write_text(json.dumps({"size": dataclasses.asdict(recipe.FULL), "seed": 5}))
+    for model in models:
+        path = tmp_path / model / "losses" / "measured.json"
+        path.parent.mkdir(parents=True)
+        kind = model.partition("-")[0]
+        path.write_text(json.dumps([made_up.row(kind, d, d, "full", 8, 8) for d in made_up.DOMAINS]))
+    monkeypatch.setattr(sys, "argv", ["findings", str(tmp_path), *models])
+    main()
+    assert {(r.model, r.seed) for r in load_rows(tmp_path / "retention.json")} == {
+        *((model, 5) for model in models[:3]),
+        ("emo-seed2", 6),
+    }
+    said = capsys.readouterr().out
+    assert "With all experts" in said
+    assert "yes" not in said

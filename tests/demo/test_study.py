@@ -279,6 +279,33 @@ def test_a_folder_with_a_model_of_another_setting_is_an_error(made: Callable[...
         dataclasses.replace(run, setting=changed).claim()
 
 
+def test_only_one_setting_is_validated(made: Callable[..., study.Stages]) -> None:
+    assert len(made(winner="falls").jobs("validation")) == 6
+    assert len(made(winner="falls").jobs("validation")) == 6
+    with pytest.raises(ValueError, match=r"falls there and delay25 here.*--output"):
+        made(winner="delay25").jobs("validation")
+
+
+def test_another_first_seed_is_an_error_before_the_corpus_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def reached(*args: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(study, "prepare_corpus", reached)
+    for seeds, expected, words in (
+        ((5, 6), Reached, None),
+        ((5,), Reached, None),
+        ((6, 5), ValueError, "seed is 5 there and 6 here"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path), "--seeds", *map(str, seeds)])
+        with pytest.raises(expected, match=words):
+            study.main()
+
+
 @pytest.mark.parametrize(("name", "steps"), [("falls", 2440), ("falls-wide", 2440), ("falls", 18), ("delay25", 803)])
 def test_every_checkpoint_that_is_measured_is_saved(made: Callable[..., study.Stages], name: str, steps: int) -> None:
     base = made()
