@@ -296,13 +296,13 @@ def test_another_first_seed_is_an_error_before_the_corpus_is_replaced(
         raise Reached
 
     monkeypatch.setattr(study, "prepare_corpus", reached)
-    for seeds, expected, words in (
+    for seeds, expected, message in (
         ((5, 6), Reached, None),
         ((5,), Reached, None),
         ((6, 5), ValueError, "seed is 5 there and 6 here"),
     ):
         monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path), "--seeds", *map(str, seeds)])
-        with pytest.raises(expected, match=words):
+        with pytest.raises(expected, match=message):
             study.main()
 
 
