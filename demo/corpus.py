@@ -33,7 +33,7 @@ from tqdm import tqdm
 from demo import recipe
 from demo.corpus_files import MANIFEST, SPLITS, UNTRAINED_SPLITS, fingerprint
 from demo.corpus_files import Corpus as Corpus
-from demo.sources import MACHINE_SOURCES, Machine, folder_sources
+from demo.sources import MACHINE_SOURCES, Machine, folder_sources, split_long
 from emo_megatron.files import gone_on_failure, whole, writing
 from emo_megatron.json_files import read_object
 
@@ -67,6 +67,8 @@ class CorpusConfig:
     """Shorter documents are left out."""
     max_document_chars: int = 6000
     """Longer documents are cut, if possible at the end of a line."""
+    max_text_chars: int | None = None
+    """If set, a longer document becomes several documents of the same split, and what exceeds this size is left out."""
     vocab_size: int = 2048
     """Largest number of tokenizer entries, including the end-of-document token."""
     calibration_fraction: float = 1 / 24
@@ -105,9 +107,10 @@ def prepare_corpus(output: Path, config: CorpusConfig, *, machine: Machine | Non
     path = output / MANIFEST
     corpus_dir = None if config.corpus_dir is None else str(config.corpus_dir.resolve())
     wanted = dataclasses.asdict(config) | {"corpus_dir": corpus_dir, "format": FORMAT}
-    if config.max_train_tokens is None:
-        # corpora of earlier releases do not have it
-        del wanted["max_train_tokens"]
+    # corpora of earlier releases do not have these
+    for name in ("max_train_tokens", "max_text_chars"):
+        if wanted[name] is None:
+            del wanted[name]
     if path.exists():
         manifest = read_object(path, kind="a corpus")
         if manifest.get("config") == wanted:
@@ -194,7 +197,7 @@ def read_documents(texts: Iterable[str], *, seen: set[bytes], config: CorpusConf
     documents: dict[bytes, str] = {}
     num_bytes = 0
     for raw in texts:
-        text = clean(raw, max_chars=config.max_document_chars)
+        text = clean(raw, max_chars=config.max_text_chars or config.max_document_chars)
         key = hashlib.sha256(" ".join(text[:2000].split()).encode()).digest()
         if len(text) < config.min_document_chars or key in documents or key in seen:
             continue
@@ -219,13 +222,20 @@ def clean(text: str, *, max_chars: int) -> str:
 
 
 def split_documents(documents: list[str], *, config: CorpusConfig) -> _Texts:
-    """Cut shuffled documents into the three splits."""
+    """Divide shuffled documents among the three splits, then cut long documents if the config says so."""
     count = len(documents)
     fractions = (config.calibration_fraction, config.validation_fraction)
     counts = [min(max(MIN_UNTRAINED, round(count * share)), count // 6) for share in fractions]
     middle, end = itertools.accumulate(counts)
     parts = (documents[end:], documents[:middle], documents[middle:end])
-    return dict(zip(SPLITS, parts, strict=True))
+    splits = dict(zip(SPLITS, parts, strict=True))
+    return splits if config.max_text_chars is None else {name: _parts(splits[name], config=config) for name in splits}
+
+
+def _parts(documents: list[str], *, config: CorpusConfig) -> list[str]:
+    """Cut long documents; parts of all documents are shuffled, so that a beginning has parts of many documents."""
+    found = [part.strip("\n") for text in documents for part in split_long(text, max_chars=config.max_document_chars)]
+    return _shuffled([part for part in found if len(part) >= config.min_document_chars], seed=config.seed)
 
 
 def _head[T: Sized](items: list[T], *, limit: int) -> list[T]:

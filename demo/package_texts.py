@@ -12,11 +12,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.sources import HASH_COMMENT, SLASH_COMMENT, find_files, group_catalog, read_texts, strip_licences, unroff
+from demo.sources import (
+    HASH_COMMENT,
+    SLASH_COMMENT,
+    find_files,
+    group_catalog,
+    read_texts,
+    split_long,
+    strip_licences,
+    unroff,
+)
 
 MAX_FILE_BYTES = 64_000_000
-MAX_PARTS = 400
-"""Documents taken from one file; of a longer file, a random sample of the parts."""
+FILE_CHARS = 240_000
+"""Characters of a text. A longer file yields several texts, which can be in different splits of the corpus."""
+MAX_TEXTS = 40
+"""Texts taken from one file; of a longer file, a random sample."""
 MENU_PAGES = 5
 """Pages of a domain that may repeat a line; further pages lose the line."""
 MENU_CHARS = 20
@@ -53,10 +64,10 @@ class Domain:
     language: str | None = None
     """Language of the documents; documents that seem to be in English are left out."""
 
-    def documents(self, root: Path, *, rng: random.Random, max_chars: int) -> Iterator[str]:
-        """Yield the documents below a folder with one subfolder per package, possibly with duplicates.
+    def texts(self, root: Path, *, rng: random.Random) -> Iterator[str]:
+        """Yield the texts below a folder with one subfolder per package, possibly with duplicates.
 
-        Files of all packages take turns. A long file yields several documents.
+        Files of all packages take turns. A text is one file, or FILE_CHARS of a very long file.
         """
         counts: Counter[str] = Counter()
         for path in find_files([root], ("",), rng=rng, skip=frozenset()):
@@ -64,11 +75,12 @@ class Domain:
             if re.search(self.files, name) and not re.search(self.skip, name):
                 for text in self._read(path, counts=counts):
                     if self.language is None or is_in_language(text, self.language):
-                        yield from split_long(text, max_chars=max_chars, rng=rng)
+                        found = split_long(text, max_chars=FILE_CHARS)
+                        yield from found if len(found) <= MAX_TEXTS else rng.sample(found, MAX_TEXTS)
 
     def _read(self, path: Path, *, counts: Counter[str]) -> Iterable[str]:
         if path.suffix == ".mo":
-            return group_catalog(path)
+            return ["\n".join(group_catalog(path))]
         texts = read_texts([path], max_bytes=MAX_FILE_BYTES)
         if self.comment is not None:
             return (strip_licences(text, comment=self.comment) for text in texts)
@@ -109,18 +121,6 @@ def is_in_language(text: str, language: str) -> bool:
     counts = {name: sum(word in common for word in words) for name, common in _COMMON_WORDS.items()}
     others = max(count for name, count in counts.items() if name != language)
     return counts[language] > 2 * others
-
-
-def split_long(text: str, *, max_chars: int, rng: random.Random) -> list[str]:
-    """Cut a text into consecutive documents of at most `max_chars` characters, if possible at the ends of lines."""
-    parts, start = [], 0
-    while len(text) - start > max_chars:
-        line_end = text.rfind("\n", start + max_chars // 2, start + max_chars)
-        end = start + max_chars if line_end < 0 else line_end
-        parts.append(text[start:end])
-        start = end
-    parts.append(text[start:])
-    return parts if len(parts) <= MAX_PARTS else rng.sample(parts, MAX_PARTS)
 
 
 def _translated(language: str, *more: str) -> Domain:

@@ -1,9 +1,9 @@
-"""Build a corpus for a GPU from Debian packages: at most 25 MB of text in each of 14 domains, and one packed file.
+"""Build a corpus for a GPU from Debian packages: 25 MB of text in each of 14 domains, and one packed file.
 
     python -m demo.packages --output FOLDER
 
     FOLDER/debs/               downloaded packages; a later run downloads only what is missing
-    FOLDER/texts/<domain>/     cleaned documents, also for `make demo ARGS="--corpus FOLDER/texts"`
+    FOLDER/texts/<domain>/     cleaned files of packages, also for `make demo ARGS="--corpus FOLDER/texts"`
     FOLDER/texts/sources.json  packages and versions of every domain
     FOLDER/corpus/             the prepared corpus, see corpus.py
     FOLDER/corpus.tar.xz       the corpus as one file, see packed.py, for `benchmarks/gpu.sh C MODEL --corpus`
@@ -29,20 +29,21 @@ from demo import apt
 from demo.apt import Package
 from demo.corpus import CorpusConfig, describe, prepare_corpus, read_documents
 from demo.corpus_files import MANIFEST, Corpus
-from demo.package_texts import DOMAINS, Domain
+from demo.package_texts import DOMAINS, FILE_CHARS, Domain
 from demo.packed import MIB, pack
 from demo.recipe import run_step
 from demo.sources import SOURCES
 from emo_megatron.files import must_be_writable, whole
 from emo_megatron.json_files import read_object
 
-MAX_CHARS = 24_000
-"""Characters of a document: about seven sequences of 1,024 tokens."""
+MAX_CHARS = 8_000
+"""Characters of a document: about two sequences of 1,024 tokens."""
+LEAST_MEGABYTES = 0.1
 FEWEST_TOKENS = {"validation": 65_536, "calibration": 32_768}
 """Tokens that the evaluation of a domain reads, see ON_GPU in benchmarks/fidelity_plan.py."""
 CLOSE = 0.9
 """A packed file of at least this share of --max-mib was made for this --max-mib."""
-FORMAT = 1
+FORMAT = 2
 """Of the texts: higher when the same packages would give other texts."""
 
 
@@ -55,7 +56,7 @@ class Options:
     debs: Path | None = None
     """Folder of downloaded packages. Default: OUTPUT/debs. Packages there are not downloaded again."""
     megabytes: float = 25.0
-    """Largest size of a domain's text, in MB of UTF-8."""
+    """Reading a domain stops at this size of its text, in MB of UTF-8."""
     vocab_size: int = 16_384
     """Largest number of tokenizer entries."""
     min_domains: int = 12
@@ -75,8 +76,8 @@ class Options:
         """
         if not 1 <= self.min_domains <= len(DOMAINS):
             raise ValueError(f"--min-domains must be 1 to {len(DOMAINS)}; got {self.min_domains}")
-        if not self.megabytes * 1e6 > 4 * MAX_CHARS:
-            raise ValueError(f"--megabytes must be more than {4 * MAX_CHARS / 1e6:g}; got {self.megabytes:g}")
+        if not self.megabytes >= LEAST_MEGABYTES:
+            raise ValueError(f"--megabytes must be at least {LEAST_MEGABYTES}; got {self.megabytes:g}")
         if not 257 <= self.vocab_size <= 65_000:
             raise ValueError(f"--vocab-size must be 257 to 65000; got {self.vocab_size}")
         if not self.max_mib > 0:
@@ -89,10 +90,10 @@ class Options:
         """Of the corpus."""
         return CorpusConfig(
             corpus_dir=self.output / "texts",
-            # a last document of the largest size still fits
-            bytes_per_domain=int(self.megabytes * 1e6) - 4 * MAX_CHARS,
+            bytes_per_domain=int(self.megabytes * 1e6),
             min_documents=60,
             max_document_chars=MAX_CHARS,
+            max_text_chars=FILE_CHARS,
             vocab_size=self.vocab_size,
             calibration_fraction=1 / 80,
             validation_fraction=1 / 40,
@@ -148,7 +149,7 @@ def find_domains(fewest: int) -> dict[Domain, list[Package]]:
 
 
 def write_texts(domain: Domain, packages: list[Package], *, debs: Path, config: CorpusConfig) -> int:
-    """Write the cleaned documents of a domain, one file each, unless the same documents are there; returns the bytes.
+    """Write the cleaned texts of a domain, one file each, unless the same texts are there; returns the bytes.
 
     Raises:
         ValueError: a package cannot be unpacked.
@@ -167,16 +168,15 @@ def write_texts(domain: Domain, packages: list[Package], *, debs: Path, config: 
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=texts.parent) as scratch:
         for package in packages:
             apt.unpack(package, debs, Path(scratch) / package.name)
-        raw = domain.documents(Path(scratch), rng=rng, max_chars=config.max_document_chars)
-        documents = read_documents(raw, seen=set(), config=config)
+        found = read_documents(domain.texts(Path(scratch), rng=rng), seen=set(), config=config)
     with whole(folder) as unfinished:
         unfinished.mkdir()
-        for number, text in enumerate(documents.values()):
+        for number, text in enumerate(found.values()):
             part = unfinished / f"{number // 500:03}"
             part.mkdir(exist_ok=True)
             (part / f"{number:06}.txt").write_text(text, encoding="utf-8")
-    size = sum(len(text.encode()) for text in documents.values())
-    _write_json(texts / SOURCES, listed | {domain.name: made_with | {"bytes": size, "documents": len(documents)}})
+    size = sum(len(text.encode()) for text in found.values())
+    _write_json(texts / SOURCES, listed | {domain.name: made_with | {"bytes": size, "texts": len(found)}})
     return size
 
 

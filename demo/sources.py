@@ -110,6 +110,17 @@ def group_pieces(pieces: Iterable[str]) -> Iterator[str]:
     yield "\n".join(held)
 
 
+def split_long(text: str, *, max_chars: int) -> list[str]:
+    """Cut a text into consecutive parts of at most `max_chars` characters, if possible at the ends of lines."""
+    parts, start = [], 0
+    while len(text) - start > max_chars:
+        line_end = text.rfind("\n", start + max_chars // 2, start + max_chars)
+        end = start + max_chars if line_end < 0 else line_end
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
 SLASH_COMMENT = re.compile(r"^[ \t]*/\*[\s\S]*?\*/[ \t]*\n?|(?:^[ \t]*//.*(?:\n|\Z))+", re.M)
 HASH_COMMENT = re.compile(r"(?:^[ \t]*#.*(?:\n|\Z))+", re.M)
 LICENCE = re.compile(r"copyright|\(c\) ?\d|spdx-|licen[sc]e|permission to use|redistribut", re.I)

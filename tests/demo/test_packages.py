@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -18,8 +19,10 @@ import pytest
 from support.fake_apt import FakeApt, make_apt
 
 from demo import apt, package_texts, packages
-from demo.package_texts import DOMAINS, Domain, is_in_language, split_long, strip_menus, text_of_html
+from demo.corpus import CorpusConfig, split_documents
+from demo.package_texts import DOMAINS, Domain, is_in_language, strip_menus, text_of_html
 from demo.packages import Options
+from demo.sources import split_long
 
 ROOT = Path(__file__).resolve().parents[2]
 ALPHABETS = {"latin": "abcdefgh", "greek": "αβγδεζηθ", "digits": "01234567"}
@@ -100,7 +103,7 @@ def test_packages_become_a_packed_corpus_once(
     # another size of the texts
     packages.main(_options(tmp_path, megabytes=0.11))
     assert len(fake.calls) == 3
-    assert sum(len(path.read_bytes()) for path in (out / "texts" / "latin").rglob("*.txt")) < 110_000
+    assert sum(len(path.read_bytes()) for path in (out / "texts" / "latin").rglob("*.txt")) < 112_000
 
 
 @needs_dpkg
@@ -251,13 +254,35 @@ def test_languages_are_told_apart(language: str, text: str) -> None:
 
 def test_long_texts_become_consecutive_documents() -> None:
     text = "\n".join(f"line {n}" for n in range(1000))
-    parts = split_long(text, max_chars=500, rng=random.Random(0))
+    parts = split_long(text, max_chars=500)
     assert "".join(parts) == text
     assert all(len(part) <= 500 for part in parts)
     assert all(part.startswith("\nline") for part in parts[1:])
-    assert split_long("short", max_chars=500, rng=random.Random(0)) == ["short"]
-    many = split_long("x" * 5000, max_chars=10, rng=random.Random(0))
-    assert len(many) == package_texts.MAX_PARTS
+    assert split_long("short", max_chars=500) == ["short"]
+
+
+def test_a_very_long_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_texts, "FILE_CHARS", 100)
+    lines = [f"line {n:03} {'x' * 90}" for n in range(200)]
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "a.txt").write_text("\n".join(lines))
+    texts = list(MADE_UP[0].texts(tmp_path, rng=random.Random(0)))
+    assert len(set(texts)) == package_texts.MAX_TEXTS
+    assert {text.strip() for text in texts} <= set(lines)
+
+
+def test_all_documents_of_a_text_are_in_one_split() -> None:
+    texts = ["\n".join(f"text {t} line {n} {'x' * 50}" for n in range(40 if t % 2 else 2)) for t in range(90)]
+    config = CorpusConfig(max_document_chars=500, max_text_chars=10_000, min_document_chars=80)
+    splits = split_documents(texts, config=config)
+    found = {name: [int(part.split()[1]) for part in splits[name]] for name in splits}
+    assert set().union(*found.values()) == set(range(90))
+    assert sum(len(set(numbers)) for numbers in found.values()) == 90
+    for name, numbers in found.items():
+        assert all(80 <= len(part) <= 500 for part in splits[name])
+        # the parts of a text do not follow each other
+        neighbours = sum(a == b for a, b in itertools.pairwise(numbers))
+        assert neighbours < len(numbers) / 4
 
 
 def test_the_domains_are_fourteen_and_find_their_files(tmp_path: Path) -> None:
@@ -278,7 +303,7 @@ def test_the_domains_are_fourteen_and_find_their_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
 
     def read(name: str) -> list[str]:
-        return list(domains[name].documents(tmp_path, rng=random.Random(0), max_chars=24_000))
+        return list(domains[name].texts(tmp_path, rng=random.Random(0)))
 
     assert read("rust") == [code.partition("\n")[2]]
     assert read("german") == [text_of_html(page)]
