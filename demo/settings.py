@@ -1,6 +1,6 @@
 """The settings that study.py compares: how pools are scheduled, and how fine the experts are.
 
-Every setting keeps the demo's tokens, layers, width and parameters of routed experts. EMO is compared with the standard
+Every setting has the demo's tokens, layers, width and parameters of routed experts. EMO is compared with the standard
 MoE of the same shape: the same number and width of experts, and the same sequences per step.
 """
 
@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from demo.recipe import FULL, Model, Size, main_models
+from demo.recipe import FULL, QUICK, Model, Size, main_models
 from emo_megatron.config import broken, raise_problems
 from emo_megatron.report.rows import EMO, SMALL, STANDARD
 
+SCHEDULE: dict[str, Any] = {"pool_decay": 0.6, "pool_delay": 0.0, "pool_skew": 1.0, "unrestricted": 0.0}
+BASE = replace(FULL, experts=32, expert_hidden=64, shared_hidden=64, top_k=2, pool_min=6, **SCHEDULE)
+"""The demo's size before the study: what the settings change."""
+QUICK_BASE = replace(QUICK, pool_min=2, **SCHEDULE)
 SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows")
 """Fields of Size that the standard MoE shares with EMO."""
 
@@ -29,9 +33,9 @@ class Setting:
     model: str = EMO
     """emo, standard or small."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of Size that differ from the demo's."""
+    """Fields of Size that differ from the base."""
 
-    def size(self, *, steps: int, base: Size = FULL) -> Size:
+    def size(self, *, steps: int, base: Size = BASE) -> Size:
         """The size of the models. A step with more rows means fewer steps, so that the tokens are the same."""
         changed = replace(base, steps=steps, **self.changes)
         return replace(changed, steps=steps * base.rows // changed.rows)

@@ -7,7 +7,8 @@ The stages, in order:
 
 - grid: every setting of settings.py, few steps, one seed, compared on text that is kept apart (selection).
 - finalists: the best settings, with the standard MoE and the small model of the same shapes; all steps, all seeds, on
-  the same text. The best setting is the winner.
+  the same text. The winner has the smallest loss at 1/4 among the settings within the targets: a gap of at most .04
+  and a loss increase at 1/4 of at most .14.
 - validation: the winner, its standard MoE and the small model on the validation documents, which choose nothing.
 - further: the winner's modules and the small model, trained further on documents of one domain, and measured on the
   validation documents of this domain.
@@ -25,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 import tyro
@@ -34,9 +36,9 @@ from demo.corpus import Corpus, corpus_config, describe, prepare_corpus, write_d
 from demo.further import Further, domain_data
 from demo.jobs import Job, run_jobs
 from demo.runs import QUICK_STARTS, SELECTION, SELECTION_STARTS, VALIDATION, Run, prepare_selection
-from demo.settings import SETTINGS, Setting, check, find
-from demo.study_page import Score, Study, save, scores
-from emo_megatron.report.rows import EMO, SMALL, STANDARD
+from demo.settings import BASE, QUICK_BASE, SETTINGS, Setting, check, find
+from demo.study_page import Study, gap_of, save
+from emo_megatron.report.rows import CHOSEN, EMO, QUARTER, SMALL, STANDARD
 
 Stage = Literal["grid", "finalists", "validation", "further", "longer"]
 STAGES: tuple[Stage, ...] = ("grid", "finalists", "validation", "further", "longer")
@@ -46,6 +48,10 @@ PLACES = ("output", "corpus", "processes", "stages")
 LEAST = {"processes": 1, "grid_steps": 16, "steps": 16, "further_tokens": 1, "longer_steps": 16}
 LOOKS = 4
 """Checkpoints of the stage longer that are measured."""
+
+
+TARGETS = {"gap": 0.04, "increase": 0.14}
+"""The winner has at most these, in nats per token: the gap of the full model, and the loss increase at 1/4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,8 @@ class Options:
     finalists: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Settings of the second stage. Default: the three with the smallest loss of modules at 1/4 in the grid."""
     winner: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Setting of the last stages. Default: the finalist with the smallest loss of modules at 1/4, mean over seeds."""
+    """Setting of the last stages. Default: the finalist with the smallest loss at 1/4, mean over seeds, among those
+    within the targets."""
     further_tokens: int = 2_000_000
     """Training tokens of one domain in the stage further."""
     longer_steps: int = 2440
@@ -95,12 +102,48 @@ class Options:
                     raise ValueError(f"{flag} must be settings with pools; got {name}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One setting with pools: means over the seeds that are measured, in nats per token."""
+
+    name: str
+    loss: float
+    """Of the modules with a quarter of the experts."""
+    increase: float
+    """Of the loss, at a quarter of the experts."""
+    gaps: tuple[float, ...]
+    """EMO minus the standard MoE, with all experts, for every seed of which both are measured."""
+
+    @property
+    def is_within_targets(self) -> bool:
+        """Whether the setting has both targets."""
+        has_gap = bool(self.gaps) and fmean(self.gaps) <= TARGETS["gap"]
+        return has_gap and self.increase <= TARGETS["increase"]
+
+
+def scores(runs: Sequence[Run], text: str) -> list[Score]:
+    """The settings with pools that are measured, the smallest loss at a quarter of the experts first."""
+    measured = [(run, found) for run in runs if run.setting.model == EMO and (found := run.measured(text))]
+    ranked = []
+    for name in dict.fromkeys(run.setting.name for run, _ in measured):
+        same = [found for run, found in measured if run.setting.name == name]
+        gaps = [gap_of(run, runs, text) for run, _ in measured if run.setting.name == name]
+        score = Score(
+            name=name,
+            loss=fmean(found.loss(CHOSEN, QUARTER) for found in same),
+            increase=fmean(found.increase(CHOSEN, QUARTER).nats for found in same),
+            gaps=tuple(gap.nats for gap in gaps if gap is not None),
+        )
+        ranked.append(score)
+    return sorted(ranked, key=lambda score: score.loss)
+
+
 class Stages:
     """The runs of every stage."""
 
     def __init__(self, options: Options, corpus: Corpus) -> None:
         self.options, self.corpus = options, corpus
-        self.base = recipe.QUICK if options.quick else recipe.FULL
+        self.base = QUICK_BASE if options.quick else BASE
 
     def study(self) -> Study:
         """All runs that are known so far, for the page."""
@@ -134,8 +177,9 @@ class Stages:
         runs = self.finalists(self.grid())
         if not runs or not all(run.measured(SELECTION) for run in runs):
             return None
-        best: Score = scores(runs, SELECTION)[0]
-        return find(best.name)
+        ranked = scores(runs, SELECTION)
+        within = [score for score in ranked if score.is_within_targets]
+        return find((within or ranked)[0].name)
 
     def validation(self, winner: Setting) -> list[Run]:
         """The winner, and the standard MoE and the small model of the same shape."""
@@ -216,7 +260,7 @@ def _other(setting: Setting, model: str) -> Setting:
 def main() -> None:
     """Run the stages and print the page."""
     options = tyro.cli(Options, prog="python -m demo.study", description=__doc__)
-    base = recipe.QUICK if options.quick else recipe.FULL
+    base = QUICK_BASE if options.quick else BASE
     for setting in SETTINGS:
         for steps in (options.grid_steps, options.steps, options.longer_steps):
             check(setting, setting.size(steps=steps, base=base))

@@ -48,24 +48,6 @@ class Study:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One setting with pools: the mean over the seeds that are measured."""
-
-    name: str
-    loss: float
-    """Mean loss of the modules with a quarter of the experts, in nats per token."""
-
-
-def scores(runs: Sequence[Run], text: str) -> list[Score]:
-    """The settings with pools that are measured, the best first."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        if run.setting.model == EMO and (measured := run.measured(text)):
-            found.setdefault(run.setting.name, []).append(measured.loss(CHOSEN, QUARTER))
-    return sorted((Score(name=name, loss=fmean(values)) for name, values in found.items()), key=lambda s: s.loss)
-
-
 def gap_of(run: Run, runs: Sequence[Run], text: str, iteration: int | None = None) -> Difference | None:
     """EMO minus the standard MoE of the same shape and seed; None without pools, or if one was not measured."""
     if run.setting.model != EMO:
