@@ -21,7 +21,7 @@ from support import made_up, words
 
 pytest.importorskip("megatron.core")
 
-from demo import recipe, runs, settings, study
+from demo import runs, settings, study
 from demo.corpus import Corpus, CorpusConfig, prepare_corpus, write_domain
 from demo.jobs import Job, run_jobs
 from demo.study import scores
