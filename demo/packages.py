@@ -95,8 +95,8 @@ class Options:
             max_document_chars=MAX_CHARS,
             max_text_chars=FILE_CHARS,
             vocab_size=self.vocab_size,
-            calibration_fraction=1 / 80,
-            validation_fraction=1 / 40,
+            calibration_fraction=1 / 50,
+            validation_fraction=1 / 25,
             seed=self.seed,
         )
 
