@@ -128,6 +128,11 @@ SETTINGS = (
         changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25, "pool_skew": 2.0},
     ),
     Setting(
+        name="delay25-free15-shared",
+        about="large shared expert, no pools to 25 %, then 8 to 64, 15 % of the documents unrestricted",
+        changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25, "unrestricted": 0.15},
+    ),
+    Setting(
         name="delay25-skew2",
         about="no pools to 25 %, then 4 to 32 with skew 2",
         changes=AT_ONCE | {"pool_delay": 0.25, "pool_skew": 2.0},
