@@ -241,7 +241,7 @@ class Stages:
     def _with_same_shape(self, names: Sequence[str]) -> list[Run]:
         """The runs of settings, of the standard MoEs and of the small models of their shapes, over all seeds."""
         chosen = [find(name) for name in names]
-        settings = [_other(s, STANDARD) for s in chosen] + [_other(s, SMALL) for s in chosen] + chosen
+        settings = [_other(s, STANDARD) for s in chosen] + chosen + [_other(s, SMALL) for s in chosen]
         different = {setting.name: setting for setting in settings}
         return [
             self._run(s, steps=self.options.steps, seed=seed) for seed in self.options.seeds for s in different.values()
