@@ -133,6 +133,11 @@ SETTINGS = (
         changes=SHARED | AT_ONCE | {"pool_min": 16, "pool_delay": 0.25},
     ),
     Setting(
+        name="delay25-min16-skew1.3-shared",
+        about="large shared expert, no pools to 25 %, then 16 to 64 with skew 1.3",
+        changes=SHARED | AT_ONCE | {"pool_min": 16, "pool_delay": 0.25, "pool_skew": 1.3},
+    ),
+    Setting(
         name="delay25-skew2-shared",
         about="large shared expert, no pools to 25 %, then 8 to 64 with skew 2",
         changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25, "pool_skew": 2.0},
