@@ -45,7 +45,7 @@ class Options:
     steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
-    num_kept: int = 8
+    num_kept: int = FULL.experts // 4
     """Routed experts per layer of the module."""
 
 

@@ -31,8 +31,8 @@ def test_the_three_models_differ_in_experts_and_pools_only():
     common = _flags(models["emo"])[: -len(models["emo"].flags)]
     for model in models.values():
         assert _flags(model) == [*common, *model.flags]
-    assert models["standard"].flags == ("--num-experts", "32")
-    assert models["small"].flags == ("--num-experts", "8")
+    assert models["standard"].flags == ("--num-experts", str(recipe.FULL.experts))
+    assert models["small"].flags == ("--num-experts", str(recipe.FULL.experts // 4))
     assert models["emo"].flags[:2] == models["standard"].flags
     assert len({m.seed for m in models.values()}) == 1
 
