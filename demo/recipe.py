@@ -60,6 +60,8 @@ class Size:
     """Skew of the drawn pool sizes, see --pool-skew."""
     unrestricted: float = 0.0
     """Share of documents that may use all experts."""
+    balance: float = 0.1
+    """Coefficient of the balance loss, as the sum over the layers."""
     fractions: tuple[float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Fractions of the routed experts that modules keep."""
     evaluation_tokens: int = 16384
@@ -189,7 +191,7 @@ def megatron_flags(size: Size, model: Model, *, corpus: Path, run_dir: Path) -> 
         --attention-dropout 0 --hidden-dropout 0
         --moe-ffn-hidden-size {size.expert_hidden} --moe-shared-expert-intermediate-size {size.shared_hidden}
         --moe-router-topk {size.top_k} --moe-router-dtype fp32 --moe-router-load-balancing-type global_aux_loss
-        --moe-aux-loss-coeff {0.1 / size.layers} --moe-z-loss-coeff {1e-3 / size.layers}
+        --moe-aux-loss-coeff {size.balance / size.layers} --moe-z-loss-coeff {1e-3 / size.layers}
         --moe-token-dispatcher-type alltoall
         --micro-batch-size {size.micro_batch_size} --global-batch-size {size.rows} --train-iters {size.steps}
         --lr {size.lr} --min-lr {size.lr / 10} --lr-decay-style cosine

@@ -19,7 +19,7 @@ SCHEDULE: dict[str, Any] = {"pool_decay": 0.6, "pool_delay": 0.0, "pool_skew": 1
 BASE = replace(FULL, experts=32, expert_hidden=64, shared_hidden=64, top_k=2, pool_min=6, **SCHEDULE)
 """The demo's size before the study: what the settings change."""
 QUICK_BASE = replace(QUICK, pool_min=2, **SCHEDULE)
-SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows")
+SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows", "balance")
 """Fields of Size that the standard MoE shares with EMO."""
 
 
@@ -62,7 +62,9 @@ SHARED: dict[str, Any] = {"experts": 64, "expert_hidden": 32, "shared_hidden": 1
 """The same routed parameters and active parameters. The shared expert has two thirds of the active width."""
 WIDE: dict[str, Any] = {"rows": 64, "micro_rows": 16}
 """Four micro-batches per step: the load is balanced over 64 sequences instead of 16. A quarter of the steps."""
-SHAPES: dict[str, dict[str, Any]] = {"": {}, "-fine": FINE, "-shared": SHARED, "-wide": WIDE}
+LIGHT: dict[str, Any] = SHARED | {"balance": 0.01}
+"""A tenth of the demo's balance loss."""
+SHAPES: dict[str, dict[str, Any]] = {"": {}, "-fine": FINE, "-shared": SHARED, "-light": LIGHT, "-wide": WIDE}
 """Suffix of a setting's name -> changes of Size."""
 AT_ONCE: dict[str, Any] = {"pool_decay": 0.0, "pool_min": 4}
 """Pools of the final sizes as soon as pools start."""
@@ -75,6 +77,9 @@ SETTINGS = (
         about="standard MoE, 64 experts of width 32, top-2, shared expert of width 128",
         model=STANDARD,
         changes=SHARED,
+    ),
+    Setting(
+        name="standard-light", about="as standard-shared, a tenth of the balance loss", model=STANDARD, changes=LIGHT
     ),
     Setting(
         name="standard-wide",
@@ -95,6 +100,7 @@ SETTINGS = (
         model=SMALL,
         changes=SHARED,
     ),
+    Setting(name="small-light", about="as small-shared, a tenth of the balance loss", model=SMALL, changes=LIGHT),
     Setting(
         name="small-wide",
         about="standard MoE with a quarter of the experts, 64 sequences per step",
@@ -146,6 +152,11 @@ SETTINGS = (
         name="delay25-free15-shared",
         about="large shared expert, no pools to 25 %, then 8 to 64, 15 % of the documents unrestricted",
         changes=SHARED | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25, "unrestricted": 0.15},
+    ),
+    Setting(
+        name="delay25-light",
+        about="as delay25-shared, a tenth of the balance loss",
+        changes=LIGHT | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
     ),
     Setting(
         name="delay25-skew2",
