@@ -24,8 +24,8 @@ from fidelity_text import open_corpus
 from timing import RESULTS, describe_machine, markdown_table, run_script, write_results
 
 from demo.jobs import Job, run_jobs
-from demo.recipe import PRETRAIN, QUICK, Model, Size, main_models, megatron_flags, retention_flags
-from demo.settings import BASE
+from demo.recipe import PRETRAIN, Model, Size, main_models, megatron_flags, retention_flags
+from demo.settings import BASE, QUICK_BASE
 from emo_megatron.commands import retention
 from emo_megatron.report.rows import CHOSEN, RANDOM, RetentionSummary, load_rows, summarise
 from emo_megatron.report.rows import FULL as WHOLE
@@ -79,7 +79,7 @@ class Options:
     def size(self) -> Size:
         """Of models, training and measurement."""
         if self.quick:
-            return dataclasses.replace(QUICK, steps=4, fractions=(0.25,), evaluation_tokens=512)
+            return dataclasses.replace(QUICK_BASE, steps=4, fractions=(0.25,), evaluation_tokens=512)
         return dataclasses.replace(
             BASE, steps=self.steps, fractions=FRACTIONS, evaluation_tokens=self.evaluation_tokens
         )

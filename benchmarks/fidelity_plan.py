@@ -56,7 +56,9 @@ ON_GPU = Size(
     pool_min=12,
     pool_decay=0.6,
     pool_delay=0.0,
+    pool_skew=1.0,
     unrestricted=0.0,
+    balance=0.1,
     fractions=(0.5, 0.25, 0.125),
     evaluation_tokens=65536,
     calibration_tokens=32768,
@@ -68,7 +70,18 @@ ON_GPU = Size(
 )
 """120 million tokens for a GPU without Transformer Engine."""
 ON_GPU_QUICK = replace(
-    QUICK, steps=24, micro_rows=4, shared_hidden=64, warmup=4, positions=ON_GPU.positions, flags=ON_GPU.flags
+    QUICK,
+    steps=24,
+    micro_rows=4,
+    shared_hidden=64,
+    warmup=4,
+    positions=ON_GPU.positions,
+    flags=ON_GPU.flags,
+    pool_decay=ON_GPU.pool_decay,
+    pool_delay=ON_GPU.pool_delay,
+    pool_skew=ON_GPU.pool_skew,
+    unrestricted=ON_GPU.unrestricted,
+    balance=ON_GPU.balance,
 )
 """All that `ON_GPU` does, in seconds on a CPU."""
 

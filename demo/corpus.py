@@ -66,9 +66,10 @@ class CorpusConfig:
     min_document_chars: int = 600
     """Shorter documents are left out."""
     max_document_chars: int = 6000
-    """Longer documents are cut, if possible at the end of a line."""
+    """Longer documents are cut, or divided if `max_text_chars` is set, if possible at the end of a line."""
     max_text_chars: int | None = None
-    """If set, a longer document becomes several documents of the same split, and what exceeds this size is left out."""
+    """If set, a text longer than `max_document_chars` becomes several documents of one split; text after this many
+    characters is left out. The splits then have shares of the texts, not of the documents."""
     vocab_size: int = 2048
     """Largest number of tokenizer entries, including the end-of-document token."""
     calibration_fraction: float = 1 / 24

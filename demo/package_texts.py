@@ -25,7 +25,8 @@ from demo.sources import (
 
 MAX_FILE_BYTES = 64_000_000
 FILE_CHARS = 240_000
-"""Characters of a text. A longer file yields several texts, which can be in different splits of the corpus."""
+"""Characters of a text. A longer file yields several texts, which can be in different splits of the corpus. A text has
+less than `sources.MAX_FILE_BYTES` bytes."""
 MAX_TEXTS = 40
 """Texts taken from one file; of a longer file, a random sample."""
 MENU_PAGES = 5

@@ -1,4 +1,4 @@
-"""Build a corpus for a GPU from Debian packages: 25 MB of text in each of 14 domains, and one packed file.
+"""Build a corpus for a GPU from Debian packages: about 25 MB of text in each of 14 domains, and one packed file.
 
     python -m demo.packages --output FOLDER
 
@@ -56,7 +56,7 @@ class Options:
     debs: Path | None = None
     """Folder of downloaded packages. Default: OUTPUT/debs. Packages there are not downloaded again."""
     megabytes: float = 25.0
-    """Reading a domain stops at this size of its text, in MB of UTF-8."""
+    """Reading a domain stops after this much text, in MB of UTF-8, and at least 60 files."""
     vocab_size: int = 16_384
     """Largest number of tokenizer entries."""
     min_domains: int = 12

@@ -1,7 +1,7 @@
 """The settings that study.py compares: how pools are scheduled, and how fine the experts are.
 
 Every setting has the demo's tokens, layers, width and parameters of routed experts. EMO is compared with the standard
-MoE of the same shape: the same number and width of experts, and the same sequences per step.
+MoE of the same shape: the same number and width of experts, the same sequences per step and the same balance loss.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from demo.recipe import FULL, QUICK, Model, Size, main_models
 from emo_megatron.config import broken, raise_problems
 from emo_megatron.report.rows import EMO, SMALL, STANDARD
 
-SCHEDULE: dict[str, Any] = {"pool_decay": 0.6, "pool_delay": 0.0, "pool_skew": 1.0, "unrestricted": 0.0}
+SCHEDULE: dict[str, Any] = {"pool_decay": 0.6, "pool_delay": 0.0, "pool_skew": 1.0, "unrestricted": 0.0, "balance": 0.1}
 BASE = replace(FULL, experts=32, expert_hidden=64, shared_hidden=64, top_k=2, pool_min=6, **SCHEDULE)
 """The demo's size before the study: what the settings change."""
-QUICK_BASE = replace(QUICK, pool_min=2, **SCHEDULE)
+QUICK_BASE = replace(QUICK, experts=8, expert_hidden=32, shared_hidden=32, top_k=2, pool_min=2, **SCHEDULE)
 SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows", "balance")
 """Fields of Size that the standard MoE shares with EMO."""
 
@@ -79,7 +79,10 @@ SETTINGS = (
         changes=SHARED,
     ),
     Setting(
-        name="standard-light", about="as standard-shared, a tenth of the balance loss", model=STANDARD, changes=LIGHT
+        name="standard-light",
+        about="as standard-shared, with a tenth of the balance loss",
+        model=STANDARD,
+        changes=LIGHT,
     ),
     Setting(
         name="standard-wide",
@@ -100,7 +103,7 @@ SETTINGS = (
         model=SMALL,
         changes=SHARED,
     ),
-    Setting(name="small-light", about="as small-shared, a tenth of the balance loss", model=SMALL, changes=LIGHT),
+    Setting(name="small-light", about="as small-shared, with a tenth of the balance loss", model=SMALL, changes=LIGHT),
     Setting(
         name="small-wide",
         about="standard MoE with a quarter of the experts, 64 sequences per step",
@@ -155,7 +158,7 @@ SETTINGS = (
     ),
     Setting(
         name="delay25-light",
-        about="as delay25-shared, a tenth of the balance loss",
+        about="as delay25-shared, with a tenth of the balance loss",
         changes=LIGHT | AT_ONCE | {"pool_min": 8, "pool_delay": 0.25},
     ),
     Setting(

@@ -8,7 +8,7 @@ The stages, in order:
 - grid: every setting of settings.py, few steps, one seed, compared on text that is kept apart (selection).
 - finalists: the best settings, with the standard MoE and the small model of the same shapes; all steps, all seeds, on
   the same text. The winner has the smallest loss at 1/4 among the settings within the targets: a gap of at most .04
-  and a loss increase at 1/4 of at most .14.
+  and a loss increase at 1/4 of at most .14; if there are none, among all.
 - validation: the winner, its standard MoE and the small model on the validation documents, which choose nothing.
 - further: the winner's modules and the small model, trained further on documents of one domain, and measured on the
   validation documents of this domain.
@@ -74,7 +74,7 @@ class Options:
     """Settings of the second stage. Default: the three with the smallest loss of modules at 1/4 in the grid."""
     winner: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Setting of the last stages. Default: the finalist with the smallest loss at 1/4, mean over seeds, among those
-    within the targets."""
+    within the targets; if there are none, among all."""
     further_tokens: int = 2_000_000
     """Training tokens of one domain in the stage further."""
     longer_steps: int = 2440
