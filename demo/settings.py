@@ -142,6 +142,11 @@ SETTINGS = (
         changes=SHARED | AT_ONCE | {"pool_min": 16, "pool_delay": 0.25},
     ),
     Setting(
+        name="delay25-min16-skew1.2-shared",
+        about="large shared expert, no pools to 25 %, then 16 to 64 with skew 1.2",
+        changes=SHARED | AT_ONCE | {"pool_min": 16, "pool_delay": 0.25, "pool_skew": 1.2},
+    ),
+    Setting(
         name="delay25-min16-skew1.3-shared",
         about="large shared expert, no pools to 25 %, then 16 to 64 with skew 1.3",
         changes=SHARED | AT_ONCE | {"pool_min": 16, "pool_delay": 0.25, "pool_skew": 1.3},
