@@ -2,7 +2,7 @@
 
     make demo && .venv/bin/python benchmarks/update_module.py
 
-Takes the demo's EMO and standard MoE, chooses 8 experts for Perl text, and trains every kind of update for the same
+Takes the demo's EMO and standard MoE, chooses a quarter of the experts for Perl text, and trains every kind of update for the same
 number of steps: all weights; the chosen experts inside the full model; the module alone (experts, or experts and
 router), merged back whole or in part. Prints, for each update, the loss decrease on Perl and the loss increase on the
 demo's eight domains. An interrupted run resumes.
@@ -26,13 +26,15 @@ from safetensors.torch import save_file
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
 from demo.jobs import Job, run_jobs
-from demo.recipe import FULL, PRETRAIN, main_models, megatron_flags
+from demo.recipe import PRETRAIN, Size, main_models, megatron_flags
 from demo.sources import Machine, perl
+from emo_megatron.json_files import read_object
 from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.launch import python
 
 DOMAIN = "perl"
 BLENDS = (1.0, 0.5, 0.25)
+SCHEDULES = ("--pool-min-decay-samples", "--pool-delay-samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class Options:
     steps: int = 60
     lr: float = 1e-3
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
-    num_kept: int = FULL.experts // 4
-    """Routed experts per layer of the module."""
+    num_kept: int | None = None
+    """Routed experts per layer of the module. Default: a quarter of the demo's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +95,17 @@ def prepare(options: Options, corpus: Corpus) -> Path:
 
 
 class Experiment:
-    """The jobs for one of the demo's models."""
+    """The jobs for one of the models of a demo of this size."""
 
-    def __init__(self, model: str, options: Options, folder: Path) -> None:
-        self.options, self.folder = options, folder
+    def __init__(self, model: str, options: Options, folder: Path, size: Size) -> None:
+        self.options, self.folder, self.size = options, folder, size
         self.parent = options.run / model / "checkpoint"
         self.output = options.output / model
-        (recipe,) = (m for m in main_models(FULL, seed=1234) if m.name == model)
-        self.flags = functools.partial(megatron_flags, FULL, recipe, corpus=folder)
+        (recipe,) = (m for m in main_models(size, seed=1234) if m.name == model)
+        self.flags = functools.partial(megatron_flags, size, recipe, corpus=folder)
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
-        self.num_kept = options.num_kept
+        self.num_kept = options.num_kept or size.experts // 4
 
     def jobs(self) -> list[Job]:
         """Everything, in order."""
@@ -113,9 +115,9 @@ class Experiment:
             self._command(
                 stats,
                 *("stats", "--checkpoint", self.parent, "--data", data),
-                *("--tokens", 8192, "--seq-length", FULL.seq_length, "--micro-batch-size", FULL.rows),
+                *("--tokens", 8192, "--seq-length", self.size.seq_length, "--micro-batch-size", self.size.rows),
             ),
-            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.options.num_kept} routed")),
+            self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.num_kept} routed")),
             self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
         ]
         # what was trained in the full model goes back in part too: a module of all experts
@@ -172,9 +174,10 @@ class Experiment:
         # four steps, and fewer than there are
         own += ["--lr-decay-style", "linear", "--lr-warmup-iters", min(4, steps // 2)]
         own += ["--log-interval", 5]
-        if pools and "--pool-min-decay-samples" in self.flags(run_dir=folder):
-            own += ["--pool-min-decay-samples", 0]
         flags = self.flags(run_dir=folder)
+        if pools:
+            # pretraining has finished these schedules
+            own += [item for flag in SCHEDULES if flag in flags for item in (flag, 0)]
         if not pools and "--pool-min" in flags:
             flags = flags[: flags.index("--pool-min")]
         return self._job(
@@ -189,7 +192,7 @@ class Experiment:
         output = self._measured(variant)
         flags = ("--checkpoint", variant.path, "--data", self.folder / "calibration")
         flags += ("--validation-data", self.folder / "validation", "--output", output, "--keep")
-        flags += ("--validation-tokens", FULL.evaluation_tokens, "--micro-batch-size", FULL.rows)
+        flags += ("--validation-tokens", self.size.evaluation_tokens, "--micro-batch-size", self.size.rows)
         command = python("-m", "emo_megatron", "retention", *flags)
         log = output.with_suffix(".log")
         return self._job(f"measuring {variant.name}", command, leaves=output / "retention.json", log=log)
@@ -232,7 +235,8 @@ def main(options: Options) -> None:
     manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
     corpus = Corpus(path=options.run / "corpus", manifest=manifest)
     folder = prepare(options, corpus)
-    experiments = [Experiment(name, options, folder) for name in ("emo", "standard")]
+    size = Size(**read_object(options.run / "demo.json", kind="the settings of a run")["size"])
+    experiments = [Experiment(name, options, folder, size) for name in ("emo", "standard")]
     for experiment in experiments:
         experiment.output.mkdir(parents=True, exist_ok=True)
         run_jobs(experiment.jobs())

@@ -39,6 +39,8 @@ from emo_megatron.json_files import read_object
 MAX_CHARS = 8_000
 """Characters of a document: about two sequences of 1,024 tokens."""
 LEAST_MEGABYTES = 0.1
+CORPUS = "corpus"
+"""Folder of the prepared corpus."""
 FEWEST_TOKENS = {"validation": 65_536, "calibration": 32_768}
 """Tokens that the evaluation of a domain reads, see ON_GPU in benchmarks/fidelity_plan.py."""
 CLOSE = 0.9
@@ -151,6 +153,8 @@ def find_domains(fewest: int) -> dict[Domain, list[Package]]:
 def write_texts(domain: Domain, packages: list[Package], *, debs: Path, config: CorpusConfig) -> int:
     """Write the cleaned texts of a domain, one file each, unless the same texts are there; returns the bytes.
 
+    New texts delete the manifest of the corpus, so that the corpus is prepared again.
+
     Raises:
         ValueError: a package cannot be unpacked.
     """
@@ -163,6 +167,8 @@ def write_texts(domain: Domain, packages: list[Package], *, debs: Path, config: 
     if folder.is_dir() and known.items() >= made_with.items():
         return int(known["bytes"])
     _write_json(texts / SOURCES, listed)
+    # the corpus of the earlier texts; its configuration may be the same
+    (texts.parent / CORPUS / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     rng = random.Random(f"{config.seed} {domain.name}")
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=texts.parent) as scratch:
@@ -190,7 +196,7 @@ def build(options: Options) -> Corpus:
     config = dataclasses.replace(options.config, max_train_tokens=_earlier_limit(options, packed))
     while True:
         started = time.monotonic()
-        corpus = prepare_corpus(options.output / "corpus", config)
+        corpus = prepare_corpus(options.output / CORPUS, config)
         check_tokens(corpus, options.min_tokens)
         print(describe(corpus), flush=True)
         prepared = time.monotonic()
@@ -210,7 +216,7 @@ def build(options: Options) -> Corpus:
 
 def _earlier_limit(options: Options, packed: Path) -> int | None:
     """The number of training tokens that an earlier run with the same --max-mib found; None if it found none."""
-    path = options.output / "corpus" / MANIFEST
+    path = options.output / CORPUS / MANIFEST
     if not path.exists() or not packed.exists():
         return None
     most: int | None = read_object(path, kind="a corpus").get("config", {}).get("max_train_tokens")

@@ -11,13 +11,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from demo.recipe import FULL, QUICK, Model, Size, main_models
+from demo.recipe import QUICK, Model, Size, main_models
 from emo_megatron.config import broken, raise_problems
 from emo_megatron.report.rows import EMO, SMALL, STANDARD
 
 SCHEDULE: dict[str, Any] = {"pool_decay": 0.6, "pool_delay": 0.0, "pool_skew": 1.0, "unrestricted": 0.0, "balance": 0.1}
-BASE = replace(FULL, experts=32, expert_hidden=64, shared_hidden=64, top_k=2, pool_min=6, **SCHEDULE)
-"""The demo's size before the study: what the settings change."""
+BASE = Size(
+    steps=800,
+    rows=16,
+    seq_length=256,
+    layers=4,
+    hidden=128,
+    heads=4,
+    experts=32,
+    expert_hidden=64,
+    shared_hidden=64,
+    top_k=2,
+    pool_min=6,
+    fractions=(0.5, 0.25, 0.125, 0.0625),
+    evaluation_tokens=16384,
+    calibration_tokens=8192,
+    lr=3e-3,
+    warmup=40,
+    **SCHEDULE,
+)
+"""The demo's size before the study: what the settings change. The demo's size now is a setting of its own."""
 QUICK_BASE = replace(QUICK, experts=8, expert_hidden=32, shared_hidden=32, top_k=2, pool_min=2, **SCHEDULE)
 SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows", "balance")
 """Fields of Size that the standard MoE shares with EMO."""

@@ -17,7 +17,13 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--selections")
 
 
-@pytest.fixture(params=["emo", "standard"])
+SIZES = {
+    "falling": {"pool_decay": 0.6, "pool_delay": 0.0},
+    "delayed": {"pool_decay": 0.0, "pool_delay": 0.25},
+}
+
+
+@pytest.fixture(params=[(model, schedule) for model in ("emo", "standard") for schedule in SIZES], ids="-".join)
 def experiment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The jobs for one model of a demo that does not exist."""
     pytest.importorskip("megatron.core")
@@ -25,7 +31,8 @@ def experiment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
     update = importlib.import_module("update_module")
     folder = tmp_path / "update" / "corpus"
     options = update.Options(run=tmp_path / "run", output=tmp_path / "update", steps=2)
-    return update.Experiment(request.param, options, folder)
+    model, schedule = request.param
+    return update.Experiment(model, options, folder, update.Size(**SIZES[schedule]))
 
 
 def test_it_wants_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +76,8 @@ def _training(job: Any, known: set[Path]) -> Path:
     arguments = job.command[script + 1 :]
     parser = add_start_args(add_pool_args(add_megatron_arguments(argparse.ArgumentParser())))
     args = parser.parse_args(arguments)
+    # Megatron refuses a schedule of pools that is longer than the training
+    assert (args.pool_min_decay_samples, args.pool_delay_samples) == (0, 0)
     # two steps, of which one warms up
     assert (args.train_iters, args.lr_warmup_iters) == (2, 1)
     assert {Path(path) for path in (args.load, args.train_selection) if path} <= known

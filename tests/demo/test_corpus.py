@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import random
+import re
 import struct
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from demo import corpus as corpora
 from demo import sources
-from demo.corpus import Corpus, CorpusConfig, describe, prepare_corpus
+from demo.corpus import Corpus, CorpusConfig, describe, prepare_corpus, write_domain
 from demo.sources import Machine, Source
 from emo_megatron.mcore.dataset import write_indexed_dataset
 
@@ -169,6 +170,38 @@ def test_long_documents_are_cut_at_a_line_end() -> None:
     assert cut == "\n\n".join(f"line {number}" for number in range(len(cut.split("\n\n"))))
     assert 80 <= len(cut) <= 95
     assert corpora.clean("x" * 200, max_chars=95) == "x" * 95
+
+
+def test_long_texts_become_documents_of_one_split_and_of_one_domain(tmp_path: Path) -> None:
+    counts = {"latin": 14, "cyrillic": 14, "digits": 14}
+    folders = tmp_path / "in"
+    for name, count in counts.items():
+        for number in range(count):
+            path = folders / name / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # every line names its file
+            lines = [f"{number}: {_words(ALPHABETS[name], seed=f'{name} {number} {line}')}" for line in range(12)]
+            path.write_text("\n".join(lines))
+    config = _config(folders, max_document_chars=900, max_text_chars=4000)
+    corpus = prepare_corpus(tmp_path / "out", config)
+    texts = _texts(corpus)
+    assert sum(map(len, texts.values())) > sum(counts.values())
+    assert max(len(text) for found in texts.values() for text in found) <= 900
+    domains = {letter: name for name, alphabet in ALPHABETS.items() for letter in alphabet}
+    files = {
+        split: {(number, domains[letter]) for text in found for number, letter in re.findall(r"^(\d+): (.)", text, re.M)}
+        for split, found in texts.items()
+    }
+    assert sum(map(len, files.values())) == len(set().union(*files.values())) == sum(counts.values())
+    rows = corpus.manifest["domains"]
+    for name in corpus.domains:
+        write_domain(corpus, name, tmp_path / name)
+        written = IndexedDataset(str(tmp_path / name))
+        assert len(written) == rows[name]["documents"]["train"]
+        assert sum(len(written[n]) for n in range(len(written))) == rows[name]["tokens"]["train"]
+        letters = {*ALPHABETS[name], *"0123456789: \n"}
+        decode = AutoTokenizer.from_pretrained(corpus.path / "tokenizer").decode
+        assert all({*decode(written[n].tolist()[:-1])} <= letters for n in range(len(written)))
 
 
 def test_no_domain_has_more_training_tokens_than_the_median_one(tmp_path: Path) -> None:

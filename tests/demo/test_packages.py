@@ -108,6 +108,21 @@ def test_packages_become_a_packed_corpus_once(
 
 
 @needs_dpkg
+def test_another_version_of_a_package_gives_another_corpus(fake: FakeApt, tmp_path: Path) -> None:
+    packages.main(_options(tmp_path))
+    manifest = tmp_path / "out" / "corpus" / "corpus.json"
+    earlier = json.loads(manifest.read_text())
+    texts = {f"usr/latin{n}.txt": _words(ALPHABETS["latin"], f"newer {n}") for n in range(70)}
+    fake.add("latin-13-src", texts, version="1:3.0-1")
+    packages.main(_options(tmp_path))
+    later = json.loads(manifest.read_text())
+    # the configuration of the corpus names no package
+    assert later["config"] == earlier["config"]
+    assert later["domains"]["latin"]["source"] == "latin-13-src 1:3.0-1"
+    assert later["fingerprint"] != earlier["fingerprint"]
+
+
+@needs_dpkg
 def test_an_interrupted_download_resumes(fake: FakeApt, tmp_path: Path) -> None:
     found = apt.find_packages([rf"{name}-\d+-src" for name in ALPHABETS])
     wanted = list(found.values())
