@@ -1,4 +1,4 @@
-"""How does EMO's loss change if load is balanced over less than the whole batch? The demo's EMO, balanced three ways.
+"""How does EMO's loss change if load is balanced over less than the whole batch? EMO, balanced three ways.
 
     .venv/bin/python benchmarks/balance_kinds.py --corpus runs/demo/corpus
 
@@ -39,7 +39,7 @@ KINDS = {
     ),
     "documents": ("seq_aux_loss: every document in its pool", ("--moe-router-load-balancing-type", "seq_aux_loss")),
 }
-"""Name of the run -> what is balanced, and the flags on top of EMO's of the demo."""
+"""Name of the run -> what is balanced, and the flags in addition to those of EMO."""
 FRACTIONS = (0.25, 0.125)
 
 
@@ -77,7 +77,7 @@ class Options:
 
     @property
     def size(self) -> Size:
-        """Of models, training and measurement."""
+        """Of models, training and measurement: the first setting of the demo, see docs/experiments.md."""
         if self.quick:
             return dataclasses.replace(QUICK_BASE, steps=4, fractions=(0.25,), evaluation_tokens=512)
         return dataclasses.replace(

@@ -53,9 +53,10 @@ ON_GPU = Size(
     expert_hidden=256,
     shared_hidden=512,
     top_k=4,
-    pool_min=12,
-    pool_decay=0.6,
-    pool_delay=0.0,
+    # the schedule that won the study of demo/study.py
+    pool_min=16,
+    pool_decay=0.0,
+    pool_delay=0.25,
     pool_skew=1.0,
     unrestricted=0.0,
     balance=0.1,

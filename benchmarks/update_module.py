@@ -2,10 +2,10 @@
 
     make demo && .venv/bin/python benchmarks/update_module.py
 
-Takes the demo's EMO and standard MoE, chooses a quarter of the experts for Perl text, and trains every kind of update for the same
-number of steps: all weights; the chosen experts inside the full model; the module alone (experts, or experts and
-router), merged back whole or in part. Prints, for each update, the loss decrease on Perl and the loss increase on the
-demo's eight domains. An interrupted run resumes.
+Takes the demo's EMO and standard MoE, chooses a quarter of the experts for Perl text, and trains every kind of update
+for the same number of steps: all weights; the chosen experts inside the full model; the module alone (experts, or
+experts and router), merged back whole or in part. Prints, for each update, the loss decrease on Perl and the loss
+increase on the demo's eight domains. An interrupted run resumes.
 """
 
 from __future__ import annotations

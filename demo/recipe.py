@@ -45,16 +45,16 @@ class Size:
     layers: int = 4
     hidden: int = 128
     heads: int = 4
-    experts: int = 32
+    experts: int = 64
     """Routed experts, without the one shared expert."""
-    expert_hidden: int = 64
-    shared_hidden: int = 64
+    expert_hidden: int = 32
+    shared_hidden: int = 128
     """Width of the shared expert."""
     top_k: int = 2
-    pool_min: int = 6
-    pool_decay: float = 0.6
+    pool_min: int = 16
+    pool_decay: float = 0.0
     """Share of training over which the pool's lower bound falls from all experts to pool_min; 0: always pool_min."""
-    pool_delay: float = 0.0
+    pool_delay: float = 0.25
     """Share of training before pools start."""
     pool_skew: float = 1.0
     """Skew of the drawn pool sizes, see --pool-skew."""

@@ -17,10 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--selections")
 
 
-SIZES = {
-    "falling": {"pool_decay": 0.6, "pool_delay": 0.0},
-    "delayed": {"pool_decay": 0.0, "pool_delay": 0.25},
-}
+SIZES = {"falling": {"pool_decay": 0.6, "pool_delay": 0.0}, "delayed": {"pool_decay": 0.0, "pool_delay": 0.25}}
 
 
 @pytest.fixture(params=[(model, schedule) for model in ("emo", "standard") for schedule in SIZES], ids="-".join)

@@ -189,7 +189,9 @@ def test_long_texts_become_documents_of_one_split_and_of_one_domain(tmp_path: Pa
     assert max(len(text) for found in texts.values() for text in found) <= 900
     domains = {letter: name for name, alphabet in ALPHABETS.items() for letter in alphabet}
     files = {
-        split: {(number, domains[letter]) for text in found for number, letter in re.findall(r"^(\d+): (.)", text, re.M)}
+        split: {
+            (number, domains[letter]) for text in found for number, letter in re.findall(r"^(\d+): (.)", text, re.M)
+        }
         for split, found in texts.items()
     }
     assert sum(map(len, files.values())) == len(set().union(*files.values())) == sum(counts.values())

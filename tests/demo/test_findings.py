@@ -27,9 +27,9 @@ def measured(**changes: float) -> list[RetentionRow]:
         "emo": 0.125,
         "standard": 0.625,
         "emo_eighth": 0.25,
-        "standard_eighth": 1.0,
-        "random": 0.375,
-        "elsewhere": 0.5,
+        "standard_eighth": 0.75,
+        "random": 0.25,
+        "elsewhere": 0.25,
         "emo_full": 3.05,
         "small": 3.5,
     } | changes
@@ -71,8 +71,8 @@ def losses(rows: list[RetentionRow]) -> dict[str, Measured]:
 BREAKS = {
     "quarter_increase": {"emo": 0.1251},
     "eighth_increase": {"emo_eighth": 0.2501},
-    "choice_matters": {"random": 0.3749},
-    "quarter_is_selective": {"elsewhere": 0.42},
+    "choice_matters": {"random": 0.2499},
+    "quarter_is_selective": {"elsewhere": 0.2499},
 }
 REPORTS = {"full_models", "quarter_and_small"}
 
@@ -86,8 +86,8 @@ def test_findings_hold() -> None:
     numbers = {name: (finding.value, finding.bound) for name, finding in found.items()}
     assert numbers["quarter_increase"] == pytest.approx((0.125, 0.125))
     assert numbers["eighth_increase"] == pytest.approx((0.25, 0.25))
-    assert numbers["choice_matters"] == pytest.approx((0.375, 0.375))
-    assert numbers["quarter_is_selective"] == pytest.approx((0.3, 0.375))
+    assert numbers["choice_matters"] == pytest.approx((0.25, 0.25))
+    assert numbers["quarter_is_selective"] == pytest.approx((0.25, 0.25))
 
 
 def test_findings_without_a_bound_report_a_number_with_its_error() -> None:
@@ -146,8 +146,8 @@ def test_table() -> None:
     lines = table(measured()).splitlines()
     assert [line.split()[2:] for line in lines[3:6]] == [
         ["3.050", "3.000", "-", "-", "-"],
-        ["3.175", "(+0.125)", "3.625", "(+0.625)", "3.500", "3.425", "(+0.375)", "+0.375"],
-        ["3.300", "(+0.250)", "4.000", "(+1.000)", "-", "-", "-"],
+        ["3.175", "(+0.125)", "3.625", "(+0.625)", "3.500", "3.300", "(+0.250)", "+0.125"],
+        ["3.300", "(+0.250)", "3.750", "(+0.750)", "-", "-", "-"],
     ]
     kept = [line.split()[:2] for line in lines[3:6]]
     assert kept == [["32", "(all)"], ["8", "(1/4)"], ["4", "(1/8)"]]
@@ -219,16 +219,16 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     curves, crossings = figures[0].axes
     means = [line for line in curves.lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in means] == [[0.125, 0.25, 1.0]] * 2
-    assert means[0].get_ydata() == pytest.approx([4.0, 3.625, 3.0])
+    assert means[0].get_ydata() == pytest.approx([3.75, 3.625, 3.0])
     assert means[1].get_ydata() == pytest.approx([3.3, 3.175, 3.05])
     dashed = [line for line in curves.lines if line.get_linestyle() == "--"]
     assert [list(line.get_xdata()) for line in dashed] == [[0.25, 1.0]]
     # "all" is on the left
     assert curves.get_xlim()[0] > curves.get_xlim()[1]
-    assert crossings.images[0].get_array().tolist() == [[0.125, 0.5], [1.0, 0.125]]
+    assert crossings.images[0].get_array().tolist() == [[0.125, 0.25], [0.875, 0.125]]
     texts = [text.get_text() for text in (*figures[0].texts, *crossings.texts)]
     assert "the caption" in texts
-    assert [texts.count(number) for number in ("0.12", "0.50", "1.00")] == [2, 1, 1]
+    assert [texts.count(number) for number in ("0.12", "0.25", "0.88")] == [2, 1, 1]
     assert "EMO loses 0.12 nats per token, a standard MoE 0.62" in texts[0]
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -21,13 +22,13 @@ from support import made_up, words
 
 pytest.importorskip("megatron.core")
 
-from demo import runs, settings, study
+from demo import recipe, runs, settings, study
 from demo.corpus import Corpus, CorpusConfig, prepare_corpus, write_domain
 from demo.jobs import Job, run_jobs
 from demo.study import scores
 from demo.study_page import numbers, over_seeds, page
 from emo_megatron.mcore.dataset import IndexedDocuments
-from emo_megatron.report.rows import EMO, SMALL, STANDARD
+from emo_megatron.report.rows import CHOSEN, EMO, SMALL, STANDARD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -473,3 +474,24 @@ def test_the_log_has_the_numbers_of_the_results() -> None:
     finalists = {r for r in rows(ROOT / "benchmarks/results/fidelity-study.md") if r[0] in names and len(r) == 9}
     assert finalists
     assert finalists <= log
+
+
+def test_the_demo_has_the_setting_that_won() -> None:
+    """The validated setting is within the targets over all seeds, and is the demo's."""
+    stored = json.loads((ROOT / "benchmarks/results/fidelity-study.json").read_text())
+    emo = [run for run in stored["runs"] if settings.find(run["setting"]).model == EMO]
+    (winner,) = {r["setting"] for r in emo if r["text"] == runs.VALIDATION}
+    assert settings.find(winner).size(steps=stored["options"]["steps"]) == recipe.FULL
+    means = {}
+    for name in {r["setting"] for r in emo}:
+        found = [r for r in emo if (r["setting"], r["text"], r["steps"]) == (name, runs.SELECTION, recipe.FULL.steps)]
+        if {r["seed"] for r in found} == {*stored["options"]["seeds"]}:
+            increase = fmean(r["increases"][f"{CHOSEN} 0.25"]["nats"] for r in found)
+            loss = fmean(fmean(r["losses"][f"{CHOSEN} 0.25"].values()) for r in found)
+            means[name] = (loss, fmean(r["gap"]["nats"] for r in found), increase)
+    within = {
+        name: loss
+        for name, (loss, gap, increase) in means.items()
+        if gap <= study.TARGETS["gap"] and increase <= study.TARGETS["increase"]
+    }
+    assert winner == min(within, key=within.__getitem__)
