@@ -77,7 +77,7 @@ class Options:
 
     @property
     def size(self) -> Size:
-        """Of models, training and measurement: the first setting of the demo, see docs/experiments.md."""
+        """Of models, training and measurement: the demo's earlier setting, see docs/experiments.md."""
         if self.quick:
             return dataclasses.replace(QUICK_BASE, steps=4, fractions=(0.25,), evaluation_tokens=512)
         return dataclasses.replace(
@@ -160,7 +160,7 @@ def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, 
         [
             "# Kinds of balance\n",
             "\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n",
-            f"EMO of the demo, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
+            f"EMO with the demo's earlier setting, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
             f"tokens, {size.evaluation_tokens} validation tokens per domain; {retention.versions()}. Loss: nats per "
             "token. Each domain keeps the experts that it uses most; the table shows means over domains. In brackets: "
             "the loss increase from dropping the other experts. "

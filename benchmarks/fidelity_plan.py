@@ -53,10 +53,9 @@ ON_GPU = Size(
     expert_hidden=256,
     shared_hidden=512,
     top_k=4,
-    # the schedule that won the study of demo/study.py
-    pool_min=16,
-    pool_decay=0.0,
-    pool_delay=0.25,
+    pool_min=12,
+    pool_decay=0.6,
+    pool_delay=0.0,
     pool_skew=1.0,
     unrestricted=0.0,
     balance=0.1,

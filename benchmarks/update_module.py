@@ -16,8 +16,9 @@ import random
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import find_demo  # noqa: F401
 import torch
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
 from demo.jobs import Job, run_jobs
-from demo.recipe import PRETRAIN, Size, main_models, megatron_flags
+from demo.recipe import PRETRAIN, Size, claim, main_models, megatron_flags, run_step
 from demo.sources import Machine, perl
 from emo_megatron.json_files import read_object
 from emo_megatron.report.rows import load_rows
@@ -94,18 +95,31 @@ def prepare(options: Options, corpus: Corpus) -> Path:
     return folder
 
 
+def size_and_seed(run: Path) -> tuple[Size, int]:
+    """Of the models of a finished demo.
+
+    Raises:
+        ValueError: another release has made the demo.
+    """
+    settings = read_object(run / "demo.json", kind="the settings of a run")
+    size: dict[str, Any] = settings["size"]
+    if size.keys() != {field.name for field in fields(Size)}:
+        raise ValueError(f"--run must be a demo of this release; {run} is one of another: run `make demo` again")
+    return Size(**size), settings["seed"]
+
+
 class Experiment:
     """The jobs for one of the models of a demo of this size."""
 
-    def __init__(self, model: str, options: Options, folder: Path, size: Size) -> None:
+    def __init__(self, model: str, options: Options, folder: Path, *, size: Size, seed: int) -> None:
         self.options, self.folder, self.size = options, folder, size
         self.parent = options.run / model / "checkpoint"
         self.output = options.output / model
-        (recipe,) = (m for m in main_models(size, seed=1234) if m.name == model)
+        (recipe,) = (m for m in main_models(size, seed=seed) if m.name == model)
         self.flags = functools.partial(megatron_flags, size, recipe, corpus=folder)
         self.selection = self.output / "selection.json"
         self.module = self.output / "module"
-        self.num_kept = options.num_kept or size.experts // 4
+        self.num_kept = size.experts // 4 if options.num_kept is None else options.num_kept
 
     def jobs(self) -> list[Job]:
         """Everything, in order."""
@@ -234,9 +248,11 @@ def main(options: Options) -> None:
         return
     manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
     corpus = Corpus(path=options.run / "corpus", manifest=manifest)
+    size, seed = size_and_seed(options.run)
+    made_with = {"size": asdict(size), "seed": seed, "text": manifest["fingerprint"]}
+    claim(options.output, made_with | {name: getattr(options, name) for name in ("steps", "lr", "num_kept")})
     folder = prepare(options, corpus)
-    size = Size(**read_object(options.run / "demo.json", kind="the settings of a run")["size"])
-    experiments = [Experiment(name, options, folder, size) for name in ("emo", "standard")]
+    experiments = [Experiment(name, options, folder, size=size, seed=seed) for name in ("emo", "standard")]
     for experiment in experiments:
         experiment.output.mkdir(parents=True, exist_ok=True)
         run_jobs(experiment.jobs())
@@ -248,4 +264,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_step(lambda: main(tyro.cli(Options)))

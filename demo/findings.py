@@ -87,7 +87,7 @@ def findings(losses: Mapping[str, Measured]) -> list[Finding]:
             f"({emo.loss():.3f} and {standard.loss():.3f})."
         )
         found.append(Finding("full_models", gap.nats, text))
-        for name, fraction, part in (("quarter_increase", QUARTER, 5), ("eighth_increase", EIGHTH, 3)):
+        for name, fraction, part in (("quarter_increase", QUARTER, 5), ("eighth_increase", EIGHTH, 4)):
             if (CHOSEN, fraction) in emo.nats.keys() & standard.nats.keys():
                 first, second = emo.increase(CHOSEN, fraction), standard.increase(CHOSEN, fraction)
                 text = (
@@ -108,14 +108,14 @@ def _of_quarter(emo: Measured, small: Measured | None) -> list[Finding]:
     if (RANDOM, QUARTER) in emo.nats:
         by_chance = emo.increase(RANDOM, QUARTER)
         text = (
-            f"With a random quarter of the experts, EMO's loss increase is {by_chance}: at least twice that of the "
-            "chosen quarter."
+            f"EMO's loss increase is {by_chance} with a random quarter of the experts and {chosen} with the chosen "
+            "quarter. The first is at least twice the second."
         )
         found.append(Finding("choice_matters", 2 * max(chosen.nats, 0.0), text, by_chance.nats))
     if emo.increase_on_others is not None:
         text = (
-            f"On other domains, the loss increase of EMO's quarters is {signed(emo.increase_on_others)}: at least "
-            "twice that on their own domain."
+            f"The loss increase of EMO's quarters is {signed(emo.increase_on_others)} on other domains and "
+            f"{signed(chosen.nats)} on their own. The first is at least twice the second."
         )
         found.append(Finding("quarter_is_selective", 2 * max(chosen.nats, 0.0), text, emo.increase_on_others))
     if small:

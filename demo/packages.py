@@ -124,6 +124,7 @@ def main(options: Options) -> None:
     for folder in (options.output / "texts").glob("*/"):
         # of an earlier run, with other packages
         if folder.name not in {domain.name for domain in available}:
+            _forget_corpus(options.output)
             shutil.rmtree(folder)
     build(options)
 
@@ -167,8 +168,7 @@ def write_texts(domain: Domain, packages: list[Package], *, debs: Path, config: 
     if folder.is_dir() and known.items() >= made_with.items():
         return int(known["bytes"])
     _write_json(texts / SOURCES, listed)
-    # the corpus of the earlier texts; its configuration may be the same
-    (texts.parent / CORPUS / MANIFEST).unlink(missing_ok=True)
+    _forget_corpus(texts.parent)
     shutil.rmtree(folder, ignore_errors=True)
     rng = random.Random(f"{config.seed} {domain.name}")
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=texts.parent) as scratch:
@@ -184,6 +184,11 @@ def write_texts(domain: Domain, packages: list[Package], *, debs: Path, config: 
     size = sum(len(text.encode()) for text in found.values())
     _write_json(texts / SOURCES, listed | {domain.name: made_with | {"bytes": size, "texts": len(found)}})
     return size
+
+
+def _forget_corpus(output: Path) -> None:
+    """Delete the manifest of an earlier corpus: prepare_corpus detects another configuration, but not other texts."""
+    (output / CORPUS / MANIFEST).unlink(missing_ok=True)
 
 
 def build(options: Options) -> Corpus:

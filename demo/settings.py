@@ -35,7 +35,7 @@ BASE = Size(
     warmup=40,
     **SCHEDULE,
 )
-"""The demo's size before the study: what the settings change. The demo's size now is a setting of its own."""
+"""The demo's size before the study: what the settings change. The demo now has the setting delay25-min16-shared."""
 QUICK_BASE = replace(QUICK, experts=8, expert_hidden=32, shared_hidden=32, top_k=2, pool_min=2, **SCHEDULE)
 SHAPE = ("experts", "expert_hidden", "shared_hidden", "top_k", "rows", "micro_rows", "balance")
 """Fields of Size that the standard MoE shares with EMO."""

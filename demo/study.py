@@ -121,6 +121,11 @@ class Score:
         return has_gap and self.increase <= TARGETS["increase"]
 
 
+def best(ranked: Sequence[Score]) -> Score:
+    """The score with the smallest loss among those within the targets; if there are none, among all."""
+    return min([score for score in ranked if score.is_within_targets] or ranked, key=lambda score: score.loss)
+
+
 def scores(runs: Sequence[Run], text: str) -> list[Score]:
     """The settings with pools that are measured, the smallest loss at a quarter of the experts first."""
     measured = [(run, found) for run in runs if run.setting.model == EMO and (found := run.measured(text))]
@@ -177,9 +182,7 @@ class Stages:
         runs = self.finalists(self.grid())
         if not runs or not all(run.measured(SELECTION) for run in runs):
             return None
-        ranked = scores(runs, SELECTION)
-        within = [score for score in ranked if score.is_within_targets]
-        return find((within or ranked)[0].name)
+        return find(best(scores(runs, SELECTION)).name)
 
     def validation(self, winner: Setting) -> list[Run]:
         """The winner, and the standard MoE and the small model of the same shape."""

@@ -2,7 +2,7 @@
 # Fine-tunes a module on documents of its domain. `merge` can then copy the module into its parent.
 #
 #   MODULE=runs/perl OUTPUT=runs/perl_tuned DATA_PATH=data/perl_document TOKENIZER=runs/tokenizer \
-#       examples/finetune_module.sh $MODEL_FLAGS --num-experts 8
+#       examples/finetune_module.sh $MODEL_FLAGS --num-experts 16
 #   python -m emo_megatron merge --parent runs/emo --modules runs/perl_tuned --output runs/emo_perl
 #
 # Trains by examples/pretrain_emo.py, so all parallel layouts of Megatron work. Run the same command

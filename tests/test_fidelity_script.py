@@ -485,7 +485,7 @@ def test_fewer_steps_shorten_every_schedule(scripts: SimpleNamespace) -> None:
     flags = dict(itertools.pairwise(_flags(size, emo)))
     assert flags["--train-iters"] == "200"
     assert int(flags["--lr-warmup-iters"]) == 50 < scripts.plan.ON_GPU.warmup
-    assert _pool(size, emo).pool_delay_samples == 50 * size.rows
+    assert _pool(size, emo).pool_min_decay_samples == 120 * size.rows
     assert size.tokens == 200 * 128 * 1024
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--selections")
 
 
-SIZES = {"falling": {"pool_decay": 0.6, "pool_delay": 0.0}, "delayed": {"pool_decay": 0.0, "pool_delay": 0.25}}
+SIZES = {
+    "falling": {"experts": 32, "pool_decay": 0.6, "pool_delay": 0.0},
+    "delayed": {"experts": 16, "pool_decay": 0.0, "pool_delay": 0.25},
+}
 
 
 @pytest.fixture(params=[(model, schedule) for model in ("emo", "standard") for schedule in SIZES], ids="-".join)
@@ -29,7 +34,7 @@ def experiment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
     folder = tmp_path / "update" / "corpus"
     options = update.Options(run=tmp_path / "run", output=tmp_path / "update", steps=2)
     model, schedule = request.param
-    return update.Experiment(model, options, folder, update.Size(**SIZES[schedule]))
+    return update.Experiment(model, options, folder, size=update.Size(**SIZES[schedule]), seed=7)
 
 
 def test_it_wants_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +46,30 @@ def test_it_wants_a_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
+def test_a_demo_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    update = importlib.import_module("update_module")
+    size = dataclasses.asdict(update.Size(experts=32))
+    (tmp_path / "demo.json").write_text(json.dumps({"size": size, "seed": 5}))
+    found, seed = update.size_and_seed(tmp_path)
+    assert (found.experts, seed) == (32, 5)
+    # a missing field would become today's default
+    del size["pool_delay"]
+    (tmp_path / "demo.json").write_text(json.dumps({"size": size, "seed": 5}))
+    with pytest.raises(ValueError, match="--run"):
+        update.size_and_seed(tmp_path)
+
+
 def test_every_command_is_one(experiment) -> None:
     jobs = experiment.jobs()
+    kept = experiment.size.experts // 4
+    (select,) = (job.command for job in jobs if "select" in job.command and f"{kept} routed" in job.command)
+    assert "--keep" in select
+    alone = [job.command for job in jobs if job.title.endswith(("training alone", "training alone-router"))]
+    # the last value of a flag counts
+    assert [command[len(command) - command[::-1].index("--num-experts")] for command in alone] == [str(kept)] * 2
+    assert all(command[command.index("--seed") + 1] == "7" for command in alone)
     known = {experiment.parent}
     for job in jobs:
         left = _command(job, known) if "emo_megatron" in job.command else _training(job, known)

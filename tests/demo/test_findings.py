@@ -27,7 +27,7 @@ def measured(**changes: float) -> list[RetentionRow]:
         "emo": 0.125,
         "standard": 0.625,
         "emo_eighth": 0.25,
-        "standard_eighth": 0.75,
+        "standard_eighth": 1.0,
         "random": 0.25,
         "elsewhere": 0.25,
         "emo_full": 3.05,
@@ -109,7 +109,7 @@ def test_findings_fail(name: str) -> None:
 
 
 def test_findings_of_models_that_lose_nothing() -> None:
-    # 3 times a gain, or a fifth of one, would be bounds that reward a loss
+    # twice a gain, or a fifth of one, would be bounds that reward a loss
     better = {f.name: f for f in findings(losses(measured(emo=-0.02, standard=-0.5)))}
     assert better["quarter_increase"].holds
     assert better["quarter_increase"].bound == 0.0
@@ -117,6 +117,8 @@ def test_findings_of_models_that_lose_nothing() -> None:
     assert worse["quarter_increase"].holds is False
     random = {f.name: f for f in findings(losses(measured(emo=-0.02, random=-0.05)))}
     assert random["choice_matters"].holds is False
+    others = {f.name: f for f in findings(losses(measured(emo=-0.02, elsewhere=-0.03)))}
+    assert others["quarter_is_selective"].holds is False
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_table() -> None:
     assert [line.split()[2:] for line in lines[3:6]] == [
         ["3.050", "3.000", "-", "-", "-"],
         ["3.175", "(+0.125)", "3.625", "(+0.625)", "3.500", "3.300", "(+0.250)", "+0.125"],
-        ["3.300", "(+0.250)", "3.750", "(+0.750)", "-", "-", "-"],
+        ["3.300", "(+0.250)", "4.000", "(+1.000)", "-", "-", "-"],
     ]
     kept = [line.split()[:2] for line in lines[3:6]]
     assert kept == [["32", "(all)"], ["8", "(1/4)"], ["4", "(1/8)"]]
@@ -219,7 +221,7 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     curves, crossings = figures[0].axes
     means = [line for line in curves.lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in means] == [[0.125, 0.25, 1.0]] * 2
-    assert means[0].get_ydata() == pytest.approx([3.75, 3.625, 3.0])
+    assert means[0].get_ydata() == pytest.approx([4.0, 3.625, 3.0])
     assert means[1].get_ydata() == pytest.approx([3.3, 3.175, 3.05])
     dashed = [line for line in curves.lines if line.get_linestyle() == "--"]
     assert [list(line.get_xdata()) for line in dashed] == [[0.25, 1.0]]

@@ -108,7 +108,11 @@ def test_packages_become_a_packed_corpus_once(
 
 
 @needs_dpkg
-def test_another_version_of_a_package_gives_another_corpus(fake: FakeApt, tmp_path: Path) -> None:
+def test_other_packages_give_another_corpus(fake: FakeApt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.add("more-12-src", {f"usr/{n}.txt": _words("stuvwxyz", f"more {n}") for n in range(70)})
+    monkeypatch.setattr(
+        packages, "DOMAINS", (*MADE_UP, Domain(name="more", patterns=(r"more-\d+-src",), files=r"\.txt$"))
+    )
     packages.main(_options(tmp_path))
     manifest = tmp_path / "out" / "corpus" / "corpus.json"
     earlier = json.loads(manifest.read_text())
@@ -120,6 +124,10 @@ def test_another_version_of_a_package_gives_another_corpus(fake: FakeApt, tmp_pa
     assert later["config"] == earlier["config"]
     assert later["domains"]["latin"]["source"] == "latin-13-src 1:3.0-1"
     assert later["fingerprint"] != earlier["fingerprint"]
+    # a domain that is gone
+    monkeypatch.setattr(packages, "DOMAINS", MADE_UP)
+    packages.main(_options(tmp_path))
+    assert [*json.loads(manifest.read_text())["domains"]] == sorted(ALPHABETS)
 
 
 @needs_dpkg
