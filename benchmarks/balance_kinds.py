@@ -160,9 +160,10 @@ def _page(rows: Sequence[dict[str, Any]], metadata: dict[str, str], size: Size, 
         [
             "# Kinds of balance\n",
             "\n".join(f"- {name}: {value}" for name, value in metadata.items()) + "\n",
-            f"EMO with the demo's earlier setting, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows of {size.seq_length} "
-            f"tokens, {size.evaluation_tokens} validation tokens per domain; {retention.versions()}. Loss: nats per "
-            "token. Each domain keeps the experts that it uses most; the table shows means over domains. In brackets: "
+            f"EMO with the demo's earlier setting, {rows[0]['steps']} of {size.steps} steps of {size.rows} rows "
+            f"of {size.seq_length} tokens, {size.evaluation_tokens} validation tokens per domain; "
+            f"{retention.versions()}. Loss: nats per token. Each domain keeps the experts that it uses most; the table "
+            "shows means over domains. In brackets: "
             "the loss increase from dropping the other experts. "
             "Selectivity: loss increase on one other domain, the next by name, minus that on the own domain.\n",
             markdown_table(head, table),
