@@ -24,7 +24,6 @@ from emo_megatron.report.table import share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # the palette of Okabe and Ito: its colours differ for every common colour blindness and in grey
 COLORS = {EMO: "#0072B2", STANDARD: "#D55E00", SMALL: "#1b7f5f"}
@@ -60,7 +59,7 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
         figure.text(0.012, 0.925, _headline(summarise(rows)), size=18, weight="bold")
         figure.text(0.012, 0.03, caption, size=10.5, color="#5a5a5a")
         _draw_curves(left, rows)
-        _draw_crossings(figure, right, rows)
+        _draw_crossings(right, rows)
     return path
 
 
@@ -163,7 +162,7 @@ def _draw_small(axes: "Axes", summaries: list[RetentionSummary]) -> None:
     )
 
 
-def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]) -> None:
+def _draw_crossings(axes: "Axes", rows: Sequence[RetentionRow]) -> None:
     """Draw EMO's loss increase as a heat map: experts chosen for the row's domain, text of the column's domain."""
     cells, fraction = _crossings(rows)
     axes.set_title(f"Loss increase with {share(fraction)} of EMO's experts", pad=10)
@@ -184,7 +183,10 @@ def _draw_crossings(figure: "Figure", axes: "Axes", rows: Sequence[RetentionRow]
     axes.set_xlabel("evaluated on (numbers: nats per token)", labelpad=1)
     axes.text(-0.015, 1.045, "chosen for", ha="right", size=12, transform=axes.transAxes)
     if len(names) > MAX_ANNOTATED:
-        figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).ax.tick_params(labelsize=11)
+        # the colours' axis and its numbers take the room of the last columns
+        axes.set_position(axes.get_position().shrunk(0.87, 1.0))
+        colours = axes.inset_axes((1.02, 0.0, 0.035, 1.0))
+        axes.figure.colorbar(image, cax=colours).ax.tick_params(labelsize=11)
         return
     for (kept, text), rise in cells.items():
         axes.text(

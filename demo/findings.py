@@ -87,7 +87,7 @@ def findings(losses: Mapping[str, Measured]) -> list[Finding]:
             f"({emo.loss():.3f} and {standard.loss():.3f})."
         )
         found.append(Finding("full_models", gap.nats, text))
-        for name, fraction, part in (("quarter_increase", QUARTER, 5), ("eighth_increase", EIGHTH, 4)):
+        for name, fraction, part in (("quarter_increase", QUARTER, 3), ("eighth_increase", EIGHTH, 2)):
             if (CHOSEN, fraction) in emo.nats.keys() & standard.nats.keys():
                 first, second = emo.increase(CHOSEN, fraction), standard.increase(CHOSEN, fraction)
                 text = (

@@ -25,9 +25,9 @@ def measured(**changes: float) -> list[RetentionRow]:
     numbers = {
         # dyadic, so that bounds are met exactly
         "emo": 0.125,
-        "standard": 0.625,
+        "standard": 0.375,
         "emo_eighth": 0.25,
-        "standard_eighth": 1.0,
+        "standard_eighth": 0.5,
         "random": 0.25,
         "elsewhere": 0.25,
         "emo_full": 3.05,
@@ -148,8 +148,8 @@ def test_table() -> None:
     lines = table(measured()).splitlines()
     assert [line.split()[2:] for line in lines[3:6]] == [
         ["3.050", "3.000", "-", "-", "-"],
-        ["3.175", "(+0.125)", "3.625", "(+0.625)", "3.500", "3.300", "(+0.250)", "+0.125"],
-        ["3.300", "(+0.250)", "4.000", "(+1.000)", "-", "-", "-"],
+        ["3.175", "(+0.125)", "3.375", "(+0.375)", "3.500", "3.300", "(+0.250)", "+0.125"],
+        ["3.300", "(+0.250)", "3.500", "(+0.500)", "-", "-", "-"],
     ]
     kept = [line.split()[:2] for line in lines[3:6]]
     assert kept == [["32", "(all)"], ["8", "(1/4)"], ["4", "(1/8)"]]
@@ -207,6 +207,23 @@ def test_plot_of_a_part(tmp_path: Path, is_kept) -> None:
     assert png_size(plot_retention(rows, tmp_path / "part.png")) == (1600, 650)
 
 
+def test_plot_of_many_domains_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    module = pytest.importorskip("matplotlib.figure")
+    save = module.Figure.savefig
+    monkeypatch.setattr(module.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    names = [f"domain-{number}" for number in range(14)]
+    rows = [row("emo", "mean_prob", 0.25, 0.125, domain=a, evaluated_on=b) for a in names for b in names]
+    plot_retention(rows, tmp_path / "many.png")
+    (figure,) = figures
+    (colours,) = figure.axes[1].child_axes
+    for part in (*figure.axes, colours):
+        box, whole = part.get_tightbbox(), figure.bbox
+        assert (box.x0, box.y0) >= (whole.x0, whole.y0), part
+        assert box.x1 <= whole.x1, part
+        assert box.y1 <= whole.y1, part
+
+
 def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     module = pytest.importorskip("matplotlib.figure")
@@ -221,7 +238,7 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     curves, crossings = figures[0].axes
     means = [line for line in curves.lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in means] == [[0.125, 0.25, 1.0]] * 2
-    assert means[0].get_ydata() == pytest.approx([4.0, 3.625, 3.0])
+    assert means[0].get_ydata() == pytest.approx([3.5, 3.375, 3.0])
     assert means[1].get_ydata() == pytest.approx([3.3, 3.175, 3.05])
     dashed = [line for line in curves.lines if line.get_linestyle() == "--"]
     assert [list(line.get_xdata()) for line in dashed] == [[0.25, 1.0]]
@@ -231,7 +248,7 @@ def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = [text.get_text() for text in (*figures[0].texts, *crossings.texts)]
     assert "the caption" in texts
     assert [texts.count(number) for number in ("0.12", "0.25", "0.88")] == [2, 1, 1]
-    assert "EMO loses 0.12 nats per token, a standard MoE 0.62" in texts[0]
+    assert "EMO loses 0.12 nats per token, a standard MoE 0.38" in texts[0]
 
 
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
