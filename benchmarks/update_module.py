@@ -104,7 +104,10 @@ def size_and_seed(run: Path) -> tuple[Size, int]:
     settings = read_object(run / "demo.json", kind="the settings of a run")
     size: dict[str, Any] = settings["size"]
     if size.keys() != {field.name for field in fields(Size)}:
-        raise ValueError(f"--run must be a demo of this release; {run} is one of another: run `make demo` again")
+        raise ValueError(
+            f"--run must be a demo of this release; {run} is of another. "
+            'Run `make demo ARGS="--output runs/new"` and pass --run runs/new'
+        )
     return Size(**size), settings["seed"]
 
 
@@ -249,6 +252,8 @@ def main(options: Options) -> None:
     manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
     corpus = Corpus(path=options.run / "corpus", manifest=manifest)
     size, seed = size_and_seed(options.run)
+    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
+        raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
     made_with = {"size": asdict(size), "seed": seed, "text": manifest["fingerprint"]}
     claim(options.output, made_with | {name: getattr(options, name) for name in ("steps", "lr", "num_kept")})
     folder = prepare(options, corpus)

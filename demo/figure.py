@@ -55,7 +55,7 @@ def plot_retention(rows: Sequence[RetentionRow], path: Path | str, *, caption: s
     path = Path(path)
     with drawing(path, figsize=INCHES, dpi=DOTS_PER_INCH) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.08, 1.0))
-        figure.subplots_adjust(left=0.066, right=0.988, top=0.805, bottom=0.235, wspace=0.53)
+        figure.subplots_adjust(left=0.066, right=0.988, top=0.805, bottom=0.235, wspace=0.57)
         figure.text(0.012, 0.925, _headline(summarise(rows)), size=18, weight="bold")
         figure.text(0.012, 0.03, caption, size=10.5, color="#5a5a5a")
         _draw_curves(left, rows)

@@ -61,6 +61,32 @@ def test_a_demo_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch, t
         update.size_and_seed(tmp_path)
 
 
+def test_results_of_other_options_are_not_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    update = importlib.import_module("update_module")
+    run, output = tmp_path / "run", tmp_path / "update"
+    (run / "corpus").mkdir(parents=True)
+    (run / "retention.json").write_text("[]")
+    (run / "demo.json").write_text(json.dumps({"size": dataclasses.asdict(update.Size()), "seed": 5}))
+    (run / "corpus" / "corpus.json").write_text(json.dumps({"fingerprint": "0", "domains": {}}))
+
+    def stop(*_: object) -> Path:
+        raise InterruptedError
+
+    monkeypatch.setattr(update, "prepare", stop)
+    (output / "emo").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--output"):
+        update.main(update.Options(run=run, output=output))
+    (output / "emo").rmdir()
+    with pytest.raises(InterruptedError):
+        update.main(update.Options(run=run, output=output))
+    with pytest.raises(InterruptedError):
+        update.main(update.Options(run=run, output=output))
+    with pytest.raises(ValueError, match=r"steps.*--output"):
+        update.main(update.Options(run=run, output=output, steps=61))
+
+
 def test_every_command_is_one(experiment) -> None:
     jobs = experiment.jobs()
     kept = experiment.size.experts // 4

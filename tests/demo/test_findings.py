@@ -212,15 +212,21 @@ def test_plot_of_many_domains_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     module = pytest.importorskip("matplotlib.figure")
     save = module.Figure.savefig
     monkeypatch.setattr(module.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    names = [f"domain-{number}" for number in range(14)]
+    names = [f"a-domain-{number:03}" for number in range(14)]
     rows = [row("emo", "mean_prob", 0.25, 0.125, domain=a, evaluated_on=b) for a in names for b in names]
-    plot_retention(rows, tmp_path / "many.png")
+    for name in names:
+        rows += [row(model, "full", 1.0, 0.0, domain=name) for model in ("emo", "standard", "small")]
+        rows.append(row("standard", "mean_prob", 0.25, 0.625, domain=name))
+    plot_retention(rows, tmp_path / "many.png", caption="the caption")
     (figure,) = figures
-    (colours,) = figure.axes[1].child_axes
-    for part in (*figure.axes, colours):
+    left, right = figure.axes
+    (colours,) = right.child_axes
+    caption = next(text for text in figure.texts if text.get_text() == "the caption")
+    for part in (left, right, colours):
         box, whole = part.get_tightbbox(), figure.bbox
         assert whole.x0 <= box.x0 < box.x1 <= whole.x1, part
-        assert whole.y0 <= box.y0 < box.y1 <= whole.y1, part
+        assert caption.get_window_extent().y1 <= box.y0 < box.y1 <= whole.y1, part
+    assert left.get_tightbbox().x1 <= right.get_tightbbox().x0
 
 
 def test_plot_draws_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
