@@ -30,9 +30,9 @@ for their domain. **Random 1/4**: loss increase with a random quarter. **1/4 los
 settings. All settings have the same training tokens, the same parameters in routed experts and the same active
 parameters.
 
-In the grid, ± is the standard error over documents, of differences between two losses of the same documents. Models of
-other seeds differ by several times as much. In the other tables, ± is the standard error over seeds, and all seeds are
-measured on the same documents."""
+In the tables of finalists and of the validation, ± is the standard error over seeds, and all seeds are measured on the
+same documents. In the other tables, ± is the standard error over documents, of differences between two losses of the
+same documents. Models of other seeds differ by several times as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +266,8 @@ def _longer(runs: Sequence[Run]) -> str:
     epochs = emo.size.tokens / emo.corpus.train_tokens
     about = (
         f"{emo.setting.name} and the standard MoE of the same shape, seed {emo.seed}, {epochs:.1f} passes over the "
-        "text. The learning rate falls until the last row, so only the last row is of finished models.\n\n"
+        f"text; measured on the {SELECTION} text. The learning rate falls until the last row, so only the last row is "
+        "of finished models.\n\n"
     )
     return about + _table(lines, ("tokens", "standard", "EMO", "gap", "EMO 1/4", "standard 1/4"))
 
