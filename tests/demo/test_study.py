@@ -473,8 +473,7 @@ def test_the_log_has_the_numbers_of_the_results() -> None:
     assert {(*r[:6], r[7]) for r in grid} <= log
     # the other tables have the same columns in both files
     others = {r for r in results - grid if r[0] not in {"setting", "seed", "tokens"}}
-    settings_validated, settings_compared = 3, 11
-    assert len([r for r in others if len(r) == 9]) == settings_compared + settings_validated
+    assert len([r for r in others if len(r) == 9]) == 11 + 3, "finalists, and the validation of three models"
     assert len([r for r in others if len(r) == 8]) == 6, "further training: two domains for each of three seeds"
     assert len([r for r in others if len(r) == 6]) == study.LOOKS, "more tokens"
     assert others <= log
