@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +20,11 @@ from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf.card import Origin, Retained, model_card, retained
 from emo_megatron.hf.config_file import RECORD
-from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
-from emo_megatron.hf.formats import FORMATS, TINY_GATE
+from emo_megatron.hf.folder import HuggingFaceFolder, StoredModel, write_folder
+from emo_megatron.hf.formats import FORMATS
 from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.megatron import MegatronWeights, architecture_of
+from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
 from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer
@@ -33,26 +34,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Convert a Megatron checkpoint or a module to a Hugging Face folder, for transformers, vLLM, SGLang and lm-eval.
+    """Convert a Megatron checkpoint or a module for transformers, vLLM, SGLang and lm-eval, or for llama.cpp.
 
     The command compares the logits of both models and keeps the result only if the logits agree.
 
     For example:
         emo_megatron export --checkpoint runs/french --output exported/french
+        emo_megatron export --checkpoint runs/french --format gguf --dtype bfloat16 --output exported/french_gguf
     """
 
     checkpoint: Path
     """Megatron checkpoint: the folder of --save, one iteration in the folder, or a folder written by extract."""
     output: Path
     """Folder to write; must not exist."""
-    format: Literal["qwen2_moe", "emo"] = "qwen2_moe"
-    """qwen2_moe: runs without remote code. emo: the format in which the authors of EMO released their models."""
+    format: Literal["qwen2_moe", "emo", "gguf"] = "qwen2_moe"
+    """qwen2_moe: runs without remote code. emo: the format in which the authors of EMO released their models. gguf: one
+    file, model.gguf, for llama.cpp."""
     tokenizer: Annotated[Path | None, unset("FOLDER", "the tokenizer of the checkpoint")] = None
     """Folder of the tokenizer."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of the weights; stored keeps the dtype of the checkpoint."""
-    nonzero_shared_gate: bool = False
-    """Write a tiny value as the gate of the shared expert. For GGUF: llama.cpp cannot run a gate of zero."""
     selection: Annotated[Path | None, unset("PATH", "selection.json in --checkpoint")] = None
     """Selection file of the module, for the model card."""
     retention: Annotated[Path | None, unset("PATH", "none")] = None
@@ -64,7 +65,7 @@ class Options:
     parity_tokens: int = 64
     """Number of random tokens on which the logits are compared, on the CPU in float32; 0 skips the comparison."""
     shard_gb: float = 5.0
-    """Largest size of one file of weights, in units of 10^9 bytes."""
+    """Largest size of one file of weights, in units of 10^9 bytes; without effect for gguf."""
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_gb < math.inf:
@@ -77,58 +78,114 @@ def run(options: Options) -> Converted:
     must_not_exist(options.output)
     checkpoint = MegatronCheckpoint(options.checkpoint)
     architecture = architecture_of(checkpoint)
-    format = FORMATS[options.format]
-    if problems := format.problems(architecture):
-        raise ValueError(
-            f"{checkpoint.path} cannot be exported as {options.format}:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        )
-    weights = MegatronWeights(checkpoint, architecture)
     tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
     selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, architecture)
     retention = _retention(options.retention, options.retention_domain, selection)
+    origin = Origin(
+        name=_name(checkpoint),
+        title=options.name,
+        iteration=int(checkpoint.common.get("iteration", 0) or 0),
+        samples=getattr(checkpoint.args, "consumed_train_samples", None),
+        seq_length=getattr(checkpoint.args, "seq_length", None),
+        pools=_pools(checkpoint),
+        is_module=selection is not None,
+    )
     dtype = DTYPES.get(options.dtype) or _stored_dtype(checkpoint)
-    pools = _pools(checkpoint)
-    gate = TINY_GATE if options.nonzero_shared_gate else 0.0
+    prepared = _gguf if options.format == "gguf" else _hugging_face
+    write = prepared(options, checkpoint, architecture, dtype=dtype, tokenizer=tokenizer, origin=origin)
     with whole(options.output, is_new=True) as folder:
         folder.mkdir(parents=True)
+        written = write(folder)
+        if selection:
+            selection.save(folder / SELECTION_FILE)
+        parity = None
+        if options.parity_tokens:
+            parity = measure_parity(checkpoint, written, tokens=options.parity_tokens)
+        card = model_card(
+            architecture,
+            model_type=options.format,
+            dtype=str(dtype).removeprefix("torch."),
+            origin=origin,
+            has_tokenizer=tokenizer is not None,
+            selection=selection,
+            retention=retention,
+            parity=None if parity is None else str(parity),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
+
+
+Write = Callable[[Path], StoredModel]
+"""Writes the model and its tokenizer into a folder, and opens what was written."""
+
+
+def _hugging_face(
+    options: Options,
+    checkpoint: MegatronCheckpoint,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    origin: Origin,
+) -> Write:
+    """Everything that can be checked before a Hugging Face folder is written."""
+    format = FORMATS[options.format]
+    _check_expressible(format.problems(architecture), checkpoint, options)
+    weights = MegatronWeights(checkpoint, architecture)
+    record = {RECORD: {"version": __version__, "pools": origin.pools}}
+
+    def write(folder: Path) -> HuggingFaceFolder:
         write_folder(
             folder,
             format=format,
             architecture=architecture,
             read=weights.read,
             dtype=dtype,
-            extra_config={**(tokenizer.ids if tokenizer else {}), RECORD: {"version": __version__, "pools": pools}},
-            shared_gate_value=gate,
+            extra_config={**(tokenizer.ids if tokenizer else {}), **record},
             shard_bytes=int(options.shard_gb * 1e9),
         )
         if tokenizer:
             tokenizer.save(folder)
-        if selection:
-            selection.save(folder / SELECTION_FILE)
-        parity = None
-        if options.parity_tokens:
-            parity = measure_parity(checkpoint, HuggingFaceFolder(folder), tokens=options.parity_tokens)
-        card = model_card(
-            architecture,
-            model_type=options.format,
-            dtype=str(dtype).removeprefix("torch."),
-            origin=Origin(
-                name=_name(checkpoint),
-                title=options.name,
-                iteration=int(checkpoint.common.get("iteration", 0) or 0),
-                samples=getattr(checkpoint.args, "consumed_train_samples", None),
-                seq_length=getattr(checkpoint.args, "seq_length", None),
-                pools=pools,
-                is_module=selection is not None,
-            ),
-            selection=selection,
-            retention=retention,
-            parity=None if parity is None else str(parity),
-            shared_gate_value=gate,
+        return HuggingFaceFolder(folder)
+
+    return write
+
+
+def _gguf(
+    options: Options,
+    checkpoint: MegatronCheckpoint,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    origin: Origin,
+) -> Write:
+    """Everything that can be checked before a GGUF file is written."""
+    # the package gguf is optional
+    from emo_megatron.hf import gguf
+    from emo_megatron.hf.gguf_vocabulary import Vocabulary
+
+    _check_expressible(gguf.problems(architecture), checkpoint, options)
+    weights = MegatronWeights(checkpoint, architecture)
+    vocabulary = Vocabulary(tokenizer) if tokenizer else None
+
+    def write(folder: Path) -> gguf.GGUFFile:
+        gguf.write(
+            folder / gguf.FILE,
+            architecture=architecture,
+            read=weights.read,
+            dtype=dtype,
+            vocabulary=vocabulary,
+            name=origin.title or origin.name,
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
+        return gguf.GGUFFile(folder / gguf.FILE)
+
+    return write
+
+
+def _check_expressible(problems: Sequence[str], checkpoint: MegatronCheckpoint, options: Options) -> None:
+    if problems:
+        raise ValueError(f"{checkpoint.path} cannot be exported as {options.format}: {'; '.join(problems)}")
 
 
 def _selection(named: Path | None, of_module: Path, architecture: Architecture) -> Selection | None:

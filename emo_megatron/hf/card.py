@@ -50,10 +50,10 @@ def model_card(
     model_type: str,
     dtype: str,
     origin: Origin,
+    has_tokenizer: bool = True,
     selection: Selection | None = None,
     retention: Sequence[Retained] = (),
     parity: str | None = None,
-    shared_gate_value: float = 0.0,
 ) -> str:
     """The card: Markdown with the front matter of the Hugging Face hub. `parity` describes the measured difference."""
     a = architecture
@@ -62,7 +62,9 @@ def model_card(
     total = sum(sizes.values())
     values: dict[str, Any] = {
         "metadata": ModelCardData(
-            library_name="transformers", pipeline_tag="text-generation", tags=["mixture-of-experts", "emo", model_type]
+            library_name="gguf" if model_type == "gguf" else "transformers",
+            pipeline_tag="text-generation",
+            tags=["mixture-of-experts", "emo", model_type],
         ).to_yaml(),
         "total": total,
         "active": total - in_experts + in_experts * a.top_k // a.num_experts,
@@ -86,10 +88,10 @@ def model_card(
         model_type=model_type,
         dtype=dtype,
         origin=origin,
+        has_tokenizer=has_tokenizer,
         selection=selection,
         retention=retention,
         parity=parity,
-        shared_gate_value=shared_gate_value,
     )
 
 

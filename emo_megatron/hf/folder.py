@@ -8,7 +8,7 @@ import reprlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -122,7 +122,6 @@ def write_folder(
     read: Callable[[str], Tensor],
     dtype: torch.dtype,
     extra_config: Mapping[str, Any],
-    shared_gate_value: float = 0.0,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
@@ -132,10 +131,9 @@ def write_folder(
         format, architecture, dtype: of the written model.
         read: returns a weight by its name in `mapping.weight_shapes`.
         extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own dict.
-        shared_gate_value: value of the shared expert's gate, for models without such a gate.
         shard_bytes: largest size of a shard.
     """
-    entries = {entry.name: entry for entry in format.entries(architecture, shared_gate_value=shared_gate_value)}
+    entries = {entry.name: entry for entry in format.entries(architecture)}
     plan = split_state_dict_into_shards_factory(
         {name: torch.empty(entry.shape, dtype=dtype, device="meta") for name, entry in entries.items()},
         get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
@@ -158,22 +156,39 @@ def write_folder(
     _write_json(folder / CONFIG, config)
 
 
+class StoredModel(Protocol):
+    """A written model that can be read back: a `HuggingFaceFolder` or a `gguf.GGUFFile`."""
+
+    @property
+    def path(self) -> Path:
+        """Of the folder or of the file."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    def weight(self, weight: str) -> Tensor:
+        """A weight, by its name in `mapping.weight_shapes`."""
+
+
 @contextlib.contextmanager
-def as_stock(
-    folder: HuggingFaceFolder, *, dtype: torch.dtype | None = None, under: Path | None = None
-) -> Iterator[Path]:
-    """A folder that stock transformers loads: this folder, or a temporary Qwen2-MoE copy in the folder `under`."""
-    if folder.format is QWEN2_MOE:
-        yield folder.path
+def as_stock(model: StoredModel, *, dtype: torch.dtype | None = None, under: Path | None = None) -> Iterator[Path]:
+    """A folder that stock transformers loads: the model's own, or a temporary Qwen2-MoE copy in the folder `under`."""
+    if isinstance(model, HuggingFaceFolder) and model.format is QWEN2_MOE:
+        yield model.path
         return
     with tempfile.TemporaryDirectory(dir=under) as name:
         with writing(Path(name)):
             write_folder(
                 Path(name),
                 format=QWEN2_MOE,
-                architecture=folder.architecture,
-                read=folder.weight,
-                dtype=dtype or folder.dtype,
+                architecture=model.architecture,
+                read=model.weight,
+                dtype=dtype or model.dtype,
                 extra_config={},
             )
         yield Path(name)

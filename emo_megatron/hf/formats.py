@@ -4,9 +4,7 @@
 `Qwen2MoeForCausalLM`. Qwen2-MoE multiplies the shared expert by sigmoid(gate . x), and EMO multiplies by 1. Therefore
 the gate is written as zeros, with sigmoid(0) = 1/2, and the shared down projection is stored doubled. Both are exact.
 Biases of q, k and v are written as zeros, because vLLM always has these biases. `num_experts` and `num_experts_per_tok`
-count routed experts. A model without shared expert gets a shared expert of zeros. llama.cpp computes the sigmoid as
-silu(x)/x, which is NaN at 0. For GGUF, a gate of `TINY_GATE` avoids the NaN and changes the weight of the shared expert
-by less than 1e-5.
+count routed experts. A model without shared expert gets a shared expert of zeros.
 
 `emo`: the format that the authors released. The authors' modelling code is not part of this package. The format counts
 the shared expert: `num_experts` is E + 1, and the shared expert is the last expert. The gate has a row for the shared
@@ -69,8 +67,8 @@ class Format:
     """Properties of an architecture that the format cannot express, one sentence each."""
     config: Callable[[Architecture], dict[str, Any]]
     """The fields of config.json for an architecture; the caller adds token ids and dtype."""
-    entries: Callable[..., list[Entry]]
-    """The tensors of a model, in the order of the model; `shared_gate_value` fills a missing shared gate."""
+    entries: Callable[[Architecture], list[Entry]]
+    """The tensors of a model, in the order of the model."""
     architecture: Callable[[Mapping[str, Any], IsConstant], Architecture]
     """The architecture in a folder with this config.json; ValueError if no `Architecture` can express the model."""
 
@@ -105,7 +103,7 @@ def from_file(entry: Entry, tensor: Tensor) -> Tensor:
     return tensor if entry.scale == 1.0 else tensor / entry.scale
 
 
-def _head_dim_problems(architecture: Architecture) -> list[str]:
+def head_dim_problems(architecture: Architecture) -> list[str]:
     """A problem if heads * head width is not the hidden size."""
     a = architecture
     if a.head_dim * a.num_heads == a.hidden_size:
@@ -116,8 +114,8 @@ def _head_dim_problems(architecture: Architecture) -> list[str]:
     ]
 
 
-TINY_GATE = 2.0**-20
-"""Value of a shared gate that is not zero, for llama.cpp."""
+_TINY_GATE = 2.0**-20
+"""A gate that earlier releases wrote on request: a constant, and not the gate of a model."""
 _QWEN_EXPECTED = (SILU, only("use_sliding_window", False, None, why="attention over a sliding window is not supported"))
 
 
@@ -142,16 +140,15 @@ def _qwen_config(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _qwen_entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> list[Entry]:
+def _qwen_entries(architecture: Architecture) -> list[Entry]:
     """The tensors of the format: the weights of the model, and constants for weights that the model does not have."""
     found = []
     for tensor in tensors_of(architecture):
-        value = (shared_gate_value if tensor.row.needs == "shared_gate" else 0.0) or tensor.row.fill or 0.0
         # a constant gate halves the shared expert
         scale = 2.0 if tensor.row.kind == "doubled" and not architecture.shared_gate else 1.0
         for name, shape in tensor.weights.items():
             weight = None if tensor.is_constant else name
-            found.append(Entry(name=name, shape=shape, weight=weight, value=value, scale=scale))
+            found.append(Entry(name=name, shape=shape, weight=weight, value=tensor.row.fill or 0.0, scale=scale))
     return found
 
 
@@ -179,13 +176,13 @@ def _qwen_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Ar
         dense_layers=tuple(sorted(dense)),
         dense_hidden=whole_number(config, "intermediate_size") if dense else 0,
         qkv_bias=has("qkv_bias", "_proj.bias", 0.0),
-        shared_gate=has_shared and has("shared_gate", "shared_expert_gate.", 0.0, TINY_GATE),
+        shared_gate=has_shared and has("shared_gate", "shared_expert_gate.", 0.0, _TINY_GATE),
     )
 
 
 QWEN2_MOE = Format(
     model_type="qwen2_moe",
-    problems=_head_dim_problems,
+    problems=head_dim_problems,
     config=_qwen_config,
     entries=_qwen_entries,
     architecture=_qwen_architecture,
@@ -210,7 +207,7 @@ _EMO_NAMES = {
 
 def _emo_problems(architecture: Architecture) -> list[str]:
     a = architecture
-    problems = _head_dim_problems(a)
+    problems = head_dim_problems(a)
     if a.shared_hidden not in (0, a.expert_hidden):
         problems.append(
             "the shared expert (--moe-shared-expert-intermediate-size) must be as wide as a routed expert, "
@@ -260,9 +257,7 @@ def _emo_config(architecture: Architecture) -> dict[str, Any]:
     return config
 
 
-def _emo_entries(architecture: Architecture, *, shared_gate_value: float = 0.0) -> list[Entry]:
-    if shared_gate_value:
-        raise ValueError("the shared expert has no gate in the format emo: remove --nonzero-shared-gate")
+def _emo_entries(architecture: Architecture) -> list[Entry]:
     found = []
     for entry in _qwen_entries(architecture):
         # this format has no constants: a weight that the model lacks is absent here too

@@ -113,10 +113,7 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
     if not checkpoint.moe_layers:
         problems.append("at least one layer must have experts (--num-experts); this model has no such layer")
     if problems:
-        raise ValueError(
-            f"{checkpoint.path} cannot be exported to a Hugging Face format:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        )
+        raise ValueError(f"{checkpoint.path} cannot be exported: {'; '.join(problems)}")
     sparse = {number - 1 for number in checkpoint.moe_layers}
     dense = tuple(layer for layer in range(args.num_layers) if layer not in sparse)
     heads = args.num_attention_heads

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from emo_megatron.json_files import read_object
+
 CONFIG = "tokenizer_config.json"
 WHOLE = "tokenizer.json"
+GENERATION = "generation_config.json"
 _JSON_FILES = (CONFIG, WHOLE, "special_tokens_map.json", "added_tokens.json")
 
 
@@ -44,6 +47,10 @@ class Tokenizer:
                 f"the tokenizer in {self.path} is not whole: the folder must hold {' and '.join(absent)}, or {WHOLE}"
             )
 
+        # sampling settings that come with a tokenizer; otherwise generation ends at this tokenizer's end of a document
+        file = self.path / GENERATION
+        self._generation = read_object(file, kind="settings of generation") if file.is_file() else self.ids
+
     def __len__(self) -> int:
         return len(self._tokenizer)
 
@@ -66,6 +73,19 @@ class Tokenizer:
     def end(self) -> int | None:
         """Id of the end-of-document token; None if the tokenizer has none: documents then end without a token."""
         return self.ids["eos_token_id"]
+
+    @property
+    def definition(self) -> dict[str, Any] | None:
+        """The content of tokenizer.json; None for a tokenizer that exists only as Python code."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else json.loads(backend.to_str())
+
+    @property
+    def adds(self) -> tuple[bool, bool]:
+        """Whether the tokenizer itself adds its first token before a text, and its end-of-document token after it."""
+        ids: list[int] = self._tokenizer.encode("a")
+        kinds = self.ids
+        return ids[0] == kinds["bos_token_id"], ids[-1] == kinds["eos_token_id"]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a document: without added special tokens, ended by one end-of-document token if there is one."""
@@ -97,7 +117,7 @@ class Tokenizer:
             )
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into a folder, in a form that transformers 4 and 5 read."""
+        """Write the tokenizer into a folder, in a form that transformers 4 and 5 read, with generation_config.json."""
         self._tokenizer.save_pretrained(str(folder))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         # transformers 5 writes the new name; transformers 4 accepts only the old name
@@ -106,6 +126,7 @@ class Tokenizer:
         for how_it_was_loaded in ("is_local", "local_files_only"):
             config.pop(how_it_was_loaded, None)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / GENERATION).write_text(json.dumps(self._generation, indent=2) + "\n", encoding="utf-8")
 
 
 def reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Compare a Hugging Face folder with a Megatron checkpoint: the logits of both on the same random tokens, in float32.
+"""Compare an exported model with a Megatron checkpoint: the logits of both on the same random tokens, in float32.
 
 Megatron's model is built from stock layers with the flags in the checkpoint, and Megatron's own reader loads the
 weights: the comparison shares only the checkpoint with the export. The comparison runs in this process and switches
@@ -28,7 +28,7 @@ from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
 from emo_megatron.checkpoint.names import is_of_experts, split_name
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.finite import NotFiniteError, check_weight, first_bad
-from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
+from emo_megatron.hf.folder import StoredModel, as_stock
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM, weight_shapes
 from emo_megatron.mcore import cpu
 from emo_megatron.runners.loading import megatron_errors
@@ -36,7 +36,7 @@ from emo_megatron.variables import as_no_other_job
 
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 TOLERANCES = {torch.float32: 1e-4}
-"""Largest difference, relative to the largest logit, by the folder's dtype: the order of sums may differ."""
+"""Largest difference, relative to the largest logit, by the dtype of the stored model: the order of sums may differ."""
 ROUNDED_TOLERANCE = 1e-2
 """The same for other dtypes, where rounding may also make a token choose another expert of nearly equal score."""
 
@@ -66,7 +66,7 @@ class Converted:
     parity: Parity | None
     """None if not measured."""
     has_tokenizer: bool
-    """Whether a tokenizer was found and is stored in the folder."""
+    """Whether a tokenizer was found and is part of the result."""
 
     def __str__(self) -> str:
         lines = [str(self.path)]
@@ -77,24 +77,24 @@ class Converted:
         return "\n".join(lines)
 
 
-def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *, tokens: int) -> Parity:
+def measure_parity(checkpoint: MegatronCheckpoint, model: StoredModel, *, tokens: int) -> Parity:
     """Measure the difference between both models' logits on one sequence of random tokens.
 
-    The checkpoint's weights are first rounded to the folder's dtype, so that only the conversion is measured.
+    The checkpoint's weights are first rounded to the dtype of `model`, so that only the conversion is measured.
 
     Raises:
         NotFiniteError: a logit is not finite; names a weight that is not finite, if there is one.
         RuntimeError: logits differ by more than the tolerance.
     """
-    tokens = min(tokens, folder.architecture.max_positions)
+    tokens = min(tokens, model.architecture.max_positions)
     generator = torch.Generator().manual_seed(0)
-    tokens_T = torch.randint(folder.architecture.vocab_size, (tokens,), generator=generator)
+    tokens_T = torch.randint(model.architecture.vocab_size, (tokens,), generator=generator)
     # one model in memory at a time
-    expected_TV = megatron_logits(checkpoint, tokens_T, rounded_to=folder.dtype)
-    found_TV = hugging_face_logits(folder, tokens_T)
+    expected_TV = megatron_logits(checkpoint, tokens_T, rounded_to=model.dtype)
+    found_TV = hugging_face_logits(model, tokens_T)
     for which, logits_TV in (("Megatron", expected_TV), ("Hugging Face", found_TV)):
         if first_bad(logits_TV) is not None:
-            _check_weights(checkpoint, folder)
+            _check_weights(checkpoint, model)
             raise NotFiniteError(
                 f"the {which} model has finite weights but logits that are not finite: the logits are too large for "
                 "float32, so the two models cannot be compared"
@@ -105,28 +105,28 @@ def measure_parity(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder, *,
         max_logit=float(expected_TV.abs().max()),
     )
     # this form of the condition is also true for a difference that is NaN
-    tolerance = TOLERANCES.get(folder.dtype, ROUNDED_TOLERANCE)
+    tolerance = TOLERANCES.get(model.dtype, ROUNDED_TOLERANCE)
     if not parity.max_difference <= tolerance * max(1.0, parity.max_logit):
-        raise RuntimeError(f"the Megatron checkpoint and the Hugging Face folder are not the same model: {parity}")
+        raise RuntimeError(f"the Megatron checkpoint and {model.path} are not the same model: {parity}")
     return parity
 
 
-def _check_weights(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder) -> None:
+def _check_weights(checkpoint: MegatronCheckpoint, model: StoredModel) -> None:
     """Raise NotFiniteError if a weight of the checkpoint or of the folder is not finite."""
     for name, info in checkpoint.names.items():
         experts = range(info.shape[0]) if is_of_experts(name) else ()
         layer = split_name(name)[0] or None
         check_weight(name, checkpoint.read(name), layer=layer, experts=experts)
-    for name in weight_shapes(folder.architecture):
-        folder.weight(name)
+    for name in weight_shapes(model.architecture):
+        model.weight(name)
 
 
 @torch.no_grad()
-def hugging_face_logits(folder: HuggingFaceFolder, tokens_T: Tensor) -> Tensor:
-    """[T, V] float32 logits of the model in a folder; the authors' format runs as Qwen2-MoE, without remote code."""
+def hugging_face_logits(stored: StoredModel, tokens_T: Tensor) -> Tensor:
+    """[T, V] float32 logits of a stored model; every format runs as Qwen2-MoE, without remote code."""
     from transformers import Qwen2MoeForCausalLM
 
-    with as_stock(folder, dtype=torch.float32, under=folder.path.parent) as path:
+    with as_stock(stored, dtype=torch.float32, under=stored.path.parent) as path:
         model: Any = Qwen2MoeForCausalLM.from_pretrained(
             str(path), dtype=torch.float32, local_files_only=True, attn_implementation="eager"
         ).eval()

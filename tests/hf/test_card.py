@@ -111,3 +111,18 @@ def test_the_card_names_the_engines_that_run_the_model_and_what_they_cast(
     assert ("mlp_only_layers" in card) == bool(dense_layers)
     assert ("SGLang run this model" in card) == (not dense_layers)
     assert ("--dtype float32" in card) == (dtype == "float32")
+    assert f"at most {model.num_experts}" in card
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_the_card_of_a_file_for_llama_cpp_is_about_llama_cpp(has_tokenizer: bool) -> None:
+    from huggingface_hub import ModelCard
+
+    origin = Origin(name="x", pools={})
+    card = model_card(
+        decoder.architecture(), model_type="gguf", dtype="float32", origin=origin, has_tokenizer=has_tokenizer
+    )
+    assert ModelCard(card).data.library_name == "gguf"
+    assert "llama-cli" in card
+    assert ("no tokenizer" in card) != has_tokenizer
+    assert not [other for other in ("vLLM", "SGLang", "AutoModel") if other in card]

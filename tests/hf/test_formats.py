@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import decoder
 from torch import Tensor
 
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.formats import EMO, QWEN2_MOE, TINY_GATE, from_file, to_file
+from emo_megatron.hf.formats import EMO, QWEN2_MOE, from_file, to_file
 from emo_megatron.hf.mapping import Architecture, weight_shapes
 
 TOKENS = torch.arange(40) * 7 % 80
@@ -71,20 +72,19 @@ def test_doubling_a_value_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "out", "qwen2_moe", model, weights, dtype=torch.float16)
 
 
-def test_the_gate_for_llama_cpp_is_not_zero_and_hardly_changes_the_model(tmp_path: Path) -> None:
+def test_a_constant_gate_of_an_earlier_release_is_no_gate_of_the_model(tmp_path: Path) -> None:
     model = decoder.architecture()
     weights = decoder.random_weights(model)
-    write(tmp_path / "zero", "qwen2_moe", model, weights)
-    read = write(tmp_path / "tiny", "qwen2_moe", model, weights, shared_gate_value=TINY_GATE)
-    gate = read.read("model.layers.1.mlp.shared_expert_gate.weight")
-    assert torch.equal(gate, torch.full((1, 32), TINY_GATE))
+    write(tmp_path / "out", "qwen2_moe", model, weights)
+    file = tmp_path / "out" / "model.safetensors"
+    stored = load_file(file)
+    gates = {name: torch.full_like(gate, 2.0**-20) for name, gate in stored.items() if "shared_expert_gate" in name}
+    assert len(gates) == 3
+    save_file(stored | gates, file, metadata={"format": "pt"})
+    read = HuggingFaceFolder(tmp_path / "out")
     assert read.architecture == model
     down = "model.layers.1.mlp.shared_expert.down_proj.weight"
     assert torch.equal(read.weight(down), weights[down])
-    difference = (stock_logits(tmp_path / "tiny") - stock_logits(tmp_path / "zero")).abs().max()
-    assert 0 < difference < 1e-3
-    with pytest.raises(ValueError, match="--nonzero-shared-gate"):
-        write(tmp_path / "emo", "emo", model, weights, shared_gate_value=TINY_GATE)
 
 
 def test_the_released_format_weighs_as_its_authors_code_does(tmp_path: Path) -> None:

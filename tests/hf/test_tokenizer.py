@@ -27,6 +27,33 @@ def test_a_tokenizer_is_carried_along(tmp_path: Path) -> None:
     assert after.eos_token == "<|endoftext|>"
 
 
+def test_the_chat_template_and_the_settings_of_generation_are_carried_along(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    source, settings = words.write_tokenizer(tmp_path / "source"), {"eos_token_id": [0, 5], "temperature": 0.6}
+    template = "{% for message in messages %}{{ message['content'] }} of {% endfor %}"
+    (source / "chat_template.jinja").write_text(template)
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    # twice: an import and an export
+    Tokenizer(source).save(tmp_path / "imported")
+    Tokenizer(tmp_path / "imported").save(tmp_path / "exported")
+    after = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    messages = [{"role": "user", "content": "pool"}]
+    assert after.apply_chat_template(messages, tokenize=False) == "pool of "
+    read = GenerationConfig.from_pretrained(tmp_path / "exported")
+    assert (read.eos_token_id, read.temperature) == ([0, 5], 0.6)
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        Tokenizer(source)
+
+
+def test_generation_ends_where_documents_end(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    Tokenizer(words.write_tokenizer(tmp_path / "source")).save(tmp_path / "out")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
+
+
 def test_transformers_4_knows_the_class_that_is_written(tmp_path: Path) -> None:
     Tokenizer(words.write_tokenizer(tmp_path / "source")).save(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
