@@ -50,7 +50,6 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     """The checkpoint of the flag `--load`."""
     cpu.activate()
-    from emo_megatron.checkpoint.names import check_no_prediction
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
 
     given = [part.partition("=")[0] for part in argv]
@@ -68,7 +67,11 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
     if not checkpoint.moe_layers:
         raise ValueError(f"--checkpoint must be a model with routed experts; {checkpoint.path} has none")
-    check_no_prediction(checkpoint.path, checkpoint.names)
+    if checkpoint.prediction_layers:
+        raise ValueError(
+            f"{checkpoint.path} must have no layers of multi-token prediction, which this command does not support: "
+            "train without --mtp-num-layers"
+        )
     return checkpoint
 
 

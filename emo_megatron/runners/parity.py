@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
-from emo_megatron.checkpoint.names import is_of_experts, split_name
+from emo_megatron.checkpoint.names import is_of_experts
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.finite import NotFiniteError, check_weight, first_bad
 from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
@@ -115,7 +115,7 @@ def _check_weights(checkpoint: MegatronCheckpoint, folder: HuggingFaceFolder) ->
     """Raise NotFiniteError if a weight of the checkpoint or of the folder is not finite."""
     for name, info in checkpoint.names.items():
         experts = range(info.shape[0]) if is_of_experts(name) else ()
-        layer = split_name(name)[0] or None
+        layer = checkpoint.layer_of(name) or None
         check_weight(name, checkpoint.read(name), layer=layer, experts=experts)
     for name in weight_shapes(folder.architecture):
         folder.weight(name)

@@ -173,6 +173,7 @@ class _Routers:
     """A checkpoint of one layer with this router."""
 
     path = Path("checkpoint")
+    routers = {3: "decoder.layers.2.mlp.router."}
 
     def __init__(self, **tensors):
         self._tensors = {f"decoder.layers.2.mlp.router.{name}": tensor for name, tensor in tensors.items()}
@@ -247,7 +248,7 @@ def test_layers_of_multi_token_prediction_are_refused(saved, monkeypatch):
 
     def with_prediction(self, *args):
         read(self, *args)
-        self.names = self.names | {"mtp.layers.0.eh_proj.weight": next(iter(self.names.values()))}
+        self.names = self.names | {"mtp.layers.0.transformer_layer.mlp.router.weight": next(iter(self.names.values()))}
 
     monkeypatch.setattr(MegatronCheckpoint, "__init__", with_prediction)
     with pytest.raises(ValueError, match="--mtp-num-layers"):
