@@ -4,7 +4,7 @@ Every layer has its own names (`decoder.layers.3.mlp.router.weight`, from 0); ex
 Megatron stacks equal layers in one tensor ([L, ...], `decoder.layers.mlp.router.weight`). Megatron can also store every
 expert separately (`mlp.experts.experts.5.`), with separate halves of a gated projection (`weight_w`, `weight_v`).
 
-A layer of multi-token prediction is a transformer layer and the weights around this layer: `mtp.layers.0.eh_proj.weight`,
+A layer of multi-token prediction is a transformer layer and the weights around it: `mtp.layers.0.eh_proj.weight`,
 `mtp.layers.0.transformer_layer.mlp.router.weight`. The number of the transformer layer is the number of the decoder's
 layers plus the depth of the prediction, from 1. Megatron never stacks these layers.
 """

@@ -78,7 +78,7 @@ def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
 
 
 def number_of(layer: MoELayer) -> int:
-    """The number of a layer as in `MegatronCheckpoint.routers`; Megatron numbers multi-token prediction from 1 again."""
+    """The number of a layer in `MegatronCheckpoint.routers`; Megatron numbers multi-token prediction from 1 again."""
     router = getattr(layer.router, "to_wrap", layer.router)
     # with --mtp-use-repeated-layer one layer has one number per depth, and is stored as the layer of the first depth
     return int(getattr(router, "layer_numbers", (layer.layer_number,))[0])

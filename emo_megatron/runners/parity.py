@@ -67,6 +67,8 @@ class Converted:
     """None if not measured."""
     has_tokenizer: bool
     """Whether a tokenizer was found and is stored in the folder."""
+    remark: str | None = None
+    """A line about the result that the user should know."""
 
     def __str__(self) -> str:
         lines = [str(self.path)]
@@ -74,6 +76,8 @@ class Converted:
             lines.append(f"parity with Megatron: {self.parity}")
         if not self.has_tokenizer:
             lines.append("no tokenizer: found no Hugging Face tokenizer; pass its folder with --tokenizer")
+        if self.remark:
+            lines.append(self.remark)
         return "\n".join(lines)
 
 
@@ -186,7 +190,9 @@ def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
     }
     fusions = ("masked_softmax", "bias_gelu", "bias_swiglu", "bias_dropout", "apply_rope", "gradient_accumulation")
     plain |= {f"{name}_fusion": False for name in fusions}
-    for name, value in (plain | model_flags(checkpoint, parser)).items():
+    # only logits of the next token are compared, which layers of multi-token prediction do not change
+    main = {"mtp_num_layers": None, "mtp_use_repeated_layer": False}
+    for name, value in (plain | model_flags(checkpoint, parser) | main).items():
         setattr(args, name, value)
     return args
 

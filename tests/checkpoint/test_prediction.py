@@ -146,9 +146,7 @@ def test_trained_layers_go_back(parent, module, tmp_path):
     changed = {name: cut.read(name) + (".mlp.experts." in name) for name in cut.names}
     notes = {"selection.json": load_selection(module / "selection.json").save}
     trained = write_checkpoint(tmp_path / "trained", changed, args=cut.args, notes=notes)
-    merged = MegatronCheckpoint(
-        merge.run(merge.Options(parent=folder, modules=(trained,), output=tmp_path / "merged"))
-    )
+    merged = MegatronCheckpoint(merge.run(merge.Options(parent=folder, modules=(trained,), output=tmp_path / "merged")))
     for name, weight in weights.items():
         wanted = weight.clone()
         if ".mlp.experts." in name:

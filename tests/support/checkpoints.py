@@ -117,9 +117,10 @@ def expected(built: Any) -> dict[str, Tensor]:
             name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
             name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
             found[name] = value
+    # the module of multi-token prediction has another name in a checkpoint
+    found = {name.replace(".mtp_model_layer.", ".transformer_layer."): value for name, value in found.items()}
     return {
-        # the module's name differs from the stored name
-        name.replace(".mtp_model_layer.", ".transformer_layer."): torch.stack([value[e] for e in sorted(value)]) if isinstance(value, dict) else value
+        name: torch.stack([value[e] for e in sorted(value)]) if isinstance(value, dict) else value
         for name, value in found.items()
     }
 
