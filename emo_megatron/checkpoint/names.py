@@ -11,6 +11,7 @@ layers plus the depth of the prediction, from 1. Megatron never stacks these lay
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,14 +67,12 @@ def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
             # [gate; up]: the rows of the second half follow those of the first
             axis = 1 if rest.startswith(EXPERTS) else 0
             offset[axis] = shape[axis] if half["half"] == "v" else 0
-        box = {"offset": tuple(offset), "shape": shape, "extra": extra}
+        piece = functools.partial(Piece, stored=stored_name, offset=tuple(offset), shape=shape, extra=extra)
         if is_stacked:
             for layer in range(size[0]):
-                piece = Piece(stored=stored_name, lead=(layer,), **box)
-                found.setdefault(f"decoder.layers.{layer}.{rest}", []).append(piece)
+                found.setdefault(f"decoder.layers.{layer}.{rest}", []).append(piece(lead=(layer,)))
         else:
-            piece = Piece(stored=stored_name, lead=(), **box)
-            found.setdefault(stored_name[: match.start("rest")] + rest, []).append(piece)
+            found.setdefault(stored_name[: match.start("rest")] + rest, []).append(piece(lead=()))
     return found
 
 

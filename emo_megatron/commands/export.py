@@ -22,8 +22,8 @@ from emo_megatron.hf.card import Origin, Retained, model_card, retained
 from emo_megatron.hf.config_file import RECORD
 from emo_megatron.hf.folder import HuggingFaceFolder, write_folder
 from emo_megatron.hf.formats import FORMATS, TINY_GATE
-from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.megatron import MegatronWeights, architecture_of
+from emo_megatron.hf.prediction import FILE, has_prediction, save_prediction
 from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
 from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer
@@ -51,6 +51,9 @@ class Options:
     """Folder of the tokenizer."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of the weights; stored keeps the dtype of the checkpoint."""
+    mtp: Literal["drop", "keep"] = "drop"
+    """Layers of multi-token prediction. drop: leave them out. keep: write them to mtp.safetensors, which only import
+    reads."""
     nonzero_shared_gate: bool = False
     """Write a tiny value as the gate of the shared expert. For GGUF: llama.cpp cannot run a gate of zero."""
     selection: Annotated[Path | None, unset("PATH", "selection.json in --checkpoint")] = None
@@ -77,6 +80,12 @@ def run(options: Options) -> Converted:
     must_not_exist(options.output)
     checkpoint = MegatronCheckpoint(options.checkpoint)
     architecture = architecture_of(checkpoint)
+    mtp = options.mtp if has_prediction(checkpoint) else None
+    if options.mtp == "keep" and mtp is None:
+        raise ValueError(
+            f"--mtp keep needs a checkpoint with layers of multi-token prediction; {checkpoint.path} has none: remove "
+            "--mtp"
+        )
     format = FORMATS[options.format]
     if problems := format.problems(architecture):
         raise ValueError(
@@ -85,13 +94,15 @@ def run(options: Options) -> Converted:
         )
     weights = MegatronWeights(checkpoint, architecture)
     tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
-    selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, architecture)
+    selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, checkpoint)
     retention = _retention(options.retention, options.retention_domain, selection)
     dtype = DTYPES.get(options.dtype) or _stored_dtype(checkpoint)
     pools = _pools(checkpoint)
     gate = TINY_GATE if options.nonzero_shared_gate else 0.0
     with whole(options.output, is_new=True) as folder:
         folder.mkdir(parents=True)
+        if mtp == "keep":
+            save_prediction(folder, checkpoint, architecture, dtype=dtype)
         write_folder(
             folder,
             format=format,
@@ -101,6 +112,7 @@ def run(options: Options) -> Converted:
             extra_config={**(tokenizer.ids if tokenizer else {}), RECORD: {"version": __version__, "pools": pools}},
             shared_gate_value=gate,
             shard_bytes=int(options.shard_gb * 1e9),
+            has_index=mtp == "keep",
         )
         if tokenizer:
             tokenizer.save(folder)
@@ -121,6 +133,7 @@ def run(options: Options) -> Converted:
                 seq_length=getattr(checkpoint.args, "seq_length", None),
                 pools=pools,
                 is_module=selection is not None,
+                mtp=mtp,
             ),
             selection=selection,
             retention=retention,
@@ -128,20 +141,27 @@ def run(options: Options) -> Converted:
             shared_gate_value=gate,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
+    remark = None if mtp is None else _MTP[mtp]
+    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None, remark=remark)
 
 
-def _selection(named: Path | None, of_module: Path, architecture: Architecture) -> Selection | None:
+_MTP = {
+    "drop": "multi-token prediction: dropped these layers, which the format does not have (--mtp keep stores them)",
+    "keep": f"multi-token prediction: the layers are in {FILE}, which the command import reads, and no server",
+}
+
+
+def _selection(named: Path | None, of_module: Path, checkpoint: MegatronCheckpoint) -> Selection | None:
     if named is None and not of_module.exists():
         return None
     path = named or of_module
     selection = load_selection(path)
     kept = selection.uniform_count(purpose="a Hugging Face configuration")
-    layers = tuple(layer + 1 for layer in architecture.moe_layers)
-    if kept != architecture.num_experts or selection.layers != layers:
+    layers, num_experts = checkpoint.moe_layers, checkpoint.args.num_experts
+    if kept != num_experts or selection.layers != layers:
         raise ValueError(
             f"{path} keeps {kept} experts in layers {selection.layers}; this checkpoint has "
-            f"{architecture.num_experts} in {layers}: --selection must be the one it was cut with"
+            f"{num_experts} in {layers}: --selection must be the one it was cut with"
         )
     return selection
 

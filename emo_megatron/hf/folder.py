@@ -124,6 +124,7 @@ def write_folder(
     extra_config: Mapping[str, Any],
     shared_gate_value: float = 0.0,
     shard_bytes: int = SHARD_BYTES,
+    has_index: bool = False,
 ) -> None:
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
 
@@ -134,6 +135,7 @@ def write_folder(
         extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own dict.
         shared_gate_value: value of the shared expert's gate, for models without such a gate.
         shard_bytes: largest size of a shard.
+        has_index: write the index even for one file of weights, so that loaders do not read other safetensors files.
     """
     entries = {entry.name: entry for entry in format.entries(architecture, shared_gate_value=shared_gate_value)}
     plan = split_state_dict_into_shards_factory(
@@ -149,7 +151,7 @@ def write_folder(
                 shard[name] = to_file(entries[name], read, dtype=dtype)
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
+    if plan.is_sharded or has_index:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / INDEX, index)
     config = format.config(architecture) | {"torch_dtype": str(dtype).removeprefix("torch.")}
