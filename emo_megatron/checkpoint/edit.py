@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emo_megatron.checkpoint.names import ROUTER, check_no_prediction, is_of_experts, split_name
+from emo_megatron.checkpoint.names import ROUTER, is_of_experts, split_name
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import LazyWeight, Note, write_checkpoint
 from emo_megatron.config import PoolConfig
@@ -70,12 +70,14 @@ class Policies:
     """Share in (0, 1] of the module's value in a linear blend with the parent's value; below 1 requires the parent."""
 
 
-def open_parent(path: Path, selection: Selection | None = None) -> MegatronCheckpoint:
-    """Open a checkpoint, and check that experts can be taken out by number and that the Selection matches the model."""
+def open_parent(path: Path, selection: Selection | None = None, *, file: Path | None = None) -> MegatronCheckpoint:
+    """Open a checkpoint, and check that experts can be taken out by number and that the Selection matches the model.
+
+    `file` is the file of the Selection, for the error message.
+    """
     parent = MegatronCheckpoint(path)
     if not parent.moe_layers:
         raise ValueError(f"{path} must have routed experts; the model has none: name another checkpoint")
-    check_no_prediction(path, parent.names)
     num_experts = int(parent.args.num_experts)
     for name in filter(is_of_experts, parent.names):
         if parent.names[name].shape[:1] != (num_experts,):
@@ -85,10 +87,27 @@ def open_parent(path: Path, selection: Selection | None = None) -> MegatronCheck
             )
     if selection is not None:
         try:
-            selection.check_model(parent.fingerprint, num_experts=num_experts, layers=parent.moe_layers)
+            check_selection(selection, parent, num_experts=num_experts)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path if file is None else f'{file} for {path}'}: {error}") from None
     return parent
+
+
+def check_selection(selection: Selection, parent: MegatronCheckpoint, *, num_experts: int, model: str = "") -> None:
+    """Raise ValueError if a Selection was made for another model than `parent`, which may also be a module.
+
+    Args:
+        selection: of the parent's experts.
+        parent: a checkpoint with the layers of the parent.
+        num_experts: routed experts per layer of the parent.
+        model: fingerprint of the parent; empty: of `parent`.
+    """
+    selection.check_model(
+        model or parent.fingerprint,
+        num_experts=num_experts,
+        layers=parent.moe_layers,
+        prediction_layers=parent.prediction_layers,
+    )
 
 
 def open_modules(paths: Sequence[Path], selections: Sequence[Path] = ()) -> list[Module]:
@@ -157,7 +176,7 @@ class CheckpointEdit:
         """
         weights = {}
         for name, info in self._model.names.items():
-            shape, experts = info.shape, self._experts[split_name(name)[0]] if is_of_experts(name) else ()
+            shape, experts = info.shape, self._experts_of(name)
             shape = (self.num_experts, *shape[1:]) if experts else shape
             rows = functools.partial(self._rows, name)
             weights[name] = LazyWeight(shape=shape, dtype=info.dtype, rows=rows, experts=experts)
@@ -196,9 +215,13 @@ class CheckpointEdit:
         said |= {"conflicts": self._conflicts, "left_out": self._left_out, "changed": self._changed}
         path.write_text(to_json(said, indent=1) + "\n", encoding="utf-8")
 
+    def _experts_of(self, name: str) -> Sequence[int]:
+        """The parent's experts on the first axis of a weight of the result; empty for a weight of no routed expert."""
+        return self._experts[self._model.layer_of(name)] if is_of_experts(name) else ()
+
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """Part [start, stop) of a weight of the result, along the first axis."""
-        experts = self._experts[split_name(name)[0]][start:stop] if is_of_experts(name) else ()
+        experts = self._experts_of(name)[start:stop]
         if not self._modules:
             assert self._parent is not None
             return _read(self._parent, name, experts or slice(start, stop), experts=experts)
@@ -211,7 +234,7 @@ class CheckpointEdit:
         expert = index if isinstance(index, int) else None
         of = () if expert is None else expert
         parent = None if self._parent is None else _read(self._parent, name, index, experts=of)
-        layer, changed = split_name(name)[0], {}
+        layer, changed = self._model.layer_of(name), {}
         for module in self._modules:
             row = index if expert is None else module.row_of(layer, expert)
             if row is not None:
@@ -222,7 +245,7 @@ class CheckpointEdit:
 
     def _decide(self, name: str, expert: int | None, *, changed: dict[str, Tensor], parent: Tensor | None) -> Tensor:
         """Choose a value by the policies, and record the choice for the report."""
-        layer, kind = split_name(name)
+        layer, kind = split_name(name, num_layers=self._model.num_layers)
         values = list(changed.values())
         disagree = any(not torch.equal(values[0], value) for value in values[1:])
         policy = self._policies.shared
@@ -289,7 +312,7 @@ class CheckpointEdit:
         selection, names, wanted = module.selection, module.checkpoint.names, self._model.names
         fingerprint = self._modules[0].selection.model
         try:
-            selection.check_model(fingerprint, num_experts=self._num_parent_experts, layers=self._model.moe_layers)
+            check_selection(selection, self._model, num_experts=self._num_parent_experts, model=fingerprint)
         except ValueError as error:
             raise ValueError(f"{module.name} is a module of another parent: {error}") from None
         if names.keys() != wanted.keys():
@@ -338,5 +361,5 @@ def _read(
     `experts` are the numbers, in the parent, of the experts in this part, for the error message.
     """
     part = checkpoint.read(name, index)
-    check_weight(f"{name} of {checkpoint.path}", part, layer=split_name(name)[0] or None, experts=experts)
+    check_weight(f"{name} of {checkpoint.path}", part, layer=checkpoint.layer_of(name) or None, experts=experts)
     return part

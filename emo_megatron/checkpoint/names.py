@@ -3,21 +3,33 @@
 Every layer has its own names (`decoder.layers.3.mlp.router.weight`, from 0); experts are on the first axis. By default
 Megatron stacks equal layers in one tensor ([L, ...], `decoder.layers.mlp.router.weight`). Megatron can also store every
 expert separately (`mlp.experts.experts.5.`), with separate halves of a gated projection (`weight_w`, `weight_v`).
+
+A layer of multi-token prediction is a transformer layer and the weights around it: `mtp.layers.0.eh_proj.weight`,
+`mtp.layers.0.transformer_layer.mlp.router.weight`. The number of the transformer layer is the number of the decoder's
+layers plus the depth of the prediction, from 1. Megatron never stacks these layers.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 EXPERTS = "mlp.experts.experts."
 """Start, after the layer, of the name of every expert weight; the routed experts are on the first axis."""
 ROUTER = "mlp.router."
 """Start, after the layer, of the name of the router's tensors, [E, ...]."""
 
-_LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<rest>.+)")
+PREDICTION = "mtp."
+"""Start of the names of all weights of multi-token prediction."""
+
+_LAYER = re.compile(
+    r"(?:decoder\.layers\.(?:(?P<layer>\d+)\.)?"
+    # mtp_model_layer is the name of the module, and the stored name in hybrid models, where it is a stack of layers
+    r"|mtp\.layers\.(?P<depth_idx>\d+)\.(?:transformer_layer|mtp_model_layer)\.(?:layers\.\d+\.)?)"
+    r"(?P<rest>.+)"
+)
 _EXPERT = re.compile(rf"{re.escape(EXPERTS)}(?P<expert>\d+)\.(?P<rest>.+)")
 _HALF = re.compile(r"(?P<name>.+\.linear_fc1\.(?:weight|bias))_(?P<half>[wv])")
 
@@ -44,7 +56,7 @@ def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
             whole = Piece(stored=stored_name, lead=(), offset=(0,) * len(size), shape=size, extra=0)
             found[stored_name] = [whole]
             continue
-        is_stacked = match["layer"] is None
+        is_stacked = match["layer"] is None and match["depth_idx"] is None
         shape = size[1:] if is_stacked else size
         rest, offset, extra = match["rest"], [0] * len(shape), 0
         if expert := _EXPERT.fullmatch(rest):
@@ -55,37 +67,41 @@ def pieces_of(stored: Mapping[str, tuple[int, ...]]) -> dict[str, list[Piece]]:
             # [gate; up]: the rows of the second half follow those of the first
             axis = 1 if rest.startswith(EXPERTS) else 0
             offset[axis] = shape[axis] if half["half"] == "v" else 0
-        for layer in range(size[0]) if is_stacked else [int(match["layer"])]:
-            piece = Piece(
-                stored=stored_name, lead=(layer,) if is_stacked else (), offset=tuple(offset), shape=shape, extra=extra
-            )
-            found.setdefault(f"decoder.layers.{layer}.{rest}", []).append(piece)
+        piece = functools.partial(Piece, stored=stored_name, offset=tuple(offset), shape=shape, extra=extra)
+        if is_stacked:
+            for layer in range(size[0]):
+                found.setdefault(f"decoder.layers.{layer}.{rest}", []).append(piece(lead=(layer,)))
+        else:
+            found.setdefault(stored_name[: match.start("rest")] + rest, []).append(piece(lead=()))
     return found
 
 
 def in_order(name: str) -> tuple[int, int, str]:
     """Sort key of a name: first the embedding, then the layers by number, then the rest."""
     match = _LAYER.fullmatch(name)
-    if match:
+    if match and match["depth_idx"] is None:
         return 1, int(match["layer"] or 0), match["rest"]
     return (0 if name.startswith("embedding.") else 2), 0, name
 
 
-def split_name(name: str) -> tuple[int, str]:
-    """The layer of a weight, from 1, and the rest of the name; outside the layers 0 and the whole name."""
+def count_layers(names: Iterable[str]) -> int:
+    """Number of layers of the decoder, from the names of all weights of a model."""
+    return max((split_name(name, num_layers=0)[0] for name in names if not name.startswith(PREDICTION)), default=0)
+
+
+def split_name(name: str, *, num_layers: int) -> tuple[int, str]:
+    """The layer of a weight, from 1, and the rest of the name; outside the layers 0 and the whole name.
+
+    Layers of multi-token prediction follow the `num_layers` layers of the decoder.
+    """
     match = _LAYER.fullmatch(name)
-    return (int(match["layer"] or 0) + 1, match["rest"]) if match else (0, name)
+    if match is None:
+        return 0, name
+    if match["depth_idx"] is not None:
+        return num_layers + int(match["depth_idx"]) + 1, match["rest"]
+    return int(match["layer"] or 0) + 1, match["rest"]
 
 
 def is_of_experts(name: str) -> bool:
     """Whether the first axis of a weight is the routed experts."""
-    return split_name(name)[1].startswith((EXPERTS, ROUTER))
-
-
-def check_no_prediction(path: Path, names: Iterable[str]) -> None:
-    """Raise ValueError for multi-token prediction, which commands for trained models do not support."""
-    if any(name.startswith("mtp.") for name in names):
-        raise ValueError(
-            f"{path} must have no layers of multi-token prediction, which this command does not support: train without "
-            "--mtp-num-layers"
-        )
+    return split_name(name, num_layers=0)[1].startswith((EXPERTS, ROUTER))

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from emo_megatron.checkpoint.names import ROUTER, Piece, in_order, pieces_of
+from emo_megatron.checkpoint.names import ROUTER, Piece, count_layers, in_order, pieces_of, split_name
 from emo_megatron.experts.selection import router_fingerprint
 from emo_megatron.experts.stats import ModelMetadata
 from emo_megatron.files import machine_error
@@ -147,15 +147,47 @@ class MegatronCheckpoint:
         return args
 
     @cached_property
+    def num_layers(self) -> int:
+        """Number of layers of the decoder, without layers of multi-token prediction."""
+        return count_layers(self.names)
+
+    def layer_of(self, name: str) -> int:
+        """The number of a weight's layer, from 1; 0 outside the layers."""
+        return split_name(name, num_layers=self.num_layers)[0]
+
+    @cached_property
+    def routers(self) -> dict[int, str]:
+        """Number of each layer with a router, from 1 -> start of the names of the router's tensors; ascending.
+
+        Layers of multi-token prediction come last: their numbers follow the numbers of the decoder's layers.
+        """
+        found: dict[int, str] = {}
+        for name in self.names:
+            number, rest = split_name(name, num_layers=self.num_layers)
+            if rest != f"{ROUTER}weight":
+                continue
+            if number in found:
+                raise ValueError(
+                    f"{self.path} must have at most one MoE layer per depth of multi-token prediction; got "
+                    f"{found[number]}weight and {name}: name another checkpoint"
+                )
+            found[number] = name.removesuffix("weight")
+        return dict(sorted(found.items()))
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Numbers of the layers with a router, from 1."""
-        found = (re.fullmatch(r"decoder\.layers\.(\d+)\.mlp\.router\.weight", n) for n in self.names)
-        return tuple(sorted(int(match[1]) + 1 for match in found if match))
+        """Numbers of the layers with a router, from 1, layers of multi-token prediction included."""
+        return tuple(self.routers)
+
+    @property
+    def prediction_layers(self) -> tuple[int, ...]:
+        """The part of `moe_layers` that belongs to multi-token prediction."""
+        return tuple(layer for layer in self.routers if layer > self.num_layers)
 
     @cached_property
     def fingerprint(self) -> str:
         """`router_fingerprint` of the model."""
-        return router_fingerprint(self.read(f"decoder.layers.{layer - 1}.{ROUTER}weight") for layer in self.moe_layers)
+        return router_fingerprint(self.read(f"{router}weight") for router in self.routers.values())
 
     def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
         """A weight, or the part weight[index] along the first axis.

@@ -60,8 +60,8 @@ def loaded_by_megatron(args: argparse.Namespace) -> MegatronCheckpoint:
 
 def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
     """Raise ValueError if the router of a layer differs from the router in the checkpoint."""
-    number = layer.layer_number
-    prefix = f"decoder.layers.{number - 1}.{ROUTER}"
+    number = number_of(layer)
+    prefix = checkpoint.routers.get(number, f"decoder.layers.{number - 1}.{ROUTER}")
     found = {name: tensor.detach().cpu() for name, tensor in layer.router.state_dict().items()}
     wanted = {n.removeprefix(prefix): checkpoint.read(n) for n in checkpoint.names if n.startswith(prefix)}
     for name, tensor in wanted.items():
@@ -77,9 +77,16 @@ def check_router(layer: MoELayer, checkpoint: MegatronCheckpoint) -> None:
         )
 
 
+def number_of(layer: MoELayer) -> int:
+    """The number of a layer in `MegatronCheckpoint.routers`; Megatron numbers multi-token prediction from 1 again."""
+    router = getattr(layer.router, "to_wrap", layer.router)
+    # with --mtp-use-repeated-layer one layer has one number per depth, and is stored as the layer of the first depth
+    return int(getattr(router, "layer_numbers", (layer.layer_number,))[0])
+
+
 def check_routers(model: Any, checkpoint: MegatronCheckpoint) -> None:
-    """`check_router` for every MoE layer of the decoder in this process; multi-token prediction is not checked."""
-    for layer in model.decoder.modules():
+    """`check_router` for every MoE layer in this process."""
+    for layer in model.modules():
         if isinstance(layer, MoELayer):
             check_router(layer, checkpoint)
 

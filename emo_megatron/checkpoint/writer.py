@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
-from emo_megatron.checkpoint.names import EXPERTS, is_of_experts, split_name
+from emo_megatron.checkpoint.names import EXPERTS, PREDICTION, count_layers, is_of_experts, split_name
 from emo_megatron.checkpoint.reader import RELEASE, TRACKER
 from emo_megatron.files import whole
 from emo_megatron.finite import check_weight
@@ -137,7 +137,7 @@ class _Writer(DefaultSavePlanner):
 
     def __init__(self, weights: Mapping[str, Tensor | LazyWeight], *, common: dict[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._weights = weights
+        self._weights, self._num_layers = weights, count_layers(weights)
         self._objects: dict[str, Any] = {"common_state/shard_0_1": common}
         for name, weight in weights.items():
             self._objects |= dict.fromkeys(_extra_states(name, weight.shape[0]))
@@ -161,10 +161,10 @@ class _Writer(DefaultSavePlanner):
             return buffer
         assert write_item.tensor_data is not None
         chunk = write_item.tensor_data.chunk
-        weight = self._weights[name]
+        weight, layer = self._weights[name], split_name(name, num_layers=self._num_layers)[0] or None
         if not chunk.sizes:
             assert isinstance(weight, Tensor)
-            check_weight(name, weight, layer=split_name(name)[0] or None)
+            check_weight(name, weight, layer=layer)
             return weight.detach().cpu()
         start, stop = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
         part = weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop)
@@ -173,7 +173,7 @@ class _Writer(DefaultSavePlanner):
         if is_of_experts(name):
             numbers = weight.experts if isinstance(weight, LazyWeight) else ()
             experts = (numbers or range(weight.shape[0]))[start:stop]
-        check_weight(name, part, layer=split_name(name)[0] or None, experts=experts)
+        check_weight(name, part, layer=layer, experts=experts)
         return part.detach().cpu().contiguous()
 
 
@@ -197,7 +197,8 @@ def _chunks(name: str, weight: Tensor | LazyWeight) -> Iterator[WriteItem]:
 def _extra_states(name: str, num_rows: int) -> Iterator[str]:
     """Names of the empty objects that Megatron's linear layers store with a weight (FP8 scales in models with FP8)."""
     module, _, kind = name.rpartition(".")
-    if kind != "weight" or not module.startswith("decoder.layers.") or ".linear_" not in module:
+    is_linear = ".linear_" in module or module.endswith(".eh_proj")
+    if kind != "weight" or not module.startswith(("decoder.layers.", PREDICTION)) or not is_linear:
         return
     count = num_rows if EXPERTS in name else 1
     for shard in range(count):

@@ -24,6 +24,7 @@ from emo_megatron.hf.folder import HuggingFaceFolder, StoredModel, write_folder
 from emo_megatron.hf.formats import FORMATS
 from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.megatron import MegatronWeights, architecture_of
+from emo_megatron.hf.prediction import FILE, has_prediction, save_prediction
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
@@ -54,6 +55,9 @@ class Options:
     """Folder of the tokenizer."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of the weights; stored keeps the dtype of the checkpoint."""
+    mtp: Literal["drop", "keep"] = "drop"
+    """Layers of multi-token prediction. drop: leave them out. keep: write them to mtp.safetensors, which only import
+    reads."""
     selection: Annotated[Path | None, unset("PATH", "selection.json in --checkpoint")] = None
     """Selection file of the module, for the model card."""
     retention: Annotated[Path | None, unset("PATH", "none")] = None
@@ -78,8 +82,14 @@ def run(options: Options) -> Converted:
     must_not_exist(options.output)
     checkpoint = MegatronCheckpoint(options.checkpoint)
     architecture = architecture_of(checkpoint)
+    mtp = options.mtp if has_prediction(checkpoint) else None
+    if options.mtp == "keep" and (mtp is None or options.format == "gguf"):
+        lacks = "the checkpoint has none" if mtp is None else "a file of --format gguf has no place for them"
+        raise ValueError(
+            f"--mtp keep stores the layers of multi-token prediction of {checkpoint.path}, but {lacks}: remove --mtp"
+        )
     tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
-    selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, architecture)
+    selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, checkpoint)
     retention = _retention(options.retention, options.retention_domain, selection)
     origin = Origin(
         name=_name(checkpoint),
@@ -89,6 +99,7 @@ def run(options: Options) -> Converted:
         seq_length=getattr(checkpoint.args, "seq_length", None),
         pools=_pools(checkpoint),
         is_module=selection is not None,
+        mtp=mtp,
     )
     dtype = DTYPES.get(options.dtype) or _stored_dtype(checkpoint)
     prepared = _gguf if options.format == "gguf" else _hugging_face
@@ -112,7 +123,14 @@ def run(options: Options) -> Converted:
             parity=None if parity is None else str(parity),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None)
+    remark = None if mtp is None else _MTP[mtp]
+    return Converted(path=options.output, parity=parity, has_tokenizer=tokenizer is not None, remark=remark)
+
+
+_MTP = {
+    "drop": "multi-token prediction: dropped these layers, which the format does not have (--mtp keep stores them)",
+    "keep": f"multi-token prediction: the layers are in {FILE}, which the command import reads, and no server",
+}
 
 
 Write = Callable[[Path], StoredModel]
@@ -135,6 +153,8 @@ def _hugging_face(
     record = {RECORD: {"version": __version__, "pools": origin.pools}}
 
     def write(folder: Path) -> HuggingFaceFolder:
+        if origin.mtp == "keep":
+            save_prediction(folder, checkpoint, architecture, dtype=dtype)
         write_folder(
             folder,
             format=format,
@@ -143,6 +163,7 @@ def _hugging_face(
             dtype=dtype,
             extra_config={**(tokenizer.ids if tokenizer else {}), **record},
             shard_bytes=int(options.shard_gb * 1e9),
+            has_index=origin.mtp == "keep",
         )
         if tokenizer:
             tokenizer.save(folder)
@@ -188,17 +209,17 @@ def _check_expressible(problems: Sequence[str], checkpoint: MegatronCheckpoint, 
         raise ValueError(f"{checkpoint.path} cannot be exported as {options.format}: {'; '.join(problems)}")
 
 
-def _selection(named: Path | None, of_module: Path, architecture: Architecture) -> Selection | None:
+def _selection(named: Path | None, of_module: Path, checkpoint: MegatronCheckpoint) -> Selection | None:
     if named is None and not of_module.exists():
         return None
     path = named or of_module
     selection = load_selection(path)
     kept = selection.uniform_count(purpose="a Hugging Face configuration")
-    layers = tuple(layer + 1 for layer in architecture.moe_layers)
-    if kept != architecture.num_experts or selection.layers != layers:
+    layers, num_experts = checkpoint.moe_layers, checkpoint.args.num_experts
+    if kept != num_experts or selection.layers != layers:
         raise ValueError(
             f"{path} keeps {kept} experts in layers {selection.layers}; this checkpoint has "
-            f"{architecture.num_experts} in {layers}: --selection must be the one it was cut with"
+            f"{num_experts} in {layers}: --selection must be the one it was cut with"
         )
     return selection
 

@@ -32,5 +32,6 @@ def run(options: Options) -> Path:
     """Write the checkpoint of the module: weights only, without optimizer state, at iteration 0."""
     must_not_exist(options.output)
     selection = load_selection(options.selection)
-    edit = CheckpointEdit(parent=open_parent(options.checkpoint, selection), experts=selection.by_layer)
+    parent = open_parent(options.checkpoint, selection, file=options.selection)
+    edit = CheckpointEdit(parent=parent, experts=selection.by_layer)
     return edit.write(options.output, notes={SELECTION_FILE: selection.save})

@@ -22,6 +22,7 @@ from emo_megatron.hf.config_file import RECORD, record
 from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
 from emo_megatron.hf.megatron import flags_of, megatron_weights
+from emo_megatron.hf.prediction import FILE, Prediction
 from emo_megatron.runners.parity import Converted, measure_parity
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -72,9 +73,13 @@ def run(options: Options) -> Converted:
         pools=dataclasses.asdict(pool_config_of(pools, where=f"{source.path / CONFIG}, {RECORD}.pools")),
         tokenizer=str(options.output.resolve() / TOKENIZER_FOLDER) if has_tokenizer else None,
     )
+    weights = megatron_weights(source.architecture, source.weight, dtype=source.dtype, moe_norm=moe_norm)
+    if (options.folder / FILE).exists():
+        prediction = Prediction(options.folder, source.architecture, dtype=source.dtype)
+        vars(args).update(prediction.flags)
+        weights |= prediction.weights(moe_norm)
     if (file := options.folder / SELECTION_FILE).exists():
         notes[SELECTION_FILE] = load_selection(file).save
-    weights = megatron_weights(source.architecture, source.weight, dtype=source.dtype, moe_norm=moe_norm)
     with whole(options.output, is_new=True) as unfinished:
         write_checkpoint(unfinished, weights, args=args, notes=notes)
         parity = None

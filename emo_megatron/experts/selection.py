@@ -88,18 +88,22 @@ class Selection:
             )
         return low
 
-    def check_model(self, fingerprint: str, *, num_experts: int, layers: Sequence[int]) -> None:
+    def check_model(
+        self, fingerprint: str, *, num_experts: int, layers: Sequence[int], prediction_layers: Sequence[int] = ()
+    ) -> None:
         """Raise ValueError if this Selection was made for another model.
 
         Args:
             fingerprint: `router_fingerprint` of the model.
             num_experts: routed experts per layer of the model.
             layers: numbers of the model's MoE layers, from 1.
+            prediction_layers: the part of `layers` that belongs to multi-token prediction, for the error message.
         """
         if num_experts != self.num_experts:
             difference = f"this model has {num_experts} routed experts, the Selection's model {self.num_experts}"
         elif tuple(layers) != self.layers:
             difference = f"this model has the MoE layers {_short(layers)}, the Selection's model {_short(self.layers)}"
+            difference += _of_prediction(tuple(layers), self.layers, tuple(prediction_layers))
         elif fingerprint != self.model:
             difference = (
                 f"the routers of this model have the fingerprint {fingerprint[:12]}, those of the Selection's model "
@@ -151,6 +155,18 @@ def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
         # one layer at a time; float32 because numpy has no bfloat16
         digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _of_prediction(layers: tuple[int, ...], selected: tuple[int, ...], predicting: tuple[int, ...]) -> str:
+    """The part of the error message for two models that differ in layers of multi-token prediction only, or ""."""
+    if predicting and selected == layers[: -len(predicting)]:
+        return f"; {_short(predicting)} are layers of multi-token prediction, of which the Selection names none"
+    if layers and selected[: len(layers)] == layers:
+        return (
+            f"; if {_short(selected[len(layers) :])} are layers of multi-token prediction, this model was made without "
+            "them"
+        )
+    return ""
 
 
 def _problems(selection: Selection) -> list[str]:

@@ -124,7 +124,10 @@ class ExpertStatistics:
 
     @property
     def frequency_LE(self) -> Tensor:
-        """[L, E] float64, share of the tokens routed to each expert; each row sums to top-k."""
+        """[L, E] float64, share of the tokens routed to each expert; each row sums to top-k.
+
+        The row of a layer of multi-token prediction sums to less, because the layer counts fewer tokens.
+        """
         return self.count_LE.double() / max(self.num_tokens, 1)
 
     @property

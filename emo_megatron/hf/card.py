@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -42,6 +42,8 @@ class Origin:
     """The document pools of the training run, as fields of PoolConfig; empty if the run had no pools."""
     is_module: bool = False
     """Whether the checkpoint is a module. Only the parent's checkpoint states how the weights were trained."""
+    mtp: Literal["drop", "keep"] | None = None
+    """What the export does with the layers of multi-token prediction; None: the checkpoint has none."""
 
 
 def model_card(

@@ -123,6 +123,7 @@ def write_folder(
     dtype: torch.dtype,
     extra_config: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
+    has_index: bool = False,
 ) -> None:
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
 
@@ -132,6 +133,7 @@ def write_folder(
         read: returns a weight by its name in `mapping.weight_shapes`.
         extra_config: more fields of config.json, such as token ids; a dict is merged into the format's own dict.
         shard_bytes: largest size of a shard.
+        has_index: write the index even for one file of weights, so that loaders do not read other safetensors files.
     """
     entries = {entry.name: entry for entry in format.entries(architecture)}
     plan = split_state_dict_into_shards_factory(
@@ -147,7 +149,7 @@ def write_folder(
                 shard[name] = to_file(entries[name], read, dtype=dtype)
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
+    if plan.is_sharded or has_index:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / INDEX, index)
     config = format.config(architecture) | {"torch_dtype": str(dtype).removeprefix("torch.")}

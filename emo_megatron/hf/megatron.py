@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emo_megatron.checkpoint.model_flags import BALANCE_LOSSES, megatron_parser, model_flags, stored_flags
+from emo_megatron.checkpoint.names import PREDICTION
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import LazyWeight
 from emo_megatron.config import PoolConfig
@@ -79,7 +80,6 @@ REQUIREMENTS = (
     only("moe_token_dropping", False, why=_DROPLESS),
     only("moe_apply_probs_on_input", False, why="the formats multiply the output of an expert by its probability"),
     only("moe_latent_size", None, why="the formats have experts that read and write the hidden size"),
-    only("mtp_num_layers", None, 0, why="the formats have no multi-token prediction"),
     only("use_mup", False, why="the formats have no multipliers of embedding and logits"),
     only("heterogeneous_layers_config_path", None, why="the formats have equal layers"),
     only("hybrid_layer_pattern", None, why="in the formats every layer is attention and an MLP"),
@@ -114,6 +114,7 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
         problems.append("at least one layer must have experts (--num-experts); this model has no such layer")
     if problems:
         raise ValueError(f"{checkpoint.path} cannot be exported: {'; '.join(problems)}")
+    # numbers of multi-token prediction, which the formats do not have, follow those of the decoder's layers
     sparse = {number - 1 for number in checkpoint.moe_layers}
     dense = tuple(layer for layer in range(args.num_layers) if layer not in sparse)
     heads = args.num_attention_heads
@@ -210,13 +211,16 @@ def _values(architecture: Architecture) -> dict[str, Any]:
 
 
 class MegatronWeights:
-    """The weights of a model in a checkpoint; ValueError if the tensors in the checkpoint do not match the model."""
+    """The weights of a model in a checkpoint; ValueError if the tensors in the checkpoint do not match the model.
+
+    Layers of multi-token prediction are left out.
+    """
 
     def __init__(self, checkpoint: MegatronCheckpoint, architecture: Architecture) -> None:
         self._checkpoint, self._architecture = checkpoint, architecture
         has_own_norm = f"decoder.layers.{architecture.moe_layers[0]}.{OWN_NORM}" in checkpoint.names
         tensors = _tensors(architecture, OWN_NORM if has_own_norm else FUSED_NORM)
-        stored = {name: info.shape for name, info in checkpoint.names.items()}
+        stored = {name: info.shape for name, info in checkpoint.names.items() if not name.startswith(PREDICTION)}
         if problems := shape_problems(stored, {tensor.name: tensor.shape for tensor in tensors}):
             raise ValueError(f"the tensors in {checkpoint.path} do not match its flags: {'; '.join(problems)}")
         self._held = {weight: tensor for tensor in tensors for weight in tensor.weights}

@@ -112,7 +112,7 @@ DEDUP = (
 
 SELECTION = (
     only("train_only", "experts", why="a Selection names experts, and other weights belong to no expert"),
-    only("mtp_num_layers", None, 0, why="a Selection names experts of decoder layers only"),
+    only("mtp_num_layers", None, 0, why="experts of multi-token prediction are not frozen", is_untried=True),
     only("no_save_optim", True, why="Megatron cannot store optimizer state for only some experts of a layer"),
     only(
         *("expert_placement", None),
@@ -122,9 +122,10 @@ SELECTION = (
 """Parsed flags, checked for runs with --train-selection."""
 
 _NOT_LOADED = "weights are reordered in load_state_dict, which this option bypasses; use the command reorder"
+_PREDICTION = "experts of multi-token prediction are not reordered while they are loaded; use the command reorder"
 _SCALES = "quantised experts have scales, which would keep the old order; use the command reorder"
 PLACEMENT = (
-    only("mtp_num_layers", None, 0, why="placements cover decoder layers only", is_untried=True),
+    only("mtp_num_layers", None, 0, why=_PREDICTION, is_untried=True),
     only("pool_forced", 0, why="forced experts are the last of a layer, and a placement moves others there"),
     only("use_torch_fsdp2", False, why=_NOT_LOADED),
     only("use_megatron_fsdp", False, why=_NOT_LOADED),

@@ -99,7 +99,10 @@ class ExpertRunner(Protocol):
         ...
 
     def loss(self, documents: Sequence[Tensor], *, allowed_LE: Tensor | None = None) -> Loss:
-        """Mean loss on documents with the allowed experts only, equal to the loss of the module with these experts."""
+        """Mean loss on documents with the allowed experts only, equal to the loss of the module with these experts.
+
+        The loss of the next token; the losses of multi-token prediction are not measured.
+        """
         ...
 
 

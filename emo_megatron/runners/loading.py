@@ -50,7 +50,6 @@ _PACKAGE = str(Path(__file__).resolve().parents[1])
 def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     """The checkpoint of the flag `--load`."""
     cpu.activate()
-    from emo_megatron.checkpoint.names import check_no_prediction
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
 
     given = [part.partition("=")[0] for part in argv]
@@ -68,7 +67,6 @@ def checkpoint_in(argv: Sequence[str]) -> MegatronCheckpoint:
     checkpoint = MegatronCheckpoint(parser.parse_known_args(list(argv))[0].load)
     if not checkpoint.moe_layers:
         raise ValueError(f"--checkpoint must be a model with routed experts; {checkpoint.path} has none")
-    check_no_prediction(checkpoint.path, checkpoint.names)
     return checkpoint
 
 
@@ -87,10 +85,12 @@ def load_model(checkpoint: MegatronCheckpoint) -> tuple[torch.nn.Module, argpars
     from emo_megatron.config import PoolConfig
     from emo_megatron.mcore.args import check_run
     from emo_megatron.mcore.compat import use_compiled_index_builder
+    from emo_megatron.mcore.mtp import use_packed_roll
     from emo_megatron.mcore.spec import pool_spec_builder
 
     check_layout(checkpoint, sys.argv[1:])
     use_compiled_index_builder()
+    use_packed_roll()
 
     def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.error = fail  # type: ignore[method-assign]
@@ -176,7 +176,7 @@ def check_layout(checkpoint: MegatronCheckpoint, argv: Sequence[str]) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     stored = vars(checkpoint.args)
     layers, groups = stored.get("num_layers"), stored.get("num_query_groups")
-    has_dense = layers != len(checkpoint.moe_layers)
+    has_dense = layers != len(checkpoint.moe_layers) - len(checkpoint.prediction_layers)
     # Megatron repeats query groups if there are fewer groups than ranks
     is_cut = stored.get("group_query_attention") and groups and tensor % groups
     is_even = not any(part.partition("=")[0] in UNEVEN for part in argv)

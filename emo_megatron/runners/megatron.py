@@ -1,5 +1,8 @@
 """A runner for Megatron models: statistics of the experts, and the loss with some of the experts, in parallel layouts.
 
+With multi-token prediction, statistics cover the MoE layers of the prediction too: as in training, a position counts at
+depth k only if the token k positions later is in the same document. Losses are losses of the next token only.
+
 Shapes: L MoE layers of the whole model, E routed experts.
 """
 
@@ -19,9 +22,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from emo_megatron.checkpoint.source import number_of
 from emo_megatron.experts.calibration import Row, empty_row, pack_rows
 from emo_megatron.experts.stats import ExpertStatistics, ModelMetadata
 from emo_megatron.mcore.layer import PoolMoELayer
+from emo_megatron.mcore.padding import Packing, packed_params
 from emo_megatron.runners.base import Loss, Setting, check_nats, digest_of, statistics_of
 from emo_megatron.runners.megatron_hooks import MoELayerHooks, check_outputs, check_weights, model_weights
 
@@ -94,7 +99,7 @@ class MegatronRunner:
                 observer.remove()
 
         def summed(name: str) -> Tensor:
-            found = {o.layer.layer_number: getattr(o.sums, name) for o in observers}
+            found = {number_of(o.layer): getattr(o.sums, name) for o in observers}
             return self._over_ranks(found, is_square=name == "coactivation_EE")
 
         return statistics_of(self, documents, summed=summed, outputs=outputs, allowed_LE=allowed_LE)
@@ -133,7 +138,7 @@ class MegatronRunner:
             # all experts are allowed: a subset would turn off routing by groups of experts
             allowed_LE = None
         for layer in self._layers:
-            place = self.metadata.layers.index(layer.layer_number)
+            place = self.metadata.layers.index(number_of(layer))
             layer.pool_router.allowed_experts = None if allowed_LE is None else allowed_LE[place].to(self._device)
         try:
             found = get_forward_backward_func()(
@@ -204,32 +209,21 @@ class _Batch:
 
 def _batch(rows: list[Row], device: torch.device) -> _Batch:
     seq_length = rows[0].tokens_S.numel()
-    lengths: list[int] = []
-    slots: list[int] = []
-    for row in rows:
-        # the rest of a row is the slot of an empty document, so the padding belongs to no document
-        room = seq_length - sum(row.lengths)
-        lengths += [*row.lengths, *([0] if room else [])]
-        slots += [*row.lengths, *([room] if room else [])]
-    bounds, padded_bounds = (
-        torch.tensor([0, *sizes], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-        for sizes in (lengths, slots)
+    rooms = [seq_length - sum(row.lengths) for row in rows]
+    # for attention and for the shifts of multi-token prediction, the rest of a row is a document of padding
+    slots = [n for row, room in zip(rows, rooms, strict=True) for n in (*row.lengths, *([room] if room else []))]
+    packing = Packing(
+        cu_seqlens=torch.tensor([0, *slots], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32),
+        tokens_per_sample=seq_length,
+        # the routers count padding in no document
+        num_padding_B=torch.tensor(rooms, device=device),
     )
     return _Batch(
         tokens=torch.cat([row.tokens_S for row in rows])[None].to(device),
         labels=torch.cat([row.labels_S for row in rows])[None].to(device),
         positions=torch.cat([torch.arange(slot) for slot in slots])[None].to(device),
         is_predicted_T=torch.cat([row.is_predicted_S for row in rows]).to(device),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            cu_seqlens_q_padded=padded_bounds,
-            cu_seqlens_kv_padded=padded_bounds,
-            max_seqlen_q=max(slots),
-            max_seqlen_kv=max(slots),
-            tokens_per_sample=seq_length,
-        ),
+        packed=packed_params(packing, longest=max(slots)),
     )
 
 

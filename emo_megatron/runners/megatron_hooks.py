@@ -120,6 +120,7 @@ class MoELayerHooks:
         return logits_TE.softmax(dim=-1)
 
 
+_LAYER = re.compile(r"(?:decoder\.layers\.\d+|(?P<is_prediction>mtp)\.layers\.\d+\.mtp_model_layer)\.")
 _EXPERT = re.compile(
     # names of experts in local layers, in Transformer Engine's layers, and in one grouped parameter
     r"mlp\.experts\.(?:local_experts\.(?P<local>\d+)\.)?(?P<rest>linear_fc[12]\.(?:weight|bias))(?P<grouped>\d*)"
@@ -148,16 +149,17 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
         The name, as in `MegatronCheckpoint.names`; the layer, counted from 1, or None outside the layers; the routed
         expert of the weight, or the experts on its first axis, numbered as in the whole model; this rank's part.
     """
-    layers: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if re.fullmatch(r"decoder\.layers\.\d+", name)
-    }
     for name, tensor in _stored(model):
-        prefix = ".".join(name.split(".")[:3])
-        if prefix not in layers:
+        found = _LAYER.match(name)
+        if found is None:
             yield name, None, (), tensor
             continue
-        layer, rest = layers[prefix], name.removeprefix(f"{prefix}.")
-        number = int(layer.layer_number)
+        layer: Any = model.get_submodule(found[0].removesuffix("."))
+        rest, number = name.removeprefix(found[0]), int(layer.layer_number)
+        prefix = f"decoder.layers.{number - 1}."
+        if found["is_prediction"]:
+            prefix = f"mtp.layers.{number - 1}.transformer_layer."
+            number += int(layer.config.num_layers)
         experts: int | Sequence[int] = ()
         if expert := _EXPERT.fullmatch(rest):
             rest = EXPERTS + expert["rest"]
@@ -171,7 +173,7 @@ def model_weights(model: torch.nn.Module) -> Iterator[tuple[str, int | None, int
         for ours, stored in getattr(submodules, "sharded_state_dict_keys_map", {}).items():
             if rest.startswith(ours):
                 rest = stored + rest.removeprefix(ours)
-        yield f"decoder.layers.{number - 1}.{rest}", number, experts, tensor
+        yield f"{prefix}{rest}", number, experts, tensor
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

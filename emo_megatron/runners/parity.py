@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from emo_megatron.checkpoint.model_flags import megatron_parser, model_flags
-from emo_megatron.checkpoint.names import is_of_experts, split_name
+from emo_megatron.checkpoint.names import is_of_experts
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.finite import NotFiniteError, check_weight, first_bad
 from emo_megatron.hf.folder import StoredModel, as_stock
@@ -67,6 +67,8 @@ class Converted:
     """None if not measured."""
     has_tokenizer: bool
     """Whether a tokenizer was found and is part of the result."""
+    remark: str | None = None
+    """A line about the result that the user should know."""
 
     def __str__(self) -> str:
         lines = [str(self.path)]
@@ -74,6 +76,8 @@ class Converted:
             lines.append(f"parity with Megatron: {self.parity}")
         if not self.has_tokenizer:
             lines.append("no tokenizer: found no Hugging Face tokenizer; pass its folder with --tokenizer")
+        if self.remark:
+            lines.append(self.remark)
         return "\n".join(lines)
 
 
@@ -115,7 +119,7 @@ def _check_weights(checkpoint: MegatronCheckpoint, model: StoredModel) -> None:
     """Raise NotFiniteError if a weight of the checkpoint or of the folder is not finite."""
     for name, info in checkpoint.names.items():
         experts = range(info.shape[0]) if is_of_experts(name) else ()
-        layer = split_name(name)[0] or None
+        layer = checkpoint.layer_of(name) or None
         check_weight(name, checkpoint.read(name), layer=layer, experts=experts)
     for name in weight_shapes(model.architecture):
         model.weight(name)
@@ -186,7 +190,9 @@ def _plain_args(checkpoint: MegatronCheckpoint) -> argparse.Namespace:
     }
     fusions = ("masked_softmax", "bias_gelu", "bias_swiglu", "bias_dropout", "apply_rope", "gradient_accumulation")
     plain |= {f"{name}_fusion": False for name in fusions}
-    for name, value in (plain | model_flags(checkpoint, parser)).items():
+    # only logits of the next token are compared, which layers of multi-token prediction do not change
+    main = {"mtp_num_layers": None, "mtp_use_repeated_layer": False}
+    for name, value in (plain | model_flags(checkpoint, parser) | main).items():
         setattr(args, name, value)
     return args
 

@@ -35,7 +35,7 @@ VALID: dict[str, str] = {
     "merge": "--parent megatron --modules module --output new",
     "place": "--stats stats.safetensors --ranks 2 --output new",
     "reorder": "--checkpoint megatron --placement placement.json --output new",
-    "export": "--checkpoint megatron --output new --format gguf --parity-tokens 0",
+    "export": "--checkpoint megatron --output new --format gguf --mtp drop --parity-tokens 0",
     "import": "--folder qwen2_moe --output new",
     "eval-task": "--documents text.jsonl --name held --model qwen2_moe --output new",
 }

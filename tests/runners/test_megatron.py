@@ -136,6 +136,65 @@ def test_losses_of_documents_are_those_of_each_alone(ranks, allowed):
     assert at_once.sum().item() == pytest.approx(found["all"].nats * found["all"].num_tokens)
 
 
+PREDICTION = {"mtp_num_layers": 2}
+REPEATED = PREDICTION | {"mtp_use_repeated_layer": True}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"world": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 1},
+        {"world": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    ],
+    ids=["pp2", "tp2-ep2"],
+)
+def test_prediction_is_measured_alike_under_every_layout(ranks, single, layout):
+    sizes = {name: size for name, size in layout.items() if name != "world"}
+    for answer in ranks(layout["world"]).run(runner_checks.measure, layout=sizes, config=PREDICTION):
+        assert_same(answer, ranks(1).run(runner_checks.measure, layout={}, config=PREDICTION)[0])
+
+
+@pytest.mark.parametrize("config", [PREDICTION, REPEATED], ids=["a layer per depth", "one layer"])
+def test_prediction_counts_what_it_learns_from(ranks, single, config):
+    """Document by document: a position counts at a depth if its document has the token that far ahead."""
+    measured = ranks(1).run(runner_checks.measure, layout={}, config=config)[0]
+    want = ranks(1).run(runner_checks.by_definition, config=config)[0]
+    lengths = [len(piece) for document in runner_checks.documents() for piece in document.split(24)]
+    counted = [2 * sum(max(0, length - depth) for length in lengths) for depth in (0, 0, 0, 1, 2)]
+    if config is REPEATED:
+        counted[3:] = [sum(counted[3:])]
+    assert measured["count_LE"].sum(-1).tolist() == counted
+    for name, tensor in want.items():
+        assert len(tensor) == len(counted)
+        torch.testing.assert_close(measured[name].double(), tensor, rtol=1e-4, atol=1e-6)
+    # the decoder and the loss, which is of the next token, are those of the model without prediction
+    for name in ("probability_LE", "count_LE", "gated_norm_LE"):
+        torch.testing.assert_close(measured[name][:3], single()[name])
+    assert measured["nats"] == pytest.approx(single()["nats"], abs=1e-6)
+
+
+def test_left_out_experts_of_prediction_change_no_loss(ranks):
+    everything, some = ((True,) * 8,), ((True, False, True, True, False, False, True, False),)
+    measured, full = (
+        ranks(1).run(runner_checks.measure, layout={}, config=PREDICTION, allowed=everything * 3 + rows)[0]
+        for rows in (some * 2, everything * 2)
+    )
+    assert (measured["count_LE"][3:][:, ~torch.tensor(some[0])] == 0).all()
+    assert (full["count_LE"][3:][:, ~torch.tensor(some[0])] > 0).any()
+    assert measured["nats"] == full["nats"]
+
+
+def test_weights_of_prediction_are_told_by_name_and_number(ranks):
+    name = "mtp_model_layer.mlp.experts.local_experts.2.linear_fc2.weight"
+    places = [{"layer": 0, "name": f"mtp.layers.1.{name}"}]
+    layout = {"expert_model_parallel_size": 2}
+    told = ranks(2).run(runner_checks.said_of, layout=layout, places=places, value=NAN, **PREDICTION)
+    stored = "mtp.layers.1.transformer_layer.mlp.experts.experts.linear_fc2.weight (layer 6, expert {})"
+    # the first rank with such a weight is told to all
+    assert told[0] == told[1]
+    assert stored.format(2) in told[0][0]["opened"]
+
+
 NAN = float("nan")
 EXPERT = "decoder.layers.{}.mlp.experts.experts.linear_fc2.weight (layer {}, expert {})"
 

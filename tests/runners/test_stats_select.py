@@ -268,3 +268,28 @@ def test_no_process_outlives_its_command(checkpoint, data, tmp_path, processes, 
     assert started.end(number) == code
     log = f"{output.name}.log" + (".unfinished" if number == signal.SIGKILL else "")
     assert [path.name for path in output.parent.iterdir()] == [log]
+
+
+@pytest.mark.slow
+def test_layers_of_prediction_from_training_to_a_module(data, data_prefix, tmp_path):
+    folder = tmp_path / "checkpoint"
+    flags = ("--save", folder, "--save-interval", "2", "--train-iters", "2", "--mtp-num-layers", "2")
+    pretrain(2, *flags, "--expert-model-parallel-size", "2", "--pool-min", "3", data=data_prefix)
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    layout = ("--nproc-per-node", "2", "--pipeline-parallel", "2", "--micro-batch-size", "2")
+    for file, more in zip(files, ((), layout), strict=True):
+        assert run("stats", "--checkpoint", folder, "--data", data / "d.safetensors", "--output", file, *more) == 0
+    one, two = map(load_stats, files)
+    assert one.model.layers == (2, 3, 4, 5, 6)
+    assert torch.equal(one.coactivation_LEE, two.coactivation_LEE)
+    torch.testing.assert_close(one.probability_LE, two.probability_LE, rtol=1e-5, atol=0)
+    # a row has 64 tokens; every piece of a document is longer than the depths
+    pieces = sum(-(-(4 + 9 * n) // 64) for n in range(12))
+    assert (one.num_tokens - one.count_LE.sum(-1) // 2).tolist() == [0, 0, 0, pieces, 2 * pieces]
+    selection, module = tmp_path / "s.json", tmp_path / "module"
+    assert run("select", "--stats", files[0], "--keep", "4 routed", "--output", selection) == 0
+    assert run("extract", "--checkpoint", folder, "--selection", selection, "--output", module) == 0
+    output = tmp_path / "module.safetensors"
+    assert run("stats", "--checkpoint", module, "--data", data / "d.safetensors", "--output", output) == 0
+    assert load_stats(output).model.layers == one.model.layers
+    assert load_stats(output).model.num_experts == 4

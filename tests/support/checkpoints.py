@@ -72,7 +72,8 @@ def save(
     torch.distributed.barrier()
     metadata = {"singleton_local_shards": singletons}
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    stored = ("num_layers", "moe_router_num_groups", "moe_router_group_topk")
+    stored = ("num_layers", "moe_router_num_groups", "moe_router_group_topk", "mtp_num_layers")
+    stored += ("mtp_use_repeated_layer",)
     flags = argparse.Namespace(**args | {k: v for k, v in config.items() if k in stored})
     state = built.sharded_state_dict(metadata=metadata | groups)
     common = {"args": flags, "checkpoint_version": 3.0, "iteration": 7}
@@ -116,6 +117,8 @@ def expected(built: Any) -> dict[str, Tensor]:
             name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
             name = name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
             found[name] = value
+    # the module of multi-token prediction has another name in a checkpoint
+    found = {name.replace(".mtp_model_layer.", ".transformer_layer."): value for name, value in found.items()}
     return {
         name: torch.stack([value[e] for e in sorted(value)]) if isinstance(value, dict) else value
         for name, value in found.items()
@@ -146,6 +149,36 @@ def logits(
 
     Of Megatron's own layers and router if `stock`; `allowed` [L, E] are experts that routers are limited to.
     """
+    return forward(_loaded(folder, layout=layout, config=config, stock=stock, allowed=allowed))
+
+
+def head_logits(
+    folder: str,
+    *,
+    layout: dict[str, int],
+    config: dict[str, Any],
+    stock: bool = False,
+    allowed: list[list[bool]] | None = None,
+) -> Tensor:
+    """[1 + depths, s, b, V] logits of fixed tokens on one rank, of every depth of multi-token prediction, main last.
+
+    The arguments are those of `logits`.
+    """
+    from support import tiny
+
+    built = _loaded(folder, layout=layout, config=config, stock=stock, allowed=allowed)
+    seen: list[Tensor] = []
+    built.output_layer.register_forward_hook(lambda _layer, _inputs, output: seen.append(output[0].clone()))
+    tokens = torch.randint(tiny.VOCAB, (2, tiny.SEQ), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        built(tokens, torch.arange(tiny.SEQ).expand(2, -1), None, labels=tokens.roll(-1, dims=1))
+    return torch.stack(seen)
+
+
+def _loaded(
+    folder: str, *, layout: dict[str, int], config: dict[str, Any], stock: bool, allowed: list[list[bool]] | None
+) -> Any:
+    """A checkpoint's model in evaluation mode, with routers limited to `allowed`."""
     from emo_megatron.mcore.router import PoolRouter
 
     built = model(config, layout=layout, stock=stock, seed=6).eval()
@@ -154,7 +187,7 @@ def logits(
         routers = [m for m in built.modules() if isinstance(m, PoolRouter)]
         for router, row in zip(routers, allowed, strict=True):
             router.allowed_experts = torch.tensor(row)
-    return forward(built)
+    return built
 
 
 @torch.no_grad()

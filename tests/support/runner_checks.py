@@ -40,7 +40,13 @@ def runner(model: Any) -> Any:
     from emo_megatron.runners.megatron import MegatronRunner
     from support import experts
 
-    return MegatronRunner(model, metadata=experts.METADATA, seq_length=SEQ_LENGTH, micro_batch_size=2)
+    metadata = dataclasses.replace(experts.METADATA, layers=(2, 3, 4, *range(5, 5 + _num_prediction(model.config))))
+    return MegatronRunner(model, metadata=metadata, seq_length=SEQ_LENGTH, micro_batch_size=2)
+
+
+def _num_prediction(config: Any) -> int:
+    """Layers of multi-token prediction; one for all depths if it is repeated."""
+    return 1 if config.mtp_use_repeated_layer else config.mtp_num_layers or 0
 
 
 def measure(
@@ -71,13 +77,19 @@ def marks(layout: dict[str, int]) -> list[str]:
     return found
 
 
-def by_definition() -> dict[str, Tensor]:
+def by_definition(config: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """The statistics of one process again, document by document, token by token, expert by expert."""
     from emo_megatron.experts.calibration import pack_rows
 
-    runner = runner_of({})
+    runner = runner_of({}, **config or {})
     model = runner._model
     layers = [block.mlp for block in model.decoder.layers[1:]]
+    # tokens at the end of a document that do not count, for each call of a layer in a forward pass
+    left_out: list[list[int]] = [[0] for _ in layers]
+    if depths := model.config.mtp_num_layers:
+        layers += [predicting.mtp_model_layer.mlp for predicting in model.mtp.layers]
+        all_depths = [*range(1, depths + 1)]
+        left_out += [all_depths] if model.config.mtp_use_repeated_layer else [[depth] for depth in all_depths]
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     handles = [
         layer.register_forward_hook(
@@ -98,8 +110,9 @@ def by_definition() -> dict[str, Tensor]:
     sums["coactivation_LEE"] = torch.zeros(len(layers), 8, 8, dtype=torch.float64)
     with torch.no_grad():
         for index, (layer, tokens) in enumerate(zip(layers, seen, strict=True)):
-            for inputs, outputs in tokens:
-                for h, out in zip(inputs.flatten(0, 1), outputs.flatten(0, 1), strict=True):
+            for call, (inputs, outputs) in enumerate(tokens):
+                counted = slice(max(0, len(inputs) - left_out[index][call % len(left_out[index])]))
+                for h, out in zip(inputs.flatten(0, 1)[counted], outputs.flatten(0, 1)[counted], strict=True):
                     _add_token(layer, h, out, {k: v[index] for k, v in sums.items()})
     return sums
 

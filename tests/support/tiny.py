@@ -95,7 +95,8 @@ def model(pool: Any = None, *, positions: str = "rope", **overrides: Any) -> Any
         stock = get_gpt_decoder_block_spec(config, **local, normalization="RMSNorm")
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, stock, **local)
-        mtp = mtp if pool is None else with_pools(mtp, config=config, pool=pool)
+        # None on pipeline stages without prediction
+        mtp = mtp if None in (pool, mtp) else with_pools(mtp, config=config, pool=pool)
     return GPTModel(
         config=config,
         transformer_layer_spec=stock if pool is None else pool_block_spec(config, pool=pool),
