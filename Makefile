@@ -18,6 +18,9 @@ BRIDGE_PACKAGES := megatron-bridge==0.6.2 hydra-core==1.3.4 "omegaconf>=2.3" "an
     transformers==5.12.1 "tokenizers<0.23" "huggingface_hub<2" httpx httpcore h11 anyio sniffio
 # the tools that build the documentation, without torch
 MKDOCS := $(VENV)/mkdocs
+# serving engines in virtual environments of their own, because each engine needs its own torch and transformers. For
+# another engine: an entry here, its packages in tests/serve/NAME.txt, and an entry in tests/support/engines.py
+ENGINES := $(VENV)/serve-vllm/.installed $(VENV)/serve-sglang/.installed
 CPP := $(wildcard csrc/* tests/support/*.h tests/support/*.cpp)
 NEWS := printf '\n\033[1m%s\033[0m\n'
 
@@ -29,10 +32,10 @@ FIND_PYTHON = for python in $(CANDIDATES); do \
 	"$$python" -c "$(CAN_SERVE)" >/dev/null 2>&1 && break; python=; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-all lint format types docs bench clean
+.PHONY: help setup native demo test test-all test-serve lint format types docs bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything (for another torch: make setup TORCH="torch==2.13.0")
 
@@ -43,10 +46,13 @@ demo: $(STAMP) ## pretrain EMO and a standard MoE, cut modules out, compare the 
 	@demo/demo.sh $(ARGS)
 
 test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run the tests that CI runs (ARGS="-k router")
-	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu and not serve" $(ARGS)
 
 test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run all tests, also slow tests, and GPU tests if there is a GPU
 	@$(RUN) pytest $(PARALLEL) $(ARGS)
+
+test-serve: $(STAMP) $(ENGINES) ## compare exported models in vLLM and SGLang with transformers, and write the results
+	@$(RUN) pytest -n 0 -m serve --write-serving tests/serve $(ARGS)
 
 lint: $(STAMP) ## check style, spelling and imports between packages
 	@$(RUN) ruff check --quiet .
@@ -123,4 +129,15 @@ $(MKDOCS): docs/requirements.txt | $(VENV)/bin/pip
 	@rm -rf $@ $@.part
 	@$(RUN) pip install --disable-pip-version-check --quiet --target $@.part --requirement $<
 	@mv $@.part $@
+	@touch $@
+
+# a stamp, because a virtual environment holds its own path and cannot be renamed. The file lists all packages but those
+# of torch, whose builds differ: pip takes a CPU build if its index has one. --no-deps: the engines require more packages
+# than a CPU needs
+$(VENV)/serve-%/.installed: tests/serve/%.txt | $(STAMP)
+	@$(NEWS) "Installing $* in an environment of its own: about 6 GB on disk with the CUDA build of torch"
+	@rm -rf $(@D)
+	@$(RUN) venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $$(grep '^torch' $<)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps --requirement $<
 	@touch $@

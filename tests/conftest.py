@@ -32,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--parity-table", help="benchmarks/results/parity.md: rewrite its table from this run's parity cases"
     )
+    parser.addoption(
+        "--write-serving", action="store_true", help="benchmarks/results/serve.json: write it from this run"
+    )
     parser.addoption("--write-pins", action="store_true", help="tests/data/pins.json: write it from this run")
 
 

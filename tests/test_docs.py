@@ -5,6 +5,7 @@ And the page on Megatron's scripts, which are in no wheel: its flags are Megatro
 
 from __future__ import annotations
 
+import calendar
 import dataclasses
 import json
 import os
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DEMO = str(ROOT / "demo" / "demo.sh")
 MEGATRON_PAGE = (ROOT / "docs" / "megatron.md").read_text()
+MODULES_PAGE = (ROOT / "docs" / "modules.md").read_text()
+SERVED = json.loads((ROOT / "benchmarks" / "results" / "serve.json").read_text())
 
 
 def _commands() -> list[str]:
@@ -75,6 +78,7 @@ RUN_IN = {
         re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "modules.md").read_text()),
         "test_tutorial.py::test_every_command_leaves_what_the_next_one_takes",
     ),
+    "make test-serve": "serve/test_engines.py::test_the_results_are_written",
     "transformers serve runs/python/hf": "test_tutorial.py::test_the_module_is_served",
 }
 
@@ -159,6 +163,21 @@ def test_a_second_call_of_the_demo_repeats_no_work(quick_demo):
     again = _run([DEMO, "--quick", "--output", str(output)], PYTHON=sys.executable)
     assert (output / "emo" / "train.log").stat().st_mtime == trained
     assert again.splitlines()[-5:] == printed.splitlines()[-5:]
+
+
+@pytest.mark.parametrize("engine", SERVED["engines"], ids=lambda engine: engine["name"])
+def test_engines_on_the_pages_are_those_that_ran(engine):
+    year, month, day = SERVED["date"].split("-")
+    named, version = engine["name"], engine["version"]
+    difference = f"{engine['max_difference']:.1e}".replace("e-0", "e-")
+    (row,) = re.findall(rf"^\| {named} \|.*$", README, flags=re.MULTILINE)
+    for told in (version, difference, f"{int(day)} {calendar.month_name[int(month)]} {year}"):
+        assert re.search(rf"(?<![\w.]){re.escape(told)}(?![\w.]\w)", row), told
+    assert set(re.findall(r"\d+\.\d+\.\d+", row)) == {version}
+    (row,) = re.findall(rf"^\| {named} .*$", MODULES_PAGE, flags=re.MULTILINE)
+    cells = [cell.strip() for cell in row.strip("| ").split("|")]
+    positions = sum(model["positions"] for model in engine["models"].values())
+    assert cells[:4] == [f"{named} {version}", str(len(engine["models"])), str(positions), difference]
 
 
 def test_paths_exist():

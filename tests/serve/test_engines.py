@@ -1,0 +1,51 @@
+"""vLLM and SGLang compute the exported models: log-probabilities and greedy text are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from support.engines import ENGINES, TOLERANCE, Agreement, Answers, Engine
+from support.serve_results import PACKAGED, RESULTS, packaged, results, write
+from support.served_models import CHANGED, DENSE, MODELS, MODULE
+
+pytestmark = pytest.mark.serve
+
+Compare = Callable[[Engine, str, str], Agreement]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_engine_computes_the_export(engine: Engine, model: str, agreement: Compare) -> None:
+    if model == DENSE and not engine.runs_dense_layers:
+        pytest.skip(f"{engine.name} does not read mlp_only_layers")
+    assert agreement(engine, model, model).is_whole
+
+
+def test_a_changed_weight_is_seen(engine: Engine, agreement: Compare) -> None:
+    assert agreement(engine, CHANGED, MODULE).max_difference > 10 * TOLERANCE
+    assert agreement(engine, CHANGED, CHANGED).is_whole
+
+
+def test_dense_layers_are_another_model_where_the_pages_say_so(
+    engine: Engine, agreement: Compare, answers: Callable[[Engine], Answers]
+) -> None:
+    """If this fails, the engine has learned to read `mlp_only_layers`, and model cards warn without need."""
+    if engine.runs_dense_layers:
+        pytest.skip(f"{engine.name} reads mlp_only_layers")
+    if DENSE in answers(engine).answers:
+        assert agreement(engine, DENSE, DENSE).max_difference > 0.1
+
+
+def test_the_results_are_written(
+    request: pytest.FixtureRequest, agreement: Compare, answers: Callable[[Engine], Answers]
+) -> None:
+    if not request.config.getoption("--write-serving"):
+        pytest.skip("the results are written with --write-serving, which make test-serve passes")
+    rows = {}
+    for engine in ENGINES:
+        run = [model for model in MODELS if model != DENSE or engine.runs_dense_layers]
+        rows[engine.required()] = {model: agreement(engine, model, model) for model in run}
+    assert all(found.is_whole for models in rows.values() for found in models.values())
+    content = results({engine: answers(engine).versions for engine in rows}, rows)
+    write(content, RESULTS)
+    write(packaged(content), PACKAGED)
