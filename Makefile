@@ -20,7 +20,7 @@ BRIDGE_PACKAGES := megatron-bridge==0.6.2 hydra-core==1.3.4 "omegaconf>=2.3" "an
 MKDOCS := $(VENV)/mkdocs
 # serving engines in virtual environments of their own, because each engine needs its own torch and transformers. For
 # another engine: an entry here, its packages in tests/serve/NAME.txt, and an entry in tests/support/engines.py
-ENGINES := $(VENV)/serve-vllm/.installed $(VENV)/serve-sglang/.installed
+ENGINES := $(patsubst %,$(VENV)/serve-%/.installed,vllm sglang llama-cpp)
 CPP := $(wildcard csrc/* tests/support/*.h tests/support/*.cpp)
 NEWS := printf '\n\033[1m%s\033[0m\n'
 
@@ -51,7 +51,7 @@ test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run the tests that CI r
 test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run all tests, also slow tests, and GPU tests if there is a GPU
 	@$(RUN) pytest $(PARALLEL) $(ARGS)
 
-test-serve: $(STAMP) $(ENGINES) ## compare exported models in vLLM and SGLang with transformers, and write the results
+test-serve: $(STAMP) $(ENGINES) ## compare exported models in vLLM, SGLang and llama.cpp with transformers, and write the results
 	@$(RUN) pytest -n 0 -m serve --write-serving tests/serve $(ARGS)
 
 lint: $(STAMP) ## check style, spelling and imports between packages
@@ -135,9 +135,10 @@ $(MKDOCS): docs/requirements.txt | $(VENV)/bin/pip
 # of torch, whose builds differ: pip takes a CPU build if its index has one. --no-deps: the engines require more packages
 # than a CPU needs
 $(VENV)/serve-%/.installed: tests/serve/%.txt | $(STAMP)
-	@$(NEWS) "Installing $* in an environment of its own: about 6 GB on disk with the CUDA build of torch"
+	@$(NEWS) "Installing $* in an environment of its own: about 6 GB with the CUDA build of torch; llama.cpp compiles"
 	@rm -rf $(@D)
 	@$(RUN) venv $(@D)
-	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $$(grep '^torch' $<)
+	@torch=$$(grep '^torch' $<); \
+	[ -z "$$torch" ] || $(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $$torch
 	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps --requirement $<
 	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import decoder
+from support.words import END, FIRST, adds_first, split_by, write_bytes
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -21,7 +21,6 @@ from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.tokenizer import Tokenizer
 
 TOKENS = torch.arange(40) * 7 % 80
-END, FIRST = "<|endoftext|>", "<first>"
 VARIANTS: dict[str, dict[str, Any]] = {
     name: values for name, values in decoder.VARIANTS.items() if not {"dense_layers", "shared_gate"} & values.keys()
 } | {
@@ -137,35 +136,8 @@ def test_values_that_do_not_fit_or_are_not_finite_are_refused(tmp_path: Path) ->
             write(tmp_path / "model.gguf", model, weights, dtype=torch.float16)
 
 
-def byte_level(folder: Path, *, change: Any = None, config: Mapping[str, Any] | None = None) -> Tokenizer:
-    """A tokenizer as the demo trains it, with an added token that is not special; `change` edits tokenizer.json."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END, FIRST], initial_alphabet=alphabet)
-    fast.train_from_iterator(["the pool of the document chooses the experts, and the experts compute"] * 5, trainer)
-    fast.add_tokens(["<tool>"])
-    folder.mkdir()
-    stored = json.loads(fast.to_str())
-    if change:
-        change(stored)
-    (folder / "tokenizer.json").write_text(json.dumps(stored))
-    given = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": FIRST} | dict(config or {})
-    (folder / "tokenizer_config.json").write_text(json.dumps(given))
-    return Tokenizer(folder)
-
-
-def split_by(regex: str) -> Any:
-    def change(stored: dict[str, Any]) -> None:
-        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        stored["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
-
-    return change
+def byte_level(folder: Path, **options: Any) -> Tokenizer:
+    return Tokenizer(write_bytes(folder, **options))
 
 
 def test_the_file_holds_the_tokenizer(tmp_path: Path) -> None:
@@ -193,17 +165,6 @@ def test_the_file_holds_the_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_file_says_which_tokens_the_tokenizer_adds(tmp_path: Path) -> None:
-    def adds_first(stored: dict[str, Any]) -> None:
-        first, text = {"SpecialToken": {"id": FIRST, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-        special = {FIRST: {"id": FIRST, "ids": [1], "tokens": [FIRST]}}
-        pair = [first, text, {"Sequence": {"id": "B", "type_id": 1}}]
-        stored["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [first, text],
-            "pair": pair,
-            "special_tokens": special,
-        }
-
     vocabulary = Vocabulary(byte_level(tmp_path / "tokenizer", change=adds_first))
     model = decoder.architecture(vocab_size=320)
     path = write(tmp_path / "model.gguf", model, decoder.random_weights(model), vocabulary=vocabulary)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from support import served_models
-from support.engines import ENGINES, Agreement, Answers, Engine, compare, reference
+from support.engines import ENGINES, Agreement, Answers, Engine, compare, reference, token_ids
 from support.ranks import Ranks
-from support.served_models import CHANGED, DENSE, FULL, MODULE, TEXTS
+from support.served_models import CHANGED, DENSE, FULL, MODULE, SIZES, TEXTS, path_of
 
 Compare = Callable[[Engine, str, str], Agreement]
 
@@ -36,8 +36,11 @@ def answers(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def get(engine: Engine) -> Answers:
         if engine not in found:
             # the model that an engine may not run comes last
-            folders = {name: models / name for name in (FULL, MODULE, CHANGED, DENSE)}
-            found[engine] = engine.run(folders, TEXTS, work=tmp_path_factory.mktemp("job"))
+            names = [name for name in (FULL, MODULE, CHANGED, DENSE) if engine.format != "gguf" or name != DENSE]
+            paths = {name: path_of(models, name, format=engine.format) for name in names}
+            texts = token_ids(models / FULL, TEXTS) if engine.format == "gguf" else TEXTS
+            work = tmp_path_factory.mktemp("job")
+            found[engine] = engine.run(paths, texts, vocab_size=SIZES["vocab_size"], work=work)
         return found[engine]
 
     return get

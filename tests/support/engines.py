@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,19 +24,21 @@ LIMIT = 1800
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An engine that reads Hugging Face folders.
+    """An engine that runs exported models.
 
     Attributes:
         name: as the project's pages write the name.
         environment: folder in .venv that `make test-serve` installs the engine into.
         script: file in tests/serve that runs texts through the engine.
-        runs_dense_layers: whether the engine reads `mlp_only_layers`.
+        runs_dense_layers: whether the engine computes models with dense layers.
+        format: the --format of the exports that the engine reads.
     """
 
     name: str
     environment: str
     script: str
     runs_dense_layers: bool
+    format: Literal["qwen2_moe", "gguf"] = "qwen2_moe"
 
     @property
     def folder(self) -> Path:
@@ -53,25 +55,32 @@ class Engine:
             pytest.skip(f"{self.name} is not installed in .venv/{self.environment}: make test-serve installs it")
         return self
 
-    def run(self, models: Mapping[str, Path], texts: tuple[str, ...], *, work: Path) -> Answers:
+    def run(self, models: Mapping[str, Path], texts: Sequence[Any], *, vocab_size: int, work: Path) -> Answers:
         """Run all models in one process of the engine's environment.
 
         Args:
-            models: name -> exported folder. An engine that fails ends the process: the models after it have no answer.
-            texts: prompts.
+            models: name -> exported folder or file. An engine that fails ends the process: the models after it have no
+                answer.
+            texts: prompts, or their token ids.
+            vocab_size: of all models.
             work: folder for the job, the result and the log of the engine.
         """
         job, result = work / "job.json", work / "result.json"
         folders = {name: str(folder) for name, folder in models.items()}
-        job.write_text(json.dumps({"models": folders, "texts": texts, "new_tokens": NEW_TOKENS}))
-        command = [self.folder / "bin" / "python", ROOT / "tests" / "serve" / self.script, job, result]
+        content = {"models": folders, "texts": texts, "new_tokens": NEW_TOKENS, "vocab_size": vocab_size}
+        job.write_text(json.dumps(content))
+        return Answers(**self.answer(self.script, job, result, work=work))
+
+    def answer(self, script: str, job: Path, result: Path, *, work: Path) -> dict[str, Any]:
+        """The JSON that a script of tests/serve makes of a job, in the engine's environment; "log" is added."""
+        command = [self.folder / "bin" / "python", ROOT / "tests" / "serve" / script, job, result]
         with (work / "log.txt").open("w") as log:
             # one thread: as in all tests. No GPU: the engines are compared on a CPU
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
             subprocess.run(command, cwd=work, env=environment, stdout=log, stderr=log, timeout=LIMIT, check=False)
         end = (work / "log.txt").read_text(errors="replace")[-6000:]
         assert result.exists(), f"{self.name} failed:\n{end}"
-        return Answers(**json.loads(result.read_text()), log=end)
+        return json.loads(result.read_text()) | {"log": end}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,7 @@ class Answers:
     """What an engine computed.
 
     Attributes:
-        versions: of the engine, torch and transformers.
+        versions: of the engine, and of torch and transformers if the engine has them.
         answers: model -> answers, text by text; a model that the engine did not run is missing.
         log: the end of the engine's output.
     """
@@ -92,6 +101,13 @@ class Answers:
 ENGINES = (
     Engine(name="vLLM", environment="serve-vllm", script="run_vllm.py", runs_dense_layers=True),
     Engine(name="SGLang", environment="serve-sglang", script="run_sglang.py", runs_dense_layers=False),
+    Engine(
+        name="llama.cpp",
+        environment="serve-llama-cpp",
+        script="run_llama_cpp.py",
+        runs_dense_layers=False,
+        format="gguf",
+    ),
 )
 
 
@@ -121,15 +137,21 @@ class Agreement:
         )
 
 
+def token_ids(model: Path, texts: tuple[str, ...]) -> list[list[int]]:
+    """The tokens of texts in transformers, with the tokenizer in an exported folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
 def reference(model: Path, texts: tuple[str, ...]) -> list[dict[str, Any]]:
     """What transformers computes in float32, text by text, in the form of an engine's answers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
     answers = []
-    for text in texts:
-        tokens = tokenizer(text)["input_ids"]
+    for tokens in token_ids(model, texts):
         ids_1T = torch.tensor([tokens])
         # eos_token_id None: the greedy text has NEW_TOKENS tokens always
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": NEW_TOKENS}

@@ -25,7 +25,7 @@ def results(
     """The content of RESULTS.
 
     Args:
-        versions: engine -> versions of the engine, torch and transformers in its environment.
+        versions: engine -> versions in its environment: of "engine", and of torch and transformers if they are there.
         agreements: engine -> model -> the comparison, with at least one model per engine.
     """
     import transformers
@@ -34,8 +34,7 @@ def results(
         {
             "name": engine.name,
             "version": versions[engine]["engine"],
-            "torch": versions[engine]["torch"],
-            "transformers": versions[engine]["transformers"],
+            **{name: found for name, found in versions[engine].items() if name != "engine"},
             "runs_dense_layers": engine.runs_dense_layers,
             "max_difference": _rounded(max(found.max_difference for found in models.values())),
             "models": {name: _row(found) for name, found in models.items()},

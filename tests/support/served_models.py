@@ -1,4 +1,4 @@
-"""Tiny models that serving engines run: weights into Megatron, a module cut out, both exported by the commands.
+"""Tiny models that engines run: weights into Megatron, a module cut out, both exported by the commands.
 
 Ranks import this file by its path, so it names its neighbours whole.
 """
@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 from safetensors.torch import load_file, save_file
 
+from emo_megatron.hf.gguf import FILE
+
 SIZES: dict[str, Any] = {
-    "vocab_size": 128,
+    "vocab_size": 320,
     "hidden_size": 128,
     "num_layers": 3,
     "num_heads": 4,
@@ -45,13 +48,20 @@ TEXTS = (
 """Prompts of 8, 60, 6 and 48 tokens, which an engine runs in one batch."""
 
 
+def path_of(folder: Path, name: str, *, format: str = "qwen2_moe") -> Path:
+    """The export of a model: its folder, or its file for llama.cpp."""
+    return folder / "gguf" / name / FILE if format == "gguf" else folder / name
+
+
 def export(folder: str) -> None:
-    """Write the models into subfolders, each named like its entry in MODELS."""
+    """Write the exports of MODELS to the places of `path_of`; a model with dense layers has no file for llama.cpp."""
     from emo_megatron.commands import export, extract, import_
     from support import decoder, words
     from support.checkpoints import selection_of
 
     root = Path(folder)
+    # llama.cpp does not have the tokenizer of the other exports; its texts are token ids
+    bytes_tokenizer = words.write_bytes(root / "bytes")
     for seed, (name, changes) in enumerate(MODELS.items()):
         work = root / "work" / name
         model = decoder.architecture(**(SIZES | changes))
@@ -67,6 +77,9 @@ def export(folder: str) -> None:
                 extract.Options(checkpoint=checkpoint, selection=selection, output=work / "module")
             )
         export.run(export.Options(checkpoint=checkpoint, output=root / name))
+        if name != DENSE:
+            output = path_of(root, name, format="gguf").parent
+            export.run(export.Options(checkpoint=checkpoint, output=output, format="gguf", tokenizer=bytes_tokenizer))
 
 
 def change_a_weight(folder: Path) -> None:
@@ -75,3 +88,9 @@ def change_a_weight(folder: Path) -> None:
     weights = load_file(changed / "model.safetensors")
     weights["model.layers.1.mlp.experts.2.down_proj.weight"] *= 1.01
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    changed = path_of(folder, CHANGED, format="gguf")
+    shutil.copytree(path_of(folder, MODULE, format="gguf").parent, changed.parent)
+    reader = gguf.GGUFReader(changed, "r+")
+    (stored,) = (tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down_exps.weight")
+    stored.data[2] *= 1.01
+    reader.data.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,63 @@ def write_numbers(folder: Path, *, size: int) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return _save(tokenizer, folder, eos_token=END)
+
+
+def write_bytes(
+    folder: Path,
+    *,
+    text: str = "the pool of the document chooses the experts, and the experts compute",
+    size: int = 300,
+    change: Callable[[dict[str, Any]], object] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """A byte-level BPE tokenizer as the demo trains one, with two special tokens and an added token that is not.
+
+    The tokens are at most `size` + 1 parts of `text`, which may reach over spaces. `change` edits the content of
+    tokenizer.json, and `config` has more fields of tokenizer_config.json.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # training without words, so that tokens differ between rules of splitting text into words
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END, FIRST],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text] * 5, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_tokens(["<tool>"])
+    stored = json.loads(tokenizer.to_str())
+    if change:
+        change(stored)
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": FIRST} | dict(config or {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def split_by(regex: str) -> Callable[[dict[str, Any]], object]:
+    """A change of tokenizer.json: words are the matches of a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, level]}
+    return lambda stored: stored.update(pre_tokenizer=steps)
+
+
+def adds_first(stored: dict[str, Any]) -> None:
+    """A change of tokenizer.json: the tokenizer of `write_bytes` puts FIRST before a text."""
+    first, text = {"SpecialToken": {"id": FIRST, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    stored["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {FIRST: {"id": FIRST, "ids": [1], "tokens": [FIRST]}},
+    }
 
 
 def _save(tokenizer: Any, folder: Path, **special: str) -> Path:
