@@ -4,14 +4,16 @@
         --validation-data VALIDATION --output loss.json
 
 Takes a Megatron checkpoint or a Hugging Face folder. The quantisation is simulated: weights and inputs are rounded to
-the format, and the products are computed in the dtype of the model. ModelOpt must be on the path, see `make modelopt`.
+the format, and the products are computed in the dtype of the model. `make modelopt` installs ModelOpt.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from emo_megatron.experts.calibration import Calibration
 from emo_megatron.files import whole
 from emo_megatron.json_files import to_json
 from emo_megatron.runners.open import is_hugging_face, open_hugging_face, open_megatron
+from emo_megatron.variables import ALONE, DEFAULTS
 
 UNQUANTIZED = ("stored", "bfloat16")
 FORMATS = {
@@ -34,6 +37,7 @@ FORMATS = {
     "nvfp4": "NVFP4_DEFAULT_CFG",
 }
 """Format -> ModelOpt's configuration. int8, fp8 and nvfp4 round weights and inputs, int4 rounds weights only."""
+MODELOPT = Path(__file__).resolve().parents[1] / ".venv" / "modelopt-0.47.0"
 EXPERT_QUANTIZER = re.compile(r"\.mlp\.experts\.")
 
 
@@ -68,7 +72,7 @@ def measure(options: Options) -> dict[str, Any]:
         if is_bfloat16:
             runner._model.to(torch.bfloat16)
     else:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.update(DEFAULTS | ALONE)
         more = ["--bf16"] * is_bfloat16
         runner, read = open_megatron(options.checkpoint, layout=[], more=more, texts=texts, **kinds)
     calibration, validation = (
@@ -89,6 +93,9 @@ def measure(options: Options) -> dict[str, Any]:
 
 def quantize(model: torch.nn.Module, format: str, forward_loop: Any) -> dict[str, int]:
     """Quantise a model in place; the numbers of active quantisers, in all and on routed experts."""
+    if importlib.util.find_spec("modelopt") is None:
+        # behind all other packages, because the folder holds only what the others lack
+        sys.path.append(str(MODELOPT))
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import TensorQuantizer
 

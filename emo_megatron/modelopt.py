@@ -132,7 +132,9 @@ def _check(model: torch.nn.Module, selection: Selection, layers: dict[int, MoELa
         if (size := getattr(config, name)) > 1:
             raise NotImplementedError(f"ModelOpt prunes only models with {name} 1; got {size}")
     if config.virtual_pipeline_model_parallel_size is not None:
-        raise NotImplementedError("ModelOpt prunes no interleaved pipelines: set no virtual_pipeline_model_parallel_size")
+        raise NotImplementedError(
+            "ModelOpt prunes no interleaved pipelines: unset virtual_pipeline_model_parallel_size"
+        )
     if config.mtp_num_layers:
         raise NotImplementedError(
             f"ModelOpt prunes no layers of multi-token prediction; got mtp_num_layers {config.mtp_num_layers}"

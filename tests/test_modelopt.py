@@ -35,8 +35,8 @@ def start_modelopt():
     if not MODELOPT.is_dir():
         pytest.skip("needs .venv/modelopt-0.47.0: make modelopt installs it")
 
-    def run(*command, te):
-        folders = [TE_ON_CPU] * te + [MODELOPT, ROOT, ROOT / "tests"]
+    def run(*command, te=False):
+        folders = [TE_ON_CPU] * te + [MODELOPT, ROOT, ROOT / "tests", ROOT / "benchmarks"]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
             "OMP_NUM_THREADS": "1",
@@ -110,10 +110,7 @@ def extracted(ranks, parents, pruned):
     return found
 
 
-CASES = [
-    *("stock", "stock grouped", "stock biased"),
-    *("pools", "pools grouped", "pools biased", "pools dedup"),
-]
+CASES = [*("stock", "stock grouped", "stock biased"), *("pools", "pools grouped", "pools biased", "pools dedup")]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,3 +144,55 @@ def test_a_model_that_would_be_wrong_is_an_error(pruned, name, error, words):
     assert pruned[name]["error"] == error
     assert words in pruned[name]["said"]
     assert "\n" not in pruned[name]["said"]
+
+
+@pytest.fixture(scope="module")
+def quantized(start_modelopt, tmp_path_factory):
+    """The folder of quantised models, and what was measured of them."""
+    folder = tmp_path_factory.mktemp("quantized")
+    start_modelopt(sys.executable, "-m", "support.modelopt_quantize", folder)
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+# per layer: Megatron has two matrices per expert, each with a quantiser of the weight and of the input; Hugging Face
+# has two matrices of all experts, each with a quantiser per expert's weight and one of the input
+QUANTIZERS = {
+    "megatron": {"both": 3 * 8 * 2 * 2, "weights": 3 * 8 * 2},
+    "hf": {"both": 3 * (6 + 1) * 2, "weights": 3 * 6 * 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["megatron", "hf"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4", pytest.param("nvfp4", marks=pytest.mark.gpu)])
+def test_experts_are_quantised(quantized, kind, format):
+    found = quantized[1][kind]
+    one, stored = found[format], found["stored"]
+    assert one["quantizers_of_experts"] == QUANTIZERS[kind]["weights" if format == "int4" else "both"]
+    assert one["quantizers"] > one["quantizers_of_experts"]
+    # the quantisers of experts alone change the loss, and only a little
+    for nats in (one["nats"], one["nats_of_experts"]):
+        assert 0 < abs(nats - stored) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("kind", "commands", "name"),
+    [("megatron", ("stats", "export"), "_quantizer"), ("hf", ("stats", "import"), "quantization_config")],
+)
+def test_commands_refuse_what_modelopt_has_quantised(quantized, capfd, tmp_path, kind, commands, name):
+    folder = quantized[0] / kind
+    for command in commands:
+        options = {"--checkpoint": folder, "--output": tmp_path / command}
+        if command == "stats":
+            options["--data"] = folder
+        if command == "import":
+            options["--folder"] = options.pop("--checkpoint")
+        try:
+            code = run_command([command, *(str(part) for pair in options.items() for part in pair)])
+        except SystemExit as ended:
+            # of a command that had started a process for Megatron
+            code = ended.code
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert code == 2
+        assert len(said) == 1
+        assert name in said[0]
+        assert list(tmp_path.iterdir()) == []

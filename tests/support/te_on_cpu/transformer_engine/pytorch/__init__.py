@@ -3,6 +3,8 @@
 Shapes: s positions, b rows, t tokens of packed documents, n heads, d width of a head.
 """
 
+import itertools
+
 import torch
 from torch.nn.functional import layer_norm, linear, rms_norm
 
@@ -147,7 +149,7 @@ class DotProductAttention(torch.nn.Module):
         bounds = (cu_seqlens_q if padded is None else padded).tolist()
         parts = [
             self._attend(*(x[start:end, None] for x in (query, key, value)))[:, 0]
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            for start, end in itertools.pairwise(bounds)
             if end > start
         ]
         return torch.cat(parts)
