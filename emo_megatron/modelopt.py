@@ -44,6 +44,8 @@ class _DynamicPoolMoELayer(_DynamicMoELayer):
     The other classes of this package keep Megatron's `forward` and need no registration.
     """
 
+    token_dispatcher: Any
+
     def _export_reinit_token_dispatcher(self) -> None:
         # ModelOpt makes a new dispatcher; PoolMoELayer.__init__ adapts the first one in the same way
         if isinstance(self.token_dispatcher, PoolAlltoAllDispatcher):
@@ -162,7 +164,7 @@ def _finish(layer: MoELayer, num_kept: int) -> None:
 
 def _expert_digests(model: torch.nn.Module) -> dict[tuple[str, int], str]:
     """(Name, expert) -> hash of the expert's part of a weight: rows of routers included."""
-    found = {}
+    found: dict[tuple[str, int], str] = {}
     for name, _, experts, weight in model_weights(model):
         if not is_of_experts(name):
             continue

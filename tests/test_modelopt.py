@@ -35,12 +35,12 @@ def start_modelopt():
     if not MODELOPT.is_dir():
         pytest.skip("needs .venv/modelopt-0.47.0: make modelopt installs it")
 
-    def run(*command, te=False):
+    def run(*command, te=False, device="cpu"):
         folders = [TE_ON_CPU] * te + [MODELOPT, ROOT, ROOT / "tests", ROOT / "benchmarks"]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
             "OMP_NUM_THREADS": "1",
-            "EMO_DEVICE": "cpu",
+            "EMO_DEVICE": device,
             "HF_HUB_OFFLINE": "1",
             **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
@@ -89,6 +89,7 @@ def pruned(start_modelopt, parents):
         "pools dedup": case("plain", pool=pool | {"pool_dispatcher": "dedup"}),
         "wrong ranking": case("plain", wrong_ranking=True),
         "wrong weight": case("plain", wrong_weight=True),
+        "prediction": case("plain", config={"mtp_num_layers": 1}),
         **{name: case("plain", selection=name) for name in ("foreign", "uneven", "few")},
     }
     job = parents / "job.json"
@@ -136,6 +137,7 @@ def test_a_pruned_model_keeps_its_classes_and_trains(pruned, name):
         ("foreign", "ValueError", "fingerprint"),
         ("uneven", "ValueError", "4 to 5"),
         ("few", "ValueError", "moe_router_topk 2"),
+        ("prediction", "NotImplementedError", "mtp_num_layers 1"),
         ("wrong ranking", "RuntimeError", "[1, 2]"),
         ("wrong weight", "RuntimeError", "[2]"),
     ],
@@ -150,7 +152,7 @@ def test_a_model_that_would_be_wrong_is_an_error(pruned, name, error, words):
 def quantized(start_modelopt, tmp_path_factory):
     """The folder of quantised models, and what was measured of them."""
     folder = tmp_path_factory.mktemp("quantized")
-    start_modelopt(sys.executable, "-m", "support.modelopt_quantize", folder)
+    start_modelopt(sys.executable, "-m", "support.modelopt_quantize", folder, "megatron", "hf")
     return folder, json.loads((folder / "results.json").read_text())
 
 
@@ -162,16 +164,25 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["megatron", "hf"])
-@pytest.mark.parametrize("format", ["int8", "fp8", "int4", pytest.param("nvfp4", marks=pytest.mark.gpu)])
-def test_experts_are_quantised(quantized, kind, format):
-    found = quantized[1][kind]
-    one, stored = found[format], found["stored"]
+def _check_quantised(found, kind, format):
+    one, stored = found[kind][format], found[kind]["stored"]
     assert one["quantizers_of_experts"] == QUANTIZERS[kind]["weights" if format == "int4" else "both"]
     assert one["quantizers"] > one["quantizers_of_experts"]
     # the quantisers of experts alone change the loss, and only a little
     for nats in (one["nats"], one["nats_of_experts"]):
         assert 0 < abs(nats - stored) < 0.3
+
+
+@pytest.mark.parametrize("kind", ["megatron", "hf"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_experts_are_quantised(quantized, kind, format):
+    _check_quantised(quantized[1], kind, format)
+
+
+@pytest.mark.gpu
+def test_experts_are_quantised_in_the_format_that_needs_a_gpu(start_modelopt, tmp_path):
+    start_modelopt(sys.executable, "-m", "support.modelopt_quantize", tmp_path, "hf", device="cuda")
+    _check_quantised(json.loads((tmp_path / "results.json").read_text()), "hf", "nvfp4")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""ModelOpt quantises a Megatron model and a Hugging Face model on a CPU, and saves both.
+"""ModelOpt quantises a Megatron model and a Hugging Face model, and saves both.
 
-    python -m support.modelopt_quantize FOLDER
+    python -m support.modelopt_quantize FOLDER KIND ...
 
 For a process with ModelOpt and benchmarks/ on its path, and without Transformer Engine. Writes FOLDER/results.json,
-a Megatron checkpoint in FOLDER/megatron and a Hugging Face folder in FOLDER/hf.
+for the kind megatron a checkpoint in FOLDER/megatron, and for the kind hf a Hugging Face folder in FOLDER/hf.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ def main() -> None:
     """Quantise both models in every format."""
     from emo_megatron.mcore import cpu
 
-    cpu.activate()
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    found = {"megatron": _megatron(folder / "megatron"), "hf": _hugging_face(folder)}
+    folder, found = Path(sys.argv[1]), {}
+    if "megatron" in sys.argv[2:]:
+        cpu.activate()
+        torch.distributed.init_process_group("gloo")
+        found["megatron"] = _megatron(folder / "megatron")
+    if "hf" in sys.argv[2:]:
+        found["hf"] = _hugging_face(folder)
     (folder / "results.json").write_text(json.dumps(found))
 
 
