@@ -16,6 +16,10 @@ OLDEST_MEGATRON := $(VENV)/megatron-core-0.18
 BRIDGE := $(VENV)/megatron-bridge-0.6.2
 BRIDGE_PACKAGES := megatron-bridge==0.6.2 hydra-core==1.3.4 "omegaconf>=2.3" "antlr4-python3-runtime==4.9.*" \
     transformers==5.12.1 "tokenizers<0.23" "huggingface_hub<2" httpx httpcore h11 anyio sniffio
+# NVIDIA ModelOpt and its dependencies, optional: `make modelopt`, and tests/test_modelopt.py runs
+MODELOPT := $(VENV)/modelopt-0.47.0
+MODELOPT_PACKAGES := nvidia-modelopt==0.47.0 "omegaconf>=2.3" "antlr4-python3-runtime==4.9.*" "pulp<4" \
+    nvidia-ml-py ninja
 # the tools that build the documentation, without torch
 MKDOCS := $(VENV)/mkdocs
 # serving engines in virtual environments of their own, because each engine needs its own torch and transformers. For
@@ -32,7 +36,7 @@ FIND_PYTHON = for python in $(CANDIDATES); do \
 	"$$python" -c "$(CAN_SERVE)" >/dev/null 2>&1 && break; python=; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-all test-serve lint format types docs bench clean
+.PHONY: help setup native demo modelopt test test-all test-serve lint format types docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +48,8 @@ native: $(PACKAGES) ## compile csrc/ again and show the compilers' output (EMO_C
 
 demo: $(STAMP) ## pretrain EMO and a standard MoE, cut modules out, compare the losses (ARGS="--quick")
 	@demo/demo.sh $(ARGS)
+
+modelopt: $(MODELOPT) ## install NVIDIA ModelOpt beside the other packages, for tests/test_modelopt.py (optional)
 
 test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run the tests that CI runs (ARGS="-k router")
 	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu and not serve" $(ARGS)
@@ -121,6 +127,12 @@ $(BRIDGE): | $(STAMP)
 	@$(NEWS) "Installing megatron-bridge 0.6.2 in a folder of its own, for its tests"
 	@rm -rf $@.part
 	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part $(BRIDGE_PACKAGES)
+	@mv $@.part $@
+
+$(MODELOPT): | $(STAMP)
+	@$(NEWS) "Installing nvidia-modelopt 0.47.0 in a folder of its own, for its tests"
+	@rm -rf $@.part
+	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part $(MODELOPT_PACKAGES)
 	@mv $@.part $@
 
 # installed again when a pinned version changes; `make setup` is not needed

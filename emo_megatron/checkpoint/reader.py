@@ -37,6 +37,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name for a checkpoint of weights without a run: no optimizer, iteration 0."""
 
+MODELOPT_STATE = "modelopt_state"
+"""Folder that ModelOpt writes into a checkpoint of a model that ModelOpt has changed."""
+_QUANTIZER = re.compile(r"_quantizer\.|\._amax$")
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
 
 
@@ -80,6 +83,7 @@ class MegatronCheckpoint:
             ]
         if cut:
             raise ValueError(f"{self.path / cut[0]} was cut short: copy or save the checkpoint again")
+        self._check_unquantized()
         self._pieces = self._found(sizes)
         self.names: dict[str, TensorInfo] = {
             name: TensorInfo(
@@ -91,6 +95,17 @@ class MegatronCheckpoint:
         for name, info in self.names.items():
             if sum(math.prod(piece.shape) for piece in self._pieces[name]) != math.prod(info.shape):
                 raise ValueError(f"{self.path} is not whole: it holds only a part of {name}")
+
+    def _check_unquantized(self) -> None:
+        quantizer = next((name for name in self._stored if _QUANTIZER.search(name)), None)
+        has_state = (self.path / MODELOPT_STATE).exists()
+        if quantizer is None and not has_state:
+            return
+        raise ValueError(
+            f"{self.path} must hold unquantised weights; got {quantizer or MODELOPT_STATE} of ModelOpt: give the "
+            "checkpoint as it was before quantisation; of a model that ModelOpt only pruned, remove the folder "
+            f"{MODELOPT_STATE}"
+        )
 
     def _folder(self, path: Path) -> Path:
         """The folder with the checkpoint's metadata."""

@@ -26,6 +26,8 @@ from emo_megatron.json_files import checked, is_a, read_object
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZED = "hf_quant_config.json"
+"""ModelOpt's description of a quantised model, beside config.json."""
 SHARD_BYTES = 5_000_000_000
 """Largest size of a shard, as in transformers."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,6 +54,7 @@ class HuggingFaceFolder:
                 f"{self.path} is not a Hugging Face checkpoint, because the folder has no {CONFIG}: name another folder"
             )
         self.config: Mapping[str, Any] = read_object(file, kind="a model's configuration")
+        check_unquantized(self.path, self.config)
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FORMATS:
             raise ValueError(f"{file}: model_type must be one of {', '.join(FORMATS)}; got {reprlib.repr(model_type)}")
@@ -112,6 +115,21 @@ class HuggingFaceFolder:
         optional = () if self.architecture.qkv_bias else [n for n in wanted if n.endswith("_proj.bias")]
         if problems := shape_problems(stored, wanted, optional=optional):
             raise ValueError(f"the tensors in {self.path} do not match its {CONFIG}: {'; '.join(problems)}")
+
+
+def check_unquantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a quantised model, whose weights need scales that are not read here.
+
+    transformers may load such weights without the scales, and only warn.
+    """
+    fields = ("quantization_config", "compression_config")
+    found = [f"the field {name} in {CONFIG}" for name in fields if config.get(name)]
+    found += [QUANTIZED] if (folder / QUANTIZED).exists() else []
+    if found:
+        raise ValueError(
+            f"{folder} must hold unquantised weights; got a quantised model ({', '.join(found)}): give the model as it "
+            "was before quantisation, and quantise the result"
+        )
 
 
 def write_folder(

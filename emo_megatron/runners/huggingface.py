@@ -35,11 +35,13 @@ def load_hugging_face(path: Path) -> Any:
     """Load the model of a Hugging Face folder in evaluation mode, on a GPU if there is one; nothing is downloaded."""
     from transformers import AutoModelForCausalLM
 
-    from emo_megatron.hf.folder import HuggingFaceFolder, as_stock
+    from emo_megatron.hf.folder import HuggingFaceFolder, as_stock, check_unquantized
 
-    kind = read_object(path / "config.json", kind="a model's configuration").get("model_type")
+    config = read_object(path / "config.json", kind="a model's configuration")
+    kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}; got {kind} in {path / 'config.json'}")
+    check_unquantized(path, config)
     with as_stock(HuggingFaceFolder(path)) if kind == "emo" else nullcontext(path) as folder:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", local_files_only=True)

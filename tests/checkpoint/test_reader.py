@@ -286,3 +286,19 @@ def test_a_description_that_is_no_description_is_named(copied, text):
     (copied[1] / "metadata.json").write_text(text)
     with told("iter_0000007"):
         MegatronCheckpoint(copied[0])
+
+
+def test_what_modelopt_has_changed_is_named(copied):
+    folder, iteration = copied
+    (iteration / "modelopt_state").mkdir()
+    with told("modelopt_state"):
+        MegatronCheckpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.experts.linear_fc1.weight_quantizer._amax", "mlp.linear_fc1._amax"])
+def test_quantizers_are_named(name, tmp_path):
+    written = write_checkpoint(
+        tmp_path / "out", {f"decoder.layers.0.{name}": torch.ones(4, 3)}, args=argparse.Namespace()
+    )
+    with told(name):
+        MegatronCheckpoint(written)

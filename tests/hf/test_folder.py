@@ -16,6 +16,7 @@ from support.running import limited
 
 from emo_megatron.hf.folder import INDEX, HuggingFaceFolder
 from emo_megatron.hf.mapping import weight_shapes
+from emo_megatron.runners.huggingface import load_hugging_face
 
 
 @pytest.fixture
@@ -112,6 +113,17 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_moe"}')
     with pytest.raises(ValueError, match=r"model\.safetensors is missing .*\.bin files are not read"):
         HuggingFaceFolder(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config", "hf_quant_config.json"])
+def test_a_quantised_model_is_refused_by_the_field(field: str, sharded: Path) -> None:
+    file = sharded / ("config.json" if field.endswith("_config") else field)
+    described = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(described | {field: {"quant_method": "modelopt", "quant_algo": "FP8"}}))
+    for read in (HuggingFaceFolder, load_hugging_face):
+        with pytest.raises(ValueError, match=field) as error:
+            read(sharded)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
