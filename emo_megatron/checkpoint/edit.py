@@ -87,27 +87,10 @@ def open_parent(path: Path, selection: Selection | None = None, *, file: Path | 
             )
     if selection is not None:
         try:
-            check_selection(selection, parent, num_experts=num_experts)
+            parent.check_selection(selection, num_experts=num_experts)
         except ValueError as error:
             raise ValueError(f"{path if file is None else f'{file} for {path}'}: {error}") from None
     return parent
-
-
-def check_selection(selection: Selection, parent: MegatronCheckpoint, *, num_experts: int, model: str = "") -> None:
-    """Raise ValueError if a Selection was made for another model than `parent`, which may also be a module.
-
-    Args:
-        selection: of the parent's experts.
-        parent: a checkpoint with the layers of the parent.
-        num_experts: routed experts per layer of the parent.
-        model: fingerprint of the parent; empty: of `parent`.
-    """
-    selection.check_model(
-        model or parent.fingerprint,
-        num_experts=num_experts,
-        layers=parent.moe_layers,
-        prediction_layers=parent.prediction_layers,
-    )
 
 
 def open_modules(paths: Sequence[Path], selections: Sequence[Path] = ()) -> list[Module]:
@@ -312,7 +295,7 @@ class CheckpointEdit:
         selection, names, wanted = module.selection, module.checkpoint.names, self._model.names
         fingerprint = self._modules[0].selection.model
         try:
-            check_selection(selection, self._model, num_experts=self._num_parent_experts, model=fingerprint)
+            self._model.check_selection(selection, num_experts=self._num_parent_experts, parent=fingerprint)
         except ValueError as error:
             raise ValueError(f"{module.name} is a module of another parent: {error}") from None
         if names.keys() != wanted.keys():

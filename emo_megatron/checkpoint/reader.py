@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from emo_megatron.checkpoint.names import ROUTER, Piece, count_layers, in_order, pieces_of, split_name
-from emo_megatron.experts.selection import router_fingerprint
+from emo_megatron.experts.selection import Selection, router_fingerprint
 from emo_megatron.experts.stats import ModelMetadata
 from emo_megatron.files import machine_error
 
@@ -203,6 +203,18 @@ class MegatronCheckpoint:
     def fingerprint(self) -> str:
         """`router_fingerprint` of the model."""
         return router_fingerprint(self.read(f"{router}weight") for router in self.routers.values())
+
+    def check_selection(self, selection: Selection, *, num_experts: int, parent: str | None = None) -> None:
+        """Raise ValueError if a Selection is of another model than this model or, in a module, than its parent.
+
+        `num_experts` and the fingerprint `parent` are those of the parent; None: of this model.
+        """
+        selection.check_model(
+            parent or self.fingerprint,
+            num_experts=num_experts,
+            layers=self.moe_layers,
+            prediction_layers=self.prediction_layers,
+        )
 
     def read(self, name: str, index: int | slice | Sequence[int] | None = None) -> Tensor:
         """A weight, or the part weight[index] along the first axis.

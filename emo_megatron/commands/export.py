@@ -56,8 +56,7 @@ class Options:
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of the weights; stored keeps the dtype of the checkpoint."""
     mtp: Literal["drop", "keep"] = "drop"
-    """Layers of multi-token prediction. drop: leave them out. keep: write them to mtp.safetensors, which only import
-    reads."""
+    """Layers of multi-token prediction. drop: leave out. keep: write to mtp.safetensors, which only import reads."""
     selection: Annotated[Path | None, unset("PATH", "selection.json in --checkpoint")] = None
     """Selection file of the module, for the model card."""
     retention: Annotated[Path | None, unset("PATH", "none")] = None
@@ -90,6 +89,8 @@ def run(options: Options) -> Converted:
         )
     tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
     selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, checkpoint)
+    if selection and mtp == "drop":
+        selection = selection.only([layer + 1 for layer in architecture.moe_layers])
     retention = _retention(options.retention, options.retention_domain, selection)
     origin = Origin(
         name=_name(checkpoint),

@@ -9,7 +9,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ class Selection:
     def num_kept(self) -> tuple[int, ...]:
         """Number of routed experts kept in each MoE layer."""
         return tuple(len(kept) for kept in self.experts)
+
+    def only(self, layers: Sequence[int]) -> Selection:
+        """The same choice for some of the layers, given by their numbers."""
+        return replace(self, layers=tuple(layers), experts=tuple(self.by_layer[layer] for layer in layers))
 
     def keep_k(self, *, num_shared: int) -> int:
         """Kept experts per layer in the paper's count, which includes shared experts."""

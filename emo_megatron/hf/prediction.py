@@ -127,13 +127,13 @@ def _check(
     shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, flags: Mapping[str, Any], path: Path
 ) -> None:
     """Raise ValueError for other tensors than those of the flags: every depth has the last layer of the decoder."""
-    depths = flags.get("mtp_num_layers")
+    depths: Any = flags.get("mtp_num_layers")
     if not is_a(depths, int) or depths < 1 or depths > len(shapes):
         raise ValueError(
             f"{path}: mtp_num_layers must be at least 1, and at most the number of tensors; got {depths!r}"
         )
     width = architecture.hidden_size
-    around = {"eh_proj.weight": (width, 2 * width)}
+    around: dict[str, tuple[int, ...]] = {"eh_proj.weight": (width, 2 * width)}
     around |= {f"{norm}.weight": (width,) for norm in ("enorm", "hnorm", "final_layernorm")}
     last = f"decoder.layers.{architecture.num_layers - 1}."
     inner = {

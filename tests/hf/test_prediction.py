@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import checkpoints
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.experts.selection import load_selection
 from emo_megatron.hf.folder import INDEX, HuggingFaceFolder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
 from emo_megatron.hf.prediction import FILE, Prediction
@@ -79,14 +80,17 @@ def test_there_and_back(ranks, trained, tmp_path, repeated):
 
 
 def exported_module(folder: str, output: str, kept: list[list[int]]) -> None:
-    """A module with these experts, exported with its layers in bfloat16."""
-    from emo_megatron.commands import export, extract
+    """A module with these experts, exported with its layers in bfloat16; and without, imported and exported again."""
+    from emo_megatron.commands import export, extract, import_
 
     root = Path(output)
     selection = checkpoints.selection_of(Path(folder), kept).save(root / "kept.json")
     extract.run(extract.Options(checkpoint=Path(folder), selection=selection, output=root / "module"))
     options = {"dtype": "bfloat16", "mtp": "keep", "parity_tokens": 0}
     export.run(export.Options(checkpoint=root / "module", output=root / "hf", **options))
+    export.run(export.Options(checkpoint=root / "module", output=root / "dropped", parity_tokens=0))
+    import_.run(import_.Options(folder=root / "dropped", output=root / "imported", parity_tokens=0))
+    export.run(export.Options(checkpoint=root / "imported", output=root / "again", parity_tokens=0))
 
 
 def test_a_module_is_exported_with_its_layers(ranks, trained, tmp_path):
@@ -97,6 +101,10 @@ def test_a_module_is_exported_with_its_layers(ranks, trained, tmp_path):
         assert torch.equal(stored[name], before.read(name, KEPT[3]).bfloat16())
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert HuggingFaceFolder(tmp_path / "hf").architecture.num_experts == 4
+    for name, layers in (("hf", (1, 2, 3, 4)), ("dropped", (1, 2)), ("again", (1, 2))):
+        selection = load_selection(tmp_path / name / "selection.json")
+        assert selection.by_layer == {layer: tuple(KEPT[layer - 1]) for layer in layers}
+        assert selection.model == before.fingerprint
 
 
 def refused(folder: str, output: str) -> str:
