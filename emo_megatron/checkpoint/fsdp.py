@@ -72,6 +72,9 @@ class FsdpCheckpoint(MegatronCheckpoint):
     def common(self) -> dict[str, Any]:
         """The flags of the training run, under the key `args`."""
         held: dict[str, Any] = {"args": None}
+        if "args" not in self._metadata.state_dict_metadata:
+            # a checkpoint of Megatron-Bridge
+            return held
         with reading(self.path / ".metadata"):
             load(held, storage_reader=self._reader, no_dist=True)
         return held

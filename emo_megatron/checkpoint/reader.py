@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from emo_megatron.checkpoint.bridge_flags import RUN_CONFIG, flags_of_run
 from emo_megatron.checkpoint.names import ROUTER, Piece, in_order, pieces_of
 from emo_megatron.experts.selection import router_fingerprint
 from emo_megatron.experts.stats import ModelMetadata
@@ -129,13 +130,10 @@ class MegatronCheckpoint:
 
     @property
     def args(self) -> argparse.Namespace:
-        """The flags of the run that wrote the checkpoint."""
+        """The flags of the run that wrote the checkpoint; of a Megatron-Bridge run, the flags of the same model."""
         args = self.common.get("args")
-        if args is None and (self.path / "run_config.yaml").is_file():
-            raise ValueError(
-                f"{self.path} is a Megatron-Bridge checkpoint, which does not hold Megatron's flags: export it to a "
-                "Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
-            )
+        if args is None and (self.path / RUN_CONFIG).is_file():
+            args = self.common["args"] = flags_of_run(self.path / RUN_CONFIG, vocab_rows=self._vocab_rows)
         if not isinstance(args, argparse.Namespace):
             raise ValueError(f"{self.path} must hold the flags of its run, and has none: save the checkpoint again")
         lacking = [name for name in ("num_experts", "moe_router_topk") if not hasattr(args, name)]
@@ -145,6 +143,14 @@ class MegatronCheckpoint:
                 "checkpoint is not supported; load and save the checkpoint with a supported version"
             )
         return args
+
+    @property
+    def _vocab_rows(self) -> int:
+        embedding = "embedding.word_embeddings.weight"
+        rows = [int(entry.size[0]) for name, entry in self._stored.items() if name.endswith(embedding)]
+        if not rows:
+            raise ValueError(f"{self.path} is not whole: it holds no {embedding}")
+        return rows[0]
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
