@@ -49,7 +49,7 @@ def _names(text: str) -> frozenset[str]:
 
 OF_THE_RUN = _names(
     """
-    _target_ activation_func activation_func_fp8_input_store gated_linear_unit num_query_groups params_dtype
+    _target_ activation_func activation_func_fp8_input_store gated_linear_unit params_dtype
     share_embeddings_and_output_weights transformer_layer_spec
     autocast_dtype barrier_with_L1_time batch_p2p_comm batch_p2p_sync bias_activation_fusion cp_comm_type
     cpu_offloading cpu_offloading_activations cpu_offloading_double_buffering cpu_offloading_weights

@@ -1,6 +1,7 @@
 """AutoBridge on small folders of both formats, on a CPU: `python -m support.bridge_hf FOLDER`, which writes hf.json.
 
-One process tries all cases, because importing Bridge takes longer than they do.
+One process tries all cases, because importing Bridge takes longer than they do. `python -m support.bridge_hf OUTPUT
+FOLDER RUN` exports a run's checkpoint instead, as the model in a folder.
 """
 
 from __future__ import annotations
@@ -252,7 +253,18 @@ def from_configuration() -> dict[str, Any]:
     return found
 
 
+def export(output: str, folder: str, run: str) -> None:
+    """As docs/bridge.md exports a run."""
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    # the export asks ModelOpt whether weights are quantized
+    with stand_ins():
+        bridge.export_ckpt(run, output)
+
+
 def main() -> None:
+    if len(sys.argv) > 2:
+        export(*sys.argv[1:])
+        return
     folder, found = Path(sys.argv[1]), {}
     for number, variant in enumerate(decoder.VARIANTS):
         found[variant] = round_trip(folder / str(number), variant)
