@@ -19,6 +19,7 @@ from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.utils import unwrap_model
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hf_pretrained.state import SafeTensorsStateSource
+from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -240,8 +241,12 @@ class FormatBridge(MegatronModelBridge):
         """The Megatron model; ValueError if the Hugging Face model is another model."""
         names = self._megatron_global_param_names_all_pp_ranks(models)
         layers = {int(match[1]) for match in map(_ROUTER.fullmatch, names) if match}
-        model = architecture_of_provider(unwrap_model(models)[0].config, moe_layers=layers)
+        config = unwrap_model(models)[0].config
+        model = architecture_of_provider(config, moe_layers=layers)
         source = source_of(hf_pretrained, self.FORMAT)
+        if config.vocab_size <= source.architecture.vocab_size <= _padded_vocab_size(config):
+            # the command export counts rows of padding too
+            model = dataclasses.replace(model, vocab_size=source.architecture.vocab_size)
         differing = [
             f"model.{_FIELDS[field.name]} is {ours!r} and {CONFIG} gives {theirs!r}"
             for field in dataclasses.fields(Architecture)
@@ -271,6 +276,14 @@ class FormatBridge(MegatronModelBridge):
             "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
             "layer_types": ["full_attention"] * model.num_layers,
         }
+
+
+def _padded_vocab_size(config: Any) -> int:
+    """Rows of the embedding of Bridge's model."""
+    if not config.should_pad_vocab:
+        return int(config.vocab_size)
+    multiple = config.make_vocab_size_divisible_by
+    return int(calculate_padded_vocab_size(config.vocab_size, multiple, config.tensor_model_parallel_size))
 
 
 def _require_expressible(format: Format, model: Architecture) -> None:

@@ -108,7 +108,8 @@ class ConvertedMapping(AutoMapping):
 
     def resolve(self, captures: tuple[str, ...]) -> ConvertedMapping:
         """This mapping with numbers instead of `*`."""
-        return type(self)(*self._resolve_names(captures), self.permute_dims, entry=self.entry)
+        megatron_param, hf_param = self._resolve_names(captures)
+        return type(self)(megatron_param, hf_param, self.permute_dims, entry=self.entry)
 
     def _stored(self, tensor: Tensor) -> Tensor:
         return to_file(self.entry, lambda _: tensor, dtype=tensor.dtype)

@@ -111,7 +111,10 @@ def flags_of_run(path: Path, *, vocab_rows: int) -> argparse.Namespace:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise ValueError(f"{path}: Megatron's flags cannot express this model: {'; '.join(problems)}")
+        raise ValueError(
+            f"{path}: Megatron's flags cannot express this model: {'; '.join(problems)}: export the checkpoint to a "
+            "Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
+        )
     if _target(model.get("transformer_layer_spec")) in ONE_LAYER_SPECS:
         flags["moe_layer_freq"] = 1
     tokenizer = config.get("tokenizer")

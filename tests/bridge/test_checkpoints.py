@@ -26,7 +26,8 @@ def train(run_bridge: Any, folder: Path, **run: Any) -> dict[str, Any]:
     """A run of Bridge with Megatron's own layers, whose checkpoint lies in the folder `name`."""
     file = folder / f"{run['name']}.json"
     run = {"folder": str(folder / run["name"]), "spec": "bridge"} | run
-    file.write_text(json.dumps([run | {"options": MODEL | run.get("options", {})}]))
+    options = run.get("options", {}) if "hf" in run else MODEL | run.get("options", {})
+    file.write_text(json.dumps([run | {"options": options}]))
     run_bridge("-m", "support.bridge_run", file)
     (result,) = json.loads(file.with_suffix(".results.json").read_text()).values()
     assert not any(result["codes"]), result["printed"][-4000:]
@@ -145,17 +146,57 @@ def test_a_module_trains_in_bridge_from_its_own_weights(used, trained, ranks, ru
     assert result["losses"][1] < result["losses"][0] - 0.01
 
 
+def test_an_exported_model_trains_in_bridge_with_its_pools_and_opens_again(used, trained, ranks, run_bridge):
+    folder, data = trained / "qwen2_moe", trained / "periodic-parent"
+    (wanted,) = ranks(1).run(loss_of, folder=str(trained / "parent"), data=str(data))
+    # pools of all experts: the first loss is that of the whole model
+    run = {"hf": str(folder), "data": str(data), "pool": {"pool_min": 8}}
+    result = train(run_bridge, trained, name="from the export", steps=2, **run)
+    assert result["losses"][0] == pytest.approx(wanted, rel=1e-5)
+    assert result["losses"][1] < result["losses"][0] - 0.01
+    # its run_config.yaml names Megatron's function for all layers, and the provider with pools
+    ((trained_on, pool_min),) = ranks(1).run(model_in, folder=str(trained / "from the export"))
+    ((parent, _),) = ranks(1).run(model_in, folder=str(trained / "parent"))
+    assert trained_on == parent
+    assert pool_min == 8
+
+
+def model_in(folder: str) -> tuple[dict[str, Any], int]:
+    """The architecture of a checkpoint's model, and the smallest pool of its run."""
+    import dataclasses
+
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.hf.megatron import architecture_of
+
+    checkpoint = MegatronCheckpoint(folder)
+    return dataclasses.asdict(architecture_of(checkpoint)), checkpoint.args.pool_min
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "expert", "pipeline"])
+def test_an_exported_model_is_loaded_in_every_layout(used, trained, ranks, run_bridge, kind):
+    data = trained / f"periodic-{kind}"
+    (wanted,) = ranks(1).run(loss_of, folder=str(trained / "parent"), data=str(data))
+    run = {"hf": str(trained / "qwen2_moe"), "data": str(data), "pool": {"pool_min": 8}, "ranks": 2, "steps": 1}
+    result = train(
+        run_bridge, trained, name=f"{kind} parallel", overrides=[f"model.{kind}_model_parallel_size=2"], **run
+    )
+    assert result["losses"][0] == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_statistics_of_a_checkpoint_of_bridge_choose_a_module(trained, tmp_path):
-    data = tmp_path / "numbers.jsonl"
-    texts = (" ".join(str((n * step) % 500) for n in range(40)) for step in range(1, 9))
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data, other = tmp_path / "numbers.jsonl", tmp_path / "validation" / "numbers.jsonl"
+    other.parent.mkdir()
+    for file, steps in ((data, range(1, 9)), (other, range(9, 13))):
+        texts = (" ".join(str((n * step) % 500) for n in range(40)) for step in steps)
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [sys.executable, "-m", "emo_megatron"]
     common = ["--checkpoint", trained / "parent", "--data", data, "--tokenizer", trained / "tokenizer"]
     for name, *options in (
         ("stats", *common, "--output", tmp_path / "stats.safetensors"),
         ("select", "--stats", tmp_path / "stats.safetensors", "--keep", "50%", "--output", tmp_path / "chosen.json"),
-        ("retention", *common, "--validation-data", data, "--keep", "50%", "--output", tmp_path / "retention"),
+        ("retention", *common, "--validation-data", other, "--keep", "50%", "--output", tmp_path / "retention"),
     ):
         done = subprocess.run([*command, name, *map(str, options)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -60,6 +60,10 @@ def test_a_folder_for_llama_cpp_keeps_its_gates(found):
     assert found["tiny gate"] == []
 
 
+def test_a_padded_vocabulary_is_the_folders(found):
+    assert found["padded"] == []
+
+
 @pytest.mark.parametrize("case", NAMED)
 def test_another_model_is_one_line_that_names_the_field(found, case):
     kind, message = found["refused"][case]

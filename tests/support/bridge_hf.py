@@ -146,6 +146,16 @@ def tiny_gate(folder: Path) -> list[str]:
     return unequal(written, load_file(source / "model.safetensors"))
 
 
+def padded(folder: Path) -> list[str]:
+    """A model whose vocabulary Bridge pads to the folder's rows; gives the names of unequal tensors."""
+    source = folder_of(folder / "source", "qwen2_moe", decoder.architecture())
+    with groups():
+        bridge = AutoBridge.from_hf_pretrained(str(source))
+        fields = {"should_pad_vocab": True, "vocab_size": VOCAB - 5, "make_vocab_size_divisible_by": 16}
+        written = save(bridge, model_of(bridge, **fields), folder / "again")
+    return unequal(written, load_file(source / "model.safetensors"))
+
+
 def refusals(folder: Path) -> dict[str, Any]:
     """Case -> the error."""
     base = decoder.architecture()
@@ -273,6 +283,7 @@ def main() -> None:
         "qwen2_moe": grouped(folder / "grouped", dense, "qwen2_moe"),
         "emo": grouped(folder / "emo", "the paper's", "emo"),
     }
+    found["padded"] = padded(folder / "padded")
     found["tiny gate"] = tiny_gate(folder / "tiny")
     found["refused"] = refusals(folder / "refused")
     found["configuration"] = from_configuration()
