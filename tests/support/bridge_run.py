@@ -71,6 +71,8 @@ def recipe(run: dict[str, Any]) -> Any:
     cfg.model.qk_layernorm = False
     if "hf" in run:
         cfg.model = bridge_recipes.from_folder(run["hf"])
+        if run.get("spec") != "bridge":
+            cfg.model.transformer_layer_spec = layers
     cfg.dataset.data_path = run["data"]
     cfg.dataset.path_to_cache = str(Path(run["data"]).parent / "cache")
     cfg.dataset.split = run.get("split", "100,0,0")
