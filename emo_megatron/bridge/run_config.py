@@ -9,11 +9,10 @@ from typing import Any
 import yaml
 
 from emo_megatron.bridge.pooled import POOL_FIELDS
+from emo_megatron.checkpoint.bridge_flags import RUN_CONFIG, read_run_config
 from emo_megatron.config import PoolConfig
 from emo_megatron.files import whole
 from emo_megatron.mcore.resume import require_same_pools
-
-RUN_CONFIG = "run_config.yaml"
 
 
 def check_resume(checkpoint: Any, asked: PoolConfig, *, step: int) -> None:
@@ -54,7 +53,7 @@ def step_to_load(checkpoint: Any) -> int:
 
 def stored_pool_config(path: Path) -> PoolConfig:
     """The pools of the run that wrote this run_config.yaml; pools are off if the file has no pool fields."""
-    model = _read(path)["model"]
+    model = read_run_config(path)["model"]
     return PoolConfig(**{name: model[name] for name in POOL_FIELDS if name in model})
 
 
@@ -65,7 +64,7 @@ def stock_run_config(path: Path, output: Path) -> None:
     """
     from emo_megatron.bridge.recipe import PROVIDERS
 
-    config = _read(path)
+    config = read_run_config(path)
     stock = {
         f"{cls.__module__}.{cls.__qualname__}": f"{base.__module__}.{base.__qualname__}"
         for base, cls in PROVIDERS.items()
@@ -82,14 +81,3 @@ def stock_run_config(path: Path, output: Path) -> None:
         config["dataset"]["inter_document_masking"] = False
     with whole(output) as part:
         part.write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Load the file as plain data, without calling anything that it names."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be a run_config.yaml, but is not YAML of plain data: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise ValueError(f"{path} must be a run_config.yaml with a section named model")
-    return config

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from emo_megatron.checkpoint.folders import reading, tracked_folder
 from emo_megatron.checkpoint.names import EXPERTS, Piece, pieces_of
-from emo_megatron.checkpoint.reader import MegatronCheckpoint, reading, tracked_folder
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import LazyWeight, write_checkpoint
 from emo_megatron.files import must_not_exist
 
@@ -72,6 +73,9 @@ class FsdpCheckpoint(MegatronCheckpoint):
     def common(self) -> dict[str, Any]:
         """The flags of the training run, under the key `args`."""
         held: dict[str, Any] = {"args": None}
+        if "args" not in self._metadata.state_dict_metadata:
+            # a checkpoint of Megatron-Bridge
+            return held
         with reading(self.path / ".metadata"):
             load(held, storage_reader=self._reader, no_dist=True)
         return held

@@ -7,11 +7,10 @@ requested parts are read, chunk by chunk (Megatron stores each expert in a separ
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +20,17 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import maybe_load_config
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from emo_megatron.checkpoint.bridge_flags import RUN_CONFIG, flags_of_run
+from emo_megatron.checkpoint.folders import TRACKER, reading, tracked_folder
 from emo_megatron.checkpoint.names import ROUTER, Piece, count_layers, in_order, pieces_of, split_name
 from emo_megatron.experts.selection import Selection, router_fingerprint
 from emo_megatron.experts.stats import ModelMetadata
-from emo_megatron.files import machine_error
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""Megatron's name for a checkpoint of weights without a run: no optimizer, iteration 0."""
 
 MODELOPT_STATE = "modelopt_state"
 """Folder that ModelOpt writes into a checkpoint of a model that ModelOpt has changed."""
@@ -144,13 +139,10 @@ class MegatronCheckpoint:
 
     @property
     def args(self) -> argparse.Namespace:
-        """The flags of the run that wrote the checkpoint."""
+        """The flags of the run that wrote the checkpoint; of a Megatron-Bridge run, the flags of the same model."""
         args = self.common.get("args")
-        if args is None and (self.path / "run_config.yaml").is_file():
-            raise ValueError(
-                f"{self.path} is a Megatron-Bridge checkpoint, which does not hold Megatron's flags: export it to a "
-                "Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
-            )
+        if args is None and (self.path / RUN_CONFIG).is_file():
+            args = self.common["args"] = flags_of_run(self.path / RUN_CONFIG, vocab_rows=self._vocab_rows)
         if not isinstance(args, argparse.Namespace):
             raise ValueError(f"{self.path} must hold the flags of its run, and has none: save the checkpoint again")
         lacking = [name for name in ("num_experts", "moe_router_topk") if not hasattr(args, name)]
@@ -160,6 +152,14 @@ class MegatronCheckpoint:
                 "checkpoint is not supported; load and save the checkpoint with a supported version"
             )
         return args
+
+    @property
+    def _vocab_rows(self) -> int:
+        embedding = "embedding.word_embeddings.weight"
+        rows = [int(entry.size[0]) for name, entry in self._stored.items() if name.endswith(embedding)]
+        if not rows:
+            raise ValueError(f"{self.path} is not whole: it holds no {embedding}")
+        return rows[0]
 
     @cached_property
     def num_layers(self) -> int:
@@ -302,41 +302,6 @@ class _Plan(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Does nothing: `tensor` is a view of the caller's tensor."""
-
-
-def tracked_folder(run: Path) -> Path | None:
-    """The folder of the iteration that the tracker in a run's folder names, as in Megatron; None without a tracker."""
-    tracker = run / TRACKER
-    if not tracker.is_file():
-        return None
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if said == RELEASE:
-        return run / RELEASE
-    # int() raises an error for thousands of digits
-    if not (said.isascii() and said.isdigit() and len(said) < 20):
-        raise ValueError(
-            f"{tracker} must hold the number of an iteration or {RELEASE!r}; got {said[:80]!r}: name the folder of an "
-            "iteration, or correct this file"
-        )
-    return run / f"iter_{int(said):07d}"
-
-
-@contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Read a file of a checkpoint in this block; ValueError with the file's name for a damaged or foreign file.
-
-    An error of the machine, such as a file without read permission, is raised unchanged if the error names the file.
-    """
-    try:
-        yield
-    except (CheckpointException, Exception) as raised:
-        # torch's loader wraps every error, and its message is a traceback
-        error = next(iter(raised.failures.values()))[0] if isinstance(raised, CheckpointException) else raised
-        # a damaged length requests more memory than any machine has: an error of the file, not of the machine
-        if not isinstance(error, Exception) or machine_error(error) is not None:
-            raise error from None
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{file} is damaged, or another version of Megatron wrote the file: {reason}") from raised
 
 
 def metadata_of(checkpoint: MegatronCheckpoint) -> ModelMetadata:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from emo_megatron.checkpoint.folders import RELEASE, TRACKER, tracked_folder
 from emo_megatron.checkpoint.names import ROUTER
-from emo_megatron.checkpoint.reader import RELEASE, TRACKER, MegatronCheckpoint, tracked_folder
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.experts.placement import Placement
 from emo_megatron.finite import check_weight
 

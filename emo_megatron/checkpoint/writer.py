@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.state_dict_saver import save
 from tqdm import tqdm
 
+from emo_megatron.checkpoint.folders import RELEASE, TRACKER
 from emo_megatron.checkpoint.names import EXPERTS, PREDICTION, count_layers, is_of_experts, split_name
-from emo_megatron.checkpoint.reader import RELEASE, TRACKER
 from emo_megatron.files import whole
 from emo_megatron.finite import check_weight
 

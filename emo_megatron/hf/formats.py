@@ -69,6 +69,8 @@ class Format:
     """The fields of config.json for an architecture; the caller adds token ids and dtype."""
     entries: Callable[[Architecture], list[Entry]]
     """The tensors of a model, in the order of the model."""
+    name: Callable[[str, Architecture], str]
+    """The name in this format of a weight, or of a name with `*` in `mapping.TABLE`."""
     architecture: Callable[[Mapping[str, Any], IsConstant], Architecture]
     """The architecture in a folder with this config.json; ValueError if no `Architecture` can express the model."""
 
@@ -182,6 +184,7 @@ def _qwen_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Ar
 
 QWEN2_MOE = Format(
     model_type="qwen2_moe",
+    name=lambda weight, architecture: weight,
     problems=head_dim_problems,
     config=_qwen_config,
     entries=_qwen_entries,
@@ -257,15 +260,19 @@ def _emo_config(architecture: Architecture) -> dict[str, Any]:
     return config
 
 
+def _emo_name(weight: str, architecture: Architecture) -> str:
+    for theirs, ours in _EMO_NAMES.items():
+        weight = weight.replace(theirs, ours.format(last=architecture.num_experts))
+    return weight
+
+
 def _emo_entries(architecture: Architecture) -> list[Entry]:
     found = []
     for entry in _qwen_entries(architecture):
         # this format has no constants: a weight that the model lacks is absent here too
         if entry.weight is None:
             continue
-        name, shape, padding = entry.name, entry.shape, 0
-        for theirs, ours in _EMO_NAMES.items():
-            name = name.replace(theirs, ours.format(last=architecture.num_experts))
+        name, shape, padding = _emo_name(entry.name, architecture), entry.shape, 0
         if architecture.shared_hidden and name.endswith(".mlp.gate.weight"):
             shape, padding = (shape[0] + 1, shape[1]), 1
         found.append(dataclasses.replace(entry, name=name, shape=shape, scale=1.0, padding_rows=padding))
@@ -307,7 +314,12 @@ def _per_layer(config: Mapping[str, Any], name: str, *, num_layers: int, otherwi
 
 
 EMO = Format(
-    model_type="emo", problems=_emo_problems, config=_emo_config, entries=_emo_entries, architecture=_emo_architecture
+    model_type="emo",
+    name=_emo_name,
+    problems=_emo_problems,
+    config=_emo_config,
+    entries=_emo_entries,
+    architecture=_emo_architecture,
 )
 FORMATS: dict[str, Format] = {format.model_type: format for format in (QWEN2_MOE, EMO)}
 """The formats by model_type."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -109,18 +109,38 @@ def architecture_of(checkpoint: MegatronCheckpoint) -> Architecture:
     args = _stored_flags(checkpoint)
     # unknown flags are an error, even if no logits will be compared
     model_flags(checkpoint, megatron_parser())
-    problems = problems_of(REQUIREMENTS, args, name_of=str)
-    if not checkpoint.moe_layers:
-        problems.append("at least one layer must have experts (--num-experts); this model has no such layer")
+    problems = export_problems(args, moe_layers=checkpoint.moe_layers)
     if problems:
         raise ValueError(f"{checkpoint.path} cannot be exported: {'; '.join(problems)}")
     # numbers of multi-token prediction, which the formats do not have, follow those of the decoder's layers
-    sparse = {number - 1 for number in checkpoint.moe_layers}
-    dense = tuple(layer for layer in range(args.num_layers) if layer not in sparse)
+    return architecture_of_flags(
+        args,
+        moe_layers=[number - 1 for number in checkpoint.moe_layers],
+        vocab_size=checkpoint.names["embedding.word_embeddings.weight"].shape[0],
+    )
+
+
+def export_problems(
+    args: argparse.Namespace, *, moe_layers: Collection[int], name_of: Callable[[str], str] = str
+) -> list[str]:
+    """One sentence for each flag that no Hugging Face format can express.
+
+    `name_of` maps a flag, as an attribute of `args`, to its name in the sentence; `moe_layers` are the layers with
+    experts.
+    """
+    problems = problems_of(REQUIREMENTS, args, name_of=name_of)
+    if not moe_layers:
+        problems.append("at least one layer must have experts (--num-experts); this model has no such layer")
+    return problems
+
+
+def architecture_of_flags(args: argparse.Namespace, *, moe_layers: Collection[int], vocab_size: int) -> Architecture:
+    """The model of flags without `export_problems`; `moe_layers` count from 0, and `vocab_size` includes padding."""
+    dense = tuple(layer for layer in range(args.num_layers) if layer not in moe_layers)
     heads = args.num_attention_heads
     return Architecture(
         **{field: getattr(args, name) for field, name in SAME.items()},
-        vocab_size=checkpoint.names["embedding.word_embeddings.weight"].shape[0],
+        vocab_size=vocab_size,
         num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or args.hidden_size // heads,
         expert_hidden=args.moe_ffn_hidden_size or args.ffn_hidden_size,
@@ -159,7 +179,7 @@ def flags_of(
         tokenizer: folder of the model's tokenizer; None: the flags name no tokenizer (NullTokenizer).
     """
     args = add_pool_args(megatron_parser()).parse_args([])
-    values = _values(architecture) | {
+    values = values_of(architecture) | {
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -181,8 +201,8 @@ def flags_of(
     return args
 
 
-def _values(architecture: Architecture) -> dict[str, Any]:
-    """The values of the flags that describe the model; the inverse of `architecture_of`."""
+def values_of(architecture: Architecture) -> dict[str, Any]:
+    """The values of the flags that describe the model; the inverse of `architecture_of_flags`."""
     a = architecture
     return {
         **{name: getattr(a, field) for field, name in SAME.items()},

@@ -169,9 +169,25 @@ def test_padding_is_told_by_the_loss(checks):
     assert checks["padding without ends"] is None
 
 
-def test_bridge_finds_every_name_of_our_table_both_ways(checks):
-    for wanted, found, back in checks["names"]:
-        assert found == wanted[1:]
-        assert set(back) == {wanted[0]}
-    assert len(checks["names"]) == 16
-    assert checks["norm"] == "model.layers.1.post_attention_layernorm.weight"
+@pytest.mark.parametrize(
+    ("format", "rows", "norm"),
+    [
+        ("qwen2_moe", 18, "model.layers.1.post_attention_layernorm.weight"),
+        ("emo", 16, "model.layers.1.pre_feedforward_layernorm.weight"),
+    ],
+)
+def test_bridge_finds_every_name_of_our_table_both_ways(checks, format, rows, norm):
+    names = checks["names"][format]
+    # a row of experts has two parameters
+    assert len(names) == 18
+    found = [name for name in names if name[2] is not None]
+    assert len(found) == rows
+    grouped = {tuple(weights): parameter for parameter, weights, _, _ in reversed(found)}
+    for _, weights, theirs, back in found:
+        assert theirs == weights
+        assert set(back) == {grouped[tuple(weights)]}
+    assert checks["names"][f"{format} norm"] == norm
+    # what the format does not have
+    assert {name[0].rpartition(".")[2] for name in names if name[2] is None} == (
+        set() if format == "qwen2_moe" else {"bias", "gate_weight"}
+    )

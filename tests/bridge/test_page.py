@@ -33,7 +33,10 @@ def test_its_three_lines_train_a_model_with_pools(page):
 
 
 def test_its_export_is_of_the_trained_model(page):
-    assert page["exported"] == [["allenai/OLMoE-1B-7B-0125", "runs/olmoe", "runs/olmoe-hf"]]
+    assert page["exported"] == [
+        ["exported/emo", "runs/tuned", "runs/tuned-hf"],
+        ["allenai/OLMoE-1B-7B-0125", "runs/olmoe", "runs/olmoe-hf"],
+    ]
 
 
 def test_its_stock_file_has_no_pools(page):

@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from support import checkpoints
 from support.pretraining import logged, pretrain
 
 from emo_megatron.checkpoint import fsdp
+from emo_megatron.checkpoint.bridge_flags import RUN_CONFIG, read_run_config
 from emo_megatron.checkpoint.fsdp import convert
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 
-def _save(folder: str, is_grouped: bool, num_experts: int = 8) -> dict[str, torch.Tensor]:
-    """What Megatron-FSDP would write of a small model; its weights by the reader's names."""
+
+def _save(folder: str, is_grouped: bool, num_experts: int = 8, is_bridge: bool = False) -> dict[str, torch.Tensor]:
+    """What Megatron-FSDP would write of a small model, by itself or in Bridge; its weights by the reader's names."""
     built = checkpoints.model({"num_layers": 2}, layout={})
     state: dict[str, Any] = {}
     for name, value in built.state_dict().items():
@@ -36,7 +40,13 @@ def _save(folder: str, is_grouped: bool, num_experts: int = 8) -> dict[str, torc
     args = argparse.Namespace(**options, transformer_impl="local", use_megatron_fsdp=True)
     optimizer = {"state": {"module.decoder.final_layernorm.weight": {"exp_avg": torch.ones(32)}}}
     held = {"model": state, "optimizer": optimizer, "args": args, "iteration": 7}
+    if is_bridge:
+        del held["args"]
     dcp.save(held, checkpoint_id=folder, no_dist=True)
+    if is_bridge:
+        sizes = {"num_layers": 2, "hidden_size": 32, "num_moe_experts": num_experts}
+        config = read_run_config(DATA / "bridge_run_config.yaml")
+        (Path(folder) / RUN_CONFIG).write_text(yaml.safe_dump({"model": config["model"] | sizes}))
     return checkpoints.expected(built)
 
 
@@ -52,6 +62,16 @@ def test_every_weight_is_written_again(ranks, tmp_path, is_grouped):
         assert torch.equal(written.read(name), value), name
     assert not written.args.use_megatron_fsdp
     assert written.args.num_experts == 8
+
+
+def test_a_checkpoint_of_bridge_gets_the_flags_of_its_run_config(ranks, tmp_path):
+    source = tmp_path / "fsdp"
+    (weights,) = ranks(1).run(_save, folder=str(source), is_grouped=True, is_bridge=True)
+    with pytest.raises(ValueError, match=r"emo_megatron\.checkpoint\.fsdp --checkpoint"):
+        MegatronCheckpoint(source)
+    written = MegatronCheckpoint(convert(source, tmp_path / "again"))
+    assert all(torch.equal(written.read(name), value) for name, value in weights.items())
+    assert (written.args.num_experts, written.args.hidden_size, written.args.ckpt_format) == (8, 32, "torch_dist")
 
 
 def test_a_checkpoint_without_some_experts_is_refused(ranks, tmp_path):

@@ -19,7 +19,8 @@ from support.running import limited
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from emo_megatron.checkpoint.reader import MegatronCheckpoint, reading
+from emo_megatron.checkpoint.folders import reading
+from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import LazyWeight, write_checkpoint
 from emo_megatron.experts.selection import router_fingerprint
 

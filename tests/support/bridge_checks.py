@@ -266,28 +266,40 @@ def padding() -> dict[str, Any]:
 
 
 def names() -> dict[str, Any]:
-    """What Bridge's registry of mappings makes of the table of hf/mapping.py, in layer 3 and of expert 5.
+    """What Bridge's registry finds of the mappings that the product makes of the table, in layer 3 and of expert 5.
 
-    Of each row the parameter's name and the weights', the weights that Bridge finds for it, and its name for each.
+    Of each row and format the parameters' names and the weights', the weights that Bridge finds for each parameter, and
+    its name for each weight. The model has every row that the format can express.
     """
     from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-    from megatron.bridge.models.conversion.param_mapping import AutoMapping, GatedMLPMapping, QKVMapping
 
+    from emo_megatron.bridge.hf_mappings import mappings_of, parameters_of
+    from emo_megatron.hf.formats import EMO, QWEN2_MOE
     from emo_megatron.hf.mapping import TABLE
+    from support import decoder
 
-    kinds = {"plain": AutoMapping, "doubled": AutoMapping, "qkv": QKVMapping, "gate_up": GatedMLPMapping}
-    # Bridge gives the parameter of a module a name of its own
-    parameters = [row.megatron.replace("experts.experts.", "experts.") + "*" * row.is_of_experts for row in TABLE]
-    mappings = [kinds[row.kind](name, *row.weights) for row, name in zip(TABLE, parameters, strict=True)]
-    registry = MegatronMappingRegistry(*mappings)
-    rows = []
-    for row, parameter in zip(TABLE, parameters, strict=True):
-        name, *weights = (n.replace("*", "3", 1).replace("*", "5") for n in (parameter, *row.weights))
-        found: Any = registry.megatron_to_hf_lookup(name).hf_param
-        back = [registry.hf_to_megatron_lookup(weight).megatron_param for weight in weights]
-        rows.append([[name, *weights], [*found.values()] if isinstance(found, dict) else [found], back])
-    norm = registry.megatron_to_hf_lookup("decoder.layers.1.pre_mlp_layernorm.weight")
-    return {"names": rows, "norm": norm.hf_param}
+    dense = {"dense_layers": (0,), "dense_hidden": 20}
+    models = {
+        "qwen2_moe": (QWEN2_MOE, decoder.architecture(qkv_bias=True, shared_gate=True, **dense)),
+        "emo": (EMO, decoder.architecture(**dense)),
+    }
+    found: dict[str, Any] = {}
+    for kind, (format, model) in models.items():
+        registry = MegatronMappingRegistry(*mappings_of(format, model))
+        found[kind] = []
+        for row in TABLE:
+            for pattern in parameters_of(row):
+                weights = [format.name(weight, model) for weight in row.weights]
+                parameter, *weights = (n.replace("*", "3", 1).replace("*", "5") for n in (pattern, *weights))
+                mapping: Any = registry.megatron_to_hf_lookup(parameter)
+                if mapping is None:
+                    found[kind].append([parameter, weights, None, None])
+                    continue
+                hf = mapping.hf_param
+                back = [registry.hf_to_megatron_lookup(weight).megatron_param for weight in weights]
+                found[kind].append([parameter, weights, [*hf.values()] if isinstance(hf, dict) else [hf], back])
+        found[f"{kind} norm"] = registry.megatron_to_hf_lookup("decoder.layers.1.pre_mlp_layernorm.weight").hf_param
+    return {"names": found}
 
 
 def stock(folder: Path) -> dict[str, Any]:

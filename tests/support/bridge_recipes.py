@@ -90,3 +90,18 @@ def shrink(cfg: Any, folder: Path, *, steps: int, **model: Any) -> Any:
 def _set(section: Any, **values: Any) -> None:
     for name, value in values.items():
         setattr(section, name, value)
+
+
+def from_folder(folder: str) -> Any:
+    """The provider that AutoBridge makes of a Hugging Face folder, without the parts of a GPU."""
+    from megatron.bridge import AutoBridge
+
+    import emo_megatron.bridge  # noqa: F401  registers the formats
+
+    provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
+    for name, value in WITHOUT_GPU.items():
+        # a model that is loaded is not initialized
+        if name != "perform_initialization":
+            setattr(provider, name, value)
+    provider.seq_length = SIZES["seq_length"]
+    return provider

@@ -46,8 +46,9 @@ def recipe(run: dict[str, Any]) -> Any:
 
     Args:
         run: folder and data (paths), and of these what differs: load, steps, pool (fields), documents (who gets
-            boundaries), bf16, spec ("bridge": its own local layers), options such as "validation.eval_iters" that are
-            set before apply_pools, exact (whether losses of prediction are).
+            boundaries), bf16, spec ("bridge": its own local layers), hf (a Hugging Face folder whose model replaces the
+            recipe's), options such as "validation.eval_iters" that are set before apply_pools, exact (whether losses of
+            prediction are).
     """
     import torch
     from megatron.bridge.models.gpt_provider import local_layer_spec
@@ -68,6 +69,10 @@ def recipe(run: dict[str, Any]) -> Any:
     )
     # OLMoE's own spans all heads, and fits one tensor-parallel rank only
     cfg.model.qk_layernorm = False
+    if "hf" in run:
+        cfg.model = bridge_recipes.from_folder(run["hf"])
+        if run.get("spec") != "bridge":
+            cfg.model.transformer_layer_spec = layers
     cfg.dataset.data_path = run["data"]
     cfg.dataset.path_to_cache = str(Path(run["data"]).parent / "cache")
     cfg.dataset.split = run.get("split", "100,0,0")
