@@ -184,7 +184,7 @@ def test_a_description_is_one_line(completion):
     [
         ("mer", {"merge", "merge-stats"}),
         ("select --max", {"--max-loss-increase"}),
-        ("export --format ", {"qwen2_moe", "emo"}),
+        ("export --format ", {"qwen2_moe", "emo", "gguf"}),
         ("place --method ", {"coactivation", "load"}),
     ],
 )

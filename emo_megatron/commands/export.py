@@ -49,8 +49,7 @@ class Options:
     output: Path
     """Folder to write; must not exist."""
     format: Literal["qwen2_moe", "emo", "gguf"] = "qwen2_moe"
-    """qwen2_moe: runs without remote code. emo: the format in which the authors of EMO released their models. gguf: one
-    file, model.gguf, for llama.cpp."""
+    """qwen2_moe: runs without remote code. emo: the format of EMO's authors. gguf: one file, for llama.cpp."""
     tokenizer: Annotated[Path | None, unset("FOLDER", "the tokenizer of the checkpoint")] = None
     """Folder of the tokenizer."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"

@@ -1,6 +1,7 @@
 """The model card of an export: the origin of the model, the kept experts and the method, and the measured losses.
 
-The text of the card is in card.md.jinja, in this folder.
+The text of the card is in card.md.jinja, in this folder. What engines computed is in serving.json, a part of
+benchmarks/results/serve.json that `make test-serve` writes.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def model_card(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
     )
     environment.filters["thousands"] = "{:,}".format
+    served = json.loads(Path(__file__).with_name("serving.json").read_text(encoding="utf-8"))
     template = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
         values,
@@ -94,6 +96,8 @@ def model_card(
         selection=selection,
         retention=retention,
         parity=parity,
+        served=served,
+        engines=served["engines"],
     )
 
 

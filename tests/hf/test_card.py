@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from support import decoder
 
 from emo_megatron.experts.selection import Selection
+from emo_megatron.hf import card as card_module
 from emo_megatron.hf.card import Origin, model_card, retained
 from emo_megatron.report.rows import RetentionRow
 
@@ -18,6 +22,7 @@ SELECTION = Selection(
     model="ab" * 32,
     data={"calibration": [{"file": "french.jsonl", "documents": 40, "tokens": 8192}]},
 )
+SERVED = json.loads((Path(card_module.__file__).parent / "serving.json").read_text())
 ORIGIN = Origin(name="emo", iteration=800, samples=12800, seq_length=256, pools={"pool_min": 6})
 
 
@@ -111,7 +116,10 @@ def test_the_card_names_the_engines_that_run_the_model_and_what_they_cast(
     assert ("mlp_only_layers" in card) == bool(dense_layers)
     assert ("SGLang run this model" in card) == (not dense_layers)
     assert ("--dtype float32" in card) == (dtype == "float32")
-    assert f"at most {model.num_experts}" in card
+    assert f"at most {model.num_experts}, the number of routed experts" in card
+    for engine in SERVED["engines"]:
+        runs = engine["name"] != "llama.cpp" and (engine["runs_dense_layers"] or not dense_layers)
+        assert (f"{engine['name']} {engine['version']} on a CPU" in card) == runs
 
 
 @pytest.mark.parametrize("has_tokenizer", [False, True])
@@ -126,3 +134,5 @@ def test_the_card_of_a_file_for_llama_cpp_is_about_llama_cpp(has_tokenizer: bool
     assert "llama-cli" in card
     assert ("no tokenizer" in card) != has_tokenizer
     assert not [other for other in ("vLLM", "SGLang", "AutoModel") if other in card]
+    (engine,) = (engine for engine in SERVED["engines"] if engine["name"] == "llama.cpp")
+    assert f"llama.cpp {engine['version']} on a CPU" in card
