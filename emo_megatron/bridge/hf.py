@@ -229,7 +229,7 @@ class FormatBridge(MegatronModelBridge):
             for entry in self._constants.get(name, ()):
                 if not self._has(entry.name, hf_state_dict):
                     continue
-                # the folder's own constant, which may be the tiny gate of llama.cpp
+                # the folder's own constant, which is not zero in exports of earlier releases with a tiny gate
                 value = hf_state_dict.get(entry.name, entry.value)
                 found[entry.name] = torch.empty(entry.shape, dtype=tensor.dtype, device=tensor.device)
                 found[entry.name].copy_(torch.as_tensor(value).expand(entry.shape))

@@ -118,7 +118,7 @@ def test_the_card_names_the_engines_that_run_the_model_and_what_they_cast(
     assert ("--dtype float32" in card) == (dtype == "float32")
     assert f"at most {model.num_experts}, the number of routed experts" in card
     for engine in SERVED["engines"]:
-        runs = engine["name"] != "llama.cpp" and (engine["runs_dense_layers"] or not dense_layers)
+        runs = engine["name"] != "llama-cpp-python" and (engine["runs_dense_layers"] or not dense_layers)
         assert (f"{engine['name']} {engine['version']} on a CPU" in card) == runs
 
 
@@ -134,5 +134,5 @@ def test_the_card_of_a_file_for_llama_cpp_is_about_llama_cpp(has_tokenizer: bool
     assert "llama-cli" in card
     assert ("no tokenizer" in card) != has_tokenizer
     assert not [other for other in ("vLLM", "SGLang", "AutoModel") if other in card]
-    (engine,) = (engine for engine in SERVED["engines"] if engine["name"] == "llama.cpp")
-    assert f"llama.cpp {engine['version']} on a CPU" in card
+    (engine,) = (engine for engine in SERVED["engines"] if engine["name"] == "llama-cpp-python")
+    assert f"llama-cpp-python {engine['version']} on a CPU" in card

@@ -250,6 +250,7 @@ def refusals(folder: str) -> dict[str, str]:
         fails(name, export.run, export.Options(checkpoint=root / name, output=root / "never"))
 
     with_flags("qk norm and sigmoid", qk_layernorm=True, moe_router_score_function="sigmoid")
+    with_flags("latent attention and experts", multi_latent_attention=True, moe_latent_size=16)
     with_flags("positions", position_embedding_type="learned_absolute", rotary_percent=0.5)
     with_flags("expert count", num_experts=5)
     old = argparse.Namespace(**{n: v for n, v in vars(checkpoint.args).items() if n != "rotary_base"})
@@ -288,6 +289,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(ranks: Callable[[i
     (said,) = ranks(1).run(refusals, folder=str(tmp_path))
     for name, parts in {
         "qk norm and sigmoid": ("qk_layernorm", "moe_router_score_function"),
+        "latent attention and experts": ("multi_latent_attention", "moe_latent_size"),
         "positions": ("position_embedding_type", "rotary_percent"),
         "expert count": ("[5, 32]", "[6, 32]"),
         "old": ("rotary_base",),

@@ -45,7 +45,7 @@ def change_of(regex: str, *, ignores_merges: bool, has_first: bool) -> Any:
 def test_llama_cpp_reads_the_tokens_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    (engine,) = (engine.required() for engine in ENGINES if engine.name == "llama.cpp")
+    (engine,) = (engine.required() for engine in ENGINES if engine.name == "llama-cpp-python")
     model, files, expected = decoder.architecture(vocab_size=820), {}, {}
     read = decoder.random_weights(model).__getitem__
     for (regex, ignores_merges), rule in RULES.items():

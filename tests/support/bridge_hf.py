@@ -22,16 +22,18 @@ with stand_ins():
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import emo_megatron.bridge  # noqa: F401  registers the formats
 from emo_megatron.hf.config_file import RECORD
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.formats import FORMATS, TINY_GATE
+from emo_megatron.hf.formats import FORMATS
 from emo_megatron.hf.mapping import Architecture
 
 VOCAB = decoder.SMALL["vocab_size"]
 TOKENS = 40
+TINY_GATE = 2.0**-20
+"""The constant gate that earlier releases wrote on request."""
 
 
 def folder_of(folder: Path, format: str, model: Architecture, **options: Any) -> Path:
@@ -137,8 +139,11 @@ def round_trip(folder: Path, variant: str) -> dict[str, Any]:
 
 
 def tiny_gate(folder: Path) -> list[str]:
-    """A folder for llama.cpp keeps its gates on the way through Bridge; gives the names of unequal tensors."""
-    source = folder_of(folder / "source", "qwen2_moe", decoder.architecture(), shared_gate_value=TINY_GATE)
+    """A folder of an earlier release keeps its constant gates in Bridge; gives the names of unequal tensors."""
+    source = folder_of(folder / "source", "qwen2_moe", decoder.architecture())
+    stored = load_file(source / "model.safetensors")
+    gates = {name: torch.full_like(gate, TINY_GATE) for name, gate in stored.items() if "shared_expert_gate" in name}
+    save_file(stored | gates, source / "model.safetensors", metadata={"format": "pt"})
     with groups():
         bridge = AutoBridge.from_hf_pretrained(str(source))
         written = save(bridge, model_of(bridge), folder / "again")

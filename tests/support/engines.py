@@ -102,7 +102,7 @@ ENGINES = (
     Engine(name="vLLM", environment="serve-vllm", script="run_vllm.py", runs_dense_layers=True),
     Engine(name="SGLang", environment="serve-sglang", script="run_sglang.py", runs_dense_layers=False),
     Engine(
-        name="llama.cpp",
+        name="llama-cpp-python",
         environment="serve-llama-cpp",
         script="run_llama_cpp.py",
         runs_dense_layers=False,
