@@ -55,7 +55,7 @@ test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run the tests that CI r
 	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu and not serve" $(ARGS)
 
 test-all: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run all tests, also slow tests, and GPU tests if there is a GPU
-	@$(RUN) pytest $(PARALLEL) $(ARGS)
+	@$(RUN) pytest $(PARALLEL) -m "not serve" $(ARGS)
 
 test-serve: $(STAMP) $(ENGINES) ## compare exported models in vLLM, SGLang and llama.cpp with transformers, and write the results
 	@$(RUN) pytest -n 0 -m serve --write-serving tests/serve $(ARGS)

@@ -31,7 +31,7 @@ COMMANDS = {
     "merge": "Put the trained experts of modules back into the parent checkpoint.",
     "place": "Choose which experts share an expert-parallel rank.",
     "reorder": "Put the experts of a checkpoint in the order of a placement.",
-    "export": "Convert a Megatron checkpoint or a module to a Hugging Face folder.",
+    "export": "Convert a Megatron checkpoint or a module for Hugging Face, servers and llama.cpp.",
     "import": "Convert a Hugging Face checkpoint to a Megatron checkpoint.",
     "eval-task": "Write validation documents as a task of lm-eval.",
     "env": "Print versions, GPUs and what is supported, for a bug report.",

@@ -73,16 +73,17 @@ _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat
 _POSITIONS = ("rope", "learned_absolute", "none")
 # (activation, gated) -> the flags that request the activation
 _ACTIVATIONS: dict[tuple[str, bool], dict[str, bool]] = {
-    ("silu", True): {"swiglu": True},
-    ("gelu", False): {},
-    ("squared_relu", False): {"squared_relu": True},
+    ("torch.nn.functional.silu", True): {"swiglu": True},
+    ("torch.nn.functional.gelu", False): {},
+    ("torch._C._nn.gelu", False): {},
+    ("megatron.core.activations.squared_relu", False): {"squared_relu": True},
 }
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
     """Load a run_config.yaml as plain data; ValueError if the file is not YAML with a section `model`."""
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} must be a run_config.yaml, but is not YAML of plain data: {reason}") from None
@@ -112,8 +113,8 @@ def flags_of_run(path: Path, *, vocab_rows: int) -> argparse.Namespace:
         problems.append(str(error))
     if problems:
         raise ValueError(
-            f"{path}: Megatron's flags cannot express this model: {'; '.join(problems)}: export the checkpoint to a "
-            "Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
+            f"{path} describes a model that Megatron's flags cannot express: {'; '.join(problems)}. Export the "
+            "checkpoint to a Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
         )
     if _target(model.get("transformer_layer_spec")) in ONE_LAYER_SPECS:
         flags["moe_layer_freq"] = 1
@@ -141,9 +142,11 @@ def model_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     from emo_megatron.checkpoint.model_flags import AS_TRAINED, FUNCTION, NOT_THE_MODEL
 
-    activation, dtype = _target(fields.get("activation_func")), _target(fields.get("params_dtype"))
+    activation, dtype = fields.get("activation_func"), _target(fields.get("params_dtype"))
     gated = bool(fields.get("gated_linear_unit"))
-    kind = _ACTIVATIONS.get((activation.rpartition(".")[2], gated))
+    # further keys are arguments, such as approximate
+    is_plain = isinstance(activation, dict) and activation.keys() <= {"_target_", "_call_"}
+    kind = _ACTIVATIONS.get((_target(activation), gated)) if is_plain else None
     position = fields.get("position_embedding_type")
     wanted = FUNCTION | AS_TRAINED
     known = wanted | NOT_THE_MODEL | OF_THE_RUN | RENAMED.keys()

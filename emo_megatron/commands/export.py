@@ -1,4 +1,4 @@
-"""The command export: convert a Megatron checkpoint, or a module, to a Hugging Face folder."""
+"""The command export: convert a Megatron checkpoint, or a module, to a Hugging Face folder or a file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from emo_megatron.experts.selection import Selection, load_selection
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf.card import Origin, Retained, model_card, retained
 from emo_megatron.hf.config_file import RECORD
-from emo_megatron.hf.folder import HuggingFaceFolder, StoredModel, write_folder
+from emo_megatron.hf.folder import SHARD_BYTES, HuggingFaceFolder, StoredModel, write_folder
 from emo_megatron.hf.formats import FORMATS
 from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.megatron import MegatronWeights, architecture_of
@@ -66,12 +66,14 @@ class Options:
     """Title of the model card."""
     parity_tokens: int = 64
     """Number of random tokens on which the logits are compared, on the CPU in float32; 0 skips the comparison."""
-    shard_gb: float = 5.0
-    """Largest size of one file of weights, in units of 10^9 bytes; without effect for gguf."""
+    shard_gb: float = SHARD_BYTES / 1e9
+    """Largest size of one file of weights, in units of 10^9 bytes; gguf is always one file."""
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_gb < math.inf:
             raise ValueError(f"--shard-gb must be a finite number above 0; got {self.shard_gb}")
+        if self.format == "gguf" and self.shard_gb != SHARD_BYTES / 1e9:
+            raise ValueError(f"--shard-gb must not be given with --format gguf, which is one file; got {self.shard_gb}")
         check_least(self, 0, "parity_tokens")
 
 
@@ -91,6 +93,9 @@ def run(options: Options) -> Converted:
     if selection and mtp == "drop":
         selection = selection.only([layer + 1 for layer in architecture.moe_layers])
     retention = _retention(options.retention, options.retention_domain, selection)
+    if tokenizer:
+        # a damaged file is found before anything is written
+        tokenizer.generation()
     origin = Origin(
         name=_name(checkpoint),
         title=options.name,
@@ -188,7 +193,7 @@ def _gguf(
 
     _check_expressible(gguf.problems(architecture), checkpoint, options)
     weights = MegatronWeights(checkpoint, architecture)
-    vocabulary = Vocabulary(tokenizer) if tokenizer else None
+    vocabulary = Vocabulary(tokenizer, rows=architecture.vocab_size) if tokenizer else None
 
     def write(folder: Path) -> gguf.GGUFFile:
         gguf.write(
@@ -214,7 +219,7 @@ def _selection(named: Path | None, of_module: Path, checkpoint: MegatronCheckpoi
         return None
     path = named or of_module
     selection = load_selection(path)
-    kept = selection.uniform_count(purpose="a Hugging Face configuration")
+    kept = selection.uniform_count(purpose="an export")
     layers, num_experts = checkpoint.moe_layers, checkpoint.args.num_experts
     if kept != num_experts or selection.layers != layers:
         raise ValueError(

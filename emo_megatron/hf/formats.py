@@ -105,14 +105,14 @@ def from_file(entry: Entry, tensor: Tensor) -> Tensor:
     return tensor if entry.scale == 1.0 else tensor / entry.scale
 
 
-def head_dim_problems(architecture: Architecture) -> list[str]:
-    """A problem if heads * head width is not the hidden size."""
+def head_dim_problems(architecture: Architecture, *, why: str) -> list[str]:
+    """A problem if heads * head width is not the hidden size; `why` is the reason."""
     a = architecture
     if a.head_dim * a.num_heads == a.hidden_size:
         return []
     return [
         f"the width of a head (--kv-channels) must be hidden size / heads = {a.hidden_size}/{a.num_heads}; got "
-        f"{a.head_dim}: vLLM supports no other width for this architecture"
+        f"{a.head_dim}: {why}"
     ]
 
 
@@ -185,7 +185,9 @@ def _qwen_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Ar
 QWEN2_MOE = Format(
     model_type="qwen2_moe",
     name=lambda weight, architecture: weight,
-    problems=head_dim_problems,
+    problems=lambda architecture: head_dim_problems(
+        architecture, why="vLLM supports no other width for this architecture"
+    ),
     config=_qwen_config,
     entries=_qwen_entries,
     architecture=_qwen_architecture,
@@ -210,7 +212,7 @@ _EMO_NAMES = {
 
 def _emo_problems(architecture: Architecture) -> list[str]:
     a = architecture
-    problems = head_dim_problems(a)
+    problems = head_dim_problems(a, why="the authors' code supports no other width")
     if a.shared_hidden not in (0, a.expert_hidden):
         problems.append(
             "the shared expert (--moe-shared-expert-intermediate-size) must be as wide as a routed expert, "

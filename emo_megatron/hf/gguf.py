@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from emo_megatron.finite import check_named_weight
 from emo_megatron.hf.formats import Entry, head_dim_problems, to_file
 from emo_megatron.hf.gguf_vocabulary import Vocabulary
 from emo_megatron.hf.mapping import Architecture, tensors_of
@@ -43,7 +44,7 @@ _NAME = gguf.MODEL_ARCH_NAMES[_ARCHITECTURE]
 def problems(architecture: Architecture) -> list[str]:
     """Properties of an architecture that the GGUF architecture cannot express, one sentence each."""
     a = architecture
-    found = head_dim_problems(a)
+    found = head_dim_problems(a, why=f"the sizes of llama.cpp's {_NAME} are not written for other widths")
     if a.dense_layers:
         found.append(
             f"every layer must have experts (--moe-layer-freq); got dense layers {[n + 1 for n in a.dense_layers]}: "
@@ -140,7 +141,7 @@ def write(
     if vocabulary is None:
         writer.add_tokenizer_model("none")
     else:
-        vocabulary.add_to(writer, rows=architecture.vocab_size)
+        vocabulary.add_to(writer)
     for part in parts:
         kind = Kind.F32 if part.is_single else KINDS[dtype]
         size = math.prod(part.shape) * (4 if kind == Kind.F32 else 2)
@@ -251,7 +252,7 @@ class GGUFFile:
         )
 
     def weight(self, weight: str) -> Tensor:
-        """A weight of the model, by its name in `mapping.weight_shapes`, in `dtype`."""
+        """A weight, by its name in `mapping.weight_shapes`, in `dtype`; NotFiniteError if a value is not finite."""
         part, place = self._places[weight]
         data = self._stored[part.name].data
         bits = torch.from_numpy(np.array(data[place] if len(part.weights) > 1 else data))
@@ -259,4 +260,5 @@ class GGUFFile:
         tensor = bits.view(torch.float32 if part.is_single else self.dtype).reshape(part.weight_shape)
         if part.heads:
             tensor = _swapped(tensor, part.heads, self.architecture.head_dim // 2)
+        check_named_weight(weight, tensor, said=f"{part.name} of {self.path}")
         return tensor.to(self.dtype)

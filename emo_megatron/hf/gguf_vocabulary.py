@@ -28,28 +28,36 @@ RULES = {
 }
 """(regular expression of a word, whether a word that is a token is not split) -> name in llama.cpp.
 
-dbrx is the rule of cl100k and of OLMo 2, llama-bpe of Llama 3, qwen2 of Qwen 2 to 3, gpt-2 of GPT-2, GPT-NeoX and OLMo.
+dbrx is the rule of cl100k and OLMo 2, llama-bpe of Llama 3, qwen2 of Qwen 2, gpt-2 of GPT-2 and GPT-NeoX.
 """
 
 
 class Vocabulary:
-    """The tokens of a tokenizer. ValueError if llama.cpp cannot express the tokenizer."""
+    """The tokens of a tokenizer, for an embedding of `rows` rows.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    ValueError if llama.cpp cannot express the tokenizer. The fields truncation, padding and decoder of tokenizer.json
+    are not stored: they do not change the tokens of a text that a model reads whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, rows: int) -> None:
+        self._tokenizer, self._rows = tokenizer, rows
         stored = tokenizer.definition
         if stored is None:
-            raise _error(tokenizer, "a tokenizer.json", "a tokenizer of Python code")
+            raise _error(tokenizer, "be stored as tokenizer.json", "Python code")
         self.rule = _rule(tokenizer, stored)
+        _check_special(tokenizer, stored["added_tokens"])
         self._kinds = {
             token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
             for token in stored["added_tokens"]
         }
         self._texts = {number: text for text, number in stored["model"]["vocab"].items()}
         self._texts |= {token["id"]: token["content"] for token in stored["added_tokens"]}
+        if (last := max(self._texts)) >= rows:
+            raise _error(tokenizer, f"have ids below {rows}, the rows of the embedding", f"the id {last}")
 
-    def add_to(self, writer: gguf.GGUFWriter, *, rows: int) -> None:
-        """Write the tokens; rows of the embedding beyond the last token become unused tokens."""
+    def add_to(self, writer: gguf.GGUFWriter) -> None:
+        """Write the tokens; rows of the embedding without a token become unused tokens."""
+        rows = self._rows
         texts = [self._texts.get(n, f"[PAD{n}]") for n in range(rows)]
         unused, normal = TokenType.UNUSED, TokenType.NORMAL
         kinds = [self._kinds.get(n, normal if n in self._texts else unused) for n in range(rows)]
@@ -62,7 +70,8 @@ class Vocabulary:
             self._tokenizer.save(folder)
             special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
         # without these fields llama.cpp chooses by the name of the rule
-        special.add_special_token["bos"], special.add_special_token["eos"] = self._tokenizer.adds
+        before, after = self._tokenizer.adds
+        special.add_special_token |= {"bos": bool(before), "eos": bool(after)}
         special.add_to_gguf(writer, quiet=True)
 
 
@@ -70,18 +79,19 @@ def _rule(tokenizer: Tokenizer, stored: dict[str, Any]) -> str:
     model, steps = stored["model"], stored["pre_tokenizer"] or {}
     if model["type"] != "BPE" or model.get("byte_fallback"):
         fallback = " with bytes as a fallback" if model["type"] == "BPE" else ""
-        raise _error(tokenizer, "a byte-level BPE", f"{model['type']}{fallback}")
+        raise _error(tokenizer, "be a byte-level BPE", f"{model['type']}{fallback}")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise _error(tokenizer, f"a BPE without {name}", f"{name} {model[name]!r}")
-    if (stored["normalizer"] or {}).get("type", "NFC") != "NFC":
-        raise _error(tokenizer, "no normalizer, or NFC", json.dumps(stored["normalizer"]))
+            raise _error(tokenizer, f"have no {name}", f"{name} {model[name]!r}")
+    normalizer = stored["normalizer"] or {}
+    if any(step.get("type", "NFC") != "NFC" for step in normalizer.get("normalizers", [normalizer])):
+        raise _error(tokenizer, "have no normalizer, or NFC", json.dumps(normalizer)[:200])
     regex = _regex(steps.get("pretokenizers", [steps]))
     rule = RULES.get((regex or "", bool(model.get("ignore_merges"))))
     if rule is None:
         raise _error(
             tokenizer,
-            f"the way of splitting text into words of {', '.join(RULES.values())}",
+            f"split text into words as {', '.join(RULES.values())} do",
             f"pre_tokenizer {json.dumps(steps)[:200]}, ignore_merges {bool(model.get('ignore_merges'))}",
         )
     return rule
@@ -101,8 +111,28 @@ def _regex(steps: list[dict[str, Any]]) -> str | None:
     return split.get("pattern", {}).get("Regex") if is_plain else None
 
 
+def _check_special(tokenizer: Tokenizer, added: list[dict[str, Any]]) -> None:
+    """Raise ValueError for special and added tokens that llama.cpp treats differently."""
+    for token in added:
+        # llama.cpp does not remove spaces around tokens
+        for name in ("lstrip", "rstrip", "single_word"):
+            if token.get(name):
+                raise _error(tokenizer, f"have no added token with {name}", f"{token['content']!r} with {name}")
+    ids = tokenizer.ids
+    if tokenizer.end is None:
+        # llama.cpp would take the token 11
+        raise _error(tokenizer, "have an eos_token", "none")
+    before, after = tokenizer.adds
+    if before not in ([], [ids["bos_token_id"]]) or after not in ([], [ids["eos_token_id"]]):
+        raise _error(
+            tokenizer,
+            "add nothing to a text but its bos_token before, and its eos_token after",
+            f"the tokens {before} before and {after} after",
+        )
+
+
 def _error(tokenizer: Tokenizer, wanted: str, got: str) -> ValueError:
     return ValueError(
-        f"--format gguf needs {wanted}, because llama.cpp has no other tokenizers of this kind; the tokenizer in "
-        f"{tokenizer.path} has {got}: pass another folder with --tokenizer"
+        f"with --format gguf the tokenizer in {tokenizer.path} must {wanted}; got {got}, which llama.cpp cannot "
+        "express: pass the folder of another tokenizer of this model with --tokenizer"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,6 @@ class Tokenizer:
                 f"the tokenizer in {self.path} is not whole: the folder must hold {' and '.join(absent)}, or {WHOLE}"
             )
 
-        # sampling settings that come with a tokenizer; otherwise generation ends at this tokenizer's end of a document
-        file = self.path / GENERATION
-        self._generation = read_object(file, kind="settings of generation") if file.is_file() else self.ids
-
     def __len__(self) -> int:
         return len(self._tokenizer)
 
@@ -81,11 +77,20 @@ class Tokenizer:
         return None if backend is None else json.loads(backend.to_str())
 
     @property
-    def adds(self) -> tuple[bool, bool]:
-        """Whether the tokenizer itself adds its first token before a text, and its end-of-document token after it."""
-        ids: list[int] = self._tokenizer.encode("a")
-        kinds = self.ids
-        return ids[0] == kinds["bos_token_id"], ids[-1] == kinds["eos_token_id"]
+    def adds(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer itself puts before and after a text."""
+        whole: list[int] = self._tokenizer.encode("a")
+        text: list[int] = self._tokenizer.encode("a", add_special_tokens=False)
+        start = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
+        return whole[:start], whole[start + len(text) :]
+
+    def generation(self) -> Mapping[str, Any]:
+        """The settings in GENERATION beside the tokenizer, or else the ids at which generation ends.
+
+        ValueError for a damaged file.
+        """
+        file = self.path / GENERATION
+        return read_object(file, kind="settings of generation") if file.is_file() else self.ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a document: without added special tokens, ended by one end-of-document token if there is one."""
@@ -126,7 +131,7 @@ class Tokenizer:
         for how_it_was_loaded in ("is_local", "local_files_only"):
             config.pop(how_it_was_loaded, None)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / GENERATION).write_text(json.dumps(self._generation, indent=2) + "\n", encoding="utf-8")
+        (folder / GENERATION).write_text(json.dumps(dict(self.generation()), indent=2) + "\n", encoding="utf-8")
 
 
 def reason(error: Exception) -> str:

@@ -96,11 +96,11 @@ def measure_parity(checkpoint: MegatronCheckpoint, model: StoredModel, *, tokens
     # one model in memory at a time
     expected_TV = megatron_logits(checkpoint, tokens_T, rounded_to=model.dtype)
     found_TV = hugging_face_logits(model, tokens_T)
-    for which, logits_TV in (("Megatron", expected_TV), ("Hugging Face", found_TV)):
+    for which, logits_TV in ((checkpoint.path, expected_TV), (model.path, found_TV)):
         if first_bad(logits_TV) is not None:
             _check_weights(checkpoint, model)
             raise NotFiniteError(
-                f"the {which} model has finite weights but logits that are not finite: the logits are too large for "
+                f"the model in {which} has finite weights but logits that are not finite: the logits are too large for "
                 "float32, so the two models cannot be compared"
             )
     parity = Parity(
@@ -116,7 +116,7 @@ def measure_parity(checkpoint: MegatronCheckpoint, model: StoredModel, *, tokens
 
 
 def _check_weights(checkpoint: MegatronCheckpoint, model: StoredModel) -> None:
-    """Raise NotFiniteError if a weight of the checkpoint or of the folder is not finite."""
+    """Raise NotFiniteError if a weight of the checkpoint or of the stored model is not finite."""
     for name, info in checkpoint.names.items():
         experts = range(info.shape[0]) if is_of_experts(name) else ()
         layer = checkpoint.layer_of(name) or None

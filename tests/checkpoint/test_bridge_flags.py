@@ -105,6 +105,14 @@ def test_a_checkpoint_with_neither_flags_nor_run_config_is_refused(checkpoint):
         ({"position_embedding_type": "yarn"}, "model.position_embedding_type"),
         ({"gated_linear_unit": False}, "model.activation_func"),
         ({"activation_func": {"_target_": "mine.swish"}}, "model.activation_func"),
+        ({"activation_func": {"_target_": "mine.silu"}}, "model.activation_func"),
+        (
+            {
+                "gated_linear_unit": False,
+                "activation_func": {"_target_": "torch.nn.functional.gelu", "_partial_": True, "approximate": "tanh"},
+            },
+            "model.activation_func",
+        ),
         ({"params_dtype": {"_target_": "torch.float8_e4m3fn"}}, "model.params_dtype"),
         ({"window_size": {"_target_": "os.system"}}, "model.window_size"),
         ({"transformer_layer_spec": {"_target_": "mine.layers"}}, "mine.layers"),

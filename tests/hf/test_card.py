@@ -131,7 +131,7 @@ def test_the_card_of_a_file_for_llama_cpp_is_about_llama_cpp(has_tokenizer: bool
         decoder.architecture(), model_type="gguf", dtype="float32", origin=origin, has_tokenizer=has_tokenizer
     )
     assert ModelCard(card).data.library_name == "gguf"
-    assert "llama-cli" in card
+    assert ("llama-cli" in card) == has_tokenizer
     assert ("no tokenizer" in card) != has_tokenizer
     assert not [other for other in ("vLLM", "SGLang", "AutoModel") if other in card]
     (engine,) = (engine for engine in SERVED["engines"] if engine["name"] == "llama-cpp-python")

@@ -140,12 +140,16 @@ def byte_level(folder: Path, **options: Any) -> Tokenizer:
     return Tokenizer(write_bytes(folder, **options))
 
 
+def vocabulary_of(tokenizer: Tokenizer, *, rows: int = 320) -> Vocabulary:
+    return Vocabulary(tokenizer, rows=rows)
+
+
 def test_the_file_holds_the_tokenizer(tmp_path: Path) -> None:
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer = byte_level(tmp_path / "tokenizer", config={"chat_template": template})
     model = decoder.architecture(vocab_size=320)
     path = tmp_path / "model.gguf"
-    write(path, model, decoder.random_weights(model), vocabulary=Vocabulary(tokenizer))
+    write(path, model, decoder.random_weights(model), vocabulary=vocabulary_of(tokenizer))
     fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
     of = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     assert (of["model"], of["pre"]) == ("gpt2", "gpt-2")
@@ -165,7 +169,7 @@ def test_the_file_holds_the_tokenizer(tmp_path: Path) -> None:
 
 
 def test_the_file_says_which_tokens_the_tokenizer_adds(tmp_path: Path) -> None:
-    vocabulary = Vocabulary(byte_level(tmp_path / "tokenizer", change=adds_first))
+    vocabulary = vocabulary_of(byte_level(tmp_path / "tokenizer", change=adds_first))
     model = decoder.architecture(vocab_size=320)
     path = write(tmp_path / "model.gguf", model, decoder.random_weights(model), vocabulary=vocabulary)
     fields = gguf.GGUFReader(path).fields
@@ -180,7 +184,7 @@ def test_the_rule_for_words_has_the_name_of_llama_cpp(regex: str, ignores_merges
         stored["model"]["ignore_merges"] = ignores_merges
         stored["normalizer"] = {"type": "NFC"}
 
-    assert Vocabulary(byte_level(tmp_path / "tokenizer", change=change)).rule == RULES[regex, ignores_merges]
+    assert vocabulary_of(byte_level(tmp_path / "tokenizer", change=change)).rule == RULES[regex, ignores_merges]
 
 
 BAD = {
@@ -194,6 +198,9 @@ BAD = {
     "Whitespace": lambda s: s.update(pre_tokenizer={"type": "Whitespace"}),
     "null": lambda s: s.update(pre_tokenizer=None),
     "Regex": split_by(r"\p{L}+|\s+"),
+    "lstrip": lambda s: s["added_tokens"][2].update(lstrip=True),
+    "single_word": lambda s: s["added_tokens"][2].update(single_word=True),
+    "bos_token": lambda s: adds_first(s, before=(END, FIRST)),
 }
 
 
@@ -201,9 +208,21 @@ BAD = {
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(named: str, tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path / "tokenizer", change=BAD[named])
     with pytest.raises(ValueError, match=r"--format gguf") as error:
-        Vocabulary(tokenizer)
+        vocabulary_of(tokenizer)
     said = str(error.value)
     assert "--tokenizer" in said
     assert str(tmp_path / "tokenizer") in said
     assert named in said or named == "null"
     assert "\n" not in said
+
+
+def test_a_tokenizer_without_end_or_with_too_many_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eos_token"):
+        vocabulary_of(byte_level(tmp_path / "no end", config={"eos_token": None}))
+    # a first token that is not bos_token
+    tokenizer = byte_level(tmp_path / "no first", change=adds_first, config={"bos_token": None})
+    with pytest.raises(ValueError, match="bos_token"):
+        vocabulary_of(tokenizer)
+    tokenizer = byte_level(tmp_path / "large")
+    with pytest.raises(ValueError, match=f"{len(tokenizer) - 1}.*embedding|embedding.*{len(tokenizer) - 1}"):
+        vocabulary_of(tokenizer, rows=len(tokenizer) - 1)

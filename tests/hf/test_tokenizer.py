@@ -44,7 +44,7 @@ def test_the_chat_template_and_the_settings_of_generation_are_carried_along(tmp_
     assert (read.eos_token_id, read.temperature) == ([0, 5], 0.6)
     (source / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json"):
-        Tokenizer(source)
+        Tokenizer(source).generation()
 
 
 def test_generation_ends_where_documents_end(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from support import served_models
 from support.engines import ENGINES, Agreement, Answers, Engine, compare, reference, token_ids
 from support.ranks import Ranks
-from support.served_models import CHANGED, DENSE, FULL, MODULE, SIZES, TEXTS, path_of
+from support.served_models import CHANGED, DENSE, FULL, MODULE, SIZES, TEXTS, TIED, path_of
 
 Compare = Callable[[Engine, str, str], Agreement]
 
@@ -36,7 +36,7 @@ def answers(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def get(engine: Engine) -> Answers:
         if engine not in found:
             # the model that an engine may not run comes last
-            names = [name for name in (FULL, MODULE, CHANGED, DENSE) if engine.format != "gguf" or name != DENSE]
+            names = [name for name in (FULL, MODULE, TIED, CHANGED, DENSE) if engine.format != "gguf" or name != DENSE]
             paths = {name: path_of(models, name, format=engine.format) for name in names}
             texts = token_ids(models / FULL, TEXTS) if engine.format == "gguf" else TEXTS
             work = tmp_path_factory.mktemp("job")

@@ -53,7 +53,7 @@ def test_llama_cpp_reads_the_tokens_of_transformers(tmp_path: Path) -> None:
             name = f"{rule}, {has_first}"
             change = change_of(regex, ignores_merges=ignores_merges, has_first=has_first)
             folder = write_bytes(tmp_path / name, text="".join(TEXTS), size=800, change=change)
-            vocabulary, file = Vocabulary(Tokenizer(folder)), tmp_path / f"{name}.gguf"
+            vocabulary, file = Vocabulary(Tokenizer(folder), rows=820), tmp_path / f"{name}.gguf"
             gguf.write(file, architecture=model, read=read, dtype=torch.float32, vocabulary=vocabulary, name=name)
             files[name] = str(file)
             tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -32,10 +32,13 @@ SIZES: dict[str, Any] = {
 """Sizes that the kernels of the engines support: their attention for CPUs has no head below a width of 32."""
 KEPT = ((0, 3, 5, 9, 12, 15), (1, 2, 4, 7, 8, 14), (2, 3, 6, 10, 11, 13))
 """Routed experts of the module, layer by layer."""
-FULL, MODULE, DENSE, CHANGED = "full model", "module", "dense layers", "module, one weight changed"
+FULL, MODULE, TIED, DENSE = "full model", "module", "tied, with biases", "dense layers"
+CHANGED = "module, one weight changed"
 MODELS: dict[str, dict[str, Any]] = {
     FULL: {},
     MODULE: {"renormalise": True, "num_kv_heads": 2, "shared_hidden": 128},
+    # a shared expert that is not a multiple of a routed expert
+    TIED: {"tied": True, "qkv_bias": True, "num_kv_heads": 1, "shared_hidden": 96},
     DENSE: {"dense_layers": (0, 2), "dense_hidden": 96},
 }
 """Name of an export -> what differs from SIZES. The router's top-k is renormalised in the module only."""

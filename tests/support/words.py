@@ -101,14 +101,17 @@ def split_by(regex: str) -> Callable[[dict[str, Any]], object]:
     return lambda stored: stored.update(pre_tokenizer=steps)
 
 
-def adds_first(stored: dict[str, Any]) -> None:
-    """A change of tokenizer.json: the tokenizer of `write_bytes` puts FIRST before a text."""
-    first, text = {"SpecialToken": {"id": FIRST, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+def adds_first(stored: dict[str, Any], *, before: Sequence[str] = (FIRST,)) -> None:
+    """A change of tokenizer.json: the tokenizer of `write_bytes` puts the tokens `before` before a text."""
+    first = [{"SpecialToken": {"id": token, "type_id": 0}} for token in before]
+    text = {"Sequence": {"id": "A", "type_id": 0}}
     stored["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {FIRST: {"id": FIRST, "ids": [1], "tokens": [FIRST]}},
+        "single": [*first, text],
+        "pair": [*first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            token: {"id": token, "ids": [(END, FIRST).index(token)], "tokens": [token]} for token in before
+        },
     }
 
 
