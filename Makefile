@@ -151,6 +151,6 @@ $(VENV)/serve-%/.installed: tests/serve/%.txt | $(STAMP)
 	@rm -rf $(@D)
 	@$(RUN) venv $(@D)
 	@torch=$$(grep '^torch' $<); \
-	[ -z "$$torch" ] || $(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $$torch
-	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps --requirement $<
+	[ -z "$$torch" ] || $(@D)/bin/python -m pip install --disable-pip-version-check --quiet $$torch
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement $<
 	@touch $@
