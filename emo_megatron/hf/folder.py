@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.finite import NotFiniteError
-from emo_megatron.hf.formats import FORMATS, QWEN2_MOE, Format, from_file, to_file
+from emo_megatron.hf.formats import EMBEDDING, FORMATS, QWEN2_MOE, TIED_COPY, Format, from_file, to_file
 from emo_megatron.hf.mapping import Architecture, shape_problems
 from emo_megatron.json_files import checked, is_a, read_object
 
@@ -81,8 +81,15 @@ class HuggingFaceFolder:
         except ValueError as error:
             raise ValueError(f"{file}: this model cannot be imported: {error}") from None
         entries = self.format.entries(self.architecture)
-        self._entries = {entry.weight: entry for entry in entries if entry.weight is not None}
+        # the copy of a tied embedding comes last, and is not read
+        self._entries = {entry.weight: entry for entry in reversed(entries) if entry.weight is not None}
         self._check_shapes({entry.name: entry.shape for entry in entries})
+        has_copy = self.architecture.tied and TIED_COPY in self.shapes
+        if has_copy and not torch.equal(self.read(EMBEDDING), self.read(TIED_COPY)):
+            raise ValueError(
+                f"{file}: tie_word_embeddings must be false, because {TIED_COPY} differs from {EMBEDDING}: correct "
+                "the field"
+            )
 
     def read(self, name: str) -> Tensor:
         """A tensor, unchanged."""
@@ -112,7 +119,8 @@ class HuggingFaceFolder:
     def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
         stored = {name: shape for name, shape in self.shapes.items() if not name.endswith(_NOT_WEIGHTS)}
         # with "qkv_bias": false the folder has no biases, which is the same model as biases of zero
-        optional = () if self.architecture.qkv_bias else [n for n in wanted if n.endswith("_proj.bias")]
+        optional = [] if self.architecture.qkv_bias else [n for n in wanted if n.endswith("_proj.bias")]
+        optional += [TIED_COPY] if self.architecture.tied else []
         if problems := shape_problems(stored, wanted, optional=optional):
             raise ValueError(f"the tensors in {self.path} do not match its {CONFIG}: {'; '.join(problems)}")
 
@@ -164,7 +172,9 @@ def write_folder(
         for file, names in plan.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = to_file(entries[name], read, dtype=dtype)
+                tensor = to_file(entries[name], read, dtype=dtype)
+                # safetensors does not write tensors that share memory
+                shard[name] = tensor.clone() if name == TIED_COPY and architecture.tied else tensor
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded or has_index:

@@ -4,7 +4,8 @@
 `Qwen2MoeForCausalLM`. Qwen2-MoE multiplies the shared expert by sigmoid(gate . x), and EMO multiplies by 1. Therefore
 the gate is written as zeros, with sigmoid(0) = 1/2, and the shared down projection is stored doubled. Both are exact.
 Biases of q, k and v are written as zeros, because vLLM always has these biases. `num_experts` and `num_experts_per_tok`
-count routed experts. A model without shared expert gets a shared expert of zeros.
+count routed experts. A model without shared expert gets a shared expert of zeros. A model with tied embeddings is
+written with a copy of the embedding as the output projection, because SGLang does not tie the two.
 
 `emo`: the format that the authors released. The authors' modelling code is not part of this package. The format counts
 the shared expert: `num_experts` is E + 1, and the shared expert is the last expert. The gate has a row for the shared
@@ -116,6 +117,8 @@ def head_dim_problems(architecture: Architecture, *, why: str) -> list[str]:
     ]
 
 
+EMBEDDING, TIED_COPY = "model.embed_tokens.weight", "lm_head.weight"
+"""The weight of tied embeddings, and the name of its copy in Qwen2-MoE."""
 _TINY_GATE = 2.0**-20
 """A gate that earlier releases wrote on request: a constant, and not the gate of a model."""
 _QWEN_EXPECTED = (SILU, only("use_sliding_window", False, None, why="attention over a sliding window is not supported"))
@@ -151,6 +154,10 @@ def _qwen_entries(architecture: Architecture) -> list[Entry]:
         for name, shape in tensor.weights.items():
             weight = None if tensor.is_constant else name
             found.append(Entry(name=name, shape=shape, weight=weight, value=tensor.row.fill or 0.0, scale=scale))
+    if architecture.tied:
+        # SGLang does not tie the two weights, and without this copy has random values there
+        shape = (architecture.vocab_size, architecture.hidden_size)
+        found.append(Entry(name=TIED_COPY, shape=shape, weight=EMBEDDING))
     return found
 
 
@@ -272,7 +279,7 @@ def _emo_entries(architecture: Architecture) -> list[Entry]:
     found = []
     for entry in _qwen_entries(architecture):
         # this format has no constants: a weight that the model lacks is absent here too
-        if entry.weight is None:
+        if entry.weight is None or (entry.name == TIED_COPY and architecture.tied):
             continue
         name, shape, padding = _emo_name(entry.name, architecture), entry.shape, 0
         if architecture.shared_hidden and name.endswith(".mlp.gate.weight"):

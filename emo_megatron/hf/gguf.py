@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from emo_megatron.finite import check_named_weight
-from emo_megatron.hf.formats import Entry, head_dim_problems, to_file
+from emo_megatron.hf.formats import EMBEDDING, Entry, head_dim_problems, to_file
 from emo_megatron.hf.gguf_vocabulary import Vocabulary
 from emo_megatron.hf.mapping import Architecture, tensors_of
 
@@ -104,7 +104,7 @@ def _parts(architecture: Architecture) -> Iterator[_Part]:
             )
     if a.tied:
         shape = (a.vocab_size, a.hidden_size)
-        embedding = ("model.embed_tokens.weight",)
+        embedding = (EMBEDDING,)
         yield _Part(name="output.weight", shape=shape, weights=embedding, weight_shape=shape, heads=0)
 
 

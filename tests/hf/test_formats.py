@@ -345,3 +345,21 @@ def test_a_field_of_another_type_or_size_is_told_with_the_file(format: str, tmp_
             # sizes that could be are told by the tensors that have others
             is_size = type(value) is int and 0 < value <= 2**31
             assert is_size or field in str(told.value), (field, value, str(told.value))
+
+
+def test_a_tied_embedding_is_also_written_as_output_projection(tmp_path: Path) -> None:
+    """SGLang does not tie the two, and had random values for the output projection."""
+    model = decoder.architecture(tied=True)
+    weights = decoder.random_weights(model)
+    written = write(tmp_path / "out", "qwen2_moe", model, weights)
+    embedding = weights["model.embed_tokens.weight"]
+    assert torch.equal(written.read("lm_head.weight"), embedding)
+    assert "lm_head.weight" not in write(tmp_path / "emo", "emo", model, weights).shapes
+    file = tmp_path / "out" / "model.safetensors"
+    stored = load_file(file)
+    # folders of other programs have no copy; with a copy that differs, transformers does not tie the two
+    save_file({name: t for name, t in stored.items() if name != "lm_head.weight"}, file, metadata={"format": "pt"})
+    assert torch.equal(HuggingFaceFolder(tmp_path / "out").weight("model.embed_tokens.weight"), embedding)
+    save_file(stored | {"lm_head.weight": torch.zeros_like(embedding)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        HuggingFaceFolder(tmp_path / "out")
