@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "shared_expert.gate_proj", "shared_expert.up_proj"]
@@ -54,3 +56,26 @@ def logits(model: Any, tokens_T: Tensor) -> Tensor:
     """[T, V] of a model in transformers or peft."""
     result: Tensor = model.eval()(input_ids=tokens_T[None]).logits[0]
     return result
+
+
+def change_of(name: str, adapter: Path, *, num_experts: int, scale: float) -> Any:
+    """scale * B A of a tensor by its exported name, from what the file of an adapter of rank 4 has; 0 without."""
+    stem, _, kind = name.removesuffix(".weight").rpartition(".")
+    at = f"{stem}.{kind}".lstrip(".")
+    if is_expert := ".experts." in name:
+        experts, _, number = stem.rpartition(".")
+        at = experts if kind == "down_proj" else f"{experts}.base_layer"
+    stored = _stored(adapter)
+    a, b = (stored.get(f"base_model.model.{at}.lora_{part}.weight") for part in "AB")
+    if a is None or b is None:
+        return 0.0
+    if not is_expert:
+        return scale * b @ a
+    # A is stored expert by expert, and B rank by rank
+    change = scale * b.view(-1, 4, num_experts)[:, :, int(number)] @ a.view(num_experts, 4, -1)[int(number)]
+    return change if kind == "down_proj" else change.chunk(2)[kind == "up_proj"]
+
+
+@functools.cache
+def _stored(adapter: Path) -> dict[str, Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
