@@ -58,8 +58,7 @@ def merged(base: HuggingFaceFolder, adapter: Path, *, output: Path) -> Iterator[
         NotImplementedError: the kind of adapter cannot be merged.
         ValueError: the adapter was trained on another model, does not fit, or changes what the model does not have.
     """
-    _check_kind(base, adapter)
-    _check_base(base, adapter)
+    check(base, adapter)
     near = next(above for above in output.absolute().parents if above.is_dir())
     with tempfile.TemporaryDirectory(dir=near, prefix=".merged-") as name:
         with writing(output, under=Path(name)):
@@ -67,6 +66,12 @@ def merged(base: HuggingFaceFolder, adapter: Path, *, output: Path) -> Iterator[
             # transformers writes other fields, and the model is the same
             shutil.copyfile(base.path / folders.CONFIG, Path(name, folders.CONFIG))
         yield _opened(Path(name), base, adapter)
+
+
+def check(base: HuggingFaceFolder, adapter: Path) -> None:
+    """Raise the errors of `merged` that can be known from the adapter's configuration."""
+    _check_kind(base, adapter)
+    _check_base(base, adapter)
 
 
 def _check_kind(base: HuggingFaceFolder, adapter: Path) -> None:
