@@ -44,9 +44,7 @@ def through_peft(module: str, root: str, config: dict[str, Any]) -> float:
     folder = Path(root)
     export.run(export.Options(checkpoint=Path(module), output=folder / "hf", parity_tokens=0))
     lora.train(folder / "hf", folder / "adapter", **config)
-    tuned = import_.Options(
-        folder=folder / "hf", adapter=folder / "adapter", output=folder / "tuned", parity_tokens=32
-    )
+    tuned = import_.Options(folder=folder / "hf", adapter=folder / "adapter", output=folder / "tuned", parity_tokens=32)
     parity = import_.run(tuned).parity
     assert parity is not None
     return parity.max_difference

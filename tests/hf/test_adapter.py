@@ -50,7 +50,9 @@ def merged(base: Path, adapter: Path, output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["the paper's", "grouped queries, renormalised", "wide shared expert, dense layers"])
+@pytest.mark.parametrize(
+    "variant", ["the paper's", "grouped queries, renormalised", "wide shared expert, dense layers"]
+)
 def test_an_adapter_that_changes_nothing_changes_no_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = decoder.architecture(**decoder.VARIANTS[variant])
     base = decoder.write_folder(tmp_path / "base", model=model, dtype=dtype)
@@ -108,7 +110,9 @@ def refused(base: Path, adapter: Path, output: Path, *, match: str, error: type[
     ],
     ids=["gate", "biases", "all biases", "saved projection", "other start"],
 )
-def test_what_the_model_does_not_have_is_refused(match: str, config: dict[str, Any], base: Path, tmp_path: Path) -> None:
+def test_what_the_model_does_not_have_is_refused(
+    match: str, config: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
     adapter = lora.train(base, tmp_path / "adapter", **config)
     (tmp_path / "out").mkdir()
     error = NotImplementedError if "init" in match else ValueError
