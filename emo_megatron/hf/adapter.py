@@ -1,8 +1,8 @@
 """Merge a LoRA adapter of Hugging Face peft into the exported folder that the adapter was trained on.
 
-transformers loads the folder, and peft's own code loads and merges the adapter: linear layers (`target_modules`) and the
-stacked weights of experts and routers (`target_parameters`). The result is a temporary folder with the same tensor names
-and the same config.json.
+transformers loads the folder, and peft's own code loads and merges the adapter: linear layers (`target_modules`) and
+the stacked weights of experts and routers (`target_parameters`). The result is a temporary folder with the same tensor
+names and the same config.json.
 
 Memory: all weights once, in the dtype of the folder, and the change of one stacked expert weight. Disk: a second copy
 of the folder, until the caller is done.
@@ -94,8 +94,8 @@ def _check_kind(base: HuggingFaceFolder, adapter: Path) -> None:
         )
     if variants := [name for name in _UNSUPPORTED if config.get(name)]:
         raise NotImplementedError(
-            f"{adapter / CONFIG}: {', '.join(variants)} must not be set, because peft_type LORA is merged without these "
-            "variants: train the adapter without"
+            f"{adapter / CONFIG}: {', '.join(variants)} must not be set, because peft_type LORA is merged without "
+            "these variants: train the adapter without"
         )
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
@@ -121,8 +121,8 @@ def _check_base(base: HuggingFaceFolder, adapter: Path) -> None:
                 return
             raise ValueError(
                 f"{adapter} was trained on other weights than those in --folder {base.path}: {RECORD}.{FIELD} in "
-                f"{copied} must be {base.fingerprint[:12]}...; got {reprlib.repr(trained_on)}: pass the folder that the "
-                "adapter was trained on as --folder"
+                f"{copied} must be {base.fingerprint[:12]}...; got {reprlib.repr(trained_on)}: pass the folder that "
+                "the adapter was trained on as --folder"
             )
     named = _config(adapter).get(BASE)
     if isinstance(named, str) and _is_same(Path(named), base):

@@ -162,20 +162,20 @@ def test_an_adapter_of_other_tensors_is_refused(base: Path, everything: Path, tm
         save_file(tensors, adapter / "adapter_model.safetensors")
         refused(base, adapter, tmp_path / "out", match="cannot be merged")
     (adapter / "adapter_model.safetensors").unlink()
-    refused(base, adapter, tmp_path / "out", match="--adapter .*adapter_model")
+    refused(base, adapter, tmp_path / "out", match=r"--adapter .*adapter_model")
 
 
 def test_an_adapter_of_another_model_of_the_same_shape_is_refused(base: Path, everything: Path, tmp_path: Path) -> None:
     model = decoder.architecture()
     other = decoder.write_folder(tmp_path / "other", weights=decoder.random_weights(model, seed=1))
     (tmp_path / "out").mkdir()
-    refused(other, everything, tmp_path / "out", match="base_model_name_or_path .*--folder")
+    refused(other, everything, tmp_path / "out", match=r"base_model_name_or_path .*--folder")
     # a copy of the base is the base
     copy = Path(shutil.copytree(base, tmp_path / "copy"))
     assert merged(copy, everything, tmp_path / "out")
     # what is not here cannot be compared, until the user says what it is
     adapter = lora.edit(Path(shutil.copytree(everything, tmp_path / "a")), base_model_name_or_path="me/perl")
-    refused(base, adapter, tmp_path / "out", match="me/perl.*--folder")
+    refused(base, adapter, tmp_path / "out", match=r"me/perl.*--folder")
     lora.edit(adapter, base_model_name_or_path=str(base))
     assert merged(base, adapter, tmp_path / "out")
 
@@ -192,7 +192,7 @@ def test_the_configuration_in_an_adapter_tells_the_weights(base: Path, everythin
     weights["model.layers.2.mlp.experts.5.up_proj.weight"][0, 0] += 1
     changed = decoder.write_folder(tmp_path / "changed", weights=weights)
     lora.edit(adapter, base_model_name_or_path=str(changed))
-    refused(changed, adapter, tmp_path / "out", match="weights_sha256.*--folder")
+    refused(changed, adapter, tmp_path / "out", match=r"weights_sha256.*--folder")
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(base: Path, tmp_path: Path) -> None:
@@ -208,5 +208,5 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(base: Path, tm
 def test_an_adapter_goes_into_a_folder_of_qwen2_moe(base: Path, everything: Path, tmp_path: Path) -> None:
     other = decoder.write_folder(tmp_path / "emo", "emo")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="--adapter .*qwen2_moe"):
+    with pytest.raises(ValueError, match=r"--adapter .*qwen2_moe"):
         merged(other, everything, tmp_path / "out")
