@@ -83,7 +83,7 @@ class MegatronCheckpoint:
         if adapted := next(filter(_OF_ADAPTER.search, self._stored), None):
             raise ValueError(
                 f"{self.path} must hold whole weights; got weights of an adapter of Megatron-Bridge ({adapted}): "
-                "convert the adapter with AutoBridge.export_adapter_ckpt and merge it with peft, see docs/update.md#with-lora"
+                "convert the adapter with AutoBridge.export_adapter_ckpt, merge with peft, see docs/update.md#with-lora"
             )
         if cut:
             raise ValueError(f"{self.path / cut[0]} was cut short: copy or save the checkpoint again")
