@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from support import pinned, words
+from support import lora, pinned, words
 from support.running import limited
 
 from emo_megatron import cli
@@ -32,6 +32,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model, its Megatron checkpoint, two modules of it, and the files that go with them."""
     root = tmp_path_factory.mktemp("disk")
     pinned.write_model(root / "hf", words.write_tokenizer(root / "tokenizer", size=pinned.VOCAB))
+    lora.train(root / "hf", root / "adapter", steps=1, target_modules=["q_proj"])
     for first, kind in enumerate(("data", "validation_data")):
         for place, domain in enumerate(DOMAINS):
             pinned.write_documents(root / kind / f"{domain}.safetensors", seed=2 * first + place)
@@ -62,6 +63,7 @@ def write_texts(folder: Path, word: str) -> None:
 NO_PARITY = ("--parity-tokens", "0")
 COMMANDS = {
     "import": "import --folder hf --output OUT --parity-tokens 0",
+    "import an adapter": "import --folder hf --adapter adapter --output OUT --parity-tokens 0",
     "export": "export --checkpoint megatron --tokenizer tokenizer --output OUT --parity-tokens 0",
     "export a module": "export --checkpoint french-module --output OUT --parity-tokens 0",
     "extract": "extract --checkpoint megatron --selection french.json --output OUT",

@@ -36,6 +36,8 @@ MODELOPT_STATE = "modelopt_state"
 """Folder that ModelOpt writes into a checkpoint of a model that ModelOpt has changed."""
 _QUANTIZER = re.compile(r"_quantizer\.|\._amax$")
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
+_OF_ADAPTER = re.compile(r"\.adapters?\.")
+"""In the names that Megatron-Bridge gives the tensors of LoRA, DoRA and CanonicalLoRA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,11 @@ class MegatronCheckpoint:
                 if index.fqn in self._stored
                 and (self.path / place.relative_path).stat().st_size < place.offset + place.length
             ]
+        if adapted := next(filter(_OF_ADAPTER.search, self._stored), None):
+            raise ValueError(
+                f"{self.path} must hold whole weights; got weights of an adapter of Megatron-Bridge ({adapted}): "
+                "convert the adapter with AutoBridge.export_adapter_ckpt, merge with peft, see docs/update.md#with-lora"
+            )
         if cut:
             raise ValueError(f"{self.path / cut[0]} was cut short: copy or save the checkpoint again")
         self._check_unquantized()

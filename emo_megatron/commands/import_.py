@@ -5,7 +5,10 @@ python -m emo_megatron import --folder exported/french --output runs/french
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +26,7 @@ from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
 from emo_megatron.hf.megatron import flags_of, megatron_weights
 from emo_megatron.hf.prediction import FILE, Prediction
-from emo_megatron.runners.parity import Converted, measure_parity
+from emo_megatron.runners.parity import Converted, Parity, measure_parity
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -36,12 +39,15 @@ class Options:
 
     For example:
         emo_megatron import --folder downloads/emo --output runs/emo
+        emo_megatron import --folder exported/perl --adapter adapters/perl --output runs/perl_tuned
     """
 
     folder: Path
     """Hugging Face folder with config.json and safetensors files."""
     output: Path
     """Checkpoint folder to write, for Megatron's --load; must not exist."""
+    adapter: Annotated[Path | None, unset("FOLDER", "none")] = None
+    """Folder of a LoRA adapter of Hugging Face peft that was trained on --folder; its changes are merged in."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Megatron's --transformer-impl of the run that will load the checkpoint: the two name one norm differently."""
     tokenizer: Annotated[Path | None, unset("FOLDER", "the tokenizer in --folder, if there is one")] = None
@@ -64,13 +70,30 @@ def run(options: Options) -> Converted:
         tokenizer = tokenizers.Tokenizer(options.tokenizer or options.folder)
         tokenizer.check(vocab_size=source.architecture.vocab_size)
         notes[TOKENIZER_FOLDER] = tokenizer.save
+    if (file := options.folder / SELECTION_FILE).exists():
+        notes[SELECTION_FILE] = load_selection(file).save
+    with contextlib.ExitStack() as stack:
+        if options.adapter is not None:
+            # the package peft is optional
+            from emo_megatron.hf import adapter
+
+            source = stack.enter_context(adapter.merged(source, options.adapter, output=options.output))
+            notes[adapter.CONFIG] = functools.partial(shutil.copyfile, options.adapter / adapter.CONFIG)
+        parity = _write(options, source, notes=notes, has_tokenizer=has_tokenizer)
+    return Converted(path=options.output, parity=parity, has_tokenizer=has_tokenizer)
+
+
+def _write(
+    options: Options, source: HuggingFaceFolder, *, notes: dict[str, Note], has_tokenizer: bool
+) -> Parity | None:
+    """Write the checkpoint of a folder's model, and compare both."""
     moe_norm = OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM
     pools = record(source.config, RECORD).get("pools") or {}
     args = flags_of(
         source.architecture,
         dtype=source.dtype,
         moe_norm=moe_norm,
-        pools=dataclasses.asdict(pool_config_of(pools, where=f"{source.path / CONFIG}, {RECORD}.pools")),
+        pools=dataclasses.asdict(pool_config_of(pools, where=f"{options.folder / CONFIG}, {RECORD}.pools")),
         tokenizer=str(options.output.resolve() / TOKENIZER_FOLDER) if has_tokenizer else None,
     )
     weights = megatron_weights(source.architecture, source.weight, dtype=source.dtype, moe_norm=moe_norm)
@@ -78,11 +101,8 @@ def run(options: Options) -> Converted:
         prediction = Prediction(options.folder, source.architecture, dtype=source.dtype)
         vars(args).update(prediction.flags)
         weights |= prediction.weights(moe_norm)
-    if (file := options.folder / SELECTION_FILE).exists():
-        notes[SELECTION_FILE] = load_selection(file).save
     with whole(options.output, is_new=True) as unfinished:
         write_checkpoint(unfinished, weights, args=args, notes=notes)
-        parity = None
-        if options.parity_tokens:
-            parity = measure_parity(MegatronCheckpoint(unfinished), source, tokens=options.parity_tokens)
-    return Converted(path=options.output, parity=parity, has_tokenizer=has_tokenizer)
+        if not options.parity_tokens:
+            return None
+        return measure_parity(MegatronCheckpoint(unfinished), source, tokens=options.parity_tokens)

@@ -7,6 +7,7 @@ import json
 import reprlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.finite import NotFiniteError
+from emo_megatron.hf.config_file import RECORD
+from emo_megatron.hf.fingerprint import FIELD, digest_of, fingerprint_of
 from emo_megatron.hf.formats import EMBEDDING, FORMATS, QWEN2_MOE, TIED_COPY, Format, from_file, to_file
 from emo_megatron.hf.mapping import Architecture, shape_problems
 from emo_megatron.json_files import checked, is_a, read_object
@@ -105,6 +108,12 @@ class HuggingFaceFolder:
         except NotFiniteError as error:
             raise NotFiniteError(f"{self.path}: {error}") from None
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """`fingerprint_of` the weights as they are now; reads every tensor."""
+        weights = (name for name in self.shapes if not name.endswith(_NOT_WEIGHTS))
+        return fingerprint_of(digest_of(name, self.read(name)) for name in weights)
+
     def _is_constant(self, part: str, values: set[float]) -> bool:
         seen: set[float] = set()
         for name in self.shapes:
@@ -153,6 +162,8 @@ def write_folder(
 ) -> None:
     """Write config.json and the weights into an existing folder; one shard is in memory at a time.
 
+    The record in config.json holds the fingerprint of the weights.
+
     Args:
         folder: an existing folder.
         format, architecture, dtype: of the written model.
@@ -168,6 +179,7 @@ def write_folder(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
+    digests = []
     with tqdm(total=len(entries), desc="exporting", unit="tensor", disable=None) as bar:
         for file, names in plan.filename_to_tensors.items():
             shard = {}
@@ -175,13 +187,14 @@ def write_folder(
                 tensor = to_file(entries[name], read, dtype=dtype)
                 # safetensors does not write tensors that share memory
                 shard[name] = tensor.clone() if name == TIED_COPY and architecture.tied else tensor
+                digests.append(digest_of(name, shard[name]))
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded or has_index:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / INDEX, index)
     config = format.config(architecture) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    for name, value in extra_config.items():
+    for name, value in (*extra_config.items(), (RECORD, {FIELD: fingerprint_of(digests)})):
         config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
     _write_json(folder / CONFIG, config)
 

@@ -282,6 +282,15 @@ def test_a_checkpoint_of_megatron_bridge_is_named(copied):
         assert MegatronCheckpoint(copied[0]).args
 
 
+@pytest.mark.parametrize("kind", ["adapter.linear_in", "adapter.adapter_q.linear_in", "adapters.linear_in"])
+def test_an_adapter_of_megatron_bridge_that_was_not_merged_is_named(kind, tmp_path):
+    name = f"decoder.layers.0.self_attention.linear_qkv.{kind}.weight"
+    path = write_checkpoint(tmp_path / "lora", {name: torch.zeros(4, 8)}, args=argparse.Namespace(**ARGS))
+    with pytest.raises(ValueError, match=r"lora.*\.adapter.*export_adapter_ckpt") as raised:
+        MegatronCheckpoint(path)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("text", ["[]", "null", "{}"])
 def test_a_description_that_is_no_description_is_named(copied, text):
     (copied[1] / "metadata.json").write_text(text)

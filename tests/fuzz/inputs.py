@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from support import decoder, experts, words
 
 DOCUMENTS = ((3, 4, 0), (5, 0), (6, 7, 8, 9, 0), (1, 0))
@@ -29,6 +30,7 @@ def write_inputs(folder: Path) -> Path:
         more = {"extra_config": {"eos_token_id": 0}, "shard_bytes": 20_000}
         decoder.write_folder(folder / format, format, model=small, **more)
     words.write_tokenizer(folder / "qwen2_moe")
+    _write_adapter(folder / "adapter", base="qwen2_moe")
     import_.run(import_.Options(folder=folder / "qwen2_moe", output=folder / "megatron", parity_tokens=0))
     metadata = metadata_of(MegatronCheckpoint(folder / "megatron"))
     model = experts.MadeUpModel(metadata=metadata)
@@ -48,6 +50,17 @@ def write_inputs(folder: Path) -> Path:
     (folder / "pools.json").write_text(json.dumps({"pool_min": 2, "pool_unrestricted": 0.5}))
     _write_rows(folder)
     return folder
+
+
+def _write_adapter(folder: Path, *, base: str) -> None:
+    """An adapter of two projections; the base is named as the current folder sees it."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"], "bias": "none"}))
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    tensors = {name.format(layer, part): torch.ones(shapes[part]) for layer in range(2) for part in "AB"}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def _write_rows(folder: Path) -> None:

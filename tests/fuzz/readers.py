@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from support import decoder
 
@@ -177,6 +179,23 @@ def is_architecture(architecture: Any, folder: Path) -> None:
         assert are_of(kind or int, values, least=0), (field.name, value)
 
 
+def adapter(folder: Path) -> Any:
+    pytest.importorskip("peft")
+    from emo_megatron.hf import adapter as adapters
+
+    with contextlib.chdir(folder):
+        try:
+            adapters.check(HuggingFaceFolder("qwen2_moe"), folder / "adapter")
+        except NotImplementedError as error:
+            # another kind of adapter is a user's error too
+            raise ValueError(*error.args) from None
+    return json.loads((folder / "adapter" / "adapter_config.json").read_text())
+
+
+def is_adapter(config: Any, folder: Path) -> None:
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "qwen2_moe")
+
+
 def is_tokenizer(tokenizer: Any, folder: Path) -> None:
     ids = tokenizer.encode("the pool of experts")
     assert are_of(int, ids, least=0)
@@ -231,6 +250,7 @@ READERS = {
         named=("/qwen2_moe",),
     ),
     "emo": _reader("emo/config.json", read=lambda f: model(f / "emo"), check=is_architecture, named=("/emo",)),
+    "adapter": _reader("adapter/adapter_config.json", read=adapter, check=is_adapter, named=("/adapter",)),
     "tokenizer": _reader(
         *(f"{_HF}tokenizer.json", f"{_HF}tokenizer_config.json"),
         read=lambda f: Tokenizer(f / "qwen2_moe"),

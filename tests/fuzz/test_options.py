@@ -36,14 +36,14 @@ VALID: dict[str, str] = {
     "place": "--stats stats.safetensors --ranks 2 --output new",
     "reorder": "--checkpoint megatron --placement placement.json --output new",
     "export": "--checkpoint megatron --output new --format gguf --mtp drop --parity-tokens 0",
-    "import": "--folder qwen2_moe --output new",
+    "import": "--folder qwen2_moe --adapter adapter --output new",
     "eval-task": "--documents text.jsonl --name held --model qwen2_moe --output new",
 }
 """Arguments that are right, of every command, with the files of `write_inputs`."""
 PATHS = (
     *("new", "new/deep/file.json", "missing", "text.jsonl", "held.jsonl", "tokens.safetensors", "indexed"),
     *("stats.safetensors", "other.safetensors", "selection2.json", "selection3.json", "placement.json"),
-    *("retention.json", "retention.csv", "qwen2_moe", "emo", "megatron", "module"),
+    *("retention.json", "retention.csv", "qwen2_moe", "emo", "megatron", "module", "adapter"),
     *("megatron/release", "text.jsonl/under", "", ".", "..", "-dash", "x" * 300, "é\u2028[1]*?%"),
 )
 NUMBERS = (
@@ -108,6 +108,7 @@ def folder(valid: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "emo_megatron.runners.huggingface": "load_hugging_face",
         "emo_megatron.checkpoint.writer": "_save",
         "emo_megatron.commands.export": "measure_parity",
+        "emo_megatron.hf.adapter": "_merge",
         "emo_megatron.commands.retention": "plot_methods",
     }
     monkeypatch.chdir(valid)

@@ -1,0 +1,190 @@
+"""Merge a LoRA adapter of Hugging Face peft into the exported folder that the adapter was trained on.
+
+transformers loads the folder, and peft's own code loads and merges the adapter: linear layers (`target_modules`) and
+the stacked weights of experts and routers (`target_parameters`). The result is a temporary folder with the same tensor
+names and the same config.json.
+
+Memory: all weights once, in the dtype of the folder, and the change of one stacked expert weight. Disk: a second copy
+of the folder, until the caller is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import reprlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from emo_megatron.files import machine_error, one_line, writing
+from emo_megatron.hf import folder as folders
+from emo_megatron.hf.config_file import RECORD, record
+from emo_megatron.hf.fingerprint import FIELD
+from emo_megatron.hf.folder import HuggingFaceFolder
+from emo_megatron.hf.formats import QWEN2_MOE
+from emo_megatron.json_files import read_object
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base_model_name_or_path"
+"""Field of CONFIG with the model that the adapter was trained on."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the weights of the model as they are. Others train changed weights."""
+_UNSUPPORTED = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
+    *("use_bdlora", "use_qalora", "velora_config"),
+)
+"""Fields of variants of LoRA without a tested merge into the weights."""
+_LEARNED = {
+    "qkv_bias": "biases of q_proj, k_proj and v_proj (bias)",
+    "shared_gate": "shared_expert_gate (target_modules)",
+    "shared_hidden": "shared_expert (target_modules)",
+}
+"""Properties of a model that tensors of constants lack until an adapter changes the tensors -> what was trained."""
+
+
+@contextlib.contextmanager
+def merged(base: HuggingFaceFolder, adapter: Path, *, output: Path) -> Iterator[HuggingFaceFolder]:
+    """The model of `base` with an adapter's changes, in a temporary folder beside `output`.
+
+    Raises:
+        NotImplementedError: the kind of adapter cannot be merged.
+        ValueError: the adapter was trained on another model, does not fit, or changes what the model does not have.
+    """
+    check(base, adapter)
+    near = next(above for above in output.absolute().parents if above.is_dir())
+    with tempfile.TemporaryDirectory(dir=near, prefix=".merged-") as name:
+        with writing(output, under=Path(name)):
+            _merge(base, adapter).save_pretrained(name)
+            # transformers writes other fields, and the model is the same
+            shutil.copyfile(base.path / folders.CONFIG, Path(name, folders.CONFIG))
+        yield _opened(Path(name), base, adapter)
+
+
+def check(base: HuggingFaceFolder, adapter: Path) -> None:
+    """Raise the errors of `merged` that can be known from the adapter's configuration."""
+    _check_kind(base, adapter)
+    _check_base(base, adapter)
+
+
+def _check_kind(base: HuggingFaceFolder, adapter: Path) -> None:
+    if base.format is not QWEN2_MOE:
+        raise ValueError(
+            f"--adapter needs a folder of the format {QWEN2_MOE.model_type}; {base.path} has the format "
+            f"{base.format.model_type}: export with --format {QWEN2_MOE.model_type}, and train the adapter on that"
+        )
+    for file in (CONFIG, WEIGHTS):
+        if not (adapter / file).is_file():
+            raise ValueError(
+                f"--adapter must name a folder that peft's save_pretrained wrote, with {CONFIG} and {WEIGHTS}; "
+                f"{adapter} has no {file}"
+            )
+    config = _config(adapter)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise NotImplementedError(
+            f"{adapter / CONFIG}: peft_type must be LORA; got {reprlib.repr(kind)}: train the adapter with LoraConfig"
+        )
+    if variants := [name for name in _UNSUPPORTED if config.get(name)]:
+        raise NotImplementedError(
+            f"{adapter / CONFIG}: {', '.join(variants)} must not be set, because peft_type LORA is merged without "
+            "these variants: train the adapter without"
+        )
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise NotImplementedError(
+            f"{adapter / CONFIG}: init_lora_weights must be true, false, gaussian, orthogonal or eva; got "
+            f"{reprlib.repr(start)}, which starts from other weights than {base.path}: save the adapter with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    if unknown := sorted(name for name in config.keys() - known if config[name]):
+        raise NotImplementedError(
+            f"{adapter / CONFIG}: peft {peft.__version__} does not know the fields {', '.join(map(repr, unknown))}: "
+            "install the version of peft that wrote the file"
+        )
+
+
+def _check_base(base: HuggingFaceFolder, adapter: Path) -> None:
+    """Raise ValueError unless the adapter was trained on the weights of `base`, as far as its folder says."""
+    if (copied := adapter / folders.CONFIG).is_file():
+        config = read_object(copied, kind="the configuration of the model that an adapter was trained on")
+        if (trained_on := record(config, RECORD).get(FIELD)) is not None:
+            if trained_on == base.fingerprint:
+                return
+            raise ValueError(
+                f"{adapter} was trained on other weights than those in --folder {base.path}: {RECORD}.{FIELD} in "
+                f"{copied} must be {base.fingerprint[:12]}...; got {reprlib.repr(trained_on)}: pass the folder that "
+                "the adapter was trained on as --folder"
+            )
+    named = _config(adapter).get(BASE)
+    if isinstance(named, str) and _is_same(Path(named), base):
+        return
+    raise ValueError(
+        f"{adapter / CONFIG}: {BASE} must be --folder {base.path}, or a folder with the same weights; got "
+        f"{reprlib.repr(named)}: pass the folder that the adapter was trained on as --folder, or, if {base.path} is a "
+        f"copy of that folder, write its path into {BASE}"
+    )
+
+
+def _is_same(named: Path, base: HuggingFaceFolder) -> bool:
+    """Whether a path names the folder of `base`, or a folder with the same weights."""
+    try:
+        if named.resolve() == base.path.resolve():
+            return True
+        is_folder = (named / folders.CONFIG).is_file()
+    except (OSError, ValueError):
+        # a name that no file can have
+        return False
+    return is_folder and HuggingFaceFolder(named).fingerprint == base.fingerprint
+
+
+def _config(adapter: Path) -> Mapping[str, Any]:
+    return read_object(adapter / CONFIG, kind="the configuration of an adapter")
+
+
+def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
+    """transformers' model of `base` with the adapter merged in."""
+    from transformers import Qwen2MoeForCausalLM
+
+    model: Any = Qwen2MoeForCausalLM.from_pretrained(str(base.path), dtype=base.dtype, local_files_only=True)
+    try:
+        with torch.no_grad():
+            config = peft.PeftConfig.from_pretrained(str(adapter))
+            adapted: Any = peft.PeftModel(model, config)
+            # from_pretrained only warns about weights of the adapter that have no place, or are not there
+            loaded = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
+            if misfits := [*loaded.missing_keys, *loaded.unexpected_keys]:
+                raise ValueError(f"{len(misfits)} tensors are missing or have no place, for example {min(misfits)}")
+            return adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        # peft raises errors of many types, and some have several lines
+        if isinstance(error, MemoryError) or machine_error(error):
+            raise
+        raise ValueError(
+            f"the adapter {adapter} cannot be merged into {base.path}: {one_line(error) or type(error).__name__}"
+        ) from error
+
+
+def _opened(path: Path, base: HuggingFaceFolder, adapter: Path) -> HuggingFaceFolder:
+    """The merged folder; ValueError if its model has other parts than that of `base`."""
+    try:
+        model = HuggingFaceFolder(path)
+    except ValueError as error:
+        said = str(error).replace(str(path), "the merged model").replace(os.sep + folders.CONFIG, "")
+        raise ValueError(f"the adapter {adapter} does not fit {base.path}: {said}") from None
+    before, after = (dataclasses.asdict(folder.architecture) for folder in (base, model))
+    if changed := [name for name, value in before.items() if after[name] != value]:
+        what = " and ".join(_LEARNED.get(name, name) for name in changed)
+        raise ValueError(
+            f"the adapter {adapter} trains {what}, which the model in {base.path} does not have: train the adapter "
+            "without these modules in target_modules and modules_to_save, and with bias='none'"
+        )
+    return model

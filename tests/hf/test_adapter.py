@@ -1,0 +1,212 @@
+"""An adapter is merged as peft computes it, into tensors of the same names; what the model cannot have is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import decoder, lora
+
+from emo_megatron.hf.folder import HuggingFaceFolder
+
+pytest.importorskip("peft")
+TOKENS_T = torch.arange(40) * 7 % 80
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "linear layers": {"target_modules": lora.LINEAR},
+    "experts": {"target_parameters": lora.EXPERTS},
+    "router": {"target_parameters": lora.ROUTER},
+    "names of transformers 4": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    "everything": {"target_modules": lora.LINEAR, "target_parameters": lora.EXPERTS + lora.ROUTER, "use_rslora": True},
+    "patterns": {"target_modules": lora.LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "dora": {"target_modules": lora.LINEAR, "use_dora": True},
+    "embedding and output": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder.write_folder(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def everything(base: Path) -> Path:
+    return lora.train(base, base.with_name("everything"), **ADAPTERS["everything"])
+
+
+def merged(base: Path, adapter: Path, output: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the merged folder, of which nothing is left."""
+    from emo_megatron.hf import adapter as adapters
+
+    with adapters.merged(HuggingFaceFolder(base), adapter, output=output / "new" / "out") as folder:
+        tensors = {name: folder.read(name) for name in folder.shapes}
+        assert folder.config == HuggingFaceFolder(base).config
+    assert list(output.iterdir()) == []
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "variant", ["the paper's", "grouped queries, renormalised", "wide shared expert, dense layers"]
+)
+def test_an_adapter_that_changes_nothing_changes_no_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = decoder.architecture(**decoder.VARIANTS[variant])
+    base = decoder.write_folder(tmp_path / "base", model=model, dtype=dtype)
+    adapter = lora.train(base, tmp_path / "adapter", steps=0, **ADAPTERS["everything"])
+    (tmp_path / "out").mkdir()
+    before, after = load_file(base / "model.safetensors"), merged(base, adapter, tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_merged_model_is_the_adapted_one(name: str, base: Path, tmp_path: Path) -> None:
+    import peft
+
+    adapter = lora.train(base, tmp_path / "adapter", **ADAPTERS[name])
+    (tmp_path / "out").mkdir()
+    tensors = merged(base, adapter, tmp_path / "out")
+    plain = lora.load(base)
+    before_TV = lora.logits(plain, TOKENS_T)
+    wanted_TV = lora.logits(peft.PeftModel.from_pretrained(plain, adapter), TOKENS_T)
+    shutil.copytree(base, tmp_path / "merged")
+    save_file(tensors, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(lora.logits(lora.load(tmp_path / "merged"), TOKENS_T), wanted_TV, rtol=1e-4, atol=1e-4)
+    assert (wanted_TV - before_TV).abs().max() > 0.1
+
+
+def test_every_weight_is_the_base_and_the_scaled_product(base: Path, everything: Path, tmp_path: Path) -> None:
+    before, after = load_file(base / "model.safetensors"), merged(base, everything, tmp_path)
+    for name in before:
+        change = lora.change_of(name, everything, num_experts=6, scale=8 / 4**0.5)
+        torch.testing.assert_close(after[name], before[name] + change, rtol=0, atol=1e-6)
+        assert torch.is_tensor(change) == any(part in name for part in ("_proj.weight", "mlp.gate."))
+    # a model without gate of the shared expert has twice the weights in the folder
+    model = HuggingFaceFolder(base)
+    down = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    assert torch.equal(model.weight(down) * 2, before[down])
+
+
+def refused(base: Path, adapter: Path, output: Path, *, match: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=match) as raised:
+        merged(base, adapter, output)
+    assert "\n" not in str(raised.value)
+    assert str(adapter) in str(raised.value)
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("match", "config"),
+    [
+        ("shared_expert_gate.*target_modules", {"target_modules": ["q_proj", "shared_expert_gate"]}),
+        ("biases.*bias='none'", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
+        ("biases.*bias='none'", {"target_modules": ["o_proj"], "bias": "all"}),
+        ("biases.*modules_to_save", {"target_modules": ["o_proj"], "modules_to_save": ["q_proj"]}),
+        ("init_lora_weights.*pissa", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
+    ],
+    ids=["gate", "biases", "all biases", "saved projection", "other start"],
+)
+def test_what_the_model_does_not_have_is_refused(
+    match: str, config: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    adapter = lora.train(base, tmp_path / "adapter", **config)
+    (tmp_path / "out").mkdir()
+    error = NotImplementedError if "init" in match else ValueError
+    refused(base, adapter, tmp_path / "out", match=match, error=error)
+
+
+def test_a_learned_gate_and_biases_that_the_model_has_are_merged(tmp_path: Path) -> None:
+    model = decoder.architecture(**decoder.VARIANTS["biases and a shared gate"])
+    base = decoder.write_folder(tmp_path / "base", model=model)
+    config = {"target_modules": ["q_proj", "shared_expert_gate"], "bias": "all"}
+    adapter = lora.train(base, tmp_path / "adapter", **config)
+    (tmp_path / "out").mkdir()
+    before, after = load_file(base / "model.safetensors"), merged(base, adapter, tmp_path / "out")
+    for kind in ("mlp.shared_expert_gate.weight", "self_attn.v_proj.bias"):
+        assert not torch.equal(before[f"model.layers.0.{kind}"], after[f"model.layers.0.{kind}"])
+
+
+def test_a_tied_output_cannot_be_trained_apart(tmp_path: Path) -> None:
+    base = decoder.write_folder(tmp_path / "base", model=decoder.architecture(tied=True))
+    adapter = lora.train(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    (tmp_path / "out").mkdir()
+    refused(base, adapter, tmp_path / "out", match="lm_head")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("peft_type", "IA3"), ("peft_type", None), ("use_qalora", True), ("alora_invocation_tokens", [1]), ("new", 1)],
+)
+def test_other_kinds_of_adapters_are_refused(field: str, value: Any, base: Path, everything: Path, tmp_path) -> None:
+    adapter = lora.edit(Path(shutil.copytree(everything, tmp_path / "adapter")), **{field: value})
+    (tmp_path / "out").mkdir()
+    refused(base, adapter, tmp_path / "out", match=field, error=NotImplementedError)
+
+
+def test_an_adapter_of_other_tensors_is_refused(base: Path, everything: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(everything, tmp_path / "adapter"))
+    stored = load_file(everything / "adapter_model.safetensors")
+    (tmp_path / "out").mkdir()
+    first = min(stored)
+    for change in (
+        {first: None},
+        {first.replace("layers.0", "layers.7"): stored[first].clone()},
+        {first: torch.cat([stored[first]] * 2)},
+        {first: stored[first] * torch.nan},
+    ):
+        tensors = {name: tensor for name, tensor in (stored | change).items() if tensor is not None}
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        refused(base, adapter, tmp_path / "out", match="cannot be merged")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(base, adapter, tmp_path / "out", match=r"--adapter .*adapter_model")
+
+
+def test_an_adapter_of_another_model_of_the_same_shape_is_refused(base: Path, everything: Path, tmp_path: Path) -> None:
+    model = decoder.architecture()
+    other = decoder.write_folder(tmp_path / "other", weights=decoder.random_weights(model, seed=1))
+    (tmp_path / "out").mkdir()
+    refused(other, everything, tmp_path / "out", match=r"base_model_name_or_path .*--folder")
+    # a copy of the base is the base
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    assert merged(copy, everything, tmp_path / "out")
+    # what is not here cannot be compared, until the user says what it is
+    adapter = lora.edit(Path(shutil.copytree(everything, tmp_path / "a")), base_model_name_or_path="me/perl")
+    refused(base, adapter, tmp_path / "out", match=r"me/perl.*--folder")
+    lora.edit(adapter, base_model_name_or_path=str(base))
+    assert merged(base, adapter, tmp_path / "out")
+
+
+def test_the_configuration_in_an_adapter_tells_the_weights(base: Path, everything: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(everything, tmp_path / "adapter"))
+    lora.load(base).config.save_pretrained(adapter)
+    lora.edit(adapter, base_model_name_or_path="me/perl")
+    (tmp_path / "out").mkdir()
+    assert merged(base, adapter, tmp_path / "out")
+    # the same path, but other weights than the adapter was trained on
+    model = decoder.architecture()
+    weights = decoder.random_weights(model)
+    weights["model.layers.2.mlp.experts.5.up_proj.weight"][0, 0] += 1
+    changed = decoder.write_folder(tmp_path / "changed", weights=weights)
+    lora.edit(adapter, base_model_name_or_path=str(changed))
+    refused(changed, adapter, tmp_path / "out", match=r"weights_sha256.*--folder")
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(base: Path, tmp_path: Path) -> None:
+    shards = decoder.write_folder(tmp_path / "shards", shard_bytes=20_000)
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    lora.load(base).save_pretrained(tmp_path / "again")
+    found = {HuggingFaceFolder(folder).fingerprint for folder in (base, shards, tmp_path / "again")}
+    assert found == {json.loads((base / "config.json").read_text())["emo_megatron"]["weights_sha256"]}
+    half = decoder.write_folder(tmp_path / "half", dtype=torch.bfloat16)
+    assert HuggingFaceFolder(half).fingerprint not in found
+
+
+def test_an_adapter_goes_into_a_folder_of_qwen2_moe(base: Path, everything: Path, tmp_path: Path) -> None:
+    other = decoder.write_folder(tmp_path / "emo", "emo")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"--adapter .*qwen2_moe"):
+        merged(other, everything, tmp_path / "out")
