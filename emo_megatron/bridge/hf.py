@@ -78,8 +78,8 @@ class Source:
 
 def source_of(hf_pretrained: Any, format: Format) -> Source:
     """The model of AutoBridge's `hf_pretrained`; ValueError if the format or Megatron cannot express the model."""
-    # asked of the class: an error while the weights are opened does not mean that there are no weights
-    if not hasattr(type(hf_pretrained), "state"):
+    # Bridge's wrapper of a configuration has no state; another error does not mean that there are no weights
+    if not hasattr(hf_pretrained, "state"):
         return _source_of_config(getattr(hf_pretrained, "config", hf_pretrained), format)
     files = hf_pretrained.state.source
     if not isinstance(files, SafeTensorsStateSource):
