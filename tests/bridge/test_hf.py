@@ -81,7 +81,12 @@ def test_another_model_is_one_line_that_names_the_field(found, case):
 
 def test_adapters_are_not_merged(found):
     assert found["refused"]["adapters"][0] == "NotImplementedError"
-    assert not found["refused"]["was written"]
+
+
+def test_a_refused_export_leaves_no_weights(found):
+    # as docs/bridge.md says, Bridge writes these first
+    assert "config.json" in found["refused"]["written"]
+    assert not [name for name in found["refused"]["written"] if "safetensors" in name]
 
 
 def test_a_configuration_alone_gives_its_model(found):

@@ -223,7 +223,7 @@ def refusals(folder: Path) -> dict[str, Any]:
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config | {"use_sliding_window": True}))
     found["sliding window"] = tried(AutoBridge.from_hf_pretrained(str(plain)).to_megatron_provider)
-    found["was written"] = (folder / "no" / "model.safetensors").exists()
+    found["written"] = sorted(path.name for path in (folder / "no").iterdir())
     return found
 
 
