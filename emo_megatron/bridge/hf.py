@@ -30,7 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from emo_megatron.bridge.hf_mappings import constants_of, mappings_of
 from emo_megatron.bridge.pooled import in_words_of_bridge
 from emo_megatron.bridge.providers import PoolGPTModelProvider
-from emo_megatron.checkpoint.bridge_flags import RENAMED, fields_of, model_of
+from emo_megatron.checkpoint.bridge_flags import RENAMED, fields_of, model_of, moe_layers_of
 from emo_megatron.config import pool_config_of
 from emo_megatron.hf.config_file import RECORD, record
 from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
@@ -40,7 +40,8 @@ from emo_megatron.hf.megatron import SAME, architecture_of_flags, export_problem
 
 BALANCE = 0.1
 """Coefficient of the load-balancing loss of a model with pools, times the number of layers."""
-_FIELDS = {field: flag for field, flag in SAME.items() if flag != "num_experts"} | {
+FIELDS = {field: flag for field, flag in SAME.items() if flag != "num_experts"} | {
+    "vocab_size": "vocab_size",
     "num_experts": "num_moe_experts",
     "max_positions": "seq_length",
     "num_kv_heads": "num_query_groups",
@@ -56,6 +57,10 @@ _FIELDS = {field: flag for field, flag in SAME.items() if flag != "num_experts"}
     "shared_gate": "moe_shared_expert_gate",
 }
 """Fields of `Architecture` -> fields of Bridge's provider, for messages."""
+CONVERTED_ALREADY = {
+    *("group_query_attention", "max_position_embeddings", "padded_vocab_size", "untie_embeddings_and_output_weights")
+}
+"""Flags of a model that other fields of Bridge's provider express."""
 _ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.router\.(?:to_wrap\.)?weight")
 _KNOWN_FLAGS = {flag: field for field, flag in RENAMED.items()}
 
@@ -73,10 +78,10 @@ class Source:
 
 def source_of(hf_pretrained: Any, format: Format) -> Source:
     """The model of AutoBridge's `hf_pretrained`; ValueError if the format or Megatron cannot express the model."""
-    try:
-        files = hf_pretrained.state.source
-    except AttributeError:
+    # Bridge's wrapper of a configuration has no state; another error does not mean that there are no weights
+    if not hasattr(hf_pretrained, "state"):
         return _source_of_config(getattr(hf_pretrained, "config", hf_pretrained), format)
+    files = hf_pretrained.state.source
     if not isinstance(files, SafeTensorsStateSource):
         raise ValueError(
             "AutoBridge must read this model from files: call AutoBridge.from_hf_pretrained with the name of the "
@@ -128,18 +133,23 @@ def provider_of(source: Source, *, dtype: torch.dtype) -> GPTModelProvider:
         where = f"{source.name}: {CONFIG}, {RECORD}.pools"
         fields |= dataclasses.asdict(pool_config_of(pools, where=where))
     known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(fields.keys() - known - CONVERTED_ALREADY):
+        raise ValueError(f"every flag of the model must be a field of {kind.__name__}; it has no {', '.join(unknown)}")
     provider: GPTModelProvider = kind(**{name: value for name, value in fields.items() if name in known})
     return provider
 
 
-def architecture_of_provider(config: Any, *, moe_layers: Collection[int]) -> Architecture:
+def architecture_of_provider(config: Any, *, moe_layers: Collection[int] | None = None) -> Architecture:
     """The model of a provider's fields; ValueError names each field that the formats cannot express.
 
     Args:
         config: Bridge's provider, which is also the configuration of the model that the provider built.
-        moe_layers: the layers with experts, from 0.
+        moe_layers: the layers with experts, from 0; None: those that the provider would build.
     """
     fields = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    fields |= _plain(type(config))
+    if moe_layers is None:
+        moe_layers = moe_layers_of(fields)
     try:
         flags = Namespace(**model_of(fields))
         problems = export_problems(
@@ -160,7 +170,7 @@ def architecture_of_provider(config: Any, *, moe_layers: Collection[int]) -> Arc
 def _plain(value: Any) -> Any:
     """The value as in a run_config.yaml: classes, functions and dtypes by their names."""
     if isinstance(value, functools.partial):
-        value = value.func
+        return _plain(value.func) | {"_partial_": True, "_args_": list(value.args)} | value.keywords
     if isinstance(value, torch.dtype):
         return {"_target_": str(value)}
     return (
@@ -253,7 +263,7 @@ class FormatBridge(MegatronModelBridge):
             # the command export counts rows of padding too
             model = dataclasses.replace(model, vocab_size=source.architecture.vocab_size)
         differing = [
-            f"model.{_FIELDS[field.name]} is {ours!r} and {CONFIG} gives {theirs!r}"
+            f"model.{FIELDS[field.name]} is {ours!r} and {CONFIG} gives {theirs!r}"
             for field in dataclasses.fields(Architecture)
             # the length of the training samples may differ
             if field.name != "max_positions"
@@ -271,10 +281,7 @@ class FormatBridge(MegatronModelBridge):
     @classmethod
     def megatron_to_hf_config(cls, provider: Any) -> dict[str, Any]:
         """The fields of config.json for a provider; ValueError if the format cannot express the model."""
-        often = provider.moe_layer_freq
-        layers = range(provider.num_layers)
-        moe_layers = [n for n in layers if (often[n] if isinstance(often, list) else n % often == 0)]
-        model = architecture_of_provider(provider, moe_layers=moe_layers)
+        model = architecture_of_provider(provider)
         _require_expressible(cls.FORMAT, model)
         return cls.FORMAT.config(model) | {
             "torch_dtype": str(provider.params_dtype).removeprefix("torch."),

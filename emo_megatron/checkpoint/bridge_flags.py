@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import yaml
 
+from emo_megatron.checkpoint.flag_lists import AS_TRAINED, FUNCTION, NOT_THE_MODEL, TOKENIZER, names
+from emo_megatron.checkpoint.model_flags import megatron_parser
+
 RUN_CONFIG = "run_config.yaml"
 """File in a Bridge checkpoint: the configuration of the run, as YAML."""
 RENAMED = {
@@ -23,14 +26,13 @@ RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 """Fields of Bridge -> flags of Megatron with the same value."""
-TOKENIZER_FLAGS = (
-    *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "special_tokens", "metadata_path"),
-    *("tiktoken_pattern", "tiktoken_num_special_tokens", "chat_template", "vocab_extra_ids"),
-    *("tokenizer_sentencepiece_legacy", "tokenizer_sentencepiece_ignore_extra_whitespaces"),
-    *("tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens", "trust_remote_code"),
-    *("null_tokenizer_eod_id", "null_tokenizer_pad_id"),
+TOKENIZER_OF_THE_RUN = names(
+    """
+    _target_ make_vocab_size_divisible_by pad_vocab_size padded_vocab_size rank tensor_model_parallel_size
+    use_tokenizer_vocab_size vocab_size
+    """
 )
-"""Fields of the section `tokenizer` that are flags of Megatron."""
+"""Fields of the section `tokenizer` that do not change the tokens of a text."""
 PROVIDERS = ("GPTModelProvider", "OlMoEModelProvider")
 """Bridge's providers whose models are Megatron's GPTModel; the names of providers with pools begin with Pool."""
 _PACKAGES = ("megatron.bridge.models.", "emo_megatron.bridge.providers.")
@@ -43,16 +45,30 @@ BLOCK_SPEC = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spe
 """Megatron's function for its own layers, with experts by moe_layer_freq."""
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-OF_THE_RUN = _names(
+WITHOUT_FIELD = names(
     """
-    _target_ activation_func activation_func_fp8_input_store gated_linear_unit params_dtype
-    share_embeddings_and_output_weights transformer_layer_spec
-    autocast_dtype barrier_with_L1_time batch_p2p_comm batch_p2p_sync bias_activation_fusion cp_comm_type
-    cpu_offloading cpu_offloading_activations cpu_offloading_double_buffering cpu_offloading_weights
+    add_position_embedding group_query_attention heterogeneous_layers_config_encoded_json
+    heterogeneous_layers_config_path hybrid_layer_pattern hybrid_override_pattern kv_lora_rank max_position_embeddings
+    mscale mscale_all_dim num_experts openai_gelu padded_vocab_size q_lora_rank qk_head_dim qk_pos_emb_head_dim
+    quick_geglu relative_attention_max_distance relative_attention_num_buckets rope_type
+    rotary_seq_len_interpolation_factor squared_relu swiglu untie_embeddings_and_output_weights use_rope_scaling
+    use_rotary_position_embeddings v_head_dim
+    """
+)
+"""Flags of FUNCTION that are no fields of Bridge's GPTModelProvider."""
+CONVERTED = names(
+    """
+    activation_func gated_linear_unit params_dtype share_embeddings_and_output_weights seq_length transformer_impl
+    bias_activation_fusion transformer_layer_spec
+    """
+)
+"""Fields that `model_of` converts, in addition to RENAMED."""
+REQUIRED = FUNCTION - WITHOUT_FIELD | CONVERTED | RENAMED.keys()
+"""Fields without which the model is unknown: a default of Bridge's provider may differ from Megatron's default."""
+OF_THE_RUN = names(
+    """
+    _target_ activation_func_fp8_input_store autocast_dtype barrier_with_L1_time batch_p2p_comm batch_p2p_sync
+    cp_comm_type cpu_offloading cpu_offloading_activations cpu_offloading_double_buffering cpu_offloading_weights
     cuda_graph_modules cuda_graph_retain_backward_graph cuda_graph_scope cuda_graph_use_single_mempool
     deallocate_pipeline_outputs dense_grouped_gemm disable_parameter_transpose_cache embedding_init_method
     enable_autocast expert_gtp_weight_remat_size finalize_model_grads_func fp4_param fp8_dot_product_attention
@@ -68,7 +84,7 @@ OF_THE_RUN = _names(
     pipeline_model_parallel_layout overlap_p2p_comm inference_rng_tracker log_max_attention_logit test_mode
     """
 )
-"""Fields without a flag of the same name that describe the run or the kernels, and fields that `model_of` converts."""
+"""Fields without a flag of the same name that describe the run or the kernels."""
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _POSITIONS = ("rope", "learned_absolute", "none")
 # (activation, gated) -> the flags that request the activation
@@ -102,29 +118,19 @@ def flags_of_run(path: Path, *, vocab_rows: int) -> argparse.Namespace:
     Raises:
         ValueError: Megatron's flags cannot express the model; the message names each field.
     """
-    from emo_megatron.checkpoint.model_flags import megatron_parser
-
     config = read_run_config(path)
     model = config["model"]
-    problems = _problems_with_layers(model)
     try:
         flags = model_of(model)
     except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError(
-            f"{path} describes a model that Megatron's flags cannot express: {'; '.join(problems)}. Export the "
-            "checkpoint to a Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
+        advice = (
+            "Export the checkpoint to a Hugging Face folder with AutoBridge, see docs/bridge.md#checkpoints"
+            if _problems_with_classes(model)
+            else "This version of emo_megatron cannot read the model"
         )
-    if _target(model.get("transformer_layer_spec")) in ONE_LAYER_SPECS:
-        flags["moe_layer_freq"] = 1
+        raise ValueError(f"{path} describes a model that Megatron's flags cannot express: {error}. {advice}") from None
     tokenizer = config.get("tokenizer")
-    given = tokenizer if isinstance(tokenizer, dict) else {}
-    flags |= {name: given[name] for name in TOKENIZER_FLAGS if name in given}
-    copied = path.parent / "tokenizer"
-    if flags.get("tokenizer_type") == "HuggingFaceTokenizer" and (copied / "tokenizer_config.json").is_file():
-        # Bridge stores the tokenizer in the checkpoint; the folder that the run named may be on another machine
-        flags["tokenizer_model"] = str(copied.resolve())
+    flags |= _tokenizer_flags(tokenizer if isinstance(tokenizer, dict) else {}, path=path)
     flags |= {"padded_vocab_size": vocab_rows, "rank": 0, "world_size": 1, "ckpt_format": "torch_dist"}
     args = megatron_parser().parse_args([])
     vars(args).update(flags)
@@ -135,59 +141,66 @@ def model_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of the model in a provider's fields, by the names of Megatron's parser.
 
     Args:
-        fields: field -> value, as in a run_config.yaml: classes and functions are `{"_target_": name}`.
+        fields: field -> value, as in a run_config.yaml: classes and functions are `{"_target_": name}`; the provider's
+            class is the field `_target_`.
 
     Raises:
-        ValueError: one line that names every field that no flag can express.
+        ValueError: one line that names every field that is missing or that no flag can express.
     """
-    from emo_megatron.checkpoint.model_flags import AS_TRAINED, FUNCTION, NOT_THE_MODEL
-
-    activation, dtype = fields.get("activation_func"), _target(fields.get("params_dtype"))
-    gated = bool(fields.get("gated_linear_unit"))
-    # further keys are arguments, such as approximate
-    is_plain = isinstance(activation, dict) and activation.keys() <= {"_target_", "_call_"}
-    kind = _ACTIVATIONS.get((_target(activation), gated)) if is_plain else None
-    position = fields.get("position_embedding_type")
-    wanted = FUNCTION | AS_TRAINED
-    known = wanted | NOT_THE_MODEL | OF_THE_RUN | RENAMED.keys()
-    problems = [
-        f"model.{name} must be off, because Megatron has no such flag; got {_shown(value)}"
-        for name, value in fields.items()
-        if value and name not in known and not name.startswith(("pool_", "_"))
-    ] + [
-        f"model.{name} must be a plain value; got {_shown(value)}"
-        for name, value in fields.items()
-        if isinstance(value, dict) and (name in wanted or name in RENAMED) and name not in OF_THE_RUN
-    ]
-    for name, holds, must, got in (
-        ("activation_func", kind is not None, "silu with gated_linear_unit, gelu or squared_relu without", activation),
-        ("position_embedding_type", position in _POSITIONS, " or ".join(_POSITIONS), position),
-        ("params_dtype", dtype in _DTYPES, " or ".join(_DTYPES), dtype),
-        ("multi_latent_attention", not fields.get("multi_latent_attention"), "False", True),
-        ("heterogeneous_block_specs", not fields.get("heterogeneous_block_specs"), "False", True),
-    ):
-        if not holds:
-            problems.append(f"model.{name} must be {must}; got {got!r}")
+    problems = _problems_with_classes(fields)
+    if missing := sorted(REQUIRED - fields.keys()):
+        problems.append(
+            "the section model must have all fields that Bridge stores, because Bridge's defaults are not Megatron's; "
+            f"missing: {', '.join(missing)}"
+        )
+    else:
+        problems += _problems_with_arguments(fields) + _problems_with_fields(fields)
     if problems:
         raise ValueError("; ".join(problems))
-    flags = {name: value for name, value in fields.items() if name in wanted or name.startswith("pool_")}
-    flags |= {flag: fields[name] for name, flag in RENAMED.items() if name in fields}
-    heads, groups = fields.get("num_attention_heads"), fields.get("num_query_groups")
+    flags = {
+        name: value
+        for name, value in fields.items()
+        if name in FUNCTION | AS_TRAINED
+        or name.startswith("pool_")
+        # a class or None stands for the default
+        or (name in NOT_THE_MODEL and value is not None and not isinstance(value, dict))
+    }
+    flags |= {flag: fields[name] for name, flag in RENAMED.items()}
+    heads, groups = fields["num_attention_heads"], fields["num_query_groups"]
+    is_fused = bool(fields["bias_activation_fusion"])
     return flags | {
-        **{"swiglu": False, "squared_relu": False, "params_dtype": _DTYPES[dtype]},
-        **(kind or {}),
-        "untie_embeddings_and_output_weights": not fields.get("share_embeddings_and_output_weights", True),
+        **{"swiglu": False, "squared_relu": False, "params_dtype": _DTYPES[_target(fields["params_dtype"])]},
+        **(_activation(fields) or {}),
+        # with gelu, the fused kernel approximates the function
+        **{"bias_gelu_fusion": is_fused, "bias_swiglu_fusion": is_fused},
+        "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
         "num_query_groups": groups or heads,
         "group_query_attention": groups not in (None, heads),
-        "max_position_embeddings": fields.get("seq_length"),
-        "transformer_impl": fields.get("transformer_impl", "transformer_engine"),
+        "max_position_embeddings": fields["seq_length"],
+        "transformer_impl": fields["transformer_impl"],
+        "moe_layer_freq": _moe_layer_freq(fields),
     }
+
+
+def moe_layers_of(fields: Mapping[str, Any]) -> list[int]:
+    """The layers with experts that Bridge builds from a provider's fields, from 0."""
+    if not fields["num_moe_experts"]:
+        return []
+    often, layers = _moe_layer_freq(fields), range(fields["num_layers"])
+    return [layer for layer in layers if (often[layer] if isinstance(often, list) else layer % often == 0)]
+
+
+def _moe_layer_freq(fields: Mapping[str, Any]) -> Any:
+    return 1 if _target(fields["transformer_layer_spec"]) in ONE_LAYER_SPECS else fields["moe_layer_freq"]
 
 
 def fields_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `model_of` for a SwiGLU model: fields of Bridge's provider. Unrelated flags are kept."""
     flags = dict(flags)
-    assert flags.pop("swiglu"), "only SwiGLU models are built from flags"
+    if not flags.pop("swiglu"):
+        raise ValueError(
+            "the activation must be SwiGLU, because no other model is built from flags; got --swiglu False"
+        )
     fields = {name: flags.pop(flag) for name, flag in RENAMED.items() if flag in flags}
     return (
         flags
@@ -200,19 +213,103 @@ def fields_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _problems_with_layers(model: Mapping[str, Any]) -> list[str]:
-    """Reasons why the layers of a provider may not be those that Megatron builds from flags."""
-    provider, spec = _target(model), _target(model.get("transformer_layer_spec"))
+def _problems_with_classes(fields: Mapping[str, Any]) -> list[str]:
+    """Reasons why the provider may build other layers than Megatron does."""
+    provider, spec = _target(fields.get("_target_")), fields.get("transformer_layer_spec")
     kind = provider.rpartition(".")[2]
     problems = []
     if not provider.startswith(_PACKAGES) or kind.removeprefix("Pool") not in PROVIDERS:
         problems.append(f"model._target_ must be {' or '.join(PROVIDERS)}, with or without pools; got {provider!r}")
-    if spec not in (*ONE_LAYER_SPECS, BLOCK_SPEC):
+    if _target(spec) not in (*ONE_LAYER_SPECS, BLOCK_SPEC):
         problems.append(
             f"model.transformer_layer_spec must name Megatron's own layers ({ONE_LAYER_SPECS[0]} or {BLOCK_SPEC}); got "
-            f"{spec!r}, whose layers may compute something else"
+            f"{_shown(spec)}, whose layers may compute something else"
         )
     return problems
+
+
+def _problems_with_arguments(fields: Mapping[str, Any]) -> list[str]:
+    """Reasons why the function for the layers built other layers than the fields say."""
+    spec = fields["transformer_layer_spec"]
+    if _target(spec) in ONE_LAYER_SPECS:
+        return [
+            f"model.{name} must be off, because Bridge ignores the field with layers of {_target(spec)}; "
+            f"got {fields[name]!r}"
+            for name in ("qk_l2_norm", "experimental_attention_variant")
+            if fields[name]
+        ]
+    if _target(spec) != BLOCK_SPEC or not isinstance(spec, dict):
+        return []
+    uses_te, normalization = fields["transformer_impl"] == "transformer_engine", fields["normalization"]
+    allowed = {
+        "use_transformer_engine": (uses_te,),
+        "qk_l2_norm": (bool(fields["qk_l2_norm"]),),
+        # layers of Transformer Engine read the field
+        "normalization": (normalization, None) if uses_te else (normalization,),
+    }
+    given: dict[str, Any] = {"use_transformer_engine": None, "qk_l2_norm": False, "normalization": None}
+    given |= {name: value for name, value in spec.items() if name not in ("_target_", "_partial_", "_call_", "_args_")}
+    if spec.get("_args_"):
+        given["_args_"] = spec["_args_"]
+    problems = []
+    for name, value in given.items():
+        if value not in allowed.get(name, ()):
+            wanted = f"{name} {allowed[name][0]!r}, as the fields say" if name in allowed else f"no argument {name}"
+            problems.append(f"model.transformer_layer_spec must have {wanted}; got {_shown(value)}")
+    return problems
+
+
+def _problems_with_fields(fields: Mapping[str, Any]) -> list[str]:
+    """Fields that no flag can express."""
+    wanted = FUNCTION | AS_TRAINED | RENAMED.keys()
+    known = wanted | NOT_THE_MODEL | OF_THE_RUN | CONVERTED
+    problems = [
+        f"model.{name} must be off, because Megatron has no such flag; got {_shown(value)}"
+        for name, value in fields.items()
+        if value and name not in known and not name.startswith(("pool_", "_"))
+    ] + [
+        f"model.{name} must be a plain value; got {_shown(value)}"
+        for name, value in fields.items()
+        if isinstance(value, dict) and name in wanted
+    ]
+    position, dtype = fields["position_embedding_type"], _target(fields["params_dtype"])
+    activations = "silu with gated_linear_unit, gelu or squared_relu without"
+    return problems + [
+        f"model.{name} must be {must}; got {got!r}"
+        for name, holds, must, got in (
+            ("activation_func", _activation(fields) is not None, activations, fields["activation_func"]),
+            ("position_embedding_type", position in _POSITIONS, " or ".join(_POSITIONS), position),
+            ("params_dtype", dtype in _DTYPES, " or ".join(_DTYPES), dtype),
+            ("multi_latent_attention", not fields["multi_latent_attention"], "False", True),
+        )
+        if not holds
+    ]
+
+
+def _activation(fields: Mapping[str, Any]) -> dict[str, bool] | None:
+    """The flags that request the activation; None if there are none."""
+    function = fields["activation_func"]
+    # further keys are arguments, such as approximate
+    if not isinstance(function, dict) or not function.keys() <= {"_target_", "_call_"}:
+        return None
+    return _ACTIVATIONS.get((_target(function), bool(fields["gated_linear_unit"])))
+
+
+def _tokenizer_flags(fields: Mapping[str, Any], *, path: Path) -> dict[str, Any]:
+    """The flags of the section `tokenizer`; ValueError names a field that no flag can express."""
+    copied = path.parent / "tokenizer"
+    # Bridge stores the tokenizer in the checkpoint; the folder that the run named may be on another machine
+    is_copied = fields.get("tokenizer_type") == "HuggingFaceTokenizer" and (copied / "tokenizer_config.json").is_file()
+    for name, value in fields.items():
+        # the copy is of the revision
+        is_of_the_copy = is_copied and name == "hf_tokenizer_kwargs" and value and value.keys() <= {"revision"}
+        if value and name not in TOKENIZER | TOKENIZER_OF_THE_RUN and not is_of_the_copy:
+            raise ValueError(
+                f"{path}: tokenizer.{name} must not be set, because Megatron has no such flag; got {_shown(value)}. "
+                "This version of emo_megatron cannot read the tokenizer"
+            )
+    flags = {name: value for name, value in fields.items() if name in TOKENIZER}
+    return flags | ({"tokenizer_model": str(copied.resolve())} if is_copied else {})
 
 
 def _target(value: Any) -> str:

@@ -130,7 +130,9 @@ def export_problems(
     """
     problems = problems_of(REQUIREMENTS, args, name_of=name_of)
     if not moe_layers:
-        problems.append("at least one layer must have experts (--num-experts); this model has no such layer")
+        problems.append(
+            f"at least one layer must have experts ({name_of('num_experts')}); this model has no such layer"
+        )
     return problems
 
 

@@ -13,6 +13,11 @@ NAMED = {
     "experts": "model.num_moe_experts",
     "qk norm": "model.qk_layernorm",
     "activation": "model.activation_func",
+    "vocabulary": "model.vocab_size",
+    "own layers": "own_layers",
+    "partial of own layers": "own_layers",
+    "config dense": "model.num_moe_experts",
+    "flag without a field": "made_up",
     "another folder": "model.moe_shared_expert_intermediate_size",
     "config wide": "model.moe_shared_expert_intermediate_size",
     "config renormalised": "model.moe_router_pre_softmax",
@@ -76,8 +81,39 @@ def test_another_model_is_one_line_that_names_the_field(found, case):
 
 def test_adapters_are_not_merged(found):
     assert found["refused"]["adapters"][0] == "NotImplementedError"
-    assert not found["refused"]["was written"]
+
+
+def test_a_refused_export_leaves_no_weights(found):
+    # as docs/bridge.md says, Bridge writes these first
+    assert "config.json" in found["refused"]["written"]
+    assert not [name for name in found["refused"]["written"] if "safetensors" in name]
 
 
 def test_a_configuration_alone_gives_its_model(found):
     assert found["configuration"] == {"stock": [True, True, 24], "without biases": [False, True, 24]}
+
+
+def test_layers_of_one_kind_are_all_of_experts(found):
+    assert found["dense layers"] == [[], [0]]
+
+
+def test_weights_that_do_not_open_are_not_a_configuration(found):
+    kind, message = found["refused"]["broken weights"]
+    assert kind == "AttributeError"
+    assert "source" in message
+
+
+def test_lists_of_fields_are_those_of_bridge(found):
+    assert found["lists"] == {"architecture": [], "without field": [], "required": [], "messages": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor", "expert", "pipeline"])
+def test_two_ranks_export_the_bits_of_one(run_bridge, tmp_path, kind):
+    run_bridge("-m", "support.bridge_hf_ranks", tmp_path, kind)
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    assert found.keys() == {"qwen2_moe", "qwen2_moe, gated", "emo"}
+    for one in found.values():
+        # what is split does not lie whole on a rank
+        assert one["is split"]
+        assert one["unequal"] == []

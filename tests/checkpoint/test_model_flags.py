@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from emo_megatron.checkpoint import model_flags
+from emo_megatron.checkpoint import flag_lists, model_flags
 from emo_megatron.hf.megatron import MODEL_FLAGS, REQUIREMENTS
 
 OLD = Path(__file__).resolve().parents[2] / ".venv" / "megatron-core-0.18"
@@ -28,7 +28,7 @@ class _Stored:
 
 def unclassified():
     """Flags of this Megatron that are in no list or in several."""
-    lists = (model_flags.FUNCTION, model_flags.AS_TRAINED, model_flags.NOT_THE_MODEL)
+    lists = (flag_lists.FUNCTION, flag_lists.AS_TRAINED, flag_lists.NOT_THE_MODEL)
     times = Counter(name for names in lists for name in names)
     flags = model_flags.flags_of_models(model_flags.megatron_parser())
     assert len(flags) > 300
@@ -59,7 +59,7 @@ def test_every_flag_of_the_older_megatron_is_in_one_list():
 
 
 def test_what_an_export_reads_or_refuses_changes_the_function():
-    assert {r.field for r in REQUIREMENTS} | set(MODEL_FLAGS) <= model_flags.FUNCTION
+    assert {r.field for r in REQUIREMENTS} | set(MODEL_FLAGS) <= flag_lists.FUNCTION
 
 
 def test_a_flag_that_is_not_known_is_refused_unless_it_is_at_its_default():

@@ -7,17 +7,21 @@ FOLDER RUN` exports a run's checkpoint instead, as the model in a folder.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from support import bridge_recipes, decoder, words
 from support.bridge_stand_ins import stand_ins
 
 with stand_ins():
     from megatron.bridge import AutoBridge
+    from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
 import torch
@@ -25,10 +29,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import emo_megatron.bridge  # noqa: F401  registers the formats
+from emo_megatron.bridge import hf
+from emo_megatron.checkpoint.bridge_flags import REQUIRED, WITHOUT_FIELD
+from emo_megatron.checkpoint.flag_lists import FUNCTION
 from emo_megatron.hf.config_file import RECORD
 from emo_megatron.hf.folder import HuggingFaceFolder
-from emo_megatron.hf.formats import FORMATS
+from emo_megatron.hf.formats import FORMATS, QWEN2_MOE
 from emo_megatron.hf.mapping import Architecture
+from emo_megatron.hf.megatron import values_of
 
 VOCAB = decoder.SMALL["vocab_size"]
 TOKENS = 40
@@ -161,6 +169,20 @@ def padded(folder: Path) -> list[str]:
     return unequal(written, load_file(source / "model.safetensors"))
 
 
+def own_layers(config: Any) -> Any:
+    """Layers of a user, which may compute anything."""
+    return local_layer_spec(config)
+
+
+class Broken:
+    """Weights that cannot be opened, because of an attribute that is missing."""
+
+    config = transformers.Qwen2MoeConfig()
+
+    class state:
+        index = None
+
+
 def refusals(folder: Path) -> dict[str, Any]:
     """Case -> the error."""
     base = decoder.architecture()
@@ -176,6 +198,9 @@ def refusals(folder: Path) -> dict[str, Any]:
             ("experts", plain, {"num_moe_experts": 4}),
             ("qk norm", plain, {"qk_layernorm": True}),
             ("activation", plain, {"activation_func": torch.nn.functional.relu}),
+            ("vocabulary", plain, {"vocab_size": VOCAB + 16}),
+            ("own layers", plain, {"transformer_layer_spec": own_layers}),
+            ("partial of own layers", plain, {"transformer_layer_spec": functools.partial(own_layers)}),
         ):
             found[name] = tried(model_of, AutoBridge.from_hf_pretrained(str(source)), **fields)
         chunks = model_of(AutoBridge.from_hf_pretrained(str(wide)))
@@ -184,14 +209,21 @@ def refusals(folder: Path) -> dict[str, Any]:
         for case, fields in (("wide", {}), ("renormalised", {"moe_router_pre_softmax": False})):
             config = provider(AutoBridge.from_hf_pretrained(str(wide)), **fields)
             found[f"config {case}"] = tried(emo._model_bridge.megatron_to_hf_config, config)
+        dense = provider(AutoBridge.from_hf_pretrained(str(plain)))
+        dense.num_moe_experts = None
+        found["config dense"] = tried(emo._model_bridge.megatron_to_hf_config, dense)
         adapted = model_of(AutoBridge.from_hf_pretrained(str(plain)))
         adapted[0].decoder.layers[0].mlp.adapter = torch.nn.Module()
         adapted[0].decoder.layers[0].mlp.adapter.weight = torch.nn.Parameter(torch.zeros(1))
         found["adapters"] = tried(save, AutoBridge.from_hf_pretrained(str(plain)), adapted, folder / "no")
+    found["broken weights"] = tried(hf.source_of, Broken(), QWEN2_MOE)
+    source = hf.source_of(AutoBridge.from_hf_pretrained(str(plain)).hf_pretrained, QWEN2_MOE)
+    with mock.patch.object(hf, "values_of", lambda model: values_of(model) | {"made_up": 1}):
+        found["flag without a field"] = tried(hf.provider_of, source, dtype=torch.float32)
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config | {"use_sliding_window": True}))
     found["sliding window"] = tried(AutoBridge.from_hf_pretrained(str(plain)).to_megatron_provider)
-    found["was written"] = (folder / "no" / "model.safetensors").exists()
+    found["written"] = sorted(path.name for path in (folder / "no").iterdir())
     return found
 
 
@@ -268,6 +300,28 @@ def from_configuration() -> dict[str, Any]:
     return found
 
 
+def lists() -> dict[str, list[str]]:
+    """Names in which lists of the package differ from what the lists are of."""
+    provider = {field.name for field in dataclasses.fields(GPTModelProvider)}
+    return {
+        "architecture": sorted({field.name for field in dataclasses.fields(Architecture)} ^ hf.FIELDS.keys()),
+        "without field": sorted(FUNCTION - provider ^ WITHOUT_FIELD),
+        "required": sorted(REQUIRED - provider),
+        "messages": sorted(set(hf.FIELDS.values()) - provider),
+    }
+
+
+def dense_layers(folder: Path) -> list[list[int]]:
+    """Dense layers in config.json of a provider with layers of one kind, and of a provider with layers of each kind."""
+    source = folder_of(folder, "qwen2_moe", decoder.architecture(dense_layers=(0,), dense_hidden=20))
+    found = []
+    for fields in ({"transformer_layer_spec": local_layer_spec}, {}):
+        made = provider(AutoBridge.from_hf_pretrained(str(source)), **fields)
+        assert made.moe_layer_freq == [0, 1, 1]
+        found.append(hf.Qwen2MoeBridge.megatron_to_hf_config(made)["mlp_only_layers"])
+    return found
+
+
 def export(output: str, folder: str, run: str) -> None:
     """As docs/bridge.md exports a run."""
     bridge = AutoBridge.from_hf_pretrained(folder)
@@ -291,6 +345,7 @@ def main() -> None:
     found["padded"] = padded(folder / "padded")
     found["tiny gate"] = tiny_gate(folder / "tiny")
     found["refused"] = refusals(folder / "refused")
+    found["lists"], found["dense layers"] = lists(), dense_layers(folder / "dense")
     found["configuration"] = from_configuration()
     (folder / "hf.json").write_text(json.dumps(found))
 

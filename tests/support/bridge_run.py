@@ -72,6 +72,8 @@ def recipe(run: dict[str, Any]) -> Any:
     if "hf" in run:
         cfg.model = bridge_recipes.from_folder(run["hf"])
         if run.get("spec") != "bridge":
+            # AutoBridge refuses layers of others: in this process they have the name of Bridge's function
+            layers.__module__, layers.__qualname__ = local_layer_spec.__module__, local_layer_spec.__qualname__
             cfg.model.transformer_layer_spec = layers
     cfg.dataset.data_path = run["data"]
     cfg.dataset.path_to_cache = str(Path(run["data"]).parent / "cache")
