@@ -171,8 +171,9 @@ def _check_quantised(found, kind, format):
     one = found[kind][format]
     assert one["quantizers_of_experts"] == QUANTIZERS[kind]["weights" if format == "int4" else "both"]
     assert one["quantizers"] > one["quantizers_of_experts"]
-    # quantised experts change the logits less than two experts in each other's place, in whichever layer
-    assert 0 < one["error_of_experts"] < min(found[kind]["swapped"])
+    # quantised experts change the logits less than two experts in each other's place, in whichever layer: measured
+    # up to half of that, and 0.95 and more if two experts are in each other's place after quantisation
+    assert 0 < one["error_of_experts"] < 0.75 * min(found[kind]["swapped"])
     # with attention and shared experts; the error of unrelated logits is 1.4
     assert one["error_of_experts"] < one["error"] < 1
 
