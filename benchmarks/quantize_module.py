@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import find_demo  # noqa: F401
+import torch
 import tyro
-from quantized_loss import FORMATS, UNQUANTIZED
+from quantized_loss import FORMATS, UNQUANTIZED, find_modelopt
+from timing import describe_machine
 
 from demo.jobs import Job, run_jobs
 from demo.recipe import run_step
+from emo_megatron.environment import collect_environment
 from emo_megatron.json_files import read_object, to_json
 
 STORED, _ = UNQUANTIZED
@@ -131,15 +134,22 @@ def page(found: list[dict[str, Any]]) -> str:
 
 INTRODUCTION = """# Quantised modules of the demo's EMO
 
-- script: `benchmarks/quantize_module.py`
-- hardware: a CPU
-- nvidia-modelopt: 0.47.0
+{machine}
 
 Modules of {keep} of the routed experts, chosen by mean router probability on {tokens} tokens of the domain. Losses are
 in nats per token over {validation_tokens} validation tokens. The loss increase is over the same module as it is stored.
 The quantisation is simulated: int8, fp8 and nvfp4 round weights and inputs, int4 rounds weights only.
 
 """
+
+
+def describe() -> dict[str, str]:
+    """The machine and the versions, ModelOpt's and transformers' too."""
+    find_modelopt()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = collect_environment()["versions"]
+    more = {name: versions[name]["version"] for name in ("transformers", "nvidia-modelopt")}
+    return describe_machine(device, threads=torch.get_num_threads()) | more
 
 
 def main(options: Options) -> None:
@@ -149,9 +159,10 @@ def main(options: Options) -> None:
         return
     for domain in options.domains:
         (options.output / domain).mkdir(parents=True, exist_ok=True)
+    machine = "\n".join(f"- {name}: {value}" for name, value in describe().items())
     run_jobs(list(jobs(options)))
     found = rows(options)
-    introduction = INTRODUCTION.format(**vars(options))
+    introduction = INTRODUCTION.format(machine=machine, **vars(options))
     (options.results / "quantize.json").write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
     (options.results / "quantize.md").write_text(introduction + page(found), encoding="utf-8")
     print(json.dumps(found, indent=1))

@@ -70,7 +70,7 @@ def measure(options: Options) -> dict[str, Any]:
     if is_hugging_face(options.checkpoint):
         runner, read = open_hugging_face(options.checkpoint, texts=texts, **kinds)
         if is_bfloat16:
-            runner._model.to(torch.bfloat16)
+            runner.model.to(torch.bfloat16)
     else:
         os.environ.update(DEFAULTS | ALONE)
         more = ["--bf16"] * is_bfloat16
@@ -80,10 +80,10 @@ def measure(options: Options) -> dict[str, Any]:
         for path, tokens in zip(texts, (options.tokens, options.validation_tokens), strict=True)
     )
     found: dict[str, Any] = {"quantizers": 0, "quantizers_of_experts": 0}
-    if options.format in FORMATS:
-        found = quantize(runner._model, options.format, lambda _: runner.loss(calibration))
     try:
-        # not through a CachedRunner: its key is the weights, and ModelOpt does not change them
+        if options.format in FORMATS:
+            found = quantize(runner.model, options.format, lambda _: runner.loss(calibration))
+        # not through a CachedRunner: its key is the weights as opened, so it would give the stored loss
         return found | asdict(runner.loss(validation))
     except AssertionError as error:
         if "CUDA" not in str(error):
@@ -91,11 +91,16 @@ def measure(options: Options) -> dict[str, Any]:
         return found | {"needs_gpu": str(error)}
 
 
-def quantize(model: torch.nn.Module, format: str, forward_loop: Any) -> dict[str, int]:
-    """Quantise a model in place; the numbers of active quantisers, in all and on routed experts."""
+def find_modelopt() -> None:
+    """Put the folder of `make modelopt` on the path, if ModelOpt is not installed otherwise."""
     if importlib.util.find_spec("modelopt") is None:
         # behind all other packages, because the folder holds only what the others lack
         sys.path.append(str(MODELOPT))
+
+
+def quantize(model: torch.nn.Module, format: str, forward_loop: Any) -> dict[str, int]:
+    """Quantise a model in place; the numbers of active quantisers, in all and on routed experts."""
+    find_modelopt()
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import TensorQuantizer
 

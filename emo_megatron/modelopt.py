@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
@@ -80,7 +79,7 @@ def prune_experts(
 
     Raises:
         ValueError: the Selection is of another model, or the model cannot be pruned to its experts.
-        NotImplementedError: the model has a parallel layout or layers that ModelOpt does not prune.
+        NotImplementedError: the model has a parallel layout or layers that are not pruned here.
         RuntimeError: the pruned model does not hold exactly the experts of the Selection.
     """
     layers = {int(m.layer_number): m for m in model.modules() if isinstance(m, MoELayer)}
@@ -130,22 +129,16 @@ def _check(model: torch.nn.Module, selection: Selection, layers: dict[int, MoELa
             f"every layer must keep at least moe_router_topk {config.moe_router_topk} experts; the Selection keeps "
             f"{num_kept}: select again with --keep"
         )
-    for name in ("tensor_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"):
-        if (size := getattr(config, name)) > 1:
-            raise NotImplementedError(f"ModelOpt prunes only models with {name} 1; got {size}")
-    if config.virtual_pipeline_model_parallel_size is not None:
-        raise NotImplementedError(
-            "ModelOpt prunes no interleaved pipelines: unset virtual_pipeline_model_parallel_size"
-        )
+    for kind in ("tensor_model", "expert_model", "context", "pipeline_model"):
+        # ModelOpt prunes pipelines too, but a stage has a part of the routers, and the fingerprint is of all
+        if (size := getattr(config, f"{kind}_parallel_size")) > 1:
+            raise NotImplementedError(
+                f"prune_experts needs a model with {kind}_parallel_size 1; got {size}: load the model in one process"
+            )
     if config.mtp_num_layers:
         raise NotImplementedError(
             f"ModelOpt prunes no layers of multi-token prediction; got mtp_num_layers {config.mtp_num_layers}"
         )
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # a stage has a part of the routers, and the fingerprint is of all
-        if not layers.keys() <= set(selection.layers) or config.num_moe_experts != selection.num_experts:
-            raise ValueError(f"this Selection is of another model: this stage has the MoE layers {[*layers]}")
-        return num_kept
     fingerprint = router_fingerprint(layers[number].router.weight for number in sorted(layers))
     selection.check_model(fingerprint, num_experts=config.num_moe_experts, layers=sorted(layers))
     return num_kept
@@ -182,22 +175,20 @@ def _check_result(
     before: dict[tuple[str, int], str],
 ) -> None:
     """Raise RuntimeError if a layer does not hold the kept experts of the parent, bit for bit and in this order."""
-
-    def kept(name: str) -> tuple[int, tuple[int, ...]]:
-        # the model has no multi-token prediction, whose numbers would follow
-        number, _ = split_name(name, num_layers=max(layers))
-        return number, selection.by_layer[number]
-
     wrong = [
         number
         for number, layer in layers.items()
         if not torch.equal(layer.router.weight, parents[number][list(selection.by_layer[number])])
     ]
     after = _expert_digests(pruned)
+    config: Any = pruned.config
+    layer_of = {name: split_name(name, num_layers=config.num_layers)[0] for name, _ in after}
     wrong += [
-        kept(name)[0] for (name, expert), digest in after.items() if digest != before[name, kept(name)[1][expert]]
+        layer_of[name]
+        for (name, expert), digest in after.items()
+        if digest != before[name, selection.by_layer[layer_of[name]][expert]]
     ]
-    num_kept = sum(len(kept(name)[1]) for name in {name for name, _ in after})
+    num_kept = sum(len(selection.by_layer[layer]) for layer in layer_of.values())
     if wrong or len(after) != num_kept:
         raise RuntimeError(
             f"ModelOpt did not keep the experts of the Selection in the layers {sorted(set(wrong))}: do not use this "

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,12 +44,55 @@ def test_every_job_reads_what_is_there(quantize: Any, options: Any) -> None:
     assert made.issuperset(str(one.file) for one in quantize.measurements(options))
 
 
-def test_the_loss_increase_is_over_the_same_module_as_stored(quantize: Any, options: Any) -> None:
+def test_the_page_names_the_machine(quantize: Any, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options.run.mkdir()
+    (options.run / "retention.json").write_text("[]")
+    write_losses(quantize, options)
+    monkeypatch.setattr(quantize, "run_jobs", lambda jobs: None)
+    monkeypatch.setattr(quantize, "describe_machine", lambda device, *, threads: {"hardware": "an abacus"})
+    quantize.main(options)
+    head, _, table = (options.results / "quantize.md").read_text().partition("\n| ")
+    said = dict(line[2:].split(": ", 1) for line in head.splitlines() if line.startswith("- "))
+    assert said["hardware"] == "an abacus"
+    assert {"transformers", "nvidia-modelopt"} <= said.keys()
+    assert table
+
+
+@pytest.mark.parametrize("step", ["quantize", "loss"])
+@pytest.mark.parametrize("word", ["CUDA", "layout"])
+def test_a_format_that_needs_a_gpu_is_told_wherever_it_fails(
+    quantize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, word: str
+) -> None:
+    module = importlib.import_module("quantized_loss")
+
+    def fail(*_: Any) -> None:
+        raise AssertionError(f"needs {word}")
+
+    runner = SimpleNamespace(model=None, loss=fail)
+    monkeypatch.setattr(module, "is_hugging_face", lambda path: True)
+    monkeypatch.setattr(module, "open_hugging_face", lambda *_, **__: (runner, lambda *_: SimpleNamespace(tokens=())))
+    counts = {"quantizers": 3, "quantizers_of_experts": 2}
+    monkeypatch.setattr(module, "quantize", fail if step == "quantize" else lambda *_: counts)
+    paths = dict.fromkeys(("checkpoint", "data", "validation_data", "output"), tmp_path)
+    asked = module.Options(format="nvfp4", **paths)
+    if word == "layout":
+        with pytest.raises(AssertionError, match=word):
+            module.measure(asked)
+        return
+    expected = dict.fromkeys(counts, 0) if step == "quantize" else counts
+    assert module.measure(asked) == expected | {"needs_gpu": "needs CUDA"}
+
+
+def write_losses(quantize: Any, options: Any) -> None:
     for place, one in enumerate(quantize.measurements(options)):
         one.file.parent.mkdir(parents=True, exist_ok=True)
         found = {"quantizers": 3, "quantizers_of_experts": 2}
         found |= {"needs_gpu": "CUDA"} if one.format == "nvfp4" else {"nats": 4.0 + place**2 / 64}
         one.file.write_text(json.dumps(found))
+
+
+def test_the_loss_increase_is_over_the_same_module_as_stored(quantize: Any, options: Any) -> None:
+    write_losses(quantize, options)
     rows = quantize.rows(options)
     # per domain: the parent, and six formats of each of two models
     assert len(rows) == 2 * (1 + 2 * 6)

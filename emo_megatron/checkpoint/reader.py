@@ -100,14 +100,14 @@ class MegatronCheckpoint:
 
     def _check_unquantized(self) -> None:
         quantizer = next((name for name in self._stored if _QUANTIZER.search(name)), None)
-        has_state = (self.path / MODELOPT_STATE).exists()
-        if quantizer is None and not has_state:
+        if quantizer is None and not (self.path / MODELOPT_STATE).exists():
             return
-        raise ValueError(
-            f"{self.path} must hold unquantised weights; got {quantizer or MODELOPT_STATE} of ModelOpt: give the "
-            "checkpoint as it was before quantisation; of a model that ModelOpt only pruned, remove the folder "
-            f"{MODELOPT_STATE}"
-        )
+        said = f"{self.path} must hold unquantised weights; got {quantizer or MODELOPT_STATE} of ModelOpt: give the "
+        said += "checkpoint as it was before quantisation"
+        if quantizer is None:
+            # without quantisers, the weights can be those of a model that ModelOpt only pruned
+            said += f"; of a model that ModelOpt only pruned, remove the folder {MODELOPT_STATE}"
+        raise ValueError(said)
 
     def _folder(self, path: Path) -> Path:
         """The folder with the checkpoint's metadata."""

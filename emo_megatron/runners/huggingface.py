@@ -67,10 +67,14 @@ class HuggingFaceRunner:
         model: a causal language model.
         seq_length: tokens per row; longer documents are cut.
         micro_batch_size: rows per forward pass.
+
+    Attributes:
+        model: the model that runs. `setting` is of the weights at construction: no CachedRunner may measure a model
+            that was changed afterwards.
     """
 
     def __init__(self, model: Any, *, seq_length: int, micro_batch_size: int) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self._blocks = _blocks(model)
         for name, weight in _stored_weights(model):
             check_named_weight(name, weight)
@@ -133,7 +137,7 @@ class HuggingFaceRunner:
             MoEBlockHooks(
                 block,
                 top_k=self.metadata.top_k,
-                renormalises=bool(getattr(self._model.config, "norm_topk_prob", True)),
+                renormalises=bool(getattr(self.model.config, "norm_topk_prob", True)),
                 allowed_E=None if allowed_LE is None else allowed_LE[place],
                 outputs=outputs,
                 is_summing=is_summing,
@@ -144,7 +148,7 @@ class HuggingFaceRunner:
     @torch.no_grad()
     def _logits(self, batch: _Batch) -> Tensor:
         # attention is causal, so no real token attends to the padding at the end of a row
-        output = self._model(input_ids=batch.tokens_BS, use_cache=False)
+        output = self.model(input_ids=batch.tokens_BS, use_cache=False)
         logits: Tensor = output.logits
         return logits
 
@@ -156,7 +160,7 @@ class HuggingFaceRunner:
 
     def _batch(self, rows: list[Row]) -> _Batch:
         longest = max(sum(row.lengths) for row in rows)
-        device = next(self._model.parameters()).device
+        device = next(self.model.parameters()).device
         lengths = torch.tensor([sum(row.lengths) for row in rows])
         return _Batch(
             tokens_BS=torch.stack([row.tokens_S[:longest] for row in rows]).to(device),

@@ -41,6 +41,10 @@ class MegatronRunner:
         micro_batch_size: rows per micro-batch.
         configuration: flags of the run that trained the model.
         megatron: more flags of Megatron, given by the user.
+
+    Attributes:
+        model: the model that runs. `setting` is of the weights at construction: no CachedRunner may measure a model
+            that was changed afterwards.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class MegatronRunner:
             raise NotImplementedError("context parallelism is unsupported here; remove --context-parallel-size")
         check_weights(model)
         self.metadata = metadata
-        self._model: Any = model.eval()
+        self.model: Any = model.eval()
         self._layers = [m for m in model.modules() if isinstance(m, PoolMoELayer)]
         self._seq_length, self._rows_at_once = seq_length, micro_batch_size
         parameter = next(model.parameters())
@@ -90,7 +94,7 @@ class MegatronRunner:
     ) -> ExpertStatistics:
         """See ExpertRunner."""
         if outputs:
-            check_outputs(self._model.config)
+            check_outputs(self.model.config)
         observers = [MoELayerHooks(layer, outputs=outputs) for layer in self._layers]
         try:
             self._run(documents, allowed_LE)
@@ -144,7 +148,7 @@ class MegatronRunner:
             found = get_forward_backward_func()(
                 forward_step_func=_forward_step,
                 data_iterator=self._batches(documents, num_batches),
-                model=self._model,
+                model=self.model,
                 num_microbatches=num_batches,
                 # a micro-batch is one packed stream
                 seq_length=self._seq_length * self._rows_at_once,

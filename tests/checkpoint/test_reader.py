@@ -155,7 +155,7 @@ def copied(saved, tmp_path):
 def told(*names):
     """One line with one of these files' names; what raised it is chained, where it is no file that is missing."""
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        yield
+        yield error
     assert any(name in str(error.value) for name in names), error.value
     assert "\n" not in str(error.value)
 
@@ -301,7 +301,7 @@ def test_a_description_that_is_no_description_is_named(copied, text):
 def test_what_modelopt_has_changed_is_named(copied):
     folder, iteration = copied
     (iteration / "modelopt_state").mkdir()
-    with told("modelopt_state"):
+    with told("remove the folder modelopt_state"):
         MegatronCheckpoint(folder)
 
 
@@ -310,5 +310,8 @@ def test_quantizers_are_named(name, tmp_path):
     written = write_checkpoint(
         tmp_path / "out", {f"decoder.layers.0.{name}": torch.ones(4, 3)}, args=argparse.Namespace()
     )
-    with told(name):
+    (written / "modelopt_state").mkdir()
+    with told(name) as error:
         MegatronCheckpoint(written)
+    # the weights would then be read as if they were not quantised
+    assert "remove" not in str(error.value)

@@ -40,6 +40,8 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
 
     built = _model(case).eval()
     load_by_name(built, case["checkpoint"])
+    for name, size in case.get("layout", {}).items():
+        setattr(built.config, name, size)
     asked: list[int] = []
 
     def calibrate(model: Any) -> None:

@@ -9,6 +9,7 @@ for the kind megatron a checkpoint in FOLDER/megatron, and for the kind hf a Hug
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -34,34 +35,65 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(found))
 
 
-def _measure(make: Any, keep: Any) -> dict[str, Any]:
-    """By format: the loss, and the numbers of quantisers; `keep` saves the model of the format that it names."""
+def _measure(make: Any, logits_of: Any, experts_of: Any, keep: Any) -> dict[str, Any]:
+    """By format: relative errors of the logits, and the numbers of quantisers.
+
+    `swapped` is, by layer, the largest error that two experts of the stored model make in each other's place.
+
+    Args:
+        make: the stored model, and its runner.
+        logits_of: logits of fixed tokens.
+        experts_of: by layer and expert, the weights of a model.
+        keep: saves the model of the format that it names.
+    """
     import modelopt.torch.quantization as mtq
     from quantized_loss import FORMATS, quantize
 
     from support import runner_checks
 
     documents = runner_checks.documents(8)
-    model, runner = make()
-    found: dict[str, Any] = {"stored": runner.loss(documents).nats}
+    model, _ = make()
+    stored = logits_of(model).double()
+
+    def error(changed: Any) -> float:
+        return float((logits_of(changed).double() - stored).norm() / stored.norm())
+
+    def error_of_swap(one: Any, other: Any) -> float:
+        _swap(one, other)
+        try:
+            return error(model)
+        finally:
+            _swap(one, other)
+
+    pairs_of_layers = [itertools.combinations(experts, 2) for experts in experts_of(model)]
+    found: dict[str, Any] = {"swapped": [max(itertools.starmap(error_of_swap, pairs)) for pairs in pairs_of_layers]}
+    assert error(model) == 0
     for name in FORMATS:
         model, runner = make()
         counts = quantize(model, name, lambda _, runner=runner: runner.loss(documents))
         try:
-            found[name] = counts | {"nats": runner.loss(documents).nats}
-        except AssertionError as error:
-            found[name] = counts | {"error": str(error)}
+            found[name] = counts | {"error": error(model)}
+        except AssertionError as told:
+            found[name] = counts | {"needs_gpu": str(told)}
             continue
         mtq.disable_quantizer(model, lambda quantizer: ".mlp.experts." not in quantizer)
-        found[name]["nats_of_experts"] = runner.loss(documents).nats
+        found[name]["error_of_experts"] = error(model)
         # last, because an export changes the weights
         keep(name, model)
     return found
 
 
+@torch.no_grad()
+def _swap(one: Any, other: Any) -> None:
+    for a, b in zip(one, other, strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+
+
 def _megatron(folder: Path) -> dict[str, Any]:
     from emo_megatron.config import PoolConfig
-    from support import runner_checks, shards, tiny
+    from support import checkpoints, runner_checks, shards, tiny
 
     tiny.setup()
 
@@ -74,8 +106,6 @@ def _megatron(folder: Path) -> dict[str, Any]:
         from megatron.core import dist_checkpointing, parallel_state
         from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
-        from support import checkpoints
-
         if name != "int8":
             return
         folder.mkdir()
@@ -85,7 +115,11 @@ def _megatron(folder: Path) -> dict[str, Any]:
         dist_checkpointing.save({"model": state} | common, str(folder))
         save_sharded_modelopt_state([model], str(folder), ("torch_dist", 1))
 
-    return _measure(make, keep)
+    def experts_of(model: Any) -> list[list[list[torch.Tensor]]]:
+        layers = [layer.mlp.experts.local_experts for layer in model.decoder.layers[1:]]
+        return [[[*expert.parameters()] for expert in experts] for experts in layers]
+
+    return _measure(make, checkpoints.forward, experts_of, keep)
 
 
 def _hugging_face(folder: Path) -> dict[str, Any]:
@@ -104,7 +138,18 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
         if name == "fp8":
             export_hf_checkpoint(model, export_dir=folder / "hf")
 
-    return _measure(make, keep)
+    tokens = torch.randint(1, 80, (4, 40), generator=torch.Generator().manual_seed(9))
+
+    @torch.no_grad()
+    def logits_of(model: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+        return logits
+
+    def experts_of(model: Any) -> list[list[tuple[torch.Tensor, ...]]]:
+        layers = [layer.mlp.experts for layer in model.model.layers]
+        return [[*zip(experts.gate_up_proj, experts.down_proj, strict=True)] for experts in layers]
+
+    return _measure(make, logits_of, experts_of, keep)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def measure(
 @torch.no_grad()
 def marks(layout: dict[str, int]) -> list[str]:
     """What tells the weights apart: as they are, after a change of one value of one expert of one rank, and back."""
-    model = runner_of(layout)._model
+    model = runner_of(layout).model
     found = [runner(model).setting.weights]
     held = _held(model, layer=3, expert=5, name="")
     for _ in range(2):
@@ -82,7 +82,7 @@ def by_definition(config: dict[str, Any] | None = None) -> dict[str, Tensor]:
     from emo_megatron.experts.calibration import pack_rows
 
     runner = runner_of({}, **config or {})
-    model = runner._model
+    model = runner.model
     layers = [block.mlp for block in model.decoder.layers[1:]]
     # tokens at the end of a document that do not count, for each call of a layer in a forward pass
     left_out: list[list[int]] = [[0] for _ in layers]
@@ -242,7 +242,7 @@ def said_of(layout: dict[str, int], places: list[dict[str, Any]], value: float, 
     Places are "layer" and "expert", in the numbers of the whole model, for all of an expert's second projection; or the
     "name" of a parameter, from its layer on if there is one, whose sixth row is meant.
     """
-    model = runner_of(layout, **config)._model
+    model = runner_of(layout, **config).model
     return [_said(model, value=value, **place) for place in places]
 
 
