@@ -174,7 +174,7 @@ def test_engines_on_the_pages_are_those_that_ran(engine):
     for told in (version, difference, f"{int(day)} {calendar.month_name[int(month)]} {year}"):
         assert re.search(rf"(?<![\w.]){re.escape(told)}(?![\w.]\w)", row), told
     assert set(re.findall(r"\d+\.\d+\.\d+", row)) == {version}
-    (row,) = re.findall(rf"^\| {named} .*$", MODULES_PAGE, flags=re.MULTILINE)
+    (row,) = re.findall(rf"^\| {named} {re.escape(version)} .*$", MODULES_PAGE, flags=re.MULTILINE)
     cells = [cell.strip() for cell in row.strip("| ").split("|")]
     positions = sum(model["positions"] for model in engine["models"].values())
     assert cells[:4] == [f"{named} {version}", str(len(engine["models"])), str(positions), difference]
