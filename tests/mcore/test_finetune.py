@@ -75,7 +75,7 @@ def test_only_what_the_policy_names_is_trained(ranks, case, policy, experts):
     assert set.union(*(answer[3] for answer in answers)) == set(LAYERS)
     num_trained = 0
     for name, was in before.items():
-        layer, rest = split_name(name)
+        layer, rest = split_name(name, num_layers=4)
         has_changed = was != after[name]
         if rest.startswith(EXPERTS):
             kept = range(8) if experts is None else experts[layer]
