@@ -97,7 +97,7 @@ def pruned(start_modelopt, parents):
     job = parents / "job.json"
     job.write_text(json.dumps({"cases": cases, "results": str(parents / "results.pt")}))
     start_modelopt(sys.executable, "-m", "support.modelopt_prune", job, te=True)
-    return torch.load(parents / "results.pt")
+    return torch.load(parents / "results.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")

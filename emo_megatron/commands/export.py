@@ -107,8 +107,8 @@ def run(options: Options) -> Converted:
         mtp=mtp,
     )
     dtype = DTYPES.get(options.dtype) or _stored_dtype(checkpoint)
-    prepared = _gguf if options.format == "gguf" else _hugging_face
-    write = prepared(options, checkpoint, architecture, dtype=dtype, tokenizer=tokenizer, origin=origin)
+    model = _Model(checkpoint=checkpoint, architecture=architecture, dtype=dtype, tokenizer=tokenizer, origin=origin)
+    write = (_gguf if options.format == "gguf" else _hugging_face)(options, model)
     with whole(options.output, is_new=True) as folder:
         folder.mkdir(parents=True)
         written = write(folder)
@@ -138,37 +138,41 @@ _MTP = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What both kinds of files are written from."""
+
+    checkpoint: MegatronCheckpoint
+    architecture: Architecture
+    dtype: torch.dtype
+    tokenizer: Tokenizer | None
+    origin: Origin
+
+
 Write = Callable[[Path], StoredModel]
 """Writes the model and its tokenizer into a folder, and opens what was written."""
 
 
-def _hugging_face(
-    options: Options,
-    checkpoint: MegatronCheckpoint,
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    tokenizer: Tokenizer | None,
-    origin: Origin,
-) -> Write:
+def _hugging_face(options: Options, model: _Model) -> Write:
     """Everything that can be checked before a Hugging Face folder is written."""
     format = FORMATS[options.format]
-    _check_expressible(format.problems(architecture), checkpoint, options)
-    weights = MegatronWeights(checkpoint, architecture)
-    record = {RECORD: {"version": __version__, "pools": origin.pools}}
+    _check_expressible(format.problems(model.architecture), model, options)
+    weights = MegatronWeights(model.checkpoint, model.architecture)
+    keeps_prediction, tokenizer = model.origin.mtp == "keep", model.tokenizer
+    record = {RECORD: {"version": __version__, "pools": model.origin.pools}}
 
     def write(folder: Path) -> HuggingFaceFolder:
-        if origin.mtp == "keep":
-            save_prediction(folder, checkpoint, architecture, dtype=dtype)
+        if keeps_prediction:
+            save_prediction(folder, model.checkpoint, model.architecture, dtype=model.dtype)
         write_folder(
             folder,
             format=format,
-            architecture=architecture,
+            architecture=model.architecture,
             read=weights.read,
-            dtype=dtype,
+            dtype=model.dtype,
             extra_config={**(tokenizer.ids if tokenizer else {}), **record},
             shard_bytes=int(options.shard_gb * 1e9),
-            has_index=origin.mtp == "keep",
+            has_index=keeps_prediction,
         )
         if tokenizer:
             tokenizer.save(folder)
@@ -177,41 +181,34 @@ def _hugging_face(
     return write
 
 
-def _gguf(
-    options: Options,
-    checkpoint: MegatronCheckpoint,
-    architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    tokenizer: Tokenizer | None,
-    origin: Origin,
-) -> Write:
+def _gguf(options: Options, model: _Model) -> Write:
     """Everything that can be checked before a GGUF file is written."""
     # the package gguf is optional
     from emo_megatron.hf import gguf
     from emo_megatron.hf.gguf_vocabulary import Vocabulary
 
-    _check_expressible(gguf.problems(architecture), checkpoint, options)
-    weights = MegatronWeights(checkpoint, architecture)
-    vocabulary = Vocabulary(tokenizer, rows=architecture.vocab_size) if tokenizer else None
+    _check_expressible(gguf.problems(model.architecture), model, options)
+    weights = MegatronWeights(model.checkpoint, model.architecture)
+    rows = model.architecture.vocab_size
+    vocabulary = Vocabulary(model.tokenizer, rows=rows) if model.tokenizer else None
 
     def write(folder: Path) -> gguf.GGUFFile:
         gguf.write(
             folder / gguf.FILE,
-            architecture=architecture,
+            architecture=model.architecture,
             read=weights.read,
-            dtype=dtype,
+            dtype=model.dtype,
             vocabulary=vocabulary,
-            name=origin.title or origin.name,
+            name=model.origin.title or model.origin.name,
         )
         return gguf.GGUFFile(folder / gguf.FILE)
 
     return write
 
 
-def _check_expressible(problems: Sequence[str], checkpoint: MegatronCheckpoint, options: Options) -> None:
+def _check_expressible(problems: Sequence[str], model: _Model, options: Options) -> None:
     if problems:
-        raise ValueError(f"{checkpoint.path} cannot be exported as {options.format}: {'; '.join(problems)}")
+        raise ValueError(f"{model.checkpoint.path} cannot be exported as {options.format}: {'; '.join(problems)}")
 
 
 def _selection(named: Path | None, of_module: Path, checkpoint: MegatronCheckpoint) -> Selection | None:
