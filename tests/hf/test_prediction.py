@@ -107,12 +107,13 @@ def test_a_module_is_exported_with_its_layers(ranks, trained, tmp_path):
         assert selection.model == before.fingerprint
 
 
-def refused(folder: str, output: str) -> str:
-    """What is said of --mtp keep for a model without prediction."""
+def refused(folder: str, output: str, format: str = "qwen2_moe") -> str:
+    """What is said of --mtp keep for a model without prediction, or a format without a place for it."""
     from emo_megatron.commands import export
 
+    options = {"checkpoint": Path(folder), "output": Path(output), "mtp": "keep", "parity_tokens": 0}
     try:
-        export.run(export.Options(checkpoint=Path(folder), output=Path(output), mtp="keep", parity_tokens=0))
+        export.run(export.Options(**options, format=format))
     except ValueError as error:
         return str(error)
     return ""
@@ -122,6 +123,13 @@ def test_nothing_can_be_kept_of_a_model_without_prediction(ranks, tmp_path):
     plain = _saved(ranks, tmp_path / "plain", {"moe_router_pre_softmax": True})
     (said,) = ranks(1).run(refused, folder=str(plain), output=str(tmp_path / "new"))
     assert "--mtp keep" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_for_llama_cpp_has_no_place_for_prediction(ranks, trained, tmp_path):
+    (said,) = ranks(1).run(refused, folder=str(trained), output=str(tmp_path / "new"), format="gguf")
+    assert "--mtp keep" in said
+    assert "--format gguf" in said
     assert not (tmp_path / "new").exists()
 
 
