@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -163,16 +164,18 @@ def environment_of(packages: str, source: str) -> dict[str, str]:
 
 def run_measured(command: Sequence[str], *, environment: dict[str, str], log: Path) -> dict[str, Any]:
     """Run a process: its CPU seconds, its peak memory in MiB, and its last line if it failed."""
+    measured = log.with_suffix(".measured.json")
+    words = [sys.executable, str(SCRIPTS / "measured.py"), str(measured), *command]
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        # a session of its own, so that both processes end together
+        process = subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
-            _, status, used = os.wait4(process.pid, 0)
+            process.wait()
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    found = {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}
+    found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
     if process.returncode:
         found["error"] = log.read_text(encoding="utf-8").strip().splitlines()[-1]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -107,10 +108,12 @@ def test_every_peer_has_script_packages_and_source(processes: Any) -> None:
 
 
 def test_a_process_is_measured(processes: Any, tmp_path: Path) -> None:
-    work = "import torch; x = torch.ones(2**26)"
-    good = processes.run_measured([sys.executable, "-c", work], environment={}, log=tmp_path / "log")
+    # 64 MiB; this process has more, which must not count
+    good = processes.run_measured(
+        [sys.executable, "-c", "x = bytes(range(256)) * 2**18"], environment={}, log=tmp_path / "log"
+    )
     assert good["cpu_seconds"] > 0
-    assert good["peak_mib"] > 256
+    assert 64 < good["peak_mib"] < 128 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert "error" not in good
     bad = [sys.executable, "-c", "raise SystemExit('first\\nlast')"]
     assert processes.run_measured(bad, environment={}, log=tmp_path / "log")["error"] == "last"
