@@ -7,7 +7,9 @@ the documents, at run time. Two modules that only the evaluation and vLLM's prom
 from __future__ import annotations
 
 import sys
+import tempfile
 import types
+from pathlib import Path
 from typing import Any
 
 from arguments import Arguments, read_arguments
@@ -66,15 +68,17 @@ def main(arguments: Arguments) -> None:
 
     register(arguments)
     model = AutoModelForCausalLM.from_pretrained(str(arguments.model), torch_dtype="auto", local_files_only=True)
-    observed = record_activations(
-        model,
-        None,
-        ReapArgs(profile=False),
-        ModelArgs(model_name=str(arguments.model)),
-        DatasetArgs(dataset_name=DATASET),
-        ObserverArgs(record_pruning_metrics_only=True),
-        arguments.output.with_name(arguments.output.name + ".observed"),
-    )
+    # reap takes up observations that it finds
+    with tempfile.TemporaryDirectory() as folder:
+        observed = record_activations(
+            model,
+            None,
+            ReapArgs(profile=False),
+            ModelArgs(model_name=str(arguments.model)),
+            DatasetArgs(dataset_name=DATASET),
+            ObserverArgs(record_pruning_metrics_only=True),
+            Path(folder),
+        )
     prune(observed, model, PruneArgs(prune_method="reap"), model.config.num_experts - arguments.keep, arguments.output)
 
 
