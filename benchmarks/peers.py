@@ -192,19 +192,23 @@ def measure(options: Options, *, model: str) -> list[dict[str, Any]]:
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    """The table: means over the domains, the median ratio of times, the largest memory."""
-    heads = "loss increase | experts of `select` | CPU time | memory (MiB)"
-    lines = [f"| model | chosen by | method | {heads} |", "|---|---|---|--:|--:|--:|--:|"]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    """The table: means over the domains, and over both models the median ratio of times and the largest memory."""
+    models = list(dict.fromkeys(row["model"] for row in found))
+    heads = [f"{model}: {name}" for model in models for name in ("loss increase", "experts of `select`")]
+    heads = ["chosen by", "method", *heads, "CPU time", "memory (MiB)"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "--:|" * (len(heads) - 2)]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in found:
-        groups.setdefault((row["model"], row["project"], row["method"]), []).append(row)
-    for (model, project, method), rows in groups.items():
-        increase, equal = (statistics.mean(row[name] for row in rows) for name in ("increase", "shared"))
-        ratio = statistics.median(row["cpu_ratio"] for row in rows)
-        memory = max(row["peak_mib"] for row in rows)
-        compared = ["", ""] if project == OURS else [f"{equal:.0%}", f"{ratio:.1f}"]
-        cells = [model, project, f"`{method}`" if project == OURS else method, f"{increase:+.3f}"]
-        lines.append(f"| {' | '.join([*cells, *compared, f'{memory:.0f}'])} |")
+        groups.setdefault((row["project"], row["method"]), []).append(row)
+    for (project, method), rows in groups.items():
+        is_own = project == OURS
+        cells = [project, f"`{method}`" if is_own else method]
+        for model in models:
+            of_model = [row for row in rows if row["model"] == model]
+            increase, equal = (statistics.mean(row[name] for row in of_model) for name in ("increase", "shared"))
+            cells += [f"{increase:+.3f}", "" if is_own else f"{equal:.0%}"]
+        cells.append("1" if is_own else f"{statistics.median(row['cpu_ratio'] for row in rows):.1f}")
+        lines.append(f"| {' | '.join(cells)} | {max(row['peak_mib'] for row in rows):.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -213,10 +217,14 @@ INTRODUCTION = """# Modules chosen by other projects
 {machine}
 
 Every process chose {keep} routed experts per layer of the demo's models, exported to Hugging Face, on the same tokens:
-{tokens} per domain, in documents of at most {seq_length} tokens. Loss increase: nats per token over {validation_tokens}
-validation tokens of the domain, against the whole model; the mean over {domains}. *Experts of `select`*: the share of
-the chosen experts that `select` chooses too, with the same method. *CPU time*: of the whole process, start and saving
-included, divided by that of `select`; the median. *Memory*: the largest peak of the process. One thread per process.
+{tokens} per domain, in documents of at most {seq_length} tokens.
+
+- *Loss increase*: nats per token over {validation_tokens} validation tokens of the domain, against the whole model; the
+  mean over {domains}.
+- *Experts of `select`*: the share of the chosen experts that `select` chooses too, with the same method.
+- *CPU time*: of the whole process, start and saving included, divided by that of `select`; the median. The processes
+  ran with one thread each, beside other work.
+- *Memory*: the largest peak of the process.
 
 The modules that peers wrote were measured too: each has the loss of the parent with the same experts, within
 {difference} nats (some peers write bfloat16). All peers ran with the torch of this project.

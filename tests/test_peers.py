@@ -142,16 +142,24 @@ def test_every_piece_of_text_has_its_tokens(peers: Any, tmp_path: Path) -> None:
 
 
 def test_the_table_compares_with_select(peers: Any) -> None:
-    def row(project: str, method: str, domain: str, increase: float, shared: float, ratio: float) -> dict[str, Any]:
-        names = {"model": "emo", "project": project, "method": method, "domain": domain}
-        return names | {"increase": increase, "shared": shared, "cpu_ratio": ratio, "peak_mib": 10.0 * ratio}
+    def row(model: str, names: tuple[str, str], increase: float, shared: float, ratio: float) -> dict[str, Any]:
+        said = dict(zip(("project", "method"), names, strict=True)) | {"model": model}
+        return said | {"increase": increase, "shared": shared, "cpu_ratio": ratio, "peak_mib": 10.0 * ratio}
 
-    rows = [row("theirs", "REAP", domain, *more) for domain, more in {"a": (0.1, 1, 2), "b": (0.3, 0.5, 4)}.items()]
-    rows += [row(peers.OURS, "reap", "a", 0.2, 1, 1)]
+    numbers = {"emo": [(0.1, 1, 2), (0.3, 0.5, 4)], "standard": [(0.5, 0, 7), (0.5, 0, 8)]}
+    rows = [row(model, ("theirs", "REAP"), *more) for model, found in numbers.items() for more in found]
+    rows += [row(model, (peers.OURS, "reap"), 0.2, 1, 1) for model in numbers]
     theirs, ours = peers.page(rows).splitlines()[2:]
-    assert theirs == "| emo | theirs | REAP | +0.200 | 75% | 3.0 | 40 |"
-    assert ours == "| emo | emo_megatron | `reap` | +0.200 |  |  | 10 |"
+    assert theirs == "| theirs | REAP | +0.200 | 75% | +0.500 | 0% | 5.5 | 80 |"
+    assert ours == "| emo_megatron | `reap` | +0.200 |  | +0.200 |  | 1 | 10 |"
     assert peers.shared([[1, 2], [3, 4]], [[2, 5], [4, 3]]) == 0.75
+
+
+def test_the_documentation_has_the_table_of_the_results(peers: Any) -> None:
+    results = BENCHMARKS / "results"
+    table = peers.page(json.loads((results / "peers.json").read_text(encoding="utf-8")))
+    assert table in (results / "peers.md").read_text(encoding="utf-8")
+    assert table in (BENCHMARKS.parent / "docs" / "retention.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
