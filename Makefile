@@ -20,6 +20,8 @@ BRIDGE_PACKAGES := megatron-bridge==0.6.2 hydra-core==1.3.4 "omegaconf>=2.3" "an
 MODELOPT := $(VENV)/modelopt-0.47.0
 MODELOPT_PACKAGES := nvidia-modelopt==0.47.0 "omegaconf>=2.3" "antlr4-python3-runtime==4.9.*" "pulp<4" \
     nvidia-ml-py ninja
+# other projects that choose experts, optional: packages in folders of their own, and clones of sources.txt
+PEERS := $(VENV)/peers/.installed
 # the tools that build the documentation, without torch
 MKDOCS := $(VENV)/mkdocs
 # serving engines in virtual environments of their own, because each engine needs its own torch and transformers. For
@@ -36,7 +38,7 @@ FIND_PYTHON = for python in $(CANDIDATES); do \
 	"$$python" -c "$(CAN_SERVE)" >/dev/null 2>&1 && break; python=; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo modelopt test test-all test-serve lint format types docs bench clean
+.PHONY: help setup native demo modelopt peers test test-all test-serve lint format types docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +52,8 @@ demo: $(STAMP) ## pretrain EMO and a standard MoE, cut modules out, compare the 
 	@demo/demo.sh $(ARGS)
 
 modelopt: $(MODELOPT) ## install NVIDIA ModelOpt beside the other packages, for tests/test_modelopt.py (optional)
+
+peers: $(PEERS) ## install other projects that choose experts, for benchmarks/peers.py (optional, clones from GitHub)
 
 test: $(STAMP) $(OLDEST_MEGATRON) $(BRIDGE) $(MKDOCS) ## run the tests that CI runs (ARGS="-k router")
 	@$(RUN) pytest $(PARALLEL) -m "not slow and not gpu and not serve" $(ARGS)
@@ -134,6 +138,17 @@ $(MODELOPT): | $(STAMP)
 	@rm -rf $@.part
 	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --target $@.part $(MODELOPT_PACKAGES)
 	@mv $@.part $@
+
+# only the folders that run are checked out
+$(PEERS): $(wildcard benchmarks/peers/*.txt) | $(STAMP)
+	@$(NEWS) "Installing llm-compressor, reap, EASYEP and EMO's scripts in folders of their own: 0.4 GB, and clones"
+	@rm -rf $(@D)
+	@for name in llm-compressor reap emo; do $(RUN) pip install --disable-pip-version-check --quiet --no-deps \
+		--target $(@D)/$$name --requirement benchmarks/peers/$$name.txt || exit; done
+	@grep -v '^#' benchmarks/peers/sources.txt | while read -r name address commit folders; do \
+		git clone --quiet --filter=blob:none --no-checkout $$address $(@D)/sources/$$name && \
+		git -C $(@D)/sources/$$name checkout --quiet $$commit -- $$folders || exit; done
+	@touch $@
 
 # installed again when a pinned version changes; `make setup` is not needed
 $(MKDOCS): docs/requirements.txt | $(VENV)/bin/pip
