@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ LEAST_GAIN = 0.005
 """Smallest gain, in nats per token, by which harm is divided."""
 Losses = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Model -> update -> domain -> nats per token; the update "parent" is the untouched model."""
+WIDTH = 120
+"""Columns of the page's text."""
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 TITLES = {"emo": "EMO", "standard": "standard"}
 
 INTRODUCTION = """# Updating the demo's models with Perl
@@ -126,8 +130,8 @@ def _cells(found: Effect, update: Update) -> list[str]:
 
 
 def _short(number: float, sign: str = "") -> str:
-    """Three decimals, without a zero in front of the point."""
-    return re.sub(r"^([+-]?)0\.", r"\1.", f"{number:{sign}.3f}")
+    """Three decimals, without a zero in front of the point, and no minus in front of zero."""
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{number:{sign}z.3f}")
 
 
 def page(losses: Losses, updates: Sequence[Update], *, domain: str, setting: Mapping[str, object]) -> str:
@@ -137,4 +141,6 @@ def page(losses: Losses, updates: Sequence[Update], *, domain: str, setting: Map
     more = {"transformers": versions["transformers"]["version"], "peft": importlib.metadata.version("peft")}
     machine = describe_machine(device, threads=torch.get_num_threads()) | more
     listed = "\n".join(f"- {name}: {value}" for name, value in machine.items())
-    return INTRODUCTION.format(machine=listed, **setting) + table(losses, updates, domain=domain)
+    paragraphs = INTRODUCTION.format(machine=listed, **setting).split("\n\n")
+    wrapped = [part if part.startswith("- ") else textwrap.fill(part, WIDTH, **WHOLE_WORDS) for part in paragraphs]
+    return "\n\n".join([*wrapped[:-1], table(losses, updates, domain=domain)])

@@ -166,7 +166,7 @@ def test_gain_and_harm_are_of_the_untouched_parent(monkeypatch: pytest.MonkeyPat
         "emo": {
             "parent": {"a": 2.0, "b": 3.0, "new": 4.5},
             "all": {"a": 2.5, "b": 3.75, "new": 3.25},
-            "merged-all-0.5": {"a": 2.25, "b": 3.0, "new": 4.498},
+            "merged-all-0.5": {"a": 2.25, "b": 2.7499, "new": 4.498},
             "module": {"a": 9.0, "b": 9.0, "new": 5.0},
         }
     }
@@ -175,7 +175,7 @@ def test_gain_and_harm_are_of_the_untouched_parent(monkeypatch: pytest.MonkeyPat
     assert rows == [
         "| untouched |  | 4.500 |  |  |  |",
         "| all weights | 1 | 3.250 | +1.250 | +.625 | .500 |",
-        "|  | 1/2 | 4.498 | +.002 | +.125 | - |",
+        "|  | 1/2 | 4.498 | +.002 | +.000 | - |",
         "| module alone |  | 5.000 | -.500 |  |  |",
     ]
     *_, worst, _ = [line.split(" | ") for line in pages.long_table(losses, domain="new").splitlines() if "all" in line]
@@ -192,4 +192,5 @@ def test_the_page_tells_every_setting(experiment, monkeypatch: pytest.MonkeyPatc
     assert "- hardware: an abacus\n" in text
     assert f"{experiment.num_kept} routed experts" in text
     assert "{" not in text
+    assert max(map(len, text.partition("\n| ")[0].splitlines())) <= 120
     assert text.count("\n| ") == 1 + len(experiment.variants())
