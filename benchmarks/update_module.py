@@ -3,9 +3,10 @@
     make demo && .venv/bin/python benchmarks/update_module.py
 
 Takes the demo's EMO and standard MoE, chooses a quarter of the experts for Perl text, and trains every kind of update
-for the same number of steps: all weights; the chosen experts inside the full model; the module alone (experts, or
-experts and router), merged back whole or in part. Prints, for each update, the loss decrease on Perl and the loss
-increase on the demo's eight domains. An interrupted run resumes.
+for the same number of steps: all weights; the chosen experts inside the full model; the module alone (experts, experts
+and router, or LoRA in Hugging Face peft), merged back whole or in part. Measures, for each update, the loss decrease on
+Perl and the loss increase on the demo's eight domains. Writes update-module.md into benchmarks/results, and update.md,
+with the domain that loses most, into --output. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import functools
 import json
 import random
 import shutil
-import statistics
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +24,9 @@ import find_demo  # noqa: F401
 import torch
 import tyro
 from safetensors.torch import save_file
+from train_lora import EXPERTS
+from train_lora import Options as Adapter
+from update_page import Update, long_table, page
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
 from demo.jobs import Job, run_jobs
@@ -34,8 +37,15 @@ from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.launch import python
 
 DOMAIN = "perl"
+CALIBRATION_TOKENS = 8192
 BLENDS = (1.0, 0.5, 0.25)
 SCHEDULES = ("--pool-min-decay-samples", "--pool-delay-samples")
+HERE = Path(__file__).resolve().parent
+LORA_RATES = (1e-3, 4e-3)
+"""Learning rates with which an adapter is trained."""
+LORA_RATE = 4e-3
+"""The rate whose adapters are merged into the parents: the one with the lower Perl loss for EMO's module."""
+MODELS = ("emo", "standard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +60,26 @@ class Options:
     """Falls linearly to a tenth; pretraining ended at 3e-4."""
     num_kept: int | None = None
     """Routed experts per layer of the module. Default: a quarter of the demo's."""
+    results: Path = HERE / "results"
+    """Folder for update-module.md."""
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up: four, and fewer than there are."""
+        return min(4, self.steps // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A checkpoint to measure, and how it was made."""
 
-    name: str
+    update: Update
     path: Path
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its losses."""
+        return self.update.name
 
 
 def prepare(options: Options, corpus: Corpus) -> Path:
@@ -132,7 +154,14 @@ class Experiment:
             self._command(
                 stats,
                 *("stats", "--checkpoint", self.parent, "--data", data),
-                *("--tokens", 8192, "--seq-length", self.size.seq_length, "--micro-batch-size", self.size.rows),
+                *(
+                    "--tokens",
+                    CALIBRATION_TOKENS,
+                    "--seq-length",
+                    self.size.seq_length,
+                    "--micro-batch-size",
+                    self.size.rows,
+                ),
             ),
             self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.num_kept} routed")),
             self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
@@ -149,21 +178,32 @@ class Experiment:
         for name, policy in (("alone", "experts"), ("alone-router", "experts+router")):
             jobs.append(self._training(name, policy, self.module, *small, pools=False))
             jobs += self._merges(name, policy, self.selection)
+        jobs += self._adapters()
+        jobs += self._merges(_lora(LORA_RATE), "experts", self.selection)
         return jobs + [self._evaluation(variant) for variant in self.variants()]
 
     def variants(self) -> list[Variant]:
         """What is measured."""
-        merged = [
-            f"merged-{name}-{blend:g}"
-            for name in ("all", "in-place", "alone", "alone-router")
-            for blend in _blends(name)
-        ]
-        names = ["all", "in-place", *merged]
-        return [
-            Variant(name="parent", path=self.parent),
-            *(Variant(name=name, path=self.output / name) for name in names),
-            *(Variant(name=name, path=self.output / name) for name in ("module", "alone", "alone-router")),
-        ]
+        merged = {
+            "all": "all weights",
+            "in-place": f"{self.num_kept} experts, in place",
+            "alone": "module's experts, put back",
+            "alone-router": "module's experts and router, put back",
+            _lora(LORA_RATE): f"LoRA in peft ({LORA_RATE:g}), put back",
+        }
+        alone = {
+            "module": "before training",
+            "alone": "experts trained",
+            "alone-router": "experts and router trained",
+            **{_lora(rate): f"LoRA in peft ({rate:g})" for rate in LORA_RATES},
+        }
+        updates = [Update(name="parent", trained="untouched parent")]
+        for name, trained in merged.items():
+            if 1.0 not in _blends(name):
+                updates.append(Update(name=name, trained=trained, share=1.0))
+            updates += [Update(name=_merged(name, b), trained=trained, share=b) for b in _blends(name)]
+        updates += [Update(name=n, trained=f"module alone, {text}", is_alone=True) for n, text in alone.items()]
+        return [Variant(update=u, path=self.parent if u.name == "parent" else self.output / u.name) for u in updates]
 
     def losses(self, variant: Variant) -> dict[str, float]:
         """Validation loss by domain, nats per token."""
@@ -172,7 +212,7 @@ class Experiment:
     def _merges(self, name: str, weights: str, selection: Path) -> list[Job]:
         return [
             self._command(
-                self.output / f"merged-{name}-{blend:g}",
+                self.output / _merged(name, blend),
                 *("merge", "--parent", self.parent, "--modules", self.output / name),
                 *("--selections", selection, "--weights", weights, "--blend", blend),
             )
@@ -181,15 +221,32 @@ class Experiment:
 
     def _command(self, result: Path, *arguments: object) -> Job:
         command = [sys.executable, "-m", "emo_megatron", *arguments, "--output", result]
-        return self._job(result.name, command, leaves=result, log=result.with_suffix(".log"))
+        return self._job(result.name, command, leaves=result, log=result.with_name(f"{result.name}.log"))
+
+    def _adapters(self) -> list[Job]:
+        """Train an adapter on the exported module with every rate, and merge each adapter into the module."""
+        exported = self.output / "hf"
+        jobs = [
+            self._command(exported, "export", "--checkpoint", self.module, "--tokenizer", self.folder / "tokenizer")
+        ]
+        for rate in LORA_RATES:
+            name = _lora(rate)
+            adapter = self.output / f"{name}-adapter"
+            flags = ("--folder", exported, "--data", self.folder / "train", "--output", adapter, "--lr", rate)
+            flags += ("--steps", self.options.steps, "--warmup", self.options.warmup)
+            flags += ("--rows", self.size.rows, "--seq-length", self.size.seq_length)
+            command = python(HERE / "train_lora.py", *flags)
+            log = self.output / f"{adapter.name}.log"
+            jobs.append(self._job(f"training {name}", command, leaves=adapter, log=log))
+            jobs.append(self._command(self.output / name, "import", "--folder", exported, "--adapter", adapter))
+        return jobs
 
     def _training(self, name: str, policy: str, start: Path, *extra: object, pools: bool = True) -> Job:
         folder, steps = self.output / name, self.options.steps
         own: list[object] = ["--load", start, "--save", folder, "--finetune"]
         own += ["--train-only", policy, "--train-iters", steps, "--save-interval", steps]
         own += ["--lr", self.options.lr, "--min-lr", self.options.lr / 10]
-        # four steps, and fewer than there are
-        own += ["--lr-decay-style", "linear", "--lr-warmup-iters", min(4, steps // 2)]
+        own += ["--lr-decay-style", "linear", "--lr-warmup-iters", self.options.warmup]
         own += ["--log-interval", 5]
         flags = self.flags(run_dir=folder)
         if pools:
@@ -211,7 +268,7 @@ class Experiment:
         flags += ("--validation-data", self.folder / "validation", "--output", output, "--keep")
         flags += ("--validation-tokens", self.size.evaluation_tokens, "--micro-batch-size", self.size.rows)
         command = python("-m", "emo_megatron", "retention", *flags)
-        log = output.with_suffix(".log")
+        log = output.with_name(f"{output.name}.log")
         return self._job(f"measuring {variant.name}", command, leaves=output / "retention.json", log=log)
 
     def _measured(self, variant: Variant) -> Path:
@@ -227,21 +284,42 @@ def _blends(name: str) -> tuple[float, ...]:
     return BLENDS[1:] if name in ("all", "in-place") else BLENDS
 
 
-def table(experiment: Experiment, *, domains: list[str]) -> list[str]:
-    """Rows of gain and harm, in nats per token."""
-    parent = experiment.losses(experiment.variants()[0])
-    lines = []
-    for variant in experiment.variants():
-        losses = experiment.losses(variant)
-        gain = parent[DOMAIN] - losses[DOMAIN]
-        rises = {d: losses[d] - parent[d] for d in domains if d != DOMAIN}
-        harm, worst = statistics.mean(rises.values()), max(rises, key=lambda d: rises[d])
-        share = f"{harm / gain:.3f}" if gain > 0.005 else "-"
-        lines.append(
-            f"| {experiment.output.name} | {variant.name} | {losses[DOMAIN]:.3f} | {gain:+.3f} | {harm:+.3f} "
-            f"| {share} | {worst} {rises[worst]:+.3f} |"
-        )
-    return lines
+def _merged(name: str, blend: float) -> str:
+    """Folder of the parent with an update merged into it."""
+    return f"merged-{name}-{blend:g}"
+
+
+def _lora(rate: float) -> str:
+    """Folder of the module with an adapter trained at this rate."""
+    return f"lora-{rate:g}"
+
+
+def write_page(options: Options, losses: dict[str, dict[str, dict[str, float]]], experiment: Experiment) -> str:
+    """Write update-module.md; its text. `losses` has model -> update -> domain -> nats per token."""
+    size, adapter = experiment.size, Adapter(folder=Path(), data=Path(), output=Path())
+    text = page(
+        losses,
+        [variant.update for variant in experiment.variants()],
+        domain=DOMAIN,
+        setting={
+            "experts": size.experts,
+            "kept": experiment.num_kept,
+            "steps": options.steps,
+            "step_tokens": size.rows * size.seq_length,
+            "lr": f"{options.lr:g}",
+            "min_lr": f"{options.lr / 10:g}",
+            "calibration_tokens": CALIBRATION_TOKENS,
+            "evaluation_tokens": size.evaluation_tokens,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "targets": " and ".join(f"`{name}`" for name in EXPERTS),
+            "rates": " and ".join(f"{rate:g}" for rate in LORA_RATES),
+            "rate": f"{LORA_RATE:g}",
+        },
+    )
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "update-module.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def main(options: Options) -> None:
@@ -257,15 +335,13 @@ def main(options: Options) -> None:
     made_with = {"size": asdict(size), "seed": seed, "text": manifest["fingerprint"]}
     claim(options.output, made_with | {name: getattr(options, name) for name in ("steps", "lr", "num_kept")})
     folder = prepare(options, corpus)
-    experiments = [Experiment(name, options, folder, size=size, seed=seed) for name in ("emo", "standard")]
+    experiments = [Experiment(name, options, folder, size=size, seed=seed) for name in MODELS]
     for experiment in experiments:
         experiment.output.mkdir(parents=True, exist_ok=True)
         run_jobs(experiment.jobs())
-    head = f"| model | update | loss on {DOMAIN} | gain | harm to the others | harm / gain | worst |"
-    rows = [row for experiment in experiments for row in table(experiment, domains=[*corpus.domains, DOMAIN])]
-    text = "\n".join([head, "|---|---|--:|--:|--:|--:|---|", *rows])
-    (options.output / "update.md").write_text(text + "\n")
-    print(text)
+    losses = {e.output.name: {v.name: e.losses(v) for v in e.variants()} for e in experiments}
+    print(write_page(options, losses, experiments[0]))
+    (options.output / "update.md").write_text(long_table(losses, domain=DOMAIN), encoding="utf-8")
 
 
 if __name__ == "__main__":

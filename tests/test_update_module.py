@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import keyword
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import tyro
 from emo_megatron.cli import COMMANDS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--selections")
+INPUTS = ("--checkpoint", "--stats", "--selection", "--parent", "--modules", "--selections", "--folder", "--adapter")
 
 
 SIZES = {
@@ -98,17 +99,34 @@ def test_every_command_is_one(experiment) -> None:
     assert all(command[command.index("--seed") + 1] == "7" for command in alone)
     known = {experiment.parent}
     for job in jobs:
-        left = _command(job, known) if "emo_megatron" in job.command else _training(job, known)
+        parse = _command if "emo_megatron" in job.command else _adapter if _is_lora(job) else _training
+        left = parse(job, known)
         known = known | {left}
     assert {variant.path for variant in experiment.variants()} <= known
-    assert len(jobs) == len({job.title for job in jobs})
+    assert len(jobs) == len({job.title for job in jobs}) == len({job.log for job in jobs})
+
+
+def _is_lora(job: Any) -> bool:
+    return any(part.endswith("train_lora.py") for part in job.command)
+
+
+def _adapter(job: Any, known: set[Path]) -> Path:
+    """Parse the options of an adapter's training; what it leaves."""
+    lora = importlib.import_module("train_lora")
+    (script,) = [i for i, part in enumerate(job.command) if part.endswith("train_lora.py")]
+    options = tyro.cli(lora.Options, args=job.command[script + 1 :])
+    assert options.folder in known
+    assert (options.steps, options.warmup, options.rows * options.seq_length) == (2, 1, 4096)
+    return Path(options.output)
 
 
 def _command(job: Any, known: set[Path]) -> Path:
     """Parse a command of the package; what it leaves."""
     name, *arguments = job.command[job.command.index("emo_megatron") + 1 :]
     assert name in COMMANDS
-    command = importlib.import_module(f"emo_megatron.commands.{name.replace('-', '_')}")
+    # import is a keyword of Python
+    module = name.replace("-", "_") + "_" * keyword.iskeyword(name)
+    command = importlib.import_module(f"emo_megatron.commands.{module}")
     options = tyro.cli(command.Options, args=arguments)
     pairs = itertools.pairwise(arguments)
     assert {Path(value) for flag, value in pairs if flag in INPUTS} <= known
@@ -132,3 +150,47 @@ def _training(job: Any, known: set[Path]) -> Path:
     assert (args.train_iters, args.lr_warmup_iters) == (2, 1)
     assert {Path(path) for path in (args.load, args.train_selection) if path} <= known
     return Path(args.save)
+
+
+def test_gain_and_harm_are_of_the_untouched_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("megatron.core")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pages = importlib.import_module("update_page")
+    updates = [
+        pages.Update(name="parent", trained="untouched"),
+        pages.Update(name="all", trained="all weights", share=1.0),
+        pages.Update(name="merged-all-0.5", trained="all weights", share=0.5),
+        pages.Update(name="module", trained="module alone", is_alone=True),
+    ]
+    losses = {
+        "emo": {
+            "parent": {"a": 2.0, "b": 3.0, "new": 4.5},
+            "all": {"a": 2.5, "b": 3.75, "new": 3.25},
+            "merged-all-0.5": {"a": 2.25, "b": 2.7499, "new": 4.498},
+            "module": {"a": 9.0, "b": 9.0, "new": 5.0},
+        }
+    }
+    head, _, *rows = pages.table(losses, updates, domain="new").splitlines()
+    assert "EMO: New loss" in head
+    assert rows == [
+        "| untouched |  | 4.500 |  |  |  |",
+        "| all weights | 1 | 3.250 | +1.250 | +.625 | .500 |",
+        "|  | 1/2 | 4.498 | +.002 | +.000 | - |",
+        "| module alone |  | 5.000 | -.500 |  |  |",
+    ]
+    *_, worst, _ = [line.split(" | ") for line in pages.long_table(losses, domain="new").splitlines() if "all" in line]
+    assert worst[-1] == "b +0.750 |"
+
+
+def test_the_page_tells_every_setting(experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    update, pages = importlib.import_module("update_module"), importlib.import_module("update_page")
+    monkeypatch.setattr(pages, "describe_machine", lambda device, *, threads: {"hardware": "an abacus"})
+    measured = {v.name: {"python": 2.0, update.DOMAIN: 3.0} for v in experiment.variants()}
+    options = dataclasses.replace(experiment.options, results=tmp_path / "results")
+    text = update.write_page(options, {"emo": measured, "standard": measured}, experiment)
+    assert (tmp_path / "results" / "update-module.md").read_text() == text
+    assert "- hardware: an abacus\n" in text
+    assert f"{experiment.num_kept} routed experts" in text
+    assert "{" not in text
+    assert max(map(len, text.partition("\n| ")[0].splitlines())) <= 120
+    assert text.count("\n| ") == 1 + len(experiment.variants())

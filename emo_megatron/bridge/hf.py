@@ -62,6 +62,8 @@ CONVERTED_ALREADY = {
 }
 """Flags of a model that other fields of Bridge's provider express."""
 _ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.router\.(?:to_wrap\.)?weight")
+_LORA_B = ".lora_B.weight"
+"""End of the name of an adapter's second factor, which has the rows of the adapted weight."""
 _KNOWN_FLAGS = {flag: field for field, flag in RENAMED.items()}
 
 
@@ -222,9 +224,25 @@ class FormatBridge(MegatronModelBridge):
         if any(".adapter." in name for model in models for name, _ in model.named_parameters()):
             raise NotImplementedError(
                 "the model must have no adapters (peft): a merge into weights that the format stores doubled or padded "
-                "is not implemented: merge the adapters into the Megatron model first"
+                "is not implemented: export the adapter alone with AutoBridge.save_hf_adapter, and merge it with "
+                "python -m emo_megatron import"
             )
         return super().stream_weights_megatron_to_hf(megatron_model, hf_pretrained, *args, **kwargs)
+
+    def stream_adapter_weights_megatron_to_hf(self, megatron_model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Bridge's export of adapters alone; what changes a multiplied weight of the format is multiplied too."""
+        models = megatron_model if isinstance(megatron_model, list) else [megatron_model]
+        model = self._begin(self.hf_pretrained, models)
+        _require_expressible(self.FORMAT, model)
+        entries = {entry.name: entry for entry in self.FORMAT.entries(model)}
+        for weight in super().stream_adapter_weights_megatron_to_hf(models, *args, **kwargs):
+            entry = entries.get(weight.param_name.replace(_LORA_B, ".weight"))
+            if entry is not None and entry.padding_rows:
+                raise NotImplementedError(
+                    f"an adapter of {entry.name} has no place in the format {self.FORMAT.model_type}, which adds rows "
+                    f"to this weight: make AutoBridge from a folder of the format {QWEN2_MOE.model_type}"
+                )
+            yield weight if entry is None else weight._replace(weight=weight.weight * entry.scale)
 
     def maybe_modify_converted_hf_weight(
         self, task: Any, converted_weights_dict: dict[str, Tensor], hf_state_dict: Mapping[str, Tensor]

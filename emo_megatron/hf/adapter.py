@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
+import re
 import reprlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from safetensors import safe_open
 
 from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.hf import folder as folders
@@ -42,6 +46,11 @@ _UNSUPPORTED = (
     *("use_bdlora", "use_qalora", "velora_config"),
 )
 """Fields of variants of LoRA without a tested merge into the weights."""
+_PREFIX, _LORA_A = "base_model.model.", ".lora_A.weight"
+"""Start and end of the name of an adapter's first factor, [rank, inputs]."""
+_ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj")
+_STACKED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+"""Kind of an expert's weight -> the stacked weight of transformers 5."""
 _LEARNED = {
     "qkv_bias": "biases of q_proj, k_proj and v_proj (bias)",
     "shared_gate": "shared_expert_gate (target_modules)",
@@ -156,8 +165,10 @@ def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
 
     model: Any = Qwen2MoeForCausalLM.from_pretrained(str(base.path), dtype=base.dtype, local_files_only=True)
     try:
-        with torch.no_grad():
-            config = peft.PeftConfig.from_pretrained(str(adapter))
+        with torch.no_grad(), warnings.catch_warnings():
+            # peft looks for the patterns of stacked weights among modules; wrong ranks are errors of load_adapter
+            warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+            config = _peft_config(adapter)
             adapted: Any = peft.PeftModel(model, config)
             # from_pretrained only warns about weights of the adapter that have no place, or are not there
             loaded = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
@@ -171,6 +182,43 @@ def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
         raise ValueError(
             f"the adapter {adapter} cannot be merged into {base.path}: {one_line(error) or type(error).__name__}"
         ) from error
+
+
+def _peft_config(adapter: Path) -> Any:
+    """peft's configuration. An adapter whose tensors have one name per expert, or whose router is a linear layer, gets
+    the targets of transformers 5: transformers 4 had such layers, and Megatron-Bridge writes such adapters.
+
+    Raises:
+        ValueError: the experts have different ranks or scales, or not all weights, which peft cannot stack.
+    """
+    config: Any = peft.PeftConfig.from_pretrained(str(adapter))
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        ranks = {
+            name.removeprefix(_PREFIX).removesuffix(_LORA_A): file.get_slice(name).get_shape()[0]
+            for name in file.keys()  # noqa: SIM118  not a dict
+            if name.endswith(_LORA_A)
+        }
+    experts = {name: match for name in ranks if (match := _ONE_EXPERT.fullmatch(name))}
+    routers = {name for name in ranks if name.endswith(".mlp.gate")}
+    named = list(config.target_parameters or ())
+    if not experts and (not routers or any(name.endswith("gate.weight") for name in named)):
+        return config
+    found = {ranks[name] for name in experts}
+    if len(found) > 1:
+        raise ValueError(f"all routed experts must have one rank; got the ranks {sorted(found)}")
+    if experts and config.alpha_pattern:
+        raise ValueError(f"alpha_pattern must be empty if every expert has tensors; got {config.alpha_pattern}")
+    if experts and {match[2] for match in experts.values()} not in ({"down"}, {"down", "gate", "up"}):
+        raise ValueError("an adapter of gate_proj and up_proj of the experts must also have down_proj")
+    stacked = {f"{match[1]}.{_STACKED[match[2]]}" for match in experts.values()}
+    config.target_modules = set(ranks) - experts.keys() - routers
+    config.target_parameters = sorted({*named, *stacked, *(f"{name}.weight" for name in routers)})
+    for rank in found:
+        # peft stacks gate and up, so that their ranks add up, and the scale alpha / rank must stay
+        config.rank_pattern |= {"experts.gate_up_proj": 2 * rank, "experts.down_proj": rank}
+        times = math.sqrt(2) if config.use_rslora else 2
+        config.alpha_pattern |= {"experts.gate_up_proj": times * config.lora_alpha}
+    return config
 
 
 def _opened(path: Path, base: HuggingFaceFolder, adapter: Path) -> HuggingFaceFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,59 @@ def test_every_weight_is_the_base_and_the_scaled_product(base: Path, everything:
     model = HuggingFaceFolder(base)
     down = "model.layers.1.mlp.shared_expert.down_proj.weight"
     assert torch.equal(model.weight(down) * 2, before[down])
+
+
+def write_separate(
+    base: Path, folder: Path, *, kinds: tuple[str, ...] = ("gate", "up", "down"), rank: int = 3, **config: Any
+) -> dict[str, torch.Tensor]:
+    """An adapter as transformers 4 and Megatron-Bridge name it, of experts, routers and q_proj; the changes B A."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors, changes = {}, {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        is_expert = ".experts." in name and any(f"{kind}_proj" in name for kind in kinds)
+        if not (is_expert or ".mlp.gate." in name or "q_proj.weight" in name):
+            continue
+        a = torch.randn(rank, weight.shape[1], generator=generator)
+        b = torch.randn(weight.shape[0], rank, generator=generator) * 0.1
+        stem = name.removesuffix(".weight")
+        tensors |= {f"base_model.model.{stem}.lora_A.weight": a, f"base_model.model.{stem}.lora_B.weight": b}
+        changes[name] = b @ a
+    save_file(tensors, folder / "adapter_model.safetensors")
+    stored = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    stored["target_modules"] = ["q_proj", "gate", *(f"{kind}_proj" for kind in kinds)]
+    (folder / "adapter_config.json").write_text(json.dumps(stored | config))
+    return changes
+
+
+@pytest.mark.parametrize("is_rank_stabilised", [False, True])
+@pytest.mark.parametrize("kinds", [("gate", "up", "down"), ("down",)], ids="-".join)
+def test_tensors_with_one_name_per_expert_are_merged(
+    kinds: tuple[str, ...], is_rank_stabilised: bool, base: Path, tmp_path: Path
+) -> None:
+    changes = write_separate(base, tmp_path / "adapter", kinds=kinds, use_rslora=is_rank_stabilised)
+    (tmp_path / "out").mkdir()
+    before, after = load_file(base / "model.safetensors"), merged(base, tmp_path / "adapter", tmp_path / "out")
+    scale = 6 / (3**0.5 if is_rank_stabilised else 3)
+    assert len(changes) == 3 * (2 + 6 * len(kinds))
+    for name in before:
+        wanted = before[name] + scale * changes.get(name, torch.zeros(()))
+        torch.testing.assert_close(after[name], wanted, rtol=0, atol=1e-5)
+
+
+def test_experts_that_cannot_be_stacked_are_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_separate(base, tmp_path / "parts", kinds=("gate", "up"))
+    refused(base, tmp_path / "parts", tmp_path / "out", match="down_proj")
+    write_separate(base, tmp_path / "scales", alpha_pattern={"gate_proj": 2})
+    refused(base, tmp_path / "scales", tmp_path / "out", match="alpha_pattern")
+    write_separate(base, tmp_path / "ranks")
+    file = tmp_path / "ranks" / "adapter_model.safetensors"
+    stored = load_file(file)
+    names = [name for name in stored if ".experts.5." in name]
+    stored |= {name: stored[name][:2] if "lora_A" in name else stored[name][:, :2].contiguous() for name in names}
+    save_file(stored, file)
+    refused(base, tmp_path / "ranks", tmp_path / "out", match="rank")
 
 
 def refused(base: Path, adapter: Path, output: Path, *, match: str, error: type[Exception] = ValueError) -> None:
@@ -210,3 +264,23 @@ def test_an_adapter_goes_into_a_folder_of_qwen2_moe(base: Path, everything: Path
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"--adapter .*qwen2_moe"):
         merged(other, everything, tmp_path / "out")
+
+
+def test_the_training_on_the_page_gives_an_adapter_of_the_folder(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "update.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "peft" in block)
+    (command,) = re.findall(r"^python -m emo_megatron (import .*)$", page, flags=re.MULTILINE)
+    shutil.copytree(base, tmp_path / "exported" / "perl")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "train_lora.py", "exec"), {})
+    words = command.split()
+    folder, adapter = (Path(words[words.index(flag) + 1]) for flag in ("--folder", "--adapter"))
+    # the path is another, and the fingerprint is the one that the snippet stored
+    lora.edit(adapter, base_model_name_or_path="elsewhere")
+    (tmp_path / "out").mkdir()
+    before, after = load_file(folder / "model.safetensors"), merged(folder, adapter, tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".experts." in name}
