@@ -141,7 +141,7 @@ $(MODELOPT): | $(STAMP)
 
 # only the folders that run are checked out
 $(PEERS): $(wildcard benchmarks/peers/*.txt) | $(STAMP)
-	@$(NEWS) "Installing llm-compressor, reap, EASYEP and EMO's scripts in folders of their own: 0.4 GB, and clones"
+	@$(NEWS) "Installing llm-compressor, reap, EASYEP and EMO's scripts in folders of their own: 0.5 GB, and clones"
 	@rm -rf $(@D)
 	@for name in llm-compressor reap emo; do $(RUN) pip install --disable-pip-version-check --quiet --no-deps \
 		--target $(@D)/$$name --requirement benchmarks/peers/$$name.txt || exit; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -51,6 +52,8 @@ class Chooser:
     """Folder of `make peers`."""
     source: str = ""
     """Name in peers/sources.txt of the repository whose code runs."""
+    is_recorded: bool = False
+    """Whether this project records the values that the peer then reads."""
 
     @property
     def name(self) -> str:
@@ -79,12 +82,13 @@ PEERS = (
         source="EMO",
     ),
     Chooser(
-        project="RUCAIBox/EASYEP, one line mended",
+        project="RUCAIBox/EASYEP, without one line",
         method="EASY-EP",
         ours="easy_ep",
         script=("easyep_select.py", "--mended"),
         packages="emo",
         source="EASYEP",
+        is_recorded=True,
     ),
     Chooser(
         project="allenai/EMO",
@@ -102,8 +106,10 @@ def commits() -> dict[str, str]:
     """Name -> commit of the repositories that `make peers` has cloned.
 
     Raises:
-        ValueError: a repository is missing, or its files are not those of the commit.
+        ValueError: `make peers` has not run to its end, or files of a repository are not those of the commit.
     """
+    if not (INSTALLED / ".installed").exists():
+        raise ValueError(f"{INSTALLED} must hold the other projects: call `make peers`")
     found = {}
     for line in (SCRIPTS / "sources.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
@@ -117,6 +123,15 @@ def commits() -> dict[str, str]:
                 "call `make peers`"
             )
         found[name] = commit
+    return found
+
+
+def packages() -> dict[str, str]:
+    """Folder of packages -> the versions in it that matter most."""
+    found = {}
+    for name in sorted({peer.packages for peer in PEERS}):
+        versions = {d.name: d.version for d in importlib.metadata.distributions(path=[str(INSTALLED / name)])}
+        found[name] = ", ".join(f"{d} {versions[d]}" for d in ("llmcompressor", "transformers") if d in versions)
     return found
 
 
@@ -165,6 +180,7 @@ def environment_of(packages: str, source: str) -> dict[str, str]:
 def run_measured(command: Sequence[str], *, environment: dict[str, str], log: Path) -> dict[str, Any]:
     """Run a process: its CPU seconds, its peak memory in MiB, and its last line if it failed."""
     measured = log.with_suffix(".measured.json")
+    measured.unlink(missing_ok=True)
     words = [sys.executable, str(SCRIPTS / "measured.py"), str(measured), *command]
     with log.open("w", encoding="utf-8") as file:
         # a session of its own, so that both processes end together
@@ -175,9 +191,10 @@ def run_measured(command: Sequence[str], *, environment: dict[str, str], log: Pa
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-    found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
     if process.returncode:
-        found["error"] = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return {"error": (lines or [f"exit status {process.returncode}"])[-1]}
+    found: dict[str, Any] = json.loads(measured.read_text(encoding="utf-8"))
     return found
 
 
@@ -197,6 +214,9 @@ def kept_in(folder: Path, *, parent: Path) -> list[list[int]]:
             row_EH, kept_KH = whole_model.get_tensor(GATE.format(layer)), module.get_tensor(GATE.format(layer))
             equal_KE = (kept_KH[:, None] == row_EH.to(kept_KH.dtype)).all(-1)
             if not (equal_KE.sum(-1) == 1).all():
-                raise ValueError(f"every router row of {folder}, layer {layer + 1}, must be one row of {parent}")
+                raise ValueError(
+                    f"every router row of {folder}, layer {layer + 1}, must be one row of {parent}: delete "
+                    "the folder, and call this script again"
+                )
             found.append(sorted(equal_KE.int().argmax(-1).tolist()))
     return found

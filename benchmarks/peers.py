@@ -1,4 +1,4 @@
-"""What do modules lose whose experts other projects' published code chose? A quarter of the experts, several domains.
+"""How much loss do modules have if other projects choose the experts? A quarter of the experts, several domains.
 
     make demo && make peers && .venv/bin/python benchmarks/peers.py
 
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from peer_processes import (
     environment_of,
     failures,
     kept_in,
+    packages,
     run_measured,
 )
 from safetensors import safe_open
@@ -41,14 +43,15 @@ from safetensors.torch import save_file
 from timing import describe_machine
 from tqdm import tqdm
 
-from demo.recipe import run_step
+from demo.recipe import claim, run_step
 from emo_megatron.environment import collect_environment
 from emo_megatron.experts.calibration import Calibration
 from emo_megatron.experts.selection import load_selection
 from emo_megatron.files import whole
 from emo_megatron.json_files import read_object, to_json
 
-MODELS = ("emo", "standard")
+TITLES = {"emo": "EMO", "standard": "standard"}
+"""Models of the demo -> names in the table."""
 LARGEST_DIFFERENCE = 0.01
 """Nats per token between a module that a peer wrote and the parent limited to the same experts; some are bfloat16."""
 
@@ -88,11 +91,14 @@ def prepare_documents(corpus: Path, options: Options, domain: str) -> Path:
     with safe_open(corpus / "calibration" / f"{domain}.safetensors", framework="pt") as file:
         ends, tokens = file.get_tensor("cu_seqlens").tolist(), file.get_tensor("tokens").tolist()
     pieces: list[list[int]] = []
+    num_tokens = 0
     for start, end in itertools.pairwise(ends):
-        cuts = (tokens[at : min(end, at + options.seq_length)] for at in range(start, end, options.seq_length))
-        pieces += [cut for cut in cuts if len(cut) > 1 and tokenizer(tokenizer.decode(cut))["input_ids"] == cut]
-        if sum(map(len, pieces)) >= options.tokens:
-            break
+        for at in range(start, end, options.seq_length):
+            piece = tokens[at : min(end, at + options.seq_length)]
+            fits = len(piece) > 1 and tokenizer(tokenizer.decode(piece))["input_ids"] == piece
+            if fits and num_tokens < options.tokens:
+                pieces.append(piece)
+                num_tokens += len(piece)
     flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int32)
     cu_seqlens = torch.tensor([0, *map(len, pieces)]).cumsum(0).int()
     save_file({"tokens": flat, "cu_seqlens": cu_seqlens}, folder / "documents.safetensors")
@@ -115,7 +121,11 @@ def choose(chooser: Chooser, task: Task, folder: Path) -> dict[str, Any]:
     output.unlink(missing_ok=True)
     found = run_measured(command_of(chooser, task, output), environment=environment, log=log)
     if "error" in found:
-        raise RuntimeError(f"{chooser.project}, {chooser.method}, failed; the end of {log}: {found['error']}")
+        raise ValueError(
+            f"{chooser.project} must choose experts by {chooser.method}, and failed: {found['error']}. Read {log}, "
+            "mend the cause, and call this script again"
+        )
+    found["date"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     found["kept"] = kept_in(output, parent=task.model) if chooser.script else load_selection(output).experts
     with whole(result) as path:
         path.write_text(to_json(found), encoding="utf-8")
@@ -172,6 +182,8 @@ def measure(options: Options, *, model: str) -> list[dict[str, Any]]:
         task = Task(model=folder / "hf", documents=documents, keep=options.keep, seq_length=options.seq_length)
         own = {chooser.ours: choose(chooser, task, folder / domain) for chooser in OWN}
         full = losses.of(domain, None)
+        with safe_open(documents / "documents.safetensors", framework="pt") as file:
+            num_tokens = file.get_tensor("tokens").numel()
         for chooser in tqdm((*PEERS, *OWN), desc=f"{model}, {domain}", unit="process", disable=None):
             choice = choose(chooser, task, folder / domain)
             nats = losses.of(domain, choice["kept"])
@@ -180,12 +192,14 @@ def measure(options: Options, *, model: str) -> list[dict[str, Any]]:
                 written = losses.of(domain, None, folder=module)
                 if abs(written - nats) > LARGEST_DIFFERENCE:
                     raise ValueError(
-                        f"{module} has the loss {written}, and the parent with the same experts has {nats}"
+                        f"{module} must have the loss of the parent with the same experts, {nats:.4f}, within "
+                        f"{LARGEST_DIFFERENCE}; got {written:.4f}: delete {folder / domain}, and call this script again"
                     )
             found.append(
                 {"model": model, "domain": domain, "project": chooser.project, "method": chooser.method}
                 | {"ours": chooser.ours, "nats": nats, "increase": nats - full, "kept": choice["kept"]}
                 | {"shared": shared(choice["kept"], own[chooser.ours]["kept"]), "peak_mib": choice["peak_mib"]}
+                | {"date": choice["date"], "num_tokens": num_tokens}
                 | {"cpu_ratio": choice["cpu_seconds"] / own[chooser.ours]["cpu_seconds"]}
             )
     return found
@@ -194,7 +208,7 @@ def measure(options: Options, *, model: str) -> list[dict[str, Any]]:
 def page(found: list[dict[str, Any]]) -> str:
     """The table: means over the domains, and over both models the median ratio of times and the largest memory."""
     models = list(dict.fromkeys(row["model"] for row in found))
-    heads = [f"{model}: {name}" for model in models for name in ("loss increase", "experts of `select`")]
+    heads = [f"{TITLES[model]}: {name}" for model in models for name in ("loss increase", "same experts as `select`")]
     heads = ["chosen by", "method", *heads, "CPU time", "memory (MiB)"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "--:|" * (len(heads) - 2)]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -207,38 +221,58 @@ def page(found: list[dict[str, Any]]) -> str:
             of_model = [row for row in rows if row["model"] == model]
             increase, equal = (statistics.mean(row[name] for row in of_model) for name in ("increase", "shared"))
             cells += [f"{increase:+.3f}", "" if is_own else f"{equal:.0%}"]
-        cells.append("1" if is_own else f"{statistics.median(row['cpu_ratio'] for row in rows):.1f}")
-        lines.append(f"| {' | '.join(cells)} | {max(row['peak_mib'] for row in rows):.0f} |")
+        ratio, memory = statistics.median(row["cpu_ratio"] for row in rows), max(row["peak_mib"] for row in rows)
+        # most of the work of this process is not the peer's
+        is_recorded = any(peer.is_recorded and peer.project == project for peer in PEERS)
+        cells += ["", ""] if is_recorded else ["1" if is_own else f"{ratio:.1f}", f"{memory:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 INTRODUCTION = """# Modules chosen by other projects
 
 {machine}
+- choices made: {dates} UTC
 
 Every process chose {keep} routed experts per layer of the demo's models, exported to Hugging Face, on the same tokens:
-{tokens} per domain, in documents of at most {seq_length} tokens.
+{counts} per domain, in documents of at most {seq_length} tokens. A
+document is left out if the tokenizer does not turn its text into the same tokens again.
 
 - *Loss increase*: nats per token over {validation_tokens} validation tokens of the domain, against the whole model; the
   mean over {domains}.
-- *Experts of `select`*: the share of the chosen experts that `select` chooses too, with the same method.
-- *CPU time*: of the whole process, start and saving included, divided by that of `select`; the median. The processes
-  ran with one thread each, beside other work.
+- *Same experts as `select`*: the share of the chosen experts that `select` chooses too, with the same method.
+- *CPU time*: of the whole process, divided by that of `select`; the median. The peers write the module, and `select`
+  writes a list of experts. The processes ran with one thread each, beside other work.
 - *Memory*: the largest peak of the process.
 
 The modules that peers wrote were measured too: each has the loss of the parent with the same experts, within
-{difference} nats (some peers write bfloat16). All peers ran with the torch of this project.
+{difference} nats.
 
 """
-CANNOT = """
-## What does not run on a CPU
+NOTES = """
+## What the peers ran with
 
-Files of RUCAIBox/EASYEP, as published, and the last line of their output:
+All peers ran with the torch of this project. The files of the peers are not changed, but one line of RUCAIBox/EASYEP is
+left out when the file runs. Settings are the authors' defaults, apart from the size, the method and these:
+
+- **llm-compressor**: nothing replaced. It prunes a layer before it measures the next layer.
+- **CerebrasResearch/reap**: the entries of Qwen2-MoE in its three tables of models and data sets are added at run time,
+  as its README describes for new models. The modules `vllm` and `reap.eval`, which only prompts and evaluation use, are
+  empty. Without profiling and without the values for merging experts.
+- **allenai/EMO**: written for EMO's own model class, which has no renormalised gates beside a shared expert. Here the
+  scripts run on Qwen2-MoE: a layer returns an object with `detach`, a block states 0 shared experts among the routed
+  experts, and the module that loads evaluation tasks returns the documents. Both scripts compute in bfloat16.
+- **RUCAIBox/EASYEP**: the first stage is replaced, because it runs DeepSeek-R1 on CUDA devices:
+  `benchmarks/peers/easyep_select.py` records the same values here. Time and memory would be those of this recording.
+  The second stage uses the 25 longest documents.
+
+## What does not run as published
+
+Files of RUCAIBox/EASYEP, and the last line of their output on this machine:
 
 {lines}
 
-`inf_new.py` records values of DeepSeek-R1 on CUDA devices; `peers/easyep_select.py` records the same values here.
-`expert_selection.py` imports json a second time inside main(). In the row "one line mended" this line is taken out.
+`expert_selection.py` imports json a second time inside main(). The row in the table is without this line.
 """
 
 
@@ -247,11 +281,7 @@ def describe() -> dict[str, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = describe_machine(device, threads=1)
     machine["transformers"] = collect_environment()["versions"]["transformers"]["version"]
-    for packages in sorted({chooser.packages for chooser in PEERS}):
-        listed = (SCRIPTS / f"{packages}.txt").read_text(encoding="utf-8")
-        named = [line for line in listed.splitlines() if line.startswith(("transformers", "llmcompressor"))]
-        machine[f"packages of {packages}"] = ", ".join(named)
-    return machine | {f"commit of {name}": commit for name, commit in commits().items()}
+    return machine | {f"packages of {name}": versions for name, versions in packages().items()}
 
 
 def main(options: Options) -> None:
@@ -259,9 +289,17 @@ def main(options: Options) -> None:
     if not (options.run / "retention.json").exists():
         print(f"{options.run} holds no finished demo: run `make demo` first")
         return
-    machine = "\n".join(f"- {name}: {value}" for name, value in describe().items())
+    cloned = {f"commit of {name}": commit for name, commit in commits().items()}
+    installed = packages()
+    machine = describe() | cloned
+    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
+        raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
+    options.output.mkdir(parents=True, exist_ok=True)
+    names = ("keep", "tokens", "validation_tokens", "seq_length")
+    made_with = {"demo": read_object(options.run / "demo.json", kind="the settings of a run")}
+    claim(options.output, made_with | cloned | installed | {name: getattr(options, name) for name in names})
     found = []
-    for model in MODELS:
+    for model in TITLES:
         hf = options.output / model / "hf"
         if not hf.exists():
             checkpoint, tokenizer = options.run / model / "checkpoint", options.run / "corpus" / "tokenizer"
@@ -272,11 +310,15 @@ def main(options: Options) -> None:
     task = Task(model=hf, documents=documents, keep=options.keep, seq_length=options.seq_length)
     errors = failures(task, options.output / "failures")
     lines = "\n".join(f"- `{name}`: `{error}`" if error else f"- `{name}` ran" for name, error in errors.items())
-    texts = {"machine": machine, "difference": LARGEST_DIFFERENCE} | vars(options)
+    dates, counts = sorted({row["date"] for row in found}), sorted({row["num_tokens"] for row in found})
+    texts: dict[str, Any] = {"difference": LARGEST_DIFFERENCE} | vars(options)
+    texts["machine"] = "\n".join(f"- {name}: {value}" for name, value in machine.items())
+    texts |= {"dates": f"{dates[0]} to {dates[-1]}", "counts": f"{counts[0]} to {counts[-1]}"}
     texts["domains"] = ", ".join(options.domains)
-    content = INTRODUCTION.format(**texts) + page(found) + CANNOT.format(lines=lines)
-    (options.results / "peers.json").write_text(to_json(found, indent=None) + "\n", encoding="utf-8")
-    (options.results / "peers.md").write_text(content, encoding="utf-8")
+    content = INTRODUCTION.format(**texts) + page(found) + NOTES.format(lines=lines)
+    for name, text in {"peers.json": to_json(found, indent=None) + "\n", "peers.md": content}.items():
+        with whole(options.results / name) as path:
+            path.write_text(text, encoding="utf-8")
     print(page(found))
 
 
