@@ -8,6 +8,7 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 from timing import describe_machine
@@ -31,7 +32,8 @@ INTRODUCTION = """# Updating the demo's models with Perl
   one seed
 
 {steps} steps of {step_tokens} tokens of Perl text. {kept} routed experts are chosen by mean router probability on
-{calibration_tokens} tokens. The learning rate falls from {lr} to {min_lr}. Losses are nats per token over
+{calibration_tokens} tokens. The number behind a comma is the largest learning rate, which falls linearly to a
+tenth: {lr}, and for the module's experts also {rate}, the rate of LoRA. Losses are nats per token over
 {evaluation_tokens} validation tokens per domain. Gain: how much the loss on Perl falls below that of the untouched
 parent. Harm: the mean loss increase over the demo's eight domains. Share: `merge --blend`, how far the result goes from
 the parent's weights to the trained weights. For a module alone only Perl is shown, because the parent stays unchanged.
@@ -39,8 +41,8 @@ the parent's weights to the trained weights. For a module alone only Perl is sho
 LoRA in peft: the module is exported, `benchmarks/train_lora.py` trains an adapter of rank {rank} and alpha {alpha} for
 {targets}, and `import --adapter` merges the adapter. The adapter sees the same number of tokens of the same text, in
 file order, with the same warm-up and fall to a tenth; its optimizer has the same settings, and its loss has no
-load-balancing term. The number in brackets is its largest learning rate. {rates} were tried, and {rate} was chosen for
-the merged rows of both models by the Perl validation loss of EMO's module, which is the loss in the table.
+load-balancing term. The rates {rates} were tried, and {rate} was chosen for the merged rows of both models by the Perl
+validation loss of EMO's module, which is the loss in the table.
 
 What the numbers mean is in [docs/update.md](../../docs/update.md).
 
@@ -126,12 +128,21 @@ def _cells(found: Effect, update: Update) -> list[str]:
     cells = [_short(found.loss), _short(found.gain, "+")]
     if update.is_alone:
         return [*cells, "", ""]
-    return [*cells, _short(found.harm, "+"), "-" if found.share is None else _short(found.share)]
+    harm = _short(found.harm, "+")
+    if found.share is None:
+        return [*cells, harm, "-"]
+    # a ratio of what is shown as zero would have a sign that the zero has not
+    return [*cells, harm, ".000" if harm == _short(0, "+") else _short(found.share)]
 
 
 def _short(number: float, sign: str = "") -> str:
     """Three decimals, without a zero in front of the point, and no minus in front of zero."""
     return re.sub(r"^([+-]?)0\.", r"\1.", f"{number:{sign}z.3f}")
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it is read: 4e-3."""
+    return f"{Decimal(str(rate)):e}"
 
 
 def page(losses: Losses, updates: Sequence[Update], *, domain: str, setting: Mapping[str, object]) -> str:
