@@ -183,10 +183,10 @@ class Experiment:
         merged = {
             "all": f"all weights, {lr}",
             "in-place": f"{self.num_kept} experts in place, {lr}",
-            "alone": f"module's experts, {lr}, put back",
-            "alone-router": f"module's experts and router, {lr}, put back",
-            FAST: f"module's experts, {fast}, put back",
-            _lora(LORA_RATE): f"module's experts with LoRA, {fast}, put back",
+            "alone": f"module's experts, {lr}, merged back",
+            "alone-router": f"module's experts and router, {lr}, merged back",
+            FAST: f"module's experts, {fast}, merged back",
+            _lora(LORA_RATE): f"module's experts with LoRA, {fast}, merged back",
         }
         alone = {
             "module": "before training",
@@ -257,7 +257,7 @@ class Experiment:
             f"training {name}",
             python(PRETRAIN, *flags, *own, *extra),
             leaves=folder / "latest_checkpointed_iteration.txt",
-            log=folder.with_suffix(".log"),
+            log=folder.with_name(f"{name}.log"),
         )
 
     def _evaluation(self, variant: Variant) -> Job:
@@ -280,8 +280,6 @@ class Experiment:
 
 def _blends(name: str) -> tuple[float, ...]:
     """How far merged; what was trained in the full model is all of the way there already."""
-    if name == FAST:
-        return BLENDS[:2]
     return BLENDS[1:] if name in ("all", "in-place") else BLENDS
 
 
