@@ -26,7 +26,7 @@ import tyro
 from safetensors.torch import save_file
 from train_lora import EXPERTS
 from train_lora import Options as Adapter
-from update_page import Update, long_table, page
+from update_page import Update, long_table, page, rate_text
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
 from demo.jobs import Job, run_jobs
@@ -45,6 +45,8 @@ LORA_RATES = (1e-3, 4e-3)
 """Learning rates with which an adapter is trained."""
 LORA_RATE = 4e-3
 """The rate whose adapters are merged into the parents: the one with the lower Perl loss for EMO's module."""
+FAST = f"alone-{LORA_RATE:g}"
+"""Folder of the module whose experts are trained with that rate too."""
 MODELS = ("emo", "standard")
 
 
@@ -153,15 +155,8 @@ class Experiment:
         jobs = [
             self._command(
                 stats,
-                *("stats", "--checkpoint", self.parent, "--data", data),
-                *(
-                    "--tokens",
-                    CALIBRATION_TOKENS,
-                    "--seq-length",
-                    self.size.seq_length,
-                    "--micro-batch-size",
-                    self.size.rows,
-                ),
+                *("stats", "--checkpoint", self.parent, "--data", data, "--tokens", CALIBRATION_TOKENS),
+                *("--seq-length", self.size.seq_length, "--micro-batch-size", self.size.rows),
             ),
             self._command(self.selection, *("select", "--stats", stats, "--keep", f"{self.num_kept} routed")),
             self._command(self.module, *("extract", "--checkpoint", self.parent, "--selection", self.selection)),
@@ -175,7 +170,7 @@ class Experiment:
         jobs.append(self._training("in-place", "experts", self.parent, *whole))
         jobs += self._merges("in-place", "experts", everything)
         small = ("--num-experts", self.num_kept)
-        for name, policy in (("alone", "experts"), ("alone-router", "experts+router")):
+        for name, policy in (("alone", "experts"), ("alone-router", "experts+router"), (FAST, "experts")):
             jobs.append(self._training(name, policy, self.module, *small, pools=False))
             jobs += self._merges(name, policy, self.selection)
         jobs += self._adapters()
@@ -184,18 +179,21 @@ class Experiment:
 
     def variants(self) -> list[Variant]:
         """What is measured."""
+        lr, fast = rate_text(self.options.lr), rate_text(LORA_RATE)
         merged = {
-            "all": "all weights",
-            "in-place": f"{self.num_kept} experts, in place",
-            "alone": "module's experts, put back",
-            "alone-router": "module's experts and router, put back",
-            _lora(LORA_RATE): f"LoRA in peft ({LORA_RATE:g}), put back",
+            "all": f"all weights, {lr}",
+            "in-place": f"{self.num_kept} experts in place, {lr}",
+            "alone": f"module's experts, {lr}, merged back",
+            "alone-router": f"module's experts and router, {lr}, merged back",
+            FAST: f"module's experts, {fast}, merged back",
+            _lora(LORA_RATE): f"module's experts with LoRA, {fast}, merged back",
         }
         alone = {
             "module": "before training",
-            "alone": "experts trained",
-            "alone-router": "experts and router trained",
-            **{_lora(rate): f"LoRA in peft ({rate:g})" for rate in LORA_RATES},
+            "alone": f"experts, {lr}",
+            "alone-router": f"experts and router, {lr}",
+            FAST: f"experts, {fast}",
+            **{_lora(rate): f"LoRA, {rate_text(rate)}" for rate in LORA_RATES},
         }
         updates = [Update(name="parent", trained="untouched parent")]
         for name, trained in merged.items():
@@ -243,9 +241,10 @@ class Experiment:
 
     def _training(self, name: str, policy: str, start: Path, *extra: object, pools: bool = True) -> Job:
         folder, steps = self.output / name, self.options.steps
+        rate = LORA_RATE if name == FAST else self.options.lr
         own: list[object] = ["--load", start, "--save", folder, "--finetune"]
         own += ["--train-only", policy, "--train-iters", steps, "--save-interval", steps]
-        own += ["--lr", self.options.lr, "--min-lr", self.options.lr / 10]
+        own += ["--lr", rate, "--min-lr", rate / 10]
         own += ["--lr-decay-style", "linear", "--lr-warmup-iters", self.options.warmup]
         own += ["--log-interval", 5]
         flags = self.flags(run_dir=folder)
@@ -258,7 +257,7 @@ class Experiment:
             f"training {name}",
             python(PRETRAIN, *flags, *own, *extra),
             leaves=folder / "latest_checkpointed_iteration.txt",
-            log=folder.with_suffix(".log"),
+            log=folder.with_name(f"{name}.log"),
         )
 
     def _evaluation(self, variant: Variant) -> Job:
@@ -306,15 +305,14 @@ def write_page(options: Options, losses: dict[str, dict[str, dict[str, float]]],
             "kept": experiment.num_kept,
             "steps": options.steps,
             "step_tokens": size.rows * size.seq_length,
-            "lr": f"{options.lr:g}",
-            "min_lr": f"{options.lr / 10:g}",
+            "lr": rate_text(options.lr),
             "calibration_tokens": CALIBRATION_TOKENS,
             "evaluation_tokens": size.evaluation_tokens,
             "rank": adapter.rank,
             "alpha": adapter.alpha,
             "targets": " and ".join(f"`{name}`" for name in EXPERTS),
-            "rates": " and ".join(f"{rate:g}" for rate in LORA_RATES),
-            "rate": f"{LORA_RATE:g}",
+            "rates": " and ".join(map(rate_text, LORA_RATES)),
+            "rate": rate_text(LORA_RATE),
         },
     )
     options.results.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 from timing import describe_machine
@@ -31,16 +32,17 @@ INTRODUCTION = """# Updating the demo's models with Perl
   one seed
 
 {steps} steps of {step_tokens} tokens of Perl text. {kept} routed experts are chosen by mean router probability on
-{calibration_tokens} tokens. The learning rate falls from {lr} to {min_lr}. Losses are nats per token over
-{evaluation_tokens} validation tokens per domain. Gain: how much the loss on Perl falls below that of the untouched
-parent. Harm: the mean loss increase over the demo's eight domains. Share: `merge --blend`, how far the result goes from
-the parent's weights to the trained weights. For a module alone only Perl is shown, because the parent stays unchanged.
+{calibration_tokens} tokens. The number after a comma is the largest learning rate, which falls linearly to a tenth:
+{lr}, and for the module's experts also {rate}, the rate of LoRA. Losses are nats per token over {evaluation_tokens}
+validation tokens per domain. Gain: how much the loss on Perl falls below that of the untouched parent. Harm: the mean
+loss increase over the demo's eight domains. Share: `merge --blend`, how far the result goes from the parent's weights
+to the trained weights. For a module alone only Perl is shown, because the parent stays unchanged.
 
 LoRA in peft: the module is exported, `benchmarks/train_lora.py` trains an adapter of rank {rank} and alpha {alpha} for
 {targets}, and `import --adapter` merges the adapter. The adapter sees the same number of tokens of the same text, in
-file order, with the same warm-up and fall to a tenth; its optimizer has the same settings, and its loss has no
-load-balancing term. The number in brackets is its largest learning rate. {rates} were tried, and {rate} was chosen for
-the merged rows of both models by the Perl validation loss of EMO's module, which is the loss in the table.
+file order, with the same warm-up and fall to a tenth; its optimizer has the same settings, and its loss has neither a
+load-balancing loss nor a z-loss. The rates {rates} were tried, and {rate} was chosen for the merged rows of both models
+by the Perl validation loss of EMO's module, which is the loss in the table.
 
 What the numbers mean is in [docs/update.md](../../docs/update.md).
 
@@ -78,8 +80,10 @@ class Effect:
 
     @property
     def share(self) -> float | None:
-        """Harm per gain; None if there is no gain."""
-        return self.harm / self.gain if self.gain > LEAST_GAIN else None
+        """Harm per gain; 0 if the table shows no harm, and None if there is no gain."""
+        if self.gain <= LEAST_GAIN:
+            return None
+        return 0.0 if round(self.harm, 3) == 0 else self.harm / self.gain
 
 
 def effect(parent: Mapping[str, float], losses: Mapping[str, float], *, domain: str) -> Effect:
@@ -97,7 +101,7 @@ def long_table(losses: Losses, *, domain: str) -> str:
             found = effect(updates["parent"], measured, domain=domain)
             worst = max(found.rises, key=lambda d: found.rises[d])
             share = "-" if found.share is None else f"{found.share:.3f}"
-            cells = [model, name, f"{found.loss:.3f}", f"{found.gain:+.3f}", f"{found.harm:+.3f}", share]
+            cells = [model, name, f"{found.loss:.3f}", f"{found.gain:+.3f}", f"{found.harm:+z.3f}", share]
             lines.append(f"| {' | '.join(cells)} | {worst} {found.rises[worst]:+.3f} |")
     return "\n".join(lines) + "\n"
 
@@ -132,6 +136,11 @@ def _cells(found: Effect, update: Update) -> list[str]:
 def _short(number: float, sign: str = "") -> str:
     """Three decimals, without a zero in front of the point, and no minus in front of zero."""
     return re.sub(r"^([+-]?)0\.", r"\1.", f"{number:{sign}z.3f}")
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as it is read: 4e-3."""
+    return f"{Decimal(str(rate)):e}"
 
 
 def page(losses: Losses, updates: Sequence[Update], *, domain: str, setting: Mapping[str, object]) -> str:

@@ -160,6 +160,7 @@ def test_gain_and_harm_are_of_the_untouched_parent(monkeypatch: pytest.MonkeyPat
         pages.Update(name="parent", trained="untouched"),
         pages.Update(name="all", trained="all weights", share=1.0),
         pages.Update(name="merged-all-0.5", trained="all weights", share=0.5),
+        pages.Update(name="merged-all-0.25", trained="all weights", share=0.25),
         pages.Update(name="module", trained="module alone", is_alone=True),
     ]
     losses = {
@@ -167,6 +168,8 @@ def test_gain_and_harm_are_of_the_untouched_parent(monkeypatch: pytest.MonkeyPat
             "parent": {"a": 2.0, "b": 3.0, "new": 4.5},
             "all": {"a": 2.5, "b": 3.75, "new": 3.25},
             "merged-all-0.5": {"a": 2.25, "b": 2.7499, "new": 4.498},
+            # the harm is shown as zero, and so is its share of the gain
+            "merged-all-0.25": {"a": 1.9992, "b": 3.0, "new": 4.25},
             "module": {"a": 9.0, "b": 9.0, "new": 5.0},
         }
     }
@@ -176,10 +179,31 @@ def test_gain_and_harm_are_of_the_untouched_parent(monkeypatch: pytest.MonkeyPat
         "| untouched |  | 4.500 |  |  |  |",
         "| all weights | 1 | 3.250 | +1.250 | +.625 | .500 |",
         "|  | 1/2 | 4.498 | +.002 | +.000 | - |",
+        "|  | 1/4 | 4.250 | +.250 | +.000 | .000 |",
         "| module alone |  | 5.000 | -.500 |  |  |",
     ]
-    *_, worst, _ = [line.split(" | ") for line in pages.long_table(losses, domain="new").splitlines() if "all" in line]
+    lines = pages.long_table(losses, domain="new").splitlines()
+    worst, _, zero = [line.split(" | ") for line in lines if "all" in line]
     assert worst[-1] == "b +0.750 |"
+    assert zero[4:6] == ["+0.000", "0.000"]
+
+
+def test_the_documentation_has_rows_of_the_results() -> None:
+    results = _rows(BENCHMARKS / "results" / "update-module.md")
+    head, *rows = _rows(BENCHMARKS.parent / "docs" / "update.md")
+    assert head == results[0]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in results] == []
+
+
+def _rows(page: Path) -> list[list[str]]:
+    """The cells of a page's table of losses, with its first row; the first cell of a row names what was trained."""
+    found: list[list[str]] = []
+    _, mark, table = page.read_text(encoding="utf-8").partition("| trained | share |")
+    for line in (mark + table).partition("\n\n")[0].splitlines():
+        name, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+        found.append([name or found[-1][0], *numbers])
+    return found
 
 
 def test_the_page_tells_every_setting(experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

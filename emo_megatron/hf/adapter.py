@@ -19,7 +19,8 @@ import reprlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,13 @@ _UNSUPPORTED = (
 """Fields of variants of LoRA without a tested merge into the weights."""
 _PREFIX, _LORA_A = "base_model.model.", ".lora_A.weight"
 """Start and end of the name of an adapter's first factor, [rank, inputs]."""
-_ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj")
+_ONE_EXPERT = re.compile(
+    r"(?P<experts>.*\.layers\.(?P<layer>\d+)\.mlp\.experts)\.(?P<number>\d+)\.(?P<kind>gate|up|down)_proj"
+)
 _STACKED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 """Kind of an expert's weight -> the stacked weight of transformers 5."""
+_STACKABLE = (("down",), ("gate", "up", "down"))
+"""Kinds that an expert's adapter may have."""
 _LEARNED = {
     "qkv_bias": "biases of q_proj, k_proj and v_proj (bias)",
     "shared_gate": "shared_expert_gate (target_modules)",
@@ -166,9 +171,9 @@ def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
     model: Any = Qwen2MoeForCausalLM.from_pretrained(str(base.path), dtype=base.dtype, local_files_only=True)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # peft looks for the patterns of stacked weights among modules; wrong ranks are errors of load_adapter
+            # peft warns that these patterns match no module, because they name stacked weights
             warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
-            config = _peft_config(adapter)
+            config = _peft_config(base, adapter)
             adapted: Any = peft.PeftModel(model, config)
             # from_pretrained only warns about weights of the adapter that have no place, or are not there
             loaded = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
@@ -184,12 +189,13 @@ def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
         ) from error
 
 
-def _peft_config(adapter: Path) -> Any:
+def _peft_config(base: HuggingFaceFolder, adapter: Path) -> Any:
     """peft's configuration. An adapter whose tensors have one name per expert, or whose router is a linear layer, gets
     the targets of transformers 5: transformers 4 had such layers, and Megatron-Bridge writes such adapters.
 
     Raises:
-        ValueError: the experts have different ranks or scales, or not all weights, which peft cannot stack.
+        ValueError: the experts have different ranks or scales, or adapters of different weights, which peft cannot
+            stack.
     """
     config: Any = peft.PeftConfig.from_pretrained(str(adapter))
     with safe_open(adapter / WEIGHTS, framework="pt") as file:
@@ -208,9 +214,8 @@ def _peft_config(adapter: Path) -> Any:
         raise ValueError(f"all routed experts must have one rank; got the ranks {sorted(found)}")
     if experts and config.alpha_pattern:
         raise ValueError(f"alpha_pattern must be empty if every expert has tensors; got {config.alpha_pattern}")
-    if experts and {match[2] for match in experts.values()} not in ({"down"}, {"down", "gate", "up"}):
-        raise ValueError("an adapter of gate_proj and up_proj of the experts must also have down_proj")
-    stacked = {f"{match[1]}.{_STACKED[match[2]]}" for match in experts.values()}
+    _check_kinds(experts.values(), num_experts=base.architecture.num_experts)
+    stacked = {f"{match['experts']}.{_STACKED[match['kind']]}" for match in experts.values()}
     config.target_modules = set(ranks) - experts.keys() - routers
     config.target_parameters = sorted({*named, *stacked, *(f"{name}.weight" for name in routers)})
     for rank in found:
@@ -219,6 +224,22 @@ def _peft_config(adapter: Path) -> Any:
         times = math.sqrt(2) if config.use_rslora else 2
         config.alpha_pattern |= {"experts.gate_up_proj": times * config.lora_alpha}
     return config
+
+
+def _check_kinds(experts: Iterable[re.Match[str]], *, num_experts: int) -> None:
+    """Raise ValueError unless all experts of a layer have adapters of the same, stackable kinds of weights."""
+    kinds: dict[int, dict[int, set[str]]] = {}
+    for match in experts:
+        kinds.setdefault(int(match["layer"]), {}).setdefault(int(match["number"]), set()).add(match["kind"])
+    for layer, of_expert in sorted(kinds.items()):
+        numbers = sorted({*range(num_experts), *of_expert})
+        found = Counter(tuple(k for k in _STACKABLE[-1] if k in of_expert.get(n, ())) for n in numbers)
+        if len(found) > 1 or not found.keys() <= set(_STACKABLE):
+            got = [f"{' and '.join(f'{k}_proj' for k in has) or 'none'} of {n} experts" for has, n in found.items()]
+            raise ValueError(
+                f"layer {layer}: every routed expert must have an adapter of down_proj, or of gate_proj, up_proj and "
+                f"down_proj; got {', '.join(got)}"
+            )
 
 
 def _opened(path: Path, base: HuggingFaceFolder, adapter: Path) -> HuggingFaceFolder:

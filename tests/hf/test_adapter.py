@@ -130,10 +130,31 @@ def test_tensors_with_one_name_per_expert_are_merged(
         torch.testing.assert_close(after[name], wanted, rtol=0, atol=1e-5)
 
 
+def test_layers_may_have_adapters_of_different_weights(base: Path, tmp_path: Path) -> None:
+    changes = write_separate(base, tmp_path / "adapter")
+    without = r"layers\.1\..*\.experts\.\d+\.(gate|up)|layers\.2\..*\.experts\."
+    leave_out(tmp_path / "adapter", without)
+    (tmp_path / "out").mkdir()
+    before, after = load_file(base / "model.safetensors"), merged(base, tmp_path / "adapter", tmp_path / "out")
+    left = {name: change for name, change in changes.items() if not re.search(without, name)}
+    assert len(left) == len(changes) - 6 * (2 + 3)
+    for name in before:
+        wanted = before[name] + 2 * left.get(name, torch.zeros(()))
+        torch.testing.assert_close(after[name], wanted, rtol=0, atol=1e-5)
+
+
 def test_experts_that_cannot_be_stacked_are_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    write_separate(base, tmp_path / "parts", kinds=("gate", "up"))
-    refused(base, tmp_path / "parts", tmp_path / "out", match="down_proj")
+    for kinds in (("gate", "up"), ("gate", "down")):
+        adapter = tmp_path / "-".join(kinds)
+        write_separate(base, adapter, kinds=kinds)
+        refused(base, adapter, tmp_path / "out", match=rf"layer 0: .*got {kinds[0]}_proj and {kinds[1]}_proj of 6 exp")
+    write_separate(base, tmp_path / "layers")
+    leave_out(tmp_path / "layers", r"layers\.1\..*\.experts\.\d+\.down|layers\.2\..*\.experts\.\d+\.(gate|up)")
+    refused(base, tmp_path / "layers", tmp_path / "out", match=r"layer 1: .*got gate_proj and up_proj of 6 experts$")
+    write_separate(base, tmp_path / "some")
+    leave_out(tmp_path / "some", r"layers\.2\..*\.experts\.[05]\.")
+    refused(base, tmp_path / "some", tmp_path / "out", match=r"layer 2: .*got none of 2 experts.* of 4 experts$")
     write_separate(base, tmp_path / "scales", alpha_pattern={"gate_proj": 2})
     refused(base, tmp_path / "scales", tmp_path / "out", match="alpha_pattern")
     write_separate(base, tmp_path / "ranks")
@@ -143,6 +164,15 @@ def test_experts_that_cannot_be_stacked_are_refused(base: Path, tmp_path: Path) 
     stored |= {name: stored[name][:2] if "lora_A" in name else stored[name][:, :2].contiguous() for name in names}
     save_file(stored, file)
     refused(base, tmp_path / "ranks", tmp_path / "out", match="rank")
+
+
+def leave_out(adapter: Path, pattern: str) -> None:
+    """Remove the tensors whose names match from an adapter."""
+    file = adapter / "adapter_model.safetensors"
+    stored = load_file(file)
+    left = {name: tensor for name, tensor in stored.items() if not re.search(pattern, name)}
+    assert len(left) < len(stored)
+    save_file(left, file)
 
 
 def refused(base: Path, adapter: Path, output: Path, *, match: str, error: type[Exception] = ValueError) -> None:
@@ -275,7 +305,7 @@ def test_the_training_on_the_page_gives_an_adapter_of_the_folder(
     shutil.copytree(base, tmp_path / "exported" / "perl")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "train_lora.py", "exec"), {})
+    exec(compile(code, "lora_on_perl.py", "exec"), {})
     words = command.split()
     folder, adapter = (Path(words[words.index(flag) + 1]) for flag in ("--folder", "--adapter"))
     # the path is another, and the fingerprint is the one that the snippet stored
