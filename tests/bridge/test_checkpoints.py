@@ -48,7 +48,7 @@ def use(folder: str) -> dict[str, Any]:
     from support import checkpoints
 
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands import export, extract, merge, reorder
+    from emo_megatron.commands import compose, export, extract, merge, reorder
     from emo_megatron.hf.megatron import architecture_of
 
     root = Path(folder)
@@ -61,6 +61,14 @@ def use(folder: str) -> dict[str, Any]:
     checkpoints.selection_of(root / "parent", KEPT).save(selection)
     module = extract.run(extract.Options(checkpoint=root / "parent", selection=selection, output=root / "module"))
     merged = merge.run(merge.Options(parent=root / "parent", modules=(module,), output=root / "merged"))
+    others = [sorted({*range(8)} - {*kept}) for kept in KEPT]
+    checkpoints.selection_of(root / "parent", others).save(root / "others.json")
+    other = extract.run(
+        extract.Options(checkpoint=root / "parent", selection=root / "others.json", output=root / "other module")
+    )
+    composed = MegatronCheckpoint(
+        compose.run(compose.Options(modules=(module, other), parent=root / "parent", output=root / "composed"))
+    )
     order = tuple(tuple(reversed(range(8))) for _ in KEPT)
     checkpoints.placement_of(root / "parent", order=order).save(placement)
     reordered = MegatronCheckpoint(
@@ -70,6 +78,8 @@ def use(folder: str) -> dict[str, Any]:
     return {
         "merged": [name for name in parent.names if not torch.equal(again.read(name), parent.read(name))],
         "merged names": again.names.keys() == parent.names.keys(),
+        "composed": [name for name in parent.names if not torch.equal(composed.read(name), parent.read(name))],
+        "composed names": composed.names.keys() == parent.names.keys(),
         "reordered": torch.equal(reordered.read(router), parent.read(router).flip(0)),
         "module": torch.equal(MegatronCheckpoint(module).read(router), parent.read(router, KEPT[2])),
         "kept": MegatronCheckpoint(module).args.num_experts,
@@ -87,6 +97,8 @@ def used(trained, ranks) -> dict[str, Any]:
 def test_the_commands_open_a_checkpoint_of_bridge(used):
     assert used["merged"] == []
     assert used["merged names"]
+    assert used["composed"] == []
+    assert used["composed names"]
     assert used["reordered"]
     assert used["module"]
     assert used["kept"] == 4
