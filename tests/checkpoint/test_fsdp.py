@@ -15,10 +15,13 @@ import yaml
 from support import checkpoints
 from support.pretraining import logged, pretrain
 
+from emo_megatron import cli
 from emo_megatron.checkpoint import fsdp
 from emo_megatron.checkpoint.bridge_flags import RUN_CONFIG, read_run_config
 from emo_megatron.checkpoint.fsdp import convert
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.experts.placement import Placement
+from emo_megatron.experts.selection import Selection
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -48,6 +51,36 @@ def _save(folder: str, is_grouped: bool, num_experts: int = 8, is_bridge: bool =
         config = read_run_config(DATA / "bridge_run_config.yaml")
         (Path(folder) / RUN_CONFIG).write_text(yaml.safe_dump({"model": config["model"] | sizes}))
     return checkpoints.expected(built)
+
+
+COMMANDS = {
+    "extract": {"--checkpoint": "fsdp", "--selection": "fsdp/selection.json"},
+    "reorder": {"--checkpoint": "fsdp", "--placement": "placement.json"},
+    "export": {"--checkpoint": "fsdp"},
+    "merge": {"--parent": "fsdp", "--modules": "fsdp"},
+    "compose": {"--parent": "fsdp", "--modules": "fsdp"},
+}
+"""The commands that open a Megatron checkpoint in their own process, and their inputs."""
+
+
+@pytest.mark.parametrize("has_tracker", [True, False], ids=["run", "iteration"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_name_the_conversion(command, has_tracker, tmp_path, capsys):
+    source = tmp_path / "fsdp"
+    folder = source / "iter_0000007" if has_tracker else source
+    folder.mkdir(parents=True)
+    (folder / ".metadata").touch()
+    if has_tracker:
+        (source / "latest_checkpointed_iteration.txt").write_text("7")
+    common: dict[str, Any] = {"num_experts": 4, "layers": (1,), "model": "0" * 64}
+    Selection(**common, experts=((0, 1),), method="mean_prob", seed=None).save(source / "selection.json")
+    order = ((3, 2, 1, 0),)
+    Placement(**common, order=order, num_ranks=2, method="load", max_imbalance=1.1).save(tmp_path / "placement.json")
+    inputs = [part for flag, name in COMMANDS[command].items() for part in (flag, str(tmp_path / name))]
+    assert cli.main([command, *inputs, "--output", str(tmp_path / "out")]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert f"python -m emo_megatron.checkpoint.fsdp --checkpoint {source} " in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("is_grouped", [False, True], ids=["one by one", "grouped"])
