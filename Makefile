@@ -165,7 +165,7 @@ $(VENV)/serve-%/.installed: tests/serve/%.txt | $(STAMP)
 	@$(NEWS) "Installing $* in an environment of its own: about 6 GB with the CUDA build of torch; llama.cpp compiles"
 	@rm -rf $(@D)
 	@$(RUN) venv $(@D)
-	@torch=$$(grep '^torch' $<); \
+	@torch=$$(grep '^torch==' $<); \
 	[ -z "$$torch" ] || $(@D)/bin/python -m pip install --disable-pip-version-check --quiet $$torch
 	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement $<
 	@touch $@

@@ -24,7 +24,7 @@ from emo_megatron.hf.folder import SHARD_BYTES, HuggingFaceFolder, StoredModel, 
 from emo_megatron.hf.formats import FORMATS
 from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.megatron import MegatronWeights, architecture_of
-from emo_megatron.hf.prediction import FILE, has_prediction, save_prediction
+from emo_megatron.hf.prediction import FILE, check_prediction, has_prediction, save_prediction
 from emo_megatron.hf.tokenizer import Tokenizer
 from emo_megatron.report.rows import load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
@@ -88,6 +88,8 @@ def run(options: Options) -> Converted:
         raise ValueError(
             f"--mtp keep stores the layers of multi-token prediction of {checkpoint.path}, but {lacks}: remove --mtp"
         )
+    if mtp == "keep":
+        check_prediction(checkpoint, architecture)
     tokenizer = hugging_face_tokenizer(checkpoint.args, named=options.tokenizer, vocab_size=architecture.vocab_size)
     selection = _selection(options.selection, options.checkpoint / SELECTION_FILE, checkpoint)
     if selection and mtp == "drop":
@@ -163,7 +165,7 @@ def _hugging_face(options: Options, model: _Model) -> Write:
 
     def write(folder: Path) -> HuggingFaceFolder:
         if keeps_prediction:
-            save_prediction(folder, model.checkpoint, model.architecture, dtype=model.dtype)
+            save_prediction(folder, model.checkpoint, dtype=model.dtype)
         write_folder(
             folder,
             format=format,

@@ -37,20 +37,19 @@ def has_prediction(checkpoint: MegatronCheckpoint) -> bool:
     return any(name.startswith(PREDICTION) for name in checkpoint.names)
 
 
-def save_prediction(
-    folder: Path, checkpoint: MegatronCheckpoint, architecture: Architecture, *, dtype: torch.dtype
-) -> None:
+def check_prediction(checkpoint: MegatronCheckpoint, architecture: Architecture) -> None:
+    """Raise ValueError if `save_prediction` has no place for the tensors of a checkpoint; reads names and shapes."""
+    shapes = {name: checkpoint.names[stored].shape for name, stored in _stored_names(checkpoint).items()}
+    _check(shapes, architecture, _flags(checkpoint), checkpoint.path)
+
+
+def save_prediction(folder: Path, checkpoint: MegatronCheckpoint, *, dtype: torch.dtype) -> None:
     """Write FILE into a folder; all layers of multi-token prediction are in memory at once.
 
-    ValueError if the tensors do not match the flags, or if a value is not finite in `dtype`.
+    `check_prediction` must have accepted the checkpoint. ValueError if a value is not finite in `dtype`.
     """
-    flags = {name: getattr(checkpoint.args, name, None) for name in FLAGS}
-    names = {_renamed(name, OWN_NORM, FUSED_NORM): name for name in checkpoint.names if name.startswith(PREDICTION)}
-    _check(
-        {name: checkpoint.names[stored].shape for name, stored in names.items()}, architecture, flags, checkpoint.path
-    )
     tensors = {}
-    for name, stored in names.items():
+    for name, stored in _stored_names(checkpoint).items():
         weight = checkpoint.read(stored)
         check_weight(f"{stored} of {checkpoint.path}", weight, layer=checkpoint.layer_of(stored) or None)
         tensors[name] = weight.to(dtype).contiguous()
@@ -59,7 +58,7 @@ def save_prediction(
                 f"{stored} does not fit into {dtype}; the largest absolute value is {float(weight.abs().max()):g}: "
                 "export with --dtype float32"
             )
-    header = {"format": "pt", "emo_megatron": FORMAT, "flags": to_json(flags)}
+    header = {"format": "pt", "emo_megatron": FORMAT, "flags": to_json(_flags(checkpoint))}
     save_file(tensors, folder / FILE, metadata=header)
 
 
@@ -117,6 +116,17 @@ class Prediction:
             return part
 
         return rows
+
+
+def _flags(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
+    """The flags of FLAGS; None for a flag that the run did not have."""
+    return {name: getattr(checkpoint.args, name, None) for name in FLAGS}
+
+
+def _stored_names(checkpoint: MegatronCheckpoint) -> dict[str, str]:
+    """Name in FILE -> name in the checkpoint, of every tensor of multi-token prediction."""
+    stored = (name for name in checkpoint.names if name.startswith(PREDICTION))
+    return {_renamed(name, OWN_NORM, FUSED_NORM): name for name in stored}
 
 
 def _renamed(name: str, old: NormPlace, new: NormPlace) -> str:

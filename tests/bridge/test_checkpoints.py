@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 from support import decoder, words
 
+from emo_megatron.experts.placement import load_placement
+from emo_megatron.experts.selection import load_selection
+from emo_megatron.experts.stats import load_stats
+
 KEPT = [[0, 2, 5, 7], [1, 2, 3, 6], [0, 1, 4, 7], [2, 3, 4, 5]]
+FC1, CHANGED = "decoder.layers.2.mlp.experts.experts.linear_fc1.weight", 4
+"""A weight, and the expert that a module of KEPT changes in it."""
 MODEL = {
     "model.moe_shared_expert_intermediate_size": 32,
     "model.moe_router_load_balancing_type": "global_aux_loss",
@@ -43,12 +49,25 @@ def trained(run_bridge, tmp_path_factory) -> Path:
     return folder
 
 
+def changed(module: Path, folder: Path) -> Path:
+    """A copy of a module of KEPT, in which the expert CHANGED has other weights, as after training."""
+    from emo_megatron.checkpoint.edit import SELECTION_FILE
+    from emo_megatron.checkpoint.reader import MegatronCheckpoint
+    from emo_megatron.checkpoint.writer import write_checkpoint
+
+    stored = MegatronCheckpoint(module)
+    weights = {name: stored.read(name) for name in stored.names}
+    weights[FC1][KEPT[2].index(CHANGED)] += 1.0
+    notes = {SELECTION_FILE: load_selection(module / SELECTION_FILE).save}
+    return write_checkpoint(folder, weights, args=stored.args, notes=notes)
+
+
 def use(folder: str) -> dict[str, Any]:
     """What the commands that need no training make of the checkpoint."""
     from support import checkpoints
 
     from emo_megatron.checkpoint.reader import MegatronCheckpoint
-    from emo_megatron.commands import export, extract, merge, reorder
+    from emo_megatron.commands import compose, export, extract, merge, reorder
     from emo_megatron.hf.megatron import architecture_of
 
     root = Path(folder)
@@ -61,6 +80,16 @@ def use(folder: str) -> dict[str, Any]:
     checkpoints.selection_of(root / "parent", KEPT).save(selection)
     module = extract.run(extract.Options(checkpoint=root / "parent", selection=selection, output=root / "module"))
     merged = merge.run(merge.Options(parent=root / "parent", modules=(module,), output=root / "merged"))
+    others = [sorted({*range(8)} - {*kept}) for kept in KEPT]
+    checkpoints.selection_of(root / "parent", others).save(root / "others.json")
+    other = extract.run(
+        extract.Options(checkpoint=root / "parent", selection=root / "others.json", output=root / "other module")
+    )
+    trained, wanted = changed(module, root / "trained module"), {FC1: parent.read(FC1)}
+    wanted[FC1][CHANGED] += 1.0
+    composed = MegatronCheckpoint(
+        compose.run(compose.Options(modules=(trained, other), parent=root / "parent", output=root / "composed"))
+    )
     order = tuple(tuple(reversed(range(8))) for _ in KEPT)
     checkpoints.placement_of(root / "parent", order=order).save(placement)
     reordered = MegatronCheckpoint(
@@ -70,6 +99,12 @@ def use(folder: str) -> dict[str, Any]:
     return {
         "merged": [name for name in parent.names if not torch.equal(again.read(name), parent.read(name))],
         "merged names": again.names.keys() == parent.names.keys(),
+        "composed": [
+            name
+            for name in parent.names
+            if not torch.equal(composed.read(name), wanted[name] if name in wanted else parent.read(name))
+        ],
+        "composed names": composed.names.keys() == parent.names.keys(),
         "reordered": torch.equal(reordered.read(router), parent.read(router).flip(0)),
         "module": torch.equal(MegatronCheckpoint(module).read(router), parent.read(router, KEPT[2])),
         "kept": MegatronCheckpoint(module).args.num_experts,
@@ -87,6 +122,8 @@ def used(trained, ranks) -> dict[str, Any]:
 def test_the_commands_open_a_checkpoint_of_bridge(used):
     assert used["merged"] == []
     assert used["merged names"]
+    assert used["composed"] == []
+    assert used["composed names"]
     assert used["reordered"]
     assert used["module"]
     assert used["kept"] == 4
@@ -195,13 +232,31 @@ def test_statistics_of_a_checkpoint_of_bridge_choose_a_module(trained, tmp_path)
         texts = (" ".join(str((n * step) % 500) for n in range(40)) for step in steps)
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [sys.executable, "-m", "emo_megatron"]
-    common = ["--checkpoint", trained / "parent", "--data", data, "--tokenizer", trained / "tokenizer"]
+    model = ["--checkpoint", trained / "parent", "--tokenizer", trained / "tokenizer"]
+    stats, more, merged = (tmp_path / f"{name}.safetensors" for name in ("stats", "more", "merged"))
+    half = ["--keep", "50%"]
     for name, *options in (
-        ("stats", *common, "--output", tmp_path / "stats.safetensors"),
-        ("select", "--stats", tmp_path / "stats.safetensors", "--keep", "50%", "--output", tmp_path / "chosen.json"),
-        ("retention", *common, "--validation-data", other, "--keep", "50%", "--output", tmp_path / "retention"),
+        ("stats", *model, "--data", data, "--output", stats),
+        ("stats", *model, "--data", other, "--output", more),
+        ("merge-stats", "--stats", stats, more, "--output", merged),
+        ("place", "--stats", merged, "--ranks", 2, "--output", tmp_path / "placement.json"),
+        ("select", "--stats", stats, *half, "--output", tmp_path / "chosen.json"),
+        # without the cache, in which stats has stored what select measures
+        ("select", *model, "--data", data, *half, "--no-cache", "--output", tmp_path / "measured.json"),
+        ("retention", *model, "--data", data, "--validation-data", other, *half, "--output", tmp_path / "retention"),
     ):
         done = subprocess.run([*command, name, *map(str, options)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-    assert {len(kept) for kept in json.loads((tmp_path / "chosen.json").read_text())["experts"]} == {4}
+    chosen, measured = (load_selection(tmp_path / f"{name}.json") for name in ("chosen", "measured"))
+    assert {len(kept) for kept in chosen.experts} == {4}
+    assert measured.by_layer == chosen.by_layer
     assert (tmp_path / "retention" / "retention.csv").is_file()
+    parts, whole = [load_stats(path) for path in (stats, more)], load_stats(merged)
+    assert whole.num_tokens == sum(part.num_tokens for part in parts)
+    assert torch.equal(whole.count_LE, parts[0].count_LE + parts[1].count_LE)
+    # two experts per token
+    assert whole.count_LE.sum(1).tolist() == [whole.num_tokens * 2] * len(KEPT)
+    placement = load_placement(tmp_path / "placement.json")
+    assert placement.num_ranks == 2
+    assert placement.layers == chosen.layers
+    assert [sorted(order) for order in placement.order] == [[*range(8)]] * len(KEPT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import yaml
 from support import checkpoints
 from support.pretraining import logged, pretrain
 
+from emo_megatron import cli
 from emo_megatron.checkpoint import fsdp
 from emo_megatron.checkpoint.bridge_flags import RUN_CONFIG, read_run_config
 from emo_megatron.checkpoint.fsdp import convert
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
+from emo_megatron.experts.placement import Placement
+from emo_megatron.experts.selection import Selection
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -48,6 +52,66 @@ def _save(folder: str, is_grouped: bool, num_experts: int = 8, is_bridge: bool =
         config = read_run_config(DATA / "bridge_run_config.yaml")
         (Path(folder) / RUN_CONFIG).write_text(yaml.safe_dump({"model": config["model"] | sizes}))
     return checkpoints.expected(built)
+
+
+COMMANDS = {
+    "extract": {"--checkpoint": "fsdp", "--selection": "fsdp/selection.json"},
+    "reorder": {"--checkpoint": "fsdp", "--placement": "placement.json"},
+    "export": {"--checkpoint": "fsdp"},
+    "merge": {"--parent": "fsdp", "--modules": "fsdp"},
+    "compose": {"--parent": "fsdp", "--modules": "fsdp"},
+}
+"""The commands that open a Megatron checkpoint in their own process, and their inputs."""
+
+
+RANKS: dict[str, list[str]] = {
+    "stats": [],
+    "select": ["--keep", "50%"],
+    "retention": ["--keep", "50%", "--validation-data", "validation.jsonl"],
+}
+"""The commands that open a Megatron checkpoint in ranks, and their options beside --data."""
+
+
+def _unconverted(source: Path, *, has_tracker: bool = True) -> Path:
+    """A folder that Megatron-FSDP wrote, as far as a command looks before the command refuses the folder."""
+    folder = source / "iter_0000007" if has_tracker else source
+    folder.mkdir(parents=True)
+    (folder / ".metadata").touch()
+    if has_tracker:
+        (source / "latest_checkpointed_iteration.txt").write_text("7")
+    return source
+
+
+@pytest.mark.parametrize("has_tracker", [True, False], ids=["run", "iteration"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_name_the_conversion(command, has_tracker, tmp_path, capsys):
+    source = _unconverted(tmp_path / "fsdp", has_tracker=has_tracker)
+    common: dict[str, Any] = {"num_experts": 4, "layers": (1,), "model": "0" * 64}
+    Selection(**common, experts=((0, 1),), method="mean_prob", seed=None).save(source / "selection.json")
+    order = ((3, 2, 1, 0),)
+    Placement(**common, order=order, num_ranks=2, method="load", max_imbalance=1.1).save(tmp_path / "placement.json")
+    inputs = [part for flag, name in COMMANDS[command].items() for part in (flag, str(tmp_path / name))]
+    assert cli.main([command, *inputs, "--output", str(tmp_path / "out")]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert f"python -m emo_megatron.checkpoint.fsdp --checkpoint {source} " in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "processes"), [*((name, 1) for name in RANKS), ("stats", 2)])
+def test_commands_in_ranks_name_the_conversion(command, processes, tmp_path, monkeypatch, capfd):
+    source = _unconverted(tmp_path / "fsdp")
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("numbers.jsonl", "validation.jsonl")):
+        Path(name).write_text(json.dumps({"text": f"{number} 2"}) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    options = ["--checkpoint", str(source), "--data", "numbers.jsonl", "--nproc-per-node", str(processes)]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, *options, *RANKS[command], "--output", "out"])
+    assert stopped.value.code == 2
+    (told,) = capfd.readouterr().err.splitlines()
+    assert f"python -m emo_megatron.checkpoint.fsdp --checkpoint {source} " in told
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("is_grouped", [False, True], ids=["one by one", "grouped"])

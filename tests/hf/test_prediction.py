@@ -15,12 +15,14 @@ from support import checkpoints
 
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.experts.selection import load_selection
+from emo_megatron.files import whole
 from emo_megatron.hf.folder import INDEX, HuggingFaceFolder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
 from emo_megatron.hf.prediction import FILE, Prediction
 
 CONFIG = {"mtp_num_layers": 2, "moe_router_pre_softmax": True}
 SIZES = {"num_kv_heads": 4, "num_experts": 8, "max_positions": 64}
+PROJECTION = "mtp.layers.0.eh_proj.weight"
 KEPT = [[1, 2, 6, 7], [0, 3, 4, 6], [0, 1, 4, 5], [2, 3, 5, 7]]
 
 
@@ -130,6 +132,32 @@ def test_a_file_for_llama_cpp_has_no_place_for_prediction(ranks, trained, tmp_pa
     (said,) = ranks(1).run(refused, folder=str(trained), output=str(tmp_path / "new"), format="gguf")
     assert "--mtp keep" in said
     assert "--format gguf" in said
+    assert not (tmp_path / "new").exists()
+
+
+def refused_for_a_shape(folder: str, output: str) -> tuple[str, list[str]]:
+    """What export says of a projection that lost a row, and the outputs that export began to write."""
+    from emo_megatron.checkpoint.writer import write_checkpoint
+    from emo_megatron.commands import export
+
+    stored, root = MegatronCheckpoint(folder), Path(output)
+    weights = {name: stored.read(name) for name in stored.names}
+    weights[PROJECTION] = weights[PROJECTION][1:]
+    changed = write_checkpoint(root / "changed", weights, args=stored.args)
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "whole", lambda path, **_how: written.append(str(path)) or whole(path, is_new=True))
+        said = refused(str(changed), str(root / "new"))
+    return said, written
+
+
+def test_another_shape_is_refused_before_anything_is_written(ranks, trained, tmp_path):
+    ((said, written),) = ranks(1).run(refused_for_a_shape, folder=str(trained), output=str(tmp_path))
+    assert PROJECTION in said
+    assert "[32, 64]" in said
+    assert "[31, 64]" in said
+    assert "\n" not in said
+    assert written == []
     assert not (tmp_path / "new").exists()
 
 
