@@ -235,8 +235,8 @@ INTRODUCTION = """# Modules chosen by other projects
 - choices made: {dates} UTC
 
 Every process chose {keep} routed experts per layer of the demo's models, exported to Hugging Face, on the same tokens:
-{counts} per domain, in documents of at most {seq_length} tokens. A
-document is left out if the tokenizer does not turn its text into the same tokens again.
+{counts} per domain, in documents of at most {seq_length} tokens. A document is left out if
+the tokenizer does not turn its text into the same tokens again.
 
 - *Loss increase*: nats per token over {validation_tokens} validation tokens of the domain, against the whole model; the
   mean over {domains}.
