@@ -4,7 +4,7 @@
 
 Takes the demo's EMO, cuts the module of each domain out, exports the module, and measures the loss of the checkpoint
 and of the Hugging Face folder in every format of quantized_loss.py. Writes quantize.json and quantize.md into
-benchmarks/results. An interrupted run resumes.
+benchmarks/results. An interrupted run resumes; a run with other settings or versions is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quantized_loss import FORMATS, UNQUANTIZED, find_modelopt
 from timing import describe_machine
 
 from demo.jobs import Job, run_jobs
-from demo.recipe import run_step
+from demo.recipe import claim, run_step
 from emo_megatron.environment import collect_environment
 from emo_megatron.json_files import read_object, to_json
 
@@ -31,6 +31,8 @@ STORED, _ = UNQUANTIZED
 HERE = Path(__file__).resolve().parent
 SIDES = {"Megatron": "module", "Hugging Face": "hf"}
 """Where a module runs -> its folder."""
+VERSIONS = ("torch", "megatron-core", "transformers", "nvidia-modelopt")
+"""Packages whose version changes a loss."""
 HEADINGS = ("domain", "model", "format", "loss", "loss increase", "quantisers", "of experts")
 
 
@@ -137,8 +139,9 @@ INTRODUCTION = """# Quantised modules of the demo's EMO
 {machine}
 
 Modules of {keep} of the routed experts, chosen by mean router probability on {tokens} tokens of the domain. Losses are
-in nats per token over {validation_tokens} validation tokens. The loss increase is over the same module as it is stored.
-The quantisation is simulated: int8, fp8 and nvfp4 round weights and inputs, int4 rounds weights only.
+in nats per token over at least {validation_tokens} validation tokens per domain, in whole documents. The loss
+increase is over the same module as it is stored. The quantisation is simulated: int8, fp8 and nvfp4 round weights and
+inputs, int4 rounds weights only.
 
 """
 
@@ -157,9 +160,18 @@ def main(options: Options) -> None:
     if not (options.run / "retention.json").exists():
         print(f"{options.run} holds no finished demo: run `make demo` first")
         return
+    described = describe()
+    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
+        raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in ("keep", "tokens", "validation_tokens", "seq_length")}
+    versions = {name: described[name] for name in VERSIONS}
+    # files of another setting must not become numbers of this one
+    made_with = {"demo": read_object(options.run / "demo.json", kind="the settings of a run")}
+    claim(options.output, made_with | settings | versions)
     for domain in options.domains:
-        (options.output / domain).mkdir(parents=True, exist_ok=True)
-    machine = "\n".join(f"- {name}: {value}" for name, value in describe().items())
+        (options.output / domain).mkdir(exist_ok=True)
+    machine = "\n".join(f"- {name}: {value}" for name, value in described.items())
     run_jobs(list(jobs(options)))
     found = rows(options)
     introduction = INTRODUCTION.format(machine=machine, **vars(options))

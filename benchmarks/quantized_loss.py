@@ -9,6 +9,7 @@ the format, and the products are computed in the dtype of the model. `make model
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -106,10 +107,15 @@ def quantize(model: torch.nn.Module, format: str, forward_loop: Any) -> dict[str
 
     mtq.quantize(model, getattr(mtq, FORMATS[format]), forward_loop)
     active = [n for n, m in model.named_modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
-    return {
-        "quantizers": len(active),
-        "quantizers_of_experts": sum(bool(EXPERT_QUANTIZER.search(name)) for name in active),
-    }
+    of_experts = sum(bool(EXPERT_QUANTIZER.search(name)) for name in active)
+    if not of_experts:
+        # another version of ModelOpt or transformers: the loss would be that of experts that are not quantised
+        version = importlib.metadata.version("nvidia-modelopt")
+        raise ValueError(
+            f"--format {format}: nvidia-modelopt {version} quantised no routed expert of this model; expected version "
+            "0.47.0 and a model with routed experts"
+        )
+    return {"quantizers": len(active), "quantizers_of_experts": of_experts}
 
 
 def main(options: Options) -> None:

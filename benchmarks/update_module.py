@@ -26,7 +26,7 @@ import tyro
 from safetensors.torch import save_file
 from train_lora import EXPERTS
 from train_lora import Options as Adapter
-from update_page import Update, long_table, page, rate_text
+from update_page import Update, dates_of, long_table, page, rate_text, versions
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
 from demo.jobs import Job, run_jobs
@@ -301,6 +301,7 @@ def write_page(options: Options, losses: dict[str, dict[str, dict[str, float]]],
         [variant.update for variant in experiment.variants()],
         domain=DOMAIN,
         setting={
+            "dates": dates_of(options.output.glob("*/measured/*/retention.json")),
             "experts": size.experts,
             "kept": experiment.num_kept,
             "steps": options.steps,
@@ -331,6 +332,7 @@ def main(options: Options) -> None:
     if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
         raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
     made_with = {"size": asdict(size), "seed": seed, "text": manifest["fingerprint"]}
+    made_with["versions"] = versions("torch", "megatron-core", "transformers", "peft")
     claim(options.output, made_with | {name: getattr(options, name) for name in ("steps", "lr", "num_kept")})
     folder = prepare(options, corpus)
     experiments = [Experiment(name, options, folder, size=size, seed=seed) for name in MODELS]

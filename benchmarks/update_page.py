@@ -6,14 +6,14 @@ import importlib.metadata
 import re
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 
 import torch
 from timing import describe_machine
-
-from emo_megatron.environment import collect_environment
 
 LEAST_GAIN = 0.005
 """Smallest gain, in nats per token, by which harm is divided."""
@@ -28,6 +28,7 @@ INTRODUCTION = """# Updating the demo's models with Perl
 
 - script: `benchmarks/update_module.py`
 {machine}
+- losses measured: {dates}; date and commit above are those of this page
 - models: EMO and the standard MoE of `make demo`, {experts} routed experts and a shared one, which have seen no Perl;
   one seed
 
@@ -143,12 +144,22 @@ def rate_text(rate: float) -> str:
     return f"{Decimal(str(rate)):e}"
 
 
+def dates_of(files: Iterable[Path]) -> str:
+    """When the first and the last of these files were written, because a resumed run measures only what is missing."""
+    times = sorted(path.stat().st_mtime for path in files)
+    ends = dict.fromkeys(f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}" for time in (times[0], times[-1]))
+    return f"{' to '.join(ends)} UTC"
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Package -> installed version."""
+    return {name: importlib.metadata.version(name) for name in names}
+
+
 def page(losses: Losses, updates: Sequence[Update], *, domain: str, setting: Mapping[str, object]) -> str:
     """The page: the machine and versions, how the numbers were measured (`setting`), and the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    versions = collect_environment()["versions"]
-    more = {"transformers": versions["transformers"]["version"], "peft": importlib.metadata.version("peft")}
-    machine = describe_machine(device, threads=torch.get_num_threads()) | more
+    machine = describe_machine(device, threads=torch.get_num_threads()) | versions("transformers", "peft")
     listed = "\n".join(f"- {name}: {value}" for name, value in machine.items())
     paragraphs = INTRODUCTION.format(machine=listed, **setting).split("\n\n")
     wrapped = [part if part.startswith("- ") else textwrap.fill(part, WIDTH, **WHOLE_WORDS) for part in paragraphs]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 INPUTS = ("--checkpoint", "--stats", "--selection")
@@ -47,15 +50,59 @@ def test_every_job_reads_what_is_there(quantize: Any, options: Any) -> None:
 def test_the_page_names_the_machine(quantize: Any, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options.run.mkdir()
     (options.run / "retention.json").write_text("[]")
-    write_losses(quantize, options)
-    monkeypatch.setattr(quantize, "run_jobs", lambda jobs: None)
-    monkeypatch.setattr(quantize, "describe_machine", lambda device, *, threads: {"hardware": "an abacus"})
+    (options.run / "demo.json").write_text("{}")
+    monkeypatch.setattr(quantize, "run_jobs", lambda jobs: write_losses(quantize, options))
+    described = {"hardware": "an abacus", "torch": "1", "megatron-core": "2"}
+    monkeypatch.setattr(quantize, "describe_machine", lambda device, *, threads: described)
     quantize.main(options)
     head, _, table = (options.results / "quantize.md").read_text().partition("\n| ")
     said = dict(line[2:].split(": ", 1) for line in head.splitlines() if line.startswith("- "))
     assert said["hardware"] == "an abacus"
     assert {"transformers", "nvidia-modelopt"} <= said.keys()
     assert table
+    written = (options.results / "quantize.md").read_bytes()
+
+    quantize.main(options)  # resumes
+    (options.run / "demo.json").write_text('{"seed": 2}')
+    others = [dataclasses.replace(options, **{name: 7}) for name in ("tokens", "validation_tokens", "seq_length")]
+    for other in [dataclasses.replace(options, keep="50%"), *others]:
+        with pytest.raises(ValueError, match="--output"):
+            quantize.main(other)
+    described["torch"] = "3"
+    with pytest.raises(ValueError, match="torch is 1"):
+        quantize.main(options)
+    described["torch"] = "1"
+    (options.output / "demo.json").unlink()
+    with pytest.raises(ValueError, match="--output"):
+        quantize.main(options)
+    assert (options.results / "quantize.md").read_bytes() == written
+
+
+def test_experts_without_quantisers_are_an_error(quantize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("quantized_loss")
+
+    class TensorQuantizer(torch.nn.Module):
+        is_enabled = True
+
+    def quantise(model: torch.nn.Module, config: object, forward_loop: object) -> None:
+        model.attention = TensorQuantizer()
+
+    layers = SimpleNamespace(TensorQuantizer=TensorQuantizer)
+    package = SimpleNamespace(quantize=quantise, FP8_DEFAULT_CFG={}, nn=layers)
+    for name in ("modelopt.torch.quantization", "modelopt.torch", "modelopt"):
+        monkeypatch.setitem(sys.modules, name, package)
+        package = SimpleNamespace(**{name.rpartition(".")[2]: package})
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization.nn", layers)
+    monkeypatch.setattr(module, "find_modelopt", lambda: None)
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "9.9")
+    model = torch.nn.Module()
+    with pytest.raises(ValueError, match="--format fp8"):
+        module.quantize(model, "fp8", None)
+    layer = torch.nn.Module()
+    layer.mlp = torch.nn.Module()
+    layer.mlp.experts = torch.nn.ModuleList([TensorQuantizer()])
+    model = torch.nn.ModuleDict({"layer": layer})
+    assert module.quantize(model, "fp8", None) == {"quantizers": 2, "quantizers_of_experts": 1}
 
 
 @pytest.mark.parametrize("step", ["quantize", "loss"])

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import keyword
+import os
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,16 @@ def test_the_page_tells_every_setting(experiment, monkeypatch: pytest.MonkeyPatc
     update, pages = importlib.import_module("update_module"), importlib.import_module("update_page")
     monkeypatch.setattr(pages, "describe_machine", lambda device, *, threads: {"hardware": "an abacus"})
     measured = {v.name: {"python": 2.0, update.DOMAIN: 3.0} for v in experiment.variants()}
+    for name, hours in {"parent": 1, "all": 5}.items():
+        file = experiment.output / "measured" / name / "retention.json"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (hours * 3600, hours * 3600))
     options = dataclasses.replace(experiment.options, results=tmp_path / "results")
     text = update.write_page(options, {"emo": measured, "standard": measured}, experiment)
     assert (tmp_path / "results" / "update-module.md").read_text() == text
     assert "- hardware: an abacus\n" in text
+    assert "1970-01-01 01:00 to 1970-01-01 05:00" in text
     assert f"{experiment.num_kept} routed experts" in text
     assert "{" not in text
     assert max(map(len, text.partition("\n| ")[0].splitlines())) <= 120

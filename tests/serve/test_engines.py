@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.engines import ENGINES, TOLERANCE, Agreement, Answers, Engine
-from support.serve_results import PACKAGED, RESULTS, packaged, results, write
+from support.engines import TOLERANCE, Agreement, Answers, Engine
 from support.served_models import CHANGED, DENSE, MODELS, MODULE
 
 pytestmark = pytest.mark.serve
@@ -34,19 +33,3 @@ def test_dense_layers_are_another_model_where_the_pages_say_so(
         pytest.skip(f"{engine.name} reads mlp_only_layers, or export refuses such a model")
     assert DENSE in answers(engine).answers
     assert agreement(engine, DENSE, DENSE).max_difference > 1
-
-
-def test_the_results_are_written(
-    request: pytest.FixtureRequest, agreement: Compare, answers: Callable[[Engine], Answers]
-) -> None:
-    if not request.config.getoption("--write-serving"):
-        pytest.skip("the results are written with --write-serving, which make test-serve passes")
-    rows = {}
-    assert all(engine.is_installed for engine in ENGINES), "results of all engines are written together"
-    for engine in ENGINES:
-        run = [model for model in MODELS if model != DENSE or engine.runs_dense_layers]
-        rows[engine] = {model: agreement(engine, model, model) for model in run}
-    assert all(found.is_whole for models in rows.values() for found in models.values())
-    content = results({engine: answers(engine).versions for engine in rows}, rows)
-    write(content, RESULTS)
-    write(packaged(content), PACKAGED)
