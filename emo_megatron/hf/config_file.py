@@ -115,7 +115,14 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """The base of the rotary positions, from the field of transformers 4 or of transformers 5."""
-    parameters = record(config, "rope_parameters") or record(config, "rope_scaling")
+    parameters, scaling = record(config, "rope_parameters"), record(config, "rope_scaling")
+    if parameters and scaling and parameters != scaling:
+        # transformers lets rope_scaling win, and says nothing
+        raise ValueError(
+            f"rope_parameters and rope_scaling must be equal if config.json has both; got {reprlib.repr(parameters)} "
+            f"and {reprlib.repr(scaling)}: remove the one with which the model was not trained"
+        )
+    parameters = parameters or scaling
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type must be 'default' (rotary positions without scaling); got {reprlib.repr(kind)}")

@@ -204,8 +204,16 @@ def flags_of(
 
 
 def values_of(architecture: Architecture) -> dict[str, Any]:
-    """The values of the flags that describe the model; the inverse of `architecture_of_flags`."""
+    """The values of the flags that describe the model; the inverse of `architecture_of_flags`.
+
+    ValueError if Megatron has no flags for the model.
+    """
     a = architecture
+    if a.top_k == 1 and a.renormalise:
+        raise ValueError(
+            "num_experts_per_tok must be at least 2 with norm_topk_prob true; got 1: the only gate is then 1 for every "
+            "token, and Megatron has no flags for such a router"
+        )
     return {
         **{name: getattr(a, field) for field, name in SAME.items()},
         "ffn_hidden_size": a.dense_hidden or a.expert_hidden,

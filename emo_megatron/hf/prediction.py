@@ -142,6 +142,8 @@ def _check(
         raise ValueError(
             f"{path}: mtp_num_layers must be at least 1, and at most the number of tensors; got {depths!r}"
         )
+    if not isinstance(is_repeated := flags.get("mtp_use_repeated_layer"), bool | None):
+        raise ValueError(f"{path}: mtp_use_repeated_layer must be true, false or null; got {is_repeated!r}")
     width = architecture.hidden_size
     around: dict[str, tuple[int, ...]] = {"eh_proj.weight": (width, 2 * width)}
     around |= {f"{norm}.weight": (width,) for norm in ("enorm", "hnorm", "final_layernorm")}
@@ -151,7 +153,7 @@ def _check(
         for tensor in tensors_of(architecture)
         if tensor.name.startswith(last) and not tensor.is_constant
     }
-    layers = range(1 if flags.get("mtp_use_repeated_layer") else depths)
+    layers = range(1 if is_repeated else depths)
     wanted = {f"{PREDICTION}layers.{at}.{name}": shape for at in layers for name, shape in (around | inner).items()}
     if problems := shape_problems(shapes, wanted):
         raise ValueError(f"{path}: the tensors of multi-token prediction do not match the model: {'; '.join(problems)}")

@@ -114,11 +114,13 @@ class Tokenizer:
         return [token for token in tokens if token not in self._tokenizer.get_added_vocab()]
 
     def check(self, *, vocab_size: int) -> None:
-        """Raise ValueError if the vocabulary has more tokens than the embedding has rows."""
-        if len(self) > vocab_size:
+        """Raise ValueError if a token has no row in the embedding; ids can have gaps."""
+        largest = max(self._tokenizer.get_vocab().values(), default=-1)
+        if largest >= vocab_size:
             raise ValueError(
                 f"the embedding must have a row for every token; the tokenizer in {self.path} has {len(self)} tokens "
-                f"and the model's embedding {vocab_size} rows: name the tokenizer of this model with --tokenizer"
+                f"with ids up to {largest}, and the model's embedding {vocab_size} rows: name the tokenizer of this "
+                "model with --tokenizer"
             )
 
     def save(self, folder: Path) -> None:
@@ -128,6 +130,9 @@ class Tokenizer:
         # transformers 5 writes the new name; transformers 4 accepts only the old name
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # a list is the new form; transformers 5 reads the old name too
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
         for how_it_was_loaded in ("is_local", "local_files_only"):
             config.pop(how_it_was_loaded, None)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -254,6 +254,10 @@ def test_what_the_released_format_cannot_express(overrides: dict[str, Any], reas
     assert reason in problem
 
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
     ("format", "change", "reason"),
     [
@@ -263,6 +267,10 @@ def test_what_the_released_format_cannot_express(overrides: dict[str, Any], reas
         ("emo", {"attention_bias": True}, "attention_bias"),
         ("emo", {"num_shared_experts_per_layer": [1, 0, 1]}, "num_shared_experts"),
         ("qwen2_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("qwen2_moe", {"rope_parameters": LINEAR}, "rope_type"),
+        # transformers computes rope_scaling if a config has both
+        ("qwen2_moe", {"rope_parameters": PLAIN, "rope_scaling": LINEAR}, "rope_scaling"),
+        ("qwen2_moe", {"rope_parameters": PLAIN, "rope_scaling": PLAIN | {"rope_theta": 2e4}}, "rope_scaling"),
         ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act"),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen2_moe", {"model_type": "mixtral"}, "model_type must be one of qwen2_moe, emo"),

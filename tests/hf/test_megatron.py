@@ -47,6 +47,15 @@ def checkpoint(**changes):
     )
 
 
+def test_a_router_that_megatron_has_no_flags_for_is_refused():
+    model = dataclasses.replace(decoder.architecture(), top_k=1, renormalise=True)
+    with pytest.raises(ValueError, match="norm_topk_prob"):
+        flags_of(model, dtype=torch.float32, moe_norm=FUSED_NORM, pools={}, tokenizer=None)
+    plain = dataclasses.replace(model, renormalise=False)
+    flags = flags_of(plain, dtype=torch.float32, moe_norm=FUSED_NORM, pools={}, tokenizer=None)
+    assert flags.moe_router_pre_softmax
+
+
 def test_the_flags_of_an_architecture_are_its_own():
     assert architecture_of(checkpoint()) == decoder.architecture()
 

@@ -168,6 +168,9 @@ def kept(ranks, trained, tmp_path_factory):
     return root / "hf"
 
 
+REPEATED = '{"mtp_num_layers": 2, "mtp_use_repeated_layer": "maybe"}'
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -177,6 +180,7 @@ def kept(ranks, trained, tmp_path_factory):
         (lambda tensors, header: header.update(flags='{"mtp_num_layers": 1}'), "no place"),
         (lambda tensors, header: header.update(flags='{"mtp_num_layers": 9999}'), "mtp_num_layers"),
         (lambda tensors, header: header.update(flags="[]"), "mtp_num_layers"),
+        (lambda tensors, header: header.update(flags=REPEATED), "mtp_use_repeated_layer"),
         (lambda tensors, header: header.update(flags="{"), FILE),
         (lambda tensors, header: tensors.update({n: t.float() for n, t in tensors.items()}), "bfloat16"),
         (lambda tensors, header: tensors.update({n: t[1:] for n, t in tensors.items()}), "shape"),

@@ -60,9 +60,40 @@ def test_transformers_4_knows_the_class_that_is_written(tmp_path: Path) -> None:
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+def test_further_special_tokens_have_the_name_that_transformers_4_knows(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = words.write_tokenizer(tmp_path / "source")
+    turns = ["<turn>", "</turn>"]
+    changed = AutoTokenizer.from_pretrained(source)
+    changed.add_special_tokens({"additional_special_tokens": turns})
+    changed.save_pretrained(source)
+    Tokenizer(source).save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == turns
+    assert "extra_special_tokens" not in config
+    # transformers 5 reads the same tokens from both folders
+    read = [AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out")]
+    assert read[0].all_special_tokens == read[1].all_special_tokens
+    assert set(turns) < set(read[1].all_special_tokens)
+    assert read[0]("the <turn> pool")["input_ids"] == read[1]("the <turn> pool")["input_ids"]
+
+
+def test_ids_with_gaps_need_rows_up_to_the_largest(tmp_path: Path) -> None:
+    source = words.write_tokenizer(tmp_path / "source")
+    stored = json.loads((source / "tokenizer.json").read_text())
+    stored["model"]["vocab"] = {t: 70 if n == 39 else n for t, n in stored["model"]["vocab"].items()}
+    (source / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = Tokenizer(source)
+    assert len(tokenizer) == 40
+    tokenizer.check(vocab_size=71)
+    with pytest.raises(ValueError, match=r"70.*--tokenizer"):
+        tokenizer.check(vocab_size=70)
+
+
 def test_a_vocabulary_without_rows_for_it_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(words.write_tokenizer(tmp_path / "source"))
-    with pytest.raises(ValueError, match=r"40 tokens and the model's embedding 39 rows.*--tokenizer"):
+    with pytest.raises(ValueError, match=r"40 tokens .*embedding 39 rows.*--tokenizer"):
         tokenizer.check(vocab_size=39)
 
 
