@@ -4,8 +4,10 @@ transformers loads the folder, and peft's own code loads and merges the adapter:
 the stacked weights of experts and routers (`target_parameters`). The result is a temporary folder with the same tensor
 names and the same config.json.
 
-Memory: all weights once, in the dtype of the folder, and the change of one stacked expert weight. Disk: a second copy
-of the folder, until the caller is done.
+The logits before and after the merge are compared, because peft may merge an adapter wrongly.
+
+Memory: all weights once, in the dtype of the folder, and changed copies of the experts of one layer. Disk: a second
+copy of the folder, until the caller is done.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 import peft
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from emo_megatron.files import machine_error, one_line, writing
 from emo_megatron.hf import folder as folders
@@ -56,6 +59,16 @@ _STACKED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 """Kind of an expert's weight -> the stacked weight of transformers 5."""
 _STACKABLE = (("down",), ("gate", "up", "down"))
 """Kinds that an expert's adapter may have."""
+_TIED = re.compile(r".*\b(?P<target>embed_tokens|lm_head)\..*\blora_.*")
+"""Name of an adapter's tensor that adds to the weights of the embedding or of the output."""
+_TOKENS = 32
+"""Number of random tokens on which the adapted model and the merged model are compared."""
+_TOLERANCE = 1e-3
+"""Largest difference of the logits, relative to the largest logit: a merge changes only the order of sums, which gives
+4e-6 on the test models in float32, and a deep model may add up more."""
+_ROUNDINGS = 16
+"""The same for float16 and bfloat16, for the median token, in roundings (`eps`): a merge rounds the weights, which
+gives up to 4 on the test models. A few tokens then choose another expert of nearly equal score and differ more."""
 _LEARNED = {
     "qkv_bias": "biases of q_proj, k_proj and v_proj (bias)",
     "shared_gate": "shared_expert_gate (target_modules)",
@@ -70,7 +83,8 @@ def merged(base: HuggingFaceFolder, adapter: Path, *, output: Path) -> Iterator[
 
     Raises:
         NotImplementedError: the kind of adapter cannot be merged.
-        ValueError: the adapter was trained on another model, does not fit, or changes what the model does not have.
+        ValueError: the adapter was trained on another model, does not fit, changes what the model does not have, or
+            the logits of the merged model are not those of the adapted model.
     """
     check(base, adapter)
     near = next(above for above in output.absolute().parents if above.is_dir())
@@ -128,36 +142,61 @@ def _check_kind(base: HuggingFaceFolder, adapter: Path) -> None:
 
 def _check_base(base: HuggingFaceFolder, adapter: Path) -> None:
     """Raise ValueError unless the adapter was trained on the weights of `base`, as far as its folder says."""
-    if (copied := adapter / folders.CONFIG).is_file():
-        config = read_object(copied, kind="the configuration of the model that an adapter was trained on")
-        if (trained_on := record(config, RECORD).get(FIELD)) is not None:
-            if trained_on == base.fingerprint:
-                return
-            raise ValueError(
-                f"{adapter} was trained on other weights than those in --folder {base.path}: {RECORD}.{FIELD} in "
-                f"{copied} must be {base.fingerprint[:12]}...; got {reprlib.repr(trained_on)}: pass the folder that "
-                "the adapter was trained on as --folder"
-            )
     named = _config(adapter).get(BASE)
-    if isinstance(named, str) and _is_same(Path(named), base):
+    try:
+        is_same = _is_same(named, base)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter / CONFIG}: {BASE} names a folder that cannot be compared with --folder {base.path}: {error}; or "
+            f"write the path of the folder that the adapter was trained on into {BASE}"
+        ) from None
+    if is_same is False:
+        raise ValueError(
+            f"{adapter / CONFIG}: {BASE} names a folder with other weights than --folder {base.path}; got "
+            f"{reprlib.repr(named)}: pass the folder that the adapter was trained on as --folder, or, if "
+            f"{base.path} has the weights that the adapter was trained on, write its path into {BASE}"
+        )
+    copied = adapter / folders.CONFIG
+    trained_on = _recorded(copied) if copied.is_file() else None
+    if trained_on == base.fingerprint:
         return
+    # programs that train all weights copy the record, which then is not about the new weights
+    is_stale = trained_on is not None and trained_on == record(base.config, RECORD).get(FIELD)
+    if trained_on is not None and not is_stale:
+        raise ValueError(
+            f"{adapter} was trained on other weights than those in --folder {base.path}: {RECORD}.{FIELD} in "
+            f"{copied} must be {base.fingerprint[:12]}...; got {reprlib.repr(trained_on)}: pass the folder that "
+            "the adapter was trained on as --folder"
+        )
+    if is_same:
+        return
+    stale = f"{RECORD}.{FIELD} in {base.path / folders.CONFIG} is not about the weights in the folder, so "
     raise ValueError(
-        f"{adapter / CONFIG}: {BASE} must be --folder {base.path}, or a folder with the same weights; got "
-        f"{reprlib.repr(named)}: pass the folder that the adapter was trained on as --folder, or, if {base.path} is a "
-        f"copy of that folder, write its path into {BASE}"
+        f"{adapter / CONFIG}: {stale if is_stale else ''}{BASE} must be --folder {base.path}, or a folder with the "
+        f"same weights; got {reprlib.repr(named)}: pass the folder that the adapter was trained on as --folder, or, if "
+        f"{base.path} is a copy of that folder, write its path into {BASE}"
     )
 
 
-def _is_same(named: Path, base: HuggingFaceFolder) -> bool:
-    """Whether a path names the folder of `base`, or a folder with the same weights."""
+def _recorded(config: Path) -> object:
+    """The fingerprint in a config.json; None without."""
+    fields = read_object(config, kind="the configuration of the model that an adapter was trained on")
+    return record(fields, RECORD).get(FIELD)
+
+
+def _is_same(named: object, base: HuggingFaceFolder) -> bool | None:
+    """Whether a path names the folder of `base`, or a folder with the same weights; None if it names no folder here."""
+    if not isinstance(named, str):
+        return None
+    path = Path(named)
     try:
-        if named.resolve() == base.path.resolve():
+        if path.resolve() == base.path.resolve():
             return True
-        is_folder = (named / folders.CONFIG).is_file()
+        is_folder = (path / folders.CONFIG).is_file()
     except (OSError, ValueError):
         # a name that no file can have
-        return False
-    return is_folder and HuggingFaceFolder(named).fingerprint == base.fingerprint
+        return None
+    return HuggingFaceFolder(path).fingerprint == base.fingerprint if is_folder else None
 
 
 def _config(adapter: Path) -> Mapping[str, Any]:
@@ -168,18 +207,31 @@ def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
     """transformers' model of `base` with the adapter merged in."""
     from transformers import Qwen2MoeForCausalLM
 
-    model: Any = Qwen2MoeForCausalLM.from_pretrained(str(base.path), dtype=base.dtype, local_files_only=True)
+    with _cannot_be_merged(base, adapter):
+        if base.architecture.tied:
+            _check_tied(adapter)
+        config = _peft_config(base, adapter)
+    # other implementations need sizes that are multiples of 16 bytes
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = Qwen2MoeForCausalLM.from_pretrained(str(base.path), dtype=base.dtype, local_files_only=True, **eager)
+    with _cannot_be_merged(base, adapter), torch.no_grad(), warnings.catch_warnings():
+        # peft warns that these patterns match no module, because they name stacked weights
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+        adapted: Any = peft.PeftModel(model, config)
+        # from_pretrained only warns about weights of the adapter that have no place, or are not there
+        loaded = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
+        if misfits := [*loaded.missing_keys, *loaded.unexpected_keys]:
+            raise ValueError(f"{len(misfits)} tensors are missing or have no place, for example {min(misfits)}")
+        wanted_TV = _logits(adapted, base)
+        merged_model = adapted.merge_and_unload(safe_merge=True)
+        _check_merge(_logits(merged_model, base), wanted_TV, dtype=base.dtype)
+        return merged_model
+
+
+@contextlib.contextmanager
+def _cannot_be_merged(base: HuggingFaceFolder, adapter: Path) -> Iterator[None]:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # peft warns that these patterns match no module, because they name stacked weights
-            warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
-            config = _peft_config(base, adapter)
-            adapted: Any = peft.PeftModel(model, config)
-            # from_pretrained only warns about weights of the adapter that have no place, or are not there
-            loaded = adapted.load_adapter(str(adapter), "default", torch_device="cpu")
-            if misfits := [*loaded.missing_keys, *loaded.unexpected_keys]:
-                raise ValueError(f"{len(misfits)} tensors are missing or have no place, for example {min(misfits)}")
-            return adapted.merge_and_unload(safe_merge=True)
+        yield
     except Exception as error:
         # peft raises errors of many types, and some have several lines
         if isinstance(error, MemoryError) or machine_error(error):
@@ -187,6 +239,41 @@ def _merge(base: HuggingFaceFolder, adapter: Path) -> Any:
         raise ValueError(
             f"the adapter {adapter} cannot be merged into {base.path}: {one_line(error) or type(error).__name__}"
         ) from error
+
+
+def _check_tied(adapter: Path) -> None:
+    """Raise ValueError if an adapter of a tied model adds to the embedding or to the output: peft changes both."""
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        targets = sorted({match["target"] for name in file.keys() if (match := _TIED.fullmatch(name))})  # noqa: SIM118
+    if targets:
+        raise ValueError(
+            f"LoRA must not train {' and '.join(targets)} if tie_word_embeddings is true, because embedding and output "
+            "are one weight, and the merge would change both: train the adapter without this target, or with "
+            "modules_to_save=['embed_tokens'] and ensure_weight_tying=True"
+        )
+
+
+def _logits(model: Any, base: HuggingFaceFolder) -> Tensor:
+    """[T, V] float32 logits of random tokens, which are the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    count = min(_TOKENS, base.architecture.max_positions)
+    tokens_1T = torch.randint(base.architecture.vocab_size, (1, count), generator=generator)
+    logits_TV: Tensor = model.eval()(input_ids=tokens_1T, use_cache=False).logits[0].float()
+    return logits_TV
+
+
+def _check_merge(found_TV: Tensor, wanted_TV: Tensor, *, dtype: torch.dtype) -> None:
+    """Raise ValueError if the logits of the merged model are not those of the adapted model, in a folder's dtype."""
+    error_T = (found_TV - wanted_TV).abs().amax(-1) / wanted_TV.abs().max().clamp(min=1.0)
+    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
+    error = float(error_T.median() if tolerance > _TOLERANCE else error_T.max())
+    # this form of the condition is also true for a difference that is NaN
+    if not error <= tolerance:
+        raise ValueError(
+            f"the logits of the merged model must be those of the adapted model up to {tolerance:.2g} of the "
+            f"largest logit; got {error:.2g}, so peft {peft.__version__} does not merge this adapter right: "
+            "use another version of peft, or train the adapter with other settings of LoraConfig"
+        )
 
 
 def _peft_config(base: HuggingFaceFolder, adapter: Path) -> Any:

@@ -26,12 +26,24 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "patterns": {"target_modules": lora.LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
     "dora": {"target_modules": lora.LINEAR, "use_dora": True},
     "embedding and output": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "LoRA of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA of the output": {"target_modules": ["q_proj", "lm_head"]},
+}
+TIED: dict[str, dict[str, Any]] = {
+    "linear layers": {"target_modules": lora.LINEAR},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [0, 7, 14]},
+    "embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
 }
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return decoder.write_folder(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder.write_folder(tmp_path_factory.mktemp("tied") / "tied", model=decoder.architecture(tied=True))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +78,19 @@ def test_an_adapter_that_changes_nothing_changes_no_bit(variant: str, dtype: tor
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_merged_model_is_the_adapted_one(name: str, base: Path, tmp_path: Path) -> None:
+    check_logits(base, tmp_path, **ADAPTERS[name])
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_the_merged_model_with_a_tied_output_is_the_adapted_one(name: str, tied: Path, tmp_path: Path) -> None:
+    check_logits(tied, tmp_path, **TIED[name])
+
+
+def check_logits(base: Path, tmp_path: Path, **config: Any) -> None:
+    """Train an adapter; the logits must be those of the merged folder."""
     import peft
 
-    adapter = lora.train(base, tmp_path / "adapter", **ADAPTERS[name])
+    adapter = lora.train(base, tmp_path / "adapter", **config)
     (tmp_path / "out").mkdir()
     tensors = merged(base, adapter, tmp_path / "out")
     plain = lora.load(base)
@@ -214,11 +236,40 @@ def test_a_learned_gate_and_biases_that_the_model_has_are_merged(tmp_path: Path)
         assert not torch.equal(before[f"model.layers.0.{kind}"], after[f"model.layers.0.{kind}"])
 
 
-def test_a_tied_output_cannot_be_trained_apart(tmp_path: Path) -> None:
-    base = decoder.write_folder(tmp_path / "base", model=decoder.architecture(tied=True))
-    adapter = lora.train(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+def test_a_tied_output_cannot_be_trained_apart(tied: Path, tmp_path: Path) -> None:
+    adapter = lora.train(tied, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
     (tmp_path / "out").mkdir()
-    refused(base, adapter, tmp_path / "out", match="lm_head")
+    refused(tied, adapter, tmp_path / "out", match="lm_head")
+
+
+@pytest.mark.parametrize(
+    ("target", "config"),
+    [
+        ("lm_head", {"target_modules": ["q_proj", "lm_head"]}),
+        ("lm_head", {"target_modules": ["lm_head"], "use_dora": True}),
+        ("lm_head", {"target_parameters": ["lm_head.weight"]}),
+        ("embed_tokens", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("embed_tokens and lm_head", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+    ids=["output", "dora", "parameter", "embedding", "both"],
+)
+def test_lora_of_a_tied_weight_is_refused(target: str, config: dict[str, Any], tied: Path, tmp_path: Path) -> None:
+    adapter = lora.train(tied, tmp_path / "adapter", **config)
+    (tmp_path / "out").mkdir()
+    refused(tied, adapter, tmp_path / "out", match=rf" {target} .*tie_word_embeddings")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_wrong_merge_is_refused(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import Linear
+
+    base = decoder.write_folder(tmp_path / "base", dtype=dtype)
+    adapter = lora.train(base, tmp_path / "adapter", **ADAPTERS["everything"])
+    (tmp_path / "out").mkdir()
+    assert merged(base, adapter, tmp_path / "out")
+    of_peft = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *args: -of_peft(*args))
+    refused(base, adapter, tmp_path / "out", match=r"logits .*peft")
 
 
 @pytest.mark.parametrize(
@@ -277,6 +328,37 @@ def test_the_configuration_in_an_adapter_tells_the_weights(base: Path, everythin
     changed = decoder.write_folder(tmp_path / "changed", weights=weights)
     lora.edit(adapter, base_model_name_or_path=str(changed))
     refused(changed, adapter, tmp_path / "out", match=r"weights_sha256.*--folder")
+
+
+def test_a_fingerprint_of_earlier_weights_tells_nothing(base: Path, tmp_path: Path) -> None:
+    model = lora.load(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.mul_(1.5)
+    tuned = tmp_path / "tuned"
+    model.save_pretrained(tuned)
+    records = [json.loads((folder / "config.json").read_text())["emo_megatron"] for folder in (base, tuned)]
+    assert records[0] == records[1]
+    adapter = lora.train(tuned, tmp_path / "adapter", with_config=True, **ADAPTERS["linear layers"])
+    (tmp_path / "out").mkdir()
+    assert merged(tuned, adapter, tmp_path / "out")
+    refused(base, adapter, tmp_path / "out", match=r"base_model_name_or_path .*--folder")
+    # the path decides, but it names no folder
+    lora.edit(adapter, base_model_name_or_path="me/tuned")
+    refused(tuned, adapter, tmp_path / "out", match=r"weights_sha256 .*base_model_name_or_path .*me/tuned")
+    # an adapter of a third model has another record
+    file = adapter / "config.json"
+    file.write_text(file.read_text().replace(records[0]["weights_sha256"], "0" * 64))
+    lora.edit(adapter, base_model_name_or_path=str(tuned))
+    refused(tuned, adapter, tmp_path / "out", match=r"weights_sha256.*--folder")
+
+
+def test_a_folder_that_cannot_be_compared_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = lora.train(base, tmp_path / "adapter", with_config=True, **ADAPTERS["linear layers"])
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    (copy / "model.safetensors").unlink()
+    lora.edit(adapter, base_model_name_or_path=str(copy))
+    (tmp_path / "out").mkdir()
+    refused(base, adapter, tmp_path / "out", match=r"base_model_name_or_path .*model\.safetensors")
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_files(base: Path, tmp_path: Path) -> None:
