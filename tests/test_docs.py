@@ -78,7 +78,7 @@ RUN_IN = {
         re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "modules.md").read_text()),
         "test_tutorial.py::test_every_command_leaves_what_the_next_one_takes",
     ),
-    "make test-serve": "serve/test_engines.py::test_the_results_are_written",
+    "make test-serve": "serve/test_written.py::test_the_results_are_written",
     "transformers serve runs/python/hf": "test_tutorial.py::test_the_module_is_served",
 }
 
