@@ -261,6 +261,8 @@ def test_what_the_released_format_cannot_express(overrides: dict[str, Any], reas
         ("emo", {"num_shared_experts": 2}, "1 each in training"),
         ("emo", {"always_active_experts": [0]}, "always_active_experts"),
         ("emo", {"attention_bias": True}, "attention_bias"),
+        ("emo", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("emo", {"head_dim": 16}, "head_dim"),
         ("emo", {"num_shared_experts_per_layer": [1, 0, 1]}, "num_shared_experts"),
         ("qwen2_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act"),
