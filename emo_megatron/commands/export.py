@@ -16,7 +16,8 @@ from emo_megatron.checkpoint.edit import SELECTION_FILE
 from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.commands.options import check_least, unset
 from emo_megatron.config import PoolConfig
-from emo_megatron.experts.selection import Selection, load_selection
+from emo_megatron.experts.select import METHODS
+from emo_megatron.experts.selection import Selection, load_selection_of_module
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf.card import Origin, Retained, model_card, retained
 from emo_megatron.hf.config_file import RECORD
@@ -26,7 +27,7 @@ from emo_megatron.hf.mapping import Architecture
 from emo_megatron.hf.megatron import MegatronWeights, architecture_of
 from emo_megatron.hf.prediction import FILE, check_prediction, has_prediction, save_prediction
 from emo_megatron.hf.tokenizer import Tokenizer
-from emo_megatron.report.rows import load_rows
+from emo_megatron.report.rows import RANDOM, RetentionRow, load_rows
 from emo_megatron.runners.parity import Converted, measure_parity
 from emo_megatron.runners.run_tokenizer import hugging_face_tokenizer
 
@@ -97,7 +98,7 @@ def run(options: Options) -> Converted:
     retention = _retention(options.retention, options.retention_domain, selection)
     if tokenizer:
         # a damaged file is found before anything is written
-        tokenizer.generation()
+        tokenizer.generation(vocab_size=architecture.vocab_size)
     origin = Origin(
         name=_name(checkpoint),
         title=options.name,
@@ -216,36 +217,56 @@ def _check_expressible(problems: Sequence[str], model: _Model, options: Options)
 def _selection(named: Path | None, of_module: Path, checkpoint: MegatronCheckpoint) -> Selection | None:
     if named is None and not of_module.exists():
         return None
-    path = named or of_module
-    selection = load_selection(path)
-    kept = selection.uniform_count(purpose="an export")
-    layers, num_experts = checkpoint.moe_layers, checkpoint.args.num_experts
-    if kept != num_experts or selection.layers != layers:
-        raise ValueError(
-            f"{path} keeps {kept} experts in layers {selection.layers}; this checkpoint has "
-            f"{num_experts} in {layers}: --selection must be the one it was cut with"
-        )
-    return selection
+    return load_selection_of_module(
+        named or of_module,
+        num_experts=checkpoint.args.num_experts,
+        layers=checkpoint.moe_layers,
+        wanted="--selection must be the Selection that this module was cut with",
+    )
 
 
 def _retention(path: Path | None, domain: str | None, selection: Selection | None) -> list[Retained]:
     if path is None:
         return []
     rows = load_rows(path)
+    _check_one_model(rows, path)
     domains = sorted({row.domain for row in rows})
-    kept = None
+    methods = sorted({row.method for row in rows})
+    has = f"the file has the methods {', '.join(methods)} and the domains {', '.join(domains)}"
     if selection is None:
-        domain = None
-    else:
-        kept = selection.uniform_count(purpose="a module")
-        domain = domain or _domain(selection, domains, path)
-    if found := retained(rows, kept=kept, chosen_for=domain):
+        if found := retained(rows):
+            return found
+        raise ValueError(
+            f"--retention {path} must have rows of chosen experts; {has}: call retention with --keep, or remove "
+            "--retention"
+        )
+    kept, method = selection.uniform_count(purpose="a module"), selection.method
+    domain = domain or _domain(selection, domains, path)
+    if found := retained(rows, kept=kept, method=method, chosen_for=domain):
         return found
+    # no row is about experts that were chosen at random or composed
+    how = ""
+    if method in METHODS and method != RANDOM:
+        how = f'call retention on the parent with --methods {method} --keep "{kept} routed", name another domain with '
+        how += "--retention-domain, or "
     raise ValueError(
-        f"--retention {path} has no row of a module{'' if kept is None else f' of {kept} routed experts'} for "
-        f"{domain or 'any domain'}; it has {', '.join(domains)}. Evaluate the parent so, or name the domain with "
-        "--retention-domain."
+        f"--retention {path} must have rows of {kept} routed experts that the method {method} chose for {domain}, as "
+        f"this module's; {has}: {how}remove --retention"
     )
+
+
+def _check_one_model(rows: Sequence[RetentionRow], path: Path) -> None:
+    """Raise ValueError for rows of several models: a row names its model, and no checkpoint stores such a name."""
+    # for random experts the seed can be that of the choice
+    for kind, found in (
+        ("models", {row.model for row in rows}),
+        ("training seeds", {str(row.seed) for row in rows if row.method != RANDOM}),
+    ):
+        if len(found) > 1:
+            raise ValueError(
+                f"--retention {path} must have the rows of one model, of this module's parent; got rows of the {kind} "
+                f"{', '.join(sorted(found))}: name the retention.json that retention wrote for this model alone"
+            )
 
 
 def _domain(selection: Selection, domains: Sequence[str], path: Path) -> str:

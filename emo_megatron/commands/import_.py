@@ -18,7 +18,7 @@ from emo_megatron.checkpoint.reader import MegatronCheckpoint
 from emo_megatron.checkpoint.writer import Note, write_checkpoint
 from emo_megatron.commands.options import check_least, unset
 from emo_megatron.config import pool_config_of
-from emo_megatron.experts.selection import load_selection
+from emo_megatron.experts.selection import load_selection_of_module
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf import tokenizer as tokenizers
 from emo_megatron.hf.config_file import RECORD, record
@@ -69,9 +69,21 @@ def run(options: Options) -> Converted:
     if has_tokenizer:
         tokenizer = tokenizers.Tokenizer(options.tokenizer or options.folder)
         tokenizer.check(vocab_size=source.architecture.vocab_size)
+        # damage is found before anything is written
+        tokenizer.generation(vocab_size=source.architecture.vocab_size)
         notes[TOKENIZER_FOLDER] = tokenizer.save
+    prediction = None
+    if (options.folder / FILE).exists():
+        prediction = Prediction(options.folder, source.architecture, dtype=source.dtype)
     if (file := options.folder / SELECTION_FILE).exists():
-        notes[SELECTION_FILE] = load_selection(file).save
+        layers = [layer + 1 for layer in source.architecture.moe_layers]
+        selection = load_selection_of_module(
+            file,
+            num_experts=source.architecture.num_experts,
+            layers=[*layers, *(prediction.moe_layers if prediction else ())],
+            wanted="the file must be the Selection that this module was cut with; replace the file or move it away",
+        )
+        notes[SELECTION_FILE] = selection.save
     with contextlib.ExitStack() as stack:
         if options.adapter is not None:
             # the package peft is optional
@@ -79,12 +91,17 @@ def run(options: Options) -> Converted:
 
             source = stack.enter_context(adapter.merged(source, options.adapter, output=options.output))
             notes[adapter.CONFIG] = functools.partial(shutil.copyfile, options.adapter / adapter.CONFIG)
-        parity = _write(options, source, notes=notes, has_tokenizer=has_tokenizer)
+        parity = _write(options, source, prediction, notes=notes, has_tokenizer=has_tokenizer)
     return Converted(path=options.output, parity=parity, has_tokenizer=has_tokenizer)
 
 
 def _write(
-    options: Options, source: HuggingFaceFolder, *, notes: dict[str, Note], has_tokenizer: bool
+    options: Options,
+    source: HuggingFaceFolder,
+    prediction: Prediction | None,
+    *,
+    notes: dict[str, Note],
+    has_tokenizer: bool,
 ) -> Parity | None:
     """Write the checkpoint of a folder's model, and compare both."""
     moe_norm = OWN_NORM if options.transformer_impl == "transformer_engine" else FUSED_NORM
@@ -97,8 +114,7 @@ def _write(
         tokenizer=str(options.output.resolve() / TOKENIZER_FOLDER) if has_tokenizer else None,
     )
     weights = megatron_weights(source.architecture, source.weight, dtype=source.dtype, moe_norm=moe_norm)
-    if (options.folder / FILE).exists():
-        prediction = Prediction(options.folder, source.architecture, dtype=source.dtype)
+    if prediction:
         vars(args).update(prediction.flags)
         weights |= prediction.weights(moe_norm)
     with whole(options.output, is_new=True) as unfinished:

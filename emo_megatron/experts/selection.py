@@ -149,6 +149,29 @@ def load_selection(path: Path | str) -> Selection:
         raise ValueError(f"{path}: {error}") from None
 
 
+def load_selection_of_module(path: Path, *, num_experts: int, layers: Sequence[int], wanted: str) -> Selection:
+    """Read the Selection that a module was cut with.
+
+    Args:
+        path: the file.
+        num_experts: routed experts per layer of the module.
+        layers: numbers of the module's MoE layers, from 1.
+        wanted: what to change if the Selection is of another module, for the error message.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_selection`.
+        ValueError: the Selection keeps other numbers of experts, or has other layers.
+    """
+    selection = load_selection(path)
+    kept = selection.uniform_count(purpose=f"the Selection of a module ({path})")
+    if kept != num_experts or selection.layers != tuple(layers):
+        raise ValueError(
+            f"{path} keeps {kept} experts in layers {_short(selection.layers)}; this model has {num_experts} in "
+            f"{_short(layers)}: {wanted}"
+        )
+    return selection
+
+
 def router_fingerprint(router_weights: Iterable[Tensor]) -> str:
     """Fingerprint of a model: sha256, in hex, of the router weights of its MoE layers in model order.
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
@@ -22,7 +23,8 @@ from emo_megatron.hf.mapping import Architecture, weight_shapes
 from emo_megatron.report.rows import FULL, RANDOM, RetentionRow
 
 Retained = tuple[RetentionRow, float | None]
-"""A row of a module, and the loss with the same number of random experts; None if that loss was not measured."""
+"""A row of a module, and the mean loss of the same model with the same number of random experts; None if that loss was
+not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +113,28 @@ def _calibration(data: dict[str, Any]) -> str:
     return ", ".join(f"{file['file']} ({file['documents']:,} documents, {file['tokens']:,} tokens)" for file in files)
 
 
-def retained(rows: Sequence[RetentionRow], *, kept: int | None = None, chosen_for: str | None = None) -> list[Retained]:
+def retained(
+    rows: Sequence[RetentionRow], *, kept: int | None = None, method: str | None = None, chosen_for: str | None = None
+) -> list[Retained]:
     """The rows of a retention evaluation that a card shows.
 
     Args:
         rows: of an evaluation of the model, or of the module's parent.
         kept: routed experts per layer of the module; None: any number.
+        method: the method that chose the experts of the module; None: every method but random.
         chosen_for: the domain of the module: the rows of that domain on every validation text, the text of the domain
             itself first. None: the rows of every domain on the domain's own text.
     """
-    random = {(row.evaluated_on, row.num_experts_kept): row.loss for row in rows if row.method == RANDOM}
+    random: dict[tuple[str, str, int], list[float]] = {}
+    for row in rows:
+        if row.method == RANDOM:
+            random.setdefault((row.model, row.evaluated_on, row.num_experts_kept), []).append(row.loss)
+    by_chance = {place: fmean(losses) for place, losses in random.items()}
     found = [
-        (row, random.get((row.evaluated_on, row.num_experts_kept)))
+        (row, by_chance.get((row.model, row.evaluated_on, row.num_experts_kept)))
         for row in rows
         if row.method not in (FULL, RANDOM)
+        and method in (None, row.method)
         and row.domain == (chosen_for or row.evaluated_on)
         and kept in (None, row.num_experts_kept)
     ]

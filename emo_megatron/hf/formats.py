@@ -112,8 +112,8 @@ def head_dim_problems(architecture: Architecture, *, why: str) -> list[str]:
     if a.head_dim * a.num_heads == a.hidden_size:
         return []
     return [
-        f"the width of a head (--kv-channels) must be hidden size / heads = {a.hidden_size}/{a.num_heads}; got "
-        f"{a.head_dim}: {why}"
+        "the width of a head (head_dim; --kv-channels in Megatron) must be hidden size / heads = "
+        f"{a.hidden_size}/{a.num_heads}; got {a.head_dim}: {why}"
     ]
 
 
@@ -234,8 +234,8 @@ def _emo_problems(architecture: Architecture) -> list[str]:
         )
     if a.renormalise and a.shared_hidden:
         problems.append(
-            "with a shared expert the top-k must not be renormalised (--moe-router-pre-softmax): the "
-            "authors' code does not support it"
+            "with a shared expert the top-k must not be renormalised (norm_topk_prob; --moe-router-pre-softmax in "
+            "Megatron): the authors' code does not support it"
         )
     return problems
 
@@ -304,7 +304,7 @@ def _emo_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Arc
     if problems:
         raise ValueError("; ".join(problems))
     dense = tuple(layer for layer, count in enumerate(counts) if count == 0)
-    return Architecture(
+    architecture = Architecture(
         **common_sizes(config),
         num_experts=max(sparse, default=num_shared) - num_shared,
         top_k=whole_number(config, "num_experts_per_tok") - num_shared,
@@ -313,6 +313,10 @@ def _emo_architecture(config: Mapping[str, Any], is_constant: IsConstant) -> Arc
         dense_layers=dense,
         dense_hidden=whole_number(config, "dense_intermediate_size") if dense else 0,
     )
+    # what the authors' code does not compute, this format cannot mean
+    if problems := _emo_problems(architecture):
+        raise ValueError("; ".join(problems))
+    return architecture
 
 
 def _per_layer(config: Mapping[str, Any], name: str, *, num_layers: int, otherwise: int) -> list[int]:

@@ -100,6 +100,13 @@ class Prediction:
         self.flags: dict[str, Any] = {name: flags.get(name) for name in FLAGS} if isinstance(flags, dict) else {}
         _check(self._shapes, architecture, self.flags, self._path)
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of these layers that have a router, as `MegatronCheckpoint.prediction_layers`."""
+        routers = sum(name.endswith(".mlp.router.weight") for name in self._shapes)
+        first = self._architecture.num_layers + 1
+        return tuple(range(first, first + routers))
+
     def weights(self, moe_norm: NormPlace) -> dict[str, LazyWeight]:
         """The tensors for a Megatron checkpoint; `moe_norm` is the name of the norm of MoE layers."""
         is_sparse = self._architecture.num_layers - 1 in self._architecture.moe_layers

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emo_megatron.json_files import read_object
+from emo_megatron.json_files import is_a, read_object
 
 CONFIG = "tokenizer_config.json"
 WHOLE = "tokenizer.json"
@@ -84,13 +85,26 @@ class Tokenizer:
         start = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
         return whole[:start], whole[start + len(text) :]
 
-    def generation(self) -> Mapping[str, Any]:
+    def generation(self, *, vocab_size: int | None = None) -> Mapping[str, Any]:
         """The settings in GENERATION beside the tokenizer, or else the ids at which generation ends.
 
-        ValueError for a damaged file.
+        ValueError for a damaged file and, if `vocab_size` is given, for a token id (int, list or null in a field whose
+        name ends in _token_id) that has no row in an embedding of `vocab_size` rows.
         """
         file = self.path / GENERATION
-        return read_object(file, kind="settings of generation") if file.is_file() else self.ids
+        settings = read_object(file, kind="settings of generation") if file.is_file() else self.ids
+        if vocab_size is None:
+            return settings
+        for name, value in settings.items():
+            if not name.endswith("_token_id") or value is None:
+                continue
+            ids = value if isinstance(value, list) else [value]
+            if not all(is_a(token, int) and 0 <= token < vocab_size for token in ids):
+                raise ValueError(
+                    f"{file if file.is_file() else self.path}: {name} must be a token id of the model, from 0 to "
+                    f"{vocab_size - 1}, or a list of token ids; got {reprlib.repr(value)}: correct the field"
+                )
+        return settings
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a document: without added special tokens, ended by one end-of-document token if there is one."""

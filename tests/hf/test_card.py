@@ -26,10 +26,12 @@ SERVED = json.loads((Path(card_module.__file__).parent / "serving.json").read_te
 ORIGIN = Origin(name="emo", iteration=800, samples=12800, seq_length=256, pools={"pool_min": 6})
 
 
-def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> RetentionRow:
+def row(
+    domain: str, evaluated_on: str, kept: int, method: str, loss: float, *, model: str = "emo", seed: int = 0
+) -> RetentionRow:
     full = {"french": 3.25, "python": 2.0}[evaluated_on]
     return RetentionRow(
-        model="emo",
+        model=model,
         domain=domain,
         evaluated_on=evaluated_on,
         keep_fraction=kept / 32,
@@ -38,7 +40,7 @@ def row(domain: str, evaluated_on: str, kept: int, method: str, loss: float) -> 
         loss=loss,
         loss_increase=loss - full,
         tokens=100,
-        seed=0,
+        seed=seed,
         versions="test",
     )
 
@@ -72,7 +74,7 @@ def test_the_card_says_where_the_module_comes_from_and_what_it_retains() -> None
         *("`emo`", "800 iterations", "3,276,800", "pool_min 6", "6 of 32", "keep-k 7", "`mean_prob`", "2.0e-06"),
         "french.jsonl (40 documents, 8,192 tokens)",
         "| 2 | 1 2 8 9 20 31 |",
-        "| french | french | 6 | 3.375 | 3.250 | +0.125 | 4.500 |",
+        "| french | french | mean_prob | 6 | 3.375 | 3.250 | +0.125 | 4.500 |",
     ):
         assert told in card, told
 
@@ -94,6 +96,25 @@ def test_measured_rows_are_the_modules_own() -> None:
         ("french", 12, None),
     ]
     assert retained(ROWS, kept=5) == []
+
+
+def test_rows_of_a_module_are_of_the_method_that_chose_its_experts() -> None:
+    rows = [*ROWS, row("french", "french", 6, "reap", 3.75)]
+    for method, losses in {"mean_prob": [3.375, 9.0], "reap": [3.75], "layerwise": []}.items():
+        found = retained(rows, kept=6, method=method, chosen_for="french")
+        assert [own.loss for own, _ in found] == losses, method
+    # with all methods, the rows of a table differ by the method
+    card = model_card(
+        decoder.architecture(), model_type="emo", dtype="float32", origin=ORIGIN, retention=retained(rows, kept=6)
+    )
+    for told in ("| french | mean_prob | 6 | 3.375 |", "| french | reap | 6 | 3.750 |", "`mean_prob`, `reap`"):
+        assert told in card, told
+
+
+def test_the_loss_of_random_experts_is_the_mean_over_choices_of_the_same_model() -> None:
+    others = [row("french", "french", 6, "random", 8.0, model="standard"), row("french", "french", 6, "random", 5.5)]
+    for rows in ([*ROWS, *others], [*others, *ROWS]):
+        assert retained(rows, kept=6)[0][1] == 5.0
 
 
 @pytest.mark.parametrize("is_module", [False, True])

@@ -265,6 +265,8 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
         ("emo", {"num_shared_experts": 2}, "1 each in training"),
         ("emo", {"always_active_experts": [0]}, "always_active_experts"),
         ("emo", {"attention_bias": True}, "attention_bias"),
+        ("emo", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("emo", {"head_dim": 16}, "head_dim"),
         ("emo", {"num_shared_experts_per_layer": [1, 0, 1]}, "num_shared_experts"),
         ("qwen2_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ("qwen2_moe", {"rope_parameters": LINEAR}, "rope_type"),

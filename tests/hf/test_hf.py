@@ -295,7 +295,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(ranks: Callable[[i
         "old": ("rotary_base",),
         "emo": ("--moe-router-pre-softmax",),
         "vocabulary": ("99", "--tokenizer"),
-        "selection": ("(1, 2, 3)",),
+        "selection": ("[1, 2, 3]", "--selection"),
         "uneven": ("1 to 2",),
         "gguf": ("--moe-layer-freq", "[1, 3]"),
         "tokenizer": ("--tokenizer", "WordLevel"),
@@ -308,6 +308,84 @@ def test_what_cannot_be_is_refused_before_anything_is_written(ranks: Callable[[i
     assert said["no package"].startswith("ModuleNotFoundError"), said["no package"]
     assert "gguf" in said["no package"]
     assert said["left"] == "[]"
+
+
+def refused_beside_the_model(folder: str) -> dict[str, str]:
+    """What is said, by name, about measurements, a Selection and settings of generation that are not the model's."""
+    from emo_megatron.commands import export, import_
+    from emo_megatron.experts.selection import Selection
+    from emo_megatron.report.rows import rows_of, save_rows
+
+    root = Path(folder)
+    good = imported(root, "grouped queries, renormalised")
+    said = {}
+
+    def fails(name: str, function: Callable[..., Any], options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            # to write is a TypeError
+            patch.setattr(import_, "write_checkpoint", None)
+            patch.setattr(export, "write_folder", None)
+            with pytest.raises(ValueError) as error:  # noqa: PT011
+                function(options)
+        said[name] = str(error.value)
+        assert not (root / "never").exists(), name
+
+    def selection(method: str, kept: int) -> Selection:
+        experts = (tuple(range(kept)),) * 3
+        return Selection(num_experts=9, experts=experts, layers=(1, 2, 3), method=method, seed=None, model="x")
+
+    def rows(*, model: str, seed: int) -> list[Any]:
+        counts = (("full", 9), ("mean_prob", 6), ("random", 6))
+        losses = [
+            {"domain": "perl", "evaluated_on": "perl", "method": method, "num_experts_kept": kept, "tokens": 9}
+            | {"keep_fraction": kept / 9, "loss": 2.0}
+            for method, kept in counts
+        ]
+        return rows_of(losses, model=model, seed=seed, versions="test")
+
+    own = rows(model="emo", seed=0)
+    to = {"output": root / "never", "parity_tokens": 0}
+    chosen = selection("mean_prob", 6).save(root / "chosen.json")
+    for name, others in {"models": rows(model="standard", seed=0), "training seeds": rows(model="emo", seed=7)}.items():
+        _, file = save_rows([*own, *others], root / name)
+        for module in (None, chosen):
+            options = {"selection": module, "retention": file, "retention_domain": "perl"}
+            fails(f"{name} {module is chosen}", export.run, export.Options(checkpoint=good, **to, **options))
+    _, file = save_rows(own, root / "own")
+    for method in ("reap", "compose_union"):
+        options = {"selection": selection(method, 6).save(root / f"{method}.json"), "retention": file}
+        fails(method, export.run, export.Options(checkpoint=good, **to, **options, retention_domain="perl"))
+    source = root / "source"
+    selection("mean_prob", 4).save(source / "selection.json")
+    fails("selection", import_.run, import_.Options(folder=source, **to))
+    (source / "selection.json").unlink()
+    words.write_tokenizer(source)
+    for name, text in {"damaged": '{"eos_token_id": 1,', "eos_token_id": '{"eos_token_id": [0, 80]}'}.items():
+        (source / "generation_config.json").write_text(text)
+        fails(f"import {name}", import_.run, import_.Options(folder=source, **to))
+        fails(f"export {name}", export.run, export.Options(checkpoint=good, tokenizer=source, **to))
+    return said
+
+
+def test_files_of_another_model_are_refused_before_anything_is_written(
+    ranks: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    (said,) = ranks(1).run(refused_beside_the_model, folder=str(tmp_path))
+    for name, parts in {
+        "models": ("--retention", "emo, standard"),
+        "training seeds": ("--retention", "0, 7"),
+        "reap": ("--retention", "--methods reap"),
+        "compose_union": ("--retention", "compose_union"),
+        "selection": ("selection.json", "4", "6"),
+        "damaged": ("generation_config.json",),
+        "eos_token_id": ("generation_config.json", "eos_token_id", "79"),
+    }.items():
+        found = [text for key, text in said.items() if name in key]
+        assert found, name
+        for text in found:
+            assert all(part in text for part in parts), text
+            assert "\n" not in text
+    assert "--methods" not in said["compose_union"]
 
 
 def variables_around_parity() -> list[str]:

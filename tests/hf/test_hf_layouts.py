@@ -50,7 +50,7 @@ def through_hugging_face(folder: str) -> dict[str, Any]:
     measured = [
         {"domain": "french", "evaluated_on": "french", "method": m, "num_experts_kept": k, "keep_fraction": k / 12}
         | {"loss": loss, "tokens": 100}
-        for m, k, loss in (("full", 12, 3.0), ("mean_prob", 8, 3.25), ("random", 8, 4.0))
+        for m, k, loss in (("full", 12, 3.0), ("mean_prob", 8, 3.25), ("reap", 8, 3.125), ("random", 8, 4.0))
     ]
     save_rows(rows_of(measured, model="trained", seed=0, versions="test"), root / "rows")
     export.run(
@@ -79,6 +79,8 @@ def check_export(result: dict[str, Any], *, folder: Path, iterations: int) -> No
     assert (kind, Path(path)) == ("HuggingFaceTokenizer", folder / "imported" / "tokenizer")
     for told in (f"{iterations} iterations", "| 2 | 0 1 2 3 5 8 9 11 |", "| 8 | 3.250 | 3.000 | +0.250 | 4.000 |"):
         assert told in result["card"], told
+    # another method chose other experts
+    assert "3.125" not in result["card"]
 
 
 def test_saved_in_parallel_exported_imported_and_loaded_by_stock_megatron(

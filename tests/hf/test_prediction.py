@@ -92,6 +92,7 @@ def exported_module(folder: str, output: str, kept: list[list[int]]) -> None:
     export.run(export.Options(checkpoint=root / "module", output=root / "hf", **options))
     export.run(export.Options(checkpoint=root / "module", output=root / "dropped", parity_tokens=0))
     import_.run(import_.Options(folder=root / "dropped", output=root / "imported", parity_tokens=0))
+    import_.run(import_.Options(folder=root / "hf", output=root / "kept", parity_tokens=0))
     export.run(export.Options(checkpoint=root / "imported", output=root / "again", parity_tokens=0))
 
 
@@ -103,7 +104,7 @@ def test_a_module_is_exported_with_its_layers(ranks, trained, tmp_path):
         assert torch.equal(stored[name], before.read(name, KEPT[3]).bfloat16())
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert HuggingFaceFolder(tmp_path / "hf").architecture.num_experts == 4
-    for name, layers in (("hf", (1, 2, 3, 4)), ("dropped", (1, 2)), ("again", (1, 2))):
+    for name, layers in (("hf", (1, 2, 3, 4)), ("kept", (1, 2, 3, 4)), ("dropped", (1, 2)), ("again", (1, 2))):
         selection = load_selection(tmp_path / name / "selection.json")
         assert selection.by_layer == {layer: tuple(KEPT[layer - 1]) for layer in layers}
         assert selection.model == before.fingerprint

@@ -47,6 +47,29 @@ def test_the_chat_template_and_the_settings_of_generation_are_carried_along(tmp_
         Tokenizer(source).generation()
 
 
+GENERATION_FIELDS = {
+    "allowed": ({"eos_token_id": [0, 39], "pad_token_id": None, "max_length": 99, "bos_token_id": 1}, None),
+    "above": ({"eos_token_id": 40}, "eos_token_id"),
+    "in a list": ({"eos_token_id": [0, 40]}, "eos_token_id"),
+    "below": ({"pad_token_id": -1}, "pad_token_id"),
+    "a text": ({"bos_token_id": "0"}, "bos_token_id"),
+    "a switch": ({"decoder_start_token_id": True}, "decoder_start_token_id"),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION_FIELDS)
+def test_generation_has_only_tokens_of_the_model(tmp_path: Path, name: str) -> None:
+    settings, field = GENERATION_FIELDS[name]
+    source = words.write_tokenizer(tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    if field is None:
+        assert Tokenizer(source).generation(vocab_size=40) == settings
+        return
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {field} ") as error:
+        Tokenizer(source).generation(vocab_size=40)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_generation_ends_where_documents_end(tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
