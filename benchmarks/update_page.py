@@ -28,7 +28,7 @@ INTRODUCTION = """# Updating the demo's models with Perl
 
 - script: `benchmarks/update_module.py`
 {machine}
-- losses measured: {dates}; date and commit above are those of this page
+- losses measured: {dates}; date, commit, threads and load above are those of this page
 - models: EMO and the standard MoE of `make demo`, {experts} routed experts and a shared one, which have seen no Perl;
   one seed
 

@@ -50,7 +50,7 @@ def test_every_job_reads_what_is_there(quantize: Any, options: Any) -> None:
 def test_the_page_names_the_machine(quantize: Any, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options.run.mkdir()
     (options.run / "retention.json").write_text("[]")
-    (options.run / "demo.json").write_text("{}")
+    (options.run / "demo.json").write_text('{"seed": 1}')
     monkeypatch.setattr(quantize, "run_jobs", lambda jobs: write_losses(quantize, options))
     described = {"hardware": "an abacus", "torch": "1", "megatron-core": "2"}
     monkeypatch.setattr(quantize, "describe_machine", lambda device, *, threads: described)
@@ -64,6 +64,9 @@ def test_the_page_names_the_machine(quantize: Any, options: Any, monkeypatch: py
 
     quantize.main(options)  # resumes
     (options.run / "demo.json").write_text('{"seed": 2}')
+    with pytest.raises(ValueError, match="seed is 1"):
+        quantize.main(options)
+    (options.run / "demo.json").write_text('{"seed": 1}')
     others = [dataclasses.replace(options, **{name: 7}) for name in ("tokens", "validation_tokens", "seq_length")]
     for other in [dataclasses.replace(options, keep="50%"), *others]:
         with pytest.raises(ValueError, match="--output"):

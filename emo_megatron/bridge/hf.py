@@ -36,7 +36,7 @@ from emo_megatron.hf.config_file import RECORD, record
 from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
 from emo_megatron.hf.formats import EMO, QWEN2_MOE, Entry, Format
 from emo_megatron.hf.mapping import Architecture
-from emo_megatron.hf.megatron import SAME, architecture_of_flags, export_problems, values_of
+from emo_megatron.hf.megatron import SAME, architecture_of_flags, check_router, export_problems, values_of
 
 BALANCE = 0.1
 """Coefficient of the load-balancing loss of a model with pools, times the number of layers."""
@@ -110,6 +110,7 @@ def _source_of_config(config: PretrainedConfig, format: Format) -> Source:
 def provider_of(source: Source, *, dtype: torch.dtype) -> GPTModelProvider:
     """Bridge's provider of a model; with the pools that config.json records, if there are any."""
     a = source.architecture
+    check_router(a, where=f"{source.name}: {CONFIG}")
     pools = record(source.config, RECORD).get("pools") or {}
     kind: Any = PoolGPTModelProvider if pools else GPTModelProvider
     fields = fields_of(values_of(a)) | {

@@ -118,7 +118,7 @@ def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, Sequence
         for text in read_file(path):
             yield text, tokenizer.encode(text)
         return
-    for tokens in load_documents(path, calibration=Calibration(), vocab_size=len(tokenizer)).tokens:
+    for tokens in load_documents(path, calibration=Calibration(), vocab_size=tokenizer.rows).tokens:
         ids = tokens.tolist()
         yield tokenizer.decode(ids), ids
 

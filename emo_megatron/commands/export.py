@@ -241,17 +241,18 @@ def _retention(path: Path | None, domain: str | None, selection: Selection | Non
             "--retention"
         )
     kept, method = selection.uniform_count(purpose="a module"), selection.method
+    if method not in METHODS or method == RANDOM:
+        raise ValueError(
+            f"--retention {path} can have no rows of this module, whose experts the method {method} chose without a "
+            "domain: remove --retention"
+        )
     domain = domain or _domain(selection, domains, path)
     if found := retained(rows, kept=kept, method=method, chosen_for=domain):
         return found
-    # no row is about experts that were chosen at random or composed
-    how = ""
-    if method in METHODS and method != RANDOM:
-        how = f'call retention on the parent with --methods {method} --keep "{kept} routed", name another domain with '
-        how += "--retention-domain, or "
     raise ValueError(
         f"--retention {path} must have rows of {kept} routed experts that the method {method} chose for {domain}, as "
-        f"this module's; {has}: {how}remove --retention"
+        f'this module\'s; {has}: call retention on the parent with --methods {method} --keep "{kept} routed", name '
+        "another domain with --retention-domain, or remove --retention"
     )
 
 

@@ -21,10 +21,11 @@ from emo_megatron.config import pool_config_of
 from emo_megatron.experts.selection import load_selection_of_module
 from emo_megatron.files import must_not_exist, whole
 from emo_megatron.hf import tokenizer as tokenizers
+from emo_megatron.hf.adapter_base import CONFIG as ADAPTER
 from emo_megatron.hf.config_file import RECORD, record
 from emo_megatron.hf.folder import CONFIG, HuggingFaceFolder
 from emo_megatron.hf.mapping import FUSED_NORM, OWN_NORM
-from emo_megatron.hf.megatron import flags_of, megatron_weights
+from emo_megatron.hf.megatron import check_router, flags_of, megatron_weights
 from emo_megatron.hf.prediction import FILE, Prediction
 from emo_megatron.runners.parity import Converted, Parity, measure_parity
 
@@ -64,6 +65,7 @@ def run(options: Options) -> Converted:
     holds the tokenizer, if there is one. A result of other logits is not left."""
     must_not_exist(options.output)
     source = HuggingFaceFolder(options.folder)
+    check_router(source.architecture, where=options.folder / CONFIG)
     notes: dict[str, Note] = {}
     has_tokenizer = options.tokenizer is not None or (options.folder / tokenizers.CONFIG).exists()
     if has_tokenizer:
@@ -90,7 +92,7 @@ def run(options: Options) -> Converted:
             from emo_megatron.hf import adapter
 
             source = stack.enter_context(adapter.merged(source, options.adapter, output=options.output))
-            notes[adapter.CONFIG] = functools.partial(shutil.copyfile, options.adapter / adapter.CONFIG)
+            notes[ADAPTER] = functools.partial(shutil.copyfile, options.adapter / ADAPTER)
         parity = _write(options, source, prediction, notes=notes, has_tokenizer=has_tokenizer)
     return Converted(path=options.output, parity=parity, has_tokenizer=has_tokenizer)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,17 +204,21 @@ def flags_of(
     return args
 
 
+def check_router(architecture: Architecture, *, where: Path | str) -> None:
+    """Raise ValueError if Megatron has no flags for the router; `where` is the file that describes the model."""
+    if architecture.top_k == 1 and architecture.renormalise:
+        raise ValueError(
+            f"{where}: num_experts_per_tok must be at least 2 if norm_topk_prob is true; got 1, with which every gate "
+            "is 1: Megatron has no flags for such a router, so this model cannot be converted"
+        )
+
+
 def values_of(architecture: Architecture) -> dict[str, Any]:
     """The values of the flags that describe the model; the inverse of `architecture_of_flags`.
 
-    ValueError if Megatron has no flags for the model.
+    `check_router` tells models without such values.
     """
     a = architecture
-    if a.top_k == 1 and a.renormalise:
-        raise ValueError(
-            "num_experts_per_tok must be at least 2 with norm_topk_prob true; got 1: the only gate is then 1 for every "
-            "token, and Megatron has no flags for such a router"
-        )
     return {
         **{name: getattr(a, field) for field, name in SAME.items()},
         "ffn_hidden_size": a.dense_hidden or a.expert_hidden,

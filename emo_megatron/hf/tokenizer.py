@@ -51,6 +51,11 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._tokenizer)
 
+    @property
+    def rows(self) -> int:
+        """Number of rows that an embedding needs; more than the number of tokens if ids have gaps."""
+        return 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+
     def _absent_files(self) -> list[str]:
         """Missing vocabulary files; transformers replaces a missing file by an empty vocabulary."""
         names = getattr(self._tokenizer, "vocab_files_names", {})
@@ -129,12 +134,11 @@ class Tokenizer:
 
     def check(self, *, vocab_size: int) -> None:
         """Raise ValueError if a token has no row in the embedding; ids can have gaps."""
-        largest = max(self._tokenizer.get_vocab().values(), default=-1)
-        if largest >= vocab_size:
+        if self.rows > vocab_size:
             raise ValueError(
                 f"the embedding must have a row for every token; the tokenizer in {self.path} has {len(self)} tokens "
-                f"with ids up to {largest}, and the model's embedding {vocab_size} rows: name the tokenizer of this "
-                "model with --tokenizer"
+                f"with ids up to {self.rows - 1}, and the model's embedding {vocab_size} rows: name the tokenizer of "
+                "this model with --tokenizer"
             )
 
     def save(self, folder: Path) -> None:

@@ -163,6 +163,20 @@ def test_tokens_become_text_again(exported: Path, tmp_path: Path) -> None:
     assert task.read_text().startswith('task: "tokens"\n')
 
 
+def test_ids_with_gaps_are_tokens(exported: Path, tmp_path: Path) -> None:
+    file = exported / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    vocabulary = stored["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    stored["model"]["vocab"] = vocabulary | {last: 70}
+    file.write_text(json.dumps(stored))
+    ids = [torch.tensor([70, 2, 7, 0]).int()]
+    documents = words.write_tokens(tmp_path / "validation_data.safetensors", ids)
+    eval_task.run(eval_task.Options(documents=documents, name="gaps", model=exported, output=tmp_path / "tasks"))
+    (line,) = (tmp_path / "tasks" / "gaps.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"].startswith(last)
+
+
 @pytest.mark.parametrize("name", ["french.jsonl", "french.yaml"])
 def test_no_task_and_no_documents_are_written_over(tmp_path: Path, name: str) -> None:
     mine = tmp_path / name

@@ -266,9 +266,10 @@ def test_a_wrong_merge_is_refused(dtype: torch.dtype, tmp_path: Path, monkeypatc
     base = decoder.write_folder(tmp_path / "base", dtype=dtype)
     adapter = lora.train(base, tmp_path / "adapter", **ADAPTERS["everything"])
     (tmp_path / "out").mkdir()
-    assert merged(base, adapter, tmp_path / "out")
+    assert {tensor.dtype for tensor in merged(base, adapter, tmp_path / "out").values()} == {dtype}
     of_peft = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda *args: -of_peft(*args))
+    # a fiftieth of the change is missing, of the linear layers alone
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *args: of_peft(*args) * 0.98)
     refused(base, adapter, tmp_path / "out", match=r"logits .*peft")
 
 
@@ -340,24 +341,45 @@ def test_a_fingerprint_of_earlier_weights_tells_nothing(base: Path, tmp_path: Pa
     assert records[0] == records[1]
     adapter = lora.train(tuned, tmp_path / "adapter", with_config=True, **ADAPTERS["linear layers"])
     (tmp_path / "out").mkdir()
-    assert merged(tuned, adapter, tmp_path / "out")
+    # the adapter's fingerprint is that of base, and its path says otherwise
     refused(base, adapter, tmp_path / "out", match=r"base_model_name_or_path .*--folder")
-    # the path decides, but it names no folder
-    lora.edit(adapter, base_model_name_or_path="me/tuned")
-    refused(tuned, adapter, tmp_path / "out", match=r"weights_sha256 .*base_model_name_or_path .*me/tuned")
+    # the weights in the folder may have been written before or after the training
+    refused(tuned, adapter, tmp_path / "out", match=r"weights_sha256 .*another program .*delete")
     # an adapter of a third model has another record
     file = adapter / "config.json"
-    file.write_text(file.read_text().replace(records[0]["weights_sha256"], "0" * 64))
-    lora.edit(adapter, base_model_name_or_path=str(tuned))
+    stored = file.read_text()
+    file.write_text(stored.replace(records[0]["weights_sha256"], "0" * 64))
     refused(tuned, adapter, tmp_path / "out", match=r"weights_sha256.*--folder")
+    # as the error says: without the fingerprints the path decides
+    for path in (file, tuned / "config.json"):
+        config = json.loads(stored)
+        del config["emo_megatron"]["weights_sha256"]
+        path.write_text(json.dumps(config))
+    assert merged(tuned, adapter, tmp_path / "out")
+    refused(base, adapter, tmp_path / "out", match=r"base_model_name_or_path .*--folder")
 
 
-def test_a_folder_that_cannot_be_compared_is_refused(base: Path, tmp_path: Path) -> None:
-    adapter = lora.train(base, tmp_path / "adapter", with_config=True, **ADAPTERS["linear layers"])
-    copy = Path(shutil.copytree(base, tmp_path / "copy"))
-    (copy / "model.safetensors").unlink()
-    lora.edit(adapter, base_model_name_or_path=str(copy))
+def test_an_adapter_is_not_merged_twice(base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "folder"))
+    adapter = lora.train(folder, tmp_path / "adapter", with_config=True, **ADAPTERS["linear layers"])
     (tmp_path / "out").mkdir()
+    save_file(merged(folder, adapter, tmp_path / "out"), folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, adapter, tmp_path / "out", match=r"weights_sha256 .*another program .*delete")
+
+
+def test_a_fingerprint_outweighs_a_path_unless_its_folder_has_the_same(base: Path, tmp_path: Path) -> None:
+    adapter = lora.train(base, tmp_path / "adapter", with_config=True, **ADAPTERS["linear layers"])
+    (tmp_path / "out").mkdir()
+    # a later export of another model, at the path of the time
+    weights = decoder.random_weights(decoder.architecture(), seed=1)
+    other = decoder.write_folder(tmp_path / "other", weights=weights)
+    lora.edit(adapter, base_model_name_or_path=str(other))
+    assert merged(base, adapter, tmp_path / "out")
+    # what has the same fingerprint must have the same weights
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    lora.edit(adapter, base_model_name_or_path=str(copy))
+    assert merged(base, adapter, tmp_path / "out")
+    (copy / "model.safetensors").unlink()
     refused(base, adapter, tmp_path / "out", match=r"base_model_name_or_path .*model\.safetensors")
 
 

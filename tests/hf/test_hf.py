@@ -352,9 +352,10 @@ def refused_beside_the_model(folder: str) -> dict[str, str]:
             options = {"selection": module, "retention": file, "retention_domain": "perl"}
             fails(f"{name} {module is chosen}", export.run, export.Options(checkpoint=good, **to, **options))
     _, file = save_rows(own, root / "own")
-    for method in ("reap", "compose_union"):
+    # no domain helps a module whose experts were chosen without data
+    for method, domain in {"reap": "perl", "compose_union": None, "random": None}.items():
         options = {"selection": selection(method, 6).save(root / f"{method}.json"), "retention": file}
-        fails(method, export.run, export.Options(checkpoint=good, **to, **options, retention_domain="perl"))
+        fails(method, export.run, export.Options(checkpoint=good, **to, **options, retention_domain=domain))
     source = root / "source"
     selection("mean_prob", 4).save(source / "selection.json")
     fails("selection", import_.run, import_.Options(folder=source, **to))
@@ -375,7 +376,8 @@ def test_files_of_another_model_are_refused_before_anything_is_written(
         "models": ("--retention", "emo, standard"),
         "training seeds": ("--retention", "0, 7"),
         "reap": ("--retention", "--methods reap"),
-        "compose_union": ("--retention", "compose_union"),
+        "compose_union": ("remove --retention", "compose_union"),
+        "random": ("remove --retention", "random"),
         "selection": ("selection.json", "4", "6"),
         "damaged": ("generation_config.json",),
         "eos_token_id": ("generation_config.json", "eos_token_id", "79"),

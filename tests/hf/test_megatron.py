@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support import decoder
 
 from emo_megatron.hf.mapping import FUSED_NORM
-from emo_megatron.hf.megatron import MODEL_FLAGS, REQUIREMENTS, architecture_of, flags_of
+from emo_megatron.hf.megatron import MODEL_FLAGS, REQUIREMENTS, architecture_of, check_router, flags_of
 
 NOT_THE_MODEL = {
     *("moe_layer_freq", "moe_shared_expert_gate"),  # read from the weights, and beside MODEL_FLAGS
@@ -49,9 +49,10 @@ def checkpoint(**changes):
 
 def test_a_router_that_megatron_has_no_flags_for_is_refused():
     model = dataclasses.replace(decoder.architecture(), top_k=1, renormalise=True)
-    with pytest.raises(ValueError, match="norm_topk_prob"):
-        flags_of(model, dtype=torch.float32, moe_norm=FUSED_NORM, pools={}, tokenizer=None)
+    with pytest.raises(ValueError, match=r"folder/config\.json.*norm_topk_prob"):
+        check_router(model, where="folder/config.json")
     plain = dataclasses.replace(model, renormalise=False)
+    check_router(plain, where="folder/config.json")
     flags = flags_of(plain, dtype=torch.float32, moe_norm=FUSED_NORM, pools={}, tokenizer=None)
     assert flags.moe_router_pre_softmax
 
