@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,8 +204,8 @@ def load_stats(path: Path | str) -> ExpertStatistics:
     try:
         return ExpertStatistics(
             model=_metadata(from_json(described["model"].encode())),
-            num_documents=int(described["num_documents"]),
-            num_tokens=int(described["num_tokens"]),
+            num_documents=_count(described, "num_documents"),
+            num_tokens=_count(described, "num_tokens"),
             data=_sources(from_json(described["data"].encode())),
             created_by=described["created_by"],
             **tensors,
@@ -214,6 +214,13 @@ def load_stats(path: Path | str) -> ExpertStatistics:
         raise NotFiniteError(f"{path} cannot be used, remove the file: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged statistics file: {error}") from None
+
+
+def _count(described: Mapping[str, str], name: str) -> int:
+    """A number of the metadata; sums over nothing are not statistics."""
+    if (count := int(described[name])) < 1:
+        raise ValueError(f"{name} must be at least 1; got {count}")
+    return count
 
 
 def _metadata(stored: object) -> ModelMetadata:

@@ -103,6 +103,17 @@ def test_other_and_damaged_files_are_refused_by_name(tmp_path):
         experts.statistics(count_LE=torch.full((3, 8), -1))
 
 
+@pytest.mark.parametrize("name", ["num_documents", "num_tokens"])
+def test_sums_over_nothing_are_no_statistics(tmp_path, name):
+    path = experts.statistics().save(tmp_path / "s.safetensors")
+    with safe_open(path, framework="pt") as file:
+        described = file.metadata()
+    for count in ("0", "-1"):
+        save_file(experts.statistics().tensors(), path, metadata=described | {name: count})
+        with pytest.raises(ValueError, match=rf"s\.safetensors is a damaged .*{name}.*{count}"):
+            load_stats(path)
+
+
 def test_sums_leave_out_padding():
     sums = LayerSums(3, outputs=True, device="cpu")
     sums.add(
