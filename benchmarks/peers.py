@@ -23,6 +23,7 @@ from typing import Any
 import find_demo  # noqa: F401
 import torch
 import tyro
+from claims import claim_results
 from peer_processes import (
     OURS,
     OWN,
@@ -43,7 +44,7 @@ from safetensors.torch import save_file
 from timing import describe_machine
 from tqdm import tqdm
 
-from demo.recipe import claim, run_step
+from demo.recipe import run_step
 from emo_megatron.environment import collect_environment
 from emo_megatron.experts.calibration import Calibration
 from emo_megatron.experts.selection import load_selection
@@ -292,12 +293,9 @@ def main(options: Options) -> None:
     cloned = {f"commit of {name}": commit for name, commit in commits().items()}
     installed = packages()
     machine = describe() | cloned
-    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
-        raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
-    options.output.mkdir(parents=True, exist_ok=True)
     names = ("keep", "tokens", "validation_tokens", "seq_length")
     made_with = {"demo": read_object(options.run / "demo.json", kind="the settings of a run")}
-    claim(options.output, made_with | cloned | installed | {name: getattr(options, name) for name in names})
+    claim_results(options.output, made_with | cloned | installed | {name: getattr(options, name) for name in names})
     found = []
     for model in TITLES:
         hf = options.output / model / "hf"

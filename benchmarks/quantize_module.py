@@ -19,11 +19,12 @@ from typing import Any
 import find_demo  # noqa: F401
 import torch
 import tyro
+from claims import claim_results
 from quantized_loss import FORMATS, UNQUANTIZED, find_modelopt
 from timing import describe_machine
 
 from demo.jobs import Job, run_jobs
-from demo.recipe import claim, run_step
+from demo.recipe import run_step
 from emo_megatron.environment import collect_environment
 from emo_megatron.json_files import read_object, to_json
 
@@ -161,14 +162,11 @@ def main(options: Options) -> None:
         print(f"{options.run} holds no finished demo: run `make demo` first")
         return
     described = describe()
-    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
-        raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
-    options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(options, name) for name in ("keep", "tokens", "validation_tokens", "seq_length")}
     versions = {name: described[name] for name in VERSIONS}
     # files of another setting must not become numbers of this one
     made_with = {"demo": read_object(options.run / "demo.json", kind="the settings of a run")}
-    claim(options.output, made_with | settings | versions)
+    claim_results(options.output, made_with | settings | versions)
     for domain in options.domains:
         (options.output / domain).mkdir(exist_ok=True)
     machine = "\n".join(f"- {name}: {value}" for name, value in described.items())

@@ -23,6 +23,7 @@ from typing import Any
 import find_demo  # noqa: F401
 import torch
 import tyro
+from claims import claim_results
 from safetensors.torch import save_file
 from train_lora import EXPERTS
 from train_lora import Options as Adapter
@@ -30,7 +31,7 @@ from update_page import Update, dates_of, long_table, page, rate_text, versions
 
 from demo.corpus import EOD_TOKEN, Corpus, CorpusConfig, clean, split_documents
 from demo.jobs import Job, run_jobs
-from demo.recipe import PRETRAIN, Size, claim, main_models, megatron_flags, run_step
+from demo.recipe import PRETRAIN, Size, main_models, megatron_flags, run_step
 from demo.sources import Machine, perl
 from emo_megatron.json_files import read_object
 from emo_megatron.report.rows import load_rows
@@ -329,11 +330,9 @@ def main(options: Options) -> None:
     manifest = json.loads((options.run / "corpus" / "corpus.json").read_text())
     corpus = Corpus(path=options.run / "corpus", manifest=manifest)
     size, seed = size_and_seed(options.run)
-    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / "demo.json").exists():
-        raise ValueError(f"--output {options.output} has results of another release: delete it, or name another folder")
     made_with = {"size": asdict(size), "seed": seed, "text": manifest["fingerprint"]}
     made_with["versions"] = versions("torch", "megatron-core", "transformers", "peft")
-    claim(options.output, made_with | {name: getattr(options, name) for name in ("steps", "lr", "num_kept")})
+    claim_results(options.output, made_with | {name: getattr(options, name) for name in ("steps", "lr", "num_kept")})
     folder = prepare(options, corpus)
     experiments = [Experiment(name, options, folder, size=size, seed=seed) for name in MODELS]
     for experiment in experiments:

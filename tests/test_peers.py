@@ -180,7 +180,7 @@ def test_results_of_other_settings_are_not_taken_up(
     for name, value in {"commits": {}, "packages": {}, "describe": {}}.items():
         monkeypatch.setattr(peers, name, lambda value=value: value)
     monkeypatch.setattr(peers, "TITLES", {})
-    peers.claim(output, {"keep": 16})
+    peers.claim_results(output, {"keep": 16})
     with pytest.raises(ValueError, match="keep"):
         peers.main(peers.Options(run=run, output=output, results=tmp_path, keep=8))
     (tmp_path / "other").mkdir()

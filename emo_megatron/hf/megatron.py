@@ -216,7 +216,7 @@ def check_router(architecture: Architecture, *, where: Path | str) -> None:
 def values_of(architecture: Architecture) -> dict[str, Any]:
     """The values of the flags that describe the model; the inverse of `architecture_of_flags`.
 
-    `check_router` tells models without such values.
+    Call `check_router` first: some routers have no flags.
     """
     a = architecture
     return {
