@@ -283,7 +283,7 @@ def plan(options: Options) -> dict[str, str]:
             with whole(folder / f"{name}.flags") as unfinished:
                 unfinished.write_text("".join(f"{flag}\0" for flag in flags), encoding="utf-8")
     about = (
-        f"training {len(models)} models on {size.tokens / 1e6:.1f}M tokens each, {options.processes} at the same time; "
+        f"training {len(models)} models on {size.tokens:,} tokens each, {options.processes} at the same time; "
         f"logs are in {output}/<model>/"
     )
     return {
